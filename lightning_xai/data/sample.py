@@ -1,0 +1,211 @@
+"""The contract between data sets, shards and the data module: one image, its captions, its named regions.
+
+A sample is stored as two members of a tar shard: `KEY.jpg` (the image file's original bytes; `.png` and `.webp` for
+those formats) and `KEY.json` (everything else, in the versioned schema written by `encode_sample`). Nothing is ever
+unpickled: a shard may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, ImageOps
+
+SCHEMA_VERSION = 1
+IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,200}")
+
+Box = tuple[float, float, float, float]
+Span = tuple[int, int]
+
+
+class RecordError(ValueError):
+    """A record that cannot be used; the message names the record, what is wrong and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """One object instance of an image and the places in the captions that name it.
+
+    Attributes:
+        label: class name, for instance `"dog"`. Regions of one image with the same label are several instances of it.
+        box: `(x, y, width, height)` in pixels of the upright image; x to the right and y down from the top left corner.
+        spans: caption index -> character spans `(start, end)` of that caption that name the region (end exclusive).
+        crowd: the box holds a group of instances, not one.
+    """
+
+    label: str
+    box: Box
+    spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with all its captions and regions.
+
+    Attributes:
+        key: unique in its data set; letters, digits, `_` and `-` only, so that it names tar members safely.
+        image: the image file's original bytes.
+        size: `(width, height)` in pixels of the upright image (EXIF orientation applied).
+        captions: at least one, none empty.
+        regions: every annotated object, also those that no caption names.
+        source: where the image came from, for messages and tables (`"coco/val2017/000000397133.jpg"`).
+    """
+
+    key: str
+    image: bytes
+    size: tuple[int, int]
+    captions: tuple[str, ...]
+    regions: tuple[Region, ...] = ()
+    source: str = ""
+
+
+def read_image(data: bytes, origin: str) -> Image.Image:
+    """Decode an image file to upright 8-bit RGB.
+
+    EXIF orientation is applied, greyscale, palette and CMYK files are converted, 16-bit files are scaled to 8 bits
+    (PIL alone would clip them), and transparency is laid over white.
+
+    Raises:
+        RecordError: the bytes are no image that can be decoded; the message names `origin`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):
+                image = image.point(lambda value: value / 257.0).convert("L")
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise RecordError(f"{origin}: the image does not decode ({error}); replace the file or drop the record") from error
+
+
+def image_extension(data: bytes, origin: str) -> str:
+    """The shard member extension for an image file's bytes (`"jpg"`, `"png"` or `"webp"`).
+
+    Raises:
+        RecordError: the bytes are no image, or of a format that shards do not hold.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image_format = opened.format or "unknown"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError(f"{origin}: not an image file ({error}); replace the file or drop the record") from error
+    if image_format not in IMAGE_FORMATS:
+        raise RecordError(f"{origin}: {image_format} images are not supported; convert to JPEG, PNG or WebP")
+    return IMAGE_FORMATS[image_format]
+
+
+def encode_sample(sample: Sample) -> dict[str, bytes]:
+    """The tar members of a sample, by extension: `{"jpg": original bytes, "json": record}`.
+
+    Raises:
+        RecordError: the sample breaks the contract stated on `Sample` and `Region`.
+    """
+    _check(sample)
+    record = {
+        "version": SCHEMA_VERSION,
+        "captions": list(sample.captions),
+        "width": sample.size[0],
+        "height": sample.size[1],
+        "source": sample.source,
+        "regions": [
+            {
+                "label": region.label,
+                "box": list(region.box),
+                "crowd": region.crowd,
+                "spans": {str(caption): [list(span) for span in spans] for caption, spans in region.spans.items()},
+            }
+            for region in sample.regions
+        ],
+    }
+    return {
+        image_extension(sample.image, sample.source or sample.key): sample.image,
+        "json": json.dumps(record, ensure_ascii=False).encode(),
+    }
+
+
+def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample:
+    """Rebuild a sample from its tar members; the image bytes are not decoded here.
+
+    Args:
+        key: the members' common name without extension.
+        members: extension -> bytes. Extensions other than the known ones are ignored, never decoded.
+        origin: the shard's name, for messages.
+
+    Raises:
+        RecordError: a member is missing, the JSON is broken, or the record breaks the contract.
+    """
+    where = f"{origin}, record {key}"
+    images = [members[extension] for extension in IMAGE_MEMBERS if extension in members]
+    if len(images) != 1:
+        raise RecordError(f"{where}: expected one image member of {IMAGE_MEMBERS}, found {len(images)}; rebuild the shard")
+    if "json" not in members:
+        raise RecordError(f"{where}: the .json member is missing; rebuild the shard")
+    try:
+        record = json.loads(members["json"])
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(f"{where}: broken JSON ({error}); rebuild the shard") from error
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise RecordError(
+            f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; prepare the shards again with this release"
+        )
+    try:
+        sample = Sample(
+            key=key,
+            image=images[0],
+            size=(int(record["width"]), int(record["height"])),
+            captions=tuple(record["captions"]),
+            regions=tuple(_decode_region(region) for region in record["regions"]),
+            source=str(record["source"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"{where}: field missing or of the wrong type ({error!r}); rebuild the shard") from error
+    _check(sample, where)
+    return sample
+
+
+def _decode_region(record: Mapping[str, Any]) -> Region:
+    x, y, width, height = (float(value) for value in record["box"])
+    spans = {
+        int(caption): tuple((int(start), int(end)) for start, end in spans) for caption, spans in record["spans"].items()
+    }
+    return Region(label=str(record["label"]), box=(x, y, width, height), spans=spans, crowd=bool(record["crowd"]))
+
+
+def _check(sample: Sample, where: str | None = None) -> None:
+    where = where or f"record {sample.key!r} ({sample.source})"
+    if not _KEY.fullmatch(sample.key):
+        raise RecordError(f"{where}: a key has 1 to 200 letters, digits, '_' or '-'; got {sample.key!r}")
+    if min(sample.size) < 1:
+        raise RecordError(f"{where}: width and height have to be positive; got {sample.size}")
+    if not sample.captions or not all(isinstance(text, str) and text.strip() for text in sample.captions):
+        raise RecordError(f"{where}: at least one caption is needed and none may be empty; got {sample.captions!r}")
+    for region in sample.regions:
+        _check_region(region, sample, where)
+
+
+def _check_region(region: Region, sample: Sample, where: str) -> None:
+    x, y, width, height = region.box
+    if not all(math.isfinite(value) for value in region.box) or width <= 0 or height <= 0:
+        raise RecordError(f"{where}: the box of {region.label!r} has no area: {region.box}")
+    if x + width <= 0 or y + height <= 0 or x >= sample.size[0] or y >= sample.size[1]:
+        raise RecordError(f"{where}: the box of {region.label!r} lies outside the image {sample.size}: {region.box}")
+    for caption, spans in region.spans.items():
+        if not 0 <= caption < len(sample.captions):
+            raise RecordError(f"{where}: {region.label!r} has spans in caption {caption} of {len(sample.captions)}")
+        for start, end in spans:
+            if not 0 <= start < end <= len(sample.captions[caption]):
+                raise RecordError(f"{where}: span {(start, end)} of {region.label!r} leaves caption {caption}")
