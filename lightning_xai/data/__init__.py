@@ -1,0 +1,22 @@
+from lightning_xai.data.batch import Batch, LeftOut, Phrases
+from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.sample import RecordError, Region, Sample
+from lightning_xai.data.shapes_datamodule import ShapesDataModule
+from lightning_xai.data.shards import Manifest, write_shards
+from lightning_xai.data.spans import CaptionTokenizer
+
+__all__ = [
+    "Batch",
+    "CaptionTokenizer",
+    "ImageTransform",
+    "LeftOut",
+    "Manifest",
+    "Phrases",
+    "RecordError",
+    "Region",
+    "Sample",
+    "ShapesDataModule",
+    "ShardDataModule",
+    "write_shards",
+]

@@ -11,15 +11,26 @@ import io
 import json
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 SCHEMA_VERSION = 1
 IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+# EXIF orientation -> what makes the stored pixels upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 Box = tuple[float, float, float, float]
@@ -80,7 +91,9 @@ def read_image(data: bytes, origin: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            image: Image.Image = ImageOps.exif_transpose(opened)
+            # Not ImageOps.exif_transpose: it also writes the EXIF block anew, and crashes on blocks with other faults.
+            turn = _UPRIGHT.get(exif_orientation(opened))
+            image: Image.Image = opened if turn is None else opened.transpose(turn)
             if image.mode.startswith("I"):
                 image = image.point(lambda value: value / 257.0).convert("L")
             if "A" in image.getbands() or "transparency" in image.info:
@@ -88,7 +101,18 @@ def read_image(data: bytes, origin: str) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise RecordError(f"{origin}: the image does not decode ({error}); replace the file or drop the record") from error
+        raise RecordError(
+            f"{origin}: the image does not decode ({error}); replace the file or drop the record"
+        ) from error
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation (1 to 8) of an opened image file; 1, upright, where it has none that can be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
+        return 1  # a broken EXIF block does not make the pixels unusable
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def image_extension(data: bytes, origin: str) -> str:
@@ -150,7 +174,9 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
     where = f"{origin}, record {key}"
     images = [members[extension] for extension in IMAGE_MEMBERS if extension in members]
     if len(images) != 1:
-        raise RecordError(f"{where}: expected one image member of {IMAGE_MEMBERS}, found {len(images)}; rebuild the shard")
+        raise RecordError(
+            f"{where}: expected one image member of {IMAGE_MEMBERS}, found {len(images)}; rebuild the shard"
+        )
     if "json" not in members:
         raise RecordError(f"{where}: the .json member is missing; rebuild the shard")
     try:
@@ -180,7 +206,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
 def _decode_region(record: Mapping[str, Any]) -> Region:
     x, y, width, height = (float(value) for value in record["box"])
     spans = {
-        int(caption): tuple((int(start), int(end)) for start, end in spans) for caption, spans in record["spans"].items()
+        int(caption): tuple((int(start), int(end)) for start, end in spans)
+        for caption, spans in record["spans"].items()
     }
     return Region(label=str(record["label"]), box=(x, y, width, height), spans=spans, crowd=bool(record["crowd"]))
 

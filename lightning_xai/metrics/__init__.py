@@ -1,0 +1,13 @@
+from lightning_xai.metrics.grounding import ClassGrounding, GroundingMetric, GroundingSummary, gamma, patch_mask, rho
+from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
+
+__all__ = [
+    "ClassGrounding",
+    "GroundingMetric",
+    "GroundingSummary",
+    "RetrievalMetric",
+    "gamma",
+    "patch_mask",
+    "recall_at_k",
+    "rho",
+]

@@ -72,6 +72,8 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, K], not normalised; only as many tokens are run as are needed."""
+        if len(tokens) == 0:
+            return self.logit_scale.new_zeros(0, self.architecture["model_cfg"]["embed_dim"])
         if self._text_tower is not None:
             return self._text_tower.encode(tokens)
         embedding: Tensor = self.model.encode_text(tokens)

@@ -1,0 +1,3 @@
+"""Tables and pictures from results; needs no torch."""
+
+__all__ = ["plots", "tables"]

@@ -1,0 +1,3 @@
+from lightning_xai.tasks.contrastive import ContrastiveFineTuning
+
+__all__ = ["ContrastiveFineTuning"]

@@ -1,0 +1,3 @@
+"""One module a data set, each reading files as their publishers ship them."""
+
+__all__ = ["coco"]

@@ -1,0 +1,351 @@
+"""The data module that streams shards to any number of ranks and workers."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
+from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader
+from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest
+from lightning_xai.data.spans import CaptionTokenizer
+
+__all__ = ["BrokenRecordWarning", "ShardDataModule", "TooManyBrokenRecordsError"]
+
+_SHOWN_FAULTS = 10
+_STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+
+
+class BrokenRecordWarning(UserWarning):
+    """A record of a shard could not be used and is left out."""
+
+
+class TooManyBrokenRecordsError(RuntimeError):
+    """More records are broken than `max_fault_fraction` allows."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What the data module needs of a model: `LightningModule.encoder` has these two attributes."""
+
+    image_transform: ImageTransform
+    tokenizer: CaptionTokenizer
+
+
+class ShardDataModule(LightningDataModule):
+    """Streams image-caption shards for contrastive training and for evaluation with phrases and boxes.
+
+    Image transform and tokenizer are the model's: they are taken from `trainer.lightning_module.encoder`, or from
+    `bind(...)` where there is no trainer. All ranks get the same number of batches; see `TrainingDataset` and
+    `EvaluationDataset` for how the samples are dealt out, and `Batch` for what a batch holds.
+
+    A record that cannot be used becomes an invalid row of its batch, is warned about once, and is counted in
+    `fault_counts`. As soon as the broken records that a rank has met in an epoch are more than `max_fault_fraction` of
+    all the records it has to read in that epoch, it raises: then the share is known to be too high, however the broken
+    records are spread. One broken record alone never stops a run, unless the fraction is 0.
+
+    Args:
+        train: folder of training shards, as `python -m lightning_xai prepare` makes it.
+        val: folder of validation shards; without it, training runs without validation.
+        test: folder of test shards.
+        batch_size: images per training batch and rank.
+        eval_batch_size: images per evaluation batch and rank; by default `batch_size`.
+        num_workers: processes per rank that read and decode, for each split; 0 reads in the main process. Never more
+            are started than there are batches. The order of the training samples depends on it.
+        shuffle_buffer: undecoded samples that each worker holds to shuffle from; 0 or 1 leaves the order of the shards.
+        seed: of the order of samples and the choice of captions, together with the epoch; at least 0.
+        captions_per_image: only the first so many captions of an image are used (the usual COCO protocol takes 5);
+            None: all.
+        max_fault_fraction: share of broken records, 0 to 1, above which a run stops.
+        persistent_workers: keep workers from epoch to epoch, which costs their memory between epochs, too.
+        pin_memory: batches in page-locked memory; by default where the trainer's device is a CUDA device.
+
+    Attributes:
+        epoch: the epoch that `train_dataloader()` iterates where there is no trainer; set it before each iteration.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
+        self,
+        *,
+        train: Path | None = None,
+        val: Path | None = None,
+        test: Path | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 2,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        captions_per_image: int | None = None,
+        max_fault_fraction: float = 0.01,
+        persistent_workers: bool = False,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.folders = {
+            split: None if folder is None else Path(folder)
+            for split, folder in (("train", train), ("val", val), ("test", test))
+        }
+        self.batch_size = _at_least(1, "batch_size", batch_size)
+        self.eval_batch_size = _at_least(
+            1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
+        )
+        self.num_workers = _at_least(0, "num_workers", num_workers)
+        self.shuffle_buffer = _at_least(0, "shuffle_buffer", shuffle_buffer)
+        self.seed = _at_least(0, "seed", seed)
+        if captions_per_image is not None:
+            _at_least(1, "captions_per_image", captions_per_image)
+        if not 0 <= max_fault_fraction <= 1:
+            raise ValueError(f"max_fault_fraction has to be between 0 and 1; got {max_fault_fraction}")
+        self.captions_per_image = captions_per_image
+        self.max_fault_fraction = max_fault_fraction
+        self.persistent_workers = persistent_workers
+        self.pin_memory = pin_memory
+        self.epoch = 0
+        self._manifests: dict[str, Manifest] = {}
+        self._bound: tuple[ImageTransform, CaptionTokenizer] | None = None
+        self._faults: dict[str, _FaultCount] = {}
+        self._reported: set[str] = set()
+
+    def bind(self, image_transform: ImageTransform, tokenizer: CaptionTokenizer) -> None:
+        """Set transform and tokenizer by hand, for use without a trainer; they go before the model's."""
+        self._bound = (image_transform, tokenizer)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the manifests that a stage (`"fit"`, `"validate"`, `"test"`, `"predict"`; None: all given) needs.
+
+        Raises:
+            ValueError: a folder that the stage needs is not given.
+            FileNotFoundError: a folder holds no manifest.
+            ShardError: a manifest is broken or does not fit its shards.
+        """
+        # Lightning warns that a dataset's length may be wrong with several workers; here it is exact with any number.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+        given = tuple(split for split, folder in self.folders.items() if folder is not None)
+        needed = (self._predict_split,) if stage == "predict" else _STAGE_SPLITS.get(stage or "", given)
+        for split in needed:
+            if stage == "fit" and split == "val" and self.folders["val"] is None:
+                continue
+            self.manifest(split)
+
+    def manifest(self, split: str) -> Manifest:
+        """The manifest of `"train"`, `"val"` or `"test"`.
+
+        Raises:
+            ValueError: the split is not given.
+            FileNotFoundError: its folder holds no manifest.
+            ShardError: the manifest is broken or does not fit its shards.
+        """
+        if split not in self._manifests:
+            folder = self._folder(split)
+            if not (folder / MANIFEST_NAME).is_file():
+                raise FileNotFoundError(
+                    f"{split}={folder}: {'no manifest.json there' if folder.is_dir() else 'no such folder'}; make the "
+                    f"shards with `python -m lightning_xai prepare DATASET ... --out {folder}` or correct the argument "
+                    f"{split!r}"
+                )
+            self._manifests[split] = Manifest.load(folder)
+        return self._manifests[split]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The classes that `Phrases.label` counts: those of the validation shards, else of the test shards.
+
+        While the trainer tests, those of the test shards. Each `Batch` carries its own split's names, too.
+        """
+        testing = self.trainer is not None and self.trainer.testing
+        split = "test" if testing or self.folders["val"] is None else "val"
+        return self.manifest(split).labels
+
+    @property
+    def fault_counts(self) -> dict[str, int]:
+        """Broken records that this rank has met, by split; in training in the latest epoch."""
+        return {split: len(count.current) for split, count in self._faults.items()}
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Batches with one caption per image, shuffled anew in each epoch.
+
+        Raises:
+            ValueError: the split is not given, no model is known, or there is less than one batch for each rank.
+        """
+        manifest = self.manifest("train")
+        transform, tokenizer = self._encoding()
+        rank, world = self._place()
+        dataset = TrainingDataset(
+            self._folder("train"),
+            manifest,
+            TrainingCollate(transform, tokenizer, self.seed, self.captions_per_image),
+            batch_size=self.batch_size,
+            shuffle_buffer=self.shuffle_buffer,
+            rank=rank,
+            world=world,
+        )
+        loader = TrainingLoader(dataset, current_epoch=self._current_epoch, **self._options(len(dataset)))
+        self._begin("train", len(dataset) * self.batch_size, loader, world)
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """All captions and phrases of the validation split, in order; an empty list where it is not given."""
+        return [] if self.folders["val"] is None else self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """All captions and phrases of the test split, in order."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """As `test_dataloader`, or the validation split where no test split is given."""
+        return self._evaluation_loader(self._predict_split)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count and show the batch's broken records.
+
+        Raises:
+            TooManyBrokenRecordsError: there are more than `max_fault_fraction` allows; see the class.
+        """
+        if isinstance(batch, Batch) and batch.faults:
+            split = self._running_split()
+            self._faults[split].add(batch.faults, self._current_epoch() if split == "train" else 0)
+        return batch
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
+        manifest = self.manifest(split)
+        transform, tokenizer = self._encoding()
+        rank, world = self._place()
+        dataset = EvaluationDataset(
+            self._folder(split),
+            manifest,
+            EvaluationCollate(transform, tokenizer, manifest.labels, self.captions_per_image),
+            batch_size=self.eval_batch_size,
+            rank=rank,
+            world=world,
+        )
+        loader: DataLoader[Batch] = DataLoader(dataset, batch_size=None, **self._options(len(dataset)))
+        self._begin(split, -(-manifest.samples // world), loader, world)
+        return loader
+
+    def _begin(self, split: str, records: int, loader: DataLoader[Batch], world: int) -> None:
+        """Start counting faults, and say once what there is to read."""
+        if split not in self._faults:
+            self._faults[split] = _FaultCount(split, self._folder(split), records, self.max_fault_fraction)
+        if split in self._reported:
+            return
+        self._reported.add(split)
+        manifest = self.manifest(split)
+        size = self.batch_size if split == "train" else self.eval_batch_size
+        line = (
+            f"{split}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({self._folder(split)}); "
+            f"{len(loader):,} batches of {size} on each of {world} ranks, {loader.num_workers} workers each"
+        )
+        if split == "train":
+            line += f"; {manifest.samples - world * records:,} samples sit out each epoch, others each time"
+        rank_zero_info(line)
+
+    def _options(self, batches: int) -> dict[str, Any]:
+        workers = min(self.num_workers, batches)
+        pin_memory = self.pin_memory
+        if pin_memory is None:
+            pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "num_workers": workers,
+            "persistent_workers": self.persistent_workers and workers > 0,
+            "pin_memory": pin_memory,
+            # DataLoader seeds its workers from here; without it, each epoch would move the global generator on.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+    def _encoding(self) -> tuple[ImageTransform, CaptionTokenizer]:
+        if self._bound is not None:
+            return self._bound
+        module = None if self.trainer is None else self.trainer.lightning_module
+        encoder = getattr(module, "encoder", None)
+        if not isinstance(encoder, Encoder):
+            owner = "there is no trainer" if module is None else f"{type(module).__name__}.encoder is {type(encoder)}"
+            raise ValueError(
+                "ShardDataModule needs the model's image transform and tokenizer, from an attribute `encoder` of the "
+                f"LightningModule that has `image_transform` and `tokenizer`, but {owner}; add it, or call "
+                "bind(image_transform, tokenizer) on the data module"
+            )
+        return encoder.image_transform, encoder.tokenizer
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, number of ranks)."""
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def _current_epoch(self) -> int:
+        if self.trainer is None:
+            return self.epoch
+        if getattr(self.trainer, "overfit_batches", 0) > 0:
+            return 0  # the same batches again and again are what is asked for
+        return self.trainer.current_epoch
+
+    def _running_split(self) -> str:
+        trainer = self.trainer
+        if trainer is None or trainer.training:
+            return "train"
+        if trainer.predicting:
+            return self._predict_split
+        return "test" if trainer.testing else "val"
+
+    @property
+    def _predict_split(self) -> str:
+        return "val" if self.folders["test"] is None else "test"
+
+    def _folder(self, split: str) -> Path:
+        folder = self.folders[split]
+        if folder is None:
+            raise ValueError(
+                f"no {split} shards are given: set {split!r} to a folder that "
+                "`python -m lightning_xai prepare DATASET ... --out FOLDER` has made"
+            )
+        return folder
+
+
+@dataclass
+class _FaultCount:
+    """Broken records of one split on this rank."""
+
+    split: str
+    folder: Path
+    records: int
+    fraction: float
+    epoch: int = 0
+    current: set[str] = field(default_factory=set)
+    shown: set[str] = field(default_factory=set)
+
+    def add(self, messages: list[str], epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.current = epoch, set()
+        for message in messages:
+            self.current.add(message)
+            if message not in self.shown and len(self.shown) < _SHOWN_FAULTS:
+                self.shown.add(message)
+                more = "; further ones are counted, not shown" if len(self.shown) == _SHOWN_FAULTS else ""
+                warnings.warn(f"{self.split}: left out {message}{more}", BrokenRecordWarning, stacklevel=2)
+        allowed = max(1, int(self.fraction * self.records)) if self.fraction else 0
+        if len(self.current) > allowed:
+            raise TooManyBrokenRecordsError(
+                f"{self.split} ({self.folder}): {len(self.current)} of the {self.records} records that this rank reads "
+                f"in an epoch are broken already, and max_fault_fraction={self.fraction} allows {allowed}. Prepare the "
+                f"shards again, or raise max_fault_fraction to go on without these records. Latest: {messages[-1]}"
+            )
+
+
+def _at_least(least: int, name: str, value: int) -> int:
+    if value < least:
+        raise ValueError(f"{name} has to be at least {least}; got {value}")
+    return value

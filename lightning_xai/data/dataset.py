@@ -1,0 +1,249 @@
+"""Shards as iterable datasets: which samples of an epoch go to which rank, worker and batch, and where to resume.
+
+Every rank gets the same number of batches, whatever the number of shards, ranks and workers, so that no rank ever waits
+for a batch that does not come. The split is by sample, not by shard, and is worked out from counts alone.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset as wds
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate, stable_hash
+from lightning_xai.data.shards import Manifest, read_samples
+
+__all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader"]
+
+
+class TrainingDataset(IterableDataset[Batch]):
+    """The training batches of one rank.
+
+    In each epoch the shards are laid end to end in an order drawn from (seed, epoch), the same on all ranks, and the
+    line is entered at a position drawn likewise and closed to a ring. Rank r takes the r-th contiguous part of whole
+    batches; what is left over at the end of the ring, fewer than `world * batch_size` samples, waits for another epoch.
+    A worker takes a contiguous part of its rank's batches and shuffles it through a buffer of undecoded samples.
+
+    Args:
+        folder: where the shards lie.
+        manifest: their manifest.
+        collate: makes a batch; its seed is the seed of the order, too.
+        batch_size: images per batch and rank.
+        shuffle_buffer: samples that a worker holds while it shuffles; 0 or 1: the order of the shards.
+        rank: of this process, from 0.
+        world: number of ranks.
+
+    Raises:
+        ValueError: there is less than one batch for each rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        collate: TrainingCollate,
+        *,
+        batch_size: int,
+        shuffle_buffer: int = 1000,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.manifest = manifest
+        self.collate = collate
+        self.batch_size = batch_size
+        self.shuffle_buffer = shuffle_buffer
+        self.rank = rank
+        self.world = world
+        self._batches = manifest.samples // world // batch_size
+        if self._batches == 0:
+            raise ValueError(
+                f"{folder}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world} ranks; "
+                f"lower batch_size to at most {manifest.samples // world}, use fewer devices, or prepare more samples"
+            )
+        # Epoch and first batch are in shared memory: persistent workers keep the copy of the dataset they started with.
+        share: Callable[[], torch.Tensor] = torch.zeros(2, dtype=torch.int64).share_memory_
+        self._position = share()
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch; the same on every rank."""
+        return self._batches
+
+    def seek(self, epoch: int, batch: int = 0) -> None:
+        """Choose the epoch, and how many of its batches to pass over undecoded, for iterations that start later."""
+        self._position.copy_(torch.tensor([epoch, batch]))
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, consumed = self._position.tolist()  # now, not at the first batch: seek() may be called in between
+        return self._iterate(epoch, consumed)
+
+    def _iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
+        worker, workers = _worker()
+        # The loader asks its workers in turn. Resuming, worker 0 plays the one whose turn it is, so that order stays.
+        worker = (worker + consumed) % workers
+        first, stop = _share(len(self), worker, workers)
+        passed = len(range(worker, consumed, workers))
+        stages: list[Any] = [partial(self._records, epoch, first * self.batch_size, stop * self.batch_size)]
+        if self.shuffle_buffer > 1:
+            seed = stable_hash("shuffle", self.collate.seed, epoch, self.rank, worker)
+            rng = random.Random(seed)  # noqa: S311 - shuffles training data, guards no secret
+            stages.append(wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng))
+        stages.append(wds.slice(passed * self.batch_size, None))
+        stages.append(wds.batched(self.batch_size, collation_fn=partial(self.collate, epoch=epoch)))
+        yield from wds.DataPipeline(*stages)
+
+    def _records(self, epoch: int, start: int, stop: int) -> Iterator[Record]:
+        """The samples from `start` to `stop` of this rank's part of the epoch's ring."""
+        samples = self.manifest.samples
+        order = self.manifest.order(self.collate.seed, epoch)
+        entry = stable_hash("entry", self.collate.seed, epoch) % samples
+        begin = entry + self.rank * self._batches * self.batch_size
+        start, stop = begin + start, begin + stop
+        for turn in (0, samples):  # a part may run over the end of the line into its beginning
+            lower, upper = max(start - turn, 0), min(stop - turn, samples)
+            if lower < upper:
+                yield from read_samples(self.folder, self.manifest, order, lower, upper)
+
+
+class EvaluationDataset(IterableDataset[Batch]):
+    """The evaluation batches of one rank: every sample of the split exactly once over all ranks and workers.
+
+    Rank r takes the r-th contiguous part of ceil(N / world) samples; a rank whose part is shorter is padded with
+    invalid samples, so that all ranks have the same number of batches of the same sizes. There is no shuffling; with
+    several workers the batches come in turn from contiguous parts of the rank's part: `Batch.index` tells the place.
+
+    Args:
+        folder: where the shards lie.
+        manifest: their manifest.
+        collate: makes a batch.
+        batch_size: images per batch and rank.
+        rank: of this process, from 0.
+        world: number of ranks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        collate: EvaluationCollate,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.manifest = manifest
+        self.collate = collate
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self._per_rank = -(-manifest.samples // world)
+
+    def __len__(self) -> int:
+        """Batches of this rank; the same on every rank."""
+        return -(-self._per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, stop = (min(batch * self.batch_size, self._per_rank) for batch in _share(len(self), *_worker()))
+        records = partial(self._records, start, stop)
+        yield from wds.DataPipeline(records, wds.batched(self.batch_size, collation_fn=self.collate))
+
+    def _records(self, start: int, stop: int) -> Iterator[Record]:
+        """The samples from `start` to `stop` of this rank's part, and padding behind the last sample of the split."""
+        samples = self.manifest.samples
+        lower, upper = (min(self.rank * self._per_rank + position, samples) for position in (start, stop))
+        order = range(len(self.manifest.shards))
+        padding: Record = (-1, None)
+        missing = (stop - start) - (upper - lower)
+        return chain(read_samples(self.folder, self.manifest, order, lower, upper), repeat(padding, missing))
+
+
+class TrainingLoader(DataLoader[Batch]):
+    """A DataLoader that starts each epoch's workers with the number of that epoch, and resumes inside an epoch.
+
+    Lightning makes an iterator before it has worked out where a checkpoint leaves off, and then keeps that iterator:
+    there the epoch's number can still be one behind. So the number is read, and workers are started, when the first
+    batch is asked for.
+
+    Args:
+        dataset: the batches; this loader seeks in it.
+        current_epoch: tells the epoch.
+        **options: of DataLoader; `batch_size` is the dataset's.
+    """
+
+    def __init__(self, dataset: TrainingDataset, *, current_epoch: Callable[[], int], **options: Any) -> None:
+        super().__init__(dataset, **(options | {"batch_size": None}))
+        self.current_epoch = current_epoch
+        self._batches_dataset = dataset
+        self._progress = (0, 0)
+        self._resume: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator, so that nothing starts too early
+        """The batches of the current epoch; after `load_state_dict`, those that were still to come in its epoch."""
+        epoch = self.current_epoch()
+        resume, self._resume = self._resume, None
+        consumed = min(resume[1], len(self._batches_dataset)) if resume and resume[0] == epoch else 0
+        self._batches_dataset.seek(epoch, consumed)
+        self._progress = (epoch, consumed)
+        for batch in super().__iter__():
+            consumed += 1
+            self._progress = (epoch, consumed)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and batches given out so far, with all that decides which samples they held; Lightning stores it."""
+        epoch, consumed = self._progress
+        return {"epoch": epoch, "batches": consumed, "plan": self._plan()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the batches that `state` counts, if the next epoch asked for is still the same.
+
+        Warns where the samples are now dealt out differently, so that some may come twice or not in this epoch.
+        """
+        plan = self._plan()
+        changes = [
+            f"{name} was {state['plan'].get(name)} and is {value}"
+            for name, value in plan.items()
+            if value != state["plan"].get(name)
+        ]
+        if changes and state["batches"]:
+            warnings.warn(
+                f"Resuming in epoch {state['epoch']} behind {state['batches']} batches, but {'; '.join(changes)}: some "
+                "samples may come twice or not at all in this epoch. Resume with the former values to avoid this.",
+                stacklevel=2,
+            )
+        self._resume = (state["epoch"], state["batches"])
+
+    def _plan(self) -> dict[str, int]:
+        dataset = self._batches_dataset
+        return {
+            "samples": dataset.manifest.samples,
+            "seed": dataset.collate.seed,
+            "world": dataset.world,
+            "batch_size": dataset.batch_size,
+            "shuffle_buffer": dataset.shuffle_buffer,
+            "num_workers": self.num_workers,
+        }
+
+
+def _worker() -> tuple[int, int]:
+    """(number of this worker, number of workers); the main process counts as the only one."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def _share(batches: int, worker: int, workers: int) -> tuple[int, int]:
+    """First and last+1 of a worker's contiguous share; earlier workers take the remainder, one each."""
+    each, remainder = divmod(batches, workers)
+    first = worker * each + min(worker, remainder)
+    return first, first + each + (worker < remainder)

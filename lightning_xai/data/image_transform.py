@@ -1,0 +1,158 @@
+"""The evaluation transform of open_clip for pixels, and the very same geometry for boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+
+from lightning_xai.data.sample import RecordError
+
+__all__ = ["ImageTransform"]
+
+RESIZE_MODES = ("shortest", "longest", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Resize, crop or pad, and normalise an image as open_clip does in evaluation, and carry boxes along.
+
+    Attributes:
+        size: `(height, width)` of the transformed image in pixels.
+        mean: per channel, of pixel values in [0, 1].
+        std: per channel, of pixel values in [0, 1].
+        interpolation: `"bicubic"`, `"bilinear"`, or `"random"` (which open_clip evaluates as bicubic).
+        resize_mode: `"shortest"` (the image covers the target, what sticks out is cropped), `"longest"` (the image fits
+            into the target, the rest is filled) or `"squash"` (the aspect ratio is given up).
+        fill_color: grey value 0 to 255 of what `"longest"` fills.
+
+    Raises:
+        ValueError: an option that open_clip does not have.
+
+    Example:
+        >>> transform = ImageTransform(size=(100, 100))
+        >>> transform.boxes(torch.tensor([[150.0, 50.0, 100.0, 100.0]]), (400, 200)).tolist()  # halved, 50 px cropped
+        [[25.0, 25.0, 75.0, 75.0]]
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = OPENAI_DATASET_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+    _pixels: Callable[[Image.Image], Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size has to be (height, width) in pixels, at least 1 each; got {self.size}")
+        if self.resize_mode not in RESIZE_MODES:
+            raise ValueError(f"resize_mode has to be one of {RESIZE_MODES}; got {self.resize_mode!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation has to be one of {INTERPOLATIONS}; got {self.interpolation!r}")
+        config = PreprocessCfg(
+            size=self.size,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            resize_mode=self.resize_mode,
+            fill_color=self.fill_color,
+        )
+        object.__setattr__(self, "_pixels", image_transform_v2(config, is_train=False))
+
+    @classmethod
+    def from_open_clip(cls, model: Any) -> ImageTransform:
+        """The transform that an open_clip model was built with, from its `visual.preprocess_cfg`.
+
+        Raises:
+            ValueError: the model carries no preprocessing configuration (it was not made by open_clip's factory).
+        """
+        config = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
+        if config is None:
+            raise ValueError(
+                f"{type(model).__name__} has no visual.preprocess_cfg; build the model with open_clip.create_model"
+            )
+        config = PreprocessCfg(**config)
+        height, width = config.input_size[1:]
+        return cls(
+            size=(int(height), int(width)),
+            mean=_three(config.mean),
+            std=_three(config.std),
+            interpolation=config.interpolation,
+            resize_mode=config.resize_mode,
+            fill_color=config.fill_color,
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Transform an RGB image to `[3, height, width]`, normalised float32: exactly open_clip's evaluation pixels.
+
+        Raises:
+            RecordError: the image is so thin that nothing of it is left after resizing.
+        """
+        if min(self._resized(image.size)) < 1:
+            raise RecordError(
+                f"an image of {image.size} pixels is too thin to be resized to {self.size}; drop the record"
+            )
+        return self._pixels(image)
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Where boxes lie after the transform.
+
+        Args:
+            boxes: `[N, 4]` as `(x, y, width, height)` in pixels of the original image.
+            size: `(width, height)` of the original image in pixels.
+
+        Returns:
+            `[N, 4]` float32 as `(x0, y0, x1, y1)` in pixels of the transformed image, clipped to the visible part of
+            the original and to the transformed image; of area 0 where nothing is left.
+        """
+        width, height = size
+        new_width, new_height = self._resized(size)
+        scale = torch.tensor([new_width / width, new_height / height] * 2, dtype=torch.float64)
+        offset = torch.tensor(
+            [_offset(new_width, self.size[1]), _offset(new_height, self.size[0])] * 2, dtype=torch.float64
+        )
+        corners = boxes.reshape(-1, 4).to(torch.float64, copy=True)
+        corners[:, 2:] += corners[:, :2]
+        original = torch.tensor([width, height] * 2, dtype=torch.float64)
+        target = torch.tensor([self.size[1], self.size[0]] * 2, dtype=torch.float64)
+        corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=original) * scale + offset
+        return corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=target).float()
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo the normalisation of `[..., 3, H, W]`: pixel values in [0, 1]."""
+        mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
+        return (images * std + mean).clamp(0, 1)
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) after resizing and before cropping, in torchvision's and open_clip's integer arithmetic."""
+        width, height = size
+        target_height, target_width = self.size
+        if self.resize_mode == "squash":
+            return target_width, target_height
+        if self.resize_mode == "shortest" and target_height == target_width:
+            # torchvision's Resize(int) truncates the longer edge; ResizeKeepRatio below rounds it.
+            longer = int(target_height * max(size) / min(size))
+            return (target_width, longer) if width <= height else (longer, target_height)
+        ratios = (height / target_height, width / target_width)
+        ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
+        return round(width / ratio), round(height / ratio)
+
+
+def _offset(resized: int, target: int) -> int:
+    """Pixels that centre cropping (negative) or padding (positive) moves the image right or down."""
+    if resized < target:
+        return (target - resized) // 2
+    return -round((resized - target) / 2.0)
+
+
+def _three(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values) if isinstance(values, list | tuple) else (float(values),) * 3

@@ -1,0 +1,582 @@
+"""Shards: a data set as plain tar files beside a manifest, written once and streamed from any position.
+
+A folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `manifest.json`, which lists each shard with its number
+of samples, bytes and SHA-256. The same samples give the same bytes, so that two machines can compare hashes.
+
+A shard may come from anywhere. So webdataset, which would run the URL `pipe:...` as a shell command, unpickle `.pyd`
+members and unpack compressed tars, never sees a name or a URL here: it is handed an open file, and it is asked for
+members with known extensions only, as bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.writer import TarWriter
+
+from lightning_xai.data.sample import IMAGE_MEMBERS, RecordError, Sample, decode_sample, encode_sample
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+BROKEN_RECORD = "broken record"
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MEMBERS = frozenset((*IMAGE_MEMBERS, "json"))
+_LOGGED_RECORDS = 10
+_BLOCK = 1 << 20
+
+_log = logging.getLogger(__name__)
+
+
+class ShardError(ValueError):
+    """A folder of shards that cannot be written or used; the message names the file, what is wrong and the remedy."""
+
+
+class ShardsExistError(ShardError):
+    """The folder to write already holds something."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard as the manifest lists it.
+
+    Attributes:
+        name: file name inside the manifest's folder; letters, digits, `.`, `_` and `-` only, ending in `.tar`.
+        samples: records in the shard, at least one.
+        bytes: size of the file.
+        sha256: hash of the file, 64 lower-case hexadecimal digits.
+
+    Raises:
+        ShardError: an attribute is not as stated; above all, the name could leave the folder or be taken for a command.
+    """
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
+            raise ShardError(
+                f"shard name {self.name!r} is not allowed (letters, digits, '.', '_', '-', ending in '.tar', in the "
+                "manifest's own folder); do not use this manifest unless you know where it comes from"
+            )
+        if not _is_count(self.samples, 1) or not _is_count(self.bytes, 0):
+            raise ShardError(f"shard {self.name}: samples and bytes have to be positive integers; prepare it again")
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
+            raise ShardError(f"shard {self.name}: sha256 has to be 64 hexadecimal digits; prepare it again")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds.
+
+    Attributes:
+        name: the data set and split, for people (`"coco-val2017"`).
+        shards: in the order in which they were written; a sample's global index counts through them.
+        labels: every region label that occurs, sorted.
+        left_out: reason -> records of the source that were not written.
+        captions: number of captions over all samples.
+        version: version of the manifest's own schema.
+    """
+
+    name: str
+    shards: tuple[ShardEntry, ...]
+    labels: tuple[str, ...]
+    left_out: Mapping[str, int]
+    captions: int
+    version: int = MANIFEST_VERSION
+
+    @property
+    def samples(self) -> int:
+        """Number of samples over all shards."""
+        return sum(entry.samples for entry in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(entry.bytes for entry in self.shards)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read and check `folder/manifest.json`, and that each shard is there with the size the manifest states.
+
+        Raises:
+            ShardError: manifest or shard missing, broken JSON, another schema version, a field that is missing or of
+                the wrong type, a shard name that leaves the folder, a shard of another size.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise ShardError(
+                f"{path}: not found; check the path, or make the shards with `python -m lightning_xai prepare`"
+            )
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ShardError(f"{path}: broken JSON ({error}); restore the file or prepare the shards again") from error
+        manifest = _parse_manifest(record, path)
+        for entry in manifest.shards:
+            _check_size(folder / entry.name, entry)
+        return manifest
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/manifest.json`; the same manifest gives the same bytes."""
+        record = asdict(self) | {"left_out": dict(sorted(self.left_out.items())), "samples": self.samples}
+        text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
+        (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def verify(self, folder: Path) -> None:
+        """Compare every shard's SHA-256 with the manifest; reads all bytes once.
+
+        Raises:
+            ShardError: a shard is missing, or its content is not what was written.
+        """
+        for entry in self.shards:
+            path = folder / entry.name
+            _check_size(path, entry)
+            digest = hashlib.sha256()
+            with path.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+            if digest.hexdigest() != entry.sha256:
+                raise ShardError(
+                    f"{path}: SHA-256 is {digest.hexdigest()}, the manifest says {entry.sha256}; the file has changed: "
+                    "copy it again or prepare the shards again"
+                )
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The permutation of the shards for an epoch; the same wherever seed and epoch are the same (both >= 0)."""
+        return [int(shard) for shard in np.random.default_rng((seed, epoch)).permutation(len(self.shards))]
+
+
+def describe(manifest: Manifest) -> str:
+    r"""A manifest as a few lines to read.
+
+    >>> entry = ShardEntry("shard-000000.tar", samples=40, bytes=1_500_000, sha256="0" * 64)
+    >>> print(describe(Manifest("pets", (entry,), ("cat", "dog"), {"empty caption": 3}, captions=200)))
+    pets
+      samples          40
+      captions        200
+      labels            2
+      shards            1
+      bytes         1.5 MB
+      left out          3
+        empty caption  3
+    """
+    size = f"{manifest.bytes / 1e6:.1f} MB" if manifest.bytes < 1e9 else f"{manifest.bytes / 1e9:.2f} GB"
+    rows = [
+        ("samples", f"{manifest.samples:,}"),
+        ("captions", f"{manifest.captions:,}"),
+        ("labels", f"{len(manifest.labels):,}"),
+        ("shards", f"{len(manifest.shards):,}"),
+    ]
+    lines = [manifest.name, *(f"  {title:<8}{value:>11}" for title, value in rows), f"  {'bytes':<8}{size:>12}"]
+    lines.append(f"  {'left out':<8}{sum(manifest.left_out.values()):>11,}")
+    width = max(map(len, manifest.left_out), default=0)
+    ranked = sorted(manifest.left_out.items(), key=lambda item: (-item[1], item[0]))
+    lines += [f"    {reason:<{width}}  {count:,}" for reason, count in ranked]
+    return "\n".join(lines)
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    out: Path,
+    *,
+    name: str,
+    samples_per_shard: int = 1000,
+    left_out: Counter[str] | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+    total: int | None = None,
+) -> Manifest:
+    """Write samples as shards and a manifest into the folder `out`, all or nothing.
+
+    Everything is built in a hidden folder beside `out`, which is renamed at the end: a run that fails or is killed
+    leaves no half-made `out`.
+
+    Args:
+        samples: the data set in its order; one sample is held at a time.
+        out: folder to make; missing parents are made as well.
+        name: the data set and split, for people.
+        samples_per_shard: size of all shards but the last.
+        left_out: reason -> count, filled by the source while it is iterated. A sample that breaks the contract (a
+            `RecordError` of `encode_sample`) is added to it as `"broken record"` and logged, and the rest goes on.
+        progress: show a progress bar on stderr.
+        overwrite: replace a folder that already holds shards. Any other folder that is not empty is never touched.
+        total: expected number of samples, for the progress bar's remaining time.
+
+    Raises:
+        ShardsExistError: `out` is there and not empty.
+        ShardError: two samples have the same key, or not one sample could be written.
+        ValueError: `samples_per_shard` is below one.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard has to be at least 1; got {samples_per_shard}")
+    out = out.resolve()
+    _check_target(out, overwrite)
+    left_out = Counter() if left_out is None else left_out
+    partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir(parents=True)
+    try:
+        with _ShardWriter(partial, samples_per_shard) as writer, _progress_bar(progress) as bar:
+            for sample in bar.track(samples, total=total, description=escape(name)):
+                _write_sample(writer, sample, left_out)
+        if not writer.shards:
+            raise ShardError(f"{out}: no sample to write for {name!r}; left out: {dict(left_out) or 'nothing'}")
+        manifest = Manifest(
+            name=name,
+            shards=tuple(writer.shards),
+            labels=tuple(sorted(writer.labels)),
+            left_out={reason: count for reason, count in sorted(left_out.items()) if count},
+            captions=writer.captions,
+        )
+        manifest.save(partial)
+        _publish(partial, out, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def read_samples(
+    folder: Path, manifest: Manifest, order: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[int, Sample | RecordError]]:
+    """Stream the positions `start` to `stop` (exclusive) of the shards laid end to end in `order`.
+
+    Only shards that overlap the slice are opened, and records before it are passed over unread. A record that cannot be
+    used, or that a damaged shard no longer holds, comes as the `RecordError` that says why, so that exactly
+    `stop - start` items come whatever the files hold.
+
+    Args:
+        folder: where the shards lie.
+        manifest: their manifest.
+        order: indices into `manifest.shards`.
+        start: first position, from 0.
+        stop: position after the last.
+
+    Returns:
+        Pairs of the sample's global index in manifest order (independent of `order`) and the sample or its error.
+
+    Raises:
+        ValueError: `order` names a shard that does not exist, or the slice leaves the shards.
+    """
+    if any(not 0 <= shard < len(manifest.shards) for shard in order):
+        raise ValueError(f"order has to hold shard indices from 0 to {len(manifest.shards) - 1}; got {list(order)}")
+    total = sum(manifest.shards[shard].samples for shard in order)
+    if not 0 <= start <= stop <= total:
+        raise ValueError(f"expected 0 <= start <= stop <= {total}; got start {start} and stop {stop}")
+    return _read_slice(folder, manifest, tuple(order), start, stop)
+
+
+def _read_slice(
+    folder: Path, manifest: Manifest, order: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[int, Sample | RecordError]]:
+    first_index = list(accumulate((entry.samples for entry in manifest.shards), initial=0))
+    begin = 0
+    for shard in order:
+        entry = manifest.shards[shard]
+        lower, upper = max(start - begin, 0), min(stop - begin, entry.samples)
+        if lower < upper:
+            records = _read_shard(folder / entry.name, lower, upper)
+            yield from enumerate(records, first_index[shard] + lower)
+        begin += entry.samples
+
+
+def _read_shard(path: Path, start: int, stop: int) -> Iterator[Sample | RecordError]:
+    """The records `start` to `stop` of one shard; always `stop - start` items."""
+    selector = _RecordSelector(start, stop)
+    faults: list[str] = []
+    position = start
+    for group in islice(_read_groups(path, selector, faults), stop - start):
+        yield _decode_group(path, group, selector.faults.get(position))
+        position += 1
+    reason = faults[0] if faults else f"the shard ends after {selector.records} records"
+    for missing in range(position, stop):
+        yield RecordError(
+            f"{path}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or prepare it "
+            "again"
+        )
+
+
+def _decode_group(path: Path, group: Mapping[str, Any], fault: str | None) -> Sample | RecordError:
+    key = group["__key__"]
+    if fault:
+        return RecordError(f"{path}, record {key}: {fault}; prepare the shard again")
+    try:
+        return decode_sample(key, {name: data for name, data in group.items() if name in _MEMBERS}, str(path))
+    except RecordError as error:
+        return error
+
+
+class _RecordSelector:
+    """Chooses by member name what is read: known extensions of the wanted records, counted from 0.
+
+    It also notes what the names alone show to be wrong, by record: a member that comes twice (webdataset would give up
+    on the shard), and a key that comes back after another one.
+    """
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.faults: dict[int, str] = {}
+        self.records = 0
+        self._wanted = range(start, stop + 1)  # one record more: it tells webdataset that the last wanted one is whole
+        self._key: str | None = None
+        self._extensions: set[str] = set()
+        self._keys: set[str] = set()
+
+    def __call__(self, member: str) -> bool:
+        key, extension = base_plus_ext(member)
+        if key is None or extension.lower() not in _MEMBERS:
+            return False
+        if key != self._key:
+            self._begin(key)
+        position = self.records - 1
+        if extension.lower() in self._extensions:
+            self.faults[position] = f"its .{extension.lower()} member comes twice"
+            return False
+        self._extensions.add(extension.lower())
+        return position in self._wanted
+
+    def _begin(self, key: str) -> None:
+        self.records += 1
+        self._key, self._extensions = key, set()
+        if key in self._keys:
+            self.faults[self.records - 1] = "its key comes twice in the shard, with others between"
+        self._keys.add(key)
+
+
+def _read_groups(path: Path, selector: _RecordSelector, faults: list[str]) -> Iterator[Mapping[str, Any]]:
+    """Selected members by record, through webdataset; ends early, the reason in `faults`, where the file is damaged."""
+
+    def stop_reading(error: Exception) -> bool:
+        # webdataset adds the stream's repr to the message behind " @ "
+        faults.append(str(error.args[0]).split(" @ ")[0] if error.args else type(error).__name__)
+        return False
+
+    if not path.is_file():  # opening a pipe or a device could block for ever
+        faults.append("there is no such file")
+        return
+    try:
+        with path.open("rb") as stream:
+            if stream.read(512)[257:262] != b"ustar":
+                faults.append("it is not an uncompressed tar file")
+                return
+            stream.seek(0)
+            members = tar_file_expander(
+                [{"url": path.name, "stream": stream}], handler=stop_reading, select_files=selector
+            )
+            yield from group_by_keys(members, handler=stop_reading)
+    except OSError as error:
+        faults.append(str(error))
+
+
+class _HashingFile:
+    """The write side of a file that hashes and counts what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+class _OpenShard:
+    """A shard that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.samples = 0
+        self._file = path.open("wb")
+        self._hashed = _HashingFile(self._file)
+        # Time and owner are fixed so that the same samples give the same bytes. The members are bytes already
+        # (encoder=False). The GNU format holds keys of more than 100 characters, which webdataset's default does not.
+        self._tar = TarWriter(self._hashed, encoder=False, mtime=0, user="nobody", group="nobody", format="GNU_FORMAT")
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        self._tar.write({"__key__": key, **members})
+        self.samples += 1
+
+    def close(self) -> None:
+        with self._file:
+            self._tar.close()
+
+    def entry(self) -> ShardEntry:
+        return ShardEntry(self.path.name, self.samples, self._hashed.bytes, self._hashed.sha256)
+
+
+class _ShardWriter:
+    """Spreads encoded samples over shards in `folder`; close it (leave its context) before `shards` is read."""
+
+    def __init__(self, folder: Path, samples_per_shard: int) -> None:
+        self.shards: list[ShardEntry] = []
+        self.labels: set[str] = set()
+        self.captions = 0
+        self._folder = folder
+        self._limit = samples_per_shard
+        self._keys: set[str] = set()
+        self._open: _OpenShard | None = None
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close_shard()
+        elif self._open is not None:
+            self._open.close()
+
+    def write(self, sample: Sample, members: Mapping[str, bytes]) -> None:
+        if sample.key in self._keys:
+            raise ShardError(
+                f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to be "
+                "unique in a data set: remove the duplicate from the source or make its keys distinct"
+            )
+        self._keys.add(sample.key)
+        if self._open is None:
+            self._open = _OpenShard(self._folder / f"shard-{len(self.shards):06d}.tar")
+        self._open.write(sample.key, members)
+        self.captions += len(sample.captions)
+        self.labels.update(region.label for region in sample.regions)
+        if self._open.samples == self._limit:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self.shards.append(self._open.entry())
+            self._open = None
+
+
+def _write_sample(writer: _ShardWriter, sample: Sample, left_out: Counter[str]) -> None:
+    try:
+        members = encode_sample(sample)
+    except RecordError as error:
+        left_out[BROKEN_RECORD] += 1
+        if left_out[BROKEN_RECORD] <= _LOGGED_RECORDS:
+            _log.warning("left out: %s", error)
+        return
+    writer.write(sample, members)
+
+
+def _progress_bar(enabled: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ShardsExistError(f"{out}: is a file; choose another folder for the shards")
+    if (out / MANIFEST_NAME).is_file():
+        if not overwrite:
+            raise ShardsExistError(f"{out}: already holds shards; choose another folder, or overwrite them")
+    elif any(out.iterdir()):
+        raise ShardsExistError(f"{out}: is not empty and holds no shards of this project; choose another folder")
+
+
+def _publish(partial: Path, out: Path, overwrite: bool) -> None:
+    """Give the finished folder its name; what was there comes back if that fails."""
+    _check_target(out, overwrite)  # another process may have been faster
+    retired = out.parent / f".{out.name}.retired-{uuid.uuid4().hex[:8]}"
+    replaces = out.exists()
+    if replaces:
+        out.rename(retired)
+    try:
+        partial.rename(out)
+    except OSError as error:
+        if replaces and not out.exists():
+            retired.rename(out)
+        raise ShardsExistError(f"{out}: could not be put in place ({error}); run again") from error
+    if replaces:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_size(path: Path, entry: ShardEntry) -> None:
+    if not path.is_file():
+        raise ShardError(f"{path}: the shard is missing; copy it again or prepare the shards again")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise ShardError(
+            f"{path}: has {size} bytes, the manifest says {entry.bytes}; copy it again or prepare the shards again"
+        )
+
+
+def _parse_manifest(record: Any, path: Path) -> Manifest:
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != MANIFEST_VERSION:
+        raise ShardError(
+            f"{path}: manifest version {version!r}, expected {MANIFEST_VERSION}; prepare the shards again with this "
+            "release"
+        )
+    try:
+        manifest = Manifest(
+            name=record["name"],
+            shards=tuple(
+                ShardEntry(shard["name"], shard["samples"], shard["bytes"], shard["sha256"])
+                for shard in record["shards"]
+            ),
+            labels=tuple(record["labels"]),
+            left_out=dict(record["left_out"]),
+            captions=record["captions"],
+        )
+    except ShardError as error:
+        raise ShardError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(
+            f"{path}: field missing or of the wrong type ({error!r}); restore the file or prepare the shards again"
+        ) from error
+    if fault := _find_fault(manifest):
+        raise ShardError(f"{path}: {fault}; restore the file or prepare the shards again")
+    return manifest
+
+
+def _find_fault(manifest: Manifest) -> str | None:
+    names = [entry.name for entry in manifest.shards]
+    checks = {
+        "'name' is not a text": isinstance(manifest.name, str),
+        "no shard is listed": bool(names),
+        "a shard is listed twice": len(set(names)) == len(names),
+        "'labels' are not sorted texts": all(isinstance(label, str) for label in manifest.labels)
+        and list(manifest.labels) == sorted(set(manifest.labels)),
+        "'captions' is not a count": _is_count(manifest.captions, 0),
+        "'left_out' does not hold counts": all(_is_count(count, 0) for count in manifest.left_out.values()),
+    }
+    return next((fault for fault, holds in checks.items() if not holds), None)

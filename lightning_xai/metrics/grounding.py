@@ -1,0 +1,383 @@
+"""How much of a phrase's attribution falls into the box of the object it names: gamma and rho.
+
+Definitions: "Explaining caption-image interactions in CLIP models with second-order attributions", section 4.2. The
+formulas stand here once, as functions; `GroundingMetric` only accumulates what they return.
+
+Shapes: R rows (a phrase and the object it names), H x W the patch grid of the map, h x w the image in pixels.
+Boxes are (x0, y0, x1, y1) in pixels of the image that the model saw, x to the right and y down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_xai.data.batch import LeftOut
+
+__all__ = [
+    "ClassGrounding",
+    "GroundingMetric",
+    "GroundingSummary",
+    "gamma",
+    "larger_than_patch",
+    "measurable",
+    "patch_mask",
+    "rho",
+]
+
+
+def patch_mask(boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """The patches that a box covers: its edges moved to the nearest patch edge, but never less than one patch.
+
+    Rounding both edges keeps a box's area right on average over its positions; taking every patch that the box
+    touches would enlarge it by about a patch per axis, and gamma with it. An edge in the middle of a patch moves up,
+    whichever edge it is, so that a shift by one patch shifts the mask by one patch. On an axis where both edges meet,
+    the patch under the box's centre is taken.
+
+    Args:
+        boxes: [R, 4] pixels; the part outside the image is cut off.
+        grid: (H, W).
+        image_size: (h, w) pixels.
+
+    Returns:
+        [R, H, W] bool.
+
+    Raises:
+        ValueError: boxes are not [R, 4] or not finite.
+
+    Example:
+        >>> patch_mask(torch.tensor([[7.0, 0.0, 25.0, 9.0]]), (2, 3), (32, 48)).int()
+        tensor([[[1, 1, 0],
+                 [0, 0, 0]]], dtype=torch.int32)
+    """
+    x0, y0, x1, y1 = _in_patches(boxes, grid, image_size)
+    columns = _covered(x0, x1, grid[1])
+    rows = _covered(y0, y1, grid[0])
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def larger_than_patch(boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """Whether the part of a box inside the image has more area than one patch.
+
+    Args:
+        boxes: [R, 4] pixels.
+        grid: (H, W).
+        image_size: (h, w) pixels.
+
+    Returns:
+        [R] bool; a box of exactly one patch's area is not larger.
+
+    Raises:
+        ValueError: boxes are not [R, 4] or not finite.
+
+    Example:
+        >>> boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 16.0, 17.0]])
+        >>> larger_than_patch(boxes, (2, 3), (32, 48))
+        tensor([False,  True])
+    """
+    x0, y0, x1, y1 = _in_patches(boxes, grid, image_size)
+    return (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0) > 1
+
+
+def measurable(reason: Tensor, boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
+    """Turn MEASURED into SMALLER_THAN_PATCH where the box has no more area than a patch; keep every other reason.
+
+    Args:
+        reason: [R] int64, values of `LeftOut`.
+        boxes: [R, 4] pixels.
+        grid: (H, W).
+        image_size: (h, w) pixels.
+
+    Returns:
+        [R] int64.
+
+    Raises:
+        ValueError: boxes are not [R, 4] or not finite.
+
+    Example:
+        >>> reason = torch.tensor([LeftOut.MEASURED, LeftOut.MEASURED, LeftOut.NOT_MENTIONED])
+        >>> boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0]])
+        >>> [LeftOut(value).name for value in measurable(reason, boxes, (4, 4), (32, 32)).tolist()]
+        ['MEASURED', 'SMALLER_THAN_PATCH', 'NOT_MENTIONED']
+    """
+    small = (reason == LeftOut.MEASURED) & ~larger_than_patch(boxes, grid, image_size)
+    return reason.masked_fill(small, int(LeftOut.SMALLER_THAN_PATCH))
+
+
+def gamma(maps: Tensor, masks: Tensor) -> Tensor:
+    """The share of a map's positive part that lies inside the mask (section 4.2 of the paper).
+
+    Args:
+        maps: [R, H, W] signed attributions.
+        masks: [R, H, W] bool, from `patch_mask`.
+
+    Returns:
+        [R] float64 (float32 on devices without it) in [0, 1], higher is better; NaN where the map has no positive
+        entry.
+
+    Raises:
+        ValueError: the shapes differ, or an attribution is not finite.
+
+    Example:
+        >>> maps = torch.tensor([[[3.0, 1.0], [-9.0, 0.0]], [[-1.0, 0.0], [0.0, -2.0]]])
+        >>> masks = torch.tensor([[[True, False], [True, False]]]).expand(2, 2, 2)
+        >>> gamma(maps, masks)
+        tensor([0.7500,    nan], dtype=torch.float64)
+    """
+    _check_maps(maps, masks)
+    positive = maps.detach().clamp(min=0).to(_widest_float(maps.device))
+    inside = positive.masked_fill(~masks, 0).sum(dim=(1, 2))
+    return inside / positive.sum(dim=(1, 2))
+
+
+def rho(maps: Tensor, masks: Tensor) -> Tensor:
+    """Whether the largest entry of a map lies inside the mask (section 4.2 of the paper).
+
+    Where several entries are largest, all of them have to lie inside: which one a search meets first says nothing
+    about the model. A map without a positive entry has no hit (its gamma is NaN, and the metric leaves it out).
+
+    Args:
+        maps: [R, H, W] signed attributions.
+        masks: [R, H, W] bool, from `patch_mask`.
+
+    Returns:
+        [R] bool.
+
+    Raises:
+        ValueError: the shapes differ, or an attribution is not finite.
+
+    Example:
+        >>> maps = torch.tensor([[[3.0, 1.0], [-9.0, 0.0]], [[1.0, 2.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]])
+        >>> masks = torch.tensor([[[True, False], [True, False]]]).expand(3, 2, 2)
+        >>> rho(maps, masks)
+        tensor([ True, False, False])
+    """
+    _check_maps(maps, masks)
+    largest = maps.detach().flatten(1).amax(dim=1)
+    outside = maps.detach().masked_fill(masks, -torch.inf).flatten(1).amax(dim=1)
+    return (largest > outside) & (largest > 0)
+
+
+@dataclass  # not frozen: torchmetrics copies what compute returns field by field
+class ClassGrounding:
+    """The grounding of a set of pairs; fractions in [0, 1], higher is better, NaN where there is no pair.
+
+    Attributes:
+        pairs: the pairs measured.
+        gamma_mean: mean over pairs.
+        gamma_std: sample standard deviation over pairs (divided by pairs - 1); NaN below two pairs.
+        gamma_above_50: share of pairs with gamma > 0.5.
+        gamma_above_80: share of pairs with gamma > 0.8.
+        rho: share of pairs whose largest attribution lies inside the box.
+    """
+
+    pairs: int
+    gamma_mean: float
+    gamma_std: float
+    gamma_above_50: float
+    gamma_above_80: float
+    rho: float
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers to log, by name; the same names whether or not anything was measured."""
+        return {
+            "gamma_mean": self.gamma_mean,
+            "gamma_above_50": self.gamma_above_50,
+            "gamma_above_80": self.gamma_above_80,
+            "rho": self.rho,
+            "grounding_pairs": float(self.pairs),
+        }
+
+
+@dataclass
+class GroundingSummary(ClassGrounding):
+    """The grounding over all pairs, what was left out, and the same per class.
+
+    Attributes:
+        left_out: rows that were not measured, by reason (every reason of `LeftOut` but MEASURED, in lower case).
+        per_class: label -> its grounding, for every label in the order given to the metric.
+    """
+
+    left_out: dict[str, int]
+    per_class: dict[str, ClassGrounding]
+
+
+# gamma enters the sums as a whole number of 2^-40: integer sums do not depend on the order, so that the result is the
+# same to the last bit at any world size and batch size. A square has up to 80 bits and is kept as the three products
+# of the halves; 2^23 pairs with gamma = 1 (8 million a class) fill an int64.
+_FRACTION_BITS = 40
+_HALF_BITS = _FRACTION_BITS // 2
+_COLUMNS = 8  # pairs, gamma, high^2, high * low, low^2, gamma > 0.5, gamma > 0.8, hits
+
+
+class GroundingMetric(Metric):
+    """Accumulates gamma and rho per class; the same result on one process and on many.
+
+    The states are int64 counts and fixed-point sums (a step of 2^-40, an error below 1e-12), so they need no float64
+    on the device, and converting the model that holds the metric to another precision does not touch them.
+
+    Args:
+        label_names: the classes; `label` in `update` counts into this sequence.
+
+    Raises:
+        ValueError: a name is given twice.
+
+    Example:
+        >>> metric = GroundingMetric(["dog", "cat"])
+        >>> reason = torch.tensor([LeftOut.MEASURED, LeftOut.MEASURED, LeftOut.SPAN_CUT_OFF])
+        >>> metric.update(
+        ...     torch.tensor([0.5, 0.75, 0.0]), torch.tensor([False, True, False]), torch.tensor([0, 0, 1]), reason
+        ... )
+        >>> summary = metric.compute()
+        >>> summary.pairs, summary.gamma_mean, summary.gamma_above_50, summary.rho, summary.left_out["span_cut_off"]
+        (2, 0.625, 0.5, 0.5, 1)
+        >>> summary.per_class["cat"].pairs
+        0
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    totals: Tensor
+    reasons: Tensor
+
+    def __init__(self, label_names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.label_names = tuple(label_names)
+        if len(set(self.label_names)) != len(self.label_names):
+            repeated = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
+            raise ValueError(f"label names have to differ; given more than once: {repeated}")
+        self.add_state("totals", torch.zeros(len(self.label_names), _COLUMNS, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("reasons", torch.zeros(len(LeftOut), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> GroundingMetric:
+        """Does nothing: the states are integers at any precision."""
+        return self
+
+    def update(self, gamma: Tensor, hit: Tensor, label: Tensor, reason: Tensor) -> None:
+        """Add rows; a measured row without a gamma (NaN) counts as NO_POSITIVE.
+
+        Args:
+            gamma: [R] float, in [0, 1] or NaN where measured; anything elsewhere.
+            hit: [R] bool, from `rho`.
+            label: [R] int64, index into `label_names` where measured; anything elsewhere.
+            reason: [R] int64, values of `LeftOut`, from `measurable`. Rows that are not MEASURED are only counted.
+
+        Raises:
+            ValueError: shapes differ, or a measured row has a gamma outside [0, 1] or an unknown label, or a reason
+                is unknown.
+        """
+        shapes = [tuple(tensor.shape) for tensor in (gamma, hit, label, reason)]
+        if gamma.ndim != 1 or len(set(shapes)) != 1:
+            raise ValueError(f"GroundingMetric.update expects gamma, hit, label and reason, each [R]; got {shapes}")
+        device = self.totals.device
+        gamma, hit, label, reason = (tensor.detach().to(device) for tensor in (gamma, hit, label, reason))
+        known = torch.arange(len(LeftOut), device=device)
+        if not torch.isin(reason, known).all():
+            raise ValueError(
+                f"reason holds values that are not in LeftOut (0 to {len(LeftOut) - 1}): {reason.tolist()}"
+            )
+        no_positive = (reason == LeftOut.MEASURED) & gamma.isnan()
+        reason = reason.masked_fill(no_positive, int(LeftOut.NO_POSITIVE))
+        measured = reason == LeftOut.MEASURED
+        rows = self._rows(gamma[measured], hit[measured], label[measured])
+        # Out of place: a state made under inference_mode could not be changed outside of it.
+        self.totals = self.totals.index_add(0, label[measured], rows)
+        self.reasons = self.reasons + (reason[:, None] == known).sum(dim=0)
+
+    def compute(self) -> GroundingSummary:
+        """The grounding over everything added since the last reset, on all ranks; NaN where there is no pair."""
+        totals: list[list[int]] = self.totals.tolist()
+        overall = _grounding([sum(column) for column in zip(*totals, strict=True)] or [0] * _COLUMNS)
+        counts: list[int] = self.reasons.tolist()
+        return GroundingSummary(
+            **vars(overall),
+            left_out={why.name.lower(): counts[why] for why in LeftOut if why is not LeftOut.MEASURED},
+            per_class={name: _grounding(row) for name, row in zip(self.label_names, totals, strict=True)},
+        )
+
+    def _rows(self, gamma: Tensor, hit: Tensor, label: Tensor) -> Tensor:
+        """[n] each, all measured -> [n, columns] int64, what each pair adds to its class."""
+        if not ((gamma >= 0) & (gamma <= 1)).all():
+            raise ValueError(f"gamma is a fraction in [0, 1]; got values from {gamma.min()} to {gamma.max()}")
+        if not ((label >= 0) & (label < len(self.label_names))).all():
+            raise ValueError(
+                f"label counts into the {len(self.label_names)} label names; "
+                f"got values from {label.min()} to {label.max()}"
+            )
+        fixed = (gamma * 2**_FRACTION_BITS).round().long()
+        high, low = fixed >> _HALF_BITS, fixed & (2**_HALF_BITS - 1)
+        columns = [torch.ones_like(fixed), fixed, high * high, high * low, low * low, gamma > 0.5, gamma > 0.8, hit]
+        return torch.stack([column.long() for column in columns], dim=1)
+
+
+def _grounding(row: Sequence[int]) -> ClassGrounding:
+    """One row of the totals (exact integers) -> means; Python's integers do not overflow."""
+    pairs, total, high_high, high_low, low_low, above_50, above_80, hits = row
+    if pairs == 0:
+        return ClassGrounding(0, math.nan, math.nan, math.nan, math.nan, math.nan)
+    squares = (high_high << 2 * _HALF_BITS) + (high_low << _HALF_BITS + 1) + low_low
+    variance = (
+        (pairs * squares - total * total) / (pairs * (pairs - 1) << 2 * _FRACTION_BITS) if pairs > 1 else math.nan
+    )
+    return ClassGrounding(
+        pairs=pairs,
+        gamma_mean=total / (pairs << _FRACTION_BITS),
+        gamma_std=math.sqrt(variance),
+        gamma_above_50=above_50 / pairs,
+        gamma_above_80=above_80 / pairs,
+        rho=hits / pairs,
+    )
+
+
+def _in_patches(
+    boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes cut to the image, in units of patches: x0, y0, x1, y1, each [R]."""
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes have to be [R, 4] (x0, y0, x1, y1) in pixels; got {tuple(boxes.shape)}")
+    if not torch.isfinite(boxes).all():
+        raise ValueError("a box is not finite; boxes have to be (x0, y0, x1, y1) in pixels of the transformed image")
+    x0, y0, x1, y1 = boxes.detach().to(_widest_float(boxes.device)).unbind(dim=1)
+    (rows, columns), (height, width) = grid, image_size
+    return (
+        (x0 * columns / width).clamp(0, columns),
+        (y0 * rows / height).clamp(0, rows),
+        (x1 * columns / width).clamp(0, columns),
+        (y1 * rows / height).clamp(0, rows),
+    )
+
+
+def _covered(start: Tensor, end: Tensor, patches: int) -> Tensor:
+    """Start and end [R] of an interval in patches -> [R, patches] bool."""
+    # Not torch.round: it moves halves to the even neighbour, so equal boxes would differ in size by their position.
+    first, last = (start + 0.5).floor(), (end + 0.5).floor()
+    centre = ((start + end) / 2).floor().clamp(max=patches - 1)
+    empty = last <= first
+    first, last = torch.where(empty, centre, first), torch.where(empty, centre + 1, last)
+    position = torch.arange(patches, device=start.device)
+    return (position >= first[:, None]) & (position < last[:, None])
+
+
+def _check_maps(maps: Tensor, masks: Tensor) -> None:
+    if maps.ndim != 3 or maps.shape != masks.shape or masks.dtype != torch.bool:
+        raise ValueError(
+            "expected maps [R, H, W] and bool masks of the same shape; got "
+            f"{tuple(maps.shape)} and {tuple(masks.shape)} {masks.dtype}"
+        )
+    finite = torch.isfinite(maps).flatten(1).all(dim=1)
+    if not finite.all():
+        raise ValueError(
+            f"the attribution of {int((~finite).sum())} of {len(maps)} rows is not finite (NaN or infinite); "
+            "check the model's weights: a training run that diverged leaves NaN in them"
+        )
+
+
+def _widest_float(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64

@@ -1,0 +1,548 @@
+"""Pictures of a run: heat maps over images with the phrase they belong to, their change over epochs, curves.
+
+Figures are made with matplotlib's objects on the Agg canvas, never through pyplot: a training process draws many of
+them, beside whatever plotting of its own the user does. Nothing here needs torch.
+
+Sheets are laid out by hand in pixels of the finished picture. Images are scaled to that size once and then shown pixel
+for pixel, so that small images stay crisp, and a caption's lines are broken by the measured width of their text.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from lightning_xai.report.tables import epoch_name, replaced_at_once
+
+Box = tuple[float, float, float, float]
+Heat = NDArray[np.floating]
+
+DPI = 128
+_RED = np.array([0.86, 0.08, 0.10], dtype=np.float32)
+_BLUE = np.array([0.10, 0.25, 0.90], dtype=np.float32)
+_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+_MOST_OPAQUE = 0.85
+_YELLOW = (255, 214, 10)
+_HIGHLIGHT = "#ffe680"
+_FONT_PT = 9.0
+_LINE = 19  # pixels from one line of text to the next at that size and DPI
+_GAP = 16
+_HEAD, _FOOT = 44, 88  # pixels above the first row (the title) and below the last one (the colour bar)
+_NARROWEST = 480  # so that the colour bar's note fits
+_HIT, _MISS = "#1a7f37", "#8a8a8a"
+_CURVES = {
+    "gamma_mean": ("γ mean", "#4d4d4d", "--"),
+    "gamma_above_50": ("γ > 0.5", "#d55e00", "-"),
+    "gamma_above_80": ("γ > 0.8", "#cc79a7", "-"),
+    "rho": ("ρ", "#0072b2", "-"),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One phrase of a caption and the object that it names.
+
+    Attributes:
+        image: [H, W, 3] floats in [0, 1], as the model saw it.
+        phrase: the words, for instance `"a red ring"`.
+        caption: the whole caption.
+        spans: character spans `(start, end)` of the phrase in the caption (end exclusive).
+        box: `(x0, y0, x1, y1)` of the object in pixels of `image`; None where there is none.
+        key: names the image.
+    """
+
+    image: NDArray[np.floating]
+    phrase: str
+    caption: str
+    spans: tuple[tuple[int, int], ...] = ()
+    box: Box | None = None
+    key: str = ""
+
+
+def overlay(
+    image: NDArray[np.floating], heat: Heat, box: Box | None = None, vmax: float | None = None
+) -> NDArray[np.uint8]:
+    """Lay a signed heat map over an image: red is positive, blue negative, and stronger colour a larger magnitude.
+
+    The image is shown with little of its own colour, or a red object could not be told from a red patch. The map is
+    interpolated linearly between patch centres, which adds no extremum and no sign of its own. A map that says nothing
+    (`heat_fault`) leaves the image as it is, with the box: say so beside the picture.
+
+    Args:
+        image: [H, W, 3] floats in [0, 1].
+        heat: [h, w] at patch resolution; covers the whole image.
+        box: `(x0, y0, x1, y1)` in pixels, outlined in yellow.
+        vmax: the magnitude of the strongest colour; by default the map's largest. Larger values are drawn as this one.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: the image or the map has another shape, the map is empty, or `vmax` is not positive.
+
+    >>> picture = overlay(np.ones((4, 4, 3)), np.array([[1.0, -1.0]]))
+    >>> [bool(picture[0, 0].argmax() == 0), bool(picture[0, 3].argmax() == 2)]
+    [True, True]
+    """
+    image = _checked_image(image)
+    heat = np.asarray(heat, dtype=np.float32)
+    if heat.ndim != 2 or not heat.size:
+        raise ValueError(f"heat: expected one map [h, w], got the shape {heat.shape}")
+    if vmax is not None and not vmax > 0:
+        raise ValueError(f"vmax: expected a positive magnitude, got {vmax}; leave it out for the map's own largest")
+    if heat_fault(heat) is None:
+        scaled = np.clip(heat / (vmax or float(np.abs(heat).max())), -1, 1)
+        height, width = image.shape[:2]
+        scaled = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
+        image = _tinted(_muted(image), scaled)
+    return _outlined(_to_uint8(image), box)
+
+
+def heat_fault(heat: Heat) -> str | None:
+    """Why a map shows nothing, in words for its title, or None where it shows something.
+
+    >>> [heat_fault(np.zeros((7, 7))), heat_fault(np.array([[0.0, np.nan]])), heat_fault(np.array([[0.0, 1.0]]))]
+    ['constant map', 'map not finite', None]
+    """
+    if not np.isfinite(heat).all():
+        return "map not finite"
+    return "constant map" if np.ptp(heat) == 0 else None
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 ... count - 1, evenly spread, with the first and the last.
+
+    >>> [evenly(4, 6), evenly(11, 6), evenly(50, 2), evenly(3, 1)]
+    [[0, 1, 2, 3], [0, 2, 4, 6, 8, 10], [0, 49], [2]]
+    """
+    if count <= most:
+        return list(range(count))
+    if most == 1:
+        return [count - 1]
+    return [round(step * (count - 1) / (most - 1)) for step in range(most)]
+
+
+def example_sheet(
+    examples: Sequence[Example],
+    heats: Sequence[Heat],
+    gammas: Sequence[float],
+    title: str,
+    *,
+    hits: Sequence[bool] | None = None,
+    columns: int = 4,
+    side: int = 320,
+) -> Figure:
+    """Heat maps side by side, each with its caption (the phrase highlighted), gamma and whether it hit.
+
+    Args:
+        examples: what to show, in reading order.
+        heats: one signed [h, w] map for each example.
+        gammas: one for each example, in [0, 1]; NaN where it does not exist.
+        title: stands above the sheet.
+        hits: whether the largest entry lies inside the box, one for each example; left out, no mark is drawn.
+        columns: at most so many side by side.
+        side: pixels of a picture's longer side.
+
+    Raises:
+        ValueError: the sequences differ in length or are empty.
+    """
+    _check_lengths(len(examples), heats=heats, gammas=gammas, **({} if hits is None else {"hits": hits}))
+    columns = min(columns, len(examples))
+    across = max(_sheet_width(columns, side), _NARROWEST)
+    left = (across - columns * (side + _GAP) - _GAP) // 2 + _GAP
+    captions = [_wrap(example.caption, example.spans, side) for example in examples]
+    rows = [range(start, min(start + columns, len(examples))) for start in range(0, len(examples), columns)]
+    text_lines = [max(len(captions[i]) for i in row) + 1 for row in rows]
+    sheet = _Sheet(across, _HEAD + sum(side + _LINE * lines + 2 * _GAP for lines in text_lines) + _FOOT)
+    sheet.title(title)
+    y = _HEAD
+    for row, lines in zip(rows, text_lines, strict=True):
+        for place, i in enumerate(row):
+            x = left + place * (side + _GAP)
+            sheet.heat_panel(examples[i], heats[i], (x, y), side)
+            sheet.verdict(gammas[i], None if hits is None else hits[i], heat_fault(heats[i]), (x, y + side + 6))
+            sheet.caption(captions[i], (x, y + side + 6 + _LINE))
+        y += side + _LINE * lines + 2 * _GAP
+    sheet.colour_bar()
+    return sheet.figure
+
+
+def progress_sheet(
+    examples: Sequence[Example],
+    heats: Sequence[Sequence[Heat]],
+    epoch_names: Sequence[str],
+    gammas: Sequence[Sequence[float]],
+    title: str = "",
+    *,
+    hits: Sequence[Sequence[bool]] | None = None,
+    columns: int = 7,
+    side: int = 256,
+) -> Figure:
+    """How the heat maps move while the model learns: a row for each example, a column for each epoch.
+
+    Args:
+        examples: the rows.
+        heats: [epoch][example] signed [h, w] maps.
+        epoch_names: the columns' headings, for instance `"before"`, `"epoch 1"`.
+        gammas: [epoch][example], in [0, 1]; NaN where it does not exist.
+        title: stands above the sheet.
+        hits: [epoch][example], whether the largest entry lies inside the box; left out, no mark is drawn.
+        columns: at most so many, the plain image's included; the epochs shown are spread evenly from first to last.
+        side: pixels of a picture's longer side.
+
+    Raises:
+        ValueError: the sequences differ in length or are empty, or there is no room for one epoch.
+    """
+    if columns < 2:
+        raise ValueError(f"columns: expected at least 2 (the image and one epoch), got {columns}")
+    _check_lengths(len(epoch_names), heats=heats, gammas=gammas, **({} if hits is None else {"hits": hits}))
+    for epoch in range(len(epoch_names)):
+        hits_of_epoch = {} if hits is None else {"hits": hits[epoch]}
+        _check_lengths(len(examples), heats=heats[epoch], gammas=gammas[epoch], **hits_of_epoch)
+    epochs = evenly(len(epoch_names), columns - 1)
+    across = max(_sheet_width(len(epochs) + 1, side), _NARROWEST)
+    captions = [_wrap(example.caption, example.spans, across - 2 * _GAP) for example in examples]
+    heights = [_LINE * (len(lines) + 1) + side + 6 + _GAP for lines in captions]
+    sheet = _Sheet(across, _HEAD + _LINE + sum(heights) + _FOOT)
+    sheet.title(title)
+    for place, name in enumerate(["image", *(epoch_names[epoch] for epoch in epochs)]):
+        sheet.text(name, (_GAP + place * (side + _GAP) + side / 2, _HEAD), ha="center", weight="bold")
+    y = _HEAD + _LINE + 6
+    for i, example in enumerate(examples):
+        sheet.caption(captions[i], (_GAP, y))
+        below = y + _LINE * len(captions[i])
+        sheet.image_panel(example, (_GAP, below), side)
+        for place, epoch in enumerate(epochs, start=1):
+            x = _GAP + place * (side + _GAP)
+            heat, hit = heats[epoch][i], None if hits is None else hits[epoch][i]
+            sheet.heat_panel(example, heat, (x, below), side)
+            sheet.verdict(gammas[epoch][i], hit, heat_fault(heat), (x, below + side + 4))
+        y += heights[i]
+    sheet.colour_bar()
+    return sheet.figure
+
+
+def progress_gif(
+    path: Path,
+    examples: Sequence[Example],
+    heats: Sequence[Sequence[Heat]],
+    epoch_names: Sequence[str],
+    gammas: Sequence[Sequence[float]],
+    *,
+    hits: Sequence[Sequence[bool]] | None = None,
+    side: int = 192,
+    seconds: float = 0.8,
+) -> None:
+    """Write an animated GIF with one `example_sheet` for each epoch; the last one stays three times as long.
+
+    Args:
+        path: ends in `.gif`; its folder is made where it does not exist.
+        examples: what every frame shows.
+        heats: [epoch][example] signed [h, w] maps.
+        epoch_names: the frames' titles.
+        gammas: [epoch][example], in [0, 1]; NaN where it does not exist.
+        hits: [epoch][example], whether the largest entry lies inside the box; left out, no mark is drawn.
+        side: pixels of a picture's longer side.
+        seconds: how long a frame stays.
+
+    Raises:
+        ValueError: the sequences differ in length or are empty.
+    """
+    _check_lengths(len(epoch_names), heats=heats, gammas=gammas, **({} if hits is None else {"hits": hits}))
+    frames = []
+    for epoch, name in enumerate(epoch_names):
+        marks = None if hits is None else hits[epoch]
+        sheet = example_sheet(examples, heats[epoch], gammas[epoch], name, hits=marks, side=side)
+        # Without dithering equal areas stay equal from frame to frame, which is what GIF compresses well.
+        frames.append(Image.fromarray(rasterize(sheet)).quantize(128, dither=Image.Dither.NONE))
+    durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(3000 * seconds)]
+    with replaced_at_once(path) as part:
+        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+
+
+def curves(rows: Sequence[Mapping[str, object]], title: str = "Grounding while the model learns") -> Figure:
+    """Gamma's mean, gamma > 0.5, gamma > 0.8 and rho in percent against the epoch.
+
+    Args:
+        rows: as for `tables.grounding_table`: `epoch` and the four fractions. A missing or NaN value leaves a gap.
+        title: stands above the axes.
+
+    Raises:
+        ValueError: there are no rows, or one has no `epoch`.
+    """
+    if not rows or not all("epoch" in row for row in rows):
+        raise ValueError(f"rows: expected at least one, each with an 'epoch'; got {[sorted(row) for row in rows]}")
+    epochs = [row["epoch"] for row in rows]
+    numbered = all(isinstance(epoch, (int, float)) for epoch in epochs)
+    places = np.array(epochs if numbered else range(len(rows)), dtype=float)
+    figure = Figure(figsize=(8.0, 4.2), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    highest = 0.0
+    for key, (name, colour, style) in _CURVES.items():
+        percent = np.array([_percent(row.get(key)) for row in rows])
+        if np.isnan(percent).all():
+            continue
+        highest = max(highest, float(np.nanmax(percent)))
+        first, last = percent[~np.isnan(percent)][[0, -1]]
+        label = f"{name}   {first:.1f} → {last:.1f} %"
+        axes.plot(places, percent, style, color=colour, marker="o", markersize=4, linewidth=2, label=label)
+    shown = [int(i) for i in evenly(len(rows), 11)]
+    axes.set_xticks(places[shown], [_tick(epochs[i]) for i in shown])
+    axes.set_ylim(0, min(100.0, 10 * math.ceil((highest + 4) / 10)))
+    axes.set_xlabel("finished epochs")
+    axes.set_ylabel("pairs [%]   (γ mean: share of the attribution [%])")
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=11, parse_math=False)
+    if axes.lines:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as it was laid out; the suffix chooses the format (`.png`, `.pdf`, `.svg`).
+
+    Raises:
+        ValueError: matplotlib does not know the suffix.
+    """
+    with replaced_at_once(path) as part:
+        figure.savefig(part, dpi=figure.dpi)
+
+
+def rasterize(figure: Figure) -> NDArray[np.uint8]:
+    """A figure as uint8 [H, W, 3], for loggers that take images."""
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib does not type the methods used here
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+class _Sheet:
+    """A figure in pixels counted from the top left corner, with the parts that sheets are made of."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(self.figure)
+
+    def text(self, text: str, at: tuple[float, float], **style: Any) -> None:
+        style = {"fontsize": _FONT_PT, "va": "top", **style}
+        x, y = at[0] / self.width, 1 - at[1] / self.height
+        self.figure.text(x, y, _printable(text), parse_math=False, **style)
+
+    def title(self, title: str) -> None:
+        # Bold letters at 12 points are about 1.5 times as wide as the plain ones that the ruler measures.
+        size = min(12.0, 12.0 * (self.width - 2 * _GAP) / max(1.5 * _text_width(_printable(title)), 1.0))
+        self.text(title, (self.width / 2, 12), ha="center", fontsize=size, weight="bold")
+
+    def picture(self, picture: NDArray[np.uint8], at: tuple[float, float], side: int) -> None:
+        """Show uint8 [h, w, 3] pixel for pixel, centred in the square at `at`."""
+        height, width = picture.shape[:2]
+        x, y = at[0] + (side - width) // 2, at[1] + (side - height) // 2
+        axes = self.figure.add_axes(self._rectangle(x, y, width, height))
+        axes.imshow(picture, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+
+    def image_panel(self, example: Example, at: tuple[float, float], side: int) -> None:
+        image, box = _fitted(example, side)
+        self.picture(_outlined(_to_uint8(image), box), at, side)
+
+    def heat_panel(self, example: Example, heat: Heat, at: tuple[float, float], side: int) -> None:
+        image, box = _fitted(example, side)
+        picture = overlay(image, heat, box)
+        if heat_fault(heat) is None:
+            picture = _marked(picture, heat)
+        self.picture(picture, at, side)
+
+    def verdict(self, gamma: float, hit: bool | None, fault: str | None, at: tuple[float, float]) -> None:
+        """The line below a heat map: gamma, and the mark of a hit or a miss."""
+        words = f"γ = {gamma:.2f}" if math.isfinite(gamma) else "no γ: nothing positive"
+        if fault:
+            words = f"no γ: {fault}"
+        if hit is None or fault:
+            self.text(words, at, color="0.25")
+        else:
+            self.text(f"{words}   {'✓ hit' if hit else '✗ miss'}", at, color=_HIT if hit else _MISS, weight="bold")
+
+    def caption(self, lines: Sequence[_Line], at: tuple[float, float]) -> None:
+        for number, line in enumerate(lines):
+            top = at[1] + number * _LINE
+            for start, end in line.spans:
+                right = _text_width(line.text[:end])
+                left = right - _text_width(line.text[start:end])
+                box = self._rectangle(at[0] + left - 2, top - 2, right - left + 4, _LINE - 1)
+                self.figure.add_artist(Rectangle(box[:2], box[2], box[3], color=_HIGHLIGHT, linewidth=0, zorder=1))
+            self.text(line.text, (at[0], top), zorder=2)
+
+    def colour_bar(self) -> None:
+        length = min(300, self.width - 4 * _GAP)
+        axes = self.figure.add_axes(self._rectangle((self.width - length) / 2, self.height - _FOOT + 14, length, 12))
+        bar = self.figure.colorbar(
+            ScalarMappable(Normalize(-1, 1), _colour_map()), cax=axes, orientation="horizontal", ticks=[-1, 0, 1]
+        )
+        bar.ax.set_xticklabels(["against", "0", "for the phrase"], fontsize=_FONT_PT - 1)
+        bar.outline.set_linewidth(0.5)
+        note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
+        if _text_width(note) > self.width - 2 * _GAP:
+            note = "relative to each map's largest (○); yellow: box"
+        self.text(note, (self.width / 2, self.height - 24), ha="center", fontsize=_FONT_PT - 1, color="0.35")
+
+    def _rectangle(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+        return x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a wrapped caption, and the parts of it that are highlighted."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def _wrap(caption: str, spans: Sequence[tuple[int, int]], width: float) -> list[_Line]:
+    """Break a caption at blanks (a word wider than the line anywhere), so that each line is at most `width` pixels."""
+    text = _printable(caption)
+    breaks, start = [0], 0
+    while _text_width(text[start:]) > width:
+        # Bisection, since the measured width grows with the number of characters.
+        low, high = start + 1, len(text)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if _text_width(text[start:middle]) <= width else (low, middle - 1)
+        blank = text.rfind(" ", start + 1, low + 1)
+        start = blank + 1 if blank > 0 else low
+        breaks.append(start)
+    lines = []
+    for begin, end in pairwise([*breaks, len(text)]):
+        line = text[begin:end].rstrip()
+        inside = [(max(first - begin, 0), min(last - begin, len(line))) for first, last in spans]
+        lines.append(_Line(line, tuple((first, last) for first, last in inside if first < last)))
+    return lines
+
+
+@cache
+def _ruler() -> Any:
+    canvas: Any = FigureCanvasAgg(Figure(dpi=DPI))
+    return canvas.get_renderer()
+
+
+def _text_width(text: str) -> float:
+    """Pixels that a text takes at `_FONT_PT`."""
+    return float(_ruler().get_text_width_height_descent(text, FontProperties(size=_FONT_PT), ismath=False)[0])
+
+
+def _printable(text: str) -> str:
+    """The text with line breaks and what no font can draw replaced one for one, so that character spans still hold."""
+    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+
+
+def _checked_image(image: NDArray[np.floating]) -> NDArray[np.float32]:
+    image = np.asarray(image, dtype=np.float32)
+    if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"image: expected [H, W, 3] floats in [0, 1], got the shape {image.shape}")
+    return image
+
+
+def _to_uint8(image: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _muted(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The image with an eighth of its colour and somewhat lighter: enough to recognise it by under a heat map."""
+    grey = (image @ _GREY_WEIGHTS)[..., None]
+    return np.clip(0.2 + 0.8 * (0.875 * grey + 0.125 * image), 0, 1)
+
+
+def _tinted(image: NDArray[np.float32], scaled: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Blend [..., 3] with red where `scaled` [...] in [-1, 1] is positive and with blue where it is negative."""
+    colour = np.where(scaled[..., None] > 0, _RED, _BLUE)
+    alpha = _MOST_OPAQUE * np.abs(scaled)[..., None]
+    return ((1 - alpha) * image + alpha * colour).astype(np.float32)
+
+
+def _colour_map() -> ListedColormap:
+    """What `overlay` makes of a light grey image, from the most negative to the most positive entry."""
+    scaled = np.linspace(-1, 1, 201, dtype=np.float32)
+    return ListedColormap(_tinted(np.full((201, 3), 0.85, dtype=np.float32), scaled).tolist())
+
+
+def _outlined(picture: NDArray[np.uint8], box: Box | None) -> NDArray[np.uint8]:
+    """Draw a box in yellow, with a dark line around it on pictures that have the room."""
+    if box is None:
+        return picture
+    height, width = picture.shape[:2]
+    x0, y0 = min(max(round(box[0]), 0), width - 1), min(max(round(box[1]), 0), height - 1)
+    x1, y1 = min(max(round(box[2]) - 1, x0), width - 1), min(max(round(box[3]) - 1, y0), height - 1)
+    drawn = Image.fromarray(picture)
+    pen = ImageDraw.Draw(drawn)
+    thickness = max(1, round(max(height, width) / 112))
+    if thickness > 1:
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=(0, 0, 0), width=thickness + 2)
+    pen.rectangle((x0, y0, x1, y1), outline=_YELLOW, width=thickness)
+    return np.array(drawn)
+
+
+def _marked(picture: NDArray[np.uint8], heat: Heat) -> NDArray[np.uint8]:
+    """Draw a small circle at the centre of the map's largest entry, the one that rho asks about."""
+    row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
+    x = (int(column) + 0.5) * picture.shape[1] / heat.shape[1]
+    y = (int(row) + 0.5) * picture.shape[0] / heat.shape[0]
+    drawn = Image.fromarray(picture)
+    pen = ImageDraw.Draw(drawn)
+    for radius, colour, thickness in ((6, (0, 0, 0), 4), (5, (255, 255, 255), 2)):
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=thickness)
+    return np.array(drawn)
+
+
+def _fitted(example: Example, side: int) -> tuple[NDArray[np.float32], Box | None]:
+    """The image scaled so that its longer side has `side` pixels, and the box with it.
+
+    Images of less than half that size are enlarged without smoothing: their pixels stay sharp squares.
+    """
+    image = _checked_image(example.image)
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    fitted = np.asarray(Image.fromarray(_to_uint8(image)).resize(size, method), dtype=np.float32) / np.float32(255)
+    if example.box is None:
+        return fitted, None
+    across, down = size[0] / width, size[1] / height
+    x0, y0, x1, y1 = example.box
+    return fitted, (x0 * across, y0 * down, x1 * across, y1 * down)
+
+
+def _sheet_width(columns: int, side: int) -> int:
+    return columns * (side + _GAP) + _GAP
+
+
+def _check_lengths(expected: int, **given: Sequence[object]) -> None:
+    if not expected:
+        raise ValueError("expected at least one example and one epoch, got none; leave the sheet out instead")
+    for name, values in given.items():
+        if len(values) != expected:
+            raise ValueError(f"{name}: expected {expected} entries, got {len(values)}")
+
+
+def _percent(value: object) -> float:
+    return 100 * float(value) if isinstance(value, numbers.Real) else math.nan
+
+
+def _tick(epoch: object) -> str:
+    return epoch_name(epoch) if epoch == 0 or isinstance(epoch, str) else f"{epoch:g}"

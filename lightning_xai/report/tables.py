@@ -1,0 +1,203 @@
+"""Tables of a run: grounding per epoch for the terminal, one line per pair as CSV.
+
+Nothing here needs torch: reports are read on machines that have no training environment.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import numbers
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+NO_VALUE = "–"
+PAIR_COLUMNS = ("index", "key", "caption_index", "caption", "phrase", "label", "reason", "gamma", "hit")
+
+# Key of a row -> heading; gamma's mean is a share, the paper prints the other three in percent.
+_GROUNDING_COLUMNS = {
+    "gamma_mean": "γ mean",
+    "gamma_above_50": "γ > 0.5 [%]",
+    "gamma_above_80": "γ > 0.8 [%]",
+    "rho": "ρ [%]",
+    "pairs": "pairs",
+}
+_PERCENT = ("gamma_above_50", "gamma_above_80", "rho", "recall", "accuracy")
+
+
+def is_percent(key: str) -> bool:
+    """Whether a row's value under `key` is a fraction in [0, 1] that reports print in percent.
+
+    >>> [is_percent(key) for key in ("rho", "text_to_image_recall@1", "gamma_mean", "val_loss")]
+    [True, True, False, False]
+    """
+    return any(part in key for part in _PERCENT)
+
+
+def epoch_name(epoch: object) -> str:
+    """How reports name the state of a model after `epoch` finished epochs; strings are kept.
+
+    >>> [epoch_name(epoch) for epoch in (0, 3, "zero-shot")]
+    ['before', 'epoch 3', 'zero-shot']
+    """
+    if isinstance(epoch, str):
+        return epoch
+    return "before" if epoch == 0 else f"epoch {epoch}"
+
+
+def format_value(key: str, value: object) -> str:
+    """One cell as text: fractions in percent with one digit, other floats with four significant digits.
+
+    >>> [format_value("rho", 0.5512), format_value("gamma_mean", 0.41), format_value("val_loss", 12.34567)]
+    ['55.1', '0.410', '12.35']
+    >>> [format_value("pairs", 3500), format_value("rho", float("nan")), format_value("rho", None)]
+    ['3500', '–', '–']
+    """
+    if value is None:
+        return NO_VALUE
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return str(value)
+    if isinstance(value, numbers.Integral) and not is_percent(key):
+        return str(int(value))
+    number = float(value)
+    if math.isnan(number):
+        return NO_VALUE
+    if is_percent(key):
+        return f"{100 * number:.1f}"
+    return f"{number:.3f}" if key == "gamma_mean" else f"{number:#.4g}"
+
+
+def grounding_table(rows: Sequence[Mapping[str, object]], title: str = "Grounding per epoch") -> Table:
+    """A table with one line per measurement, for `rich.print`.
+
+    Args:
+        rows: in the order to show. `epoch` is needed: the number of finished epochs (0: before training) or a name.
+            `gamma_mean`, `gamma_above_50`, `gamma_above_80` and `rho` are fractions in [0, 1], higher is better;
+            `pairs` is how many were measured. Every further key becomes a column of its own behind these (`val_loss`,
+            `image_to_text_recall@1`, ...), in the order of first appearance. Missing and NaN values show as a dash.
+        title: stands above the table.
+
+    Raises:
+        ValueError: a row has no `epoch`.
+
+    >>> from rich.console import Console
+    >>> row = {"epoch": 0, "gamma_mean": 0.25, "gamma_above_50": 0.04, "gamma_above_80": 0.0, "rho": 0.231, "pairs": 9}
+    >>> table = grounding_table([row, row | {"epoch": 1, "rho": 0.5, "val_loss": 3.21}])
+    >>> [str(column.header) for column in table.columns]
+    ['epoch', 'γ mean', 'γ > 0.5 [%]', 'γ > 0.8 [%]', 'ρ [%]', 'pairs', 'val loss']
+    >>> [str(cell) for cell in table.columns[4].cells]
+    ['23.1', '50.0']
+    """
+    for number, row in enumerate(rows):
+        if "epoch" not in row:
+            raise ValueError(f"row {number} has no 'epoch' (0: before training); it has {sorted(row)}")
+    extras = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _GROUNDING_COLUMNS]
+    headings = _GROUNDING_COLUMNS | {key: _heading(key) for key in extras if key != "epoch"}
+    table = Table(title=title)
+    table.add_column("epoch")
+    for heading in headings.values():
+        # Text, not str: rich would read a heading such as "ρ [%]" or a name in brackets as markup.
+        table.add_column(Text(heading), justify="right")
+    for row in rows:
+        cells = [epoch_name(row["epoch"]), *(format_value(key, row.get(key)) for key in headings)]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _heading(key: str) -> str:
+    name = key.replace("_", " ").replace("/", " ")
+    return f"{name} [%]" if is_percent(key) else name
+
+
+def per_pair_csv(path: Path, rows: Iterable[Mapping[str, object]], columns: Sequence[str] = PAIR_COLUMNS) -> int:
+    """Write one line per pair; a reader of `path` sees the whole table or the one before it, never a part.
+
+    Floats are written with `repr`, so that reading them gives the same number; NaN as `nan`, truth values as 1 and 0,
+    None and missing values as an empty field.
+
+    Args:
+        path: the CSV file (UTF-8); its folder is made where it does not exist.
+        rows: column -> value, drawn one at a time.
+        columns: the header, always written in this order, also where there are no rows.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        ValueError: a row has a column that the header does not name. An existing `path` is then left as it was.
+    """
+    count = 0
+    with (
+        replaced_at_once(path) as part,
+        # JSON allows lone surrogates, which are no UTF-8, in captions: spell them out rather than lose the table.
+        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for count, row in enumerate(rows, start=1):
+            unknown = row.keys() - set(columns)
+            if unknown:
+                raise ValueError(
+                    f"{path}, row {count}: unknown columns {sorted(unknown)}; the header is {list(columns)}"
+                )
+            writer.writerow([csv_field(row.get(column)) for column in columns])
+    return count
+
+
+def csv_field(value: object) -> str:
+    """A value as `per_pair_csv` writes it.
+
+    >>> [csv_field(value) for value in (0.1, True, 3, None, "a dog", float("nan"))]
+    ['0.1', '1', '3', '', 'a dog', 'nan']
+    """
+    if value is None:
+        return ""
+    if isinstance(value, numbers.Integral):  # bool included
+        return str(int(value))
+    if isinstance(value, numbers.Real):  # numpy's scalars included: their own repr is "np.float64(0.1)"
+        return repr(float(value))
+    return str(value)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read a table that `per_pair_csv` wrote: one dictionary per line, all values as text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file has no header, is no UTF-8 text, or a line has another number of fields than the header.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.reader(file, strict=True)
+            header = next(lines, None)
+            if not header:
+                raise ValueError(f"{path}: expected a header line, the file is empty; write the table again")
+            rows = []
+            for fields in lines:
+                if len(fields) != len(header):
+                    message = f"expected {len(header)} fields as in the header, found {len(fields)}"
+                    raise ValueError(f"{path}, line {lines.line_num}: {message}; write the table again")
+                rows.append(dict(zip(header, fields, strict=True)))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); write the table again") from error
+    return rows
+
+
+@contextmanager
+def replaced_at_once(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` at the end, and vanishes after an error.
+
+    The folder is made where it does not exist. The suffix stays, since some writers choose the format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

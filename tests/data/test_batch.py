@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import io
+import pickle
+from collections import Counter
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from PIL import Image
+
+from lightning_xai.data.batch import Batch, EvaluationCollate, LeftOut, Phrases, Record, TrainingCollate
+from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.sample import RecordError, Region, Sample, Span
+from lightning_xai.data.spans import CaptionTokenizer
+
+LABELS = ("cat", "dog", "kite", "person")
+TRANSFORM = ImageTransform(size=(32, 32))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+
+
+@pytest.fixture(scope="module")
+def evaluation(tokenizer: CaptionTokenizer) -> EvaluationCollate:
+    return EvaluationCollate(TRANSFORM, tokenizer, LABELS)
+
+
+def encode(image: Image.Image, image_format: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, image_format)
+    return stream.getvalue()
+
+
+def noise(size: tuple[int, int] = (64, 48), seed: int = 0, mode: str = "RGB") -> Image.Image:
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def spans_of(text: str, *captions: str) -> dict[int, tuple[Span, ...]]:
+    """Every place where `text` stands in the captions."""
+    found = {}
+    for index, caption in enumerate(captions):
+        starts = [i for i in range(len(caption)) if caption.startswith(text, i)]
+        if starts:
+            found[index] = tuple((start, start + len(text)) for start in starts)
+    return found
+
+
+def make_sample(key: str = "a", captions: tuple[str, ...] = ("a photo",), regions: tuple[Region, ...] = ()) -> Sample:
+    return Sample(key, encode(noise()), (64, 48), captions, regions, source=f"test/{key}.png")
+
+
+def rows(batch: Batch) -> list[tuple[int, str, LeftOut, str]]:
+    phrases = batch.phrases
+    return [
+        (caption, LABELS[label], LeftOut(reason), text)
+        for caption, label, reason, text in zip(
+            phrases.caption_row.tolist(), phrases.label.tolist(), phrases.reason.tolist(), phrases.text, strict=True
+        )
+    ]
+
+
+def test_every_caption_and_class_becomes_a_phrase(evaluation: EvaluationCollate) -> None:
+    captions = ("a dog and a cat", "the cat sleeps", "nothing here")
+    regions = (
+        Region("dog", (20, 10, 20, 16), spans_of("a dog", *captions)),
+        Region("cat", (30, 20, 10, 10), spans_of("cat", *captions)),
+        Region("kite", (30, 20, 10, 10)),
+    )
+    plain, named = make_sample("plain"), make_sample("named", captions, regions)
+    batch = evaluation([(7, plain), (8, named)])
+
+    assert rows(batch) == [
+        (1, "cat", LeftOut.MEASURED, "cat"),
+        (2, "cat", LeftOut.MEASURED, "cat"),
+        (1, "dog", LeftOut.MEASURED, "a dog"),
+        (-1, "kite", LeftOut.NOT_MENTIONED, ""),
+    ]
+    assert batch.captions == ["a photo", *captions]
+    assert batch.caption_image.tolist() == [0, 1, 1, 1]
+    assert batch.caption_index.tolist() == [0, 0, 1, 2]
+    assert batch.phrases.image_row.tolist() == [1, 1, 1, 1]
+    assert batch.label_names == LABELS
+    assert batch.index.tolist() == [7, 8]
+    assert len(batch.phrases) == 4
+
+
+def test_the_tokens_of_a_phrase_spell_it(evaluation: EvaluationCollate, tokenizer: CaptionTokenizer) -> None:
+    captions = ("A Dalmatian, running; and two cats!", "cats")
+    regions = (
+        Region("dog", (0, 0, 20, 16), spans_of("A Dalmatian", *captions)),
+        Region("cat", (0, 0, 20, 16), spans_of("two cats", *captions)),
+    )
+    batch = evaluation([(0, make_sample("a", captions, regions))])
+    spelled = [
+        tokenizer.decode(batch.tokens[row][mask])
+        for row, mask in zip(batch.phrases.caption_row, batch.phrases.span_mask, strict=True)
+    ]
+    assert spelled == ["two cats", "a dalmatian"]
+
+
+def test_boxes_go_through_the_same_geometry_as_pixels(evaluation: EvaluationCollate) -> None:
+    image = Image.new("RGB", (100, 60))
+    image.paste((255, 255, 255), (40, 15, 70, 45))
+    region = Region("dog", (40, 15, 30, 30), {0: ((0, 5),)})
+    batch = evaluation([(0, Sample("a", encode(image), (100, 60), ("a dog",), (region,)))])
+    white = TRANSFORM.denormalize(batch.images[0]).mean(0) > 0.5
+    x0, y0, x1, y1 = (round(edge) for edge in batch.phrases.boxes[0].tolist())
+    columns, lines = white.any(0).nonzero(), white.any(1).nonzero()
+    assert (x0, y0, x1, y1) == (int(columns[0]), int(lines[0]), int(columns[-1]) + 1, int(lines[-1]) + 1)
+
+
+def test_several_instances_and_crowds_are_left_out(evaluation: EvaluationCollate) -> None:
+    captions = ("a dog and people",)
+    regions = (
+        Region("dog", (10, 0, 20, 16), {0: ((2, 5),)}),
+        Region("dog", (20, 10, 20, 16)),
+        Region("person", (20, 10, 20, 16), {0: ((10, 16),)}, crowd=True),
+    )
+    assert rows(evaluation([(0, make_sample("a", captions, regions))])) == [
+        (0, "dog", LeftOut.SEVERAL_INSTANCES, "dog"),
+        (0, "person", LeftOut.SEVERAL_INSTANCES, "people"),
+    ]
+
+
+def test_a_cropped_box_is_left_out_and_a_touched_one_is_not(evaluation: EvaluationCollate) -> None:
+    regions = (
+        Region("dog", (0, 0, 7, 48), {0: ((0, 3),)}),  # 64 x 48 becomes 42 x 32 and loses 5 pixels on each side
+        Region("cat", (0, 0, 12, 48), {0: ((4, 7),)}),
+    )
+    batch = evaluation([(0, make_sample("a", ("dog cat",), regions))])
+    assert rows(batch) == [(0, "cat", LeftOut.MEASURED, "cat"), (0, "dog", LeftOut.OUTSIDE_CROP, "dog")]
+    x0, y0, x1, y1 = batch.phrases.boxes[0].tolist()
+    assert (x0, y0, y1) == (0, 0, 32)
+    assert x1 == pytest.approx(12 * 42 / 64 - 5, abs=1e-4)
+
+
+def test_spans_behind_the_context_are_left_out(evaluation: EvaluationCollate) -> None:
+    caption = "the dog " + "very " * 80 + "big cat and dog"
+    regions = (
+        Region("dog", (20, 10, 20, 16), spans_of("dog", caption)),
+        Region("cat", (20, 10, 20, 16), spans_of("cat", caption)),
+    )
+    batch = evaluation([(0, make_sample("a", (caption,), regions))])
+    assert rows(batch) == [
+        (0, "cat", LeftOut.SPAN_CUT_OFF, "cat"),
+        (0, "dog", LeftOut.MEASURED, "dog, dog"),  # the first of the two is whole
+    ]
+    assert batch.phrases.span_mask.sum(1).tolist() == [0, 1]
+    assert batch.phrases.span_mask[1, 2]  # BOS, the, dog
+
+
+def test_several_mentions_are_one_mask(evaluation: EvaluationCollate) -> None:
+    caption = "a dog chases a dog"
+    region = Region("dog", (20, 10, 20, 16), spans_of("dog", caption))
+    batch = evaluation([(0, make_sample("a", (caption,), (region,)))])
+    assert batch.phrases.span_mask[0].nonzero().flatten().tolist() == [2, 5]
+    assert batch.phrases.reason.tolist() == [LeftOut.MEASURED]
+
+
+def test_a_span_inside_a_token_is_left_out(evaluation: EvaluationCollate) -> None:
+    region = Region("dog", (20, 10, 20, 16), {0: ((2, 4),)})
+    assert rows(evaluation([(0, make_sample("a", ("a dog",), (region,)))])) == [
+        (0, "dog", LeftOut.SPAN_NOT_ALIGNED, "do")
+    ]
+
+
+def test_the_first_reason_is_the_one_that_counts(evaluation: EvaluationCollate) -> None:
+    regions = (
+        Region("dog", (0, 0, 4, 48), {0: ((0, 2),)}),  # cropped and not aligned
+        Region("cat", (0, 0, 4, 48), {0: ((4, 6),)}),  # several, cropped and not aligned
+        Region("cat", (0, 0, 4, 48), {0: ((4, 6),)}),
+    )
+    reasons = [reason for _, _, reason, _ in rows(evaluation([(0, make_sample("a", ("dog cat",), regions))]))]
+    assert reasons == [LeftOut.SEVERAL_INSTANCES, LeftOut.OUTSIDE_CROP]
+
+
+def test_broken_images_and_padding_are_invalid_rows_in_evaluation(evaluation: EvaluationCollate) -> None:
+    region = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
+    good = make_sample("good", ("a dog",), (region,))
+    image = good.image[: len(good.image) // 2]
+    broken = Sample("broken", image, (64, 48), ("a dog",), (region,), source="test/broken.png")
+    records: list[Record] = [(0, broken), (1, RecordError("shard-7.tar, record x: no json")), (2, good), (-1, None)]
+    batch = evaluation(records)
+    assert batch.valid.tolist() == [False, False, True, False]
+    assert batch.index.tolist() == [-1, -1, 2, -1]
+    assert batch.keys == ["broken", "", "good", ""]
+    assert batch.captions == ["a dog"]
+    assert batch.caption_image.tolist() == [2]
+    assert batch.phrases.caption_row.tolist() == [0]
+    assert batch.phrases.image_row.tolist() == [2]
+    assert batch.images[[0, 1, 3]].abs().sum() == 0
+    assert len(batch.faults) == 2
+    assert "broken" in batch.faults[0]
+    assert "test/broken.png" in batch.faults[0]
+    assert batch.faults[1] == "sample 1: shard-7.tar, record x: no json"
+
+
+def test_a_batch_of_padding_alone_has_empty_tensors_of_the_usual_shapes(evaluation: EvaluationCollate) -> None:
+    batch = evaluation([(-1, None), (-1, None)])
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert batch.tokens.shape == (0, 77)
+    assert batch.tokens.dtype == torch.int64
+    assert batch.caption_image.shape == batch.caption_index.shape == (0,)
+    assert batch.phrases.span_mask.shape == (0, 77)
+    assert batch.phrases.span_mask.dtype == torch.bool
+    assert batch.phrases.boxes.shape == (0, 4)
+    assert batch.faults == []
+
+
+def test_an_annotation_of_another_size_is_a_fault(evaluation: EvaluationCollate) -> None:
+    sample = Sample("a", encode(noise((64, 48))), (48, 64), ("a dog",), (Region("dog", (1, 1, 30, 30)),))
+    batch = evaluation([(3, sample)])
+    assert not batch.valid.any()
+    assert "(64, 48)" in batch.faults[0]
+    assert "(48, 64)" in batch.faults[0]
+
+
+def test_a_greyscale_image_is_three_equal_channels(evaluation: EvaluationCollate) -> None:
+    sample = Sample("a", encode(noise(mode="L"), "JPEG"), (64, 48), ("an x-ray",))
+    pixels = TRANSFORM.denormalize(evaluation([(0, sample)]).images[0])
+    assert torch.allclose(pixels[0], pixels[1], atol=1e-6)
+    assert pixels.std() > 0.05
+
+
+def test_a_label_that_the_manifest_lacks_is_an_error(evaluation: EvaluationCollate) -> None:
+    sample = make_sample("a", ("a zebra",), (Region("zebra", (1, 1, 30, 30)),))
+    with pytest.raises(ValueError, match=r"'a' has labels \['zebra'\]"):
+        evaluation([(0, sample)])
+
+
+def test_training_has_one_caption_per_image(tokenizer: CaptionTokenizer) -> None:
+    collate = TrainingCollate(TRANSFORM, tokenizer, seed=1)
+    samples = [make_sample(f"k{i}", tuple(f"caption {j} of {i}" for j in range(5))) for i in range(6)]
+    batch = collate(list(enumerate(samples)), epoch=3)
+    assert batch.tokens.shape == (6, 77)
+    assert batch.caption_image.tolist() == list(range(6))
+    assert torch.equal(batch.tokens, tokenizer.encode(batch.captions))
+    assert batch.captions == [f"caption {j} of {i}" for i, j in enumerate(batch.caption_index.tolist())]
+    assert len(batch.phrases) == 0
+    assert batch.phrases.span_mask.shape == (0, 77)
+
+
+def test_the_caption_depends_on_seed_epoch_and_key_alone(tokenizer: CaptionTokenizer) -> None:
+    samples = [make_sample(f"k{i}", tuple(f"caption {j}" for j in range(5))) for i in range(8)]
+
+    def choose(seed: int, epoch: int, order: list[int]) -> dict[str, int]:
+        collate = TrainingCollate(TRANSFORM, tokenizer, seed=seed)
+        batch = collate([(i, samples[i]) for i in order], epoch=epoch)
+        return dict(zip(batch.keys, batch.caption_index.tolist(), strict=True))
+
+    forward = list(range(8))
+    assert choose(0, 0, forward) == choose(0, 0, forward[::-1])
+    assert choose(0, 0, forward) != choose(0, 1, forward)
+    assert choose(0, 0, forward) != choose(1, 0, forward)
+
+
+def test_all_captions_get_their_turn_equally(tokenizer: CaptionTokenizer) -> None:
+    collate = TrainingCollate(ImageTransform(size=(1, 1)), tokenizer, captions_per_image=3)
+    samples = [make_sample(f"k{i}", tuple("abcde")) for i in range(10)]
+    counts = Counter(
+        row for epoch in range(30) for row in collate(list(enumerate(samples)), epoch=epoch).caption_index.tolist()
+    )
+    assert sorted(counts) == [0, 1, 2]
+    assert min(counts.values()) > 70  # of 300, expected 100, standard deviation 8
+
+
+def test_only_the_first_captions_take_part_where_that_is_asked(tokenizer: CaptionTokenizer) -> None:
+    collate = EvaluationCollate(TRANSFORM, tokenizer, LABELS, captions_per_image=2)
+    captions = ("one", "two", "a dog")
+    sample = make_sample("a", captions, (Region("dog", (20, 10, 20, 16), spans_of("dog", *captions)),))
+    batch = collate([(0, sample)])
+    assert batch.captions == ["one", "two"]
+    assert rows(batch) == [(-1, "dog", LeftOut.NOT_MENTIONED, "")]
+
+
+def test_an_invalid_training_row_keeps_its_place_with_an_empty_caption(tokenizer: CaptionTokenizer) -> None:
+    batch = TrainingCollate(TRANSFORM, tokenizer)(
+        [(4, make_sample("a")), (5, RecordError("gone")), (6, make_sample("b"))]
+    )
+    assert batch.valid.tolist() == [True, False, True]
+    assert batch.tokens.shape == (3, 77)
+    start, end = batch.tokens[0, 0].item(), batch.tokens[0].max().item()
+    assert batch.tokens[1].tolist() == [start, end, *[0] * 75]
+    assert torch.equal(batch.tokens[[0, 2]], tokenizer.encode(["a photo", "a photo"]))
+    assert batch.caption_index.tolist() == [0, -1, 0]
+    assert batch.caption_image.tolist() == [0, 1, 2]
+    assert batch.faults == ["sample 5: gone"]
+
+
+def test_lightning_moves_every_tensor(evaluation: EvaluationCollate) -> None:
+    region = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
+    batch = evaluation([(0, make_sample("a", ("a dog",), (region,)))])
+    moved = move_data_to_device(batch, torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    tensors += [value for value in vars(moved.phrases).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 12
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.captions == batch.captions
+    assert moved.phrases.text == ["dog"]
+    assert batch.images.device.type == "cpu"
+
+
+def test_batches_pickle(evaluation: EvaluationCollate) -> None:
+    region = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
+    batch = evaluation([(0, make_sample("a", ("a dog",), (region,))), (1, RecordError("gone"))])
+    copy = pickle.loads(pickle.dumps(batch))
+    assert torch.equal(copy.images, batch.images)
+    assert torch.equal(copy.phrases.span_mask, batch.phrases.span_mask)
+    assert copy.faults == batch.faults
+
+
+def test_collates_pickle_for_spawned_workers(evaluation: EvaluationCollate) -> None:
+    copy = pickle.loads(pickle.dumps(evaluation))
+    records: list[Record] = [(0, make_sample("a", ("a dog",), (Region("dog", (20, 10, 20, 16), {0: ((2, 5),)}),)))]
+    assert torch.equal(copy(records).phrases.span_mask, evaluation(records).phrases.span_mask)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
+def test_batches_pin(evaluation: EvaluationCollate) -> None:
+    region = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
+    batch = evaluation([(0, make_sample("a", ("a dog",), (region,)))]).pin_memory()
+    assert batch.images.is_pinned()
+    assert batch.phrases.boxes.is_pinned()
+    assert batch.to("cuda").phrases.boxes.device.type == "cuda"
+
+
+def test_no_phrases_at_all_have_the_usual_shapes() -> None:
+    empty = Phrases.empty(77)
+    assert len(empty) == 0
+    assert empty.span_mask.shape == (0, 77)
+    assert {empty.caption_row.dtype, empty.label.dtype, empty.reason.dtype, empty.image_row.dtype} == {torch.int64}

@@ -1,0 +1,672 @@
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import pickle
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
+from lightning_xai.data.datamodule import BrokenRecordWarning, ShardDataModule, TooManyBrokenRecordsError
+from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader
+from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.sample import Region, Sample
+from lightning_xai.data.shapes_datamodule import ShapesDataModule
+from lightning_xai.data.shards import Manifest, ShardError, write_shards
+from lightning_xai.data.spans import CaptionTokenizer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*smaller than the logging interval",
+    "ignore:.*LeafSpec",
+    "ignore:.*worker processes in total",
+    "ignore:.*Total length of `list` across ranks is zero",
+    "ignore:.*`srun` command is available",
+    "ignore:.*callbacks used to create the checkpoint",
+)
+TRANSFORM = ImageTransform(size=(8, 8))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+
+
+def jpeg(seed: int, mode: str = "RGB") -> bytes:
+    shape = (12, 12, 3) if mode == "RGB" else (12, 12)
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def make_samples(count: int, broken: Iterable[int] = ()) -> Iterator[Sample]:
+    """Sample i has key k{i}; broken ones have an image that ends in the middle; every seventh is greyscale."""
+    for i in range(count):
+        image = jpeg(i, "L" if i % 7 == 3 else "RGB")
+        if i in set(broken):
+            image = image[:-20]
+        captions = (f"a dog number {i}", f"the cat {i}", f"nothing {i}")
+        regions = (
+            Region("dog", (2, 2, 6, 6), {0: ((2, 5),)}),
+            Region("cat", (4, 4, 6, 6), {1: ((4, 7),)}),
+        )
+        yield Sample(f"k{i}", image, (12, 12), captions, regions, source=f"test/{i}.jpg")
+
+
+def make_shards(folder: Path, count: int, per_shard: int = 10, broken: Iterable[int] = ()) -> Path:
+    write_shards(make_samples(count, broken), folder, name="test", samples_per_shard=per_shard, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """57 samples in 6 shards."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "s57", 57)
+
+
+@pytest.fixture(scope="session")
+def one_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 samples in 1 shard."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "s23", 23, per_shard=100)
+
+
+def training(
+    folder: Path, tokenizer: CaptionTokenizer, rank: int = 0, world: int = 1, seed: int = 0, **options: Any
+) -> TrainingDataset:
+    collate = TrainingCollate(TRANSFORM, tokenizer, seed=seed)
+    options = {"batch_size": 4, "shuffle_buffer": 5} | options
+    return TrainingDataset(folder, Manifest.load(folder), collate, rank=rank, world=world, **options)
+
+
+def evaluation(
+    folder: Path, tokenizer: CaptionTokenizer, batch_size: int, rank: int = 0, world: int = 1
+) -> EvaluationDataset:
+    manifest = Manifest.load(folder)
+    collate = EvaluationCollate(TRANSFORM, tokenizer, manifest.labels)
+    return EvaluationDataset(folder, manifest, collate, batch_size=batch_size, rank=rank, world=world)
+
+
+def keys(batches: Iterable[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def load(dataset: TrainingDataset | EvaluationDataset, workers: int) -> list[Batch]:
+    return list(DataLoader(dataset, batch_size=None, num_workers=workers))
+
+
+# --- evaluation: every sample exactly once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_evaluation_has_every_sample_exactly_once(
+    one_shard: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int
+) -> None:
+    ranks = [list(evaluation(one_shard, tokenizer, batch_size, rank, world)) for rank in range(world)]
+    index = [i for batches in ranks for batch in batches for i in batch.index[batch.valid].tolist()]
+    assert index == list(range(23))
+    assert {tuple(len(batch.valid) for batch in batches) for batches in ranks} == {
+        tuple(len(batch.valid) for batch in ranks[0])
+    }
+    assert {len(batches) for batches in ranks} == {len(evaluation(one_shard, tokenizer, batch_size, 0, world))}
+    padded = sum(int((~batch.valid).sum()) for batches in ranks for batch in batches)
+    assert padded == -(-23 // world) * world - 23
+    assert not any(batch.faults for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("world", "batch_size", "workers"),
+    [(1, 4, 2), (2, 3, 3), (3, 4, 2), (1, 100, 2)],  # the last: more workers than batches
+)
+def test_evaluation_has_every_sample_exactly_once_with_workers(
+    shards: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int, workers: int
+) -> None:
+    counts: Counter[int] = Counter()
+    for rank in range(world):
+        dataset = evaluation(shards, tokenizer, batch_size, rank, world)
+        batches = load(dataset, workers)
+        assert len(batches) == len(dataset)
+        counts.update(i for batch in batches for i in batch.index[batch.valid].tolist())
+    assert counts == Counter(range(57))
+
+
+def test_evaluation_keeps_captions_and_phrases_with_their_image(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    for batch in load(evaluation(shards, tokenizer, 10), 2):
+        for caption, row in zip(batch.captions, batch.caption_image.tolist(), strict=True):
+            assert caption.endswith(f" {batch.index[row]}")
+        assert len(batch.captions) == 3 * len(batch.keys)
+        assert sorted(batch.phrases.text) == ["cat"] * len(batch.keys) + ["dog"] * len(batch.keys)
+        assert batch.label_names == ("cat", "dog")
+
+
+# --- training: equal counts, no repetition, shuffled, the same again -------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (3, 5), (8, 7), (5, 11)])
+def test_training_ranks_have_equally_many_full_batches_of_different_samples(
+    shards: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int
+) -> None:
+    for epoch in range(3):
+        seen: list[str] = []
+        for rank in range(world):
+            dataset = training(shards, tokenizer, rank, world, batch_size=batch_size)
+            dataset.seek(epoch)
+            batches = list(dataset)
+            assert len(batches) == len(dataset) == 57 // world // batch_size
+            assert {len(batch.keys) for batch in batches} == {batch_size}
+            seen += keys(batches)
+        assert len(set(seen)) == len(seen)
+        assert len(seen) == world * (57 // world // batch_size) * batch_size
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_training_workers_share_the_work_without_overlap(
+    one_shard: Path, tokenizer: CaptionTokenizer, workers: int
+) -> None:
+    # one shard for 2 ranks x workers
+    batches = [load(training(one_shard, tokenizer, rank, 2, batch_size=2), workers) for rank in range(2)]
+    assert [len(part) for part in batches] == [5, 5]
+    assert len(set(keys(batches[0] + batches[1]))) == 20
+
+
+def test_the_samples_of_an_epoch_do_not_depend_on_ranks_and_workers(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    # 56 of 57 samples for any of these splits
+    whole = set(keys(training(shards, tokenizer, batch_size=7)))
+    halves = {key for rank in range(2) for key in keys(load(training(shards, tokenizer, rank, 2, batch_size=7), 2))}
+    assert halves == whole
+
+
+def test_epochs_differ_and_runs_agree(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    def run(seed: int, epoch: int) -> list[str]:
+        dataset = training(shards, tokenizer, seed=seed)
+        dataset.seek(epoch)
+        return keys(dataset)
+
+    assert run(0, 0) == run(0, 0)
+    assert run(0, 0) != run(0, 1)
+    assert run(0, 0) != run(1, 0)
+    assert run(0, 5) == run(0, 5)
+
+
+def test_every_sample_gets_its_turn_though_some_sit_out_each_epoch(
+    one_shard: Path, tokenizer: CaptionTokenizer
+) -> None:
+    dataset = training(one_shard, tokenizer, batch_size=8)  # 16 of 23
+    seen: set[str] = set()
+    for epoch in range(20):
+        dataset.seek(epoch)
+        epoch_keys = keys(dataset)
+        assert len(epoch_keys) == len(set(epoch_keys)) == 16
+        seen.update(epoch_keys)
+    assert len(seen) == 23
+
+
+def test_the_shuffle_buffer_shuffles_within_a_shard(one_shard: Path, tokenizer: CaptionTokenizer) -> None:
+    numbers = [int(key[1:]) for key in keys(training(one_shard, tokenizer, batch_size=23, shuffle_buffer=1000))]
+    plain = [int(key[1:]) for key in keys(training(one_shard, tokenizer, batch_size=23, shuffle_buffer=0))]
+    steps = {(b - a) % 23 for a, b in pairwise(plain)}
+    assert sorted(numbers) == list(range(23))
+    assert steps == {1}  # a ring entered somewhere
+    assert numbers != plain
+    assert sum((b - a) % 23 == 1 for a, b in pairwise(numbers)) < 6
+
+
+def test_the_global_random_state_stays_as_it_is(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    module = ShardDataModule(train=shards, val=shards, batch_size=8, num_workers=0)
+    module.bind(TRANSFORM, tokenizer)
+    before = torch.random.get_rng_state()
+    keys(module.train_dataloader())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_less_than_a_batch_per_rank_is_an_error_with_the_numbers(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"57 samples do not fill one batch of 20 on each of 3 ranks; .*at most 19"):
+        training(shards, tokenizer, 0, 3, batch_size=20)
+
+
+def test_datasets_pickle_for_spawned_workers(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    dataset = training(shards, tokenizer)
+    dataset.seek(2)
+    assert keys(pickle.loads(pickle.dumps(dataset))) == keys(dataset)
+
+
+@pytest.mark.slow
+def test_spawned_workers_give_what_the_main_process_gives(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    dataset = training(shards, tokenizer, batch_size=28)
+    loader = TrainingLoader(dataset, current_epoch=lambda: 3, num_workers=1, multiprocessing_context="spawn")
+    spawned = keys(loader)
+    dataset.seek(3)
+    assert spawned == keys(dataset)
+
+
+# --- the loader: epochs and resuming ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("consumed", [0, 1, 5, 13, 14])
+def test_resuming_inside_an_epoch_gives_the_batches_still_to_come(
+    shards: Path, tokenizer: CaptionTokenizer, workers: int, consumed: int
+) -> None:
+    def make() -> TrainingLoader:
+        return TrainingLoader(training(shards, tokenizer), current_epoch=lambda: 1, num_workers=workers)
+
+    first = make()
+    whole = [batch.keys for batch in first]
+    assert len(whole) == 14
+    iterator = iter(first)
+    for _ in range(consumed):
+        next(iterator)
+    state = first.state_dict()
+    second = make()
+    if consumed:
+        second.load_state_dict(pickle.loads(pickle.dumps(state)))
+    assert [batch.keys for batch in second] == whole[consumed:]
+    assert [batch.keys for batch in second] == whole  # a second pass is not resumed again
+
+
+def test_passed_over_batches_are_not_decoded(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    folder = make_shards(tmp_path / "s", 20, broken=range(20))
+    dataset = training(folder, tokenizer)
+    dataset.seek(0, 4)
+    assert [len(batch.faults) for batch in dataset] == [4]
+
+
+def test_a_state_of_another_epoch_changes_nothing(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    loader = TrainingLoader(training(shards, tokenizer), current_epoch=lambda: 1)
+    whole = keys(loader)
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0})
+    assert keys(loader) == whole
+
+
+def test_resuming_with_another_split_of_the_samples_warns(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    loader = TrainingLoader(training(shards, tokenizer, 0, 2), current_epoch=lambda: 0)
+    next(iter(loader))
+    other = TrainingLoader(training(shards, tokenizer, 0, 1), current_epoch=lambda: 0)
+    with pytest.warns(UserWarning, match="world was 2 and is 1"):
+        other.load_state_dict(loader.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader.load_state_dict(loader.state_dict())
+
+
+def test_persistent_workers_follow_the_epoch(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    data = training(shards, tokenizer)
+    epochs = iter(range(3))
+    loader = TrainingLoader(data, current_epoch=lambda: next(epochs), num_workers=2, persistent_workers=True)
+    kept = [keys(loader) for _ in range(3)]
+    fresh = [keys(TrainingLoader(data, current_epoch=partial(int, epoch), num_workers=2)) for epoch in range(3)]
+    assert kept == fresh
+    assert kept[0] != kept[1] != kept[2]
+
+
+# --- with a real trainer ---------------------------------------------------------------------------------------------
+
+
+class Recorder(LightningModule):
+    """Records the keys of each training epoch and of each evaluation."""
+
+    def __init__(self, tokenizer: CaptionTokenizer | None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        if tokenizer is not None:
+            self.encoder = SimpleNamespace(image_transform=TRANSFORM, tokenizer=tokenizer)
+        self.train_keys: dict[int, list[str]] = {}
+        self.val_keys: list[list[str]] = []
+        self.on_device: set[str] = set()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.train_keys.setdefault(self.current_epoch, []).extend(batch.keys)
+        self.on_device.add(batch.images.device.type)
+        return self.weight * batch.images.mean()
+
+    def on_validation_start(self) -> None:
+        self.val_keys.append([])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_keys[-1] += batch.keys
+        self.log("val/epoch", float(self.current_epoch), batch_size=len(batch.keys))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_keys.append(list(batch.keys))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
+        return batch.keys
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_trainer(folder: Path, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": "callbacks" in options,
+        "default_root_dir": folder,
+    }
+    return Trainer(**(defaults | options))
+
+
+def checkpoints(folder: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, **options)
+
+
+SAVING: dict[str, tuple[dict[str, Any], str]] = {
+    "at the end of the epoch": ({"save_on_train_epoch_end": True}, "epoch=1-step=28.ckpt"),
+    "after validation": ({"save_on_train_epoch_end": False}, "epoch=1-step=28.ckpt"),
+    "in the middle of the epoch": ({"every_n_train_steps": 5}, "epoch=1-step=20.ckpt"),
+    "at the last step of the epoch": ({"every_n_train_steps": 14}, "epoch=1-step=28.ckpt"),
+}
+
+
+@pytest.mark.parametrize(
+    ("workers", "length"),
+    [(0, {"max_epochs": 4}), (2, {"max_epochs": 4}), (0, {"max_epochs": -1, "max_steps": 56})],
+    ids=["epochs", "epochs with workers", "steps"],
+)
+@pytest.mark.parametrize("saving", SAVING)
+def test_a_resumed_run_sees_the_very_same_samples(
+    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer, workers: int, saving: str, length: dict[str, int]
+) -> None:
+    def data() -> ShardDataModule:
+        return ShardDataModule(train=shards, val=shards, batch_size=4, eval_batch_size=57, num_workers=workers)
+
+    options, file = SAVING[saving]
+    straight = Recorder(tokenizer)
+    trainer = make_trainer(tmp_path, callbacks=[checkpoints(tmp_path, **options)], num_sanity_val_steps=0, **length)
+    trainer.fit(straight, data())
+    assert sorted(straight.train_keys) == [0, 1, 2, 3]
+    assert len({tuple(epoch) for epoch in straight.train_keys.values()}) == 4
+    assert {len(epoch) for epoch in straight.train_keys.values()} == {56}
+    assert [sorted(run) for run in straight.val_keys] == [sorted(f"k{i}" for i in range(57))] * 4
+
+    resumed = Recorder(tokenizer)
+    trainer = make_trainer(tmp_path, num_sanity_val_steps=0, **length)
+    trainer.fit(resumed, data(), ckpt_path=tmp_path / file, weights_only=True)
+    seen = [key for epoch in sorted(resumed.train_keys) for key in resumed.train_keys[epoch]]
+    expected = [key for epoch in range(4) for key in straight.train_keys[epoch]]
+    step = int(file.split("step=")[1].split(".")[0])
+    assert seen == expected[4 * step :]
+
+
+@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}, {"num_workers": 0}])
+def test_three_epochs_have_three_orders_that_a_second_run_repeats(
+    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer, options: dict[str, Any]
+) -> None:
+    runs: list[dict[int, list[str]]] = []
+    for _ in range(2):
+        module = Recorder(tokenizer)
+        # the global seed must not matter
+        torch.manual_seed(len(runs))
+        make_trainer(tmp_path).fit(module, ShardDataModule(train=shards, val=shards, batch_size=4, **options))
+        runs.append(module.train_keys)
+    assert runs[0] == runs[1]
+    assert sorted(runs[0]) == [0, 1, 2]
+    assert runs[0][0] != runs[0][1] != runs[0][2]
+
+
+def test_overfitting_repeats_the_same_batches(tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer) -> None:
+    module = Recorder(tokenizer)
+    make_trainer(tmp_path, overfit_batches=2).fit(module, ShardDataModule(train=shards, batch_size=4, num_workers=2))
+    assert {len(epoch) for epoch in module.train_keys.values()} == {8}
+    assert module.train_keys[0] == module.train_keys[1] == module.train_keys[2]
+
+
+def test_an_epoch_that_is_cut_short_does_not_disturb_the_next(
+    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer
+) -> None:
+    whole, cut = Recorder(tokenizer), Recorder(tokenizer)
+    data: dict[str, Any] = {"train": shards, "batch_size": 4, "persistent_workers": True}
+    make_trainer(tmp_path).fit(whole, ShardDataModule(**data))
+    make_trainer(tmp_path, limit_train_batches=3).fit(cut, ShardDataModule(**data))
+    assert cut.train_keys == {epoch: whole.train_keys[epoch][:12] for epoch in range(3)}
+
+
+def test_validate_test_and_predict_read_their_split(
+    tmp_path: Path, shards: Path, one_shard: Path, tokenizer: CaptionTokenizer
+) -> None:
+    data = ShardDataModule(val=shards, test=one_shard, batch_size=8)
+    module = Recorder(tokenizer)
+    trainer = make_trainer(tmp_path)
+    trainer.validate(module, data, verbose=False)
+    assert sorted(module.val_keys[-1]) == sorted(f"k{i}" for i in range(57))
+    module.val_keys.clear()
+    trainer.test(module, data, verbose=False)
+    assert sorted(key for run in module.val_keys for key in run) == sorted(f"k{i}" for i in range(23))
+    predictions = trainer.predict(module, data)
+    assert predictions is not None
+    assert sorted(key for run in predictions for key in run) == sorted(f"k{i}" for i in range(23))
+    predictions = trainer.predict(module, ShardDataModule(val=shards, batch_size=8))
+    assert predictions is not None
+    assert sum(len(run) for run in predictions) == 57
+
+
+def test_training_runs_without_validation(tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer) -> None:
+    module = Recorder(tokenizer)
+    make_trainer(tmp_path, max_epochs=1).fit(module, ShardDataModule(train=shards, batch_size=8, num_workers=0))
+    assert len(module.train_keys[0]) == 56
+    assert module.val_keys == []
+
+
+def test_a_model_without_an_encoder_is_told_what_it_lacks(tmp_path: Path, shards: Path) -> None:
+    data = ShardDataModule(train=shards, batch_size=8, num_workers=0)
+    with pytest.raises(ValueError, match=r"Recorder.encoder is .*bind"):
+        make_trainer(tmp_path).fit(Recorder(None), data)
+
+
+def test_bound_transform_and_tokenizer_go_before_the_models(
+    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer
+) -> None:
+    data = ShardDataModule(val=shards, batch_size=57, num_workers=0)
+    data.bind(ImageTransform(size=(4, 6)), tokenizer)
+    (batch,) = data.val_dataloader()
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (57, 3, 4, 6)
+    make_trainer(tmp_path).validate(Recorder(None), data, verbose=False)
+
+
+def test_without_a_trainer_the_epoch_is_an_attribute(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    data = ShardDataModule(train=shards, batch_size=8)
+    data.bind(TRANSFORM, tokenizer)
+    loader = data.train_dataloader()
+    first = keys(loader)
+    assert keys(loader) == first
+    data.epoch = 1
+    assert keys(loader) != first
+
+
+def test_the_preflight_line_comes_once_and_has_the_numbers(
+    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger=logger.name):
+            data = ShardDataModule(train=shards, val=shards, batch_size=8, eval_batch_size=50)
+            make_trainer(tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(Recorder(tokenizer), data)
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = sorted({record.message for record in caplog.records if "samples in" in record.message})
+    assert lines == [
+        f"train: 57 samples in 6 shards ({shards}); 7 batches of 8 on each of 1 ranks, 2 workers each; "
+        "1 samples sit out each epoch, others each time",
+        f"val: 57 samples in 6 shards ({shards}); 2 batches of 50 on each of 1 ranks, 2 workers each",
+    ]
+
+
+# --- broken records --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_counted_and_the_rest_survives(
+    tmp_path: Path, tokenizer: CaptionTokenizer, workers: int
+) -> None:
+    folder = make_shards(tmp_path / "s", 30, broken=[17])
+    data = ShardDataModule(train=folder, val=folder, batch_size=10, num_workers=workers)
+    module = Recorder(tokenizer)
+    with pytest.warns(BrokenRecordWarning) as caught:
+        make_trainer(tmp_path).fit(module, data)
+    messages = [str(warning.message) for warning in caught if warning.category is BrokenRecordWarning]
+    assert len(messages) == 2  # once for training and once for validation, however often it comes
+    assert all("'k17' (test/17.jpg)" in message for message in messages)
+    assert data.fault_counts == {"train": 1, "val": 1}
+    assert set(module.train_keys[0]) == {f"k{i}" for i in range(30)}
+
+
+def test_a_shard_that_lost_records_is_counted(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    folder = make_shards(tmp_path / "s", 30)
+    shard = folder / "shard-000001.tar"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[: size // 2].ljust(size, b"\0"))
+    data = ShardDataModule(val=folder, batch_size=10, num_workers=0, max_fault_fraction=0.5)
+    data.bind(TRANSFORM, tokenizer)
+    batches = list(data.val_dataloader())
+    assert [len(batch.valid) for batch in batches if isinstance(batch, Batch)] == [10, 10, 10]
+    with pytest.warns(BrokenRecordWarning, match="shard-000001.tar"):
+        make_trainer(tmp_path).validate(Recorder(None), data, verbose=False)
+    assert 3 <= data.fault_counts["val"] <= 7
+
+
+def test_too_many_broken_records_stop_the_run(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    folder = make_shards(tmp_path / "s", 30, broken=[3, 9, 21])
+    with (
+        pytest.warns(BrokenRecordWarning),
+        pytest.raises(TooManyBrokenRecordsError, match=r"3 of the 30 records .* max_fault_fraction=0.08 allows 2"),
+    ):
+        make_trainer(tmp_path).validate(
+            Recorder(tokenizer), ShardDataModule(val=folder, batch_size=30, max_fault_fraction=0.08), verbose=False
+        )
+    allowed = ShardDataModule(val=folder, batch_size=30, max_fault_fraction=0.1)
+    with pytest.warns(BrokenRecordWarning):
+        make_trainer(tmp_path).validate(Recorder(tokenizer), allowed, verbose=False)
+    assert allowed.fault_counts == {"val": 3}
+
+
+def test_no_broken_record_is_allowed_where_the_fraction_is_zero(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    folder = make_shards(tmp_path / "s", 30, broken=[3])
+    data = ShardDataModule(val=folder, batch_size=30, max_fault_fraction=0.0, num_workers=0)
+    with pytest.warns(BrokenRecordWarning), pytest.raises(TooManyBrokenRecordsError, match="allows 0"):
+        make_trainer(tmp_path).validate(Recorder(tokenizer), data, verbose=False)
+
+
+def test_at_most_ten_broken_records_are_shown(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    folder = make_shards(tmp_path / "s", 30, broken=range(12))
+    data = ShardDataModule(val=folder, batch_size=30, max_fault_fraction=1.0, num_workers=0)
+    with pytest.warns(BrokenRecordWarning) as caught:
+        make_trainer(tmp_path).validate(Recorder(tokenizer), data, verbose=False)
+    messages = [str(warning.message) for warning in caught if warning.category is BrokenRecordWarning]
+    assert len(messages) == 10
+    assert messages[-1].endswith("further ones are counted, not shown")
+    assert data.fault_counts == {"val": 12}
+
+
+def test_broken_records_are_counted_anew_in_each_training_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    # 3 of 30 broken; 24 are read in an epoch. Over the epochs all 3 come, but the limit of 3 is for one epoch.
+    folder = make_shards(tmp_path / "s", 30, broken=[3, 4, 5])
+    data = ShardDataModule(train=folder, batch_size=12, max_fault_fraction=0.125, num_workers=0)
+    with pytest.warns(BrokenRecordWarning):
+        make_trainer(tmp_path, max_epochs=8).fit(Recorder(tokenizer), data)
+    assert data.fault_counts["train"] <= 3
+
+
+# --- wrong arguments -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_names_the_argument_and_the_command(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"val=.*nowhere: no such folder; .*lightning_xai prepare .*'val'"):
+        ShardDataModule(val=tmp_path / "nowhere").setup("validate")
+    with pytest.raises(FileNotFoundError, match=r"train=.*no manifest.json there"):
+        ShardDataModule(train=tmp_path).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("stage", "split"), [("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "val")]
+)
+def test_a_split_that_a_stage_needs_has_to_be_given(stage: str, split: str) -> None:
+    with pytest.raises(ValueError, match=f"no {split} shards are given: set '{split}'"):
+        ShardDataModule().setup(stage)
+
+
+def test_a_damaged_manifest_is_found_before_the_run(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", 5)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ShardError, match="broken JSON"):
+        ShardDataModule(train=folder).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0},
+        {"eval_batch_size": 0},
+        {"num_workers": -1},
+        {"shuffle_buffer": -1},
+        {"seed": -1},
+        {"captions_per_image": 0},
+        {"max_fault_fraction": 1.5},
+    ],
+)
+def test_options_out_of_range_are_errors_that_name_them(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ShardDataModule(**options)
+
+
+def test_label_names_are_those_of_the_evaluation_split(tmp_path: Path, shards: Path) -> None:
+    bare = (Sample(s.key, s.image, s.size, s.captions, s.regions[:1]) for s in make_samples(4))
+    write_shards(bare, tmp_path / "dogs", name="dogs", progress=False)
+    assert ShardDataModule(val=shards, test=tmp_path / "dogs").label_names == ("cat", "dog")
+    assert ShardDataModule(test=tmp_path / "dogs").label_names == ("dog",)
+
+
+def test_no_more_workers_are_started_than_there_are_batches(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    data = ShardDataModule(train=shards, val=shards, batch_size=28, eval_batch_size=57, num_workers=6)
+    data.bind(TRANSFORM, tokenizer)
+    validation = data.val_dataloader()
+    assert isinstance(validation, DataLoader)
+    assert (data.train_dataloader().num_workers, validation.num_workers) == (2, 1)
+
+
+# --- the embedded world ----------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_made_on_first_use_and_kept(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    def data() -> ShapesDataModule:
+        return ShapesDataModule(root=tmp_path / "shapes", train_samples=40, val_samples=12, batch_size=8, num_workers=0)
+
+    module = Recorder(tokenizer)
+    make_trainer(tmp_path, max_epochs=1).fit(module, data())
+    assert len(module.train_keys[0]) == 40
+    assert len(module.val_keys[-1]) == 12
+    manifest = tmp_path / "shapes" / "train" / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    make_trainer(tmp_path).test(module, data(), verbose=False)
+    assert manifest.stat().st_mtime_ns == written
+
+
+def test_shapes_data_have_the_options_of_shard_data() -> None:
+    def options(cls: Callable[..., Any]) -> dict[str, Any]:
+        return {name: item.default for name, item in inspect.signature(cls).parameters.items()}
+
+    own = {"root", "train_samples", "val_samples", "data_seed"}
+    shapes = {name: value for name, value in options(ShapesDataModule).items() if name not in own}
+    shards = {name: value for name, value in options(ShardDataModule).items() if name not in ("train", "val", "test")}
+    assert shapes == shards

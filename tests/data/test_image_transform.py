@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.sample import RecordError
+
+ZEROS = (0.0, 0.0, 0.0)
+ONES = (1.0, 1.0, 1.0)
+TARGETS = [(64, 64), (48, 80), (80, 48), (225, 225)]
+SIZES = [(64, 64), (100, 80), (80, 100), (333, 97), (97, 333), (31, 45), (45, 31), (640, 427), (225, 226), (501, 500)]
+
+
+def draw(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    """A white rectangle (x, y, w, h) on black."""
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (box[0], box[1], box[0] + box[2], box[1] + box[3]))
+    return image
+
+
+def edges(profile: np.ndarray) -> tuple[float, float]:
+    """Where a box filter of height 1 begins and ends, from the half-height crossings of its linear profile."""
+    inside = np.flatnonzero(profile > 0.5)
+    first, last = int(inside[0]), int(inside[-1])
+    begin = float(first)
+    if first > 0:
+        begin = first - (profile[first] - 0.5) / (profile[first] - profile[first - 1]) + 0.5
+    end = float(last + 1)
+    if last + 1 < len(profile):
+        end = last + (profile[last] - 0.5) / (profile[last] - profile[last + 1]) + 0.5
+    return begin, end
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_boxes_lie_where_the_pixels_lie(resize_mode: str, target: tuple[int, int]) -> None:
+    transform = ImageTransform(size=target, resize_mode=resize_mode, interpolation="bilinear", mean=ZEROS, std=ONES)
+    for width, height in SIZES:
+        box = (int(width * 0.4), int(height * 0.35), max(width // 4, 8), max(height // 4, 8))
+        pixels = transform(draw((width, height), box)).mean(0).numpy()
+        x0, y0, x1, y1 = transform.boxes(torch.tensor([box]), (width, height))[0].tolist()
+        found_x, found_y = edges(pixels.max(0)), edges(pixels.max(1))
+        # The half-height crossing of an edge is exact up to the resampling filter's asymmetry.
+        assert (found_x[0], found_y[0], found_x[1], found_y[1]) == pytest.approx((x0, y0, x1, y1), abs=0.6), (
+            width,
+            height,
+        )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_the_whole_image_covers_exactly_the_pixels_that_show_it(resize_mode: str, target: tuple[int, int]) -> None:
+    # Whole-pixel arithmetic of padding: white images against black filling.
+    transform = ImageTransform(size=target, resize_mode=resize_mode, mean=ZEROS, std=ONES)
+    for width, height in [*SIZES, (65, 64), (64, 65), (130, 67)]:
+        white = (transform(Image.new("RGB", (width, height), "white")).mean(0) > 0.5).numpy()
+        x0, y0, x1, y1 = transform.boxes(torch.tensor([[0, 0, width, height]]), (width, height))[0].tolist()
+        columns, rows = np.flatnonzero(white.any(0)), np.flatnonzero(white.any(1))
+        assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == (x0, y0, x1, y1), (width, height)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest"])
+def test_cropping_offsets_agree_to_the_pixel(resize_mode: str, target: tuple[int, int]) -> None:
+    # Images that are not scaled (one side already fits) show each source column as it is.
+    transform = ImageTransform(size=target, resize_mode=resize_mode, mean=ZEROS, std=ONES)
+    height, width = target
+    sizes = [(width + extra, height) for extra in range(6)] + [(width, height + extra) for extra in range(6)]
+    if resize_mode == "longest":
+        sizes = [(width - extra, height) for extra in range(6)] + [(width, height - extra) for extra in range(6)]
+    for size in sizes:
+        box = (11, 13, 20, 17)
+        pixels = transform(draw(size, box)).mean(0) > 0.5
+        x0, y0, x1, y1 = (int(edge) for edge in transform.boxes(torch.tensor([box]), size)[0].tolist())
+        expected = torch.zeros(target, dtype=torch.bool)
+        expected[y0:y1, x0:x1] = True
+        assert torch.equal(pixels, expected), size
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_pixels_are_those_of_open_clip(resize_mode: str, interpolation: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    config = PreprocessCfg(size=(48, 64), resize_mode=resize_mode, interpolation=interpolation, fill_color=7)
+    transform = ImageTransform(size=(48, 64), resize_mode=resize_mode, interpolation=interpolation, fill_color=7)
+    assert torch.equal(transform(image), image_transform_v2(config, is_train=False)(image))
+
+
+def test_boxes_outside_the_crop_have_no_area() -> None:
+    transform = ImageTransform(size=(100, 100))
+    boxes = torch.tensor([[0, 0, 90, 100], [310, 0, 90, 100], [50, 0, 100, 200]])
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in transform.boxes(boxes, (400, 200)).tolist()]
+    assert areas == [0, 0, 25 * 100]
+
+
+def test_boxes_do_not_reach_into_the_padding() -> None:
+    transform = ImageTransform(size=(100, 100), resize_mode="longest")
+    boxes = transform.boxes(torch.tensor([[-10.0, -50.0, 120.0, 200.0]]), (100, 50))
+    assert boxes.tolist() == [[0, 25, 100, 75]]
+
+
+def test_no_boxes_stay_no_boxes() -> None:
+    assert ImageTransform(size=(10, 10)).boxes(torch.zeros(0, 4), (5, 7)).shape == (0, 4)
+
+
+def test_boxes_leave_their_argument_alone() -> None:
+    boxes = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    ImageTransform(size=(10, 10)).boxes(boxes, (50, 70))
+    assert boxes.tolist() == [[1, 2, 3, 4]]
+
+
+def test_denormalize_gives_the_pixels_back() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    transform = ImageTransform(size=(32, 32))
+    restored = transform.denormalize(transform(Image.fromarray(noise)).expand(2, 3, 32, 32))
+    expected = torch.from_numpy(noise).permute(2, 0, 1) / 255
+    assert torch.allclose(restored, expected.expand(2, -1, -1, -1), atol=1e-6)
+
+
+def test_the_transform_of_a_model_is_the_one_it_was_built_with() -> None:
+    model, _, preprocess = open_clip.create_model_and_transforms("ViT-S-32-alt", force_image_size=96)
+    transform = ImageTransform.from_open_clip(model)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8))
+    assert transform.size == (96, 96)
+    assert torch.equal(transform(image), preprocess(image))
+
+
+def test_a_model_without_a_configuration_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no visual\.preprocess_cfg"):
+        ImageTransform.from_open_clip(torch.nn.Linear(1, 1))
+
+
+def test_transforms_pickle_and_compare() -> None:
+    transform = ImageTransform(size=(32, 48), resize_mode="longest", fill_color=9)
+    copy = pickle.loads(pickle.dumps(transform))
+    image = Image.new("RGB", (50, 20), "red")
+    assert copy == transform
+    assert torch.equal(copy(image), transform(image))
+    assert transform != ImageTransform(size=(32, 48))
+
+
+def test_an_image_too_thin_to_resize_is_a_broken_record() -> None:
+    with pytest.raises(RecordError, match="too thin"):
+        ImageTransform(size=(32, 32), resize_mode="longest")(Image.new("RGB", (1, 500)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (0, 5)}, "size"),
+        ({"size": (5, 5), "resize_mode": "crop"}, "shortest"),
+        ({"size": (5, 5), "interpolation": "nearest"}, "bicubic"),
+    ],
+)
+def test_options_that_open_clip_lacks_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageTransform(**options)

@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from lightning_xai.data.sample import Region, Sample, encode_sample, read_image
+from lightning_xai.data.shapes import (
+    COLORS,
+    SHAPES,
+    SPLITS,
+    TEMPLATES,
+    draw_shape,
+    phrase,
+    prepare_shapes,
+    read_shapes,
+    render_caption,
+    split_pairs,
+)
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardError, read_samples
+
+COUNT = 600
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return list(read_shapes("train", COUNT))
+
+
+def named(sample: Sample) -> list[Region]:
+    return [region for region in sample.regions if region.spans]
+
+
+def phrase_of(sample: Sample, region: Region) -> str:
+    (phrase_text,) = {
+        sample.captions[caption][start:end] for caption, spans in region.spans.items() for start, end in spans
+    }
+    return phrase_text
+
+
+def pixels_of(sample: Sample) -> npt.NDArray[np.int64]:
+    return np.asarray(read_image(sample.image, sample.key), dtype=np.int64)
+
+
+def test_every_sample_keeps_the_contract(samples: list[Sample]) -> None:
+    assert len(samples) == len({sample.key for sample in samples}) == COUNT
+    for sample in samples:
+        encode_sample(sample)
+        assert read_image(sample.image, sample.key).size == sample.size == (64, 64)
+        for region in sample.regions:
+            x, y, width, height = region.box
+            assert x >= 0
+            assert y >= 0
+            assert x + width <= 64
+            assert y + height <= 64
+            assert 8 <= min(width, height) <= max(width, height) <= 27
+
+
+def test_two_captions_name_the_same_two_objects_and_no_other(samples: list[Sample]) -> None:
+    phrases = {phrase((color, shape)) for color in range(8) for shape in range(8)}
+    for sample in samples:
+        first, second = named(sample)
+        assert set(first.spans) == set(second.spans) == {0, 1}
+        assert sample.captions[0] != sample.captions[1]
+        words = [phrase_of(sample, region).split() for region in (first, second)]
+        assert [shape for _, shape in words] == [first.label, second.label]
+        assert words[0][0] != words[1][0]
+        assert first.label != second.label
+        for caption in sample.captions:
+            assert {text for text in phrases if text in caption} == {" ".join(word) for word in words}
+
+
+def test_all_orders_and_templates_occur(samples: list[Sample]) -> None:
+    skeletons = Counter[str]()
+    for sample in samples:
+        texts = [phrase_of(sample, region) for region in named(sample)]
+        for caption in sample.captions:
+            order = sorted(texts, key=caption.index) == texts
+            skeleton = caption
+            for text in texts:
+                skeleton = skeleton.replace(f"an {text}", "{}").replace(f"a {text}", "{}")
+            skeletons[f"{skeleton} {order}"] += 1
+    assert len(skeletons) == 2 * len(TEMPLATES)
+    assert {skeleton.rsplit(" ", 1)[0] for skeleton in skeletons} == set(TEMPLATES)
+    assert min(skeletons.values()) > 0.5 * 2 * COUNT / len(skeletons)
+
+
+def test_the_named_color_fills_the_box_and_the_shape_the_caption_says(samples: list[Sample]) -> None:
+    for sample in samples[:200]:
+        image = pixels_of(sample)
+        for region in named(sample):
+            color, shape = phrase_of(sample, region).split()
+            x, y, width, height = (int(value) for value in region.box)
+            inside = image[y : y + height, x : x + width]
+            nearest = np.abs(inside[:, :, None] - np.array(list(COLORS.values()))).sum(axis=3)
+            close = nearest.min(axis=2) < 90
+            share = (close & (nearest.argmin(axis=2) == list(COLORS).index(color))).mean()
+            assert share > 0.25, (sample.key, region, share)
+            if shape == "ring":
+                centre = inside[height // 2 - 1 : height // 2 + 1, width // 2 - 1 : width // 2 + 1]
+                assert np.abs(centre - COLORS[color]).sum(axis=2).min() > 90
+
+
+def test_boxes_are_tight_around_the_pixels(samples: list[Sample]) -> None:
+    """Where a shape's color is far from the background, its pixels span the box to one pixel (the softened edge)."""
+    checked = 0
+    for sample in samples[:200]:
+        image = pixels_of(sample)
+        for region in named(sample):
+            color = phrase_of(sample, region).split()[0]
+            if color not in ("red", "yellow", "blue", "orange", "cyan"):
+                continue
+            x, y, width, height = (int(value) for value in region.box)
+            others = [other.box for other in sample.regions if other is not region]
+            if any(_gap(region.box, box) < 4 for box in others):
+                continue
+            area = (slice(max(y - 3, 0), y + height + 3), slice(max(x - 3, 0), x + width + 3))
+            base = np.median(np.concatenate([image[area][0], image[area][-1]]), axis=0)
+            along = np.array(COLORS[color]) - base
+            amount = ((image[area] - base) @ along) / (along @ along)
+            rows, columns = np.nonzero(amount > 0.35)
+            assert abs(rows.min() + area[0].start - y) <= 1
+            assert abs(rows.max() + 1 + area[0].start - y - height) <= 1
+            assert abs(columns.min() + area[1].start - x) <= 1
+            assert abs(columns.max() + 1 + area[1].start - x - width) <= 1
+            checked += 1
+    assert checked > 50
+
+
+def _gap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    across = max(b[0] - a[0] - a[2], a[0] - b[0] - b[2])
+    down = max(b[1] - a[1] - a[3], a[1] - b[1] - b[3])
+    return max(across, down)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("angle", [-12.0, 0.0, 12.0])
+def test_a_drawn_shape_is_tight_soft_and_of_the_asked_size(shape: str, angle: float) -> None:
+    for size in range(14, 27):
+        mask = draw_shape(shape, size, angle)
+        assert size - 1 <= max(mask.shape) <= size + 1
+        for border in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):
+            assert border.max() >= 1 / 8
+        assert mask.max() == 1
+        assert not ((mask > 0) & (mask < 1 / 8)).any()
+        if shape != "square":
+            assert ((mask > 0) & (mask < 1)).any()  # anti-aliased
+
+
+def test_the_eight_shapes_differ_at_the_smallest_size() -> None:
+    masks = []
+    for shape in SHAPES:
+        padded = np.zeros((16, 16), dtype=np.float32)
+        mask = draw_shape(shape, 14)
+        top, left = (16 - mask.shape[0]) // 2, (16 - mask.shape[1]) // 2
+        padded[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+        masks.append(padded)
+    for i, first in enumerate(masks):
+        for second in masks[:i]:
+            assert np.minimum(first, second).sum() / np.maximum(first, second).sum() < 0.85
+
+
+def test_boxes_overlap_little(samples: list[Sample]) -> None:
+    for sample in samples:
+        for i, a in enumerate(sample.regions):
+            for b in sample.regions[:i]:
+                width = min(a.box[0] + a.box[2], b.box[0] + b.box[2]) - max(a.box[0], b.box[0])
+                height = min(a.box[1] + a.box[3], b.box[1] + b.box[3]) - max(a.box[1], b.box[1])
+                smaller = min(a.box[2] * a.box[3], b.box[2] * b.box[3])
+                assert max(width, 0) * max(height, 0) <= 0.3 * smaller
+
+
+def test_distractors_are_named_nowhere_and_repeat_a_named_shape_in_a_tenth(samples: list[Sample]) -> None:
+    repeats = 0
+    numbers = Counter(len(sample.regions) for sample in samples)
+    for sample in samples:
+        shapes = {region.label for region in named(sample)}
+        repeats += any(region.label in shapes for region in sample.regions if not region.spans)
+    assert set(numbers) == {2, 3, 4}
+    assert min(numbers.values()) > COUNT / 5
+    assert 0.05 < repeats / COUNT < 0.15
+
+
+def test_no_caption_and_no_image_is_shared_between_splits() -> None:
+    splits = {split: list(read_shapes(split, COUNT)) for split in SPLITS}
+    for position, first in enumerate(splits):
+        for second in list(splits)[:position]:
+            captions = [{text for sample in splits[split] for text in sample.captions} for split in (first, second)]
+            images = [{hashlib.sha256(sample.image).digest() for sample in splits[split]} for split in (first, second)]
+            assert not captions[0] & captions[1]
+            assert not images[0] & images[1]
+            assert len(images[0]) == COUNT
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_nameable_pairs_are_dealt_out_completely_and_only_once(seed: int) -> None:
+    dealt = [frozenset(pair) for split in SPLITS for pair in split_pairs(split, seed)]
+    assert len(dealt) == len(set(dealt)) == 1568
+    for split in SPLITS:
+        things = Counter(thing for pair in split_pairs(split, seed) for thing in pair)
+        assert len(things) == 64  # every object is named in every split
+
+
+def test_another_seed_deals_and_draws_otherwise() -> None:
+    assert set(split_pairs("val", 0)) != set(split_pairs("val", 1))
+    assert next(iter(read_shapes("val", 1, seed=0))).image != next(iter(read_shapes("val", 1, seed=1))).image
+
+
+def test_two_runs_give_the_same_bytes() -> None:
+    program = """
+import hashlib
+from lightning_xai.data.shapes import read_shapes
+print(hashlib.sha256(repr(list(read_shapes("train", 200, seed=5))).encode()).hexdigest())
+"""
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+    ).stdout
+    assert elsewhere.strip() == hashlib.sha256(repr(list(read_shapes("train", 200, seed=5))).encode()).hexdigest()
+
+
+def test_a_sample_does_not_depend_on_how_many_are_read(samples: list[Sample]) -> None:
+    for count in (0, 1, 63, 64, 65, 129):
+        assert list(read_shapes("train", count)) == samples[:count]
+
+
+def test_larger_images_have_larger_shapes() -> None:
+    large = list(read_shapes("val", 50, image_size=128))
+    widths = [max(region.box[2:]) for sample in large for region in sample.regions]
+    assert {sample.size for sample in large} == {(128, 128)}
+    assert 27 <= min(widths) <= max(widths) <= 53
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_spans_are_exactly_the_phrases(template: str) -> None:
+    for first in range(8):
+        caption, span, other = render_caption(template, (first, 0), (4, 3))
+        assert caption[slice(*span)] == f"{list(COLORS)[first]} circle"
+        assert caption[slice(*other)] == "orange star"
+        assert "an orange" in caption
+        assert "a orange" not in caption
+        assert not any(left == right == " " for left, right in pairwise(caption))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("training", 1, 0, 64), "expected a split of train, val, test; got 'training'"),
+        (("train", -1, 0, 64), "expected count >= 0"),
+        (("train", 1, -1, 64), "seed >= 0"),
+        (("train", 1, 0, 16), "image_size >= 32"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments: tuple[str, int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_shapes(*arguments)
+
+
+def test_prepared_shards_hold_the_world_and_are_made_once(tmp_path: Path) -> None:
+    prepare_shapes(tmp_path, train=150, val=30, seed=2, progress=False)
+    for split, count in (("train", 150), ("val", 30)):
+        manifest = Manifest.load(tmp_path / split)
+        manifest.verify(tmp_path / split)
+        assert manifest.labels == tuple(sorted(SHAPES))
+        items = [item for _, item in read_samples(tmp_path / split, manifest, range(len(manifest.shards)), 0, count)]
+        assert items == list(read_shapes(split, count, seed=2))
+    before = _times(tmp_path)
+    prepare_shapes(tmp_path, train=150, val=30, seed=2, progress=False)
+    assert _times(tmp_path) == before
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"train": 50}, {"val": 20}])
+def test_other_settings_are_refused_and_nothing_is_written(tmp_path: Path, settings: dict[str, int]) -> None:
+    usual = {"train": 40, "val": 10, "seed": 0}
+    prepare_shapes(tmp_path, **usual, progress=False)
+    before = _times(tmp_path)
+    with pytest.raises(ShardError, match=r"holds 'shapes-.*, asked for is 'shapes-.*choose another folder, or delete"):
+        prepare_shapes(tmp_path, **(usual | settings), progress=False)
+    assert _times(tmp_path) == before
+
+
+def test_only_the_missing_split_is_made_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+    prepare_shapes(tmp_path, train=40, val=10, progress=False)
+    for path in (tmp_path / "val").iterdir():
+        path.unlink()
+    before = _times(tmp_path / "train")
+    prepare_shapes(tmp_path, train=40, val=10, progress=False)
+    assert _times(tmp_path / "train") == before
+    assert Manifest.load(tmp_path / "val").samples == 10
+    (tmp_path / "train" / MANIFEST_NAME).write_text("{")
+    with pytest.raises(ShardError, match=r"train.manifest\.json: broken JSON"):
+        prepare_shapes(tmp_path, train=40, val=10, progress=False)
+
+
+def test_two_processes_that_prepare_at_once_both_succeed(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from lightning_xai.data.shapes import prepare_shapes
+prepare_shapes(Path(sys.argv[1]), train=700, val=100, progress=False)
+"""
+    running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "out")]) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert Manifest.load(tmp_path / "out" / "train").samples == 700
+
+
+def test_reading_is_lazy() -> None:
+    reader: Iterator[Sample] = read_shapes("train", 10**9)
+    assert io.BytesIO(next(reader).image).read(2) == b"\xff\xd8"

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
+from lightning_xai.data.spans import (
+    CaptionTokenizer,
+    MentionFinder,
+    SpanAlignmentError,
+    SpanCutOffError,
+    find_mentions,
+)
+
+ANIMALS = {"dog": ["dog", "dogs"], "hot dog": ["hot dog", "hot dogs"], "bear": ["bear"], "teddy bear": ["teddy bear"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+
+
+def phrases(caption: str, synonyms: Any = ANIMALS, blocked: Any = ()) -> dict[str, list[str]]:
+    found = find_mentions(caption, synonyms, blocked)
+    return {label: [caption[start:end] for start, end in spans] for label, spans in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A dog eats a hot dog.", {"dog": ["dog"], "hot dog": ["hot dog"]}),
+        ("HOT  DOGS and Dogs", {"hot dog": ["HOT  DOGS"], "dog": ["Dogs"]}),
+        ("a hot-dog, a hot\ndog", {"hot dog": ["hot-dog", "hot\ndog"]}),
+        ("it is hot. dog sleeps", {"dog": ["dog"]}),
+        ("it is hot, dog sleeps", {"dog": ["dog"]}),
+        ("the teddy bear's ear and the bear\u2019s ear", {"teddy bear": ["teddy bear"], "bear": ["bear"]}),
+        ("the dogs' bowls, a 'dog', (dog)", {"dog": ["dogs", "dog", "dog"]}),
+        ("a dogma, a hotdog, underdogs, dog_1, 2dogs", {}),
+        ("a dog-friendly cafe and a guard-dog", {}),
+        ("a dog - a bear -- dog", {"dog": ["dog", "dog"], "bear": ["bear"]}),
+        ("", {}),
+        ("...", {}),
+    ],
+)
+def test_whole_words_are_found_and_the_longest_phrase_wins(caption: str, expected: dict[str, list[str]]) -> None:
+    assert phrases(caption) == expected
+
+
+def test_spans_are_character_positions_from_left_to_right() -> None:
+    assert find_mentions("dogs, a hot dog, dog", ANIMALS) == {"dog": ((0, 4), (17, 20)), "hot dog": ((8, 15),)}
+
+
+def test_spans_stay_right_where_lower_case_has_more_characters() -> None:
+    caption = "\u0130\u0130\u0130 Dog"
+    assert find_mentions(caption, ANIMALS) == {"dog": ((4, 7),)}
+
+
+def test_a_longer_phrase_wins_also_over_one_that_starts_before_it() -> None:
+    synonyms = {"a": ["big red"], "b": ["red fire truck"]}
+    assert phrases("a big red fire truck", synonyms) == {"b": ["red fire truck"]}
+
+
+def test_words_in_parentheses_have_to_be_there_but_do_not_belong_to_the_mention() -> None:
+    synonyms = {"wine glass": ["glass (of wine)", "(wine) goblet"], "ski": ["skis"]}
+    assert phrases("a glass of water, a glass of wine", synonyms) == {"wine glass": ["glass"]}
+    assert find_mentions("a glass of water, a glass of wine", synonyms) == {"wine glass": ((20, 25),)}
+    assert phrases("a goblet, a wine goblet; glass. of wine", synonyms) == {"wine glass": ["goblet"]}
+    assert phrases("a man skis on skis", synonyms, ["(man) skis"]) == {"ski": ["skis"]}
+    assert find_mentions("a man skis on skis", synonyms, ["(man) skis"]) == {"ski": ((14, 18),)}
+
+
+def test_a_blocked_phrase_names_nothing_and_leaves_the_rest() -> None:
+    assert phrases("a dog in a dog park", blocked=["dog park"]) == {"dog": ["dog"]}
+
+
+@pytest.mark.parametrize("text", ["", "  ", "(of wine)", "glass (of) wine", "!"])
+def test_a_phrase_without_a_mention_of_its_own_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="parenthes"):
+        MentionFinder({"x": [text]})
+
+
+def test_a_phrase_for_two_classes_is_an_error_that_names_both() -> None:
+    with pytest.raises(ValueError, match="'Jet' stands for both 'plane' and 'boat'"):
+        MentionFinder({"plane": ["jet"], "boat": ["Jet"]})
+    with pytest.raises(ValueError, match="stands for both 'plane' and None"):
+        MentionFinder({"plane": ["jet"]}, blocked=["jet"])
+
+
+def test_tokens_of_every_span_of_coco_mini_decode_to_the_phrase(tokenizer: CaptionTokenizer) -> None:
+    folder = os.environ.get("LIGHTNING_XAI_COCO")
+    if not folder:
+        pytest.skip("LIGHTNING_XAI_COCO is not set to a folder with COCO's images and annotations")
+    count = 0
+    for path in sorted(Path(folder).glob("annotations/captions_*.json")):
+        captions = [annotation["caption"] for annotation in json.loads(path.read_bytes())["annotations"]]
+        finder = MentionFinder(COCO_SYNONYMS, COCO_BLOCKED)
+        for caption, row in zip(captions, tokenizer.encode(captions), strict=True):
+            for spans in finder.find(caption).values():
+                for start, end in spans:
+                    expected = " ".join(caption[start:end].lower().split())
+                    assert tokenizer.decode(row[tokenizer.token_span(caption, (start, end))]) == expected
+                    count += 1
+    assert count > 1000
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase", "tokens"),
+    [
+        ("dog", "dog", ["dog"]),
+        ("  Two  DOGS,\nplaying. ", "DOGS", ["dogs"]),
+        ("the dog's bowl", "dog", ["dog"]),
+        ("the dog's bowl", "dog's", ["dog", "'s"]),
+        ("a (hot-dog)!", "hot-dog", ["hot", "-", "dog"]),
+        ("cats &amp; dogs &lt;3", "dogs", ["dogs"]),
+        ("cats &amp; dogs &lt;3", "&amp; dogs", ["&", "dogs"]),
+        ("a \u201cdog\u201d", "dog", ["dog"]),
+        ("a caf\u00e9 \U0001f436 dog", "dog", ["dog"]),
+        ("a schnauzerdoodle sits", "schnauzerdoodle", ["sch", "nau", "zer", "doodle"]),
+        ("a dog ", "dog ", ["dog"]),
+    ],
+)
+def test_tokens_are_those_of_the_phrase_in_its_place(
+    tokenizer: CaptionTokenizer, caption: str, phrase: str, tokens: list[str]
+) -> None:
+    start = caption.index(phrase)
+    row = tokenizer.encode([caption])[0]
+    assert tokenizer.token_strings(row[tokenizer.token_span(caption, (start, start + len(phrase)))]) == tokens
+
+
+def test_the_second_of_two_equal_words_has_its_own_tokens(tokenizer: CaptionTokenizer) -> None:
+    caption = "a dog and a dog"
+    assert tokenizer.token_span(caption, (2, 5)) == slice(2, 3)
+    assert tokenizer.token_span(caption, (12, 15)) == slice(5, 6)
+
+
+@pytest.mark.parametrize(
+    ("caption", "span"),
+    [
+        ("two hotdogs", (4, 7)),  # ends inside a word
+        ("two hotdogs", (7, 11)),  # starts inside a word
+        ("a dog", (1, 2)),  # only a space
+        ("cats &amp; dogs", (6, 9)),  # inside an HTML entity
+        ("a Ã©clair", (2, 3)),  # broken encoding that the tokenizer's cleaning repairs
+    ],
+)
+def test_a_span_that_is_not_made_of_tokens_is_an_alignment_error(
+    tokenizer: CaptionTokenizer, caption: str, span: tuple[int, int]
+) -> None:
+    with pytest.raises(SpanAlignmentError):
+        tokenizer.token_span(caption, span)
+
+
+def test_a_span_behind_the_context_length_is_cut_off(tokenizer: CaptionTokenizer) -> None:
+    inside = "a " * 74 + "dog dog"
+    row = tokenizer.encode([inside])[0]
+    position = tokenizer.token_span(inside, (148, 151))
+    assert tokenizer.token_strings(row[position]) == ["dog"]
+    assert position == slice(75, 76)
+    with pytest.raises(SpanCutOffError, match="77"):
+        tokenizer.token_span(inside, (152, 155))
+    with pytest.raises(SpanCutOffError):  # begins before the cut, ends behind it
+        tokenizer.token_span(inside, (148, 155))
+
+
+@pytest.mark.parametrize("span", [(-1, 2), (0, 0), (3, 2), (0, 6)])
+def test_a_span_that_leaves_the_caption_is_an_error(tokenizer: CaptionTokenizer, span: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="leaves the caption"):
+        tokenizer.token_span("a dog", span)
+
+
+def test_an_empty_caption_is_an_error_that_names_it(tokenizer: CaptionTokenizer) -> None:
+    with pytest.raises(ValueError, match="caption 1 of 2 is empty"):
+        tokenizer.encode(["a dog", " \n"])
+    with pytest.raises(ValueError, match="empty"):
+        tokenizer.token_span(" ", (0, 1))
+
+
+def test_encode_gives_what_the_wrapped_tokenizer_gives(tokenizer: CaptionTokenizer) -> None:
+    captions = ["a dog", "two dogs " * 60]
+    tokens = tokenizer.encode(captions)
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == open_clip.get_tokenizer("ViT-B-32")(captions).tolist()
+    assert tokenizer.context_length == tokens.shape[1] == 77
+    assert tokenizer.encode([]).shape == (0, 77)
+    with pytest.raises(ValueError, match="list"):
+        tokenizer.encode("a dog")
+
+
+def test_padding_and_marks_are_not_decoded(tokenizer: CaptionTokenizer) -> None:
+    row = tokenizer.encode(["Oh! A dog's life"])[0]
+    assert tokenizer.decode(row) == "oh ! a dog 's life"
+    strings = tokenizer.token_strings(row)
+    assert strings[:8] == ["<start_of_text>", "oh", "!", "a", "dog", "'s", "life", "<end_of_text>"]
+    assert strings[8:] == [""] * 69
+
+
+def test_other_context_lengths_and_cleanings_are_aligned_too() -> None:
+    short = CaptionTokenizer(SimpleTokenizer(context_length=5, clean="canonicalize"))
+    caption = "Well, a hot-dog (dog)"
+    position = short.token_span(caption, (8, 15))
+    assert short.decode(short.encode([caption])[0][position]) == "hotdog"
+    with pytest.raises(SpanCutOffError):
+        short.token_span(caption, (17, 20))
+
+
+def test_a_tokenizer_travels_to_worker_processes(tokenizer: CaptionTokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.token_span("a dog", (2, 5)) == slice(2, 3)
+
+
+def test_a_reduction_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="reduction"):
+        CaptionTokenizer(SimpleTokenizer(reduction_mask="random"))
+
+
+class _IdsOnly:
+    """A tokenizer that gives ids and nothing else."""
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        return torch.ones(len(captions), 8, dtype=torch.int32)
+
+
+def test_a_tokenizer_without_encode_gives_ids_but_says_that_it_has_no_spans() -> None:
+    tokenizer = CaptionTokenizer(_IdsOnly())
+    assert tokenizer.encode(["a dog"]).dtype == torch.int64
+    with pytest.raises(ValueError, match="_IdsOnly has neither encode and decode") as caught:
+        tokenizer.token_span("a dog", (2, 5))
+    assert not isinstance(caught.value, SpanAlignmentError)  # no record's fault: it must not be counted as one
+    with pytest.raises(ValueError, match="_IdsOnly"):
+        tokenizer.decode([1])
+
+
+class _Contrary(SimpleTokenizer):  # type: ignore[misc]  # open_clip has no types
+    """Its encode does not agree with what a call gives."""
+
+    def encode(self, text: str) -> list[int]:
+        return [7] * len(text)
+
+    def __call__(self, captions: list[str], context_length: int | None = None) -> Tensor:
+        return torch.zeros(len(captions), 8, dtype=torch.int64)
+
+
+def test_an_encode_that_disagrees_with_the_call_is_refused() -> None:
+    with pytest.raises(ValueError, match="agree"):
+        CaptionTokenizer(_Contrary())
+
+
+def test_the_tokens_of_a_hugging_face_tokenizer_are_aligned(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="open_clip needs transformers for its HFTokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "hot", "dog", "##s", "poo", "##dle", "##d", "and"]
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(vocabulary)).save_pretrained(tmp_path)
+    wrapped = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=9)
+    tokenizer = CaptionTokenizer(wrapped)
+    caption = "A  poodle and hot dogs"
+    row = tokenizer.encode([caption])[0]
+    assert row[tokenizer.token_span(caption, (3, 9))].tolist() == [words.index("poo"), words.index("##dle")]
+    assert tokenizer.token_span(caption, (14, 22)) == slice(5, 8)
+    with pytest.raises(SpanCutOffError):
+        tokenizer.token_span(caption + " and dog", (27, 30))
+    with pytest.raises(SpanAlignmentError):
+        tokenizer.token_span(caption, (3, 7))

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from PIL import Image
+
+from lightning_xai.report.plots import (
+    Example,
+    curves,
+    evenly,
+    example_sheet,
+    heat_fault,
+    overlay,
+    progress_gif,
+    progress_sheet,
+    rasterize,
+    save_figure,
+)
+
+YELLOW = np.array([255, 214, 10])
+HIGHLIGHT = np.array([0xFF, 0xE6, 0x80])
+GREY = np.full((64, 64, 3), 0.5)
+
+
+def example(caption: str = "a red ring and a blue star", phrase: str = "a blue star", size: int = 64) -> Example:
+    image = np.random.default_rng(0).random((size, size, 3))
+    start = caption.index(phrase)
+    box = (0.25 * size, 0.25 * size, 0.75 * size, 0.5 * size)
+    return Example(image, phrase, caption, ((start, start + len(phrase)),), box, "key")
+
+
+def heat(seed: int = 0) -> NDArray[np.floating]:
+    return np.random.default_rng(seed).normal(size=(8, 8))
+
+
+def redness(picture: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return picture[..., 0].astype(np.int64) - picture[..., 2]
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+def highlights(figure: Figure) -> list[Rectangle]:
+    return [artist for artist in figure.artists if isinstance(artist, Rectangle)]
+
+
+def test_positive_is_red_negative_is_blue_and_zero_leaves_grey() -> None:
+    one = np.zeros((4, 4))
+    one[0, 0], one[3, 3] = 2.0, -1.0
+    difference = redness(overlay(GREY, one))
+    assert difference[8, 8] > 100
+    assert difference[56, 56] < -50
+    assert difference[8, 56] == difference[56, 8] == 0
+    # Half the magnitude is half the strength, up to the two colours' own difference.
+    assert abs(difference[56, 56]) < 0.7 * difference[8, 8]
+
+
+def test_the_map_is_laid_over_the_patches_it_belongs_to_also_where_the_picture_is_not_square() -> None:
+    single = np.zeros((2, 4))
+    single[1, 2] = 1.0
+    picture = overlay(np.full((40, 120, 3), 0.5), single)
+    assert picture.shape == (40, 120, 3)
+    row, column = np.unravel_index(int(redness(picture).argmax()), (40, 120))
+    assert 20 <= row < 40
+    assert 60 <= column < 90
+
+
+def test_interpolation_adds_no_sign_that_the_map_does_not_have() -> None:
+    spike = np.zeros((7, 7))
+    spike[3, 3] = 1.0
+    assert redness(overlay(GREY, spike)).min() == 0
+
+
+def test_a_red_object_does_not_pass_for_attribution() -> None:
+    image = GREY.copy()
+    image[:32] = (1.0, 0.0, 0.0)
+    only_below = np.zeros((2, 2))
+    only_below[1, 0] = 1.0
+    difference = redness(overlay(image, only_below))
+    assert difference[56, 8] > 4 * difference[4, 60]
+
+
+def test_vmax_sets_the_strongest_colour_and_clips_beyond_it() -> None:
+    ramp = np.array([[0.0, 1.0]])
+    assert np.array_equal(overlay(GREY, ramp), overlay(GREY, 1e-6 * ramp))
+    assert np.array_equal(overlay(GREY, ramp, vmax=1.0), overlay(GREY, ramp))
+    assert redness(overlay(GREY, ramp, vmax=10.0)).max() < redness(overlay(GREY, ramp)).max() / 5
+    assert redness(overlay(GREY, 10 * ramp, vmax=1.0)).max() == redness(overlay(GREY, ramp)).max()
+
+
+def test_the_box_is_outlined_and_its_inside_is_not_painted_over() -> None:
+    picture = overlay(GREY, heat(), box=(10, 20, 30, 40))
+    yellow = (picture == YELLOW).all(-1)
+    expected = np.zeros((64, 64), dtype=bool)
+    expected[20:40, 10:30] = True
+    expected[21:39, 11:29] = False
+    assert np.array_equal(yellow, expected)
+
+
+@pytest.mark.parametrize("box", [(-50.0, -50.0, 200.0, 200.0), (63.9, 63.9, 64.0, 64.0), (30.2, 30.2, 30.4, 30.4)])
+def test_a_box_at_the_rim_or_below_a_pixel_is_still_seen(box: tuple[float, float, float, float]) -> None:
+    assert (overlay(GREY, heat(), box) == YELLOW).all(-1).any()
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1.0, math.nan, math.inf])
+def test_a_map_that_says_nothing_leaves_the_image_with_its_box_and_is_named(value: float) -> None:
+    flat = np.full((4, 4), value)
+    image = np.random.default_rng(1).random((64, 64, 3))
+    assert heat_fault(flat) is not None
+    assert np.array_equal(overlay(image, flat), np.rint(image * 255).astype(np.uint8))
+    assert (overlay(image, flat, (10, 10, 30, 30)) == YELLOW).all(-1).any()
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    image, values = GREY.copy(), heat()
+    kept = values.copy()
+    overlay(image, values, (1, 1, 9, 9))
+    assert np.array_equal(image, GREY)
+    assert np.array_equal(values, kept)
+
+
+@pytest.mark.parametrize(
+    ("image", "values", "vmax", "message"),
+    [
+        (np.zeros((3, 8, 8)), np.ones((2, 2)), None, r"expected \[H, W, 3\]"),
+        (np.zeros((8, 8)), np.ones((2, 2)), None, r"expected \[H, W, 3\]"),
+        (GREY, np.ones((1, 2, 2)), None, r"expected one map \[h, w\]"),
+        (GREY, np.ones((0, 2)), None, r"expected one map \[h, w\]"),
+        (GREY, np.ones((2, 2)), 0.0, "vmax"),
+        (GREY, np.ones((2, 2)), math.nan, "vmax"),
+    ],
+)
+def test_wrong_shapes_are_refused(image: Any, values: Any, vmax: float | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        overlay(image, values, vmax=vmax)
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+def test_columns_are_spread_evenly_from_the_first_to_the_last(count: int) -> None:
+    chosen = evenly(count, 6)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(count, 6)
+    assert chosen[0] == 0
+    assert chosen[-1] == count - 1
+    assert np.ptp(np.diff(chosen)) <= 1 if count > 1 else True
+
+
+def test_the_sheet_shows_the_caption_gamma_and_hit_of_each_example() -> None:
+    sheet = example_sheet([example()] * 3, [heat()] * 3, [0.83, math.nan, 0.1], "after", hits=[True, False, False])
+    shown = texts(sheet)
+    assert shown.count("a red ring and a blue star") == 3
+    assert any("0.83" in text and "hit" in text for text in shown)
+    assert any("nothing positive" in text and "miss" in text for text in shown)
+    assert "after" in shown
+
+
+def test_without_hits_no_mark_is_claimed() -> None:
+    assert not any("hit" in text or "miss" in text for text in texts(example_sheet([example()], [heat()], [0.5], "t")))
+
+
+def test_a_map_that_says_nothing_is_named_in_the_sheet() -> None:
+    assert any(
+        "constant map" in text for text in texts(example_sheet([example()], [np.zeros((8, 8))], [math.nan], "t"))
+    )
+
+
+def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:
+    def columns_of(caption: str, spans: tuple[tuple[int, int], ...]) -> tuple[list[int], list[int]]:
+        sheet = rasterize(example_sheet([Example(GREY, "", caption, spans)], [heat()], [0.5], "t"))
+        line = sheet[389:406]  # below head, picture and gamma
+        ink = np.flatnonzero((line < 120).all(-1).any(0))
+        return ink.tolist(), np.flatnonzero((line == HIGHLIGHT).all(-1).any(0)).tolist()
+
+    before, upto = columns_of("iiiiiii", ())[0], columns_of("iiiiiii WWWW", ())[0]
+    ink, yellow = columns_of("iiiiiii WWWW iiiiiii", ((8, 12),))
+    phrase = [column for column in upto if column > before[-1]]
+    behind = [column for column in ink if column > upto[-1]]
+    assert before[-1] < yellow[0] <= phrase[0]
+    assert phrase[-1] <= yellow[-1] < behind[0]
+
+
+def test_a_long_caption_is_wrapped_and_no_character_or_highlight_is_lost() -> None:
+    phrase = "a very long winded phrase that certainly will not fit on a single line of the narrow panel"
+    caption = f"there is {phrase} and {'x' * 120} after it"
+    sheet = example_sheet([example(caption, phrase)], [heat()], [0.5], "Title")
+    lines = [text for text in texts(sheet) if text and text in caption]
+    assert "".join(lines).replace(" ", "") == caption.replace(" ", "")
+    assert len(highlights(sheet)) >= 2
+    for text in sheet.texts:
+        extent = text.get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= sheet.bbox.width + 1
+
+
+@pytest.mark.parametrize(
+    "caption", ["costs $5 or $6_x^2", "two\nlines\tand a tab", r"\frac{a}{b} {", "a \ud800 b", " "]
+)
+def test_no_caption_breaks_the_sheet(caption: str) -> None:
+    odd = Example(GREY, "", caption, ((0, 1), (5, 500), (3, 3)), None)
+    assert rasterize(example_sheet([odd], [heat()], [0.5], caption)).std() > 0
+
+
+def test_small_images_are_enlarged_to_sharp_squares() -> None:
+    checkers = np.indices((16, 16)).sum(0) % 2
+    image = np.repeat(checkers[..., None], 3, axis=2).astype(float)
+    sheet = rasterize(example_sheet([Example(image, "", "", ())], [np.zeros((2, 2))], [0.5], "", side=320))
+    top, left = 44, 80  # head; a single panel is centred in the narrowest sheet
+    panel = sheet[top : top + 320, left : left + 320]
+    assert set(np.unique(panel)) == {0, 255}
+    assert np.array_equal(panel, np.kron(image, np.ones((20, 20, 1))).astype(np.uint8) * 255)
+
+
+def test_the_progress_sheet_keeps_the_first_and_the_last_epoch() -> None:
+    names = ["before", *(f"epoch {number}" for number in range(1, 12))]
+    maps = [[heat(10 * epoch + i) for i in range(2)] for epoch in range(12)]
+    gammas = [[epoch / 100, 0.5] for epoch in range(12)]
+    sheet = progress_sheet([example(), example()], maps, names, gammas, columns=4)
+    shown = texts(sheet)
+    assert [text for text in shown if text in names] == ["before", "epoch 6", "epoch 11"]
+    assert [text for text in shown if text.startswith("γ")] == ["γ = 0.00", "γ = 0.06", "γ = 0.11"] + ["γ = 0.50"] * 3
+    assert len(sheet.axes) == 2 * (1 + 3) + 1
+
+
+def test_lengths_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match="gammas: expected 1 entries, got 2"):
+        example_sheet([example()], [heat()], [0.5, 0.5], "t")
+    with pytest.raises(ValueError, match="at least one example"):
+        example_sheet([], [], [], "t")
+    with pytest.raises(ValueError, match="heats: expected 2 entries, got 1"):
+        progress_sheet([example()], [[heat()]], ["before", "epoch 1"], [[0.5], [0.5]])
+    with pytest.raises(ValueError, match="gammas: expected 1 entries, got 0"):
+        progress_sheet([example()], [[heat()]], ["before"], [[]])
+    with pytest.raises(ValueError, match="columns"):
+        progress_sheet([example()], [[heat()]], ["before"], [[0.5]], columns=1)
+
+
+def test_curves_draw_percent_over_finished_epochs_with_gaps_for_nan() -> None:
+    rows = [
+        {"epoch": epoch, "gamma_mean": 0.2, "gamma_above_50": share, "gamma_above_80": 0.0, "rho": 0.9}
+        for epoch, share in ((0, 0.05), (2, math.nan), (4, 0.46))
+    ]
+    (axes,) = curves(rows).axes
+    above_50 = next(line for line in axes.lines if "0.5" in str(line.get_label()))
+    assert np.array_equal(np.asarray(above_50.get_xdata()), [0, 2, 4])
+    assert np.allclose(np.asarray(above_50.get_ydata(), dtype=float), [5, math.nan, 46], equal_nan=True)
+    assert "5.0 → 46.0 %" in str(above_50.get_label())
+    assert axes.get_ylim()[1] >= 90
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["before", "2", "4"]
+
+
+def test_curves_accept_names_single_rows_and_nothing_but_nan() -> None:
+    assert rasterize(curves([{"epoch": "zero-shot", "rho": 0.5}, {"epoch": "tuned", "rho": 0.6}])).std() > 0
+    assert not curves([{"epoch": 0, "rho": math.nan}]).axes[0].lines
+    with pytest.raises(ValueError, match="epoch"):
+        curves([])
+
+
+def test_figures_and_gifs_are_written_whole_in_the_size_they_were_laid_out(tmp_path: Path) -> None:
+    sheet = example_sheet([example()], [heat()], [0.5], "t")
+    save_figure(sheet, tmp_path / "new" / "sheet.png")
+    saved = np.asarray(Image.open(tmp_path / "new" / "sheet.png").convert("RGB"))
+    assert np.array_equal(saved, rasterize(sheet))
+    names = ["before", "epoch 1", "epoch 2"]
+    progress_gif(tmp_path / "new" / "p.gif", [example()], [[heat(i)] for i in range(3)], names, [[0.1], [0.2], [0.3]])
+    with Image.open(tmp_path / "new" / "p.gif") as gif:
+        assert getattr(gif, "n_frames", 1) == 3
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["p.gif", "sheet.png"]
+    with pytest.raises(ValueError, match="docx"):
+        save_figure(sheet, tmp_path / "sheet.docx")
+
+
+def test_drawing_never_touches_pyplot() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from lightning_xai.report.plots import *\n"
+        "one = Example(np.zeros((8, 8, 3)), 'a', 'a b', ((0, 1),), (1, 1, 5, 5))\n"
+        "rasterize(example_sheet([one], [np.eye(2)], [0.5], 't'))\n"
+        "rasterize(curves([{'epoch': 0, 'rho': 0.5}]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
