@@ -188,6 +188,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
         raise RecordError(
             f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; prepare the shards again with this release"
         )
+    if not isinstance(record.get("captions"), list):
+        raise RecordError(f"{where}: captions have to be a list of strings; rebuild the shard")
     try:
         sample = Sample(
             key=key,
@@ -197,7 +199,7 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
             regions=tuple(_decode_region(region) for region in record["regions"]),
             source=str(record["source"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordError(f"{where}: field missing or of the wrong type ({error!r}); rebuild the shard") from error
     _check(sample, where)
     return sample

@@ -509,20 +509,21 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _publish(partial: Path, out: Path, overwrite: bool) -> None:
-    """Give the finished folder its name; what was there comes back if that fails."""
+    """Give the finished folder its name; old shards that it replaces come back if that fails."""
     _check_target(out, overwrite)  # another process may have been faster
     retired = out.parent / f".{out.name}.retired-{uuid.uuid4().hex[:8]}"
-    replaces = out.exists()
-    if replaces:
-        out.rename(retired)
+    replaces = overwrite and (out / MANIFEST_NAME).is_file()
     try:
+        if replaces:
+            out.rename(retired)
+        elif out.exists():
+            out.rmdir()  # refuses if it is no longer empty
         partial.rename(out)
     except OSError as error:
-        if replaces and not out.exists():
+        if retired.exists() and not out.exists():
             retired.rename(out)
         raise ShardsExistError(f"{out}: could not be put in place ({error}); run again") from error
-    if replaces:
-        shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _is_count(value: object, least: int) -> bool:

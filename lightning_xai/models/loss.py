@@ -64,7 +64,7 @@ def contrastive_loss(
         image = image_features.to(dtype).masked_fill(~valid[:, None], 0)
         text = text_features.to(dtype).masked_fill(~valid[:, None], 0)
         logits = logit_scale.to(dtype) * (image @ text.T)
-        # Invalid rows keep finite logits (their loss is dropped below); all -inf would make their gradient NaN.
+        # Invalid rows keep finite logits (their loss is dropped below): all -inf would put NaN into the graph.
         hidden = valid[:, None] & ~valid[None, :]
         per_image = logits.masked_fill(hidden, -torch.inf)
         per_text = logits.T.masked_fill(hidden, -torch.inf)

@@ -5,8 +5,10 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -202,6 +204,12 @@ def test_no_caption_and_no_image_is_shared_between_splits() -> None:
             assert len(images[0]) == COUNT
 
 
+def test_the_layouts_of_two_splits_are_unrelated(samples: list[Sample]) -> None:
+    other = read_shapes("val", 200)
+    alike = [len(a.regions) == len(b.regions) for a, b in zip(samples, other, strict=False)]
+    assert 0.2 < np.mean(alike) < 0.5  # a third by chance
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_nameable_pairs_are_dealt_out_completely_and_only_once(seed: int) -> None:
     dealt = [frozenset(pair) for split in SPLITS for pair in split_pairs(split, seed)]
@@ -309,17 +317,18 @@ def test_only_the_missing_split_is_made_and_a_damaged_one_is_an_error(tmp_path: 
         prepare_shapes(tmp_path, train=40, val=10, progress=False)
 
 
-def test_two_processes_that_prepare_at_once_both_succeed(tmp_path: Path) -> None:
-    program = """
-import sys
-from pathlib import Path
-from lightning_xai.data.shapes import prepare_shapes
-prepare_shapes(Path(sys.argv[1]), train=700, val=100, progress=False)
-"""
-    running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "out")]) for _ in range(2)]
-    assert [process.wait() for process in running] == [0, 0]
+def test_several_that_prepare_at_once_all_succeed(tmp_path: Path) -> None:
+    start = threading.Barrier(3)
+
+    def prepare() -> None:
+        start.wait(timeout=60)
+        prepare_shapes(tmp_path / "out", train=700, val=100, progress=False)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(prepare) for _ in range(3)]:
+            done.result(timeout=60)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
-    assert Manifest.load(tmp_path / "out" / "train").samples == 700
+    Manifest.load(tmp_path / "out" / "train").verify(tmp_path / "out" / "train")
 
 
 def test_reading_is_lazy() -> None:

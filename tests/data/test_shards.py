@@ -137,6 +137,21 @@ def test_shards_outside_the_slice_are_not_opened(tmp_path: Path) -> None:
     assert [item for _, item in read_samples(tmp_path / "out", manifest, [0, 1, 2], 4, 8)] == samples[4:8]
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="needs Linux' count of bytes read")
+def test_a_slice_at_the_beginning_does_not_read_the_rest_of_the_shard(tmp_path: Path) -> None:
+    padding = b"\0" * 100_000  # behind the image's end, where decoders do not look
+    samples = [dataclasses.replace(sample, image=sample.image + padding) for sample in make_samples(50)]
+    manifest = write(tmp_path, samples, samples_per_shard=50)
+    before = _bytes_read()
+    items = [item for _, item in read_samples(tmp_path, manifest, [0], 2, 5)]
+    assert _bytes_read() - before < 0.2 * manifest.bytes
+    assert items == samples[2:5]
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 @pytest.mark.parametrize(
     ("order", "start", "stop"), [([0], 0, 5), ([0], -1, 2), ([0], 3, 2), ([1], 0, 1), ([-1], 0, 1)]
 )

@@ -240,6 +240,8 @@ def test_features_in_half_precision_are_kept_in_single() -> None:
     exact = RetrievalMetric(group_size=8)
     exact.update(**batch, logit_scale=SCALE + 0.07)
     assert metric.compute() == exact.compute()
+    metric.update(**half, logit_scale=SCALE)
+    assert metric.image_features[1].dtype == metric.text_features[1].dtype == torch.float32
 
 
 def test_batches_and_settings_that_do_not_fit_are_refused() -> None:

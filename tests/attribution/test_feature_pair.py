@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomised
+from torch import Tensor, nn
+
+from lightning_xai.attribution import FeaturePairAttribution
+from lightning_xai.models import DualEncoder, load_dual_encoder
+
+MakeEncoder = Callable[..., DualEncoder]
+CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
+
+
+def inputs(encoder: DualEncoder, captions: list[str] = CAPTIONS) -> tuple[Tensor, Tensor]:
+    weight = next(encoder.parameters())
+    height, width = encoder.image_transform.size
+    images = torch.randn(len(captions), 3, height, width, generator=torch.Generator().manual_seed(1)).to(weight)
+    return images, encoder.tokenizer.encode(captions)
+
+
+def block_input(module: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    kept: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: kept.append(args[0].detach()))
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return kept[0]
+
+
+def replacing(module: nn.Module, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    handle = module.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
+    try:
+        return run()
+    finally:
+        handle.remove()
+
+
+def literal(encoder: DualEncoder, image: Tensor, tokens: Tensor, blocks: tuple[nn.Module, nn.Module], steps: int) -> Tensor:
+    """Eq. 10 as it is written: both Jacobians in full, from the whole encoders with the block's input replaced."""
+    model = encoder.model
+    reference_tokens = torch.zeros_like(tokens)
+    reference_tokens[0], reference_tokens[2] = 49406, 49407
+    sides = []
+    for block, encode, x, r in (
+        (blocks[0], model.encode_image, image[None], torch.zeros_like(image)[None]),
+        (blocks[1], model.encode_text, tokens[None], reference_tokens[None]),
+    ):
+        a, reference = (block_input(block, lambda e=encode, i=i: e(i)) for i in (x, r))
+        mean = torch.zeros(())
+        for n in range(1, steps + 1):
+            at = reference + n / steps * (a - reference)
+            mean = mean + torch.autograd.functional.jacobian(
+                lambda h, b=block, e=encode, i=x: replacing(b, h, lambda: e(i))[0], at
+            )[:, 0] / steps
+        weighted = mean * (a - reference)
+        # Tokens lie in the first axis behind K for transformers, in the last two for feature maps.
+        sides.append(weighted.sum(dim=1).flatten(1) if weighted.ndim == 4 else weighted.sum(dim=2))
+        sides[-1] = sides[-1] / encode(x).norm()
+    return torch.einsum("ks,kp->sp", sides[1], sides[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "image_layer", "text_layer"),
+    [
+        ("vit", -1, -1),
+        ("vit", 0, 1),
+        ("vit", 1, 0),
+        ("resnet", -1, -1),
+        ("resnet", 2, -1),
+        ("vit_layer_scale_quick_gelu", -1, -1),
+        ("vit_average_pool", -1, -1),
+        ("vit_custom_block", -1, -1),
+    ],
+)
+def test_agrees_with_equation_10_taken_literally(
+    make_encoder: MakeEncoder, name: str, image_layer: int, text_layer: int
+) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, tokens = inputs(encoder, CAPTIONS[:2])
+    attribution = FeaturePairAttribution(encoder, image_layer, text_layer, steps=3)
+    result = attribution.attribute(images, tokens)
+    visual = encoder.model.visual
+    image_block = (
+        visual.transformer.resblocks[image_layer]
+        if hasattr(visual, "transformer")
+        else getattr(visual, f"layer{image_layer % 5}")
+    )
+    blocks = (image_block, encoder.model.transformer.resblocks[text_layer])
+    for row in range(len(images)):
+        expected = literal(encoder, images[row], tokens[row], blocks, steps=3)
+        prefix = expected.shape[1] - result.pairs[row].flatten(1).shape[1]
+        torch.testing.assert_close(result.pairs[row].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(result.prefix[row], expected[:, :prefix].sum(dim=1), rtol=1e-8, atol=1e-12)
+        assert result.pairs[row].abs().max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-B-16", "RN50"])
+def test_agrees_with_the_authors_package_on_random_weights(tmp_path: Path, name: str) -> None:
+    explanation: Any = pytest.importorskip("exclip.explanation", reason="exclip needs Python 3.11")
+    import open_clip
+
+    # The true architectures on small images: exclip's memory grows with the square of what a layer holds.
+    config = open_clip.get_model_config(name)
+    config["vision_cfg"]["image_size"] = 64
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    encoder = randomised(load_dual_encoder(tmp_path / "small.json")).eval()
+    if name == "RN50":
+
+        class Explainer(explanation.OpenClipExplainer):  # type: ignore[misc]  # exclip is untyped
+            # exclip hooks ResNets in the class for OpenAI's layout only; the hook itself fits both.
+            init_image_attribution = explanation.OpenAIExplainer.init_image_attribution
+
+        layer = 4
+    else:
+        Explainer, layer = explanation.OpenClipExplainer, 11
+    images, tokens = inputs(encoder, ["a red ring"])
+    explainer = Explainer(encoder.model, image_dim=64, device=torch.device("cpu"))
+    expected = explainer.explain(tokens, images, text_layer=11, image_layer=layer, N=10)
+    result = FeaturePairAttribution(encoder).attribute(images, tokens).pairs[0]
+    error = (result[: len(expected)] - expected).norm() / expected.norm()
+    assert error < 1e-5
+    assert not result[len(expected) :].any()
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "vit_average_pool"])
+def test_a_span_map_is_the_sum_of_its_tokens_rows(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, tokens = inputs(encoder)
+    attribution = FeaturePairAttribution(encoder)
+    span = torch.zeros_like(tokens, dtype=torch.bool)
+    span[0, 5:7], span[1, 2], span[2, 1:4] = True, True, True
+    pairs = attribution.attribute(images, tokens).pairs
+    expected = (pairs * span[:, :, None, None]).sum(dim=1)
+    torch.testing.assert_close(attribution.span_map(images, tokens, span), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("reference", ["zeros", "black"])
+def test_attributions_sum_to_equation_2(make_encoder: MakeEncoder, name: str, reference: Any) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, tokens = inputs(encoder)
+    attribution = FeaturePairAttribution(encoder, steps=40, rule="gauss_legendre", image_reference=reference)
+    result = attribution.attribute(images, tokens)
+    model, transform = encoder.model, encoder.image_transform
+    black = (-torch.tensor(transform.mean) / torch.tensor(transform.std)).double()[:, None, None]
+    reference_image = torch.zeros_like(images[:1]) + (black if reference == "black" else 0)
+    with torch.no_grad():
+        image = model.encode_image(images) - model.encode_image(reference_image)
+        # The reference's hidden states read at the caption's own end: a causal model gives them for a shifted end.
+        text_block = model.transformer.resblocks[-1]
+        reference_tokens = torch.zeros_like(tokens[:1])
+        reference_tokens[0, 0], reference_tokens[0, 2] = 49406, 49407
+        hidden = block_input(text_block, lambda: model.encode_text(reference_tokens)).expand(len(tokens), -1, -1)
+        text = model.encode_text(tokens) - replacing(text_block, hidden, lambda: model.encode_text(tokens))
+        norms = model.encode_image(images).norm(dim=1) * model.encode_text(tokens).norm(dim=1)
+        similarity = (model.encode_image(images, normalize=True) * model.encode_text(tokens, normalize=True)).sum(dim=1)
+    expected = (image * text).sum(dim=1) / norms
+    total = result.pairs.sum(dim=(1, 2, 3)) + result.prefix.sum(dim=1)
+    # ReLUs leave kinks in a ResNet's path, on which quadrature converges slowly.
+    tolerance = 1e-9 if name == "vit" else 2e-3
+    torch.testing.assert_close(total, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.completeness_error, total - expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(result.similarity, similarity)
+
+
+def test_the_completeness_error_falls_with_the_number_of_steps(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    errors = [
+        float(FeaturePairAttribution(encoder, steps=n).attribute(images, tokens).completeness_error.abs().max())
+        for n in (5, 10, 20, 40)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] / errors[-1] == pytest.approx(8, rel=0.3)  # a Riemann sum converges as 1/N
+
+
+def test_nothing_stands_behind_a_captions_last_token(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder()
+    images, tokens = inputs(encoder)
+    result = FeaturePairAttribution(encoder).attribute(images, tokens)
+    assert result.pairs.shape == (3, 16, 4, 4)
+    for row, last in enumerate(tokens.argmax(dim=1).tolist()):
+        assert not result.pairs[row, last + 1 :].any()
+        assert result.pairs[row, 1 : last + 1].flatten(1).any(dim=1).all()
+        # BOS sees nothing but itself, as in the reference: it has nothing to attribute.
+        assert not result.pairs[row, 0].any()
+
+
+def test_neighbours_padding_and_chunks_change_nothing(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    whole = FeaturePairAttribution(encoder).attribute(images, tokens)
+    order = torch.tensor([2, 0, 1])
+    shuffled = FeaturePairAttribution(encoder).attribute(images[order], tokens[order])
+    torch.testing.assert_close(shuffled.pairs, whole.pairs[order])
+    chunked = FeaturePairAttribution(encoder, internal_batch_size=2).attribute(images, tokens)
+    torch.testing.assert_close(chunked.pairs, whole.pairs)
+    torch.testing.assert_close(chunked.completeness_error, whole.completeness_error)
+    span = torch.zeros_like(tokens, dtype=torch.bool)
+    span[:, 1] = True
+    maps = FeaturePairAttribution(encoder, internal_batch_size=1).span_map(images, tokens, span)
+    torch.testing.assert_close(maps, whole.pairs[:, 1])
+    # The second caption has four tokens: cut to them, it is attributed as among longer ones.
+    alone = FeaturePairAttribution(encoder).attribute(images[1:2], tokens[1:2, :6])
+    torch.testing.assert_close(alone.pairs[0], whole.pairs[1, :6])
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_layer_scale_quick_gelu"])
+def test_the_shortcut_through_the_last_block_is_exact(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, tokens = inputs(encoder)
+    short, general = FeaturePairAttribution(encoder), FeaturePairAttribution(encoder)
+    for split in (short.image, short.text):
+        assert split._pooled is not None  # type: ignore[attr-defined]  # of the two splits that have a shortcut
+    for split in (general.image, general.text):
+        split._pooled = None  # type: ignore[attr-defined]
+    torch.testing.assert_close(short.attribute(images, tokens).pairs, general.attribute(images, tokens).pairs)
+
+
+def test_a_tensor_can_be_the_reference(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    text = encoder.tokenizer.encode(["a"])[0]
+    text[1] = 0
+    same = FeaturePairAttribution(encoder, image_reference=torch.zeros(3, 32, 32), text_reference=text)
+    default = FeaturePairAttribution(encoder).attribute(images, tokens).pairs
+    torch.testing.assert_close(same.attribute(images, tokens).pairs, default)
+    other = FeaturePairAttribution(encoder, image_reference=torch.ones(3, 32, 32)).attribute(images, tokens).pairs
+    assert (other - default).abs().max() > 1e-6
+    # An input that is its own reference has nothing to attribute.
+    own = FeaturePairAttribution(encoder, image_reference=images[0]).attribute(images[:1], tokens[:1]).pairs
+    assert own.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_off(make_encoder: MakeEncoder, mode: Callable[[], Any]) -> None:
+    encoder = make_encoder()
+    images, tokens = inputs(encoder)
+    expected = FeaturePairAttribution(encoder).attribute(images, tokens).pairs
+    with mode():
+        torch.testing.assert_close(FeaturePairAttribution(encoder).attribute(images.clone(), tokens).pairs, expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder(name).train()
+    encoder.model.visual.eval()
+    images, tokens = inputs(encoder)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    modes = {key: module.training for key, module in encoder.named_modules()}
+    attribution = FeaturePairAttribution(encoder)
+    attribution.attribute(images, tokens)
+    with pytest.raises(ValueError, match="select no token"):
+        attribution.span_map(images, tokens, torch.zeros_like(tokens, dtype=torch.bool))
+    with pytest.raises(RuntimeError):
+        attribution.attribute(images[:, :, :7], tokens)
+    assert {key: module.training for key, module in encoder.named_modules()} == modes
+    assert not any(m._forward_pre_hooks or m._forward_hooks or m._backward_hooks for m in encoder.modules())
+    assert all(p.grad is None and p.requires_grad for p in encoder.parameters())
+    assert torch.backends.mha.get_fastpath_enabled()
+    for key, value in encoder.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_an_encoder_in_training_mode_is_explained_as_in_evaluation(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("resnet")
+    images, tokens = inputs(encoder)
+    expected = FeaturePairAttribution(encoder).attribute(images, tokens).pairs
+    encoder.train()
+    torch.testing.assert_close(FeaturePairAttribution(encoder).attribute(images, tokens).pairs, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit", {"image_layer": 3}, "image tower has layers 0 to 2 .*got layer 3"),
+        ("vit", {"text_layer": -4}, "text tower has layers 0 to 2 .*got layer -4"),
+        ("resnet", {"image_layer": 0}, "layers 1 to 4"),
+        ("vit", {"steps": 0}, "steps=0"),
+        ("vit", {"internal_batch_size": 0}, "at least 1"),
+    ],
+)
+def test_what_does_not_exist_is_an_error_at_once(
+    make_encoder: MakeEncoder, name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeaturePairAttribution(make_encoder(name), **options)
+
+
+def test_inputs_that_do_not_fit_are_errors_that_name_the_shapes(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder()
+    images, tokens = inputs(encoder)
+    attribution = FeaturePairAttribution(encoder)
+    with pytest.raises(ValueError, match="one caption an image"):
+        attribution.attribute(images, tokens[:2])
+    with pytest.raises(ValueError, match="span_mask has to be of the tokens' shape"):
+        attribution.span_map(images, tokens, torch.ones(3, 4, dtype=torch.bool))
+    behind = torch.zeros_like(tokens, dtype=torch.bool)
+    behind[:, -1] = True
+    with pytest.raises(ValueError, match=r"rows \[0, 1, 2\] of span_mask select no token"):
+        attribution.span_map(images, tokens, behind)
+    for reference in ({"image_reference": "grey"}, {"image_reference": torch.zeros(3, 5, 5)}, {"text_reference": "x"}):
+        with pytest.raises(ValueError, match="_reference"):
+            FeaturePairAttribution(encoder, **reference).attribute(images, tokens)  # type: ignore[arg-type]

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_xai.attribution.path_integral import Rule, integrated_jvp, integrated_vjp, quadrature
+
+RULES: tuple[Rule, ...] = ("right", "left", "midpoint", "trapezoid", "gauss_legendre")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("steps", [2, 3, 10, 49])
+def test_weights_sum_to_one_and_points_lie_on_the_path(rule: Rule, steps: int) -> None:
+    points, weights = quadrature(rule, steps)
+    assert points.shape == weights.shape == (steps,)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert 0 <= points.min()
+    assert points.max() <= 1
+
+
+def test_the_right_rule_is_the_papers_riemann_sum_for_every_n() -> None:
+    # arange(1, 0, -1/N) gives N + 1 points for some N, 49 among them.
+    for steps in (1, 3, 10, 49):
+        assert quadrature("right", steps)[0].tolist() == pytest.approx([(steps - n) / steps for n in range(steps)])
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps", "degree"),
+    [("right", 5, 0), ("left", 5, 0), ("midpoint", 5, 1), ("trapezoid", 5, 1), ("gauss_legendre", 5, 9)],
+)
+def test_rules_are_exact_up_to_their_degree_and_no_further(rule: Rule, steps: int, degree: int) -> None:
+    points, weights = quadrature(rule, steps)
+    for power in range(degree + 1):
+        assert float((weights * points**power).sum()) == pytest.approx(1 / (power + 1), abs=1e-12)
+    assert abs(float((weights * points ** (degree + 1)).sum()) - 1 / (degree + 2)) > 1e-9
+
+
+@pytest.mark.parametrize(("rule", "steps"), [("right", 0), ("gauss_legendre", -1), ("trapezoid", 1)])
+def test_too_few_steps_are_an_error_that_names_them(rule: Rule, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"{rule} rule needs at least .* steps={steps}"):
+        quadrature(rule, steps)
+
+
+def test_an_unknown_rule_is_an_error_that_lists_the_rules() -> None:
+    with pytest.raises(ValueError, match="gauss_legendre"):
+        quadrature("simpson", 4)  # type: ignore[arg-type]  # what a config file could hold
+
+
+def test_both_products_agree_with_full_jacobians() -> None:
+    torch.manual_seed(0)
+    batch, points_n, tokens, width = 2, 4, 3, 5
+    weight = torch.randn(tokens, width, dtype=torch.float64)
+
+    def path(alpha: Tensor) -> Tensor:
+        return torch.sin(alpha @ weight) * alpha.sum(dim=2, keepdim=True)
+
+    points, weights = quadrature("midpoint", points_n)
+    alpha = points[None, :, None].expand(batch, -1, tokens).clone()
+    full = torch.autograd.functional.jacobian(path, alpha)
+    # Each input's embedding depends on its own alphas only: take the block diagonal, then integrate.
+    jacobian = torch.einsum("n,bnkbnt->bkt", weights, full)
+    directions = torch.randn(batch, 6, tokens, dtype=torch.float64)
+    cotangents = torch.randn(batch, 6, width, dtype=torch.float64)
+    expected_jvp = torch.einsum("bkt,bst->bsk", jacobian, directions)
+    expected_vjp = torch.einsum("bkt,bsk->bst", jacobian, cotangents)
+    torch.testing.assert_close(integrated_jvp(path, points, weights, directions), expected_jvp)
+    torch.testing.assert_close(integrated_jvp(path, points, weights, directions[:, :1]), expected_jvp[:, :1])
+    torch.testing.assert_close(integrated_vjp(path, points, weights, cotangents, tokens), expected_vjp)

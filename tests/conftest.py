@@ -1,0 +1,112 @@
+"""Fixtures that several folders of tests share: small models with real architectures, and small real shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_xai.data.shapes import prepare_shapes
+from lightning_xai.models import DualEncoder, load_dual_encoder
+
+# Two cores serve many short tests best without threads that wait for each other.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "vit": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8},
+        "text_cfg": TEXT,
+    },
+    "resnet": {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
+        "text_cfg": TEXT,
+    },
+    # Every variant of a block that the shortcut for the last one has to get right, or leave to the general path.
+    "vit_layer_scale_quick_gelu": {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16, "ls_init_value": 0.5,
+        },
+        "text_cfg": TEXT | {"ls_init_value": 0.5},
+    },
+    "vit_average_pool": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16, "pool_type": "avg",
+        },
+        "text_cfg": TEXT | {"pool_type": "last"},
+    },
+    "vit_custom_block": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16, "qk_norm": True,
+        },
+        "text_cfg": TEXT | {"scale_fc": True},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def architecture_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The path of a JSON model config, by its name in ARCHITECTURES."""
+    folder = tmp_path_factory.mktemp("architectures")
+
+    def write(name: str) -> Path:
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(ARCHITECTURES[name]))
+        return path
+
+    return write
+
+
+def randomised(encoder: DualEncoder, seed: int = 0) -> DualEncoder:
+    """Replace what initialisation leaves at zero or one (norms, biases), where mistakes would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in encoder.model.named_parameters():
+            if parameter.ndim <= 1 and name != "logit_scale":
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        if any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()):
+            # Batch statistics that fit the weights; otherwise activations shrink to nothing from layer to layer.
+            encoder.model.visual.train()
+            for _ in range(20):
+                encoder.encode_image(torch.randn(8, 3, *encoder.image_transform.size, generator=generator))
+            encoder.model.visual.eval()
+    return encoder
+
+
+@pytest.fixture
+def make_encoder(architecture_file: Callable[[str], Path]) -> Callable[..., DualEncoder]:
+    """Build a randomised small encoder in evaluation mode, by the name of its architecture."""
+
+    def make(name: str = "vit", dtype: torch.dtype = torch.float32, seed: int = 0) -> DualEncoder:
+        torch.manual_seed(seed)
+        return randomised(load_dual_encoder(architecture_file(name)), seed).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world of shapes: `train` with 96 images and `val` with 40."""
+    root = tmp_path_factory.mktemp("shapes") / "shapes"
+    prepare_shapes(root, 96, 40)
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    """A folder with a few real COCO images and the official annotation files cut to them."""
+    path = os.environ.get("LIGHTNING_XAI_COCO")
+    if not path or not Path(path).is_dir():
+        pytest.skip("LIGHTNING_XAI_COCO names no folder with COCO files (annotations/, train2017/, val2017/)")
+    return Path(path)

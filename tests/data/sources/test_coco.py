@@ -1,0 +1,536 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_xai.data.sample import Sample, encode_sample, read_image
+from lightning_xai.data.shards import Manifest, read_samples
+from lightning_xai.data.sources.coco import prepare_coco, read_coco
+from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
+from lightning_xai.data.spans import MentionFinder
+
+CATEGORIES = [
+    {"supercategory": "person", "id": 1, "name": "person"},
+    {"supercategory": "animal", "id": 18, "name": "dog"},
+    {"supercategory": "food", "id": 58, "name": "hot dog"},
+]
+
+
+class World:
+    """A data set of COCO's in its publishers' format, in a folder; tests change it before it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images = folder / "val2017"
+        self.images.mkdir()
+        self.captions: dict[str, Any] = {"info": {}, "licenses": [], "images": [], "annotations": []}
+        self.instances: dict[str, Any] = {**self.captions, "images": [], "annotations": [], "categories": CATEGORIES}
+        self.karpathy: dict[str, Any] | None = None
+
+    def add_image(
+        self, image_id: int, captions: list[Any], data: bytes | None = None, size: tuple[int, int] = (40, 30)
+    ) -> None:
+        name = f"{image_id:012d}.jpg"
+        record = {"id": image_id, "file_name": name, "width": size[0], "height": size[1], "license": 3}
+        self.captions["images"].append(dict(record))
+        self.instances["images"].append(dict(record))
+        for text in captions:
+            self.add_caption(image_id, text)
+        (self.images / name).write_bytes(jpeg(size) if data is None else data)
+
+    def add_caption(self, image_id: int, text: Any) -> None:
+        annotations = self.captions["annotations"]
+        annotations.append({"image_id": image_id, "id": 700 + len(annotations), "caption": text})
+
+    def add_box(self, image_id: int, box: Any, category: int = 18, crowd: int = 0) -> None:
+        annotations = self.instances["annotations"]
+        annotations.append(
+            {
+                "segmentation": {"counts": [3], "size": [30, 40]} if crowd else [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0]],
+                "area": 10.0,
+                "iscrowd": crowd,
+                "image_id": image_id,
+                "bbox": box,
+                "category_id": category,
+                "id": 900 + len(annotations),
+            }
+        )
+
+    def paths(self) -> dict[str, Any]:
+        for name in ("captions", "instances", "karpathy"):
+            content = getattr(self, name)
+            if content is not None:
+                (self.folder / f"{name}.json").write_text(json.dumps(content))
+        return {
+            "images": self.images,
+            "captions": self.folder / "captions.json",
+            "instances": self.folder / "instances.json",
+            "karpathy": None if self.karpathy is None else self.folder / "karpathy.json",
+        }
+
+    def read(self, split: str = "val2017") -> tuple[list[Sample], dict[str, int]]:
+        left_out: Counter[str] = Counter()
+        samples = list(read_coco(**self.paths(), split=split, left_out=left_out))
+        for sample in samples:
+            encode_sample(sample)  # every sample keeps the contract
+        return samples, {reason: count for reason, count in left_out.items() if count}
+
+
+def jpeg(size: tuple[int, int], orientation: int = 1) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "grey").save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.add_image(42, ["A dog eats a hot dog. ", "Two dogs", "A man"])
+    world.add_box(42, [1.5, 2.0, 10.0, 5.5])
+    return world
+
+
+def test_captions_regions_and_spans_of_an_image(world: World) -> None:
+    world.add_box(42, [20, 2, 10, 5])
+    world.add_box(42, [0, 0, 40, 30], category=1, crowd=1)
+    (sample,), left_out = world.read()
+    assert left_out == {}
+    assert (sample.key, sample.size, sample.source) == ("000000000042", (40, 30), "coco/val2017/000000000042.jpg")
+    assert sample.captions == ("A dog eats a hot dog.", "Two dogs", "A man")
+    assert sample.image == (world.images / "000000000042.jpg").read_bytes()
+    first, second, crowd = sample.regions
+    assert (first.label, first.box, first.crowd) == ("dog", (1.5, 2.0, 10.0, 5.5), False)
+    assert first.spans == second.spans == {0: ((2, 5),), 1: ((4, 8),)}
+    assert (crowd.label, crowd.crowd, crowd.spans) == ("person", True, {2: ((2, 5),)})
+
+
+def test_images_come_in_the_order_of_the_captions_file(world: World) -> None:
+    world.add_image(7, ["a cat"])
+    world.instances["images"].reverse()
+    samples, _ = world.read()
+    assert [sample.key for sample in samples] == ["000000000042", "000000000007"]
+    assert samples[1].regions == ()
+
+
+def test_nothing_is_printed(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.read()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_annotation_files_are_checked_before_the_first_sample(world: World) -> None:
+    paths = world.paths()
+    paths["instances"].write_text("{")
+    with pytest.raises(ValueError, match="instances"):
+        read_coco(**paths, split="val2017")
+
+
+@pytest.mark.parametrize("name", ["images", "captions", "instances", "karpathy"])
+def test_a_missing_path_is_named_with_its_argument(world: World, name: str) -> None:
+    paths = world.paths()
+    paths[name] = world.folder / "nowhere"
+    with pytest.raises(FileNotFoundError, match=rf"^{name}: .*nowhere"):
+        read_coco(**paths, split="val")
+
+
+@pytest.mark.parametrize("name", ["captions", "instances"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"images": [\n  {"id": 4,,', r"line 2 column 12"),
+        (b"", "line 1 column 1"),
+        (b"\xff\xfe\x00", "no JSON text"),
+        (b"[1, 2]", "holds a list"),
+        (b'{"images": []}', "no list 'annotations'"),
+        (b'{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] has no 'file_name'"),
+        (b'{"images": [], "annotations": [3], "categories": []}', r"annotations\[0\] has no 'id'"),
+    ],
+)
+def test_broken_json_is_named_with_file_and_place(world: World, name: str, content: bytes, message: str) -> None:
+    paths = world.paths()
+    paths[name].write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_coco(**paths, split="val2017")
+    assert str(paths[name]) in str(caught.value)
+
+
+def test_captions_and_instances_in_each_others_place_are_noticed(world: World) -> None:
+    paths = world.paths()
+    paths["captions"], paths["instances"] = paths["instances"], paths["captions"]
+    with pytest.raises(ValueError, match=r"^captions: .* has no 'caption'"):
+        read_coco(**paths, split="val2017")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("images", {"width": None}, "width and height"),
+        ("images", {"id": [1]}, "an id is no number"),
+        ("annotations", {"image_id": {}}, "an id is no number"),
+    ],
+)
+def test_fields_of_another_type_are_an_error(world: World, part: str, change: dict[str, Any], message: str) -> None:
+    world.instances[part][0].update(change)
+    with pytest.raises(ValueError, match=message):
+        world.read()
+
+
+def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
+    world.add_image(1, ["missing"])
+    (world.images / "000000000001.jpg").unlink()
+    world.add_image(2, ["no image"], b"<html>404</html>")
+    world.add_image(3, ["truncated"], jpeg((40, 30))[:200])
+    world.add_image(4, ["another size"], jpeg((41, 30)))
+    world.add_image(5, ["turned without saying so"], jpeg((30, 40)))
+    world.add_image(6, ["not in the instances"])
+    world.instances["images"].pop()
+    samples, left_out = world.read()
+    assert [sample.key for sample in samples] == ["000000000042"]
+    assert left_out == {
+        "image_missing": 1,
+        "image_does_not_decode": 2,
+        "size_mismatch": 2,
+        "image_without_record": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.jpg", "a/../../secret.jpg", "..\\secret.jpg", "C:secret.jpg", "{absolute}"]
+)
+def test_a_file_name_that_leaves_the_images_folder_is_refused(world: World, name: str) -> None:
+    secret = world.folder / "secret.jpg"
+    secret.write_bytes(jpeg((40, 30)))
+    world.add_image(1, ["a secret"])
+    world.captions["images"][1]["file_name"] = name.format(absolute=secret)
+    samples, left_out = world.read()
+    assert [sample.key for sample in samples] == ["000000000042"]
+    assert left_out == {"image_name_unsafe": 1}
+
+
+def test_bad_captions_are_counted_and_the_rest_survives(world: World) -> None:
+    world.add_caption(42, " \n")
+    world.add_caption(42, None)
+    world.add_caption(42, "the last dog")
+    world.add_caption(4711, "of an image that is not there")
+    world.add_image(1, [])
+    world.add_image(2, ["", " "])
+    (sample,), left_out = world.read()
+    assert sample.captions[3:] == ("the last dog",)
+    assert sample.regions[0].spans[3] == ((9, 12),)  # counted without the empty ones
+    assert left_out == {"caption_empty": 4, "caption_of_unknown_image": 1, "image_without_caption": 2}
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ([5, 5, 0, 5], "box_without_area"),
+        ([5, 5, 5, -1], "box_without_area"),
+        ([40, 5, 5, 5], "box_outside_image"),
+        ([5, -7, 5, 7], "box_outside_image"),
+        ([5, 5, 5], "box_malformed"),
+        ([5, 5, 5, "wide"], "box_malformed"),
+        ([float("nan"), 5, 5, 5], "box_malformed"),
+        (None, "box_malformed"),
+    ],
+)
+def test_bad_boxes_are_counted_and_the_rest_survives(world: World, box: Any, reason: str) -> None:
+    world.add_box(42, box)
+    world.add_box(42, [1, 1, 2, 2], category=58)
+    (sample,), left_out = world.read()
+    assert [region.label for region in sample.regions] == ["dog", "hot dog"]
+    assert left_out == {reason: 1}
+
+
+def test_unknown_categories_and_images_of_annotations_are_counted(world: World) -> None:
+    world.add_box(42, [1, 1, 2, 2], category=19)
+    world.add_box(4711, [1, 1, 2, 2])
+    world.add_box(4711, [1, 1, 2, 2])
+    (sample,), left_out = world.read()
+    assert len(sample.regions) == 1
+    assert left_out == {"category_unknown": 1, "annotation_of_unknown_image": 2}
+
+
+def test_boxes_are_clipped_to_the_image(world: World) -> None:
+    for box in ([-3, 2, 10, 5], [35, 25.5, 10, 10], [-1, -1, 99, 99], [0.1, 0.2, 0.3, 29.8]):
+        world.add_box(42, box)
+    (sample,), left_out = world.read()
+    assert [region.box for region in sample.regions[1:]] == [
+        (0.0, 2.0, 7.0, 5.0),
+        (35.0, 25.5, 5.0, 4.5),
+        (0.0, 0.0, 40.0, 30.0),
+        (0.1, 0.2, 0.3, 29.8),
+    ]
+    assert left_out == {}
+
+
+def marked(orientation: int) -> tuple[bytes, tuple[int, int]]:
+    """A file of 64x48 stored pixels, grey but for a white mark in the box [8, 16, 24, 8] of the stored pixels."""
+    stored = np.full((48, 64), 60, dtype=np.uint8)
+    stored[16:24, 8:32] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(stored).save(buffer, "JPEG", exif=exif, quality=100)
+    return buffer.getvalue(), (48, 64) if orientation >= 5 else (64, 48)
+
+
+def white_box(data: bytes) -> tuple[float, float, float, float]:
+    rows, columns = np.nonzero(np.asarray(read_image(data, "test").convert("L")) > 150)
+    x, y = columns.min(), rows.min()
+    return float(x), float(y), float(columns.max() + 1 - x), float(rows.max() + 1 - y)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_of_stored_pixels_are_turned_with_the_image(world: World, orientation: int) -> None:
+    data, upright = marked(orientation)
+    world.add_image(1, ["a dog"], data, size=(64, 48))
+    world.add_box(1, [8, 16, 24, 8])
+    samples, left_out = world.read()
+    assert left_out == {}
+    assert samples[1].size == upright
+    assert samples[1].regions[0].box == white_box(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_of_upright_pixels_stay(world: World, orientation: int) -> None:
+    data, upright = marked(orientation)
+    world.add_image(1, ["a dog"], data, size=upright)
+    world.add_box(1, [8, 16, 24, 8])
+    samples, left_out = world.read()
+    assert left_out == {}
+    assert samples[1].size == upright
+    assert samples[1].regions[0].box == (8, 16, 24, 8)
+
+
+def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
+    (world.images / "000000000042.jpg").unlink()
+    with pytest.raises(ValueError, match=r"image_missing.*belong together"):
+        world.read()
+
+
+def karpathy_image(image_id: int, split: str, raws: list[str], **changes: Any) -> dict[str, Any]:
+    sentences = [
+        {"tokens": raw.lower().split(), "raw": raw, "imgid": 0, "sentid": index} for index, raw in enumerate(raws)
+    ]
+    name = f"COCO_val2014_{image_id:012d}.jpg"
+    record = {"filepath": "val2014", "sentids": [0], "filename": name, "imgid": 0, "split": split, "cocoid": image_id}
+    return {**record, "sentences": sentences, **changes}
+
+
+@pytest.fixture
+def karpathy_world(world: World) -> World:
+    for image_id in (1, 2, 3):
+        world.add_image(image_id, ["not this caption"])
+    world.karpathy = {
+        "dataset": "coco",
+        "images": [
+            karpathy_image(1, "train", ["one dog"]),
+            karpathy_image(2, "restval", ["two dogs"]),
+            karpathy_image(3, "test", ["three dogs"]),
+            karpathy_image(42, "val", ["The dog .", "a man"]),
+        ],
+    }
+    return world
+
+
+@pytest.mark.parametrize(
+    ("split", "keys"), [("train", [1]), ("val", [42]), ("train+restval", [1, 2]), ("test+val", [3, 42])]
+)
+def test_karpathys_split_and_captions_are_taken(karpathy_world: World, split: str, keys: list[int]) -> None:
+    samples, left_out = karpathy_world.read(split)
+    assert [int(sample.key) for sample in samples] == keys
+    assert left_out == {}
+    assert samples[-1].source == f"coco/{split}/{keys[-1]:012d}.jpg"
+
+
+def test_karpathys_sentences_are_joined_with_the_boxes(karpathy_world: World) -> None:
+    (sample,), _ = karpathy_world.read("val")
+    assert sample.captions == ("The dog .", "a man")
+    assert sample.regions[0].spans == {0: ((4, 7),)}
+
+
+@pytest.mark.parametrize("place", ["COCO_val2014_000000000042.jpg", "val2014/COCO_val2014_000000000042.jpg"])
+def test_images_are_found_under_karpathys_names(karpathy_world: World, place: str) -> None:
+    (karpathy_world.images / "val2014").mkdir()
+    (karpathy_world.images / "000000000042.jpg").rename(karpathy_world.images / place)
+    (sample,), _ = karpathy_world.read("val")
+    assert sample.source == f"coco/val/{place}"
+
+
+def test_karpathys_images_outside_the_annotations_are_counted(karpathy_world: World) -> None:
+    assert karpathy_world.karpathy is not None
+    images = karpathy_world.karpathy["images"]
+    images += [karpathy_image(9, "val", ["a dog"]), images[3], karpathy_image(3, "val", ["", " "])]
+    images.append(karpathy_image(2, "val", ["x"], filepath="../.."))
+    (karpathy_world.images / "000000000002.jpg").unlink()
+    samples, left_out = karpathy_world.read("val")
+    assert [sample.key for sample in samples] == ["000000000042"]
+    assert left_out == {
+        "image_without_record": 1,
+        "image_twice": 1,
+        "caption_empty": 2,
+        "image_without_caption": 1,
+        "image_name_unsafe": 1,
+    }
+
+
+@pytest.mark.parametrize("split", ["val2017", "train+", "val,test", ""])
+def test_an_unknown_split_of_karpathys_is_an_error_that_lists_what_exists(karpathy_world: World, split: str) -> None:
+    with pytest.raises(ValueError, match=r"\['restval', 'test', 'train', 'val'\]"):
+        karpathy_world.read(split)
+
+
+@pytest.mark.parametrize("change", [{"cocoid": None}, {"sentences": "a dog"}, {"filename": 3}, {"split": None}])
+def test_a_broken_record_of_karpathys_is_named(karpathy_world: World, change: dict[str, Any]) -> None:
+    assert karpathy_world.karpathy is not None
+    karpathy_world.karpathy["images"][1].update(change)
+    with pytest.raises(ValueError, match=rf"images\[1\] has no valid {next(iter(change))!r}"):
+        karpathy_world.read("val")
+
+
+def test_prepared_shards_hold_the_samples_and_what_was_left_out(karpathy_world: World, tmp_path: Path) -> None:
+    (karpathy_world.images / "000000000002.jpg").write_bytes(b"broken")
+    out = tmp_path / "shards"
+    manifest = prepare_coco(**karpathy_world.paths(), out=out, split="train+restval+test", samples_per_shard=1)
+    assert Manifest.load(out) == manifest
+    assert [shard.samples for shard in manifest.shards] == [1, 1]
+    assert manifest.left_out == {"image_does_not_decode": 1}
+    samples, _ = karpathy_world.read("train+restval+test")
+    assert [sample for _, sample in read_samples(out, manifest, [0, 1], 0, 2)] == samples
+    with pytest.raises(ValueError, match="already"):
+        prepare_coco(**karpathy_world.paths(), out=out, split="val")
+    assert prepare_coco(**karpathy_world.paths(), out=out, split="val", overwrite=True).samples == 1
+
+
+def test_real_coco_is_read_without_loss() -> None:
+    folder = os.environ.get("LIGHTNING_XAI_COCO")
+    if not folder:
+        pytest.skip("LIGHTNING_XAI_COCO is not set to a folder with COCO's images and annotations")
+    root = Path(folder)
+    left_out: Counter[str] = Counter()
+    annotations = root / "annotations"
+    samples = list(
+        read_coco(
+            root / "val2017",
+            annotations / "captions_val2017.json",
+            annotations / "instances_val2017.json",
+            "val2017",
+            left_out=left_out,
+        )
+    )
+    published = json.loads((annotations / "instances_val2017.json").read_bytes())
+    assert sum(left_out.values()) == 0
+    assert len(samples) == len(published["images"])
+    assert sum(len(sample.regions) for sample in samples) == len(published["annotations"])
+    assert sum(region.crowd for sample in samples for region in sample.regions) == sum(
+        annotation["iscrowd"] for annotation in published["annotations"]
+    )
+    named = [region for sample in samples for region in sample.regions if region.spans]
+    assert len(named) > 300
+    for sample in samples[:10]:
+        encode_sample(sample)
+
+
+# The dictionary
+
+
+@pytest.fixture(scope="module")
+def finder() -> MentionFinder:
+    return MentionFinder(COCO_SYNONYMS, COCO_BLOCKED)
+
+
+CLASSES = """
+person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter bench
+bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard
+sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon
+bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant bed dining_table
+toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink refrigerator book clock vase scissors
+teddy_bear hair_drier toothbrush
+"""
+
+
+def test_the_dictionary_has_exactly_cocos_classes_and_every_name_finds_its_class(finder: MentionFinder) -> None:
+    classes = [name.replace("_", " ") for name in CLASSES.split()]
+    assert len(classes) == 80
+    assert set(COCO_SYNONYMS) == set(classes)
+    for name in classes:
+        if name != "orange":  # the colour
+            caption = f"There is a {name}."
+            assert finder.find(caption) == {name: ((11, 11 + len(name)),)}, name
+
+
+def test_every_phrase_of_the_dictionary_finds_its_class_and_every_blocked_one_nothing(finder: MentionFinder) -> None:
+    for label, phrases in COCO_SYNONYMS.items():
+        for phrase in phrases:
+            text = phrase.replace("(", "").replace(")", "")
+            core = " ".join("".join(part.split(")")[-1] for part in phrase.split("(")).split())
+            start = text.index(core)
+            assert (start, start + len(core)) in finder.find(text).get(label, ()), phrase
+    for phrase in COCO_BLOCKED:
+        if "(" not in phrase:
+            assert finder.find(phrase) == {}, phrase
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A hot dog and a dog", "hot dog: hot dog; dog: dog"),
+        ("a teddy bear holds a black bear's paw", "teddy bear: teddy bear; bear: black bear"),
+        (
+            "a tennis player with a tennis racquet on a tennis court",
+            "person: tennis player; tennis racket: tennis racquet",
+        ),
+        ("A baseball player hits a baseball at a baseball game", "person: baseball player; sports ball: baseball"),
+        ("people throwing a baseball bat", "person: people; baseball bat: baseball bat"),
+        ("he is at bat with a bat", "baseball bat: bat"),
+        ("a bus at the bus stop by the train station", "bus: bus"),
+        (
+            "the bus driver stops at a stop light near a stop sign",
+            "person: bus driver; traffic light: stop light; stop sign: stop sign",
+        ),
+        ("an orange cat, orange juice and oranges", "cat: cat; orange: oranges"),
+        ("a slice of carrot cake and banana bread with an apple pie", "cake: carrot cake"),
+        ("a pizza in a pizza box on the coffee table", "pizza: pizza"),
+        ("a dog house, a book shelf, a clock tower, a bed room", ""),
+        ("it is five o'clock, five o clock", ""),
+        ("A man skis down on skis", "person: man; skis: skis"),
+        ("a boy who skateboards with his skateboard", "person: boy; skateboard: skateboard"),
+        ("a glass of water and a glass of wine", "wine glass: glass"),
+        ("a baby elephant beside a baby", "elephant: elephant; person: baby"),
+        ("a horse drawn carriage, a horse riding past", "horse: horse"),
+        ("a stuffed sheep, a rocking horse and a statue of a man", ""),
+        ("the men's room has urinals", "toilet: urinals"),
+        ("a toilet with toilet paper", "toilet: toilet"),
+        ("a tv remote beside the tv stand", "remote: tv remote"),
+        ("a remote controlled car in a remote area", "car: car"),
+        ("a phone in a phone booth", "cell phone: phone"),
+        ("a man-made lake", ""),
+        ("a pitcher of beer for the pitcher", "person: pitcher"),
+        ("a dvd player and two players", "person: players"),
+        ("a black cat in a big bed, a bed of lettuce", "cat: cat; bed: bed"),
+        ("a cowboy hat on a cowboy", "person: cowboy"),
+        ("a bear umbrella", "umbrella: umbrella"),
+        ("A train passes, people on a train platform", "train: train; person: people"),
+        (
+            "a plane, a motor bike, a bike and some mice",
+            "airplane: plane; motorcycle: motor bike; bicycle: bike; mouse: mice",
+        ),
+        ("a microwave oven over an oven and a toaster oven", "microwave: microwave oven; oven: oven"),
+        ("a kite flying in the sky", "kite: kite"),
+        ("a man tied a tie and ties his shoes", "person: man; tie: tie"),
+    ],
+)
+def test_captions_name_what_a_reader_sees_in_them(finder: MentionFinder, caption: str, expected: str) -> None:
+    found = finder.find(caption)
+    named = {label: [caption[start:end] for start, end in spans] for label, spans in found.items()}
+    wanted = dict(part.split(": ") for part in expected.split("; ") if part)
+    assert named == {label: [phrase] for label, phrase in wanted.items()}

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_xai.data.sample import (
+    RecordError,
+    Region,
+    Sample,
+    decode_sample,
+    encode_sample,
+    exif_orientation,
+    image_extension,
+    read_image,
+)
+
+ORIENTATION = 0x0112
+
+
+def encode(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    image = read_image(data, "test")
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def gradient() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+
+
+def sample(**changes: Any) -> Sample:
+    regions = (
+        Region("dog", (0.5, 0.25, 3.0, 2.0), {0: ((2, 5), (12, 15)), 1: ((0, 3),)}),
+        Region("cat", (-1.0, 0.0, 3.0, 2.0), crowd=True),
+    )
+    original = Sample(
+        key="000000000042",
+        image=encode(Image.fromarray(gradient())),
+        size=(6, 4),
+        captions=("a dog and a dog", "dog \u2014 \u72ac"),
+        regions=regions,
+        source="test/42.png",
+    )
+    return dataclasses.replace(original, **changes)
+
+
+def record(**changes: Any) -> dict[str, bytes]:
+    members = encode_sample(sample())
+    fields = json.loads(members["json"])
+    fields.update(changes)
+    return {**members, "json": json.dumps(fields).encode()}
+
+
+def test_a_sample_comes_back_as_it_was_written() -> None:
+    members = encode_sample(sample())
+    assert set(members) == {"png", "json"}
+    assert members["png"] == sample().image
+    assert decode_sample("000000000042", members, "shard") == sample()
+
+
+@pytest.mark.parametrize(("image_format", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_the_member_is_named_after_the_image_format(image_format: str, extension: str) -> None:
+    data = encode(Image.fromarray(gradient()), image_format)
+    assert image_extension(data, "test") == extension
+    assert encode_sample(sample(image=data))[extension] == data
+
+
+def test_other_members_are_never_looked_at() -> None:
+    members = {**encode_sample(sample()), "pyd": b"cos\nsystem\n(S'false'\ntR.", "pickle": b"\x80"}
+    assert decode_sample("000000000042", members, "shard") == sample()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": "a.b"}, "key"),
+        ({"key": "../a"}, "key"),
+        ({"key": ""}, "key"),
+        ({"size": (0, 4)}, "positive"),
+        ({"captions": ()}, "caption"),
+        ({"captions": ("a dog and a dog", " \n")}, "caption"),
+        ({"regions": (Region("dog", (1.0, 1.0, 0.0, 2.0)),)}, "no area"),
+        ({"regions": (Region("dog", (1.0, 1.0, 2.0, -2.0)),)}, "no area"),
+        ({"regions": (Region("dog", (float("nan"), 1.0, 2.0, 2.0)),)}, "no area"),
+        ({"regions": (Region("dog", (6.0, 1.0, 2.0, 2.0)),)}, "outside"),
+        ({"regions": (Region("dog", (-2.0, 1.0, 2.0, 2.0)),)}, "outside"),
+        ({"regions": (Region("dog", (1.0, 4.0, 2.0, 2.0)),)}, "outside"),
+        ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {2: ((0, 1),)}),)}, "caption 2 of 2"),
+        ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((0, 16),)}),)}, "leaves caption 0"),
+        ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((3, 3),)}),)}, "leaves caption 0"),
+        ({"image": b"no image"}, "not an image"),
+        ({"image": b""}, "not an image"),
+        ({"image": encode(Image.fromarray(gradient()), "GIF")}, "GIF"),
+    ],
+)
+def test_a_sample_that_breaks_the_contract_is_not_written(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecordError, match=message) as caught:
+        encode_sample(sample(**changes))
+    assert "test/42.png" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"json": encode_sample(sample())["json"]}, "one image member"),
+        ({"jpg": b"", **encode_sample(sample())}, "found 2"),
+        ({"png": b""}, "json member is missing"),
+        ({"png": b"", "json": b"{"}, "broken JSON"),
+        ({"png": b"", "json": b"\xff\xfe\xfd"}, "broken JSON"),
+        ({"png": b"", "json": b"[]"}, "schema version None"),
+        (record(version=2), "schema version 2"),
+        (record(width="wide"), "field"),
+        (record(regions=None), "field"),
+        (record(regions=[{"label": "dog"}]), "field"),
+        (record(regions=[{"label": "dog", "box": [1, 2, 3], "crowd": False, "spans": {}}]), "field"),
+        (record(regions=[{"label": "dog", "box": [1, 2, 3, 1], "crowd": False, "spans": {"x": []}}]), "field"),
+        (record(captions=["a dog and a dog", None]), "caption"),
+        (record(captions=["a dog and a dog"]), "caption 1 of 1"),
+        (record(height=0), "positive"),
+    ],
+)
+def test_a_broken_record_is_an_error_that_names_shard_and_record(members: dict[str, bytes], message: str) -> None:
+    with pytest.raises(RecordError, match=message) as caught:
+        decode_sample("000000000042", members, "shard-000007.tar")
+    assert "shard-000007.tar, record 000000000042" in str(caught.value)
+
+
+def test_greyscale_palette_and_two_level_images_become_rgb() -> None:
+    grey = gradient()[..., 0]
+    assert (pixels(encode(Image.fromarray(grey))) == grey[..., None]).all()
+    palette = Image.fromarray(gradient()).quantize(4)
+    assert (pixels(encode(palette)) == np.asarray(palette.convert("RGB"))).all()
+    bits = Image.fromarray(grey > 127)
+    assert (pixels(encode(bits)) == np.where(grey > 127, 255, 0)[..., None]).all()
+
+
+def test_cmyk_images_keep_their_colours() -> None:
+    red = Image.new("RGB", (16, 16), (200, 40, 30)).convert("CMYK")
+    assert np.abs(pixels(encode(red, "JPEG", quality=95)).astype(int) - (200, 40, 30)).max() <= 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_16_bit_images_are_scaled_not_clipped() -> None:
+    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    data = encode(Image.fromarray(deep))
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode.startswith("I")
+    assert np.abs(pixels(data)[..., 0] - deep / 257.0).max() <= 1
+    assert (pixels(data)[..., 0] == pixels(data)[..., 2]).all()
+
+
+def test_transparency_is_laid_over_white() -> None:
+    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
+    rgba[0, :, 3] = (0, 51, 255)
+    assert pixels(encode(Image.fromarray(rgba)))[0, :, 0].tolist() == [255, 204, 0]
+    grey = Image.fromarray(np.array([[0, 100]], dtype=np.uint8))
+    assert pixels(encode(grey, transparency=0))[0, :, 0].tolist() == [255, 100]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = gradient()
+    # What a camera held that way stores, as the EXIF standard words it: row 0 and column 0 of the file are these sides.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    assert (pixels(data) == upright).all()
+    with Image.open(io.BytesIO(data)) as opened:
+        assert exif_orientation(opened) == orientation
+
+
+def exif_block(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """A little-endian EXIF block with one broken entry behind orientation 6."""
+    entries = struct.pack("<HHI4s", ORIENTATION, 3, 1, struct.pack("<HH", 6, 0))
+    entries += struct.pack("<HHI4s", tag, kind, count, value)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("block", "size"),
+    [
+        (b"Exif\0\0no such thing", (6, 4)),
+        # A resolution stored as text: PIL can read this block but not write it again.
+        (exif_block(0x011A, 2, 4, b"ab\0\0"), (4, 6)),
+        (exif_block(0x0128, 2, 4, b"ab\0\0"), (4, 6)),
+    ],
+)
+def test_broken_exif_does_not_lose_the_image(block: bytes, size: tuple[int, int]) -> None:
+    data = encode(Image.fromarray(gradient()), "JPEG", exif=block)
+    assert read_image(data, "test").size == size
+
+
+@pytest.mark.parametrize("value", [0, 9, 700])
+def test_an_orientation_that_does_not_exist_means_upright(value: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    assert (pixels(encode(Image.fromarray(gradient()), exif=exif)) == gradient()).all()
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_a_truncated_image_is_an_error_that_names_it(image_format: str) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), image_format)
+    with pytest.raises(RecordError, match="some/image: the image does not decode"):
+        read_image(data[: len(data) // 2], "some/image")
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", bytes(100)])
+def test_bytes_that_are_no_image_are_an_error(data: bytes) -> None:
+    with pytest.raises(RecordError, match="does not decode"):
+        read_image(data, "some/image")
