@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["export", "main", "prepare_coco_shards", "prepare_shapes_shards"]
+if TYPE_CHECKING:
+    # Loading torch takes seconds, which a help text or a mistyped command is not worth.
+    from lightning.pytorch.cli import LightningCLI
+
+    from lightning_xai.models import DualEncoder
+
+__all__ = ["build_cli", "export", "main", "prepare_coco_shards", "prepare_shapes_shards"]
 
 _OVERVIEW = """\
 lightning_xai trains CLIP-like models and shows which words they match with which parts of an image.
@@ -48,7 +55,7 @@ def prepare_shapes_shards(out: Path, train: int | None = None, val: int | None =
         print(describe(Manifest.load(out / split)))  # noqa: T201 - the summary is the command's output
 
 
-def prepare_coco_shards(  # noqa: PLR0913 - the files of COCO as they lie on a disk
+def prepare_coco_shards(
     images: Path,
     captions: Path,
     instances: Path,
@@ -99,8 +106,24 @@ def export(checkpoint: Path, out: Path) -> None:
         raise ValueError(f"export takes a .ckpt file that fit has written; got {checkpoint}")
     encoder = load_dual_encoder(str(checkpoint))
     save_open_clip(encoder, out)
-    name = encoder.architecture["name"]
-    print(f"Wrote {out} and {out.with_suffix('.json')}.\nopen_clip.create_model({name!r}, pretrained={str(out)!r})")  # noqa: T201
+    print(f"Wrote {out} and {out.with_suffix('.json')}. To load them:\n{_loading_code(encoder, out)}")  # noqa: T201
+
+
+def _loading_code(encoder: DualEncoder, weights: Path) -> str:
+    """Python that builds the very same function: open_clip's own config of that name may differ, or not exist."""
+    import open_clip
+
+    name, config = encoder.architecture["name"], dict(encoder.architecture["model_cfg"])
+    quick_gelu = config.pop("quick_gelu", False)
+    known = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    lines, more = ["import open_clip"], ""
+    if known is not None and {**known, "quick_gelu": False} == {**config, "quick_gelu": False}:
+        more = ", force_quick_gelu=True" if quick_gelu and not known.get("quick_gelu", False) else ""
+    else:
+        name = weights.stem
+        lines.append(f"open_clip.add_model_config({str(weights.with_suffix('.json'))!r})")
+    lines.append(f"model = open_clip.create_model({name!r}, pretrained={str(weights)!r}{more})")
+    return "\n".join(lines)
 
 
 _COMMANDS: dict[str, Any] = {
@@ -114,39 +137,66 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_OVERVIEW)  # noqa: T201
-    elif arguments[0] in _COMMANDS:
-        _run_command(arguments[0], arguments[1:])
-    else:
-        _run_trainer(arguments)
-
-
-def _run_command(name: str, arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    components: Callable[..., None] | dict[str, Callable[..., None]] = _COMMANDS[name]
+        return
     try:
-        auto_cli(components, args=arguments, prog=f"lightning_xai {name}", as_positional=name == "export")
-    except (ValueError, OSError) as error:
-        # What a user can mend is told without a trace of our own code.
-        sys.exit(f"lightning_xai {name}: {error}")
+        if arguments[0] in _COMMANDS:
+            _run_command(arguments[0], arguments[1:])
+        else:
+            build_cli(args)
+    except Exception as error:
+        told = _meant_for_the_user(error)
+        if told is None:
+            raise
+        sys.exit(f"lightning_xai {arguments[0]}: {told}")
 
 
-def _run_trainer(arguments: list[str]) -> None:
+def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningCLI:
+    """The LightningCLI behind `fit`, `validate`, `test` and `predict`.
+
+    Args:
+        args: the verb and its options; None for those of the command line.
+        run: False makes trainer, model and data of a config without running anything; `args` then has no verb.
+    """
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
-    # Imported, so that configs and the command line may use the bare class names.
-    from lightning_xai import callbacks, data, tasks
+    from lightning_xai.callbacks import EmbeddingWriter
 
-    assert callbacks.GroundingCallback and data.ShardDataModule and tasks.ContrastiveFineTuning
-    LightningCLI(
+    # Configs and the command line may use the bare names of classes that are loaded.
+    for classes in ("data", "tasks"):
+        import_module(f"lightning_xai.{classes}")
+    return LightningCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"inference_mode": False, "callbacks": [callbacks.EmbeddingWriter()]},
+        trainer_defaults={"inference_mode": False, "callbacks": [EmbeddingWriter()]},
         seed_everything_default=0,
         parser_kwargs={"prog": "lightning_xai", "description": "Train and evaluate dual encoders."},
-        args=arguments,
+        args=None if args is None else list(args),
+        run=run,
     )
+
+
+def _run_command(name: str, arguments: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    auto_cli(_COMMANDS[name], args=arguments, prog=f"lightning_xai {name}", as_positional=name == "export")
+
+
+def _meant_for_the_user(error: BaseException | None) -> BaseException | None:
+    """The error that says what to mend, where there is one: raised by this package itself, or about a file.
+
+    A trace of our own code would bury it. Parsers wrap it, so it may be the cause of what arrives here.
+    """
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        ours = trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning_xai.")
+        deliberate = isinstance(error, (ValueError, RuntimeError)) and ours
+        if deliberate or isinstance(error, (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)):
+            return error
+        error = error.__cause__
+    return None

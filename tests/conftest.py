@@ -74,13 +74,14 @@ def randomised(encoder: DualEncoder, seed: int = 0) -> DualEncoder:
     with torch.no_grad():
         for name, parameter in encoder.model.named_parameters():
             if parameter.ndim <= 1 and name != "logit_scale":
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
         if any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()):
             # Batch statistics that fit the weights; otherwise activations shrink to nothing from layer to layer.
-            encoder.model.visual.train()
+            visual: Any = encoder.model.visual
+            visual.train()
             for _ in range(20):
                 encoder.encode_image(torch.randn(8, 3, *encoder.image_transform.size, generator=generator))
-            encoder.model.visual.eval()
+            visual.eval()
     return encoder
 
 

@@ -88,7 +88,7 @@ class FeaturePairAttribution:
         ValueError: a layer that does not exist, fewer steps than the rule needs, a tower that cannot be split.
     """
 
-    def __init__(  # noqa: PLR0913 - each is one choice that the paper leaves open
+    def __init__(
         self,
         encoder: DualEncoder,
         image_layer: int = -1,
@@ -132,7 +132,7 @@ class FeaturePairAttribution:
         matrix_BLP = torch.cat([matrix_BTP, padding], dim=1)
         prefix = self.image.prefix_tokens
         return Attribution(
-            pairs=matrix_BLP[:, :, prefix:].unflatten(2, self.image.grid),
+            pairs=matrix_BLP[:, :, prefix:].reshape(len(tokens), -1, *self.image.grid),
             prefix=matrix_BLP[:, :, :prefix].sum(dim=2),
             similarity=similarity,
             completeness_error=error,
@@ -154,7 +154,9 @@ class FeaturePairAttribution:
         """
         _check_batch(images, tokens)
         if span_mask.shape != tokens.shape:
-            raise ValueError(f"span_mask has to be of the tokens' shape {tuple(tokens.shape)}; got {tuple(span_mask.shape)}")
+            raise ValueError(
+                f"span_mask has to be of the tokens' shape {tuple(tokens.shape)}; got {tuple(span_mask.shape)}"
+            )
         with self._differentiable():
             return self.span_map_of(self.hidden_states(images, tokens), span_mask, self.references(tokens.shape[1]))
 
@@ -167,7 +169,7 @@ class FeaturePairAttribution:
             raise ValueError(f"rows {empty.nonzero()[:, 0].tolist()} of span_mask select no token of their caption")
         with self._differentiable():
             parts = [self._span_map(states[rows], span_BT[rows], references) for rows in self._chunks(len(span_BT))]
-        return torch.cat(parts).unflatten(1, self.image.grid)
+        return torch.cat(parts).reshape(-1, *self.image.grid)
 
     @torch.no_grad()
     def hidden_states(self, images: Tensor, tokens: Tensor) -> HiddenStates:
@@ -176,7 +178,7 @@ class FeaturePairAttribution:
 
     @torch.no_grad()
     def references(self, length: int | None = None) -> References:
-        """Hidden states of both references; text for captions of up to `length` tokens (default: the context length)."""
+        """Hidden states of both references; of the text's first `length` tokens (default: the context length)."""
         weight = next(self.encoder.parameters())
         length = length or self.encoder.tokenizer.context_length
         with self._differentiable(), torch.no_grad():
@@ -188,7 +190,8 @@ class FeaturePairAttribution:
         height, width = self.encoder.image_transform.size
         if isinstance(self._image_reference, Tensor):
             if self._image_reference.shape != (3, height, width):
-                raise ValueError(f"image_reference has to be [3, {height}, {width}]; got {list(self._image_reference.shape)}")
+                shape = list(self._image_reference.shape)
+                raise ValueError(f"image_reference has to be [3, {height}, {width}]; got {shape}")
             return self._image_reference
         if self._image_reference == "zeros":
             return torch.zeros(3, height, width)

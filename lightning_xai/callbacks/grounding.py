@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
-import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_xai.attribution.capture import InputCapture
-from lightning_xai.attribution.feature_pair import FeaturePairAttribution, HiddenStates, References
+from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import Rule
-from lightning_xai.data.batch import Batch, LeftOut
-from lightning_xai.metrics.grounding import GroundingMetric, GroundingSummary, gamma, measurable, patch_mask, rho
+from lightning_xai.callbacks.grounding_pass import GroundingPass, Measured
+from lightning_xai.callbacks.grounding_report import Row, history_row, show, write
+from lightning_xai.data.batch import Batch
 from lightning_xai.models.dual_encoder import DualEncoder
-from lightning_xai.report.plots import Example, curves, progress_sheet, rasterize, save_figure
-from lightning_xai.report.tables import grounding_table, per_pair_csv
+from lightning_xai.report.plots import rasterize
 
 __all__ = ["GroundingCallback"]
 
-PAIR_COLUMNS = ("index", "key", "caption_index", "caption", "phrase", "label", "reason", "gamma", "hit", "x0", "y0", "x1", "y1")
+_SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
 
 
 class GroundingCallback(Callback):
     """Gamma and rho of every phrase with a box, before training and after each epoch, on all ranks.
 
     Works with any LightningModule that has a `DualEncoder` (as attribute `encoder`, or anywhere among its modules) and
-    evaluates `Batch`es. The hidden states come out of the validation's own forward pass; attributing costs a few percent
-    on top. Logs `val/gamma_mean`, `val/gamma_above_50`, `val/gamma_above_80`, `val/rho` (fractions in [0, 1]) and
-    `val/grounding_pairs`, which checkpoint callbacks can monitor (`test/...` in a test run).
+    evaluates `Batch`es. The hidden states come out of the validation's own forward pass, so that only the layers from
+    the chosen ones on run again. Logs `val/gamma_mean`, `val/gamma_above_50`, `val/gamma_above_80`, `val/rho`
+    (fractions in [0, 1]) and `val/grounding_pairs`, which checkpoint callbacks can monitor (`test/...` in a test run).
+    All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
 
-    In the run's folder, under `grounding/`: a table with a line a pair for each epoch, `summary.csv` and `classes.csv`,
-    `curves.png`, and `progress.png`, on which the heat maps of a few fixed examples move from epoch to epoch.
+    In the run's folder, under `grounding/`: a table with a line a pair for each epoch (`pairs-*.csv`), one with a line
+    a class (`classes-*.csv`), `summary.csv`, `curves.png`, and `progress.png`, on which the heat maps of a few fixed
+    examples move from epoch to epoch. `trainer.validate` and `trainer.test` write files of their own
+    (`summary-test.csv`, ...).
 
     Args:
         image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
@@ -52,8 +49,12 @@ class GroundingCallback(Callback):
         examples: how many fixed examples to draw; the first that can be measured, each of another image.
         internal_batch_size: phrases attributed at a time.
 
+    Attributes:
+        history: a `Row` for each measurement of the training so far.
+
     Raises:
-        ValueError: an option outside its range; at set-up: `inference_mode` is on, no DualEncoder, no such layer.
+        ValueError: an option outside its range; at set-up: `inference_mode` is on, no DualEncoder, no such layer, or a
+            callback that monitors grounding in epochs that are not measured.
     """
 
     def __init__(  # noqa: PLR0913 - the signature is the configuration
@@ -69,24 +70,28 @@ class GroundingCallback(Callback):
         examples: int = 6,
         internal_batch_size: int = 128,
     ) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs has to be at least 1; got {every_n_epochs}")
-        if examples < 0:
-            raise ValueError(f"examples has to be at least 0; got {examples}")
+        for name, value, least in (
+            ("every_n_epochs", every_n_epochs, 1),
+            ("examples", examples, 0),
+            ("internal_batch_size", internal_batch_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} has to be at least {least}; got {value}")
         self._options: dict[str, Any] = {
             "image_layer": image_layer,
             "text_layer": text_layer,
             "steps": steps,
             "rule": rule,
             "image_reference": image_reference,
-            "internal_batch_size": internal_batch_size,
         }
         self.every_n_epochs = every_n_epochs
         self.before_training = before_training
         self.examples = examples
-        self.history: list[dict[str, Any]] = []
-        self._measurement: _Measurement | None = None
+        self.internal_batch_size = internal_batch_size
+        self.history: list[Row] = []
         self._attribution: FeaturePairAttribution | None = None
+        self._pass: GroundingPass | None = None
+        self._measured: Measured | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check all that could fail later, before anything is computed."""
@@ -98,27 +103,35 @@ class GroundingCallback(Callback):
                 "use Trainer(inference_mode=False), or --trainer.inference_mode=false"
             )
         self._attribution = FeaturePairAttribution(_find_encoder(pl_module), **self._options)
-        if stage == "fit" and self.before_training:
-            # Lightning's check before training runs the whole validation then: that is the measurement before training.
+        if stage != "fit":
+            return
+        self._check_monitors(trainer)
+        if trainer.current_epoch == 0:
+            # A new run; one that resumes gets its history from the checkpoint, after set-up.
+            self.history = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Turn Lightning's check before training, a few batches, into a whole validation: the first measurement."""
+        if self._first_is_due():
             trainer.num_sanity_val_steps = float("inf")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start listening to the forward pass, in epochs that are measured."""
         if trainer.sanity_checking:
-            due = self.before_training
+            due = self._first_is_due()
         else:
-            due = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+            due = not _fitting(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due:
-            self._start("val")
+            self._start(trainer, "val")
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start listening to the forward pass."""
-        self._start("test")
+        self._start(trainer, "test")
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Forget what a forward pass outside the batch may have left."""
-        if self._measurement is not None:
-            self._measurement.forget()
+        if self._pass is not None:
+            self._pass.forget()
 
     on_test_batch_start = on_validation_batch_start
 
@@ -126,48 +139,51 @@ class GroundingCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Attribute the batch's phrases, from the hidden states its forward pass has made."""
-        if self._measurement is not None and isinstance(batch, Batch):
-            self._measurement.add(batch)
+        if self._pass is not None and isinstance(batch, Batch):
+            self._pass.add(batch)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the ranks' numbers together, log and write them."""
-        if self._measurement is None:
+        """Put the ranks' numbers together, and log them."""
+        if self._pass is None:
             return
-        measurement, self._measurement = self._measurement, None
-        measurement.close()
-        summary, pairs, folder = measurement.summary(), measurement.all_pairs(), _folder(trainer)
-        scalars = {f"{measurement.split}/{name}": value for name, value in summary.scalars().items()}
-        if trainer.sanity_checking:
-            for logger in trainer.loggers:
-                logger.log_metrics(scalars, step=0)
-        else:
-            for name, value in scalars.items():
-                pl_module.log(name, value, prog_bar=name.endswith("/rho"))
-        self._remember(trainer, summary, measurement)
-        if trainer.is_global_zero:
-            self._write(trainer, folder, pairs, summary, measurement)
+        self._pass.close()
+        self._measured, self._pass = self._pass.result(), None
+        for name, value in self._measured.summary.scalars().items():
+            # Every rank holds the same number already.
+            pl_module.log(f"{self._measured.split}/{name}", value, prog_bar=name == "rho")
 
     on_test_epoch_end = on_validation_epoch_end
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write tables and pictures, now that the module has logged its own numbers of this evaluation."""
+        if self._measured is None:
+            return
+        measured, self._measured = self._measured, None
+        logged = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(f"{measured.split}/")
+        }
+        row = history_row(measured, _epoch(trainer), trainer.global_step, logged)
+        if _fitting(trainer):
+            self.history = [old for old in self.history if old["epoch"] != row["epoch"]] + [row]
+        if trainer.sanity_checking:
+            # Lightning keeps what this validation logs to itself.
+            for logger in trainer.loggers:
+                logger.log_metrics(logged, step=trainer.global_step)
+        folder = _folder(trainer)
+        if trainer.is_global_zero:
+            self._report(trainer, folder, self.history if _fitting(trainer) else [row], measured)
+
+    on_test_end = on_validation_end
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the table of grounding per epoch, and where the pictures lie."""
-        self._show(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Complete the epoch's row with what the module has logged by now; outside `fit`, show the table."""
-        if self.history and not trainer.sanity_checking:
-            wanted = ("val/loss", "val/image_to_text_recall_at_1", "val/text_to_image_recall_at_1")
-            found = {name: float(trainer.callback_metrics[name]) for name in wanted if name in trainer.callback_metrics}
-            if self.history[-1]["step"] == trainer.global_step:
-                self.history[-1].update({name.removeprefix("val/"): value for name, value in found.items()})
-        if trainer.state.fn == "validate":
-            self._show(trainer)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the table."""
-        self._show(trainer)
+        folder = _folder(trainer)
+        if trainer.is_global_zero and self.history:
+            show(folder, self.history)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
@@ -185,222 +201,49 @@ class GroundingCallback(Callback):
         """Take up the measurements of the run that wrote the checkpoint."""
         self.history = list(state_dict["history"])
 
-    def _start(self, split: str) -> None:
-        if self._attribution is None:
-            raise RuntimeError("GroundingCallback.setup has to run first; add the callback to the Trainer")
-        self._measurement = _Measurement(split, self._attribution, self.examples)
+    def _first_is_due(self) -> bool:
+        """A run that resumes has a history from its checkpoint, which the measurement before training belongs to."""
+        return self.before_training and not self.history
+
+    def _start(self, trainer: L.Trainer, split: str) -> None:
+        assert self._attribution is not None, "Lightning calls setup first"
+        self._abandon()
+        self._pass = GroundingPass(
+            self._attribution,
+            split,
+            examples=self.examples if trainer.is_global_zero else 0,
+            internal_batch_size=self.internal_batch_size,
+        )
 
     def _abandon(self) -> None:
-        if self._measurement is not None:
-            self._measurement.close()
-            self._measurement = None
+        if self._pass is not None:
+            self._pass.close()
+        self._pass = self._measured = None
 
-    def _remember(self, trainer: L.Trainer, summary: GroundingSummary, measurement: _Measurement) -> None:
-        fitting = trainer.state.fn == "fit"
-        epoch: int | str = trainer.current_epoch + 1 if fitting else str(trainer.state.fn)
-        row: dict[str, Any] = {"epoch": 0 if trainer.sanity_checking else epoch, "step": trainer.global_step}
-        if not fitting:
-            self.history.clear()
-        scalars = summary.scalars()
-        row["pairs"] = int(scalars.pop("grounding_pairs"))
-        row |= scalars
-        row["left_out"] = dict(summary.left_out)
-        row["examples"] = measurement.drawn()
-        self.history = [old for old in self.history if old["epoch"] != row["epoch"]] + [row]
+    def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: Measured) -> None:
+        sheet = write(folder, rows, measured)
+        if sheet is not None:
+            picture = rasterize(sheet)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    name = f"{measured.split}/grounding"
+                    logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+        if not _fitting(trainer):
+            show(folder, rows)
 
-    def _write(
-        self,
-        trainer: L.Trainer,
-        folder: Path,
-        pairs: Sequence[Mapping[str, object]],
-        summary: GroundingSummary,
-        measurement: _Measurement,
-    ) -> None:
-        row = self.history[-1]
-        name = f"epoch={row['epoch']:03d}" if isinstance(row["epoch"], int) else str(row["epoch"])
-        per_pair_csv(folder / f"pairs-{name}.csv", pairs, PAIR_COLUMNS)
-        classes = [{"epoch": row["epoch"], "label": label, **vars(of)} for label, of in summary.per_class.items()]
-        per_pair_csv(folder / f"classes-{name}.csv", classes, tuple(classes[0]) if classes else ("epoch", "label"))
-        flat = [_scalars_of(old) | {f"left_out_{why}": n for why, n in old["left_out"].items()} for old in self.history]
-        per_pair_csv(folder / "summary.csv", flat, tuple(dict.fromkeys(key for line in flat for key in line)))
-        save_figure(curves(self.history), folder / "curves.png")
-        if not measurement.examples:
-            return
-        sheet = self._progress(measurement)
-        save_figure(sheet, folder / "progress.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    f"{measurement.split}/grounding", rasterize(sheet), trainer.global_step, dataformats="HWC"
-                )
-
-    def _progress(self, measurement: _Measurement) -> Any:
-        shown = [row for row in self.history if row["examples"]["keys"] == measurement.drawn()["keys"]]
-        return progress_sheet(
-            measurement.examples,
-            [[heat.numpy() for heat in row["examples"]["heats"]] for row in shown],
-            [_epoch_name(row["epoch"]) for row in shown],
-            [row["examples"]["gammas"] for row in shown],
-            f"What the phrase matches in the image ({measurement.split}): red more, blue less similar",
-            hits=[row["examples"]["hits"] for row in shown],
-        )
-
-    def _show(self, trainer: L.Trainer) -> None:
-        folder = _folder(trainer)
-        if not (trainer.is_global_zero and self.history):
-            return
-        console = Console()
-        console.print(grounding_table([_scalars_of(row) for row in self.history]))
-        left_out = {why: n for why, n in self.history[-1]["left_out"].items() if n}
-        reasons = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in left_out.items())
-        console.print(f"Left out: {reasons or 'nothing'}.", highlight=False)
-        console.print(f"Look at {folder / 'progress.png'}; all numbers: {folder / 'summary.csv'}", soft_wrap=True)
-
-
-class _Measurement:
-    """One pass over a split: the hooks, the metric, this rank's table and pictures."""
-
-    def __init__(self, split: str, attribution: FeaturePairAttribution, examples: int) -> None:
-        self.split = split
-        self.examples: list[Example] = []
-        self._most = examples
-        self._drawn: dict[str, list[Any]] = {"keys": [], "heats": [], "gammas": [], "hits": []}
-        self._attribution = attribution
-        self._references: References | None = None
-        self._metric: GroundingMetric | None = None
-        self._pairs: list[dict[str, object]] = []
-        self._captures = (InputCapture(attribution.image), InputCapture(attribution.text))
-        for capture in self._captures:
-            capture.open()
-
-    def forget(self) -> None:
-        """Let go of hidden states from before the batch."""
-        for capture in self._captures:
-            capture.clear()
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        for capture in self._captures:
-            capture.close()
-
-    def add(self, batch: Batch) -> None:
-        """Measure a batch whose forward pass has just run."""
-        if self._metric is None:
-            self._metric = GroundingMetric(batch.label_names).to(batch.images.device)
-        states = self._states(batch)
-        if self._references is None:
-            self._references = self._attribution.references()
-        phrases, grid = batch.phrases, self._attribution.image.grid
-        size = (batch.images.shape[2], batch.images.shape[3])
-        reason = measurable(phrases.reason, phrases.boxes, grid, size)
-        rows = (reason == LeftOut.MEASURED).nonzero()[:, 0]
-        gammas = torch.full(reason.shape, math.nan, dtype=torch.float64, device=reason.device)
-        hits = torch.zeros_like(reason, dtype=torch.bool)
-        maps = torch.zeros(0, *grid)
-        if len(rows):
-            image, caption = phrases.image_row[rows], phrases.caption_row[rows]
-            of_phrases = HiddenStates(states.image[image], states.text[caption], states.text_pool[caption])
-            maps = self._attribution.span_map_of(of_phrases, phrases.span_mask[rows], self._references)
-            masks = patch_mask(phrases.boxes[rows], grid, size)
-            gammas[rows] = gamma(maps, masks).to(gammas)
-            hits[rows] = rho(maps, masks)
-        self._metric.update(gammas, hits, phrases.label, reason)
-        self._tabulate(batch, reason, gammas, hits)
-        self._draw(batch, rows.tolist(), maps.cpu(), gammas, hits)
-
-    def summary(self) -> GroundingSummary:
-        """Over all ranks.
-
-        Raises:
-            RuntimeError: no batch came.
-        """
-        if self._metric is None:
-            raise RuntimeError("the evaluation had no batch of lightning_xai.data.Batch, so there is no grounding")
-        summary: GroundingSummary = self._metric.compute()
-        return summary
-
-    def all_pairs(self) -> list[dict[str, object]]:
-        """The table of all ranks, in the order of the data: the same file at any world size."""
-        pairs = self._pairs
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, pairs)
-            pairs = [row for part in gathered for row in part]
-        return sorted(pairs, key=lambda row: (row["index"], row["caption_index"], row["label"]))
-
-    def drawn(self) -> dict[str, list[Any]]:
-        """Keys, heat maps, gammas and hits of this rank's examples, as checkpoints can hold them."""
-        return self._drawn
-
-    def _states(self, batch: Batch) -> HiddenStates:
-        """The captured hidden states where the forward pass was just images and captions, else those of an own pass."""
-        image, text = (capture.take() for capture in self._captures)
-        if image is None or len(image) != len(batch.images):
-            image = self._run(self._attribution.image.stem, batch.images)
-        if text is None or len(text) != len(batch.tokens):
-            text = self._run(self._attribution.text.stem, batch.tokens)
-        return HiddenStates(image, text, self._attribution.text.pool_positions(batch.tokens))
-
-    def _run(self, stem: Any, inputs: Tensor) -> Tensor:
-        if len(inputs) == 0:
-            return inputs.new_zeros(0, 1, 1, dtype=torch.float32)
-        with torch.no_grad():
-            hidden: Tensor = stem(inputs)
-        return hidden
-
-    def _tabulate(self, batch: Batch, reason: Tensor, gammas: Tensor, hits: Tensor) -> None:
-        phrases = batch.phrases
-        reasons = reason.masked_fill((reason == LeftOut.MEASURED) & gammas.isnan(), int(LeftOut.NO_POSITIVE)).tolist()
-        caption_index = [*batch.caption_index.tolist(), -1]
-        index = batch.index.tolist()
-        columns = zip(
-            phrases.image_row.tolist(),
-            phrases.caption_row.tolist(),
-            phrases.text,
-            phrases.label.tolist(),
-            reasons,
-            gammas.tolist(),
-            hits.tolist(),
-            phrases.boxes.tolist(),
-            strict=True,
-        )
-        for image, caption, text, label, why, share, hit, box in columns:
-            measured = why == LeftOut.MEASURED
-            self._pairs.append(
-                {
-                    "index": index[image],
-                    "key": batch.keys[image],
-                    "caption_index": caption_index[caption],
-                    "caption": batch.captions[caption] if caption >= 0 else None,
-                    "phrase": text,
-                    "label": batch.label_names[label],
-                    "reason": LeftOut(why).name.lower(),
-                    "gamma": share if measured else None,
-                    "hit": hit if measured else None,
-                    **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True)),
-                }
-            )
-
-    def _draw(self, batch: Batch, rows: list[int], maps: Tensor, gammas: Tensor, hits: Tensor) -> None:
-        """Keep the first phrase of each of the first images; which ones they are never depends on the model."""
-        transform = self._attribution.encoder.image_transform
-        for heat, row in zip(maps, rows, strict=True):
-            if len(self.examples) == self._most:
-                return
-            image, caption = int(batch.phrases.image_row[row]), int(batch.phrases.caption_row[row])
-            key, phrase = batch.keys[image], batch.phrases.text[row]
-            if any(example.key == key for example in self.examples):
+    def _check_monitors(self, trainer: L.Trainer) -> None:
+        """A checkpoint would otherwise compare epochs by numbers that are missing, or are those of an earlier epoch."""
+        for callback in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
+            monitor = str(getattr(callback, "monitor", None))
+            looks_every = getattr(callback, "every_n_epochs", 1)
+            if monitor not in {f"val/{name}" for name in _SCALARS} or not looks_every:
                 continue
-            pixels = transform.denormalize(batch.images[image].float().cpu()).permute(1, 2, 0).clamp(0, 1).numpy()
-            spans = _places(batch.captions[caption], phrase)
-            x0, y0, x1, y1 = batch.phrases.boxes[row].tolist()
-            self.examples.append(
-                Example(np.asarray(pixels), phrase, batch.captions[caption], spans, (x0, y0, x1, y1), key)
-            )
-            self._drawn["keys"].append(f"{key}: {phrase}")
-            self._drawn["heats"].append(heat.float().clone())
-            self._drawn["gammas"].append(float(gammas[row]))
-            self._drawn["hits"].append(bool(hits[row]))
+            if math.lcm(looks_every, trainer.check_val_every_n_epoch or 1) % self.every_n_epochs:
+                raise ValueError(
+                    f"{type(callback).__name__} looks at {monitor} every {looks_every} epochs, GroundingCallback "
+                    f"measures it every {self.every_n_epochs}: give both the same every_n_epochs, or set "
+                    f"Trainer(check_val_every_n_epoch={self.every_n_epochs})"
+                )
 
 
 def _find_encoder(module: L.LightningModule) -> DualEncoder:
@@ -414,25 +257,17 @@ def _find_encoder(module: L.LightningModule) -> DualEncoder:
     return found
 
 
+def _fitting(trainer: L.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING
+
+
+def _epoch(trainer: L.Trainer) -> int | str:
+    """Finished epochs, or the verb of an evaluation outside of training."""
+    if not _fitting(trainer):
+        return "test" if trainer.testing else "validate"
+    return trainer.current_epoch + (0 if trainer.sanity_checking else 1)
+
+
 def _folder(trainer: L.Trainer) -> Path:
     """The run's folder for grounding; every rank has to call this, since Lightning agrees on the folder over ranks."""
     return Path(trainer.log_dir or trainer.default_root_dir) / "grounding"
-
-
-def _places(caption: str, phrase: str) -> tuple[tuple[int, int], ...]:
-    """Where the words of a phrase (several mentions joined by a comma) stand in a caption, to highlight them."""
-    places, start = [], 0
-    for words in phrase.split(", "):
-        at = caption.find(words, start)
-        if at >= 0:
-            places.append((at, at + len(words)))
-            start = at + len(words)
-    return tuple(places)
-
-
-def _scalars_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("left_out", "examples")}
-
-
-def _epoch_name(epoch: int | str) -> str:
-    return "before" if epoch == 0 else f"epoch {epoch}" if isinstance(epoch, int) else epoch

@@ -95,7 +95,7 @@ class TrainingDataset(IterableDataset[Batch]):
         stages: list[Any] = [partial(self._records, epoch, first * self.batch_size, stop * self.batch_size)]
         if self.shuffle_buffer > 1:
             seed = stable_hash("shuffle", self.collate.seed, epoch, self.rank, worker)
-            rng = random.Random(seed)  # noqa: S311 - shuffles training data, guards no secret
+            rng = random.Random(seed)
             stages.append(wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng))
         stages.append(wds.slice(passed * self.batch_size, None))
         stages.append(wds.batched(self.batch_size, collation_fn=partial(self.collate, epoch=epoch)))

@@ -186,7 +186,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
     version = record.get("version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise RecordError(
-            f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; prepare the shards again with this release"
+            f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; "
+            "prepare the shards again with this release"
         )
     if not isinstance(record.get("captions"), list):
         raise RecordError(f"{where}: captions have to be a list of strings; rebuild the shard")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_xai.data.image_transform import ImageTransform
@@ -48,7 +48,8 @@ class DualEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: CaptionTokenizer, architecture: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model = model
+        # open_clip's model classes share their methods, but no base class that has them.
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.image_transform = ImageTransform.from_open_clip(model)
         self.architecture = dict(architecture)
@@ -57,7 +58,7 @@ class DualEncoder(nn.Module):
         except UnsupportedTowerError:
             # Such a model trains as usual; what needs its text tower split says so when asked.
             self._text_tower = None
-        self._check_towers()
+        self.check_towers()
 
     @property
     def logit_scale(self) -> Tensor:
@@ -67,7 +68,8 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, K], not normalised."""
-        embedding: Tensor = self.model.encode_image(images)
+        # CoCa normalises unless told not to.
+        embedding: Tensor = self.model.encode_image(images, normalize=False)
         return embedding
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class DualEncoder(nn.Module):
             return self.logit_scale.new_zeros(0, self.architecture["model_cfg"]["embed_dim"])
         if self._text_tower is not None:
             return self._text_tower.encode(tokens)
-        embedding: Tensor = self.model.encode_text(tokens)
+        embedding: Tensor = self.model.encode_text(tokens, normalize=False)
         return embedding
 
     def split_image(self, layer: int = -1) -> Split:
@@ -96,52 +98,56 @@ class DualEncoder(nn.Module):
         return split_text_tower(self.model, layer)
 
     @torch.no_grad()
-    def _check_towers(self) -> None:
-        """tail(stem(x)) and the path's end have to be the encoder's own output, or attributions would explain another model."""
+    def check_towers(self) -> None:
+        """Refuse towers whose split is not the encoder itself: attributions would explain another model.
+
+        Raises:
+            ValueError: `tail(stem(x))` or the end of the path is not the encoder's own output, or that is not finite.
+        """
         weight = next(self.model.parameters())
         with _evaluation(self.model):
             height, width = self.image_transform.size
-            generator = torch.Generator().manual_seed(0)
-            image = torch.randn(1, 3, height, width, generator=generator).to(weight)
+            images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(weight)
             tokens = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
-            for tower, inputs, own in (
-                ("image", image, self.model.encode_image),
-                ("text", tokens, self.model.encode_text),
-            ):
+            for tower, inputs in (("image", images), ("text", tokens)):
                 try:
                     split: Split = self.split_image() if tower == "image" else self.split_text()
                 except UnsupportedTowerError:
                     continue
+                encode = self.model.encode_image if tower == "image" else self.model.encode_text
                 pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
                 hidden = split.stem(inputs)
-                ends = torch.ones(1, 1, hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1]).to(hidden)
+                ends = hidden.new_ones(1, 1, hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1])
                 rebuilt = {
                     "tail(stem(x))": split.tail(hidden, pool),
                     "path(1)": split.path(hidden, torch.zeros_like(hidden), pool)(ends)[:, 0],
                 }
-                self._compare(tower, own(inputs), rebuilt)
+                _compare(tower, encode(inputs, normalize=False), rebuilt)
 
-    def _compare(self, tower: str, expected: Tensor, rebuilt: Mapping[str, Tensor]) -> None:
-        if not expected.isfinite().all():
-            raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
-        tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-        for name, embedding in rebuilt.items():
-            error = (embedding - expected).norm() / expected.norm()
-            if not error <= tolerance:
-                raise ValueError(
-                    f"{name} of the {tower} tower differs from the encoder's own output by {float(error):.1e} (relative); "
-                    f"open_clip {open_clip.__version__} is not laid out as this release expects"
-                )
+
+def _compare(tower: str, expected: Tensor, rebuilt: Mapping[str, Tensor]) -> None:
+    if not expected.isfinite().all():
+        raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    for name, embedding in rebuilt.items():
+        error = (embedding - expected).norm() / expected.norm()
+        if not error <= tolerance:
+            raise ValueError(
+                f"{name} of the {tower} tower differs from the encoder's own output by {float(error):.1e} (relative); "
+                f"open_clip {open_clip.__version__} is not laid out as this release expects"
+            )
 
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        # One by one: a part that was frozen in evaluation mode stays so.
+        for module in training:
+            module.training = True
 
 
 def load_dual_encoder(
@@ -166,81 +172,112 @@ def load_dual_encoder(
         torch.Size([1, 1024])
     """
     path = Path(model)
+    weights = None
     if path.suffix == ".ckpt":
-        weights = _read_weights(path if pretrained is None else Path(pretrained))
-        architecture = _read_weights(path).architecture
-        if architecture is None:
-            raise ValueError(f"{path} names no architecture, so it is no checkpoint of this project; give model and pretrained")
-        encoder = _from_architecture(architecture)
-        _load_weights(encoder, weights)
+        weights = _read_weights(path)
+        if weights.architecture is None:
+            raise ValueError(f"{path} names no architecture, so it is no checkpoint of this project; name the model")
+        architecture = weights.architecture
     else:
         architecture = _from_json(path) if path.suffix == ".json" else _built_in(str(model))
-        encoder = _with_weights(architecture, None if pretrained is None else str(pretrained))
+    if pretrained is not None:
+        encoder = _with_weights(architecture, str(pretrained))
+    else:
+        encoder = _from_architecture(architecture)
+        if weights is not None:
+            _load_weights(encoder, weights)
     return encoder.to(device)
 
 
+@dataclass(frozen=True)
 class _Weights:
     """A state dict of an open_clip model read from a file, and the architecture the file names, if any."""
 
-    def __init__(self, path: Path, state: dict[str, Tensor], architecture: Mapping[str, Any] | None) -> None:
-        self.path, self.state, self.architecture = path, state, architecture
+    path: Path
+    state: dict[str, Tensor]
+    architecture: dict[str, Any] | None
 
 
 def _built_in(name: str) -> dict[str, Any]:
-    name = name.replace("/", "-")
-    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    cleaned = name.replace("/", "-")
+    config = open_clip.get_model_config(cleaned) if cleaned in open_clip.list_models() else None
     if config is None:
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=5, cutoff=0.4)
+        close = difflib.get_close_matches(cleaned, open_clip.list_models(), n=5, cutoff=0.4)
         raise ValueError(
             f"unknown model {name!r}; did you mean {', '.join(close) or 'one of open_clip.list_models()'}? "
             "A path of a JSON model config or of a .ckpt file works as well"
         )
-    return {"name": name, "model_cfg": config, "preprocess_cfg": {}}
+    return {"name": cleaned, "model_cfg": config, "preprocess_cfg": {}}
 
 
 def _from_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"model config {path} cannot be read ({error.strerror}); give the path of a JSON file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"model config {path} cannot be read ({error.strerror}); give the path of a JSON file"
+        ) from error
+    except ValueError as error:
         raise ValueError(f"model config {path} is broken JSON: {error}") from error
-    model_cfg = config.get("model_cfg", config) if isinstance(config, dict) else {}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_cfg]
-    if missing:
-        raise ValueError(f"model config {path} lacks {', '.join(missing)}; see open_clip's model_configs for examples")
+    if not isinstance(config, dict):
+        raise ValueError(f"model config {path} holds a JSON {type(config).__name__}, expected an object")
+    model_cfg = config.get("model_cfg", config)
+    _check_config(model_cfg, f"model config {path}")
     return {"name": path.stem, "model_cfg": model_cfg, "preprocess_cfg": config.get("preprocess_cfg", {})}
 
 
-def _with_weights(architecture: dict[str, Any], pretrained: str | None) -> DualEncoder:
-    if pretrained is None:
-        return _from_architecture(architecture)
-    name = architecture["name"]
-    tags = open_clip.list_pretrained_tags_by_model(name) if name in open_clip.list_models() else []
-    if pretrained in tags and not Path(pretrained).is_file():
-        return _from_tag(architecture, pretrained)
+def _check_config(model_cfg: Any, source: str) -> None:
+    """Raise a ValueError where a model configuration lacks a part, or would run code from elsewhere."""
+    parts = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    given = model_cfg if isinstance(model_cfg, dict) else {}
+    wrong = [f"{key} ({kind.__name__})" for key, kind in parts.items() if not isinstance(given.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{source} lacks {', '.join(wrong)}; see open_clip's model_configs for examples")
+    if (model_cfg["text_cfg"].get("tokenizer_kwargs") or {}).get("trust_remote_code"):
+        raise ValueError(
+            f"{source} asks for a tokenizer that runs code from elsewhere (trust_remote_code); remove that"
+        )
+
+
+def _with_weights(architecture: dict[str, Any], pretrained: str) -> DualEncoder:
+    tags, name = _tags(architecture), architecture["name"]
     if not Path(pretrained).is_file():
+        if pretrained in tags:
+            return _from_tag(name, pretrained)
         raise ValueError(
             f"pretrained {pretrained!r} is neither a file nor a tag of {name}; tags: {', '.join(tags) or 'none'}"
         )
     weights = _read_weights(Path(pretrained))
     if weights.architecture is not None:
         # Same shapes do not mean the same function (QuickGELU), so the file's own word counts.
-        if weights.architecture["model_cfg"] != architecture["model_cfg"]:
-            difference = _difference(architecture["model_cfg"], weights.architecture["model_cfg"])
-            if difference != {"quick_gelu"}:
-                raise ValueError(
-                    f"{pretrained} holds a {weights.architecture['name']}, not a {name}: they differ in "
-                    f"{', '.join(sorted(difference))}; pass model={weights.architecture['name']!r} or other weights"
-                )
-        architecture = dict(weights.architecture)
+        difference = _difference(architecture["model_cfg"], weights.architecture["model_cfg"]) - {"quick_gelu"}
+        if difference:
+            raise ValueError(
+                f"{pretrained} holds a {weights.architecture['name']}, not a {name}: they differ in "
+                f"{', '.join(sorted(difference))}; pass the model it was made with, or other weights"
+            )
+        architecture = weights.architecture
     encoder = _from_architecture(architecture)
     _load_weights(encoder, weights)
     return encoder
 
 
+def _tags(architecture: Mapping[str, Any]) -> list[str]:
+    """The tags open_clip has weights for, none for an architecture that only shares a name with one of open_clip's."""
+    name = architecture["name"]
+    known = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    if known is None or _difference(known, architecture["model_cfg"]) - {"quick_gelu"}:
+        return []
+    return list(open_clip.list_pretrained_tags_by_model(name))
+
+
 def _difference(first: Any, second: Any, at: str = "") -> set[str]:
-    """Names of the settings that two nested configurations do not share."""
+    """Names of the settings that two nested configurations do not share; a setting of null is none.
+
+    Example:
+        >>> _difference({"a": 1, "b": {"c": (2, 3)}}, {"b": {"c": [2, 4]}, "d": None}) == {"a", "b.c"}
+        True
+    """
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         keys = first.keys() | second.keys()
         return set().union(*(_difference(first.get(k), second.get(k), f"{at}.{k}".lstrip(".")) for k in keys))
@@ -248,40 +285,50 @@ def _difference(first: Any, second: Any, at: str = "") -> set[str]:
     return set() if plain[0] == plain[1] else {at}
 
 
-def _from_tag(architecture: dict[str, Any], tag: str) -> DualEncoder:
-    name = architecture["name"]
+def _from_tag(name: str, tag: str) -> DualEncoder:
     quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
     model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu)
+    architecture = _built_in(name)
     if quick_gelu:
         architecture["model_cfg"]["quick_gelu"] = True
+        if open_clip.get_model_config(f"{name}-quickgelu") == architecture["model_cfg"]:
+            # Whoever loads an export by the recorded name gets the activation too.
+            architecture["name"] = f"{name}-quickgelu"
     return _assemble(model, open_clip.get_tokenizer(name), architecture)
 
 
 def _from_architecture(architecture: Mapping[str, Any]) -> DualEncoder:
     """A randomly initialised encoder of a given architecture."""
     name, model_cfg = architecture["name"], architecture["model_cfg"]
-    text_cfg = model_cfg["text_cfg"]
     with tempfile.TemporaryDirectory() as folder, _quiet_open_clip():
-        # open_clip reads a configuration by name from its registry or from a folder; the folder keeps the registry clean.
-        config = {"model_cfg": model_cfg, "preprocess_cfg": architecture.get("preprocess_cfg", {})}
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        # open_clip reads a configuration by name from its registry or from a folder; a folder keeps the registry clean.
+        config = {"model_cfg": model_cfg, "preprocess_cfg": architecture["preprocess_cfg"]}
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
             model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False)
-        except (TypeError, KeyError, AssertionError, RuntimeError) as error:
-            raise ValueError(f"open_clip cannot build the model config {name!r}: {error}") from error
-        if text_cfg.get("hf_tokenizer_name"):
-            tokenizer: Any = HFTokenizer(
-                text_cfg["hf_tokenizer_name"],
-                context_length=text_cfg.get("context_length", 77),
-                **text_cfg.get("tokenizer_kwargs", {}),
-            )
-        else:
-            tokenizer = open_clip.get_tokenizer(name if name in open_clip.list_models() else f"local-dir:{folder}")
+            tokenizer = _tokenizer(model_cfg["text_cfg"], folder)
+        except Exception as error:  # open_clip checks nothing: a wrong setting raises wherever it is first used
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise ValueError(f"open_clip cannot build the model config {name!r} ({reason})") from error
     return _assemble(model, tokenizer, architecture)
 
 
-def _assemble(model: nn.Module, tokenizer: Any, architecture: Mapping[str, Any]) -> DualEncoder:
+def _tokenizer(text_cfg: Mapping[str, Any], folder: str) -> Any:
+    if not text_cfg.get("hf_tokenizer_name"):
+        return open_clip.get_tokenizer(f"local-dir:{folder}")
+    # open_clip would look for this tokenizer's own files in the folder.
+    return HFTokenizer(
+        text_cfg["hf_tokenizer_name"],
+        context_length=text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+        tokenizer_mode=text_cfg.get("tokenizer_mode"),
+        **(text_cfg.get("tokenizer_kwargs") or {}),
+    )
+
+
+def _assemble(model: Any, tokenizer: Any, architecture: Mapping[str, Any]) -> DualEncoder:
+    # The architecture is kept as JSON knows it, without tuples; open_clip's preprocessing takes no lists.
     preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in model.visual.preprocess_cfg.items()}
+    model.visual.preprocess_cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess.items()}
     return DualEncoder(model, CaptionTokenizer(tokenizer), {**architecture, "preprocess_cfg": preprocess})
 
 
@@ -295,8 +342,7 @@ def _quiet_open_clip() -> Iterator[None]:
 
     root.addFilter(keep)
     try:
-        with warnings.catch_warnings():
-            yield
+        yield
     finally:
         root.removeFilter(keep)
 
@@ -309,47 +355,125 @@ def _read_weights(path: Path) -> _Weights:
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-            state = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint {path} is no readable safetensors file: {error}") from error
-        recorded = metadata.get(CHECKPOINT_KEY)
-        return _Weights(path, state, json.loads(recorded) if recorded else None)
+    state, recorded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"checkpoint {path} holds no state dict (names and tensors); save the model's state_dict alone"
+        )
+    if not state:
+        raise ValueError(f"checkpoint {path} holds no weights")
+    return _Weights(path, state, None if recorded is None else _check_architecture(recorded, path))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            recorded = (opened.metadata() or {}).get(CHECKPOINT_KEY)
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint {path} is no readable safetensors file: {error}") from error
+    try:
+        return state, None if recorded is None else json.loads(recorded)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} has broken JSON in its metadata {CHECKPOINT_KEY!r}: {error}") from error
+
+
+def _read_pickle(path: Path) -> tuple[Any, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle raises whatever its bytes happen to ask for
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"checkpoint {path} cannot be read as plain tensors ({str(error).splitlines()[0]}); "
-            "it is broken, or holds Python objects, which are never loaded: save its state_dict alone"
+            f"checkpoint {path} cannot be read as plain tensors ({reason}); it is broken, or holds Python objects, "
+            "which are never loaded: save its state_dict alone"
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a state dict")
-    architecture = checkpoint.get(CHECKPOINT_KEY)
-    state = checkpoint.get("state_dict", checkpoint)
-    if architecture is not None:
-        state = {key.removeprefix(_STATE_PREFIX): value for key, value in state.items() if key.startswith(_STATE_PREFIX)}
-    else:
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return _Weights(path, state, architecture)
+        return checkpoint, None
+    recorded, state = checkpoint.get(CHECKPOINT_KEY), checkpoint.get("state_dict", checkpoint)
+    if isinstance(state, dict):
+        prefix, only = ("module.", "") if recorded is None else (_STATE_PREFIX, _STATE_PREFIX)
+        state = {str(key).removeprefix(prefix): value for key, value in state.items() if str(key).startswith(only)}
+    return state, recorded
+
+
+def _check_architecture(recorded: Any, path: Path) -> dict[str, Any]:
+    source = f"the architecture recorded in {path}"
+    parts = {"name": str, "model_cfg": dict, "preprocess_cfg": dict}
+    if not isinstance(recorded, dict) or any(not isinstance(recorded.get(key), kind) for key, kind in parts.items()):
+        raise ValueError(f"{source} is broken, expected {', '.join(parts)}; write the file again with this project")
+    _check_config(recorded["model_cfg"], source)
+    return recorded
 
 
 def _load_weights(encoder: DualEncoder, weights: _Weights) -> None:
+    if _shapes(encoder.model.state_dict()) == _shapes(weights.state):
+        encoder.model.load_state_dict(weights.state)
+    else:
+        _convert_weights(encoder, weights)
+    try:
+        encoder.check_towers()
+    except ValueError as error:
+        raise ValueError(f"checkpoint {weights.path} does not work: {error}") from error
+
+
+def _convert_weights(encoder: DualEncoder, weights: _Weights) -> None:
+    """Load another layout than the model's own, such as older ones, if open_clip can convert it."""
+    # The text tower's names differ between layouts by this prefix only.
+    own, found = (
+        {key.removeprefix("text."): shape for key, shape in _shapes(state).items()}
+        for state in (encoder.model.state_dict(), weights.state)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        # open_clip's own loader converts the older layouts of state dicts; it reads files only.
+        # open_clip's own loader converts state dicts; it reads files only.
         file = Path(folder) / "state.pt"
         torch.save(weights.state, file)
         try:
             open_clip.load_checkpoint(encoder.model, str(file), strict=True)
-        except (RuntimeError, KeyError, AttributeError, StopIteration) as error:
-            reason = " ".join(str(error).split())[:300]
+        except Exception as error:  # the conversions take for granted that it is the model they know
             raise ValueError(
-                f"the weights in {weights.path} do not fit {encoder.architecture['name']}: {reason}... "
-                "Pass the model the checkpoint was made with"
+                f"the weights in {weights.path} do not fit {encoder.architecture['name']}: "
+                f"{_misfit(own, found) or error}. Pass the model the checkpoint was made with"
             ) from error
-    encoder._check_towers()
+    resized = [
+        f"{key} from {found[key][0]} to {shape[0]} positions"
+        for key, shape in own.items()
+        if key.endswith("positional_embedding") and found.get(key, shape) != shape
+    ]
+    if resized:
+        warnings.warn(f"{weights.path} was made for another size; interpolated {', '.join(resized)}", stacklevel=2)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _misfit(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps a file's tensors from being a model's, a few of each kind, by their names and shapes.
+
+    Example:
+        >>> _misfit({"a": (2,), "b": (3,)}, {"a": (4,), "c": ()})
+        'of another shape: a (4) instead of (2); missing: b; unknown: c'
+    """
+    kinds = {
+        "of another shape": [
+            f"{key} {_dims(found[key])} instead of {_dims(shape)}"
+            for key, shape in own.items()
+            if found.get(key, shape) != shape
+        ],
+        "missing": [key for key in own if key not in found],
+        "unknown": [key for key in found if key not in own],
+    }
+    return "; ".join(
+        f"{kind}: {', '.join(items[:4])}" + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+        for kind, items in kinds.items()
+        if items
+    )
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return f"({' x '.join(map(str, shape))})"
 
 
 def save_open_clip(encoder: DualEncoder, path: Path) -> None:
@@ -366,9 +490,9 @@ def save_open_clip(encoder: DualEncoder, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.model.state_dict().items()}
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
         save_file(state, path, metadata={CHECKPOINT_KEY: json.dumps(encoder.architecture)})
     else:
         torch.save(state, path)
-    path.with_suffix(".json").write_text(json.dumps(encoder.architecture["model_cfg"], indent=2) + "\n")
+    path.with_suffix(".json").write_text(
+        json.dumps(encoder.architecture["model_cfg"], indent=2) + "\n", encoding="utf-8"
+    )

@@ -94,7 +94,10 @@ def differentiable(module: nn.Module) -> Iterator[None]:
 
 def as_constant(tensor: Tensor) -> Tensor:
     """The tensor without its graph, also usable where gradients are taken if it was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+    if not tensor.is_inference():
+        return tensor.detach()
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def resolve_layer(layer: int, first: int, depth: int, tower: str) -> int:
@@ -113,10 +116,9 @@ def resolve_layer(layer: int, first: int, depth: int, tower: str) -> int:
 
 def _along(alpha_BNT: Tensor, reference: Tensor, delta: Tensor) -> Tensor:
     """Points of the path, flattened to one batch: [B*N, T, D], or [B*N, C, H, W] for feature maps."""
+    weights = alpha_BNT.unsqueeze(3)
     if delta.ndim == 4:
-        weights = alpha_BNT.unflatten(2, delta.shape[2:]).unsqueeze(2)
-    else:
-        weights = alpha_BNT.unsqueeze(3)
+        weights = alpha_BNT.reshape(*alpha_BNT.shape[:2], 1, *delta.shape[2:])
     return (reference.unsqueeze(1) + weights * delta.unsqueeze(1)).flatten(0, 1)
 
 
@@ -127,7 +129,7 @@ def _generic_path(split: Split, hidden: Tensor, reference: Tensor, pool_B: Tenso
         points = alpha_BNT.shape[1]
         pool = None if pool_B is None else pool_B.repeat_interleave(points)
         embedding = split.tail(_along(alpha_BNT, reference, delta), pool)
-        return embedding.unflatten(0, (-1, points))
+        return embedding.reshape(-1, points, embedding.shape[1])
 
     return embed
 
@@ -158,7 +160,7 @@ class _PooledBlock:
         )
 
     def path(self, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor) -> Path:
-        """alpha [B, N, T] -> the block's output at the pooled position [B, N, D]."""
+        """The path: alpha [B, N, T] -> the block's output at the pooled position [B, N, D]."""
         attention, norm = self.block.attn, self.block.ln_1
         delta_BTD = hidden_BTD - reference_BTD
         start, slope = (x - x.mean(dim=2, keepdim=True) for x in (reference_BTD.expand_as(delta_BTD), delta_BTD))
@@ -193,7 +195,8 @@ class _PooledBlock:
             context_BND = context.flatten(2) + project.value_constant
             residual_BND = hidden_start_BD[:, None] + alpha_query_BN1 * hidden_slope_BD[:, None]
             residual_BND = residual_BND + self.block.ls_1(attention.out_proj(context_BND))
-            return residual_BND + self.block.ls_2(self.block.mlp(self.block.ln_2(residual_BND)))
+            output_BND: Tensor = residual_BND + self.block.ls_2(self.block.mlp(self.block.ln_2(residual_BND)))
+            return output_BND
 
         return output
 
@@ -206,13 +209,13 @@ class _Projection:
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
         self._heads = attention.num_heads
         self._scale_D = norm.weight
-        self._query_weight, self._key_value_weight = weight.split((width, 2 * width))
+        self._query_weight, self._key_value_weight = weight[:width], weight[width:]
         constant_3D = linear(norm.bias, weight, bias)
-        self.query_constant, _, self.value_constant = constant_3D.split(width)
+        self.query_constant, _, self.value_constant = constant_3D.chunk(3)
 
     def heads(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., h, e]."""
-        return x.unflatten(-1, (self._heads, -1))
+        return x.reshape(*x.shape[:-1], self._heads, -1)
 
     def query(self, centred_BD: Tensor) -> Tensor:
         """The query of centred hidden states, but for the standard deviation and the constant: [B, D]."""
@@ -265,7 +268,7 @@ class VisionTransformerSplit:
         return self._head(self._visual._pool(hidden)[0])
 
     def path(self, hidden: Tensor, reference: Tensor, pool_B: Tensor | None = None) -> Path:
-        """alpha [B, N, T] -> embeddings [B, N, K]."""
+        """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         if self._pooled is None:
             return _generic_path(self, hidden, reference, pool_B)
         output = self._pooled.path(hidden, reference, torch.zeros(len(hidden), dtype=torch.long, device=hidden.device))
@@ -276,7 +279,7 @@ class VisionTransformerSplit:
 
 
 class ModifiedResNetSplit:
-    """CLIP's ResNet with attention pool, cut at the input of stage 1 to 4 (`layer1` to `layer4`); tokens are positions."""
+    """CLIP's ResNet with attention pool, cut at the input of a stage, 1 to 4 (`layer1`...); tokens are positions."""
 
     prefix_tokens = 0
 
@@ -310,7 +313,7 @@ class ModifiedResNetSplit:
         return embedding
 
     def path(self, hidden: Tensor, reference: Tensor, pool_B: Tensor | None = None) -> Path:
-        """alpha [B, N, H*W] -> embeddings [B, N, K]."""
+        """The path: alpha [B, N, H*W] -> embeddings [B, N, K]."""
         return _generic_path(self, hidden, reference, pool_B)
 
 
@@ -325,14 +328,16 @@ class TextTower:
         if not isinstance(text, (CLIP, TextTransformer)):
             raise UnsupportedTowerError(f"a text tower of type {type(text).__name__} cannot be split; {_SUPPORTED}")
         if getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
-            raise UnsupportedTowerError(f"a text tower with a class token or padding mask cannot be split; {_SUPPORTED}")
-        self._text = text
+            raise UnsupportedTowerError(
+                f"a text tower with a class token or padding mask cannot be split; {_SUPPORTED}"
+            )
+        self._text: Any = text
         self._pool_type = text.text_pool_type if isinstance(text, CLIP) else text.pool_type
         self._eos_id = text.text_eos_id if isinstance(text, CLIP) else text.eos_id
         if self._pool_type not in ("argmax", "eos", "first", "last"):
             raise UnsupportedTowerError(f"text pooled by {self._pool_type!r} cannot be split; {_SUPPORTED}")
         self.blocks: nn.ModuleList = text.transformer.resblocks
-        self.transformer: nn.Module = text.transformer
+        self.transformer: Any = text.transformer
         self.causal = text.attn_mask is not None
 
     def pool_positions(self, tokens_BL: Tensor) -> Tensor:
@@ -340,7 +345,7 @@ class TextTower:
         if self._pool_type == "argmax":
             return tokens_BL.argmax(dim=1)
         if self._pool_type == "eos":
-            return (tokens_BL == self._eos_id).int().argmax(dim=1)
+            return tokens_BL.eq(self._eos_id).int().argmax(dim=1)
         return torch.full_like(tokens_BL[:, 0], 0 if self._pool_type == "first" else tokens_BL.shape[1] - 1)
 
     def embed(self, tokens_BL: Tensor, length: int | None = None) -> Tensor:
@@ -350,7 +355,8 @@ class TextTower:
         tokens_BL = tokens_BL[:, :length]
         dtype = self.transformer.get_cast_dtype()
         embedding: Tensor = self._text.token_embedding(tokens_BL).to(dtype)
-        return embedding + self._text.positional_embedding[: tokens_BL.shape[1]].to(dtype)
+        positions: Tensor = self._text.positional_embedding[: tokens_BL.shape[1]].to(dtype)
+        return embedding + positions
 
     def mask(self, hidden_BTD: Tensor) -> Tensor | None:
         """The causal mask [T, T] for so many tokens, or none."""
@@ -386,9 +392,7 @@ class TextTransformerSplit:
         self.layer = resolve_layer(layer, 0, len(tower.blocks), "text")
         self.block: nn.Module = tower.blocks[self.layer]
         is_last = self.layer == len(tower.blocks) - 1
-        self._pooled = (
-            _PooledBlock(self.block, tower.causal) if is_last and _PooledBlock.serves(self.block) else None
-        )
+        self._pooled = _PooledBlock(self.block, tower.causal) if is_last and _PooledBlock.serves(self.block) else None
 
     def pool_positions(self, tokens_BL: Tensor) -> Tensor:
         """The position each caption's embedding is read at [B]."""
@@ -412,7 +416,7 @@ class TextTransformerSplit:
         return self._tower.head(hidden[torch.arange(len(hidden), device=hidden.device), pool_B])
 
     def path(self, hidden: Tensor, reference: Tensor, pool_B: Tensor | None = None) -> Path:
-        """alpha [B, N, T] -> embeddings [B, N, K]."""
+        """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         if self._pooled is None or pool_B is None:
             return _generic_path(self, hidden, reference, pool_B)
         output = self._pooled.path(hidden, reference, pool_B)

@@ -99,7 +99,7 @@ def grounding_table(rows: Sequence[Mapping[str, object]], title: str = "Groundin
     extras = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _GROUNDING_COLUMNS]
     headings = _GROUNDING_COLUMNS | {key: _heading(key) for key in extras if key != "epoch"}
     table = Table(title=title)
-    table.add_column("epoch")
+    table.add_column("epoch", no_wrap=True)
     for heading in headings.values():
         # Text, not str: rich would read a heading such as "ρ [%]" or a name in brackets as markup.
         table.add_column(Text(heading), justify="right")

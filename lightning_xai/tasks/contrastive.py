@@ -95,10 +95,13 @@ class ContrastiveFineTuning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The contrastive loss of the global batch, the same on every rank."""
-        image, text, valid = gather_features(*self(batch), batch.valid)
+        image, text = self(batch)
+        image, text, valid = gather_features(image, text, batch.valid)
         loss, accuracy = contrastive_loss(image, text, self.encoder.logit_scale.exp(), valid)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, prog_bar=True)
+        # Here, since the scheduler has moved on to the next step's rate when the batch ends.
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -110,7 +113,6 @@ class ContrastiveFineTuning(L.LightningModule):
         self.log("train/samples_per_second", samples / max(now - self._batch_started, 1e-9))
         self._batch_started = now
         self.log("train/logit_scale", self.encoder.logit_scale.detach().exp())
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self) -> None:
         """Stop the clock: validation is no training time."""
@@ -176,4 +178,3 @@ class ContrastiveFineTuning(L.LightningModule):
         for name, value in results.items():
             # Every rank holds the same number already.
             self.log(name if "/" in name else f"{split}/{name}", value, prog_bar=name == f"{split}/loss")
-

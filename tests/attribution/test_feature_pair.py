@@ -41,28 +41,33 @@ def replacing(module: nn.Module, hidden: Tensor, run: Callable[[], Tensor]) -> T
         handle.remove()
 
 
-def literal(encoder: DualEncoder, image: Tensor, tokens: Tensor, blocks: tuple[nn.Module, nn.Module], steps: int) -> Tensor:
+def literal(
+    encoder: DualEncoder, image: Tensor, tokens: Tensor, blocks: tuple[nn.Module, nn.Module], steps: int
+) -> Tensor:
     """Eq. 10 as it is written: both Jacobians in full, from the whole encoders with the block's input replaced."""
-    model = encoder.model
     reference_tokens = torch.zeros_like(tokens)
     reference_tokens[0], reference_tokens[2] = 49406, 49407
-    sides = []
-    for block, encode, x, r in (
-        (blocks[0], model.encode_image, image[None], torch.zeros_like(image)[None]),
-        (blocks[1], model.encode_text, tokens[None], reference_tokens[None]),
-    ):
-        a, reference = (block_input(block, lambda e=encode, i=i: e(i)) for i in (x, r))
-        mean = torch.zeros(())
-        for n in range(1, steps + 1):
-            at = reference + n / steps * (a - reference)
-            mean = mean + torch.autograd.functional.jacobian(
-                lambda h, b=block, e=encode, i=x: replacing(b, h, lambda: e(i))[0], at
-            )[:, 0] / steps
-        weighted = mean * (a - reference)
-        # Tokens lie in the first axis behind K for transformers, in the last two for feature maps.
-        sides.append(weighted.sum(dim=1).flatten(1) if weighted.ndim == 4 else weighted.sum(dim=2))
-        sides[-1] = sides[-1] / encode(x).norm()
-    return torch.einsum("ks,kp->sp", sides[1], sides[0])
+    model: Any = encoder.model
+    image_side = one_side(blocks[0], model.encode_image, image, torch.zeros_like(image), steps)
+    text_side = one_side(blocks[1], model.encode_text, tokens, reference_tokens, steps)
+    return torch.einsum("ks,kp->sp", text_side, image_side)
+
+
+def one_side(block: nn.Module, encode: Any, inputs: Tensor, reference: Tensor, steps: int) -> Tensor:
+    """[K, tokens]: the integrated Jacobian of Eq. 9 times input minus reference, summed over the hidden width."""
+    start = block_input(block, lambda: encode(reference[None]))
+    delta = block_input(block, lambda: encode(inputs[None])) - start
+
+    def embed(hidden: Tensor) -> Tensor:
+        return replacing(block, hidden, lambda: encode(inputs[None]))[0]
+
+    jacobian: Any = torch.autograd.functional.jacobian
+    mean: Tensor = sum(jacobian(embed, start + n / steps * delta)[:, 0] for n in range(1, steps + 1)) / steps
+    weighted = mean * delta
+    # Hidden width is the last axis of a transformer's tokens, the first of a feature map.
+    summed = weighted.sum(dim=1).flatten(1) if weighted.ndim == 4 else weighted.sum(dim=2)
+    norm: Tensor = encode(inputs[None]).norm()
+    return summed / norm
 
 
 @pytest.mark.parametrize(
@@ -85,13 +90,14 @@ def test_agrees_with_equation_10_taken_literally(
     images, tokens = inputs(encoder, CAPTIONS[:2])
     attribution = FeaturePairAttribution(encoder, image_layer, text_layer, steps=3)
     result = attribution.attribute(images, tokens)
-    visual = encoder.model.visual
+    model: Any = encoder.model
+    visual = model.visual
     image_block = (
         visual.transformer.resblocks[image_layer]
         if hasattr(visual, "transformer")
         else getattr(visual, f"layer{image_layer % 5}")
     )
-    blocks = (image_block, encoder.model.transformer.resblocks[text_layer])
+    blocks = (image_block, model.transformer.resblocks[text_layer])
     for row in range(len(images)):
         expected = literal(encoder, images[row], tokens[row], blocks, steps=3)
         prefix = expected.shape[1] - result.pairs[row].flatten(1).shape[1]
@@ -106,23 +112,21 @@ def test_agrees_with_the_authors_package_on_random_weights(tmp_path: Path, name:
     explanation: Any = pytest.importorskip("exclip.explanation", reason="exclip needs Python 3.11")
     import open_clip
 
-    # The true architectures on small images: exclip's memory grows with the square of what a layer holds.
+    # The true architectures on small images and with a small embedding: exclip's memory grows with the square of what a
+    # layer holds, and its time with the embedding.
     config = open_clip.get_model_config(name)
     config["vision_cfg"]["image_size"] = 64
+    config["embed_dim"] = 32
     (tmp_path / "small.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     encoder = randomised(load_dual_encoder(tmp_path / "small.json")).eval()
-    if name == "RN50":
-
-        class Explainer(explanation.OpenClipExplainer):  # type: ignore[misc]  # exclip is untyped
-            # exclip hooks ResNets in the class for OpenAI's layout only; the hook itself fits both.
-            init_image_attribution = explanation.OpenAIExplainer.init_image_attribution
-
-        layer = 4
-    else:
-        Explainer, layer = explanation.OpenClipExplainer, 11
     images, tokens = inputs(encoder, ["a red ring"])
-    explainer = Explainer(encoder.model, image_dim=64, device=torch.device("cpu"))
+    explainer = explanation.OpenClipExplainer(encoder.model, image_dim=64, device=torch.device("cpu"))
+    if name == "RN50":
+        # exclip hooks ResNets in its class for OpenAI's layout only; the hook itself fits both.
+        hook = explanation.OpenAIExplainer.init_image_attribution
+        explainer.init_image_attribution = lambda layer, N_interpolations: hook(explainer, layer, N_interpolations)
+    layer = 4 if name == "RN50" else 11
     expected = explainer.explain(tokens, images, text_layer=11, image_layer=layer, N=10)
     result = FeaturePairAttribution(encoder).attribute(images, tokens).pairs[0]
     error = (result[: len(expected)] - expected).norm() / expected.norm()
@@ -149,7 +153,8 @@ def test_attributions_sum_to_equation_2(make_encoder: MakeEncoder, name: str, re
     images, tokens = inputs(encoder)
     attribution = FeaturePairAttribution(encoder, steps=40, rule="gauss_legendre", image_reference=reference)
     result = attribution.attribute(images, tokens)
-    model, transform = encoder.model, encoder.image_transform
+    model: Any = encoder.model
+    transform = encoder.image_transform
     black = (-torch.tensor(transform.mean) / torch.tensor(transform.std)).double()[:, None, None]
     reference_image = torch.zeros_like(images[:1]) + (black if reference == "black" else 0)
     with torch.no_grad():
@@ -219,7 +224,7 @@ def test_the_shortcut_through_the_last_block_is_exact(make_encoder: MakeEncoder,
     images, tokens = inputs(encoder)
     short, general = FeaturePairAttribution(encoder), FeaturePairAttribution(encoder)
     for split in (short.image, short.text):
-        assert split._pooled is not None  # type: ignore[attr-defined]  # of the two splits that have a shortcut
+        assert split._pooled is not None
     for split in (general.image, general.text):
         split._pooled = None  # type: ignore[attr-defined]
     torch.testing.assert_close(short.attribute(images, tokens).pairs, general.attribute(images, tokens).pairs)
@@ -252,7 +257,8 @@ def test_works_where_gradients_are_off(make_encoder: MakeEncoder, mode: Callable
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncoder, name: str) -> None:
     encoder = make_encoder(name).train()
-    encoder.model.visual.eval()
+    model: Any = encoder.model
+    model.visual.eval()
     images, tokens = inputs(encoder)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     modes = {key: module.training for key, module in encoder.named_modules()}

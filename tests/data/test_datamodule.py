@@ -580,7 +580,7 @@ def test_at_most_ten_broken_records_are_shown(tmp_path: Path, tokenizer: Caption
 
 
 def test_broken_records_are_counted_anew_in_each_training_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
-    # An epoch reads 16 of 30 samples in a row and meets one of these two, and one is allowed; together they are too many.
+    # An epoch reads 16 of 30 samples in a row and meets one of these two; one is allowed, both would be too many.
     folder = make_shards(tmp_path / "s", 30, per_shard=30, broken=[0, 15])
     data = ShardDataModule(train=folder, batch_size=16, num_workers=0)
     with pytest.warns(BrokenRecordWarning) as caught:

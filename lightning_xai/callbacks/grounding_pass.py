@@ -1,0 +1,239 @@
+"""One pass over a split: gamma and rho of its phrases, from the hidden states that its own forward passes make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_xai.attribution.capture import InputCapture
+from lightning_xai.attribution.feature_pair import FeaturePairAttribution, HiddenStates, References
+from lightning_xai.data.batch import Batch, LeftOut
+from lightning_xai.metrics.grounding import GroundingMetric, GroundingSummary, gamma, measurable, patch_mask, rho
+from lightning_xai.report.plots import Example
+
+__all__ = ["Drawn", "GroundingPass", "Measured"]
+
+
+@dataclass
+class Drawn:
+    """The fixed examples of a pass: what to draw, and what a checkpoint keeps of it, row by row the same.
+
+    Attributes:
+        examples: image, caption, phrase and box.
+        state: `keys`, `heats` ([H, W] float32), `gammas` and `hits`: tensors and plain values only.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    state: dict[str, list[Any]] = field(default_factory=lambda: {"keys": [], "heats": [], "gammas": [], "hits": []})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass has found.
+
+    Attributes:
+        split: `"val"` or `"test"`.
+        summary: over all ranks.
+        pairs: the table of all ranks, a row for each phrase, in the order of the data.
+        drawn: the examples of this rank.
+    """
+
+    split: str
+    summary: GroundingSummary
+    pairs: list[dict[str, object]]
+    drawn: Drawn
+
+
+class GroundingPass:
+    """Listens to a model's towers from construction to `close`, and measures each batch after its forward pass.
+
+    Args:
+        attribution: of the model that is evaluated.
+        split: `"val"` or `"test"`.
+        examples: how many examples to keep for drawing.
+        internal_batch_size: phrases attributed at a time; bounds memory, changes no number.
+    """
+
+    def __init__(
+        self, attribution: FeaturePairAttribution, split: str, *, examples: int, internal_batch_size: int
+    ) -> None:
+        self._attribution = attribution
+        self._split = split
+        self._most_drawn = examples
+        self._internal_batch_size = internal_batch_size
+        self._references: References | None = None
+        self._metric: GroundingMetric | None = None
+        self._pairs: list[dict[str, object]] = []
+        self._drawn = Drawn()
+        self._captures = (InputCapture(attribution.image), InputCapture(attribution.text))
+        for capture in self._captures:
+            capture.open()
+
+    def forget(self) -> None:
+        """Let go of hidden states from before the batch."""
+        for capture in self._captures:
+            capture.clear()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for capture in self._captures:
+            capture.close()
+
+    def add(self, batch: Batch) -> None:
+        """Measure a batch whose forward pass has just run.
+
+        Raises:
+            ValueError: its classes are not those of the batches before, or an attribution is not finite.
+        """
+        metric = self._metric_for(batch)
+        phrases, grid = batch.phrases, self._attribution.image.grid
+        size = (batch.images.shape[2], batch.images.shape[3])
+        reason = measurable(phrases.reason, phrases.boxes, grid, size)
+        rows = (reason == LeftOut.MEASURED).nonzero()[:, 0]
+        gammas = torch.full(reason.shape, math.nan, dtype=torch.float64)
+        hits = torch.zeros(reason.shape, dtype=torch.bool)
+        maps = self._maps(batch, rows) if len(rows) else torch.zeros(0, *grid)
+        if len(rows):
+            masks = patch_mask(phrases.boxes[rows], grid, size)
+            gammas[rows.cpu()] = gamma(maps, masks).to(gammas)
+            hits[rows.cpu()] = rho(maps, masks).cpu()
+        metric.update(gammas, hits, phrases.label, reason)
+        self._tabulate(batch, reason, gammas, hits)
+        self._draw(batch, rows.tolist(), maps.cpu(), gammas, hits)
+
+    def result(self) -> Measured:
+        """Everything of all ranks; every rank has to call this.
+
+        Raises:
+            RuntimeError: no batch came.
+        """
+        if self._metric is None:
+            raise RuntimeError(
+                "the evaluation had no lightning_xai.data.Batch, so there is no grounding: let the data loader give "
+                "such batches (ShardDataModule does), or take GroundingCallback out"
+            )
+        summary: GroundingSummary = self._metric.compute()
+        return Measured(self._split, summary, self._all_pairs(), self._drawn)
+
+    def _metric_for(self, batch: Batch) -> GroundingMetric:
+        if self._metric is None:
+            self._metric = GroundingMetric(batch.label_names).to(batch.images.device)
+        if self._metric.label_names != batch.label_names:
+            raise ValueError(
+                "the batches of one evaluation differ in their classes; GroundingCallback measures one split at a "
+                "time, so give the trainer one validation data loader"
+            )
+        return self._metric
+
+    def _maps(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Span maps [R, H, W] of some of the batch's phrases."""
+        states, phrases = self._states(batch), batch.phrases
+        if self._references is None:
+            self._references = self._attribution.references()
+        maps = []
+        # Captions and images of several phrases are repeated only for so many phrases at a time.
+        for part in torch.split(rows, self._internal_batch_size):
+            image, caption = phrases.image_row[part], phrases.caption_row[part]
+            repeated = HiddenStates(states.image[image], states.text[caption], states.text_pool[caption])
+            maps.append(self._attribution.span_map_of(repeated, phrases.span_mask[part], self._references))
+        return torch.cat(maps)
+
+    def _states(self, batch: Batch) -> HiddenStates:
+        """The captured hidden states where the forward pass was just images and captions, else those of an own pass."""
+        image, text = (capture.take() for capture in self._captures)
+        if image is None or len(image) != len(batch.images):
+            image = self._run(self._attribution.image.stem, batch.images)
+        if text is None or len(text) != len(batch.tokens):
+            text = self._run(self._attribution.text.stem, batch.tokens)
+        return HiddenStates(image, text, self._attribution.text.pool_positions(batch.tokens))
+
+    @torch.no_grad()
+    def _run(self, stem: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return stem(inputs)
+
+    def _all_pairs(self) -> list[dict[str, object]]:
+        pairs = self._pairs
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, pairs)
+            pairs = [row for part in gathered for row in part]
+        # The file is the same at any number of ranks and workers.
+        return sorted(pairs, key=lambda row: (row["index"], row["caption_index"], row["label"]))
+
+    def _tabulate(self, batch: Batch, reason: Tensor, gammas: Tensor, hits: Tensor) -> None:
+        phrases = batch.phrases
+        no_positive = (reason.cpu() == LeftOut.MEASURED) & gammas.isnan()
+        reasons = reason.cpu().masked_fill(no_positive, int(LeftOut.NO_POSITIVE)).tolist()
+        caption_index = [*batch.caption_index.tolist(), -1]
+        index = batch.index.tolist()
+        columns = zip(
+            phrases.image_row.tolist(),
+            phrases.caption_row.tolist(),
+            phrases.text,
+            phrases.label.tolist(),
+            reasons,
+            gammas.tolist(),
+            hits.tolist(),
+            phrases.boxes.tolist(),
+            strict=True,
+        )
+        for image, caption, text, label, why, share, hit, box in columns:
+            measured = why == LeftOut.MEASURED
+            self._pairs.append(
+                {
+                    "index": index[image],
+                    "key": batch.keys[image],
+                    "caption_index": caption_index[caption],
+                    "caption": batch.captions[caption] if caption >= 0 else None,
+                    "phrase": text,
+                    "label": batch.label_names[label],
+                    "reason": LeftOut(why).name.lower(),
+                    "gamma": share if measured else None,
+                    "hit": hit if measured else None,
+                    **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True)),
+                }
+            )
+
+    def _draw(self, batch: Batch, rows: list[int], maps: Tensor, gammas: Tensor, hits: Tensor) -> None:
+        """Keep the first phrase of each of the first images; which ones they are never depends on the model."""
+        for heat, row in zip(maps, rows, strict=True):
+            if len(self._drawn.examples) == self._most_drawn:
+                return
+            key = batch.keys[int(batch.phrases.image_row[row])]
+            if any(example.key == key for example in self._drawn.examples):
+                continue
+            self._drawn.examples.append(self._example(batch, row))
+            state = {"keys": f"{key}: {batch.phrases.text[row]}", "heats": heat.float().clone()}
+            state |= {"gammas": float(gammas[row]), "hits": bool(hits[row])}
+            for name, value in state.items():
+                self._drawn.state[name].append(value)
+
+    def _example(self, batch: Batch, row: int) -> Example:
+        image, caption = int(batch.phrases.image_row[row]), int(batch.phrases.caption_row[row])
+        transform = self._attribution.encoder.image_transform
+        pixels = transform.denormalize(batch.images[image].float().cpu()).permute(1, 2, 0).clamp(0, 1).numpy()
+        text, phrase = batch.captions[caption], batch.phrases.text[row]
+        x0, y0, x1, y1 = batch.phrases.boxes[row].tolist()
+        return Example(np.asarray(pixels), phrase, text, _places(text, phrase), (x0, y0, x1, y1), batch.keys[image])
+
+
+def _places(caption: str, phrase: str) -> tuple[tuple[int, int], ...]:
+    """Where the words of a phrase (several mentions joined by a comma) stand in a caption, to highlight them.
+
+    >>> _places("a dog and a dog", "dog, dog")
+    ((2, 5), (12, 15))
+    """
+    places, start = [], 0
+    for words in phrase.split(", "):
+        at = caption.find(words, start)
+        if at >= 0:
+            places.append((at, at + len(words)))
+            start = at + len(words)
+    return tuple(places)

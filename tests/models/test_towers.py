@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, TEXT, randomised
+from torch import Tensor, nn
+
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
+from lightning_xai.models.towers import Split, TextTransformerSplit, as_constant, differentiable, resolve_layer
+
+VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
+# What open_clip's configurations can also say about the towers that are split here.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "text_as_a_module": {"embed_dim": 24, "custom_text": True, "vision_cfg": VIT, "text_cfg": TEXT},
+    "oblong_pooled_before_norm": {
+        "embed_dim": 24,
+        "vision_cfg": VIT | {"image_size": [32, 48], "final_ln_after_pool": True, "no_ln_pre": True},
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "first"},
+    },
+    "attention_pool_biased_projection": {
+        "embed_dim": 24,
+        "vision_cfg": VIT | {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4},
+        "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 49407, "proj_bias": True},
+    },
+    "patch_dropout_no_projection": {
+        "embed_dim": 32,
+        "vision_cfg": VIT | {"patch_dropout": 0.5},
+        "text_cfg": TEXT | {"proj_type": "none"},
+    },
+}
+COCA: dict[str, Any] = {
+    "embed_dim": 24,
+    "custom_text": True,
+    "vision_cfg": VIT
+    | {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4, "output_tokens": True},
+    "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": TEXT | {"layers": 1, "attn_pooler_heads": 4},
+}
+CONVNEXT: dict[str, Any] = {
+    "embed_dim": 24,
+    "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 64},
+    "text_cfg": TEXT,
+}
+ALL = {**ARCHITECTURES, **VARIANTS}
+CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
+
+
+def build(config: dict[str, Any], folder: Path) -> DualEncoder:
+    path = folder / "model.json"
+    path.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    return randomised(load_dual_encoder(path)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
+    """Encoders in float64 that the tests of this file share, so they must not change them."""
+    made: dict[str, DualEncoder] = {}
+
+    def get(name: str) -> DualEncoder:
+        if name not in made:
+            made[name] = build(ALL[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def probes(encoder: DualEncoder) -> tuple[Tensor, Tensor]:
+    height, width = encoder.image_transform.size
+    images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
+    return images, encoder.tokenizer.encode(CAPTIONS)
+
+
+def block_of(encoder: DualEncoder, tower: str, layer: int) -> nn.Module:
+    """The block that open_clip gives this number, found without the code under test."""
+    model: Any = encoder.model
+    if tower == "text":
+        transformer = (model.text if hasattr(model, "text") else model).transformer
+        block: nn.Module = transformer.resblocks[layer]
+    elif hasattr(model.visual, "transformer"):
+        block = model.visual.transformer.resblocks[layer]
+    else:
+        block = getattr(model.visual, f"layer{layer}")
+    return block
+
+
+def block_input(module: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    kept: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    run()
+    handle.remove()
+    (hidden,) = kept
+    return hidden
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def layers_of(name: str, tower: str) -> list[int]:
+    config = ALL[name]
+    depth = config["text_cfg"]["layers"] if tower == "text" else config["vision_cfg"]["layers"]
+    return [1, 2, 3, 4] if isinstance(depth, list) else list(range(depth))
+
+
+CUTS = [(name, tower, layer) for name in ALL for tower in ("image", "text") for layer in layers_of(name, tower)]
+
+
+@pytest.mark.parametrize(("name", "tower", "layer"), CUTS)
+@torch.no_grad()
+def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_output(
+    name: str, tower: str, layer: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    images, tokens = probes(encoder)
+    split: Split = encoder.split_image(layer) if tower == "image" else encoder.split_text(layer)
+    inputs, encode = (images, encoder.model.encode_image) if tower == "image" else (tokens, encoder.model.encode_text)
+    pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
+    hidden = split.stem(inputs)
+
+    own_hidden = block_input(block_of(encoder, tower, layer), lambda: encode(inputs))
+    assert_same(hidden, own_hidden[:, : hidden.shape[1]])
+    assert_same(split.tail(hidden, pool), encode(inputs))
+    assert split.layer == layer
+    assert split.block is block_of(encoder, tower, layer)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_image_tokens_are_prefix_and_grid_from_left_to_right_and_top_to_bottom(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    images, _ = probes(encoder)
+    for layer in layers_of(name, "image"):
+        split = encoder.split_image(layer)
+        hidden = split.stem(images)
+        rows, columns = split.grid
+        if hidden.ndim == 4:
+            assert split.prefix_tokens == 0
+            assert hidden.shape[2:] == (rows, columns)
+        else:
+            assert hidden.shape[1] == split.prefix_tokens + rows * columns
+    if encoder.image_transform.size == (32, 48):
+        changed = images.clone()
+        changed[:, :, 8:16, 40:48] = 0  # second row, last column
+        split = encoder.split_image(0)
+        assert split.grid == (4, 6)
+        differing = (split.stem(changed) != split.stem(images)).any(dim=2)[0].nonzero().flatten()
+        assert differing.tolist() == [split.prefix_tokens + 1 * 6 + 5]
+
+
+@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_a_path_is_the_tail_of_every_mixture_of_reference_and_input(
+    name: str, references: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    images, tokens = probes(encoder)
+    generator = torch.Generator().manual_seed(2)
+    for split, inputs in ((encoder.split_image(), images), (encoder.split_text(), tokens)):
+        pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
+        hidden = split.stem(inputs)
+        reference = torch.randn(references, *hidden.shape[1:], generator=generator).double()
+        count = hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1]
+        alpha = torch.rand(3, 2, count, generator=generator).double()
+        embeddings = split.path(hidden, reference, pool)(alpha)
+        for point in range(2):
+            weight = alpha[:, point]
+            weight = weight.reshape(3, 1, *split.grid) if hidden.ndim == 4 else weight.unsqueeze(2)
+            assert_same(embeddings[:, point], split.tail(reference + weight * (hidden - reference), pool))
+
+
+@torch.no_grad()
+def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
+    encoder = build(ARCHITECTURES["vit"], tmp_path)
+    images, tokens = probes(encoder)
+    expected_image, expected_text = encoder.model.encode_image(images), encoder.model.encode_text(tokens)
+    model: Any = encoder.model
+    for transformer in (model.visual.transformer, model.transformer):
+        transformer.batch_first = False
+        for block in transformer.resblocks:
+            block.attn.batch_first = False
+
+    image, text = encoder.split_image(1), encoder.split_text(1)
+    assert_same(image.tail(image.stem(images)), expected_image)
+    assert_same(text.tail(text.stem(tokens), text.pool_positions(tokens)), expected_text)
+    assert_same(encoder.encode_text(tokens), expected_text)
+    own_hidden = block_input(image.block, lambda: model.encode_image(images))
+    assert own_hidden.shape[1] == len(images)
+    assert_same(image.captured(own_hidden), image.stem(images))
+
+
+def test_a_text_tail_without_positions_to_read_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
+    split = encoder_of("vit").split_text()
+    with pytest.raises(ValueError, match="pool_B"):
+        split.tail(split.stem(probes(encoder_of("vit"))[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "refused", "range_shown"),
+    [
+        ("vit", {0: 0, 2: 2, -1: 2, -3: 0}, [3, -4], "layers 0 to 2"),
+        ("resnet", {1: 1, 4: 4, -1: 4, -4: 1}, [0, 5, -5], "layers 1 to 4"),
+    ],
+)
+def test_layers_count_as_open_clip_counts_and_from_the_end(
+    name: str,
+    accepted: dict[int, int],
+    refused: list[int],
+    range_shown: str,
+    encoder_of: Callable[[str], DualEncoder],
+) -> None:
+    encoder = encoder_of(name)
+    for layer, resolved in accepted.items():
+        assert encoder.split_image(layer).layer == resolved
+    for layer in refused:
+        with pytest.raises(ValueError, match=rf"image tower has {range_shown} .*got layer {layer}$"):
+            encoder.split_image(layer)
+    with pytest.raises(ValueError, match=r"text tower has layers 0 to 2 \(or -3 to -1\); got layer 3"):
+        encoder.split_text(3)
+
+
+def test_resolve_layer_at_the_edges_of_a_tower_that_starts_at_one() -> None:
+    assert [resolve_layer(layer, 1, 4, "image") for layer in (1, 4, -4, -1)] == [1, 4, 1, 4]
+    assert resolve_layer(0, 0, 1, "text") == resolve_layer(-1, 0, 1, "text") == 0
+
+
+def test_a_convnext_encodes_but_says_which_towers_can_be_split(tmp_path: Path) -> None:
+    encoder = build(CONVNEXT, tmp_path)
+    images, tokens = probes(encoder)
+    assert_same(encoder.encode_image(images), encoder.model.visual(images))
+    with pytest.raises(UnsupportedTowerError, match=r"TimmModel.*VisionTransformer and ModifiedResNet"):
+        encoder.split_image()
+    text = encoder.split_text()
+    assert_same(text.tail(text.stem(tokens), text.pool_positions(tokens)), encoder.model.encode_text(tokens))
+
+
+def test_coca_encodes_without_normalising_and_its_image_tower_splits(tmp_path: Path) -> None:
+    encoder = build(COCA, tmp_path)
+    images, tokens = probes(encoder)
+    image = encoder.split_image(1)
+    assert_same(encoder.encode_image(images), encoder.model.visual(images)[0])
+    assert_same(image.tail(image.stem(images)), encoder.model.visual(images)[0])
+    assert_same(encoder.encode_text(tokens), encoder.model.text(tokens)[0])
+    with pytest.raises(UnsupportedTowerError, match=r"class token.*TextTransformer text towers"):
+        encoder.split_text()
+
+
+def global_state(module: nn.Module) -> tuple[object, ...]:
+    """All that `differentiable` sets, as one comparable value; the last is the attention kernel that it needs."""
+    kernels: Any = torch.backends.cuda
+    return (
+        [child.training for child in module.modules()],
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.backends.mha.get_fastpath_enabled(),
+        kernels.flash_sdp_enabled(),
+        kernels.mem_efficient_sdp_enabled(),
+        kernels.cudnn_sdp_enabled(),
+        kernels.math_sdp_enabled(),
+    )
+
+
+@pytest.mark.parametrize("raising", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_differentiable_switches_everything_and_restores_it_after_an_exception(
+    context: Callable[[], Any], raising: bool, tmp_path: Path
+) -> None:
+    model: Any = build(ARCHITECTURES["vit"], tmp_path).model
+    model.train()
+    model.visual.conv1.eval()  # a part that is frozen in evaluation mode stays so
+
+    def enter() -> None:
+        with differentiable(model):
+            inside = global_state(model)
+            assert inside == ([False] * len(list(model.modules())), True, False, False, *[False] * 4, True)
+            if raising:
+                raise KeyboardInterrupt
+
+    with context(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = global_state(model)
+        if raising:
+            with pytest.raises(KeyboardInterrupt):
+                enter()
+        else:
+            enter()
+        assert global_state(model) == before
+    assert model.training
+    assert not model.visual.conv1.training
+
+
+def test_differentiable_allows_forward_and_reverse_derivatives_in_inference_mode(
+    encoder_of: Callable[[str], DualEncoder],
+) -> None:
+    encoder = encoder_of("vit")
+    with torch.inference_mode():
+        hidden = encoder.split_image(1).stem(probes(encoder)[0])
+        with differentiable(encoder.model):
+            point = as_constant(hidden).requires_grad_()
+            tail = encoder.split_image(1).tail
+            (gradient,) = torch.autograd.grad(tail(point).sum(), point)
+            direction = torch.randn(point.shape, generator=torch.Generator().manual_seed(3)).double()
+            slope = torch.func.jvp(tail, (point.detach(),), (direction,))[1]
+    assert_same(slope.sum(), (gradient * direction).sum())
+
+
+def test_a_constant_shares_memory_unless_it_was_made_in_inference_mode() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    constant = as_constant(leaf * 1)
+    assert not constant.requires_grad
+    assert as_constant(leaf).data_ptr() == leaf.data_ptr()
+    with torch.inference_mode():
+        made_inside = torch.ones(2)
+        assert not as_constant(made_inside).is_inference()
+    assert not as_constant(made_inside).is_inference()
+    assert torch.equal(as_constant(made_inside), made_inside)

@@ -1,0 +1,69 @@
+"""The README's code runs as it stands, but for weights and files that a test cannot have."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lightning_xai import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_attribution_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture_file: Callable[[str], Path]
+) -> None:
+    (example,) = (block for block in blocks("python") if "FeaturePairAttribution" in block)
+    loading = 'load_dual_encoder("ViT-B-16", pretrained="openai")'
+    assert loading in example
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "dog.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example.replace(loading, f'load_dual_encoder("{architecture_file("vit")}")'), names)
+    result = names["result"]
+    assert result.pairs.shape == (1, 16, 4, 4)
+    assert names["encoder"].tokenizer.decode(names["tokens"][0][names["span"][0]]).strip() == "dog"
+
+
+def test_the_example_of_own_shards_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = (block for block in blocks("python") if "write_shards" in block)
+    Image.new("RGB", (500, 375)).save(tmp_path / "1000092795.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert (tmp_path / "data/flickr30k/val/manifest.json").is_file()
+
+
+def test_all_other_python_compiles() -> None:
+    for number, block in enumerate(blocks("python")):
+        compile(block, f"README block {number}", "exec")
+
+
+def test_options_of_prepare_and_export_exist() -> None:
+    functions = {
+        "prepare coco": cli.prepare_coco_shards,
+        "prepare shapes": cli.prepare_shapes_shards,
+        "export": cli.export,
+    }
+    commands = re.findall(r"python -m lightning_xai (prepare \w+|export)((?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")))
+    assert {name for name, _ in commands} >= {"prepare coco", "export"}
+    for name, arguments in commands:
+        known = inspect.signature(functions[name]).parameters
+        assert set(re.findall(r"--(\w+)", arguments)) <= set(known), name
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    named = set(re.findall(r"(?:configs|slurm|docs|benchmarks)/[\w/.-]+\.\w+", README))
+    assert "configs/demo.yaml" in named
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert not missing
