@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -47,7 +48,11 @@ def task(architecture_file: Callable[[str], Path]) -> ContrastiveFineTuning:
 def predict(task: ContrastiveFineTuning, folder: Path, samples: list[Sample], logger: CSVLogger | None = None) -> None:
     write_shards(samples, folder / "shards", name="test", progress=False)
     data = ShardDataModule(val=folder / "shards", eval_batch_size=4, num_workers=0, max_fault_fraction=0.5)
-    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     trainer = L.Trainer(
         accelerator="cpu", logger=logger or False, default_root_dir=folder, callbacks=[EmbeddingWriter()], **options
     )
