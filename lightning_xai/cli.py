@@ -71,7 +71,8 @@ def prepare_coco_shards(
         images: folder of the image files.
         captions: annotations/captions_*.json.
         instances: annotations/instances_*.json.
-        split: name of the split; with `karpathy` the split to take (val, test, train, restval, or train+restval).
+        split: name of the split; with `karpathy` the split to take: train, restval, val, test, or several
+            joined by "+" (COCO 2014 keeps restval among the images and annotations of val2014).
         out: folder to make.
         karpathy: dataset_coco.json of the Karpathy splits.
         samples_per_shard: images in a shard.

@@ -22,6 +22,7 @@ class InputCapture:
     def __init__(self, split: Split) -> None:
         self._split = split
         self._handle: Any = None
+        self._listening = True
         self.hidden: list[Tensor] = []
 
     def open(self) -> None:
@@ -37,16 +38,22 @@ class InputCapture:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of everything kept."""
+        """Let go of everything kept, and listen to what comes next."""
         self.hidden.clear()
+        self._listening = True
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.hidden.append(self._split.captured(inputs[0]).detach())
+        if self._listening:
+            self.hidden.append(self._split.captured(inputs[0]).detach())
 
     def take(self) -> Tensor | None:
-        """The one input kept since the last call, or None where there was not exactly one forward pass."""
+        """The one input kept since the last `clear`, or None where there was not exactly one forward pass.
+
+        Nothing is kept until the next `clear`: attributing may run the block itself, on many points of a path.
+        """
         taken = as_constant(self.hidden[0]) if len(self.hidden) == 1 else None
-        self.clear()
+        self.hidden.clear()
+        self._listening = False
         return taken
 
     def __enter__(self) -> InputCapture:

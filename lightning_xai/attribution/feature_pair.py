@@ -66,7 +66,8 @@ class _Sides:
 
     def norms(self) -> Tensor:
         """Product of the embeddings' norms [B], by which attributions are divided, as constants."""
-        return self.image_BK.norm(dim=1) * self.text_BK.norm(dim=1)
+        norms: Tensor = self.image_BK.norm(dim=1) * self.text_BK.norm(dim=1)
+        return norms
 
 
 class FeaturePairAttribution:

@@ -50,9 +50,9 @@ def write(folder: Path, rows: Sequence[Row], measured: Measured) -> Figure | Non
     name = f"epoch={epoch:03d}" if training else str(epoch)
     suffix = "" if training else f"-{epoch}"
     per_pair_csv(folder / f"pairs-{name}.csv", measured.pairs, _BOXED_PAIR_COLUMNS)
-    classes = [{"epoch": epoch, "label": label, **vars(of)} for label, of in measured.summary.per_class.items()]
+    classes = [_flat({"epoch": epoch, "label": label, **vars(of)}) for label, of in measured.summary.per_class.items()]
     per_pair_csv(folder / f"classes-{name}.csv", classes, tuple(classes[0]) if classes else ("epoch", "label"))
-    lines = [_plain(row) | {f"left_out_{why}": n for why, n in row["left_out"].items()} for row in rows]
+    lines = [_flat(row) for row in rows]
     per_pair_csv(folder / f"summary{suffix}.csv", lines, tuple(dict.fromkeys(key for line in lines for key in line)))
     if training and any(row["pairs"] for row in rows):
         save_figure(curves(rows), folder / "curves.png")
@@ -73,7 +73,8 @@ def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> N
         for row in rows
     ]
     console.print(grounding_table(shown))
-    reasons = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in last["left_out"].items() if n)
+    counts = last["left_out"] | {"broken_records": int(last.get("broken_records", 0))}
+    reasons = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in counts.items() if n)
     suffix = "" if isinstance(last["epoch"], int) else f"-{last['epoch']}"
     picture, table = folder / f"progress{suffix}.png", folder / f"summary{suffix}.csv"
     look = f"Look at {picture}; all numbers: {table}" if picture.exists() else f"All numbers: {table}"
@@ -95,5 +96,7 @@ def _progress(rows: Sequence[Row], measured: Measured) -> Figure:
     )
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("left_out", "examples")}
+def _flat(row: Row) -> dict[str, Any]:
+    """A line of a table: a column for each reason of what was left out, nothing that is no number or name."""
+    plain = {key: value for key, value in row.items() if key not in ("left_out", "examples")}
+    return plain | {f"left_out_{why}": count for why, count in row["left_out"].items()}

@@ -19,7 +19,10 @@ from typing import Any
 from PIL import ExifTags, Image
 
 SCHEMA_VERSION = 1
-IMAGE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# MPO is what Pillow calls a JPEG file that holds further pictures, as some phones and cameras write it.
+IMAGE_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# Only these decoders see the bytes: others go as far as running PostScript.
+_DECODERS = ("JPEG", "MPO", "PNG", "WEBP")
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 # EXIF orientation -> what makes the stored pixels upright.
 _UPRIGHT = {
@@ -89,7 +92,7 @@ def read_image(data: bytes, origin: str) -> Image.Image:
         RecordError: the bytes are no image that can be decoded; the message names `origin`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
             opened.load()
             # Not ImageOps.exif_transpose: it also writes the EXIF block anew, and crashes on blocks with other faults.
             turn = _UPRIGHT.get(exif_orientation(opened))
@@ -122,12 +125,12 @@ def image_extension(data: bytes, origin: str) -> str:
         RecordError: the bytes are no image, or of a format that shards do not hold.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image_format = opened.format or "unknown"
+        with Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
+            image_format = str(opened.format)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RecordError(f"{origin}: not an image file ({error}); replace the file or drop the record") from error
-    if image_format not in IMAGE_FORMATS:
-        raise RecordError(f"{origin}: {image_format} images are not supported; convert to JPEG, PNG or WebP")
+        raise RecordError(
+            f"{origin}: no JPEG, PNG or WebP image ({error}); convert or replace the file, or drop the record"
+        ) from error
     return IMAGE_FORMATS[image_format]
 
 

@@ -52,8 +52,8 @@ TEMPLATES = (
     "we see {} with {}",
     "an image that shows {} and {}",
 )
-TRAIN_SAMPLES = 7168
-VAL_SAMPLES = 1024
+TRAIN_SAMPLES = 2560
+VAL_SAMPLES = 512
 
 Object = tuple[int, int]
 """Index of the color in `COLORS` and of the shape in `SHAPES`."""

@@ -175,6 +175,7 @@ class ClassGrounding:
         gamma_above_50: share of pairs with gamma > 0.5.
         gamma_above_80: share of pairs with gamma > 0.8.
         rho: share of pairs whose largest attribution lies inside the box.
+        left_out: rows that were not measured, by reason (every reason of `LeftOut` but MEASURED, in lower case).
     """
 
     pairs: int
@@ -183,6 +184,7 @@ class ClassGrounding:
     gamma_above_50: float
     gamma_above_80: float
     rho: float
+    left_out: dict[str, int]
 
     def scalars(self) -> dict[str, float]:
         """The numbers to log, by name; the same names whether or not anything was measured."""
@@ -197,14 +199,12 @@ class ClassGrounding:
 
 @dataclass
 class GroundingSummary(ClassGrounding):
-    """The grounding over all pairs, what was left out, and the same per class.
+    """The grounding over all pairs, and the same per class.
 
     Attributes:
-        left_out: rows that were not measured, by reason (every reason of `LeftOut` but MEASURED, in lower case).
         per_class: label -> its grounding, for every label in the order given to the metric.
     """
 
-    left_out: dict[str, int]
     per_class: dict[str, ClassGrounding]
 
 
@@ -254,7 +254,8 @@ class GroundingMetric(Metric):
             repeated = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
             raise ValueError(f"label names have to differ; given more than once: {repeated}")
         self.add_state("totals", torch.zeros(len(self.label_names), _COLUMNS, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("reasons", torch.zeros(len(LeftOut), dtype=torch.int64), dist_reduce_fx="sum")
+        reasons = torch.zeros(len(self.label_names), len(LeftOut), dtype=torch.int64)
+        self.add_state("reasons", reasons, dist_reduce_fx="sum")
 
     def set_dtype(self, dst_type: str | torch.dtype) -> GroundingMetric:
         """Does nothing: the states are integers at any precision."""
@@ -266,12 +267,11 @@ class GroundingMetric(Metric):
         Args:
             gamma: [R] float, in [0, 1] or NaN where measured; anything elsewhere.
             hit: [R] bool, from `rho`.
-            label: [R] int64, index into `label_names` where measured; anything elsewhere.
+            label: [R] int64, index into `label_names`.
             reason: [R] int64, values of `LeftOut`, from `measurable`. Rows that are not MEASURED are only counted.
 
         Raises:
-            ValueError: shapes differ, or a measured row has a gamma outside [0, 1] or an unknown label, or a reason
-                is unknown.
+            ValueError: shapes differ, a measured row has a gamma outside [0, 1], or a label or reason is unknown.
         """
         shapes = [tuple(tensor.shape) for tensor in (gamma, hit, label, reason)]
         if gamma.ndim != 1 or len(set(shapes)) != 1:
@@ -283,45 +283,50 @@ class GroundingMetric(Metric):
             raise ValueError(
                 f"reason holds values that are not in LeftOut (0 to {len(LeftOut) - 1}): {reason.tolist()}"
             )
-        no_positive = (reason == LeftOut.MEASURED) & gamma.isnan()
-        reason = reason.masked_fill(no_positive, int(LeftOut.NO_POSITIVE))
-        measured = reason == LeftOut.MEASURED
-        rows = self._rows(gamma[measured], hit[measured], label[measured])
-        # Out of place: a state made under inference_mode could not be changed outside of it.
-        self.totals = self.totals.index_add(0, label[measured], rows)
-        self.reasons = self.reasons + (reason[:, None] == known).sum(dim=0)
-
-    def compute(self) -> GroundingSummary:
-        """The grounding over everything added since the last reset, on all ranks; NaN where there is no pair."""
-        totals: list[list[int]] = self.totals.tolist()
-        overall = _grounding([sum(column) for column in zip(*totals, strict=True)] or [0] * _COLUMNS)
-        counts: list[int] = self.reasons.tolist()
-        return GroundingSummary(
-            **vars(overall),
-            left_out={why.name.lower(): counts[why] for why in LeftOut if why is not LeftOut.MEASURED},
-            per_class={name: _grounding(row) for name, row in zip(self.label_names, totals, strict=True)},
-        )
-
-    def _rows(self, gamma: Tensor, hit: Tensor, label: Tensor) -> Tensor:
-        """[n] each, all measured -> [n, columns] int64, what each pair adds to its class."""
-        if not ((gamma >= 0) & (gamma <= 1)).all():
-            raise ValueError(f"gamma is a fraction in [0, 1]; got values from {gamma.min()} to {gamma.max()}")
         if not ((label >= 0) & (label < len(self.label_names))).all():
             raise ValueError(
                 f"label counts into the {len(self.label_names)} label names; "
                 f"got values from {label.min()} to {label.max()}"
             )
+        no_positive = (reason == LeftOut.MEASURED) & gamma.isnan()
+        reason = reason.masked_fill(no_positive, int(LeftOut.NO_POSITIVE))
+        measured = reason == LeftOut.MEASURED
+        rows = self._rows(gamma[measured], hit[measured])
+        # Out of place: a state made under inference_mode could not be changed outside of it.
+        self.totals = self.totals.index_add(0, label[measured], rows)
+        self.reasons = self.reasons.index_add(0, label, (reason[:, None] == known).long())
+
+    def compute(self) -> GroundingSummary:
+        """The grounding over everything added since the last reset, on all ranks; NaN where there is no pair."""
+        totals: list[list[int]] = self.totals.tolist()
+        reasons: list[list[int]] = self.reasons.tolist()
+        # Summed as Python's integers, which have room for all classes together.
+        overall = _grounding(_column_sums(totals, _COLUMNS), _column_sums(reasons, len(LeftOut)))
+        per_class = {
+            name: _grounding(row, counts) for name, row, counts in zip(self.label_names, totals, reasons, strict=True)
+        }
+        return GroundingSummary(**vars(overall), per_class=per_class)
+
+    def _rows(self, gamma: Tensor, hit: Tensor) -> Tensor:
+        """[n] each, all measured -> [n, columns] int64, what each pair adds to its class."""
+        if not ((gamma >= 0) & (gamma <= 1)).all():
+            raise ValueError(f"gamma is a fraction in [0, 1]; got values from {gamma.min()} to {gamma.max()}")
         fixed = (gamma * 2**_FRACTION_BITS).round().long()
         high, low = fixed >> _HALF_BITS, fixed & (2**_HALF_BITS - 1)
         columns = [torch.ones_like(fixed), fixed, high * high, high * low, low * low, gamma > 0.5, gamma > 0.8, hit]
         return torch.stack([column.long() for column in columns], dim=1)
 
 
-def _grounding(row: Sequence[int]) -> ClassGrounding:
+def _column_sums(rows: Sequence[Sequence[int]], columns: int) -> list[int]:
+    return [sum(row[column] for row in rows) for column in range(columns)]
+
+
+def _grounding(row: Sequence[int], reasons: Sequence[int]) -> ClassGrounding:
     """One row of the totals (exact integers) -> means; Python's integers do not overflow."""
+    left_out = {why.name.lower(): reasons[why] for why in LeftOut if why is not LeftOut.MEASURED}
     pairs, total, high_high, high_low, low_low, above_50, above_80, hits = row
     if pairs == 0:
-        return ClassGrounding(0, math.nan, math.nan, math.nan, math.nan, math.nan)
+        return ClassGrounding(0, math.nan, math.nan, math.nan, math.nan, math.nan, left_out)
     squares = (high_high << 2 * _HALF_BITS) + (high_low << _HALF_BITS + 1) + low_low
     variance = (
         (pairs * squares - total * total) / (pairs * (pairs - 1) << 2 * _FRACTION_BITS) if pairs > 1 else math.nan
@@ -333,6 +338,7 @@ def _grounding(row: Sequence[int]) -> ClassGrounding:
         gamma_above_50=above_50 / pairs,
         gamma_above_80=above_80 / pairs,
         rho=hits / pairs,
+        left_out=left_out,
     )
 
 

@@ -7,8 +7,8 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class DualEncoder(nn.Module):
         except UnsupportedTowerError:
             # Such a model trains as usual; what needs its text tower split says so when asked.
             self._text_tower = None
+        self._checked: set[tuple[str, int]] = set()
         self.check_towers()
 
     @property
@@ -87,7 +88,9 @@ class DualEncoder(nn.Module):
         Raises:
             ValueError: no such layer, or a tower of a kind that cannot be split yet.
         """
-        return split_image_tower(self.model, layer)
+        split = split_image_tower(self.model, layer)
+        self._check("image", split, self.model.encode_image)
+        return split
 
     def split_text(self, layer: int = -1) -> TextTransformerSplit:
         """The text tower, cut at the input of block `layer`.
@@ -95,34 +98,45 @@ class DualEncoder(nn.Module):
         Raises:
             ValueError: no such layer, or a tower of a kind that cannot be split yet.
         """
-        return split_text_tower(self.model, layer)
+        split = split_text_tower(self.model, layer)
+        self._check("text", split, self.model.encode_text)
+        return split
 
-    @torch.no_grad()
     def check_towers(self) -> None:
         """Refuse towers whose split is not the encoder itself: attributions would explain another model.
+
+        Other layers than the last are checked when they are first split at.
 
         Raises:
             ValueError: `tail(stem(x))` or the end of the path is not the encoder's own output, or that is not finite.
         """
+        self._checked.clear()
+        # A tower that cannot be split trains as usual; whoever asks for the split is told.
+        with suppress(UnsupportedTowerError):
+            self.split_image()
+        with suppress(UnsupportedTowerError):
+            self.split_text()
+
+    @torch.no_grad()
+    def _check(self, tower: str, split: Split, encode: Callable[..., Tensor]) -> None:
+        if (tower, split.layer) in self._checked:
+            return
         weight = next(self.model.parameters())
         with _evaluation(self.model):
-            height, width = self.image_transform.size
-            images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(weight)
             tokens = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
-            for tower, inputs in (("image", images), ("text", tokens)):
-                try:
-                    split: Split = self.split_image() if tower == "image" else self.split_text()
-                except UnsupportedTowerError:
-                    continue
-                encode = self.model.encode_image if tower == "image" else self.model.encode_text
-                pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
-                hidden = split.stem(inputs)
-                ends = hidden.new_ones(1, 1, hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1])
-                rebuilt = {
-                    "tail(stem(x))": split.tail(hidden, pool),
-                    "path(1)": split.path(hidden, torch.zeros_like(hidden), pool)(ends)[:, 0],
-                }
-                _compare(tower, encode(inputs, normalize=False), rebuilt)
+            images = torch.randn(1, 3, *self.image_transform.size, generator=torch.Generator().manual_seed(0)).to(
+                weight
+            )
+            inputs = images if tower == "image" else tokens
+            pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
+            hidden = split.stem(inputs)
+            ends = hidden.new_ones(1, 1, hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1])
+            rebuilt = {
+                "tail(stem(x))": split.tail(hidden, pool),
+                "path(1)": split.path(hidden, torch.zeros_like(hidden), pool)(ends)[:, 0],
+            }
+            _compare(tower, encode(inputs, normalize=False), rebuilt)
+        self._checked.add((tower, split.layer))
 
 
 def _compare(tower: str, expected: Tensor, rebuilt: Mapping[str, Tensor]) -> None:

@@ -334,7 +334,7 @@ class TextTower:
         self._text: Any = text
         self._pool_type = text.text_pool_type if isinstance(text, CLIP) else text.pool_type
         self._eos_id = text.text_eos_id if isinstance(text, CLIP) else text.eos_id
-        if self._pool_type not in ("argmax", "eos", "first", "last"):
+        if self._pool_type not in ("argmax", "eos", "last"):
             raise UnsupportedTowerError(f"text pooled by {self._pool_type!r} cannot be split; {_SUPPORTED}")
         self.blocks: nn.ModuleList = text.transformer.resblocks
         self.transformer: Any = text.transformer
@@ -346,7 +346,7 @@ class TextTower:
             return tokens_BL.argmax(dim=1)
         if self._pool_type == "eos":
             return tokens_BL.eq(self._eos_id).int().argmax(dim=1)
-        return torch.full_like(tokens_BL[:, 0], 0 if self._pool_type == "first" else tokens_BL.shape[1] - 1)
+        return torch.full_like(tokens_BL[:, 0], tokens_BL.shape[1] - 1)
 
     def embed(self, tokens_BL: Tensor, length: int | None = None) -> Tensor:
         """Token and position embeddings [B, T, D] of the first `length` tokens, or of those that are needed."""

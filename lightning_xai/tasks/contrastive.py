@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -25,7 +26,8 @@ class ContrastiveFineTuning(L.LightningModule):
     """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
 
     Logs `train/loss`, `train/accuracy`, `train/learning_rate`, `train/logit_scale`, `train/samples_per_second`, and in
-    validation `val/loss`, `val/accuracy` and recall at k in both directions. Validation counts all captions of an image
+    validation `val/loss`, `val/accuracy` and recall at k in both directions, and in both how many records were broken
+    (`train/broken_records`, `val/broken_records`). Validation counts all captions of an image
     as its own; its loss is over fixed groups of images, so that it does not depend on the number of processes.
 
     Args:
@@ -69,6 +71,7 @@ class ContrastiveFineTuning(L.LightningModule):
         self.max_logit_scale = max_logit_scale
         self.retrieval = RetrievalMetric(ks=recall_at, group_size=val_group_size)
         self._batch_started = 0.0
+        self._broken = 0
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit-length embeddings of a batch's images [B, K] and captions [C, K]."""
@@ -100,6 +103,7 @@ class ContrastiveFineTuning(L.LightningModule):
         loss, accuracy = contrastive_loss(image, text, self.encoder.logit_scale.exp(), valid)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, prog_bar=True)
+        self._log_broken("train", len(batch.faults))
         # Here, since the scheduler has moved on to the next step's rate when the batch ends.
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -119,8 +123,13 @@ class ContrastiveFineTuning(L.LightningModule):
         self._batch_started = 0.0
 
     def on_validation_start(self) -> None:
-        """Stop the clock also where validation interrupts an epoch."""
+        """Stop the clock where validation interrupts an epoch, and evaluate one and the same model on all ranks."""
         self._batch_started = 0.0
+        self._share_buffers()
+
+    def on_test_start(self) -> None:
+        """Evaluate one and the same model on all ranks."""
+        self._share_buffers()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Embed images and all their captions; the numbers are computed at the end of the epoch."""
@@ -164,8 +173,18 @@ class ContrastiveFineTuning(L.LightningModule):
                 "set model to what the checkpoint was made with"
             )
 
+    def _share_buffers(self) -> None:
+        """Give all ranks the first one's batch statistics; in training each rank has followed its own batches."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for buffer in self.encoder.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def _log_broken(self, split: str, count: int) -> None:
+        self.log(f"{split}/broken_records", float(count), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+
     def _evaluate(self, batch: Batch) -> None:
         image, text = self(batch)
+        self._broken += len(batch.faults)
         self.retrieval.update(
             image, text, batch.index, batch.caption_image, batch.caption_index, self.encoder.logit_scale.exp()
         )
@@ -173,6 +192,8 @@ class ContrastiveFineTuning(L.LightningModule):
     def _log_retrieval(self, split: str) -> None:
         results = self.retrieval.compute()
         self.retrieval.reset()
+        self._log_broken(split, self._broken)
+        self._broken = 0
         results[f"{split}/loss"] = results.pop("contrastive_loss")
         results[f"{split}/accuracy"] = results.pop("accuracy")
         for name, value in results.items():

@@ -62,14 +62,35 @@ def test_take_gives_what_one_pass_left_and_nothing_after_none_or_several(make_en
     first, second = images_for(encoder, 1), images_for(encoder, 2)
     with InputCapture(encoder.split_image()) as capture:
         assert capture.take() is None
+        capture.clear()
         encoder.encode_image(first)
         encoder.encode_image(second)
         assert len(capture.hidden) == 2
         assert capture.take() is None, "which of two passes was meant is not known"
         assert capture.hidden == []
+        capture.clear()
         encoder.encode_image(second)
         torch.testing.assert_close(capture.take(), encoder.split_image().stem(second).detach())
         assert capture.take() is None, "each input is handed out once"
+
+
+def test_what_runs_the_block_after_take_is_not_kept_until_clear(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder(dtype=torch.float64)
+    images = images_for(encoder)
+    split = encoder.split_image()
+    with InputCapture(split) as capture:
+        encoder.encode_image(images)
+        hidden = capture.take()
+        assert hidden is not None
+        split.tail(hidden)
+        assert capture.hidden == []
+        assert capture.take() is None
+        capture.clear()
+        encoder.encode_image(images)
+        assert torch.equal(hidden, torch.stack(capture.hidden)[0])
+    with capture:
+        encoder.encode_image(images)
+        assert len(capture.hidden) == 1, "closing ends the pause"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -116,8 +137,9 @@ def test_the_forward_pass_keeps_its_values_and_gradients(make_encoder: MakeEncod
     images = images_for(encoder).requires_grad_()
     expected = encoder.encode_image(images)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), images)
-    with InputCapture(encoder.split_image(1)):
+    with InputCapture(encoder.split_image(1)) as capture:
         captured = encoder.encode_image(images)
+        assert not capture.hidden[0].requires_grad, "what is kept must not keep the graph alive"
         (gradient,) = torch.autograd.grad(captured.sum(), images)
     assert torch.equal(captured, expected)
     assert torch.equal(gradient, expected_gradient)

@@ -223,10 +223,10 @@ def test_the_shortcut_through_the_last_block_is_exact(make_encoder: MakeEncoder,
     encoder = make_encoder(name, torch.float64)
     images, tokens = inputs(encoder)
     short, general = FeaturePairAttribution(encoder), FeaturePairAttribution(encoder)
-    for split in (short.image, short.text):
-        assert split._pooled is not None
-    for split in (general.image, general.text):
-        split._pooled = None  # type: ignore[attr-defined]
+    splits: list[Any] = [short.image, short.text, general.image, general.text]
+    assert all(split._pooled is not None for split in splits)
+    for split in splits[2:]:
+        split._pooled = None
     torch.testing.assert_close(short.attribute(images, tokens).pairs, general.attribute(images, tokens).pairs)
 
 
@@ -313,6 +313,11 @@ def test_inputs_that_do_not_fit_are_errors_that_name_the_shapes(make_encoder: Ma
     behind[:, -1] = True
     with pytest.raises(ValueError, match=r"rows \[0, 1, 2\] of span_mask select no token"):
         attribution.span_map(images, tokens, behind)
-    for reference in ({"image_reference": "grey"}, {"image_reference": torch.zeros(3, 5, 5)}, {"text_reference": "x"}):
+    references: tuple[dict[str, Any], ...] = (
+        {"image_reference": "grey"},
+        {"image_reference": torch.zeros(3, 5, 5)},
+        {"text_reference": "x"},
+    )
+    for reference in references:
         with pytest.raises(ValueError, match="_reference"):
-            FeaturePairAttribution(encoder, **reference).attribute(images, tokens)  # type: ignore[arg-type]
+            FeaturePairAttribution(encoder, **reference).attribute(images, tokens)

@@ -100,9 +100,10 @@ def test_other_members_are_never_looked_at() -> None:
         ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {2: ((0, 1),)}),)}, "caption 2 of 2"),
         ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((0, 16),)}),)}, "leaves caption 0"),
         ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((3, 3),)}),)}, "leaves caption 0"),
-        ({"image": b"no image"}, "not an image"),
-        ({"image": b""}, "not an image"),
-        ({"image": encode(Image.fromarray(gradient()), "GIF")}, "GIF"),
+        ({"image": b"no image"}, "no JPEG, PNG or WebP"),
+        ({"image": b""}, "no JPEG, PNG or WebP"),
+        ({"image": encode(Image.fromarray(gradient()), "GIF")}, "no JPEG, PNG or WebP"),
+        ({"image": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, "no JPEG, PNG or WebP"),
     ],
 )
 def test_a_sample_that_breaks_the_contract_is_not_written(changes: dict[str, Any], message: str) -> None:

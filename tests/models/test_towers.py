@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "oblong_pooled_before_norm": {
         "embed_dim": 24,
         "vision_cfg": VIT | {"image_size": [32, 48], "final_ln_after_pool": True, "no_ln_pre": True},
-        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "first"},
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last"},
     },
     "attention_pool_biased_projection": {
         "embed_dim": 24,
@@ -250,6 +250,16 @@ def test_coca_encodes_without_normalising_and_its_image_tower_splits(tmp_path: P
     assert_same(image.tail(image.stem(images)), encoder.model.visual(images)[0])
     assert_same(encoder.encode_text(tokens), encoder.model.text(tokens)[0])
     with pytest.raises(UnsupportedTowerError, match=r"class token.*TextTransformer text towers"):
+        encoder.split_text()
+
+
+@pytest.mark.parametrize("pool_type", ["first", "none"])
+def test_text_that_is_not_read_at_its_end_is_not_split(pool_type: str, tmp_path: Path) -> None:
+    text = TEXT | {"pool_type": pool_type, "proj_type": "none", "no_causal_mask": True}
+    encoder = build({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": text}, tmp_path)
+    _, tokens = probes(encoder)
+    assert_same(encoder.encode_text(tokens), encoder.model.encode_text(tokens))
+    with pytest.raises(UnsupportedTowerError, match=f"pooled by '{pool_type}'"):
         encoder.split_text()
 
 
