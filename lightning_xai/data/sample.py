@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 # MPO is what Pillow calls a JPEG file that holds further pictures, as some phones and cameras write it.
 IMAGE_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # Only these decoders see the bytes: others go as far as running PostScript.
-_DECODERS = ("JPEG", "MPO", "PNG", "WEBP")
+_DECODERS = ("JPEG", "PNG", "WEBP")
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 # EXIF orientation -> what makes the stored pixels upright.
 _UPRIGHT = {

@@ -42,7 +42,7 @@ def random_rows(rows: int) -> dict[str, Tensor]:
     reason[torch.rand(rows, generator=generator) < 0.7] = LeftOut.MEASURED
     values = torch.rand(rows, generator=generator, dtype=torch.float64)
     values[torch.rand(rows, generator=generator) < 0.1] = math.nan
-    label = torch.randint(3, (rows,), generator=generator).where(reason == LeftOut.MEASURED, -1)
+    label = torch.randint(3, (rows,), generator=generator)
     return {"gamma": values, "hit": torch.rand(rows, generator=generator) < 0.6, "label": label, "reason": reason}
 
 
@@ -253,16 +253,23 @@ def test_every_row_is_counted_once_by_its_reason() -> None:
         if why is not LeftOut.MEASURED:
             extra = int(without.sum()) if why is LeftOut.NO_POSITIVE else 0
             assert summary.left_out[why.name.lower()] == int((rows["reason"] == why).sum()) + extra
+            of_classes = [of.left_out[why.name.lower()] for of in summary.per_class.values()]
+            assert sum(of_classes) == summary.left_out[why.name.lower()]
+            if why is not LeftOut.NO_POSITIVE:
+                at = rows["label"][rows["reason"] == why]
+                assert of_classes == [int((at == number).sum()) for number in range(len(of_classes))]
     assert "measured" not in summary.left_out
     assert summary.pairs + sum(summary.left_out.values()) == 300
 
 
-def test_left_out_rows_may_hold_anything() -> None:
+def test_left_out_rows_may_have_any_gamma_and_count_for_their_class() -> None:
     metric = GroundingMetric(LABELS)
     reason = torch.tensor([LeftOut.NOT_MENTIONED, LeftOut.MEASURED])
-    metric.update(torch.tensor([7.0, 0.25]), torch.tensor([True, False]), torch.tensor([-1, 2]), reason)
+    metric.update(torch.tensor([7.0, 0.25]), torch.tensor([True, False]), torch.tensor([1, 2]), reason)
     summary = metric.compute()
     assert (summary.pairs, summary.gamma_mean, summary.rho) == (1, 0.25, 0)
+    not_mentioned = [of.left_out["not_mentioned"] for of in summary.per_class.values()]
+    assert not_mentioned == [int(row == 1) for row in range(len(LABELS))]
 
 
 def test_two_processes_give_the_result_of_one_to_the_last_bit() -> None:
