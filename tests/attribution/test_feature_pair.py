@@ -128,6 +128,7 @@ def test_agrees_with_the_authors_package_on_random_weights(tmp_path: Path, name:
         explainer.init_image_attribution = lambda layer, N_interpolations: hook(explainer, layer, N_interpolations)
     layer = 4 if name == "RN50" else 11
     expected = explainer.explain(tokens, images, text_layer=11, image_layer=layer, N=10)
+    explainer.reset_attribution()  # it leaves its hooks on the model
     result = FeaturePairAttribution(encoder).attribute(images, tokens).pairs[0]
     error = (result[: len(expected)] - expected).norm() / expected.norm()
     assert error < 1e-5

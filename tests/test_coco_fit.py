@@ -1,0 +1,42 @@
+"""The main job on real COCO files, with a model of real size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_xai import cli
+from lightning_xai.report.tables import read_csv
+
+
+@pytest.mark.slow
+def test_a_random_vit_b_32_is_fine_tuned_and_measured_on_coco(coco_mini: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        files = {"images": coco_mini / f"{split}2017"}
+        files |= {kind: coco_mini / f"annotations/{kind}_{split}2017.json" for kind in ("captions", "instances")}
+        options = [f"--{name}={path}" for name, path in files.items()]
+        cli.main(["prepare", "coco", *options, f"--split={split}2017", f"--out={tmp_path / split}"])
+    model = ["--model=ContrastiveFineTuning", "--model.model=ViT-B-32", "--model.pretrained=null"]
+    data = ["--data=ShardDataModule", f"--data.train={tmp_path / 'train'}", f"--data.val={tmp_path / 'val'}"]
+    data += ["--data.batch_size=8", "--data.num_workers=0"]
+    trainer = ["--accelerator=cpu", "--max_epochs=1", "--limit_train_batches=2", "--limit_val_batches=2"]
+    trainer += ["--enable_checkpointing=false", f"--default_root_dir={tmp_path / 'run'}"]
+    trainer += ["--callbacks+=lightning_xai.callbacks.GroundingCallback"]
+    cli.main(["fit", *model, *data, *(option.replace("--", "--trainer.", 1) for option in trainer)])
+    (folder,) = (tmp_path / "run").rglob("grounding")
+    before, after = read_csv(folder / "summary.csv")
+    assert (before["epoch"], after["epoch"], after["step"]) == ("0", "1", "2")
+    pairs = [row for row in read_csv(folder / "pairs-epoch=001.csv") if row["reason"] == "measured"]
+    assert len(pairs) == int(after["pairs"]) > 10
+    # 16 images of 7 x 7 patches of 32 pixels: boxes are in the cropped image and larger than one patch.
+    assert len({row["key"] for row in read_csv(folder / "pairs-epoch=001.csv")}) <= 16
+    for row in pairs:
+        x0, y0, x1, y1 = (float(row[side]) for side in ("x0", "y0", "x1", "y1"))
+        assert 0 <= x0 < x1 <= 224
+        assert 0 <= y0 < y1 <= 224
+        assert (x1 - x0) * (y1 - y0) > 32 * 32
+        assert 0 <= float(row["gamma"]) <= 1
+        assert row["phrase"].lower() in row["caption"].lower() or ", " in row["phrase"]
+    assert after["gamma_mean"] != before["gamma_mean"]
+    assert (folder / "progress.png").is_file()
