@@ -276,8 +276,12 @@ def test_training_and_validation_log_all_their_numbers(make: Make, shapes: Path,
     trainer.fit(task, data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     recalls = {f"val/{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
-    training = {"loss", "accuracy", "learning_rate", "logit_scale", "samples_per_second"}
-    assert set(logged) == {f"train/{name}" for name in training} | recalls | {"val/loss", "val/accuracy"}
+    training = {"loss", "accuracy", "learning_rate", "logit_scale", "samples_per_second", "broken_records"}
+    assert set(logged) == {f"train/{name}" for name in training} | recalls | {
+        "val/loss",
+        "val/accuracy",
+        "val/broken_records",
+    }
     assert all(math.isfinite(value) for value in logged.values())
     assert all(0 <= logged[name] <= 1 for name in recalls | {"val/accuracy", "train/accuracy"})
     assert logged["train/samples_per_second"] > 1
