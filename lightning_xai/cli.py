@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -163,6 +164,8 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
 
     from lightning_xai.callbacks import EmbeddingWriter
 
+    # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
     # Configs and the command line may use the bare names of classes that are loaded.
     for classes in ("data", "tasks"):
         import_module(f"lightning_xai.{classes}")

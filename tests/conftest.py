@@ -14,8 +14,8 @@ import torch
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.models import DualEncoder, load_dual_encoder
 
-# Two cores serve many short tests best without threads that wait for each other.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Many short tests run best without threads that wait for each other, most of all where something else runs as well.
+torch.set_num_threads(1)
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
 ARCHITECTURES: dict[str, dict[str, Any]] = {

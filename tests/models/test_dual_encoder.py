@@ -180,6 +180,21 @@ def test_a_path_that_does_not_end_at_the_encoders_output_is_refused(
         encoder.check_towers()
 
 
+def test_another_layer_is_checked_once_when_it_is_first_split_at(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder()
+    encoder.split_image(1)
+    encoder.split_text(1)
+    for split in (VisionTransformerSplit, TextTransformerSplit):
+        monkeypatch.setattr(split, "tail", scaled(split.tail))
+    for cut, tower in ((encoder.split_image, "image"), (encoder.split_text, "text")):
+        assert cut(1).layer == 1
+        for _ in range(2):  # what failed once is not taken for checked
+            with pytest.raises(ValueError, match=rf"tail\(stem\(x\)\) of the {tower} tower differs"):
+                cut(0)
+
+
 def test_the_check_leaves_modes_and_random_numbers_as_they_were(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("resnet")
     encoder.train()
