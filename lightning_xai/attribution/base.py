@@ -1,36 +1,197 @@
-"""What every attribution method returns."""
+"""What every attribution method takes and returns.
+
+Shape suffixes: B pairs, L caption tokens, H x W the patch grid.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate
+
+from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.split import differentiable
+
+_A = TypeVar("_A", bound="Attribution")
+
+
+class ConstantMapWarning(UserWarning):
+    """A method gave a map that tells no place from another."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Contributions of caption tokens and image patches to the similarity of B image-caption pairs.
+    """What the patches of B images and the tokens of B captions contribute to the similarity of each pair.
 
     Attributes:
-        pairs: [B, L, H, W], signed: how much token and patch together add to the similarity; zero behind a caption's
-            last token. Units of the similarity.
-        prefix: [B, L], the same for the image's prefix token (CLS); zero where the tower has none.
+        image: [B, H, W] at patch resolution; signed where the method is signed, else non-negative. Larger is more.
+        text: [B, L], likewise; zero for tokens that the embedding cannot depend on, such as padding behind the end.
         similarity: [B], the cosine similarity that is explained, in [-1, 1].
-        completeness_error: [B], sum of all attributions, CLS included, minus what they should sum to
-            (Eq. 2 of the feature-pair paper); goes to zero with the number of integration steps.
+        pairs: [B, L, H, W], signed: how much token and patch together add to the similarity, in its units; None where
+            the method tells no pairs apart.
+        prefix: [B, L], the same for the image's prefix tokens (CLS, registers); None where `pairs` is.
+        completeness_error: [B], sum of all attributions minus what they should sum to, for methods that have such a
+            sum; None for others. Goes to zero with the number of integration steps.
     """
+
+    image: Tensor
+    text: Tensor
+    similarity: Tensor
+    pairs: Tensor | None = None
+    prefix: Tensor | None = None
+    completeness_error: Tensor | None = None
+
+    @classmethod
+    def concatenate(cls: type[_A], parts: Sequence[_A]) -> _A:
+        """One batch of several, in their order."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        joined: dict[str, Any] = {
+            name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
+        }
+        return cls(**joined)
+
+
+@dataclass(frozen=True)
+class PairAttribution(Attribution):
+    """An attribution that tells pairs of token and patch apart; `image` and `text` are sums over its `pairs`."""
 
     pairs: Tensor
     prefix: Tensor
-    similarity: Tensor
     completeness_error: Tensor
 
-    @property
-    def image(self) -> Tensor:
-        """[B, H, W]: contribution of each patch with the whole caption."""
-        return self.pairs.sum(dim=1)
 
-    @property
-    def text(self) -> Tensor:
-        """[B, L]: contribution of each token with all patches."""
-        return self.pairs.sum(dim=(2, 3))
+class Method(ABC):
+    """An attribution method: explains the cosine similarity of images and captions by their patches and tokens.
+
+    Results do not depend on what else is in the batch, on its order, or on `internal_batch_size`.
+
+    Args:
+        encoder: the model to explain. It is explained in evaluation mode, and left as it was.
+        internal_batch_size: how many inputs (each method says of what kind) pass through a tower at a time; bounds
+            memory, changes no number. None: as many as there are.
+
+    Raises:
+        ValueError: `internal_batch_size` is not positive.
+    """
+
+    def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
+        if internal_batch_size is not None and internal_batch_size < 1:
+            raise ValueError(f"internal_batch_size has to be at least 1, or None; got {internal_batch_size}")
+        self.encoder = encoder
+        self.internal_batch_size = internal_batch_size
+
+    def attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        """Explain the similarity of each image and its caption.
+
+        Args:
+            images: [B, 3, height, width], as `encoder.image_transform` makes them.
+            tokens: [B, L] token ids; caption i belongs to image i.
+
+        Raises:
+            ValueError: shapes do not match, or the similarity or the result is not finite (the message says which).
+        """
+        check_batch(images, tokens)
+        with differentiable(self.encoder):
+            result = self._attribute(images, tokens)
+        _check(result, type(self).__name__)
+        return result
+
+    @abstractmethod
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        """`attribute` of a batch that has been checked, with the model ready for derivatives."""
+
+    @torch.no_grad()
+    def _embeddings(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of images and captions, each [B, K], without graph; not normalised."""
+        parts = [
+            (self.encoder.encode_image(images[rows]), self.encoder.encode_text(tokens[rows]))
+            for rows in self._chunks(len(images))
+        ]
+        image, text = (torch.cat(part) for part in zip(*parts, strict=True))
+        return image, text
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        """Slices of at most `internal_batch_size` of `count` things."""
+        size = self.internal_batch_size or max(count, 1)
+        yield from (slice(start, start + size) for start in range(0, count, size))
+
+
+def check_batch(images: Tensor, tokens: Tensor) -> None:
+    """Raise a ValueError that names the shapes where images and captions do not belong together."""
+    if images.ndim != 4 or tokens.ndim != 2 or len(images) != len(tokens):
+        raise ValueError(
+            "expected images [B, 3, H, W] and tokens [B, L], one caption an image; "
+            f"got {list(images.shape)} and {list(tokens.shape)}"
+        )
+    if not len(images):
+        raise ValueError("expected at least one image and caption, got none")
+
+
+def _check(result: Attribution, method: str) -> None:
+    for name, part in (("similarity", result.similarity), ("image map", result.image), ("text map", result.text)):
+        broken = (~part.flatten(1).isfinite().all(dim=1) if part.ndim > 1 else ~part.isfinite()).nonzero()[:, 0]
+        if len(broken):
+            raise ValueError(
+                f"{method}: the {name} of pair(s) {broken.tolist()} is not finite; look for NaN or infinity in the "
+                "model's weights and in the images"
+            )
+    for name, part in (("image", result.image), ("text", result.text)):
+        maps = part.flatten(1)
+        constant = (maps.amax(dim=1) == maps.amin(dim=1)).nonzero()[:, 0]
+        if len(constant):
+            warnings.warn(
+                f"{method}: the {name} map of pair(s) {constant.tolist()} is constant, so it tells no part from "
+                "another; the model may ignore this input there, or the layer may be one that the embedding does not "
+                "read",
+                ConstantMapWarning,
+                stacklevel=3,
+            )
+
+
+def cosine_with(embedding: Tensor) -> Callable[[Tensor], Tensor]:
+    """The cosine similarity of embeddings [B * n, K] with `embedding` [B, K], n in a row each: [B * n]."""
+
+    def score(other: Tensor) -> Tensor:
+        return cosine_similarity(other, embedding.repeat_interleave(len(other) // len(embedding), dim=0), dim=1)
+
+    return score
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps at patch resolution, interpolated to pixels (bilinear between patch centres; adds no extremum, no sign).
+
+    Args:
+        maps: [..., H, W].
+        size: (height, width) in pixels.
+
+    Returns:
+        [..., height, width]
+
+    Example:
+        >>> upsample(torch.tensor([[0.0, 1.0]]), (1, 4)).tolist()
+        [[0.0, 0.25, 0.75, 1.0]]
+    """
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    return interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
+
+
+def min_max(maps: Tensor, dims: int = 2) -> Tensor:
+    """Each map scaled to [0, 1]: its smallest entry is 0, its largest 1; a constant map is 0 everywhere.
+
+    Args:
+        maps: [..., H, W], or [..., L] with `dims=1`.
+        dims: how many of the last axes make one map.
+
+    Example:
+        >>> min_max(torch.tensor([[-1.0, 0.0, 3.0]]), dims=1).tolist()
+        [[0.0, 0.25, 1.0]]
+    """
+    axes = tuple(range(-dims, 0))
+    low, high = maps.amin(dim=axes, keepdim=True), maps.amax(dim=axes, keepdim=True)
+    return (maps - low) / torch.where(high > low, high - low, 1.0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xai.models.towers import Split, as_constant
+from lightning_xai.models.split import Split, as_constant
 
 
 class InputCapture:
@@ -27,6 +27,10 @@ class InputCapture:
 
     def open(self) -> None:
         """Start keeping inputs."""
+        if self._split.block is None:
+            raise ValueError(
+                f"layer {self._split.layer} is the head, which has no block to listen to; take a layer before"
+            )
         if self._handle is None:
             self._handle = self._split.block.register_forward_pre_hook(self._keep)
 

@@ -6,7 +6,10 @@ Jacobians of Eq. 9 at a layer's input. The inner sums factor, so that no Jacobia
 - the text side is one Jacobian-vector product for each selection of tokens: `u = J_b . ((b - r_b) * selection)`,
 - the image side one vector-Jacobian product for each u: `A[p] = (a - r_a)[p] . (J_a^T u)[p]`.
 
-Exact for any number of steps: it is the same finite sum, in another order. Shape suffixes: B pairs, S selections,
+Exact for any number of steps: it is the same finite sum, in another order. Two inputs of one modality are compared in
+the same way, with the same tower on both sides (section 3, intra-modal attributions).
+
+Shape suffixes: B pairs, S selections,
 L tokens as given, T tokens run, P image tokens, K embedding width, H x W the patch grid.
 """
 
@@ -20,10 +23,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.base import Attribution
+from lightning_xai.attribution.base import Method, PairAttribution, check_batch
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
-from lightning_xai.models.dual_encoder import DualEncoder
-from lightning_xai.models.towers import Path, as_constant, differentiable
+from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.split import Path, Split, as_constant, differentiable
+
+
+@dataclass(frozen=True)
+class IntraModalAttribution:
+    """What parts of two images, or of two captions, add to their similarity.
+
+    Attributes:
+        pairs: [B, H, W, H, W] for images, [B, L, L] for captions: parts of the first input, then of the second; signed,
+            in units of the similarity. CLS, registers and padding are left out.
+        similarity: [B], the cosine similarity that is explained, in [-1, 1].
+        completeness_error: [B], as for `Attribution`.
+    """
+
+    pairs: Tensor
+    similarity: Tensor
+    completeness_error: Tensor
+
+    @property
+    def first(self) -> Tensor:
+        """[B, H, W] or [B, L]: contribution of each part of the first input, with the whole second one."""
+        return self.pairs.sum(dim=tuple(range(self.pairs.ndim // 2 + 1, self.pairs.ndim)))
+
+    @property
+    def second(self) -> Tensor:
+        """[B, H, W] or [B, L]: contribution of each part of the second input, with the whole first one."""
+        return self.pairs.sum(dim=tuple(range(1, self.pairs.ndim // 2 + 1)))
 
 
 @dataclass(frozen=True)
@@ -31,17 +60,17 @@ class HiddenStates:
     """What enters the layers that are attributed to: made by a forward pass, or captured from one.
 
     Attributes:
-        image: [B, P, D], or [B, C, H, W] for a ResNet.
+        image: [B, P, D], or [B, C, H, W] for feature maps.
         text: [B, T, D].
-        text_pool: [B], the position each caption's embedding is read at.
+        tokens: [B, L], the captions' token ids.
     """
 
     image: Tensor
     text: Tensor
-    text_pool: Tensor
+    tokens: Tensor
 
     def __getitem__(self, rows: slice) -> HiddenStates:
-        return HiddenStates(self.image[rows], self.text[rows], self.text_pool[rows])
+        return HiddenStates(self.image[rows], self.text[rows], self.tokens[rows])
 
 
 @dataclass(frozen=True)
@@ -53,24 +82,31 @@ class References:
 
 
 @dataclass(frozen=True)
-class _Sides:
-    """The two paths of a batch, and the embeddings at their ends."""
+class _Side:
+    """One input of each pair: its path from the reference, and its embedding at the path's end."""
 
-    image_path: Path
-    text_path: Path
-    image_BK: Tensor
-    text_BK: Tensor
-    batch: int
-    image_tokens: int
-    text_tokens: int
+    path: Path
+    embedding_BK: Tensor
+    tokens: int
 
-    def norms(self) -> Tensor:
-        """Product of the embeddings' norms [B], by which attributions are divided, as constants."""
-        norms: Tensor = self.image_BK.norm(dim=1) * self.text_BK.norm(dim=1)
-        return norms
+    @classmethod
+    def of(cls, split: Split, hidden: Tensor, reference: Tensor, inputs: Tensor | None, dtype: torch.dtype) -> _Side:
+        hidden, reference = as_constant(hidden).to(dtype), as_constant(reference).to(dtype)
+        # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
+        path, tokens = split.path(hidden, reference, inputs), split.count(hidden)
+        return cls(path, embedding_at(path, 1.0, len(hidden), tokens, hidden), tokens)
+
+    def every_token(self) -> Tensor:
+        """[B, T, T]: each token as a selection of its own."""
+        return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
+
+    def change(self) -> Tensor:
+        """How the embedding differs from the reference's [B, K]."""
+        batch = len(self.embedding_BK)
+        return self.embedding_BK - embedding_at(self.path, 0.0, batch, self.tokens, self.embedding_BK)
 
 
-class FeaturePairAttribution:
+class FeaturePairAttribution(Method):
     """Attributions between the tokens of a caption and the patches of an image (feature-pair paper, Eq. 10).
 
     Args:
@@ -81,8 +117,8 @@ class FeaturePairAttribution:
         steps: integration points N.
         rule: quadrature; the default is the paper's Riemann sum. Others need fewer steps for the same completeness.
         image_reference: `"zeros"` (zero after normalisation, as the authors' package has it), `"black"` (black pixels,
-            as the paper writes), or an image [3, H, W] as the encoder takes it.
-        text_reference: `"padding"` (BOS, one padding token, EOT, padding), or token ids [L].
+            as the paper writes), `"features"` (zero hidden states), or an image [3, H, W] as the encoder takes it.
+        text_reference: `"padding"` (BOS, one padding token, EOT, padding), `"features"`, or token ids [L].
         internal_batch_size: pairs computed at a time, None for all; bounds memory, changes no number.
 
     Raises:
@@ -91,53 +127,82 @@ class FeaturePairAttribution:
 
     def __init__(
         self,
-        encoder: DualEncoder,
+        encoder: TwoTowerEncoder,
         image_layer: int = -1,
         text_layer: int = -1,
         steps: int = 10,
         *,
         rule: Rule = "right",
-        image_reference: Literal["zeros", "black"] | Tensor = "zeros",
-        text_reference: Literal["padding"] | Tensor = "padding",
+        image_reference: Literal["zeros", "black", "features"] | Tensor = "zeros",
+        text_reference: Literal["padding", "features"] | Tensor = "padding",
         internal_batch_size: int | None = None,
     ) -> None:
-        if internal_batch_size is not None and internal_batch_size < 1:
-            raise ValueError(f"internal_batch_size has to be at least 1, or None; got {internal_batch_size}")
-        self.encoder = encoder
+        super().__init__(encoder, internal_batch_size=internal_batch_size)
         self.image = encoder.split_image(image_layer)
         self.text = encoder.split_text(text_layer)
         self._points, self._weights = quadrature(rule, steps)
         self._image_reference = image_reference
         self._text_reference = text_reference
-        self._internal_batch_size = internal_batch_size
 
-    def attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        """All pairs of tokens and patches.
+    def attribute(self, images: Tensor, tokens: Tensor) -> PairAttribution:
+        """All pairs of tokens and patches; see `Method.attribute`."""
+        result = super().attribute(images, tokens)
+        assert isinstance(result, PairAttribution)
+        return result
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> PairAttribution:
+        states, references = self.hidden_states(images, tokens), self.references(tokens.shape[1])
+        return PairAttribution.concatenate(
+            [self._pairs(states[rows], references) for rows in self._chunks(len(images))]
+        )
+
+    def attribute_images(self, images: Tensor, others: Tensor) -> IntraModalAttribution:
+        """All pairs of patches of two images, by the image tower alone.
 
         Args:
-            images: [B, 3, H, W], as `encoder.image_transform` makes them.
-            tokens: [B, L] token ids; caption i belongs to image i.
-
-        Returns:
-            `pairs` [B, L, H, W]: similarity units, signed, zero behind a caption's last token; with similarity and
-            completeness error.
+            images: [B, 3, height, width].
+            others: [B, 3, height, width]; other i is compared with image i.
         """
-        _check_batch(images, tokens)
+        if images.ndim != 4 or images.shape != others.shape:
+            raise ValueError(
+                f"expected two batches of images of one shape; got {[*images.shape]} and {[*others.shape]}"
+            )
+
+        def side(rows: slice, batch: Tensor) -> _Side:
+            with torch.no_grad():
+                hidden = self.image.stem(batch[rows])
+            return _Side.of(self.image, hidden, reference, None, self._dtype)
+
         with self._differentiable():
-            states, references = self.hidden_states(images, tokens), self.references(tokens.shape[1])
-            parts = [self._pairs(states[rows], references) for rows in self._chunks(len(images))]
-        matrix_BTP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
-        behind = torch.arange(matrix_BTP.shape[1], device=tokens.device) > states.text_pool[:, None]
-        matrix_BTP = matrix_BTP.masked_fill(behind[..., None], 0.0)
-        padding = matrix_BTP.new_zeros(len(tokens), tokens.shape[1] - matrix_BTP.shape[1], matrix_BTP.shape[2])
-        matrix_BLP = torch.cat([matrix_BTP, padding], dim=1)
-        prefix = self.image.prefix_tokens
-        return Attribution(
-            pairs=matrix_BLP[:, :, prefix:].reshape(len(tokens), -1, *self.image.grid),
-            prefix=matrix_BLP[:, :, :prefix].sum(dim=2),
-            similarity=similarity,
-            completeness_error=error,
-        )
+            reference = self.references().image
+            parts = [self._compare(side(rows, images), side(rows, others)) for rows in self._chunks(len(images))]
+        matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
+        first_last = self.image.on_grid(matrix_BPP).movedim(1, -1)
+        return IntraModalAttribution(self.image.on_grid(first_last).movedim((1, 2), (3, 4)), similarity, error)
+
+    def attribute_texts(self, tokens: Tensor, others: Tensor) -> IntraModalAttribution:
+        """All pairs of tokens of two captions, by the text tower alone.
+
+        Args:
+            tokens: [B, L] token ids.
+            others: [B, L]; other i is compared with caption i.
+        """
+        if tokens.ndim != 2 or tokens.shape != others.shape:
+            raise ValueError(f"expected two batches of captions of one shape; got {[*tokens.shape]}, {[*others.shape]}")
+
+        def side(rows: slice, batch: Tensor) -> _Side:
+            with torch.no_grad():
+                hidden = self.text.stem(batch[rows], length)
+            return _Side.of(self.text, hidden, reference[:, : hidden.shape[1]], batch[rows], self._dtype)
+
+        length = tokens.shape[1]
+        with self._differentiable():
+            reference = self.references(length).text
+            parts = [self._compare(side(rows, tokens), side(rows, others)) for rows in self._chunks(len(tokens))]
+        matrix_BTT, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
+        matrix_BTL = self.text.on_caption(matrix_BTT, length) * self.text.visible(others)[:, None]
+        matrix_BLL = self.text.on_caption(matrix_BTL.mT, length).mT * self.text.visible(tokens)[:, :, None]
+        return IntraModalAttribution(matrix_BLL, similarity, error)
 
     def span_map(self, images: Tensor, tokens: Tensor, span_mask: Tensor) -> Tensor:
         """How much the tokens of a span, together, match each patch: the sum of their rows of `attribute`, far cheaper.
@@ -153,7 +218,7 @@ class FeaturePairAttribution:
         Raises:
             ValueError: shapes do not match, or a row selects no token of its caption.
         """
-        _check_batch(images, tokens)
+        check_batch(images, tokens)
         if span_mask.shape != tokens.shape:
             raise ValueError(
                 f"span_mask has to be of the tokens' shape {tuple(tokens.shape)}; got {tuple(span_mask.shape)}"
@@ -162,20 +227,18 @@ class FeaturePairAttribution:
             return self.span_map_of(self.hidden_states(images, tokens), span_mask, self.references(tokens.shape[1]))
 
     def span_map_of(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
-        """`span_map` of hidden states that a forward pass has already made; span_mask is [B, L], L >= T."""
-        span_BT = span_mask[:, : states.text.shape[1]]
-        positions = torch.arange(span_BT.shape[1], device=span_BT.device)
-        empty = ~(span_BT & (positions <= states.text_pool[:, None])).any(dim=1)
+        """`span_map` of hidden states that a forward pass has already made; span_mask is [B, L]."""
+        empty = ~(span_mask & self.text.visible(states.tokens)).any(dim=1)
         if empty.any():
             raise ValueError(f"rows {empty.nonzero()[:, 0].tolist()} of span_mask select no token of their caption")
         with self._differentiable():
-            parts = [self._span_map(states[rows], span_BT[rows], references) for rows in self._chunks(len(span_BT))]
-        return torch.cat(parts).reshape(-1, *self.image.grid)
+            maps = [self._span_map(states[rows], span_mask[rows], references) for rows in self._chunks(len(span_mask))]
+        return torch.cat(maps)
 
     @torch.no_grad()
     def hidden_states(self, images: Tensor, tokens: Tensor) -> HiddenStates:
         """Run both stems: everything before the layers that are attributed to."""
-        return HiddenStates(self.image.stem(images), self.text.stem(tokens), self.text.pool_positions(tokens))
+        return HiddenStates(self.image.stem(images), self.text.stem(tokens), tokens)
 
     @torch.no_grad()
     def references(self, length: int | None = None) -> References:
@@ -183,91 +246,124 @@ class FeaturePairAttribution:
         weight = next(self.encoder.parameters())
         length = length or self.encoder.tokenizer.context_length
         with self._differentiable(), torch.no_grad():
-            image = self._reference_image().to(weight)
-            tokens = self._reference_tokens(length).to(weight.device)
-            return References(self.image.stem(image[None]), self.text.stem(tokens[None], length))
+            image = self.image.stem(self._reference_image().to(weight)[None])
+            text = self.text.stem(self._reference_tokens(length).to(weight.device)[None], length)
+            return References(
+                torch.zeros_like(image) if self._is(self._image_reference, "features") else image,
+                torch.zeros_like(text) if self._is(self._text_reference, "features") else text,
+            )
+
+    @staticmethod
+    def _is(reference: str | Tensor, kind: str) -> bool:
+        return isinstance(reference, str) and reference == kind
 
     def _reference_image(self) -> Tensor:
-        height, width = self.encoder.image_transform.size
+        shape = self.encoder.image_shape
         if isinstance(self._image_reference, Tensor):
-            if self._image_reference.shape != (3, height, width):
-                shape = list(self._image_reference.shape)
-                raise ValueError(f"image_reference has to be [3, {height}, {width}]; got {shape}")
+            if self._image_reference.shape != shape:
+                raise ValueError(f"image_reference has to be {[*shape]}; got {[*self._image_reference.shape]}")
             return self._image_reference
-        if self._image_reference == "zeros":
-            return torch.zeros(3, height, width)
+        if self._image_reference in ("zeros", "features"):
+            return torch.zeros(shape)
         if self._image_reference == "black":
-            transform = self.encoder.image_transform
-            black = -torch.tensor(transform.mean) / torch.tensor(transform.std)
-            return black[:, None, None].expand(3, height, width)
-        raise ValueError(f"image_reference is 'zeros', 'black' or an image; got {self._image_reference!r}")
+            return self.encoder.black_image()
+        raise ValueError(f"image_reference is 'zeros', 'black', 'features' or an image; got {self._image_reference!r}")
 
     def _reference_tokens(self, length: int) -> Tensor:
         if isinstance(self._text_reference, Tensor):
             if self._text_reference.ndim != 1 or len(self._text_reference) < length:
                 raise ValueError(f"text_reference needs {length} token ids; got {list(self._text_reference.shape)}")
             return self._text_reference[:length]
-        if self._text_reference != "padding":
-            raise ValueError(f"text_reference is 'padding' or token ids; got {self._text_reference!r}")
-        # A caption of one token gives the tokenizer's own BOS, EOT and padding, around the place for the padding token.
-        context = self.encoder.tokenizer.encode(["a"])[0]
-        reference = context.clone()
-        reference[1] = context[-1]
-        return reference[:length]
-
-    def _chunks(self, batch: int) -> list[slice]:
-        size = self._internal_batch_size or max(batch, 1)
-        return [slice(start, start + size) for start in range(0, batch, size)]
+        if self._text_reference not in ("padding", "features"):
+            raise ValueError(f"text_reference is 'padding', 'features' or token ids; got {self._text_reference!r}")
+        return self.encoder.tokenizer.padding_caption()[:length]
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:
-        with differentiable(self.encoder.model):
+        with differentiable(self.encoder):
             yield
 
-    def _sides(self, states: HiddenStates, references: References) -> _Sides:
-        dtype = next(self.encoder.parameters()).dtype
-        image, text, image_reference, text_reference = (
-            as_constant(hidden).to(dtype) for hidden in (states.image, states.text, references.image, references.text)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.encoder.parameters()).dtype
+
+    def _sides(self, states: HiddenStates, references: References) -> tuple[_Side, _Side]:
+        """Text and image."""
+        text_reference = references.text[:, : states.text.shape[1]]
+        return (
+            _Side.of(self.text, states.text, text_reference, states.tokens, self._dtype),
+            _Side.of(self.image, states.image, references.image, None, self._dtype),
         )
-        image_path = self.image.path(image, image_reference)
-        # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
-        text_path = self.text.path(text, text_reference[:, : text.shape[1]], states.text_pool)
-        batch = len(image)
-        image_tokens = self.image.prefix_tokens + self.image.grid[0] * self.image.grid[1]
-        ends = [
-            embedding_at(path, 1.0, batch, tokens, hidden)
-            for path, tokens, hidden in ((image_path, image_tokens, image), (text_path, text.shape[1], text))
-        ]
-        return _Sides(image_path, text_path, ends[0], ends[1], batch, image_tokens, text.shape[1])
 
-    def _matrix(self, sides: _Sides, selections_BST: Tensor) -> Tensor:
-        """Attributions of each selection of tokens to all image tokens [B, S, P]."""
+    def _matrix(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> Tensor:
+        """Attributions of each selection of the rows' tokens to all tokens of the columns [B, S, P]."""
         with torch.no_grad():
-            cotangents_BSK = integrated_jvp(sides.text_path, self._points, self._weights, selections_BST)
-            cotangents_BSK = cotangents_BSK / sides.norms()[:, None, None]
-        return integrated_vjp(sides.image_path, self._points, self._weights, cotangents_BSK, sides.image_tokens)
+            cotangents_BSK = integrated_jvp(rows.path, self._points, self._weights, selections_BST)
+            cotangents_BSK = cotangents_BSK / _norms(rows, columns)[:, None, None]
+        return integrated_vjp(columns.path, self._points, self._weights, cotangents_BSK, columns.tokens)
 
-    def _span_map(self, states: HiddenStates, span_BT: Tensor, references: References) -> Tensor:
-        sides = self._sides(states, references)
-        selection = span_BT.to(sides.text_BK).unsqueeze(1)
-        return self._matrix(sides, selection)[:, 0, self.image.prefix_tokens :]
+    def _span_map(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
+        text, image = self._sides(states, references)
+        selection_B1L = span_mask.to(text.embedding_BK).unsqueeze(1)
+        selection_B1T = self.text.on_caption(selection_B1L, text.tokens)
+        return self.image.on_grid(self._matrix(text, image, selection_B1T)[:, 0])
 
-    def _pairs(self, states: HiddenStates, references: References) -> tuple[Tensor, Tensor, Tensor]:
-        """All pairs [B, T, P], the similarity [B] and the completeness error [B]."""
-        sides = self._sides(states, references)
-        every_token = torch.eye(sides.text_tokens).to(sides.text_BK).expand(sides.batch, -1, -1)
-        matrix_BTP = self._matrix(sides, every_token)
-        image_zero = embedding_at(sides.image_path, 0.0, sides.batch, sides.image_tokens, sides.image_BK)
-        text_zero = embedding_at(sides.text_path, 0.0, sides.batch, sides.text_tokens, sides.text_BK)
+    def _compare(self, rows: _Side, columns: _Side) -> tuple[Tensor, Tensor, Tensor]:
+        """All pairs of tokens [B, T, P], the similarity [B] and the completeness error [B]."""
+        matrix_BTP = self._matrix(rows, columns, rows.every_token())
+        norms = _norms(rows, columns)
+        similarity = (rows.embedding_BK * columns.embedding_BK).sum(dim=1) / norms
         # f(a,b) - f(r,b) - f(a,r) + f(r,r) of Eq. 2, factored.
-        expected = ((sides.image_BK - image_zero) * (sides.text_BK - text_zero)).sum(dim=1) / sides.norms()
-        similarity = (sides.image_BK * sides.text_BK).sum(dim=1) / sides.norms()
+        expected = (rows.change() * columns.change()).sum(dim=1) / norms
         return matrix_BTP, similarity, matrix_BTP.sum(dim=(1, 2)) - expected
 
+    def _pairs(self, states: HiddenStates, references: References) -> PairAttribution:
+        matrix_BTP, similarity, error = self._compare(*self._sides(states, references))
+        tokens, prefix = states.tokens, self.image.prefix_tokens
+        matrix_BPL = self.text.on_caption(matrix_BTP.mT, tokens.shape[1]) * self.text.visible(tokens)[:, None]
+        pairs = self.image.on_grid(matrix_BPL.mT)
+        return PairAttribution(
+            image=pairs.sum(dim=1),
+            text=pairs.sum(dim=(2, 3)),
+            similarity=similarity,
+            pairs=pairs,
+            prefix=matrix_BPL[:, :prefix].sum(dim=1),
+            completeness_error=error,
+        )
 
-def _check_batch(images: Tensor, tokens: Tensor) -> None:
-    if images.ndim != 4 or tokens.ndim != 2 or len(images) != len(tokens):
-        raise ValueError(
-            "expected images [B, 3, H, W] and tokens [B, L], one caption an image; "
-            f"got {list(images.shape)} and {list(tokens.shape)}"
+
+def _norms(rows: _Side, columns: _Side) -> Tensor:
+    """Product of the embeddings' norms [B], by which attributions are divided, as constants."""
+    norms: Tensor = rows.embedding_BK.norm(dim=1) * columns.embedding_BK.norm(dim=1)
+    return norms
+
+
+class SimilarityGradCAM(FeaturePairAttribution):
+    """GradCAM for similarity: gradient times input at one point, a rough estimate (feature-pair paper, Eq. 16).
+
+    The same as `FeaturePairAttribution` with N = 1 and zero hidden states as references.
+
+    Args:
+        encoder: the dual encoder to explain.
+        image_layer: as for `FeaturePairAttribution`.
+        text_layer: as for `FeaturePairAttribution`.
+        internal_batch_size: pairs computed at a time, None for all.
+    """
+
+    def __init__(
+        self,
+        encoder: TwoTowerEncoder,
+        image_layer: int = -1,
+        text_layer: int = -1,
+        *,
+        internal_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            encoder,
+            image_layer,
+            text_layer,
+            steps=1,
+            image_reference="features",
+            text_reference="features",
+            internal_batch_size=internal_batch_size,
         )

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_xai.models.towers import Path
+from lightning_xai.models.split import Path
+
+_DIRECTIONS_AT_A_TIME = 16
 
 Rule = Literal["right", "left", "midpoint", "trapezoid", "gauss_legendre"]
 
@@ -86,7 +88,8 @@ def integrated_jvp(path: Path, points_N: Tensor, weights_N: Tensor, directions_B
 
     if directions_BST.shape[1] == 1:
         return along(directions_BST[:, 0]).unsqueeze(1)
-    return torch.func.vmap(along, in_dims=1, out_dims=1)(directions_BST)
+    # In chunks, or many directions (the patches of an image) would all keep their own copy of the tail.
+    return torch.func.vmap(along, in_dims=1, out_dims=1, chunk_size=_DIRECTIONS_AT_A_TIME)(directions_BST)
 
 
 def integrated_vjp(path: Path, points_N: Tensor, weights_N: Tensor, cotangents_BSK: Tensor, tokens: int) -> Tensor:

@@ -141,7 +141,7 @@ class GroundingPass:
         # Captions and images of several phrases are repeated only for so many phrases at a time.
         for part in torch.split(rows, self._internal_batch_size):
             image, caption = phrases.image_row[part], phrases.caption_row[part]
-            repeated = HiddenStates(states.image[image], states.text[caption], states.text_pool[caption])
+            repeated = HiddenStates(states.image[image], states.text[caption], states.tokens[caption])
             maps.append(self._attribution.span_map_of(repeated, phrases.span_mask[part], self._references))
         return torch.cat(maps)
 
@@ -152,7 +152,7 @@ class GroundingPass:
             image = self._run(self._attribution.image.stem, batch.images)
         if text is None or len(text) != len(batch.tokens):
             text = self._run(self._attribution.text.stem, batch.tokens)
-        return HiddenStates(image, text, self._attribution.text.pool_positions(batch.tokens))
+        return HiddenStates(image, text, batch.tokens)
 
     @torch.no_grad()
     def _run(self, stem: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -217,8 +217,7 @@ class GroundingPass:
 
     def _example(self, batch: Batch, row: int) -> Example:
         image, caption = int(batch.phrases.image_row[row]), int(batch.phrases.caption_row[row])
-        transform = self._attribution.encoder.image_transform
-        pixels = transform.denormalize(batch.images[image].float().cpu()).permute(1, 2, 0).clamp(0, 1).numpy()
+        pixels = self._attribution.encoder.pictures(batch.images[[image]].float().cpu())[0].permute(1, 2, 0).numpy()
         text, phrase = batch.captions[caption], batch.phrases.text[row]
         x0, y0, x1, y1 = batch.phrases.boxes[row].tolist()
         return Example(np.asarray(pixels), phrase, text, _places(text, phrase), (x0, y0, x1, y1), batch.keys[image])

@@ -272,6 +272,33 @@ class CaptionTokenizer:
             )
         return slice(self._first + first, self._first + last)
 
+    @property
+    def padding_id(self) -> int:
+        """The token that fills up short captions."""
+        return int(self.encode(["a"])[0, -1])
+
+    def padding_caption(self) -> Tensor:
+        """A caption that says nothing: start, one padding token, end, padding; token ids [L]."""
+        # A caption of one token gives the tokenizer's own start, end and padding, around the place for the token.
+        tokens = self.encode(["a"])[0].clone()
+        tokens[self._first] = self.padding_id
+        return tokens
+
+    def content_mask(self, tokens: Tensor) -> Tensor:
+        """Which of the token ids [B, L] are a caption's own, not marks of start and end or padding: bool [B, L].
+
+        Example:
+            >>> import open_clip
+            >>> tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+            >>> tokenizer.content_mask(tokenizer.encode(["a cat"]))[0, :5].tolist()
+            [False, True, True, False, False]
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        # A tokenizer without a mark of the end fills up with padding instead.
+        end_id = self.padding_id if self._end_id is None else self._end_id
+        own = (positions >= self._first).expand_as(tokens)
+        return own & ((tokens == end_id) & own).cumsum(dim=1).eq(0)
+
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """The text of token ids [T]; tokens that mark start and end, and padding behind the end, are left out.
 

@@ -1,5 +1,5 @@
 from lightning_xai.models.dual_encoder import DualEncoder, load_dual_encoder, save_open_clip
 from lightning_xai.models.loss import contrastive_loss
-from lightning_xai.models.towers import UnsupportedTowerError
+from lightning_xai.models.split import UnsupportedTowerError
 
 __all__ = ["DualEncoder", "UnsupportedTowerError", "contrastive_loss", "load_dual_encoder", "save_open_clip"]

@@ -22,21 +22,16 @@ from torch import Tensor, nn
 
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.towers import (
-    Split,
-    TextTower,
-    TextTransformerSplit,
-    UnsupportedTowerError,
-    split_image_tower,
-    split_text_tower,
-)
+from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating
+from lightning_xai.models.towers import TextTower, split_image_tower, split_text_tower
 
 CHECKPOINT_KEY = "dual_encoder"
 """Where a Lightning checkpoint of this project keeps the architecture, and the metadata key of exported weights."""
 _STATE_PREFIX = "encoder.model."
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(TwoTowerEncoder):
     """An open_clip model that carries all that is needed to use it: tokenizer, image transform, architecture.
 
     Attributes:
@@ -67,6 +62,25 @@ class DualEncoder(nn.Module):
         scale: Tensor = self.model.logit_scale
         return scale
 
+    @property
+    def embedding_width(self) -> int:
+        """K, the width of the shared space."""
+        return int(self.architecture["model_cfg"]["embed_dim"])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, height, width) of the images that the transform makes."""
+        return (3, *self.image_transform.size)
+
+    def black_image(self) -> Tensor:
+        """Black pixels, normalised: [3, height, width]."""
+        black = -torch.tensor(self.image_transform.mean) / torch.tensor(self.image_transform.std)
+        return black[:, None, None].expand(self.image_shape)
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """The images' pixels, no longer normalised."""
+        return self.image_transform.denormalize(images)
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, K], not normalised."""
         # CoCa normalises unless told not to.
@@ -76,7 +90,7 @@ class DualEncoder(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, K], not normalised; only as many tokens are run as are needed."""
         if len(tokens) == 0:
-            return self.logit_scale.new_zeros(0, self.architecture["model_cfg"]["embed_dim"])
+            return self.logit_scale.new_zeros(0, self.embedding_width)
         if self._text_tower is not None:
             return self._text_tower.encode(tokens)
         embedding: Tensor = self.model.encode_text(tokens, normalize=False)
@@ -92,7 +106,7 @@ class DualEncoder(nn.Module):
         self._check("image", split, self.model.encode_image)
         return split
 
-    def split_text(self, layer: int = -1) -> TextTransformerSplit:
+    def split_text(self, layer: int = -1) -> TextSplit:
         """The text tower, cut at the input of block `layer`.
 
         Raises:
@@ -122,18 +136,17 @@ class DualEncoder(nn.Module):
         if (tower, split.layer) in self._checked:
             return
         weight = next(self.model.parameters())
-        with _evaluation(self.model):
-            tokens = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
-            images = torch.randn(1, 3, *self.image_transform.size, generator=torch.Generator().manual_seed(0)).to(
-                weight
-            )
-            inputs = images if tower == "image" else tokens
-            pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
+        with evaluating(self.model):
+            if tower == "image":
+                generator = torch.Generator().manual_seed(0)
+                inputs = torch.randn(1, *self.image_shape, generator=generator).to(weight)
+            else:
+                inputs = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
             hidden = split.stem(inputs)
-            ends = hidden.new_ones(1, 1, hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1])
+            ends = hidden.new_ones(1, 1, split.count(hidden))
             rebuilt = {
-                "tail(stem(x))": split.tail(hidden, pool),
-                "path(1)": split.path(hidden, torch.zeros_like(hidden), pool)(ends)[:, 0],
+                "tail(stem(x))": split.tail(hidden, inputs),
+                "path(1)": split.path(hidden, torch.zeros_like(hidden), inputs)(ends)[:, 0],
             }
             _compare(tower, encode(inputs, normalize=False), rebuilt)
         self._checked.add((tower, split.layer))
@@ -150,18 +163,6 @@ def _compare(tower: str, expected: Tensor, rebuilt: Mapping[str, Tensor]) -> Non
                 f"{name} of the {tower} tower differs from the encoder's own output by {float(error):.1e} (relative); "
                 f"open_clip {open_clip.__version__} is not laid out as this release expects"
             )
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        # One by one: a part that was frozen in evaluation mode stays so.
-        for module in training:
-            module.training = True
 
 
 def load_dual_encoder(

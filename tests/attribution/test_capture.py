@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_xai.attribution.capture import InputCapture
 from lightning_xai.models import DualEncoder
-from lightning_xai.models.towers import Split, differentiable
+from lightning_xai.models.split import Split, differentiable
 
 MakeEncoder = Callable[..., DualEncoder]
 CAPTIONS = ["a dog", "one very long caption of eleven or more tokens here"]

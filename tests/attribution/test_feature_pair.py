@@ -197,7 +197,7 @@ def test_nothing_stands_behind_a_captions_last_token(make_encoder: MakeEncoder) 
         assert not result.pairs[row, last + 1 :].any()
         assert result.pairs[row, 1 : last + 1].flatten(1).any(dim=1).all()
         # BOS sees nothing but itself, as in the reference: it has nothing to attribute.
-        assert not result.pairs[row, 0].any()
+        assert result.pairs[row, 0].abs().max() < 1e-6 * result.pairs[row].abs().max()
 
 
 def test_neighbours_padding_and_chunks_change_nothing(make_encoder: MakeEncoder) -> None:

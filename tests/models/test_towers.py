@@ -11,7 +11,7 @@ from conftest import ARCHITECTURES, TEXT, randomised
 from torch import Tensor, nn
 
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
-from lightning_xai.models.towers import Split, TextTransformerSplit, as_constant, differentiable, resolve_layer
+from lightning_xai.models.split import Split, as_constant, differentiable, resolve_layer
 
 VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
 # What open_clip's configurations can also say about the towers that are split here.
@@ -120,12 +120,11 @@ def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_out
     images, tokens = probes(encoder)
     split: Split = encoder.split_image(layer) if tower == "image" else encoder.split_text(layer)
     inputs, encode = (images, encoder.model.encode_image) if tower == "image" else (tokens, encoder.model.encode_text)
-    pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
     hidden = split.stem(inputs)
 
     own_hidden = block_input(block_of(encoder, tower, layer), lambda: encode(inputs))
     assert_same(hidden, own_hidden[:, : hidden.shape[1]])
-    assert_same(split.tail(hidden, pool), encode(inputs))
+    assert_same(split.tail(hidden, inputs), encode(inputs))
     assert split.layer == layer
     assert split.block is block_of(encoder, tower, layer)
 
@@ -165,16 +164,15 @@ def test_a_path_is_the_tail_of_every_mixture_of_reference_and_input(
     images, tokens = probes(encoder)
     generator = torch.Generator().manual_seed(2)
     for split, inputs in ((encoder.split_image(), images), (encoder.split_text(), tokens)):
-        pool = split.pool_positions(tokens) if isinstance(split, TextTransformerSplit) else None
         hidden = split.stem(inputs)
         reference = torch.randn(references, *hidden.shape[1:], generator=generator).double()
         count = hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1]
         alpha = torch.rand(3, 2, count, generator=generator).double()
-        embeddings = split.path(hidden, reference, pool)(alpha)
+        embeddings = split.path(hidden, reference, inputs)(alpha)
         for point in range(2):
             weight = alpha[:, point]
             weight = weight.reshape(3, 1, *split.grid) if hidden.ndim == 4 else weight.unsqueeze(2)
-            assert_same(embeddings[:, point], split.tail(reference + weight * (hidden - reference), pool))
+            assert_same(embeddings[:, point], split.tail(reference + weight * (hidden - reference), inputs))
 
 
 @torch.no_grad()
@@ -190,16 +188,16 @@ def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
 
     image, text = encoder.split_image(1), encoder.split_text(1)
     assert_same(image.tail(image.stem(images)), expected_image)
-    assert_same(text.tail(text.stem(tokens), text.pool_positions(tokens)), expected_text)
+    assert_same(text.tail(text.stem(tokens), tokens), expected_text)
     assert_same(encoder.encode_text(tokens), expected_text)
-    own_hidden = block_input(image.block, lambda: model.encode_image(images))
+    own_hidden = block_input(block_of(encoder, "image", 1), lambda: model.encode_image(images))
     assert own_hidden.shape[1] == len(images)
     assert_same(image.captured(own_hidden), image.stem(images))
 
 
 def test_a_text_tail_without_positions_to_read_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
     split = encoder_of("vit").split_text()
-    with pytest.raises(ValueError, match="pool_B"):
+    with pytest.raises(ValueError, match="token ids"):
         split.tail(split.stem(probes(encoder_of("vit"))[1]))
 
 
@@ -207,7 +205,7 @@ def test_a_text_tail_without_positions_to_read_says_what_is_missing(encoder_of: 
     ("name", "accepted", "refused", "range_shown"),
     [
         ("vit", {0: 0, 2: 2, -1: 2, -3: 0}, [3, -4], "layers 0 to 2"),
-        ("resnet", {1: 1, 4: 4, -1: 4, -4: 1}, [0, 5, -5], "layers 1 to 4"),
+        ("resnet", {1: 1, 4: 4, 5: 5, -1: 4, -4: 1}, [0, 6, -5], "layers 1 to 4"),
     ],
 )
 def test_layers_count_as_open_clip_counts_and_from_the_end(
@@ -232,14 +230,17 @@ def test_resolve_layer_at_the_edges_of_a_tower_that_starts_at_one() -> None:
     assert resolve_layer(0, 0, 1, "text") == resolve_layer(-1, 0, 1, "text") == 0
 
 
-def test_a_convnext_encodes_but_says_which_towers_can_be_split(tmp_path: Path) -> None:
+def test_a_convnext_is_split_at_its_stages_and_its_head(tmp_path: Path) -> None:
     encoder = build(CONVNEXT, tmp_path)
     images, tokens = probes(encoder)
     assert_same(encoder.encode_image(images), encoder.model.visual(images))
-    with pytest.raises(UnsupportedTowerError, match=r"TimmModel.*VisionTransformer and ModifiedResNet"):
-        encoder.split_image()
+    for layer in range(5):
+        split = encoder.split_image(layer)
+        hidden = split.stem(images)
+        assert hidden.shape[2:] == split.grid
+        assert_same(split.tail(hidden), encoder.model.visual(images))
     text = encoder.split_text()
-    assert_same(text.tail(text.stem(tokens), text.pool_positions(tokens)), encoder.model.encode_text(tokens))
+    assert_same(text.tail(text.stem(tokens), tokens), encoder.model.encode_text(tokens))
 
 
 def test_coca_encodes_without_normalising_and_its_image_tower_splits(tmp_path: Path) -> None:
@@ -249,17 +250,16 @@ def test_coca_encodes_without_normalising_and_its_image_tower_splits(tmp_path: P
     assert_same(encoder.encode_image(images), encoder.model.visual(images)[0])
     assert_same(image.tail(image.stem(images)), encoder.model.visual(images)[0])
     assert_same(encoder.encode_text(tokens), encoder.model.text(tokens)[0])
-    with pytest.raises(UnsupportedTowerError, match=r"class token.*TextTransformer text towers"):
-        encoder.split_text()
+    text = encoder.split_text(1)
+    assert_same(text.tail(text.stem(tokens), tokens), encoder.model.text(tokens)[0])
 
 
-@pytest.mark.parametrize("pool_type", ["first", "none"])
-def test_text_that_is_not_read_at_its_end_is_not_split(pool_type: str, tmp_path: Path) -> None:
-    text = TEXT | {"pool_type": pool_type, "proj_type": "none", "no_causal_mask": True}
+def test_text_that_is_not_pooled_is_not_split(tmp_path: Path) -> None:
+    text = TEXT | {"pool_type": "none", "proj_type": "none", "no_causal_mask": True}
     encoder = build({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": text}, tmp_path)
     _, tokens = probes(encoder)
     assert_same(encoder.encode_text(tokens), encoder.model.encode_text(tokens))
-    with pytest.raises(UnsupportedTowerError, match=f"pooled by '{pool_type}'"):
+    with pytest.raises(UnsupportedTowerError, match="pooled by 'none'"):
         encoder.split_text()
 
 

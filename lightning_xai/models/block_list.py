@@ -1,0 +1,216 @@
+"""Any tower that is a list of blocks, cut without knowing what stands around them.
+
+The stem is the tower's own forward pass, stopped at the block; the tail the same pass with the blocks before it taken
+out and the block's input replaced. It serves what timm and Hugging Face build; that it is exact is checked, as for
+every split, by comparing with the tower's own output.
+
+Shape suffixes as in `split`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_xai.models.split import Split, TextSplit, evaluating, resolve_layer
+
+
+class _ReachedError(Exception):
+    """Carries the hidden states out of a forward pass that need not go on."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class _Given(nn.Module):
+    """Stands where the blocks stood, and returns what the last of them would."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, ignored: Tensor) -> Tensor:
+        return self._hidden
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """Where a tower keeps its blocks, and how they pass on their hidden states.
+
+    Attributes:
+        parent: the module that holds the list.
+        name: the list's attribute: an `nn.Sequential` or `nn.ModuleList`.
+        channels_last: whether feature maps are [B, H, W, C].
+        batch_first: whether token sequences are [B, T, D].
+        prefix: number of tokens before an image's grid.
+    """
+
+    parent: nn.Module
+    name: str
+    channels_last: bool = False
+    batch_first: bool = True
+    prefix: int = 0
+
+    @property
+    def blocks(self) -> Any:
+        """The list itself."""
+        return getattr(self.parent, self.name)
+
+    def outward(self, hidden: Tensor) -> Tensor:
+        """A block's input in the form splits use: [B, T, D] or [B, C, H, W]."""
+        if hidden.ndim == 4:
+            return hidden.permute(0, 3, 1, 2) if self.channels_last else hidden
+        return hidden if self.batch_first else hidden.transpose(0, 1)
+
+    def inward(self, hidden: Tensor) -> Tensor:
+        """The reverse of `outward`."""
+        if hidden.ndim == 4:
+            return hidden.permute(0, 2, 3, 1) if self.channels_last else hidden
+        return hidden if self.batch_first else hidden.transpose(0, 1)
+
+    def reach(self, layer: int, run: Callable[[], object]) -> Tensor:
+        """The input of a block, or the output of the last one, in the tower's forward pass `run`, which ends there."""
+
+        def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            raise _ReachedError(arguments[0] if arguments else keywords["hidden_states"])
+
+        def stop_behind(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            raise _ReachedError(output)
+
+        blocks = self.blocks
+        if layer == len(blocks):
+            handle = blocks[-1].register_forward_hook(stop_behind)
+        else:
+            handle = blocks[layer].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            run()
+        except _ReachedError as reached:
+            return self.outward(reached.hidden)
+        finally:
+            handle.remove()
+        raise RuntimeError(f"block {layer} of {type(self.parent).__name__}.{self.name} is not part of its forward pass")
+
+    @contextmanager
+    def entered(self, layer: int, hidden: Tensor) -> Iterator[None]:
+        """Inside, the tower's forward pass begins at a block, with `hidden` as its input."""
+        blocks, hidden = self.blocks, self.inward(hidden)
+        if layer == len(blocks):
+            setattr(self.parent, self.name, nn.Sequential(_Given(hidden)))
+            handle = None
+        else:
+
+            def enter(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+                if arguments:
+                    return (hidden, *arguments[1:]), keywords
+                return arguments, {**keywords, "hidden_states": hidden}
+
+            setattr(self.parent, self.name, blocks[layer:])
+            handle = blocks[layer].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            setattr(self.parent, self.name, blocks)
+            if handle is not None:
+                handle.remove()
+
+
+class ImageBlockListSplit(Split):
+    """An image tower that is a list of blocks (timm's ViT, SigLIP, ConvNeXt, Swin...), cut at the input of one.
+
+    Feature maps can also be cut behind the last block, at the input of the head.
+
+    Args:
+        tower: the tower; images go in, embeddings come out.
+        blocks: where its blocks are.
+        size: (height, width) of its images in pixels.
+        layer: the block's number, from 0.
+        grid: rows and columns of its tokens behind the prefix; None for feature maps, which show theirs.
+    """
+
+    def __init__(
+        self, tower: nn.Module, blocks: BlockList, size: tuple[int, int], layer: int, grid: tuple[int, int] | None
+    ) -> None:
+        self._tower = tower
+        self._list = blocks
+        self._size = size
+        self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=grid is None)
+        self.block = blocks.blocks[self.layer] if self.layer < len(blocks.blocks) else None
+        if grid is None:
+            with torch.no_grad(), evaluating(tower):
+                height, width = self.stem(self._blank(next(tower.parameters()))).shape[2:]
+            grid = (height, width)
+        self.grid = grid
+        self.prefix_tokens = blocks.prefix
+
+    def _blank(self, like: Tensor) -> Tensor:
+        # One image is enough to get to the block, whatever the number of hidden states that go on from there.
+        return like.new_zeros(1, 3, *self._size)
+
+    def stem(self, inputs: Tensor) -> Tensor:
+        """Images [B, 3, height, width] -> hidden states [B, T, D] or [B, C, H, W]."""
+        return self._list.reach(self.layer, lambda: self._tower(inputs))
+
+    def captured(self, block_input: Tensor) -> Tensor:
+        """The block's input, as a hook sees it, in the form `stem` returns."""
+        return self._list.outward(block_input)
+
+    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Hidden states -> embeddings [B, K]."""
+        with self._list.entered(self.layer, hidden):
+            embedding: Tensor = self._tower(self._blank(hidden))
+        return embedding
+
+
+class TextBlockListSplit(TextSplit):
+    """A text tower that is a list of blocks (Hugging Face's, open_clip's with a class token), cut at the input of one.
+
+    Args:
+        encode: token ids [B, L] -> embeddings [B, K].
+        blocks: where the tower's blocks are.
+        layer: the block's number, from 0.
+        visible: tokens [B, L] -> which of them the embedding can depend on, bool [B, L].
+        trims: whether the tower takes captions of any length, so that padding of the whole batch can be cut off.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        blocks: BlockList,
+        layer: int,
+        visible: Callable[[Tensor], Tensor],
+        *,
+        trims: bool = True,
+    ) -> None:
+        self._encode = encode
+        self._list = blocks
+        self._visible = visible
+        self._trims = trims
+        self.layer = resolve_layer(layer, 0, len(blocks.blocks), "text")
+        self.block = blocks.blocks[self.layer]
+
+    def visible(self, tokens: Tensor) -> Tensor:
+        """Which tokens an embedding can depend on."""
+        return self._visible(tokens)
+
+    def stem(self, inputs: Tensor, length: int | None = None) -> Tensor:
+        """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
+        if length is None and self._trims:
+            length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
+        return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))
+
+    def captured(self, block_input: Tensor) -> Tensor:
+        """The block's input, as a hook sees it, in the form `stem` returns."""
+        return self._list.outward(block_input)
+
+    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D] of the captions `inputs` -> embeddings [B, K]."""
+        if inputs is None:
+            raise ValueError("padding is told by a caption's token ids: give them as inputs")
+        with self._list.entered(self.layer, hidden):
+            return self._encode(inputs[:, : hidden.shape[1]])
