@@ -8,7 +8,14 @@ from lightning_xai.attribution.feature_pair import (
 )
 from lightning_xai.attribution.path_integral import quadrature
 
+METHODS: dict[str, type[Method]] = {
+    "feature_pair": FeaturePairAttribution,
+    "similarity_grad_cam": SimilarityGradCAM,
+}
+"""Every method by the name that commands and configs use."""
+
 __all__ = [
+    "METHODS",
     "Attribution",
     "ConstantMapWarning",
     "FeaturePairAttribution",

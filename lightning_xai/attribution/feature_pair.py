@@ -343,27 +343,37 @@ class SimilarityGradCAM(FeaturePairAttribution):
 
     The same as `FeaturePairAttribution` with N = 1 and zero hidden states as references.
 
+    A transformer's block normalises each token first, so that scaling a token changes nothing but its own residual: at
+    the input of the last block, of which one position is read, gradient times input is zero for all other tokens,
+    whatever the model has learned. Transformers are therefore attributed to one block earlier.
+
     Args:
         encoder: the dual encoder to explain.
-        image_layer: as for `FeaturePairAttribution`.
-        text_layer: as for `FeaturePairAttribution`.
+        image_layer: as for `FeaturePairAttribution`; None for the last stage of a convolutional tower, and the block
+            before the last one of a transformer.
+        text_layer: as for `FeaturePairAttribution`; None for the block before the last one.
         internal_batch_size: pairs computed at a time, None for all.
     """
 
     def __init__(
         self,
         encoder: TwoTowerEncoder,
-        image_layer: int = -1,
-        text_layer: int = -1,
+        image_layer: int | None = None,
+        text_layer: int | None = None,
         *,
         internal_batch_size: int | None = None,
     ) -> None:
+        image, text = encoder.split_image(-1), encoder.split_text(-1)
         super().__init__(
             encoder,
-            image_layer,
-            text_layer,
+            _before_the_last(image) if image_layer is None else image_layer,
+            _before_the_last(text) if text_layer is None else text_layer,
             steps=1,
             image_reference="features",
             text_reference="features",
             internal_batch_size=internal_batch_size,
         )
+
+
+def _before_the_last(last: Split) -> int:
+    return last.layer if last.is_feature_map else max(last.layer - 1, 0)

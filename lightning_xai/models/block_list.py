@@ -141,6 +141,7 @@ class ImageBlockListSplit(Split):
         self._size = size
         self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=grid is None)
         self.block = blocks.blocks[self.layer] if self.layer < len(blocks.blocks) else None
+        self.is_feature_map = grid is None
         if grid is None:
             with torch.no_grad(), evaluating(tower):
                 height, width = self.stem(self._blank(next(tower.parameters()))).shape[2:]

@@ -41,12 +41,14 @@ class Split(ABC):
         block: the block whose input is the stem's output; None where a cut at the head has no module of its own.
         grid: rows and columns of the image tokens behind the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.
+        is_feature_map: whether hidden states are [B, C, H, W], as convolutions make them, not [B, T, D].
     """
 
     layer: int
     block: nn.Module | None
     grid: tuple[int, int] = (0, 0)
     prefix_tokens: int = 0
+    is_feature_map: bool = False
 
     @abstractmethod
     def stem(self, inputs: Tensor) -> Tensor:

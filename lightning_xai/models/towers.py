@@ -78,6 +78,8 @@ def _first(hidden: Tensor) -> Tensor:
 class ModifiedResNetSplit(Split):
     """CLIP's ResNet with attention pool, cut at the input of a stage, 1 to 4 (`layer1`...), or of the pool (5)."""
 
+    is_feature_map = True
+
     def __init__(self, visual: ModifiedResNet, layer: int) -> None:
         self._visual = visual
         self.layer = resolve_layer(layer, 1, 4, "image", head=True)

@@ -10,7 +10,7 @@ import torch
 from conftest import randomised
 from torch import Tensor, nn
 
-from lightning_xai.attribution import FeaturePairAttribution
+from lightning_xai.attribution import FeaturePairAttribution, SimilarityGradCAM
 from lightning_xai.models import DualEncoder, load_dual_encoder
 
 MakeEncoder = Callable[..., DualEncoder]
@@ -104,6 +104,131 @@ def test_agrees_with_equation_10_taken_literally(
         torch.testing.assert_close(result.pairs[row].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(result.prefix[row], expected[:, :prefix].sum(dim=1), rtol=1e-8, atol=1e-12)
         assert result.pairs[row].abs().max() > 1e-4
+
+
+def image_block(encoder: DualEncoder, number: int = -1) -> nn.Module:
+    visual: Any = encoder.model.visual
+    block: nn.Module = visual.transformer.resblocks[number] if hasattr(visual, "transformer") else visual.layer4
+    return block
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "vit_average_pool"])
+def test_two_images_agree_with_equation_10_taken_literally_on_one_tower(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, _ = inputs(encoder)
+    result = FeaturePairAttribution(encoder, steps=3).attribute_images(images[:2], images[1:])
+    model: Any = encoder.model
+    height, width = result.pairs.shape[1:3]
+    assert result.pairs.shape == (2, height, width, height, width)
+    for row in range(2):
+        sides = [
+            one_side(image_block(encoder), model.encode_image, image, torch.zeros_like(image), 3)[:, -height * width :]
+            for image in (images[row], images[row + 1])
+        ]
+        expected = (sides[0].T @ sides[1]).reshape(height, width, height, width)
+        torch.testing.assert_close(result.pairs[row], expected, rtol=1e-8, atol=1e-12)
+        assert expected.abs().max() > 1e-5
+    torch.testing.assert_close(result.first, result.pairs.sum(dim=(3, 4)))
+    torch.testing.assert_close(result.second, result.pairs.sum(dim=(1, 2)))
+    embeddings = model.encode_image(images, normalize=True)
+    torch.testing.assert_close(result.similarity, (embeddings[:2] * embeddings[1:]).sum(dim=1))
+
+
+def test_two_captions_agree_with_equation_10_taken_literally_on_one_tower(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    tokens = encoder.tokenizer.encode([CAPTIONS[0], CAPTIONS[2]])
+    others = encoder.tokenizer.encode([CAPTIONS[1], CAPTIONS[0]])
+    result = FeaturePairAttribution(encoder, steps=3).attribute_texts(tokens, others)
+    assert result.pairs.shape == (2, 16, 16)
+    model: Any = encoder.model
+    reference = torch.zeros_like(tokens[0])
+    reference[0], reference[2] = 49406, 49407
+    block = model.transformer.resblocks[-1]
+    for row in range(2):
+        sides = [one_side(block, model.encode_text, text[row], reference, 3) for text in (tokens, others)]
+        torch.testing.assert_close(result.pairs[row], sides[0].T @ sides[1], rtol=1e-8, atol=1e-12)
+        assert result.pairs[row].abs().max() > 1e-5
+    torch.testing.assert_close(result.first, result.pairs.sum(dim=2))
+    torch.testing.assert_close(result.second, result.pairs.sum(dim=1))
+    embeddings = [model.encode_text(text, normalize=True) for text in (tokens, others)]
+    torch.testing.assert_close(result.similarity, (embeddings[0] * embeddings[1]).sum(dim=1))
+
+
+def test_attributions_within_a_modality_are_complete_symmetric_and_the_same_in_chunks(
+    make_encoder: MakeEncoder,
+) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    order = torch.tensor([1, 2, 0])
+    attribution = FeaturePairAttribution(encoder, steps=40, rule="gauss_legendre")
+    for compare, batch, axes in (
+        (attribution.attribute_images, images, (0, 3, 4, 1, 2)),
+        (attribution.attribute_texts, tokens, (0, 2, 1)),
+    ):
+        result = compare(batch, batch[order])
+        assert result.completeness_error.abs().max() < 1e-9
+        torch.testing.assert_close(compare(batch[order], batch).pairs.permute(axes), result.pairs)
+        torch.testing.assert_close(compare(batch[:1], batch[order][:1]).pairs, result.pairs[:1])
+    chunked = FeaturePairAttribution(encoder, internal_batch_size=2)
+    whole = FeaturePairAttribution(encoder)
+    torch.testing.assert_close(
+        chunked.attribute_images(images, images[order]).pairs, whole.attribute_images(images, images[order]).pairs
+    )
+    torch.testing.assert_close(
+        chunked.attribute_texts(tokens, tokens[order]).pairs, whole.attribute_texts(tokens, tokens[order]).pairs
+    )
+
+
+@pytest.mark.parametrize("shapes", [(2, 3), (3, 2)])
+def test_inputs_of_one_modality_that_do_not_pair_up_are_an_error(
+    make_encoder: MakeEncoder, shapes: tuple[int, int]
+) -> None:
+    encoder = make_encoder()
+    attribution = FeaturePairAttribution(encoder)
+    images, tokens = inputs(encoder)
+    with pytest.raises(ValueError, match="two batches of images of one shape"):
+        attribution.attribute_images(images[: shapes[0]], images[: shapes[1]])
+    with pytest.raises(ValueError, match="two batches of captions of one shape"):
+        attribution.attribute_texts(tokens[: shapes[0]], tokens[: shapes[1]])
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "vit_custom_block"])
+def test_gradcam_for_similarity_is_gradient_times_input_on_both_sides(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, tokens = inputs(encoder)
+    result = SimilarityGradCAM(encoder).attribute(images, tokens)
+    model: Any = encoder.model
+    for row in range(len(images)):
+        sides = []
+        for block, encode, batch in (
+            (model.transformer.resblocks[-2], model.encode_text, tokens[row : row + 1]),
+            (image_block(encoder, -2), model.encode_image, images[row : row + 1]),
+        ):
+            hidden = block_input(block, lambda: encode(batch))  # noqa: B023
+
+            def embed(states: Tensor) -> Tensor:
+                normalised: Tensor = replacing(block, states, lambda: encode(batch, normalize=False))[0]  # noqa: B023
+                return normalised
+
+            jacobian: Any = torch.autograd.functional.jacobian
+            weighted = jacobian(embed, hidden)[:, 0] * hidden
+            width = 1 if weighted.ndim == 4 else 2
+            sides.append(weighted.sum(dim=width).flatten(1) / encode(batch).norm())
+        expected = sides[0].T @ sides[1]
+        patches = result.pairs[row].flatten(1)
+        torch.testing.assert_close(patches, expected[:, -patches.shape[1] :], rtol=1e-8, atol=1e-12)
+        assert patches.abs().max() > 1e-4
+
+
+def test_gradcam_for_similarity_has_nothing_to_say_at_the_input_of_a_block_of_which_one_token_is_read(
+    make_encoder: MakeEncoder,
+) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    last = SimilarityGradCAM(encoder, image_layer=-1).attribute(images, tokens).pairs
+    default = SimilarityGradCAM(encoder).attribute(images, tokens).pairs
+    # Not exactly nothing: layer norms add a small number to the variance.
+    assert last.abs().max() < 1e-3 * default.abs().max()
 
 
 @pytest.mark.slow
