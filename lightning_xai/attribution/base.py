@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import differentiable
+from lightning_xai.models.split import as_constant, differentiable
 
 _A = TypeVar("_A", bound="Attribution")
 
@@ -98,7 +98,7 @@ class Method(ABC):
         """
         check_batch(images, tokens)
         with differentiable(self.encoder):
-            result = self._attribute(images, tokens)
+            result = self._attribute(as_constant(images), as_constant(tokens))
         _check(result, type(self).__name__)
         return result
 

@@ -1,0 +1,220 @@
+"""What holds for every attribution method, whatever it computes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_xai.attribution import METHODS, Attribution, ConstantMapWarning, Method, min_max, upsample
+from lightning_xai.models import DualEncoder, UnsupportedTowerError
+
+MakeEncoder = Callable[..., DualEncoder]
+CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
+# Few samples: these tests ask for sameness, not for precision.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "m2ib": {"steps": 3, "samples": 2},
+    "integrated_gradients": {"steps": 5},
+    "kernel_shap": {"image_samples": 24, "text_samples": 12},
+    "rise": {"image_masks": 12, "text_masks": 8},
+}
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def build(name: str, encoder: DualEncoder, **options: Any) -> Method:
+    method: Any = METHODS[name]
+    made: Method = method(encoder, **{**OPTIONS.get(name, {}), **options})
+    return made
+
+
+def inputs(encoder: DualEncoder) -> tuple[Tensor, Tensor]:
+    weight = next(encoder.parameters())
+    images = torch.randn(len(CAPTIONS), *encoder.image_shape, generator=torch.Generator().manual_seed(1)).to(weight)
+    return images, encoder.tokenizer.encode(CAPTIONS)
+
+
+def assert_same(actual: Attribution, expected: Attribution) -> None:
+    for part in ("image", "text", "similarity", "pairs", "prefix", "completeness_error"):
+        one, other = getattr(actual, part), getattr(expected, part)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def rows(result: Attribution, index: Any) -> Attribution:
+    parts: dict[str, Any] = {key: None if value is None else value[index] for key, value in vars(result).items()}
+    return type(result)(**parts)
+
+
+@every_method
+def test_maps_have_the_patch_grid_and_the_captions_tokens_and_are_finite(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    result = build(name, encoder).attribute(images, tokens)
+    assert result.image.shape == (3, 4, 4)
+    assert result.text.shape == (3, 16)
+    embeddings = encoder.model.encode_image(images, normalize=True), encoder.model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(result.similarity, (embeddings[0] * embeddings[1]).sum(dim=1))
+    for part in (result.image, result.text, result.similarity):
+        assert part.isfinite().all()
+        assert not part.requires_grad
+    if result.pairs is not None:
+        assert result.pairs.shape == (3, 16, 4, 4)
+    for row, last in enumerate(tokens.argmax(dim=1).tolist()):
+        assert not result.text[row, last + 1 :].any(), "padding behind the end contributes nothing"
+        assert result.text[row].any()
+        assert result.image[row].any()
+
+
+@every_method
+def test_order_neighbours_and_chunks_change_nothing(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    whole = build(name, encoder).attribute(images, tokens)
+    order = torch.tensor([2, 0, 1])
+    assert_same(build(name, encoder).attribute(images[order], tokens[order]), rows(whole, order))
+    assert_same(build(name, encoder).attribute(images[1:2], tokens[1:2]), rows(whole, slice(1, 2)))
+    for size in (1, 2, 7):
+        assert_same(build(name, encoder, internal_batch_size=size).attribute(images, tokens), whole)
+
+
+@every_method
+def test_a_caption_cut_to_its_tokens_is_explained_as_among_padding(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    padded = build(name, encoder).attribute(images[1:2], tokens[1:2])
+    cut = build(name, encoder).attribute(images[1:2], tokens[1:2, :6])
+    torch.testing.assert_close(cut.image, padded.image, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(cut.text, padded.text[:, :6], rtol=1e-6, atol=1e-9)
+
+
+@every_method
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_off(make_encoder: MakeEncoder, name: str, mode: Callable[[], Any]) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    expected = build(name, encoder).attribute(images, tokens)
+    with mode():
+        assert_same(build(name, encoder).attribute(images.clone(), tokens.clone()), expected)
+
+
+@every_method
+@pytest.mark.parametrize("architecture", ["vit", "resnet"])
+def test_the_model_and_the_users_random_numbers_are_as_they_were_also_after_an_exception(
+    make_encoder: MakeEncoder, name: str, architecture: str
+) -> None:
+    encoder = make_encoder(architecture).train()
+    model: Any = encoder.model
+    model.visual.eval()
+    model.logit_scale.requires_grad_(False)
+    images, tokens = inputs(encoder)
+
+    def state() -> tuple[object, ...]:
+        return (
+            {key: module.training for key, module in encoder.named_modules()},
+            {key: parameter.requires_grad for key, parameter in encoder.named_parameters()},
+            {key: parameter.grad for key, parameter in encoder.named_parameters()},
+            [
+                (dict(m._forward_pre_hooks), dict(m._forward_hooks), dict(m._backward_hooks), list(m._modules))
+                for m in encoder.modules()
+            ],
+            [id(module) for module in encoder.modules()],
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # type: ignore[index]
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.is_grad_enabled(),
+        )
+
+    weights = {key: value.clone() for key, value in encoder.state_dict().items()}
+    before = state()
+    try:
+        method = build(name, encoder)
+    except UnsupportedTowerError:
+        assert state() == before
+        return
+    method.attribute(images, tokens)
+    assert state() == before
+    with pytest.raises((RuntimeError, AssertionError)):
+        method.attribute(images[:, :, :7], tokens)
+    assert state() == before
+    for key, value in encoder.state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
+
+
+@every_method
+def test_every_open_clip_tower_is_explained_or_refused_with_the_methods_that_can(
+    make_encoder: MakeEncoder, name: str
+) -> None:
+    for architecture in ("resnet", "vit_average_pool", "vit_layer_scale_quick_gelu"):
+        encoder = make_encoder(architecture)
+        images, tokens = inputs(encoder)
+        try:
+            method = build(name, encoder)
+        except UnsupportedTowerError as error:
+            assert architecture == "resnet"
+            assert name == "attention_relevance"
+            assert all(other in str(error) for other in ("GradCAM", "RISE", "M2IB", "FeaturePairAttribution"))  # noqa: PT017
+            continue
+        result = method.attribute(images, tokens)
+        assert result.image.flatten(1).std(dim=1).min() > 0
+
+
+@every_method
+def test_weights_that_are_not_finite_are_an_error_in_words(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+    method = build(name, encoder)
+    with torch.no_grad():
+        encoder.model.visual.proj[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite.*weights"):
+        method.attribute(images, tokens)
+
+
+@every_method
+def test_wrong_shapes_and_sizes_are_errors_in_words(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+    with pytest.raises(ValueError, match="one caption an image"):
+        build(name, encoder).attribute(images, tokens[:2])
+    with pytest.raises(ValueError, match="at least one image"):
+        build(name, encoder).attribute(images[:0], tokens[:0])
+    with pytest.raises(ValueError, match="internal_batch_size has to be at least 1"):
+        build(name, encoder, internal_batch_size=0)
+
+
+def test_a_constant_map_is_a_warning_that_names_method_and_pair(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+
+    class Blind(Method):
+        def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+            image = torch.ones(len(images), 4, 4)
+            image[0, 0, 0] = 2
+            return Attribution(image=image, text=torch.rand(tokens.shape), similarity=torch.zeros(len(images)))
+
+    with pytest.warns(ConstantMapWarning, match=r"Blind: the image map of pair\(s\) \[1, 2\] is constant"):
+        Blind(encoder).attribute(images, tokens)
+
+
+def test_upsampling_keeps_sign_extrema_and_a_linear_ramp() -> None:
+    maps = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    large = upsample(maps, (32, 40))
+    assert large.shape == (2, 3, 32, 40)
+    assert large.amax() <= maps.amax() + 1e-6
+    assert large.amin() >= maps.amin() - 1e-6
+    ramp = upsample(torch.arange(4.0).expand(3, 4), (3, 16))
+    torch.testing.assert_close(ramp[1, 2:14].diff(), torch.full((11,), 0.25))
+
+
+def test_min_max_spans_zero_to_one_and_leaves_a_constant_map_at_zero() -> None:
+    maps = torch.stack([torch.arange(6.0).reshape(2, 3) - 2, torch.full((2, 3), 7.0)])
+    scaled = min_max(maps)
+    torch.testing.assert_close(scaled[0], torch.arange(6.0).reshape(2, 3) / 5)
+    assert not scaled[1].any()
