@@ -140,7 +140,7 @@ class FeaturePairAttribution(Method):
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self.image = encoder.split_image(image_layer)
         self.text = encoder.split_text(text_layer)
-        self._points, self._weights = quadrature(rule, steps)
+        self._points, self._weights = (as_constant(numbers) for numbers in quadrature(rule, steps))
         self._image_reference = image_reference
         self._text_reference = text_reference
 
