@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,15 +40,6 @@ SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_p
 HEADER = "index,key,caption_index,caption,phrase,label,reason,gamma,hit,x0,y0,x1,y1"
 
 Make = Callable[..., ContrastiveFineTuning]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """So small models are faster without threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
