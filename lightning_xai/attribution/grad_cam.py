@@ -1,0 +1,105 @@
+"""GradCAM (Selvaraju et al., 2017): the features that the similarity rises with, where they are active.
+
+Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width (channels), K embedding width, H x W the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from captum.attr import LayerGradCam
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.split import Split
+
+
+class GradCAM(Method):
+    """GradCAM of a layer's hidden states, computed by Captum.
+
+    Each feature is weighted by the mean of the similarity's gradient over all places; the map is the positive part of
+    the weighted sum of features at each place ("Grad-CAM", Eqs. 1 and 2). For a transformer the places are the image
+    tokens without CLS and registers; for text they are the tokens that the embedding can depend on, so that padding
+    changes nothing.
+
+    Args:
+        encoder: the model to explain.
+        image_layer: the layer whose input is used, counted as for `encoder.split_image`. None: where the last feature
+            maps enter the head, as in the paper, and for towers that pass on tokens the last block, since behind it
+            only what the head reads has a gradient.
+        text_layer: likewise for the text tower; None: the last block.
+        internal_batch_size: pairs at a time, None for all.
+
+    Raises:
+        ValueError: no such layer, or a tower that cannot be split.
+    """
+
+    def __init__(
+        self,
+        encoder: TwoTowerEncoder,
+        *,
+        image_layer: int | None = None,
+        text_layer: int | None = None,
+        internal_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(encoder, internal_batch_size=internal_batch_size)
+        self._image = _split_at_the_end(encoder) if image_layer is None else encoder.split_image(image_layer)
+        self._text = encoder.split_text(-1 if text_layer is None else text_layer)
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        return Attribution.concatenate(
+            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
+        )
+
+    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
+        image_BK, text_BK = self._embeddings(images, tokens)
+        return Attribution(
+            image=self._image_map(images, text_BK),
+            text=self._text_map(tokens, image_BK),
+            similarity=cosine_similarity(image_BK, text_BK),
+        )
+
+    def _image_map(self, images: Tensor, text_BK: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self._image.stem(images)
+        if hidden.ndim == 4:
+            return _grad_cam(hidden, lambda maps_BDHW: cosine_similarity(self._image.tail(maps_BDHW), text_BK))
+        prefix_BTD, patches_BTD = hidden.tensor_split([self._image.prefix_tokens], dim=1)
+
+        def score(maps_BDHW: Tensor) -> Tensor:
+            patches = maps_BDHW.flatten(2).mT
+            return cosine_similarity(self._image.tail(torch.cat([prefix_BTD, patches], dim=1)), text_BK)
+
+        return _grad_cam(patches_BTD.mT.reshape(*patches_BTD.mT.shape[:2], *self._image.grid), score)
+
+    def _text_map(self, tokens: Tensor, image_BK: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden_BTD = self._text.stem(tokens)
+        run, visible_BL = hidden_BTD.shape[1], self._text.visible(tokens)
+        visible_BT1 = self._text.on_caption(visible_BL, run).unsqueeze(2)
+
+        def score(maps_BDT: Tensor) -> Tensor:
+            hidden = torch.where(visible_BT1, maps_BDT.mT, hidden_BTD)
+            return cosine_similarity(self._text.tail(hidden, tokens), image_BK)
+
+        # Captum's mean runs over all tokens of the batch, but only the visible ones have a gradient: they share it.
+        maps_BT = _grad_cam(hidden_BTD.mT, score) * (run / visible_BT1.sum(dim=1))
+        return self._text.on_caption(maps_BT, tokens.shape[1]) * visible_BL
+
+
+def _split_at_the_end(encoder: TwoTowerEncoder) -> Split:
+    last = encoder.split_image()
+    with suppress(ValueError):  # only feature maps can be cut behind the last block
+        return encoder.split_image(last.layer + 1)
+    return last
+
+
+def _grad_cam(features: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Captum's GradCAM of features [B, D, ...] for the score [B] that they lead to: [B, ...], not negative."""
+    here = nn.Identity()
+    cam: Tensor = LayerGradCam(lambda inputs: score(here(inputs)), here).attribute(features, relu_attributions=True)
+    return cam[:, 0].detach()
