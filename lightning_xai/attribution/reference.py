@@ -1,0 +1,27 @@
+"""Images that stand for "nothing to see", which methods compare an image with or hide parts of it behind."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_xai.models.encoder import TwoTowerEncoder
+
+ImageReference = Literal["zeros", "black"]
+"""Zero after normalisation, which is the mean colour of the training images; or black pixels."""
+
+
+def reference_image(encoder: TwoTowerEncoder, reference: ImageReference) -> Tensor:
+    """The reference as the encoder takes it: [channels, height, width], of its weights' type and device.
+
+    Raises:
+        ValueError: an unknown reference.
+    """
+    weight = next(encoder.parameters())
+    if reference == "zeros":
+        return torch.zeros(encoder.image_shape).to(weight)
+    if reference == "black":
+        return encoder.black_image().to(weight)
+    raise ValueError(f"image_reference is 'zeros' or 'black'; got {reference!r}")
