@@ -143,6 +143,7 @@ class ImageBlockListSplit(Split):
         self.block = blocks.blocks[self.layer] if self.layer < len(blocks.blocks) else None
         self.is_feature_map = grid is None
         if grid is None:
+        self.layers = range(len(blocks.blocks))
             with torch.no_grad(), evaluating(tower):
                 height, width = self.stem(self._blank(next(tower.parameters()))).shape[2:]
             grid = (height, width)
@@ -201,6 +202,7 @@ class TextBlockListSplit(TextSplit):
 
     def stem(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
+        self.layers = range(len(blocks.blocks))
         if length is None and self._trims:
             length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
         return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))

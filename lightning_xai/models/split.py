@@ -38,6 +38,7 @@ class Split(ABC):
 
     Attributes:
         layer: the block's number, counted as open_clip counts them; one more than the last block's is the head.
+        layers: the numbers of all of the tower's blocks.
         block: the block whose input is the stem's output; None where a cut at the head has no module of its own.
         grid: rows and columns of the image tokens behind the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.
@@ -45,6 +46,7 @@ class Split(ABC):
     """
 
     layer: int
+    layers: range
     block: nn.Module | None
     grid: tuple[int, int] = (0, 0)
     prefix_tokens: int = 0

@@ -38,6 +38,7 @@ class VisionTransformerSplit(Split):
         self._visual = visual
         self._blocks = visual.transformer.resblocks
         self.layer = resolve_layer(layer, 0, len(self._blocks), "image")
+        self.layers = range(len(self._blocks))
         self.block = self._blocks[self.layer]
         self.grid = tuple(visual.grid_size)
         reads_cls_only = visual.attn_pool is None and visual.pool_type == "tok"
@@ -78,6 +79,7 @@ def _first(hidden: Tensor) -> Tensor:
 class ModifiedResNetSplit(Split):
     """CLIP's ResNet with attention pool, cut at the input of a stage, 1 to 4 (`layer1`...), or of the pool (5)."""
 
+    layers = range(1, 5)
     is_feature_map = True
 
     def __init__(self, visual: ModifiedResNet, layer: int) -> None:
@@ -174,6 +176,7 @@ class TextTransformerSplit(TextSplit):
     def __init__(self, tower: TextTower, layer: int) -> None:
         self._tower = tower
         self.layer = resolve_layer(layer, 0, len(tower.blocks), "text")
+        self.layers = range(len(tower.blocks))
         self.block = tower.blocks[self.layer]
         last = tower.blocks[-1]
         self._pooled = PooledBlock(last, tower.causal) if PooledBlock.serves(last) else None

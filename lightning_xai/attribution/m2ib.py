@@ -1,0 +1,185 @@
+"""M2IB: how much of each patch and token has to pass for the pair to stay similar (M2IB paper, Eqs. 4-15).
+
+A bottleneck behind one block of a tower mixes its output f with noise, `z = h f + sigma (1 - h) eps` (Eq. 5), where
+`h = sigmoid(lambda)` says how much of each feature is kept. For each pair and tower, lambda maximises (Eq. 15)
+
+    mean over eps of cos(e_other, tail(z)) - beta * mean over tokens and features of KL,
+    KL = KL(N(h f, sigma^2 (1 - h)^2) || N(0, 1)),
+
+a fit less the price of what passes. The KL, in nats, bounds that: a token's attribution is its KL summed over features.
+
+Where the paper leaves a choice, the published one is taken: lambda starts at 5, Adam, and a mean of the KL, not a sum;
+beta is calibrated for that. What changes no number is dropped: stem and other tower run once, not at every step, and a
+caption's padding does not run at all. Nor does padding enter the mean over tokens, which depends on it.
+
+Shape suffixes: B pairs, N noise samples, T tokens run (or positions of a feature map), D hidden width (or channels),
+K embedding width, L tokens of a caption as given.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, logsigmoid, pad
+
+from lightning_xai.attribution.base import Attribution, Method, cosine_with
+from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.split import Split, UnsupportedTowerError
+
+_START = 5.0  # lambda before the first step: 0.993 of every feature is kept
+
+
+def capacity(features: Tensor, gates: Tensor, variance: float) -> Tensor:
+    """The most a bottleneck can tell of each feature: KL(N(h f, variance (1 - h)^2) || N(0, 1)), h = sigmoid(gates).
+
+    Args:
+        features: f, of any shape.
+        gates: lambda, of the same shape.
+        variance: sigma squared.
+
+    Returns:
+        Nats, non-negative, of the same shape (the compression term of Eq. 8, for each feature).
+
+    Example:
+        >>> capacity(torch.tensor([0.0, 3.0]), torch.tensor([-40.0, -40.0]), 1.0).tolist()  # all is noise
+        [0.0, 0.0]
+    """
+    # log(1 - h) = logsigmoid(-gates) stays finite where h is almost 1; expm1 keeps the digits where h is almost 0.
+    log_variance = math.log(variance) + 2 * logsigmoid(-gates)
+    return ((gates.sigmoid() * features).square() + log_variance.expm1() - log_variance) / 2
+
+
+def bottleneck(features_BTD: Tensor, gates_BTD: Tensor, variance: float, noise_NTD: Tensor) -> Tensor:
+    """Features mixed with noise, as Eq. 5 has it: h f + sigma (1 - h) eps, h = sigmoid(gates); [B, N, T, D]."""
+    kept_BTD, deviation_BTD = gates_BTD.sigmoid() * features_BTD, math.sqrt(variance) * (-gates_BTD).sigmoid()
+    return kept_BTD.unsqueeze(1) + deviation_BTD.unsqueeze(1) * noise_NTD
+
+
+class M2IB(Method):
+    """Multi-modal information bottleneck: nats that each patch and token passes on when all that is needless is cut.
+
+    Maps are non-negative; more is more important. The image map sums the capacity of each patch over features, the text
+    map that of each token, zero for padding that the model does not see. Prefix tokens such as CLS pass through the
+    bottleneck too, and count in the compression, but have no place in the maps.
+
+    Every pair sees the same noise, drawn on the CPU anew at each step.
+
+    Args:
+        encoder: the dual encoder to explain.
+        beta: what a nat costs, in units of the similarity; larger compresses more.
+        variance: sigma squared, the variance of the noise where nothing is kept.
+        image_layer: the image tower's block whose *output* is compressed, counted as open_clip counts its blocks
+            (negative from the end). None for three quarters of the way up, 9 of 12 blocks counted from 0 as published,
+            and at least one block before the last. The last block itself serves in convolutional towers only.
+        text_layer: likewise for the text tower.
+        steps: values of lambda that are looked at, the first one included: the capacity is that after `steps - 1`
+            updates, as published.
+        samples: noise samples for each pair and step.
+        lr: learning rate of Adam.
+        seed: seed of the noise.
+        internal_batch_size: pairs optimised at a time, None for all; bounds memory, changes no number.
+
+    Raises:
+        ValueError: beta, variance or lr is not positive, steps or samples less than one, a layer that the tower does
+            not have or that nothing follows, a tower that cannot be split.
+    """
+
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
+        self,
+        encoder: TwoTowerEncoder,
+        *,
+        beta: float = 0.1,
+        variance: float = 1.0,
+        image_layer: int | None = None,
+        text_layer: int | None = None,
+        steps: int = 10,
+        samples: int = 10,
+        lr: float = 1.0,
+        seed: int = 0,
+        internal_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(encoder, internal_batch_size=internal_batch_size)
+        for name, number in (("beta", beta), ("variance", variance), ("lr", lr)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} has to be a positive number; got {number}")
+        for name, count in (("steps", steps), ("samples", samples)):
+            if count < 1:
+                raise ValueError(f"{name} has to be at least 1; got {count}")
+        self.image = encoder.split_image(_behind(image_layer, encoder.split_image(), "image"))
+        self.text = encoder.split_text(_behind(text_layer, encoder.split_text(), "text"))
+        self.beta, self.variance = beta, variance
+        self.steps, self.samples, self.lr, self.seed = steps, samples, lr, seed
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        return Attribution.concatenate(
+            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
+        )
+
+    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
+        with torch.no_grad():
+            image, text = self.image.stem(images), self.text.stem(tokens)
+            image_BK, text_BK = self.image.tail(image), self.text.tail(text, tokens)
+        everything_BT = image.new_ones(len(image), self.image.count(image), dtype=torch.bool)
+        visible_BL = self.text.visible(tokens)
+        # Behind the caption's own tokens there may be one that the tower adds, a class token: it is always seen.
+        visible_BT = pad(visible_BL, (0, text.shape[1] - tokens.shape[1]), value=True)
+        image_BT = self._nats(self.image, image, everything_BT, text_BK)
+        text_BT = self._nats(self.text, text, visible_BT, image_BK, tokens)
+        return Attribution(
+            image=self.image.on_grid(image_BT),
+            text=self.text.on_caption(text_BT, tokens.shape[1]) * visible_BL,
+            similarity=cosine_similarity(image_BK, text_BK, dim=1),
+        )
+
+    def _nats(
+        self, split: Split, hidden: Tensor, visible_BT: Tensor, other_BK: Tensor, tokens: Tensor | None = None
+    ) -> Tensor:
+        """The capacity of each token [B, T] behind one tower's block, whose output is `hidden`."""
+        features_BTD = hidden.flatten(2).mT if split.is_feature_map else hidden
+        # Half precision would lose Adam's small numbers.
+        features_BTD = features_BTD.to(torch.promote_types(hidden.dtype, torch.float32))
+        # The weight of a token's sum over features in the mean over visible tokens and features.
+        weight_BT = visible_BT / (visible_BT.sum(dim=1, keepdim=True) * features_BTD.shape[2])
+        similarity = cosine_with(other_BK)
+        length = features_BTD.shape[1]
+        if tokens is not None:
+            length = max(length, self.encoder.tokenizer.context_length)
+        repeated = None if tokens is None else tokens.repeat_interleave(self.samples, dim=0)
+        gates_BTD = torch.full_like(features_BTD, _START, requires_grad=True)
+        optimizer = torch.optim.Adam([gates_BTD], lr=self.lr)
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps - 1):
+            # Drawn for the longest caption and cut, so that a caption's noise does not depend on its neighbours'.
+            noise_NTD = torch.randn(self.samples, length, features_BTD.shape[2], generator=generator)
+            noise_NTD = noise_NTD[:, : features_BTD.shape[1]].to(features_BTD)
+            passed = bottleneck(features_BTD, gates_BTD, self.variance, noise_NTD).flatten(0, 1).to(hidden.dtype)
+            if split.is_feature_map:
+                passed = passed.mT.reshape(-1, *hidden.shape[1:])
+            cost_BT = weight_BT * capacity(features_BTD, gates_BTD, self.variance).sum(dim=2)
+            # A sum over pairs: each has gates of its own, which Adam treats one by one.
+            loss = self.beta * cost_BT.sum() - similarity(split.tail(passed, repeated)).sum() / self.samples
+            (gates_BTD.grad,) = torch.autograd.grad(loss, gates_BTD)
+            optimizer.step()
+        return capacity(features_BTD, gates_BTD.detach(), self.variance).sum(dim=2)
+
+
+def _behind(layer: int | None, last: Split, tower: str) -> int:
+    """The layer to cut a tower at to get a block's output: the block's number (None: the default) and one more."""
+    blocks = last.layers
+    # A transformer's tail begins with a block; feature maps can also be cut at the head.
+    followed = blocks if last.is_feature_map else blocks[:-1]
+    if not followed:
+        raise UnsupportedTowerError(
+            f"M2IB needs a block behind its bottleneck; the {tower} tower has {len(blocks)} only"
+        )
+    if layer is None:
+        return blocks[max(0, min(3 * len(blocks) // 4, len(blocks) - 2))] + 1
+    number = blocks.stop + layer if layer < 0 else layer
+    if number not in followed:
+        raise ValueError(
+            f"{tower}_layer is a block that another follows: {followed[0]} to {followed[-1]} of the {tower} tower's "
+            f"{blocks[0]} to {blocks[-1]} (negative from the end); got {layer}"
+        )
+    return number + 1

@@ -1,0 +1,361 @@
+"""M2IB against Eqs. 4-15 taken literally, one pair and one noise sample at a time through the whole encoders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXT, randomised
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from lightning_xai.attribution.m2ib import M2IB, capacity
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
+
+MakeEncoder = Callable[..., DualEncoder]
+CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
+SMALL = {"steps": 4, "samples": 3}
+
+
+def inputs(encoder: DualEncoder, captions: list[str] = CAPTIONS) -> tuple[Tensor, Tensor]:
+    weight = next(encoder.parameters())
+    images = torch.randn(len(captions), *encoder.image_shape, generator=torch.Generator().manual_seed(1)).to(weight)
+    return images, encoder.tokenizer.encode(captions)
+
+
+@contextmanager
+def output_replaced(block: nn.Module, output: Tensor) -> Any:
+    handle = block.register_forward_hook(lambda *_: output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def block_output(block: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    kept: list[Tensor] = []
+    handle = block.register_forward_hook(lambda _, __, output: kept.append(output.detach()))
+    with torch.no_grad():
+        run()
+    handle.remove()
+    (output,) = kept
+    return output
+
+
+def literal(
+    block: nn.Module,
+    encode: Callable[[], Tensor],
+    other: Tensor,
+    *,
+    beta: float = 0.1,
+    variance: float = 1.0,
+    steps: int = 10,
+    samples: int = 10,
+    lr: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """Nats of each token of one input, [T], or [H * W]: `steps` forwards, an update of lambda after each of them.
+
+    The tokens that count are those whose output of the block moves the embedding at all.
+    """
+    features = block_output(block, encode)
+
+    def embed(hidden: Tensor) -> Tensor:
+        with output_replaced(block, hidden):
+            return encode()[0]
+
+    def tokens_first(hidden: Tensor) -> Tensor:
+        return hidden[0].flatten(1).T if hidden.ndim == 4 else hidden[0]
+
+    probe = features.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(embed(probe).sum(), probe)
+    seen = tokens_first(gradient).abs().sum(dim=1) > 0
+    sigma = math.sqrt(variance)
+    lambda_ = torch.full_like(features, 5.0, requires_grad=True)
+    optimizer = torch.optim.Adam([lambda_], lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    nats = torch.empty(0)
+    for _ in range(steps):
+        h = torch.sigmoid(lambda_)
+        kl = kl_divergence(Normal(h * features, sigma * (1 - h)), Normal(0.0, 1.0))
+        noise = torch.randn(samples, *tokens_first(features).shape, generator=generator).to(features)
+        fit = torch.zeros_like(features[0].flatten()[0])
+        for sample in range(samples):
+            epsilon = noise[sample].T.reshape(features.shape) if features.ndim == 4 else noise[sample][None]
+            z = h * features + sigma * (1 - h) * epsilon
+            fit = fit + torch.cosine_similarity(other, embed(z), dim=0) / samples
+        objective = fit - beta * tokens_first(kl)[seen].mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(-objective, inputs=[lambda_])
+        optimizer.step()
+        nats = (tokens_first(kl).sum(dim=1) * seen).detach()
+    return nats
+
+
+def towers(encoder: DualEncoder, image_block: int, text_block: int) -> tuple[nn.Module, nn.Module]:
+    model: Any = encoder.model
+    visual, text = model.visual, getattr(model, "text", model)
+    stages = [getattr(visual, f"layer{stage}") for stage in range(1, 5)] if hasattr(visual, "layer1") else None
+    blocks = stages or visual.transformer.resblocks
+    return blocks[image_block], text.transformer.resblocks[text_block]
+
+
+def expected(encoder: DualEncoder, row: int, blocks: tuple[nn.Module, nn.Module], **options: Any) -> Any:
+    images, tokens = inputs(encoder)
+    image, caption, model = images[row : row + 1], tokens[row : row + 1], encoder.model
+
+    def embed_image() -> Tensor:
+        embedding: Tensor = model.encode_image(image)
+        return embedding
+
+    def embed_text() -> Tensor:
+        embedding: Tensor = model.encode_text(caption)
+        return embedding
+
+    with torch.no_grad():
+        image_embedding, text_embedding = embed_image()[0], embed_text()[0]
+    return (
+        literal(blocks[0], embed_image, text_embedding, **options),
+        literal(blocks[1], embed_text, image_embedding, **options),
+    )
+
+
+def assert_literal(encoder: DualEncoder, method: M2IB, blocks: tuple[nn.Module, nn.Module], **options: Any) -> None:
+    images, tokens = inputs(encoder)
+    result = method.attribute(images, tokens)
+    for row in range(2):
+        image, text = expected(encoder, row, blocks, **options)
+        patches = result.image[row].flatten()
+        torch.testing.assert_close(patches, image[-len(patches) :], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(result.text[row], text[: tokens.shape[1]], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "options"),
+    [
+        ("vit", {}, {}),
+        ("vit", {"image_layer": 0, "text_layer": -3}, {"beta": 0.02, "variance": 0.25, "lr": 0.5, "seed": 3}),
+        ("resnet", {}, {"variance": 2.0}),
+        ("resnet", {"image_layer": -1, "text_layer": 0}, {"beta": 0.01}),
+        ("vit_average_pool", {}, {}),
+        ("vit_custom_block", {}, {"beta": 0.01}),
+    ],
+)
+def test_agrees_with_equations_4_to_15_taken_literally(
+    make_encoder: MakeEncoder, name: str, layers: dict[str, int], options: dict[str, Any]
+) -> None:
+    encoder = make_encoder(name, torch.float64)
+    depth = {"vit": 3, "resnet": 4}.get(name, 2)
+    by_default = {"image_layer": min(3 * depth // 4, depth - 2), "text_layer": 1}
+    numbers = by_default | layers
+    blocks = towers(encoder, numbers["image_layer"], numbers["text_layer"])
+    assert_literal(encoder, M2IB(encoder, **SMALL, **layers, **options), blocks, **SMALL, **options)
+
+
+def test_its_defaults_are_the_published_ones(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    assert_literal(encoder, M2IB(encoder), towers(encoder, 1, 1))
+
+
+def test_a_class_token_behind_the_caption_passes_the_bottleneck_too(tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 24,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16},
+        "text_cfg": TEXT | {"embed_cls": True},
+    }
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    encoder = randomised(load_dual_encoder(tmp_path / "model.json")).double().eval()
+    assert_literal(encoder, M2IB(encoder, **SMALL), towers(encoder, 0, 1), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("depth", "block"), [(12, 9), (24, 18), (32, 24), (4, 2), (3, 1), (2, 0)], ids=lambda number: str(number)
+)
+def test_the_bottleneck_is_three_quarters_up_and_before_the_last_block(tmp_path: Path, depth: int, block: int) -> None:
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 8, "layers": depth, "width": 8, "head_width": 8, "patch_size": 4},
+        "text_cfg": TEXT | {"width": 8, "heads": 1, "layers": depth},
+    }
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    method = M2IB(load_dual_encoder(tmp_path / "model.json"))
+    assert (method.image.layer, method.text.layer) == (block + 1, block + 1)
+
+
+def test_before_any_update_the_capacity_is_that_of_lambda_5(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    result = M2IB(encoder, steps=1, variance=0.5).attribute(images, tokens)
+    kept = 1 / (1 + math.exp(-5))
+    sigma = math.sqrt(0.5) * (1 - kept)
+    image_block, text_block = towers(encoder, 1, 1)
+    for block, encode, batch, actual in (
+        (image_block, encoder.model.encode_image, images, result.image.flatten(1)),
+        (text_block, encoder.model.encode_text, tokens, result.text),
+    ):
+        features = block_output(block, lambda: encode(batch))  # noqa: B023
+        nats = (kept * features).square() / 2 + (sigma**2 - 1) / 2 - math.log(sigma)
+        known = nats.sum(dim=2)[:, -actual.shape[1] :]
+        visible = actual > 0
+        torch.testing.assert_close(actual[visible], known[visible])
+    assert [int((row > 0).sum()) for row in result.text] == [8, 4, 12]
+
+
+def test_capacity_is_the_divergence_of_two_normals_and_stays_exact_where_almost_all_or_nothing_passes() -> None:
+    gates = torch.linspace(-12, 12, 25, dtype=torch.float64)
+    features = torch.linspace(-3, 3, 25, dtype=torch.float64)
+    kept = gates.sigmoid()
+    normal = Normal(kept * features, math.sqrt(0.3) * (1 - kept))
+    torch.testing.assert_close(capacity(features, gates, 0.3), kl_divergence(normal, Normal(0.0, 1.0)))
+    # In float32 1 - h is 0 from lambda = 17 on, and the divergence of almost nothing drowns in the rounding of 1.
+    assert capacity(torch.zeros(1), torch.tensor([50.0]), 1.0).item() == pytest.approx(49.5)
+    # With f = 0 it is (u^2 / 4) for small u = 2 log(1 - h), and log(1 - h) = -e^lambda.
+    assert capacity(torch.zeros(1), torch.tensor([-6.0]), 1.0).item() == pytest.approx(math.exp(-12), rel=1e-2)
+
+
+def test_nothing_passes_where_passing_costs_much_and_more_where_it_costs_less(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    closed = M2IB(encoder, beta=1e4, steps=40, samples=1).attribute(images, tokens)
+    cheap, dear = (M2IB(encoder, beta=beta).attribute(images, tokens) for beta in (1e-3, 1.0))
+    for part in ("image", "text"):
+        assert getattr(closed, part).min() >= 0
+        assert getattr(closed, part).max() < 1e-3
+        assert getattr(dear, part).min() >= 0
+        sums = [getattr(result, part).flatten(1).sum(dim=1) for result in (dear, cheap)]
+        assert (sums[1] > 1.5 * sums[0]).all()
+
+
+def test_another_partner_makes_another_map(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, tokens = inputs(encoder)
+    method = M2IB(encoder, beta=0.01)
+    own, others = method.attribute(images, tokens), method.attribute(images, tokens.roll(1, dims=0))
+    assert ((own.image - others.image).abs().amax(dim=(1, 2)) > 0.01 * own.image.amax(dim=(1, 2))).all()
+    others = method.attribute(images.roll(1, dims=0), tokens)
+    assert ((own.text - others.text).abs().amax(dim=1) > 0.01 * own.text.amax(dim=1)).all()
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_a_pair_is_explained_as_it_would_be_alone_and_without_padding(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, tokens = inputs(encoder)
+    batch = M2IB(encoder, **SMALL).attribute(images, tokens)
+    order = [2, 0, 1]
+    chunked = M2IB(encoder, **SMALL, internal_batch_size=2).attribute(images[order], tokens[order])
+    torch.testing.assert_close(chunked.image, batch.image[order])
+    torch.testing.assert_close(chunked.text, batch.text[order])
+    for row, length in enumerate((8, 4, 12)):
+        alone = M2IB(encoder, **SMALL).attribute(images[row : row + 1], tokens[row : row + 1, :length])
+        torch.testing.assert_close(alone.image[0], batch.image[row])
+        torch.testing.assert_close(alone.text[0], batch.text[row, :length])
+        assert not batch.text[row, length:].any()
+
+
+def test_noise_comes_from_the_seed_alone(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+    method = M2IB(encoder, **SMALL)
+    first = method.attribute(images, tokens)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    again = method.attribute(images, tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = M2IB(encoder, **SMALL, seed=1).attribute(images, tokens)
+    for part in ("image", "text"):
+        assert torch.equal(getattr(first, part), getattr(again, part))
+        assert not torch.allclose(getattr(first, part), getattr(other, part), rtol=1e-3)
+
+
+def test_weights_of_half_precision_give_the_same_picture(make_encoder: MakeEncoder) -> None:
+    images, tokens = inputs(make_encoder("vit"))
+    full = M2IB(make_encoder("vit")).attribute(images, tokens)
+    half = M2IB(make_encoder("vit", torch.bfloat16)).attribute(images.bfloat16(), tokens)
+    for one, other in ((full.image, half.image), (full.text, half.text)):
+        torch.testing.assert_close(one, other.float(), rtol=0.1, atol=1.0)
+
+
+def test_only_the_tails_run_again(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+    method = M2IB(encoder, **SMALL)
+    runs: dict[str, int] = {}
+    blocks = {"image": encoder.model.visual.transformer.resblocks, "text": encoder.model.transformer.resblocks}
+    handles = [
+        block.register_forward_hook(lambda *_, key=f"{tower} {number}": runs.update({key: runs.get(key, 0) + 1}))
+        for tower, layers in blocks.items()
+        for number, block in enumerate(layers)
+    ]
+    method.attribute(images, tokens)
+    for handle in handles:
+        handle.remove()
+    assert [runs[f"{tower} {number}"] for tower in blocks for number in (0, 1)] == [1, 1, 1, 1]
+
+
+def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit").train()
+    encoder.model.logit_scale.requires_grad_(False)
+    images, tokens = inputs(encoder)
+    method = M2IB(encoder, **SMALL)
+
+    def state() -> Any:
+        return (
+            [(name, module.training, list(module._modules)) for name, module in encoder.named_modules()],
+            [(name, p.requires_grad, p.grad) for name, p in encoder.named_parameters()],
+            [(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in encoder.modules()],
+        )
+
+    before = state()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle of a tail")
+
+    handle = encoder.model.visual.ln_post.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        method.attribute(images, tokens)
+    handle.remove()
+    assert state() == before
+    method.attribute(images, tokens)
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit", {"beta": 0}, "beta has to be a positive number; got 0"),
+        ("vit", {"variance": -1.0}, "variance has to be a positive number"),
+        ("vit", {"lr": math.nan}, "lr has to be a positive number; got nan"),
+        ("vit", {"variance": math.inf}, "variance has to be a positive number"),
+        ("vit", {"steps": 0}, "steps has to be at least 1; got 0"),
+        ("vit", {"samples": 0}, "samples has to be at least 1; got 0"),
+        ("vit", {"image_layer": 2}, "image_layer .* 0 to 1 of the image tower's 0 to 2 .*got 2"),
+        ("vit", {"image_layer": -1}, "image_layer .*got -1"),
+        ("vit", {"text_layer": -4}, "text_layer .* 0 to 1 of the text tower's 0 to 2 .*got -4"),
+        ("resnet", {"image_layer": 0}, "1 to 4 of the image tower's 1 to 4 .*got 0"),
+        ("resnet", {"image_layer": 5}, "got 5"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors_in_words(
+    make_encoder: MakeEncoder, name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        M2IB(make_encoder(name), **options)
+
+
+def test_a_tower_of_a_single_block_is_refused(tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16},
+        "text_cfg": TEXT | {"layers": 1},
+    }
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedTowerError, match="behind its bottleneck; the text tower has 1 only"):
+        M2IB(load_dual_encoder(tmp_path / "model.json"))
