@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xai.models.split import Split, TextSplit, evaluating, resolve_layer
+from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating, resolve_layer
 
 
 class _ReachedError(Exception):
@@ -49,6 +49,8 @@ class BlockList:
         channels_last: whether feature maps are [B, H, W, C].
         batch_first: whether token sequences are [B, T, D].
         prefix: number of tokens before an image's grid.
+        chained: whether the first block makes something that all blocks use (T5's position bias). Then none is taken
+            out, and those before the cut run for nothing else.
     """
 
     parent: nn.Module
@@ -56,6 +58,7 @@ class BlockList:
     channels_last: bool = False
     batch_first: bool = True
     prefix: int = 0
+    chained: bool = False
 
     @property
     def blocks(self) -> Any:
@@ -110,7 +113,7 @@ class BlockList:
                     return (hidden, *arguments[1:]), keywords
                 return arguments, {**keywords, "hidden_states": hidden}
 
-            setattr(self.parent, self.name, blocks[layer:])
+            setattr(self.parent, self.name, blocks if self.chained else blocks[layer:])
             handle = blocks[layer].register_forward_pre_hook(enter, with_kwargs=True)
         try:
             yield
@@ -140,13 +143,18 @@ class ImageBlockListSplit(Split):
         self._list = blocks
         self._size = size
         self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=grid is None)
+        self.layers = range(len(blocks.blocks))
         self.block = blocks.blocks[self.layer] if self.layer < len(blocks.blocks) else None
         self.is_feature_map = grid is None
         if grid is None:
-        self.layers = range(len(blocks.blocks))
             with torch.no_grad(), evaluating(tower):
-                height, width = self.stem(self._blank(next(tower.parameters()))).shape[2:]
-            grid = (height, width)
+                shape = self.stem(self._blank(next(tower.parameters()))).shape
+            if len(shape) != 4:
+                raise UnsupportedTowerError(
+                    f"{type(blocks.parent).__name__} hands hidden states of shape {[*shape]} to its {blocks.name}; "
+                    "feature maps [B, C, H, W] have places to attribute to, or tokens with a grid of patches"
+                )
+            grid = (shape[2], shape[3])
         self.grid = grid
         self.prefix_tokens = blocks.prefix
 
@@ -194,6 +202,7 @@ class TextBlockListSplit(TextSplit):
         self._visible = visible
         self._trims = trims
         self.layer = resolve_layer(layer, 0, len(blocks.blocks), "text")
+        self.layers = range(len(blocks.blocks))
         self.block = blocks.blocks[self.layer]
 
     def visible(self, tokens: Tensor) -> Tensor:
@@ -202,7 +211,6 @@ class TextBlockListSplit(TextSplit):
 
     def stem(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
-        self.layers = range(len(blocks.blocks))
         if length is None and self._trims:
             length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
         return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))

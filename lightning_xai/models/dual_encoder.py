@@ -7,9 +7,9 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.block_list import ImageBlockListSplit, TextBlockListSplit
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating
 from lightning_xai.models.towers import TextTower, split_image_tower, split_text_tower
@@ -29,6 +30,8 @@ from lightning_xai.models.towers import TextTower, split_image_tower, split_text
 CHECKPOINT_KEY = "dual_encoder"
 """Where a Lightning checkpoint of this project keeps the architecture, and the metadata key of exported weights."""
 _STATE_PREFIX = "encoder.model."
+# What only OpenAI's own state dicts hold beside the weights; all of OpenAI's models compute with QuickGELU.
+_OPENAI_ONLY = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
 class DualEncoder(TwoTowerEncoder):
@@ -103,7 +106,7 @@ class DualEncoder(TwoTowerEncoder):
             ValueError: no such layer, or a tower of a kind that cannot be split yet.
         """
         split = split_image_tower(self.model, layer)
-        self._check("image", split, self.model.encode_image)
+        self._check("image", split)
         return split
 
     def split_text(self, layer: int = -1) -> TextSplit:
@@ -113,7 +116,7 @@ class DualEncoder(TwoTowerEncoder):
             ValueError: no such layer, or a tower of a kind that cannot be split yet.
         """
         split = split_text_tower(self.model, layer)
-        self._check("text", split, self.model.encode_text)
+        self._check("text", split)
         return split
 
     def check_towers(self) -> None:
@@ -122,47 +125,72 @@ class DualEncoder(TwoTowerEncoder):
         Other layers than the last are checked when they are first split at.
 
         Raises:
-            ValueError: `tail(stem(x))` or the end of the path is not the encoder's own output, or that is not finite.
+            ValueError: `tail(stem(x))` or the end of the path is not the encoder's own output, or that is not finite or
+                not of the shared space's width.
         """
         self._checked.clear()
-        # A tower that cannot be split trains as usual; whoever asks for the split is told.
-        with suppress(UnsupportedTowerError):
-            self.split_image()
-        with suppress(UnsupportedTowerError):
-            self.split_text()
+        for tower, cut in (("image", self.split_image), ("text", self.split_text)):
+            # A tower that cannot be split trains as usual; whoever asks for the split is told.
+            with suppress(UnsupportedTowerError):
+                cut()
+                continue
+            self._probe(tower)
 
     @torch.no_grad()
-    def _check(self, tower: str, split: Split, encode: Callable[..., Tensor]) -> None:
+    def _probe(self, tower: str) -> tuple[Tensor, Tensor]:
+        """One input of a tower and its embedding, which has to be a point of the shared space."""
+        weight = next(self.model.parameters())
+        if tower == "image":
+            generator = torch.Generator().manual_seed(0)
+            inputs = torch.randn(1, *self.image_shape, generator=generator).to(weight)
+        else:
+            inputs = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
+        encode = self.model.encode_image if tower == "image" else self.model.encode_text
+        with evaluating(self.model):
+            embedding: Tensor = encode(inputs, normalize=False)
+        if embedding.shape[-1] != self.embedding_width:
+            raise ValueError(
+                f"the {tower} tower ends in a space of width {embedding.shape[-1]}, but the model's embed_dim is "
+                f"{self.embedding_width}; both towers have to end in one space, so set embed_dim to that width or let "
+                "the tower end in a projection"
+            )
+        if not embedding.isfinite().all():
+            raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
+        return inputs, embedding
+
+    @torch.no_grad()
+    def _check(self, tower: str, split: Split) -> None:
         if (tower, split.layer) in self._checked:
             return
-        weight = next(self.model.parameters())
+        inputs, embedding = self._probe(tower)
         with evaluating(self.model):
-            if tower == "image":
-                generator = torch.Generator().manual_seed(0)
-                inputs = torch.randn(1, *self.image_shape, generator=generator).to(weight)
-            else:
-                inputs = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
             hidden = split.stem(inputs)
-            ends = hidden.new_ones(1, 1, split.count(hidden))
+            tokens, (rows, columns) = split.count(hidden), split.grid
+            if tower == "image" and tokens != split.prefix_tokens + rows * columns:
+                raise UnsupportedTowerError(
+                    f"the image tower passes on {tokens} tokens at layer {split.layer}, not {split.prefix_tokens} and "
+                    f"a grid of {rows} x {columns}, so that no token has a place in the image"
+                )
+            ends = hidden.new_ones(1, 1, tokens)
             rebuilt = {
                 "tail(stem(x))": split.tail(hidden, inputs),
                 "path(1)": split.path(hidden, torch.zeros_like(hidden), inputs)(ends)[:, 0],
             }
-            _compare(tower, encode(inputs, normalize=False), rebuilt)
+        for name, other in rebuilt.items():
+            error = float((other - embedding).norm() / embedding.norm())
+            if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
+                raise _mismatch(f"{name} of the {tower} tower", error, split)
         self._checked.add((tower, split.layer))
 
 
-def _compare(tower: str, expected: Tensor, rebuilt: Mapping[str, Tensor]) -> None:
-    if not expected.isfinite().all():
-        raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
-    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-    for name, embedding in rebuilt.items():
-        error = (embedding - expected).norm() / expected.norm()
-        if not error <= tolerance:
-            raise ValueError(
-                f"{name} of the {tower} tower differs from the encoder's own output by {float(error):.1e} (relative); "
-                f"open_clip {open_clip.__version__} is not laid out as this release expects"
-            )
+def _mismatch(what: str, error: float, split: Split) -> ValueError:
+    differs = f"{what} differs from the encoder's own output by {error:.1e} (relative), cut at layer {split.layer}; "
+    if isinstance(split, (ImageBlockListSplit, TextBlockListSplit)):
+        return UnsupportedTowerError(
+            f"{differs}its blocks pass on more than hidden states, so this tower cannot be cut there. Cut it at layer "
+            "0, or take a model with open_clip's own VisionTransformer, ModifiedResNet and TextTransformer"
+        )
+    return ValueError(f"{differs}open_clip {open_clip.__version__} is not laid out as this release expects")
 
 
 def load_dual_encoder(
@@ -272,6 +300,9 @@ def _with_weights(architecture: dict[str, Any], pretrained: str) -> DualEncoder:
                 f"{', '.join(sorted(difference))}; pass the model it was made with, or other weights"
             )
         architecture = weights.architecture
+    elif weights.state.keys() >= _OPENAI_ONLY:
+        architecture = _with_quick_gelu(architecture)
+        weights = replace(weights, state={key: x for key, x in weights.state.items() if key not in _OPENAI_ONLY})
     encoder = _from_architecture(architecture)
     _load_weights(encoder, weights)
     return encoder
@@ -301,15 +332,32 @@ def _difference(first: Any, second: Any, at: str = "") -> set[str]:
 
 
 def _from_tag(name: str, tag: str) -> DualEncoder:
-    quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+    architecture = tag_architecture(name, tag)
+    quick_gelu = architecture["model_cfg"].get("quick_gelu", False)
     model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu)
-    architecture = _built_in(name)
-    if quick_gelu:
-        architecture["model_cfg"]["quick_gelu"] = True
-        if open_clip.get_model_config(f"{name}-quickgelu") == architecture["model_cfg"]:
-            # Whoever loads an export by the recorded name gets the activation too.
-            architecture["name"] = f"{name}-quickgelu"
     return _assemble(model, open_clip.get_tokenizer(name), architecture)
+
+
+def tag_architecture(name: str, tag: str) -> dict[str, Any]:
+    """The architecture that open_clip's weights `tag` of model `name` were trained in, with the right activation.
+
+    Raises:
+        ValueError: open_clip knows no such model.
+
+    Example:
+        >>> [tag_architecture("ViT-B-16", tag)["name"] for tag in ("openai", "datacomp_xl_s13b_b90k")]
+        ['ViT-B-16-quickgelu', 'ViT-B-16']
+    """
+    architecture = _built_in(name)
+    quick_gelu = open_clip.get_pretrained_cfg(architecture["name"], tag).get("quick_gelu", False)
+    return _with_quick_gelu(architecture) if quick_gelu else architecture
+
+
+def _with_quick_gelu(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    name, model_cfg = architecture["name"], {**architecture["model_cfg"], "quick_gelu": True}
+    # Whoever loads an export by the recorded name gets the activation too.
+    known = open_clip.get_model_config(f"{name}-quickgelu") == model_cfg
+    return {**architecture, "name": f"{name}-quickgelu" if known else name, "model_cfg": model_cfg}
 
 
 def _from_architecture(architecture: Mapping[str, Any]) -> DualEncoder:

@@ -252,16 +252,13 @@ def _split_timm(visual: TimmModel, layer: int) -> ImageBlockListSplit:
                 channels_last=getattr(trunk, "output_fmt", "NCHW") == "NHWC",
                 prefix=int(getattr(trunk, "num_prefix_tokens", 0)),
             )
-            grid = None if is_map else _patches(trunk.patch_embed.patch_size, visual.image_size)
+            # Not image size by patch size: a hybrid's patches are cut from the feature maps of a convolutional stem.
+            grid = None if is_map else tuple(trunk.patch_embed.grid_size)
             return ImageBlockListSplit(visual, blocks, visual.image_size, layer, grid)
     raise UnsupportedTowerError(
         f"a timm tower of type {type(trunk).__name__} cannot be split: it has no list of blocks, stages or layers, as "
         "timm's VisionTransformer, ConvNeXt and SwinTransformer have"
     )
-
-
-def _patches(patch: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    return size[0] // patch[0], size[1] // patch[1]
 
 
 def split_text_tower(model: Any, layer: int) -> TextSplit:
@@ -281,14 +278,18 @@ def split_text_tower(model: Any, layer: int) -> TextSplit:
             embedding: Tensor = model.encode_text(tokens, normalize=False)
             return embedding
 
+        reads_last = text.cls_emb is None and text.pool_type == "last"
+
         def visible(tokens: Tensor) -> Tensor:
             seen: Tensor = tokens != text.pad_id
+            if reads_last:  # what is read is read, padding or not
+                return torch.cat([seen[:, :-1], torch.ones_like(seen[:, :1])], dim=1)
             if text.cls_emb is None or text.correct_cls_mask:
                 return seen
             # Published CoCa weights were trained with the mask one position late, so that the first always shows.
             return torch.cat([torch.ones_like(seen[:, :1]), seen[:, :-1]], dim=1)
 
-        return TextBlockListSplit(encode, blocks, layer, visible, trims=text.cls_emb is None)
+        return TextBlockListSplit(encode, blocks, layer, visible, trims=text.cls_emb is None and not reads_last)
     return TextTransformerSplit(TextTower(model), layer)
 
 
@@ -305,4 +306,6 @@ def _split_hugging_face(text: HFTextEncoder, layer: int) -> TextBlockListSplit:
         embedding: Tensor = output[0] if isinstance(output, tuple) else output
         return embedding
 
-    return TextBlockListSplit(encode, BlockList(stack, name), layer, lambda tokens: tokens != text.config.pad_token_id)
+    # Only T5's stack calls its list so.
+    blocks = BlockList(stack, name, chained=name == "block")
+    return TextBlockListSplit(encode, blocks, layer, lambda tokens: tokens != text.config.pad_token_id)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, TEXT, randomised
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_xai.attribution.capture import InputCapture
 from lightning_xai.models import DualEncoder, load_dual_encoder, save_open_clip
-from lightning_xai.models.dual_encoder import CHECKPOINT_KEY
+from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, tag_architecture
 from lightning_xai.models.towers import ModifiedResNetSplit, TextTransformerSplit, VisionTransformerSplit
 from lightning_xai.tasks import ContrastiveFineTuning
 
@@ -238,29 +238,116 @@ def test_an_unknown_tag_is_answered_with_the_known_ones(architecture_file: Archi
         load_dual_encoder(architecture_file("vit"), "openai")
 
 
-@pytest.mark.parametrize(
-    ("tag", "quick_gelu", "recorded_name"),
-    [("openai", True, "ViT-B-32-quickgelu"), ("laion2b_s34b_b79k", False, "ViT-B-32")],
-)
-def test_a_tags_activation_is_passed_to_open_clip_and_recorded(
-    tag: str, quick_gelu: bool, recorded_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Whether a release was trained with QuickGELU, from what its authors publish, not from open_clip's table: OpenAI's
+# CLIP, the models that repeat it on YFCC and CC12M, LAION-400M's ViT-B-32, DFN and MetaCLIP were.
+RELEASES = [
+    *(
+        (name, "openai", True)
+        for name in ("RN50", "RN101", "RN50x4", "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
+    ),
+    ("RN50", "yfcc15m", True),
+    ("RN50", "cc12m", True),
+    ("ViT-B-32", "laion400m_e32", True),
+    ("ViT-B-32-quickgelu", "laion400m_e31", True),
+    ("ViT-B-16", "laion400m_e32", False),
+    ("ViT-L-14", "laion400m_e32", False),
+    ("ViT-B-32", "laion2b_e16", False),
+    ("ViT-B-32", "laion2b_s34b_b79k", False),
+    ("ViT-B-16", "laion2b_s34b_b88k", False),
+    ("ViT-L-14", "laion2b_s32b_b82k", False),
+    ("ViT-H-14", "laion2b_s32b_b79k", False),
+    ("ViT-B-32", "commonpool_m_clip_s128m_b4k", False),
+    ("ViT-B-16", "commonpool_l_clip_s1b_b8k", False),
+    ("ViT-L-14", "commonpool_xl_clip_s13b_b90k", False),
+    ("ViT-B-32", "datacomp_xl_s13b_b90k", False),
+    ("ViT-B-16", "datacomp_xl_s13b_b90k", False),
+    ("ViT-L-14", "datacomp_xl_s13b_b90k", False),
+    ("ViT-B-16", "dfn2b", True),
+    ("ViT-L-14", "dfn2b", True),
+    ("ViT-H-14", "dfn5b", True),
+    ("ViT-B-32", "metaclip_400m", True),
+    ("ViT-B-16", "metaclip_fullcc", True),
+    ("ViT-B-16-quickgelu", "metaclip_400m", True),
+    ("ViT-L-14", "metaclip_fullcc", True),
+]
+
+
+@pytest.mark.parametrize(("name", "tag", "quick_gelu"), RELEASES)
+def test_a_tag_names_the_architecture_with_the_activation_it_was_trained_with(
+    name: str, tag: str, quick_gelu: bool
 ) -> None:
-    small = write_config(tmp_path, "small", variant(text_cfg={"context_length": 77}, quick_gelu=quick_gelu))
-    model = load_dual_encoder(small).model
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def create_model(*args: Any, **options: Any) -> nn.Module:
-        calls.append((args, options))
-        created: nn.Module = model
-        return created
-
-    monkeypatch.setattr(open_clip, "create_model", create_model)
-    encoder = load_dual_encoder("ViT-B-32", tag)
-    assert calls == [(("ViT-B-32",), {"pretrained": tag, "force_quick_gelu": quick_gelu})]
-    assert encoder.model is model
-    assert encoder.architecture["name"] == recorded_name
+    assert tag in open_clip.list_pretrained_tags_by_model(name)
+    architecture = tag_architecture(name, tag)
+    assert architecture["model_cfg"].get("quick_gelu", False) is quick_gelu
+    assert architecture["name"] == name.removesuffix("-quickgelu") + "-quickgelu" * quick_gelu
     # Whoever creates the recorded name gets the recorded function.
-    assert encoder.architecture["model_cfg"] == open_clip.get_model_config(recorded_name)
+    assert architecture["model_cfg"] == open_clip.get_model_config(architecture["name"])
+
+
+def activations(encoder: DualEncoder) -> set[str]:
+    names = {type(module).__name__ for module in encoder.modules()}
+    return names & {"GELU", "QuickGELU"}
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], dict[str, Tensor]]:
+    """Make open_clip's models of a name small, and what it would download for them a local file with these weights."""
+
+    def release(name: str) -> dict[str, Tensor]:
+        configs = dict(open_clip.factory._MODEL_CONFIGS)
+        small = ARCHITECTURES["resnet" if name.startswith("RN") else "vit"]
+        configs[name], configs[f"{name}-quickgelu"] = copy.deepcopy(small), copy.deepcopy(small) | {"quick_gelu": True}
+        monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", configs)
+        state: dict[str, Tensor] = random_encoder(write_config(tmp_path, "trained", small)).model.state_dict()
+        file = tmp_path / "downloaded.pt"
+        torch.save(state, file)
+        monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(file))
+        return state
+
+    return release
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "quick_gelu"),
+    [
+        ("RN50", "openai", True),
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-16", "laion2b_s34b_b88k", False),
+        ("ViT-B-16", "datacomp_xl_s13b_b90k", False),
+        ("ViT-B-16", "commonpool_l_s1b_b8k", False),
+        ("ViT-B-16", "dfn2b", True),
+        ("ViT-B-16", "metaclip_fullcc", True),
+    ],
+)
+@pytest.mark.filterwarnings("error:QuickGELU mismatch")
+def test_the_model_of_a_tag_computes_with_that_activation(
+    name: str, tag: str, quick_gelu: bool, released: Callable[[str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    state = released(name)
+    encoder = load_dual_encoder(name, tag)
+    assert activations(encoder) == ({"QuickGELU"} if quick_gelu else {"GELU"})
+    assert encoder.architecture["name"] == name + "-quickgelu" * quick_gelu
+    torch.save(state, tmp_path / "weights.pt")
+    config = write_config(tmp_path, "same", encoder.architecture["model_cfg"] | {"quick_gelu": quick_gelu})
+    assert_same_function(encoder, load_dual_encoder(config, tmp_path / "weights.pt"))
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])
+def test_openais_own_state_dict_says_by_itself_that_it_needs_quick_gelu(
+    name: str, released: Callable[[str], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    state = released(name)
+    # OpenAI's files: half precision but for the norms' statistics, and three numbers about the architecture.
+    half = {key: x.half() if x.is_floating_point() and "running" not in key else x for key, x in state.items()}
+    numbers = {"input_resolution": 32, "context_length": 16, "vocab_size": 49408}
+    torch.save(half | {key: torch.tensor(value) for key, value in numbers.items()}, tmp_path / "openai.pt")
+    encoder = load_dual_encoder(name, tmp_path / "openai.pt")
+    assert activations(encoder) == {"QuickGELU"}
+    assert encoder.architecture["name"] == f"{name}-quickgelu"
+    torch.save(half, tmp_path / "half.pt")
+    assert_same_function(encoder, load_dual_encoder(f"{name}-quickgelu", tmp_path / "half.pt"))
+    # Without those numbers the name decides, as in open_clip.
+    assert activations(load_dual_encoder(name, tmp_path / "half.pt")) == {"GELU"}
 
 
 def test_a_config_that_shares_its_name_with_an_open_clip_model_stays_itself(tmp_path: Path) -> None:

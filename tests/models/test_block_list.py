@@ -1,0 +1,381 @@
+"""Image towers of timm, small and on oblong images, cut at every block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXT, randomised
+from equation_10 import Side, block_input, equation_10
+from timm.layers.hybrid_embed import HybridEmbed
+from timm.models import register_model
+from timm.models.cait import Cait
+from timm.models.eva import Eva
+from timm.models.levit import Levit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lightning_xai.attribution import FeaturePairAttribution
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
+
+SIZE = (32, 48)
+VIT: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+class Stem(nn.Module):
+    """Feature maps at a quarter of the resolution, as the convolutional stems of hybrids make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, kernel_size=4, stride=4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden: Tensor = self.conv(images)
+        return hidden
+
+
+# timm's own classes, in a size that float64 is quick in. What a factory is not told, open_clip's configuration says.
+SMALL: dict[str, Callable[..., nn.Module]] = {
+    "small_vit": partial(VisionTransformer, **VIT),
+    "small_vit_registers": partial(VisionTransformer, **VIT, reg_tokens=3),
+    "small_vit_average": partial(VisionTransformer, **VIT, class_token=False, global_pool="avg"),
+    "small_siglip": partial(VisionTransformer, **VIT, class_token=False, global_pool="map"),
+    "small_hybrid": lambda **options: VisionTransformer(
+        **VIT | {"patch_size": 2}, embed_layer=partial(HybridEmbed, Stem()), **options
+    ),
+    "small_eva": partial(Eva, **VIT, use_rot_pos_emb=True, num_reg_tokens=2, qkv_fused=False, swiglu_mlp=True),
+    "small_swin": partial(
+        SwinTransformer, img_size=SIZE, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4
+    ),
+    # Class tokens join behind its blocks, where timm counts them as a prefix.
+    "small_cait": partial(Cait, **VIT | {"img_size": 32}),
+    # Its stages take tokens, though it says nothing of a prefix.
+    "small_levit": partial(Levit, img_size=64, embed_dim=(16, 16), depth=(1, 1), num_heads=(2, 2), key_dim=8),
+}
+
+
+def _register(name: str, make: Callable[..., nn.Module]) -> None:
+    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
+        sources = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+        model: Any = make(**{key: value for key, value in options.items() if key not in sources})
+        model.default_cfg = {}
+        assert not pretrained
+        built: nn.Module = model
+        return built
+
+    entry.__name__ = name
+    register_model(entry)
+
+
+for _name, _make in SMALL.items():
+    _register(_name, _make)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What is expected of a tower: its blocks' place, and for each layer the grid, by name and from timm's papers.
+
+    Attributes:
+        grids: rows and columns at each layer.
+        maps: whether it passes on feature maps, which can be cut behind the last block, too.
+        prefix: tokens before the grid.
+        width_axis: the axis of a block's input that is no place.
+        smooth: whether quadrature converges fast.
+    """
+
+    vision_cfg: dict[str, Any]
+    blocks: str
+    grids: list[tuple[int, int]]
+    maps: bool = False
+    prefix: int = 0
+    width_axis: int = -1
+    smooth: bool = True
+    embed_dim: int = 6
+
+    @property
+    def depth(self) -> int:
+        return len(self.grids) - self.maps
+
+
+def timm_tower(name: str, pool: str = "", proj: str = "linear", size: tuple[int, int] = SIZE) -> dict[str, Any]:
+    return {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": list(size)}
+
+
+TOWERS = {
+    "vit": Tower(timm_tower("small_vit"), "blocks", [(4, 6)] * 2, prefix=1),
+    "vit_registers": Tower(timm_tower("small_vit_registers"), "blocks", [(4, 6)] * 2, prefix=4),
+    "vit_average": Tower(timm_tower("small_vit_average", "avg", "mlp"), "blocks", [(4, 6)] * 2),
+    "siglip": Tower(timm_tower("small_siglip", "map", "none"), "blocks", [(4, 6)] * 2, embed_dim=16),
+    "hybrid": Tower(timm_tower("small_hybrid"), "blocks", [(4, 6)] * 2, prefix=1),
+    "eva": Tower(timm_tower("small_eva"), "blocks", [(4, 6)] * 2, prefix=3),
+    "swin": Tower(timm_tower("small_swin", "avg"), "layers", [(8, 12), (8, 12), (4, 6)], maps=True),
+    "convnext": Tower(
+        timm_tower("test_convnext", size=(32, 64)),
+        "stages",
+        [(8, 16), (8, 16), (4, 8), (2, 4), (1, 2)],
+        True,
+        width_axis=1,
+    ),
+    "efficientnet": Tower(
+        timm_tower("test_efficientnet", size=(32, 64)),
+        "blocks",
+        [(16, 32), (16, 32), (8, 16), (4, 8), (2, 4), (1, 2)],
+        maps=True,
+        width_axis=1,
+        smooth=False,
+    ),
+}
+CUTS = [(name, layer) for name, tower in TOWERS.items() for layer in range(len(tower.grids))]
+
+
+def build(vision_cfg: dict[str, Any], folder: Path, embed_dim: int = 6) -> DualEncoder:
+    path = folder / "model.json"
+    text = TEXT | {"width": 16, "heads": 2, "layers": 2}
+    path.write_text(json.dumps({"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text}))
+    torch.manual_seed(0)
+    encoder = load_dual_encoder(path)
+    with torch.no_grad():
+        for weight in encoder.model.visual.parameters():
+            if weight.ndim > 1:  # timm's are so small that hidden states hardly differ from what enters the tower
+                weight.normal_(std=weight[0].numel() ** -0.5)
+    return randomised(encoder).double().eval()
+
+
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
+    """Encoders in float64 that the tests of this file share, so they must not change them."""
+    made: dict[str, DualEncoder] = {}
+
+    def get(name: str) -> DualEncoder:
+        if name not in made:
+            made[name] = build(TOWERS[name].vision_cfg, tmp_path_factory.mktemp(name), TOWERS[name].embed_dim)
+        return made[name]
+
+    return get
+
+
+def images_of(encoder: DualEncoder, count: int = 2) -> Tensor:
+    height, width = encoder.image_transform.size
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
+
+
+def blocks_of(encoder: DualEncoder, name: str) -> Any:
+    model: Any = encoder.model
+    return getattr(model.visual.trunk, TOWERS[name].blocks)
+
+
+def channels_second(hidden: Tensor, name: str) -> Tensor:
+    """A block's own input in the form that splits use."""
+    return hidden.permute(0, 3, 1, 2) if hidden.ndim == 4 and TOWERS[name].width_axis == -1 else hidden
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "layer"), CUTS)
+@torch.no_grad()
+def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_output(
+    name: str, layer: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder, tower = encoder_of(name), TOWERS[name]
+    images, blocks, visual = images_of(encoder), blocks_of(encoder, name), encoder.model.visual
+    split = encoder.split_image(layer)
+    hidden = split.stem(images)
+    assert_same(split.tail(hidden), visual(images))
+    assert_same(encoder.encode_image(images), visual(images))
+    assert (split.layer, split.grid, split.prefix_tokens) == (layer, tower.grids[layer], tower.prefix)
+    assert split.count(hidden) == tower.prefix + tower.grids[layer][0] * tower.grids[layer][1]
+    if layer == tower.depth:
+        assert split.block is None
+    else:
+        assert split.block is blocks[layer]
+        own = block_input(blocks[layer], lambda: visual(images))
+        assert_same(hidden, channels_second(own, name))
+        assert_same(split.captured(own), hidden)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_layers_count_from_the_end_too_and_stop_there(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder, tower = encoder_of(name), TOWERS[name]
+    assert encoder.split_image(-1).layer == tower.depth - 1
+    assert encoder.split_image(-tower.depth).layer == 0
+    for layer in (len(tower.grids), -tower.depth - 1):
+        with pytest.raises(ValueError, match=rf"image tower has layers 0 to {tower.depth - 1} .*got layer {layer}$"):
+            encoder.split_image(layer)
+
+
+@pytest.mark.parametrize("name", [name for name, tower in TOWERS.items() if not tower.maps])
+@torch.no_grad()
+def test_the_grid_runs_from_left_to_right_and_top_to_bottom(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    split, images = encoder.split_image(0), images_of(encoder, 1)
+    changed = images.clone()
+    changed[:, :, 8:16, 40:48] = 0  # second row, last column
+    differing = (split.stem(changed) != split.stem(images)).any(dim=2)[0]
+    assert split.on_grid(differing).nonzero().tolist() == [[1, 5]]
+    assert differing.sum() == 1, "no prefix token sees the image before the first block"
+
+
+@pytest.mark.parametrize("name", [name for name, tower in TOWERS.items() if tower.maps])
+@torch.no_grad()
+def test_feature_maps_lie_on_the_grid_as_the_image_does(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of(name)
+    split, images = encoder.split_image(0), images_of(encoder, 1)
+    height, width = images.shape[2:]
+    changed = images.clone()
+    changed[:, :, : height // 4, -width // 4 :] = 0
+    differing = (split.stem(changed) != split.stem(images)).any(dim=1)[0]
+    rows, columns = split.grid
+    flat = differing.flatten()[None]  # positions as attributions count them
+    assert torch.equal(split.on_grid(flat)[0], differing)
+    where = differing.nonzero()
+    assert differing[0, -1]
+    assert where[:, 0].max() <= rows // 4 + 1, "convolutions see a little more than the region"
+    assert where[:, 1].min() >= columns * 3 // 4 - 1
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_a_path_is_the_tail_of_every_mixture_of_reference_and_input(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    generator = torch.Generator().manual_seed(2)
+    split = encoder.split_image()
+    hidden = split.stem(images_of(encoder))
+    reference = torch.randn(1, *hidden.shape[1:], generator=generator).double()
+    alpha = torch.rand(2, 3, split.count(hidden), generator=generator).double()
+    embeddings = split.path(hidden, reference)(alpha)
+    for point in range(3):
+        weight = alpha[:, point]
+        weight = weight.reshape(2, 1, *split.grid) if hidden.ndim == 4 else weight.unsqueeze(2)
+        assert_same(embeddings[:, point], split.tail(reference + weight * (hidden - reference)))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    # A literal Jacobian of a larger feature map takes long.
+    [(name, layer) for name, layer in CUTS if layer < TOWERS[name].depth and TOWERS[name].grids[layer][0] <= 4],
+)
+def test_attributions_agree_with_equation_10_taken_literally(
+    name: str, layer: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder, model = encoder_of(name), encoder_of(name).model
+    images, tokens = images_of(encoder, 1), encoder.tokenizer.encode(["a red dog"])
+    result = FeaturePairAttribution(encoder, layer, steps=2).attribute(images, tokens)
+    reference = torch.zeros_like(tokens)
+    reference[0, 0], reference[0, 2] = 49406, 49407
+    expected = equation_10(
+        Side(model.transformer.resblocks[-1], model.encode_text, tokens, reference),
+        Side(
+            blocks_of(encoder, name)[layer],
+            model.encode_image,
+            images,
+            torch.zeros_like(images),
+            TOWERS[name].width_axis,
+        ),
+        steps=2,
+    )
+    prefix = TOWERS[name].prefix
+    torch.testing.assert_close(result.pairs[0].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(result.prefix[0], expected[:, :prefix].sum(dim=1), rtol=1e-8, atol=1e-12)
+    assert result.pairs.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of(name)
+    images, tokens = images_of(encoder), encoder.tokenizer.encode(["a red dog", "cats"])
+    for layer in (-1, TOWERS[name].depth) if TOWERS[name].maps else (-1,):
+        attribution = FeaturePairAttribution(encoder, layer, steps=24, rule="gauss_legendre")
+        result = attribution.attribute(images, tokens)
+        # ReLUs and their like leave kinks, on which quadrature converges slowly.
+        tolerance = 1e-9 if TOWERS[name].smooth else 1e-3
+        assert result.completeness_error.abs().max() < tolerance
+        assert result.image.abs().max() > 1e-4
+
+
+class BrokenError(Exception):
+    """Raised by a tower in the middle of its forward pass."""
+
+
+@pytest.fixture
+def broken(encoder_of: Callable[[str], DualEncoder], request: pytest.FixtureRequest) -> Iterator[DualEncoder]:
+    """An encoder whose last block raises; the test leaves it as it was."""
+    encoder = encoder_of(request.param)
+    blocks = blocks_of(encoder, request.param)
+
+    def fail(*ignored: Any) -> None:
+        raise BrokenError
+
+    handle = blocks[-1].register_forward_pre_hook(fail)
+    yield encoder
+    handle.remove()
+
+
+@pytest.mark.parametrize("broken", ["vit", "convnext", "swin"], indirect=True)
+def test_hooks_and_blocks_are_as_they_were_also_after_an_exception(broken: DualEncoder) -> None:
+    trunk: Any = broken.model.visual.trunk
+    name = next(name for name in ("blocks", "stages", "layers") if hasattr(trunk, name))
+    blocks, modules = getattr(trunk, name), list(broken.modules())
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules]
+    images = images_of(broken, 1)
+    split = broken.split_image(0)  # cut and checked before: a new check would already fail
+    hidden = split.stem(images)
+    with pytest.raises(BrokenError):
+        split.tail(hidden)
+    with pytest.raises(BrokenError):
+        split.path(hidden, torch.zeros_like(hidden))(torch.ones(1, 1, split.count(hidden)).double())
+    with pytest.raises(RuntimeError):
+        split.stem(images[:, :2])
+    assert getattr(trunk, name) is blocks
+    assert list(broken.modules()) == modules
+    assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules] == hooks
+
+
+def test_nothing_is_left_of_a_cut_behind_the_last_block(encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of("convnext")
+    blocks, keys = blocks_of(encoder, "convnext"), list(encoder.state_dict())
+    split = encoder.split_image(4)
+    split.tail(split.stem(images_of(encoder)))
+    assert blocks_of(encoder, "convnext") is blocks
+    assert list(encoder.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("vision_cfg", "message"),
+    [
+        (timm_tower("test_resnet", "avg", size=(32, 32)), "type ResNet cannot be split: it has no list of blocks"),
+        (timm_tower("small_cait", size=(32, 32)), "passes on 16 tokens at layer 1, not 1 and a grid of 4 x 4"),
+        (
+            timm_tower("small_levit", "avg", size=(64, 64)),
+            r"Levit hands hidden states of shape \[1, 16, 16\] to its stages",
+        ),
+    ],
+)
+def test_a_tower_that_cannot_be_cut_still_embeds_and_says_why(
+    vision_cfg: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    encoder = build(vision_cfg, tmp_path)
+    images = images_of(encoder)
+    assert_same(encoder.encode_image(images), encoder.model.visual(images))
+    with pytest.raises(UnsupportedTowerError, match=message):
+        encoder.split_image()
+
+
+def test_towers_that_end_in_spaces_of_different_width_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image tower ends in a space of width 16, but the model's embed_dim is 6"):
+        build(timm_tower("small_siglip", "map", "none"), tmp_path)
+    # Also where the tower cannot be cut.
+    with pytest.raises(ValueError, match=r"image tower ends in a space of width \d+, but the model's embed_dim is 6"):
+        build(timm_tower("test_resnet", "avg", "none", size=(32, 32)), tmp_path)
