@@ -1,4 +1,12 @@
-from lightning_xai.attribution.base import Attribution, ConstantMapWarning, Method, PairAttribution, min_max, upsample
+from lightning_xai.attribution.base import (
+    Attribution,
+    ConstantMapWarning,
+    Method,
+    PairAttribution,
+    min_max,
+    upsample,
+)
+from lightning_xai.attribution.controls import CentredGaussian, RandomMap
 from lightning_xai.attribution.feature_pair import (
     FeaturePairAttribution,
     HiddenStates,
@@ -6,24 +14,43 @@ from lightning_xai.attribution.feature_pair import (
     References,
     SimilarityGradCAM,
 )
+from lightning_xai.attribution.grad_cam import GradCAM
+from lightning_xai.attribution.integrated_gradients import IntegratedGradients
+from lightning_xai.attribution.kernel_shap import KernelSHAP
 from lightning_xai.attribution.path_integral import quadrature
+from lightning_xai.attribution.rise import RISE
+from lightning_xai.attribution.saliency import Saliency
 
 METHODS: dict[str, type[Method]] = {
     "feature_pair": FeaturePairAttribution,
+    "grad_cam": GradCAM,
     "similarity_grad_cam": SimilarityGradCAM,
+    "saliency": Saliency,
+    "integrated_gradients": IntegratedGradients,
+    "kernel_shap": KernelSHAP,
+    "rise": RISE,
+    "random": RandomMap,
+    "gaussian": CentredGaussian,
 }
 """Every method by the name that commands and configs use."""
 
 __all__ = [
     "METHODS",
+    "RISE",
     "Attribution",
+    "CentredGaussian",
     "ConstantMapWarning",
     "FeaturePairAttribution",
+    "GradCAM",
     "HiddenStates",
+    "IntegratedGradients",
     "IntraModalAttribution",
+    "KernelSHAP",
     "Method",
     "PairAttribution",
+    "RandomMap",
     "References",
+    "Saliency",
     "SimilarityGradCAM",
     "min_max",
     "quadrature",
