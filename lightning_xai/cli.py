@@ -1,21 +1,21 @@
-"""The command line: Lightning's verbs through LightningCLI, everything else as plain functions."""
+"""The command line: Lightning's verbs through LightningCLI, everything else from `commands`."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_xai.commands import Explain, export, prepare_coco_shards, prepare_shapes_shards
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a help text or a mistyped command is not worth.
     from lightning.pytorch.cli import LightningCLI
 
-    from lightning_xai.models import DualEncoder
-
-__all__ = ["build_cli", "export", "main", "prepare_coco_shards", "prepare_shapes_shards"]
+__all__ = ["build_cli", "main"]
 
 _OVERVIEW = """\
 lightning_xai trains CLIP-like models and shows which words they match with which parts of an image.
@@ -32,6 +32,9 @@ Data and models:
   prepare     convert a data set to shards: `prepare shapes` (made here, no download), `prepare coco`
   export      turn a checkpoint into weights that open_clip loads
 
+Explanations:
+  explain     draw which patches of an image and which words of a caption make their similarity
+
 Start here (3 minutes on a laptop, no download):
   python -m lightning_xai fit --config configs/demo.yaml
 
@@ -39,98 +42,10 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-def prepare_shapes_shards(out: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
-    """Make the embedded world of coloured shapes: images, captions, boxes and phrases.
-
-    Args:
-        out: folder to make; train/ and val/ come below it.
-        train: number of training images (default: as the demo uses).
-        val: number of validation images.
-        seed: the same seed gives the same bytes.
-    """
-    from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
-    from lightning_xai.data.shards import Manifest, describe
-
-    prepare_shapes(out, TRAIN_SAMPLES if train is None else train, VAL_SAMPLES if val is None else val, seed)
-    for split in ("train", "val"):
-        print(describe(Manifest.load(out / split)))  # noqa: T201 - the summary is the command's output
-
-
-def prepare_coco_shards(
-    images: Path,
-    captions: Path,
-    instances: Path,
-    split: str,
-    out: Path,
-    karpathy: Path | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> None:
-    """Convert COCO 2014 or 2017: five captions an image, all boxes, and where captions name their classes.
-
-    Args:
-        images: folder of the image files.
-        captions: annotations/captions_*.json.
-        instances: annotations/instances_*.json.
-        split: name of the split; with `karpathy` the split to take: train, restval, val, test, or several
-            joined by "+" (COCO 2014 keeps restval among the images and annotations of val2014).
-        out: folder to make.
-        karpathy: dataset_coco.json of the Karpathy splits.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.coco import prepare_coco
-
-    manifest = prepare_coco(
-        images=images,
-        captions=captions,
-        instances=instances,
-        out=out,
-        split=split,
-        karpathy=karpathy,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-    )
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
-
-
-def export(checkpoint: Path, out: Path) -> None:
-    """Turn a checkpoint of this project into weights for `open_clip.create_model(name, pretrained=out)`.
-
-    Args:
-        checkpoint: a .ckpt file that `fit` has written.
-        out: a .safetensors or .pt file to write; the model's configuration goes beside it, as .json.
-    """
-    from lightning_xai.models.dual_encoder import load_dual_encoder, save_open_clip
-
-    if checkpoint.suffix != ".ckpt":
-        raise ValueError(f"export takes a .ckpt file that fit has written; got {checkpoint}")
-    encoder = load_dual_encoder(str(checkpoint))
-    save_open_clip(encoder, out)
-    print(f"Wrote {out} and {out.with_suffix('.json')}. To load them:\n{_loading_code(encoder, out)}")  # noqa: T201
-
-
-def _loading_code(encoder: DualEncoder, weights: Path) -> str:
-    """Python that builds the very same function: open_clip's own config of that name may differ, or not exist."""
-    import open_clip
-
-    name, config = encoder.architecture["name"], dict(encoder.architecture["model_cfg"])
-    quick_gelu = config.pop("quick_gelu", False)
-    known = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-    lines, more = ["import open_clip"], ""
-    if known is not None and {**known, "quick_gelu": False} == {**config, "quick_gelu": False}:
-        more = ", force_quick_gelu=True" if quick_gelu and not known.get("quick_gelu", False) else ""
-    else:
-        name = weights.stem
-        lines.append(f"open_clip.add_model_config({str(weights.with_suffix('.json'))!r})")
-    lines.append(f"model = open_clip.create_model({name!r}, pretrained={str(weights)!r}{more})")
-    return "\n".join(lines)
-
-
 _COMMANDS: dict[str, Any] = {
     "prepare": {"shapes": prepare_shapes_shards, "coco": prepare_coco_shards},
     "export": export,
+    "explain": Explain,
 }
 
 
@@ -184,9 +99,35 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
 
 
 def _run_command(name: str, arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
+    from jsonargparse import DefaultHelpFormatter, auto_cli
 
-    auto_cli(_COMMANDS[name], args=arguments, prog=f"lightning_xai {name}", as_positional=name == "export")
+    class KeepsLines(DefaultHelpFormatter):
+        """Shows the examples of a description as they are written."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text
+
+    command = _COMMANDS[name]
+    more: dict[str, Any] = {}
+    if isinstance(command, type):
+        # Parsers show the first line of a docstring alone.
+        description = (inspect.getdoc(command) or "").partition("\nAttributes:")[0]
+        more = {"description": description, "formatter_class": KeepsLines}
+    result = auto_cli(
+        command,
+        args=[_underscored(argument) for argument in arguments],
+        prog=f"lightning_xai {name}",
+        as_positional=name == "export",
+        **more,
+    )
+    if isinstance(command, type):
+        result()  # more settings than a function should take: the parser has made the object that holds them
+
+
+def _underscored(argument: str) -> str:
+    """An option as the parser knows it: `--other-image=a-b.jpg` is `--other_image=a-b.jpg`."""
+    option, equals, value = argument.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
 
 
 def _meant_for_the_user(error: BaseException | None) -> BaseException | None:

@@ -13,8 +13,6 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +21,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Sheet, text_width, wrap
 from lightning_xai.report.tables import epoch_name, replaced_at_once
 
 Box = tuple[float, float, float, float]
 Heat = NDArray[np.floating]
 
-DPI = 128
 _RED = np.array([0.86, 0.08, 0.10], dtype=np.float32)
 _BLUE = np.array([0.10, 0.25, 0.90], dtype=np.float32)
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _MOST_OPAQUE = 0.85
 _YELLOW = (255, 214, 10)
-_HIGHLIGHT = "#ffe680"
-_FONT_PT = 9.0
-_LINE = 19  # pixels from one line of text to the next at that size and DPI
-_GAP = 16
 _HEAD, _FOOT = 44, 88  # pixels above the first row (the title) and below the last one (the colour bar)
 _NARROWEST = 480  # so that the colour bar's note fits
 _HIT, _MISS = "#1a7f37", "#8a8a8a"
@@ -110,8 +102,8 @@ def overlay(
         scaled = np.clip(heat / (vmax or float(np.abs(heat).max())), -1, 1)
         height, width = image.shape[:2]
         scaled = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
-        image = _tinted(_muted(image), scaled)
-    return _outlined(_to_uint8(image), box)
+        image = tinted(_muted(image), scaled)
+    return outlined(to_uint8(image), box)
 
 
 def heat_fault(heat: Heat) -> str | None:
@@ -165,20 +157,20 @@ def example_sheet(
     _check_lengths(len(examples), heats=heats, gammas=gammas, **({} if hits is None else {"hits": hits}))
     columns = min(columns, len(examples))
     across = max(_sheet_width(columns, side), _NARROWEST)
-    left = (across - columns * (side + _GAP) - _GAP) // 2 + _GAP
-    captions = [_wrap(example.caption, example.spans, side) for example in examples]
+    left = (across - columns * (side + GAP) - GAP) // 2 + GAP
+    captions = [wrap(example.caption, example.spans, side) for example in examples]
     rows = [range(start, min(start + columns, len(examples))) for start in range(0, len(examples), columns)]
     text_lines = [max(len(captions[i]) for i in row) + 1 for row in rows]
-    sheet = _Sheet(across, _HEAD + sum(side + _LINE * lines + 2 * _GAP for lines in text_lines) + _FOOT)
+    sheet = _HeatSheet(across, _HEAD + sum(side + LINE * lines + 2 * GAP for lines in text_lines) + _FOOT)
     sheet.title(title)
     y = _HEAD
     for row, lines in zip(rows, text_lines, strict=True):
         for place, i in enumerate(row):
-            x = left + place * (side + _GAP)
+            x = left + place * (side + GAP)
             sheet.heat_panel(examples[i], heats[i], (x, y), side)
             sheet.verdict(gammas[i], None if hits is None else hits[i], heat_fault(heats[i]), (x, y + side + 6))
-            sheet.caption(captions[i], (x, y + side + 6 + _LINE))
-        y += side + _LINE * lines + 2 * _GAP
+            sheet.caption(captions[i], (x, y + side + 6 + LINE))
+        y += side + LINE * lines + 2 * GAP
     sheet.colour_bar()
     return sheet.figure
 
@@ -217,19 +209,19 @@ def progress_sheet(
         _check_lengths(len(examples), heats=heats[epoch], gammas=gammas[epoch], **hits_of_epoch)
     epochs = evenly(len(epoch_names), columns - 1)
     across = max(_sheet_width(len(epochs) + 1, side), _NARROWEST)
-    captions = [_wrap(example.caption, example.spans, across - 2 * _GAP) for example in examples]
-    heights = [_LINE * (len(lines) + 1) + side + 6 + _GAP for lines in captions]
-    sheet = _Sheet(across, _HEAD + _LINE + sum(heights) + _FOOT)
+    captions = [wrap(example.caption, example.spans, across - 2 * GAP) for example in examples]
+    heights = [LINE * (len(lines) + 1) + side + 6 + GAP for lines in captions]
+    sheet = _HeatSheet(across, _HEAD + LINE + sum(heights) + _FOOT)
     sheet.title(title)
     for place, name in enumerate(["image", *(epoch_names[epoch] for epoch in epochs)]):
-        sheet.text(name, (_GAP + place * (side + _GAP) + side / 2, _HEAD), ha="center", weight="bold")
-    y = _HEAD + _LINE + 6
+        sheet.text(name, (GAP + place * (side + GAP) + side / 2, _HEAD), ha="center", weight="bold")
+    y = _HEAD + LINE + 6
     for i, example in enumerate(examples):
-        sheet.caption(captions[i], (_GAP, y))
-        below = y + _LINE * len(captions[i])
-        sheet.image_panel(example, (_GAP, below), side)
+        sheet.caption(captions[i], (GAP, y))
+        below = y + LINE * len(captions[i])
+        sheet.image_panel(example, (GAP, below), side)
         for place, epoch in enumerate(epochs, start=1):
-            x = _GAP + place * (side + _GAP)
+            x = GAP + place * (side + GAP)
             heat, hit = heats[epoch][i], None if hits is None else hits[epoch][i]
             sheet.heat_panel(example, heat, (x, below), side)
             sheet.verdict(gammas[epoch][i], hit, heat_fault(heat), (x, below + side + 4))
@@ -333,38 +325,15 @@ def rasterize(figure: Figure) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
-class _Sheet:
-    """A figure in pixels counted from the top left corner, with the parts that sheets are made of."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(self.figure)
-
-    def text(self, text: str, at: tuple[float, float], **style: Any) -> None:
-        style = {"fontsize": _FONT_PT, "va": "top", **style}
-        x, y = at[0] / self.width, 1 - at[1] / self.height
-        self.figure.text(x, y, _printable(text), parse_math=False, **style)
-
-    def title(self, title: str) -> None:
-        # Bold letters at 12 points are about 1.5 times as wide as the plain ones that the ruler measures.
-        size = min(12.0, 12.0 * (self.width - 2 * _GAP) / max(1.5 * _text_width(_printable(title)), 1.0))
-        self.text(title, (self.width / 2, 12), ha="center", fontsize=size, weight="bold")
-
-    def picture(self, picture: NDArray[np.uint8], at: tuple[float, float], side: int) -> None:
-        """Show uint8 [h, w, 3] pixel for pixel, centred in the square at `at`."""
-        height, width = picture.shape[:2]
-        x, y = at[0] + (side - width) // 2, at[1] + (side - height) // 2
-        axes = self.figure.add_axes(self._rectangle(x, y, width, height))
-        axes.imshow(picture, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
+class _HeatSheet(Sheet):
+    """A sheet of heat maps of phrases."""
 
     def image_panel(self, example: Example, at: tuple[float, float], side: int) -> None:
-        image, box = _fitted(example, side)
-        self.picture(_outlined(_to_uint8(image), box), at, side)
+        image, box = fitted(example, side)
+        self.picture(outlined(to_uint8(image), box), at, side)
 
     def heat_panel(self, example: Example, heat: Heat, at: tuple[float, float], side: int) -> None:
-        image, box = _fitted(example, side)
+        image, box = fitted(example, side)
         picture = overlay(image, heat, box)
         if heat_fault(heat) is None:
             picture = _marked(picture, heat)
@@ -380,76 +349,18 @@ class _Sheet:
         else:
             self.text(f"{words}   {'✓ hit' if hit else '✗ miss'}", at, color=_HIT if hit else _MISS, weight="bold")
 
-    def caption(self, lines: Sequence[_Line], at: tuple[float, float]) -> None:
-        for number, line in enumerate(lines):
-            top = at[1] + number * _LINE
-            for start, end in line.spans:
-                right = _text_width(line.text[:end])
-                left = right - _text_width(line.text[start:end])
-                box = self._rectangle(at[0] + left - 2, top - 2, right - left + 4, _LINE - 1)
-                self.figure.add_artist(Rectangle(box[:2], box[2], box[3], color=_HIGHLIGHT, linewidth=0, zorder=1))
-            self.text(line.text, (at[0], top), zorder=2)
-
     def colour_bar(self) -> None:
-        length = min(300, self.width - 4 * _GAP)
-        axes = self.figure.add_axes(self._rectangle((self.width - length) / 2, self.height - _FOOT + 14, length, 12))
+        length = min(300, self.width - 4 * GAP)
+        axes = self.figure.add_axes(self.rectangle((self.width - length) / 2, self.height - _FOOT + 14, length, 12))
         bar = self.figure.colorbar(
-            ScalarMappable(Normalize(-1, 1), _colour_map()), cax=axes, orientation="horizontal", ticks=[-1, 0, 1]
+            ScalarMappable(Normalize(-1, 1), colour_map()), cax=axes, orientation="horizontal", ticks=[-1, 0, 1]
         )
-        bar.ax.set_xticklabels(["against", "0", "for the phrase"], fontsize=_FONT_PT - 1)
+        bar.ax.set_xticklabels(["against", "0", "for the phrase"], fontsize=FONT_PT - 1)
         bar.outline.set_linewidth(0.5)
         note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
-        if _text_width(note) > self.width - 2 * _GAP:
+        if text_width(note) > self.width - 2 * GAP:
             note = "relative to each map's largest (○); yellow: box"
-        self.text(note, (self.width / 2, self.height - 24), ha="center", fontsize=_FONT_PT - 1, color="0.35")
-
-    def _rectangle(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
-        return x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One line of a wrapped caption, and the parts of it that are highlighted."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-
-def _wrap(caption: str, spans: Sequence[tuple[int, int]], width: float) -> list[_Line]:
-    """Break a caption at blanks (a word wider than the line anywhere), so that each line is at most `width` pixels."""
-    text = _printable(caption)
-    breaks, start = [0], 0
-    while _text_width(text[start:]) > width:
-        # Bisection, since the measured width grows with the number of characters.
-        low, high = start + 1, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if _text_width(text[start:middle]) <= width else (low, middle - 1)
-        blank = text.rfind(" ", start + 1, low + 1)
-        start = blank + 1 if blank > 0 else low
-        breaks.append(start)
-    lines = []
-    for begin, end in pairwise([*breaks, len(text)]):
-        line = text[begin:end].rstrip()
-        inside = [(max(first - begin, 0), min(last - begin, len(line))) for first, last in spans]
-        lines.append(_Line(line, tuple((first, last) for first, last in inside if first < last)))
-    return lines
-
-
-@cache
-def _ruler() -> Any:
-    canvas: Any = FigureCanvasAgg(Figure(dpi=DPI))
-    return canvas.get_renderer()
-
-
-def _text_width(text: str) -> float:
-    """Pixels that a text takes at `_FONT_PT`."""
-    return float(_ruler().get_text_width_height_descent(text, FontProperties(size=_FONT_PT), ismath=False)[0])
-
-
-def _printable(text: str) -> str:
-    """The text with line breaks and what no font can draw replaced one for one, so that character spans still hold."""
-    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+        self.text(note, (self.width / 2, self.height - 24), ha="center", fontsize=FONT_PT - 1, color="0.35")
 
 
 def _checked_image(image: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -459,7 +370,8 @@ def _checked_image(image: NDArray[np.floating]) -> NDArray[np.float32]:
     return image
 
 
-def _to_uint8(image: NDArray[np.float32]) -> NDArray[np.uint8]:
+def to_uint8(image: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Values in [0, 1] as bytes 0 to 255."""
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -469,20 +381,20 @@ def _muted(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(0.2 + 0.8 * (0.875 * grey + 0.125 * image), 0, 1)
 
 
-def _tinted(image: NDArray[np.float32], scaled: NDArray[np.float32]) -> NDArray[np.float32]:
+def tinted(image: NDArray[np.float32], scaled: NDArray[np.float32]) -> NDArray[np.float32]:
     """Blend [..., 3] with red where `scaled` [...] in [-1, 1] is positive and with blue where it is negative."""
     colour = np.where(scaled[..., None] > 0, _RED, _BLUE)
     alpha = _MOST_OPAQUE * np.abs(scaled)[..., None]
     return ((1 - alpha) * image + alpha * colour).astype(np.float32)
 
 
-def _colour_map() -> ListedColormap:
+def colour_map() -> ListedColormap:
     """What `overlay` makes of a light grey image, from the most negative to the most positive entry."""
     scaled = np.linspace(-1, 1, 201, dtype=np.float32)
-    return ListedColormap(_tinted(np.full((201, 3), 0.85, dtype=np.float32), scaled).tolist())
+    return ListedColormap(tinted(np.full((201, 3), 0.85, dtype=np.float32), scaled).tolist())
 
 
-def _outlined(picture: NDArray[np.uint8], box: Box | None) -> NDArray[np.uint8]:
+def outlined(picture: NDArray[np.uint8], box: Box | None) -> NDArray[np.uint8]:
     """Draw a box in yellow, with a dark line around it on pictures that have the room."""
     if box is None:
         return picture
@@ -510,7 +422,7 @@ def _marked(picture: NDArray[np.uint8], heat: Heat) -> NDArray[np.uint8]:
     return np.array(drawn)
 
 
-def _fitted(example: Example, side: int) -> tuple[NDArray[np.float32], Box | None]:
+def fitted(example: Example, side: int) -> tuple[NDArray[np.float32], Box | None]:
     """The image scaled so that its longer side has `side` pixels, and the box with it.
 
     Images of less than half that size are enlarged without smoothing: their pixels stay sharp squares.
@@ -520,16 +432,16 @@ def _fitted(example: Example, side: int) -> tuple[NDArray[np.float32], Box | Non
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    fitted = np.asarray(Image.fromarray(_to_uint8(image)).resize(size, method), dtype=np.float32) / np.float32(255)
+    resized = np.asarray(Image.fromarray(to_uint8(image)).resize(size, method), dtype=np.float32) / np.float32(255)
     if example.box is None:
-        return fitted, None
+        return resized, None
     across, down = size[0] / width, size[1] / height
     x0, y0, x1, y1 = example.box
-    return fitted, (x0 * across, y0 * down, x1 * across, y1 * down)
+    return resized, (x0 * across, y0 * down, x1 * across, y1 * down)
 
 
 def _sheet_width(columns: int, side: int) -> int:
-    return columns * (side + _GAP) + _GAP
+    return columns * (side + GAP) + GAP
 
 
 def _check_lengths(expected: int, **given: Sequence[object]) -> None:

@@ -1,0 +1,144 @@
+"""`explain`: pictures of what a model's similarity of an image and a caption rests on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_xai.commands.explain_entries import Session
+from lightning_xai.commands.inputs import Entry, ModelChoice, read_entries
+from lightning_xai.commands.intra_modal import compare_captions, compare_images
+from lightning_xai.commands.method_options import check_method, choose_methods
+from lightning_xai.commands.outputs import describe_model, versions
+
+if TYPE_CHECKING:
+    from lightning_xai.models import DualEncoder
+
+
+@dataclass
+class Explain:
+    """Draw which patches of an image and which words of a caption make their similarity.
+
+    Red is for the similarity, blue against it. Writes a picture (.png), every number (attribution.npz) and every
+    setting (explanation.json, which also says what the arrays are).
+
+    A phrase on the image:
+      python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"
+      --model.name ViT-B-32 --model.pretrained openai --out explained
+    Every method side by side: the same without --span, with --method all.
+    A box on the words: --box 120,40,200,180 instead of --span.
+    Many at once: --image list.csv (columns image,caption and if need be span,box), or a folder with --caption.
+
+    Attributes:
+        model: the model to explain.
+        out: folder to write to; what an earlier call wrote there is replaced.
+        image: a JPEG, PNG or WebP file; a folder of them; or a CSV list, with paths relative to itself.
+        caption: the text; for a folder, that of all its images.
+        captions: for a folder, a CSV list of image (relative to the folder), caption, span, box.
+        span: a phrase of the caption: the heat map shows where the image matches it. Where it stands several times in
+            the caption, all of them count.
+        box: x,y,width,height in pixels of the image file: the words show what matches the box.
+        other_image: a second image, compared with the first one, or with its box; no caption is needed.
+        other_caption: a second caption, compared with the first one, or with its span; no image is needed.
+        method: an attribution method, such as feature_pair; all of them with "all".
+        options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
+            that has such an option, and --options.rise.seed 1 for one of them.
+        batch_size: images of a list that are explained at a time; lower it where memory is short.
+    """
+
+    model: ModelChoice
+    out: Path
+    image: Path | None = None
+    caption: str | None = None
+    captions: Path | None = None
+    span: str | None = None
+    box: str | None = None
+    other_image: Path | None = None
+    other_caption: str | None = None
+    method: str = "feature_pair"
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+
+    def __call__(self) -> None:
+        """Explain what was asked.
+
+        Raises:
+            ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are left
+                out, counted and named instead).
+        """
+        self._check()
+        if self.other_image is not None or self.other_caption is not None:
+            self._compare()
+            return
+        entries = self._entries()
+        encoder = self.model.load()
+        chosen, missing = choose_methods(encoder, self.method, self.options)
+        for name, reason in missing.items():
+            print(f"{name} is left out: {reason}")  # noqa: T201
+        session = Session(self.out, encoder, chosen, missing, self._settings(encoder))
+        if self._is_list:
+            session.explain_list(entries, self.batch_size)
+        else:
+            session.explain_one(entries[0])
+
+    def _compare(self) -> None:
+        """Two images, or two captions."""
+        if self._is_list:
+            raise ValueError(
+                "--other-image and --other-caption compare with a single image or caption, not with a list"
+            )
+        if self.other_image is not None:
+            if self.image is None or self.span is not None:
+                raise ValueError(
+                    "--other-image compares with --image, and with its --box if one is given; not with a --span"
+                )
+            encoder = self.model.load()
+            (chosen,), _ = choose_methods(encoder, self.method, self.options)
+            compare_images(self.out, encoder, chosen, (self.image, self.other_image), self.box, self._settings(encoder))
+        if self.other_caption is not None:
+            if self.caption is None or self.box is not None:
+                raise ValueError("--other-caption compares with --caption, or with a --span of it; not with a --box")
+            encoder = self.model.load()
+            (chosen,), _ = choose_methods(encoder, self.method, self.options)
+            captions = (self.caption, self.other_caption)
+            compare_captions(self.out, encoder, chosen, captions, self.span, self._settings(encoder))
+
+    def _check(self) -> None:
+        if self.span is not None and self.box is not None:
+            raise ValueError("--span asks about words, --box about a part of the image: give one of them")
+        if self.other_image is not None and self.other_caption is not None:
+            raise ValueError("--other-image compares images, --other-caption captions: give one of them")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size has to be at least 1; got {self.batch_size}")
+        for option in ("span", "box", "other_image", "other_caption"):
+            if getattr(self, option) is not None:
+                check_method(self.method, pairs=f"--{option.replace('_', '-')}")
+        check_method(self.method)
+
+    @property
+    def _is_list(self) -> bool:
+        return self.image is not None and (self.image.is_dir() or self.image.suffix.lower() == ".csv")
+
+    def _entries(self) -> list[Entry]:
+        if self.image is None:
+            raise ValueError("give an image (--image FILE, a folder, or a CSV list)")
+        if self._is_list:
+            if self.span is not None or self.box is not None:
+                raise ValueError("a list has its spans and boxes in columns of these names: leave out --span and --box")
+            entries = read_entries(self.image, self.caption, self.captions)
+            if any(entry.span or entry.box for entry in entries):
+                check_method(self.method, pairs="a list with spans or boxes")
+            return entries
+        if self.captions is not None:
+            raise ValueError("--captions belongs to a folder of images; a single image has a --caption")
+        if self.caption is None:
+            raise ValueError(f"give the caption of {self.image} (--caption TEXT)")
+        return [Entry(self.image.stem, self.image, self.caption, self.span, self.box)]
+
+    def _settings(self, encoder: DualEncoder) -> dict[str, Any]:
+        return {
+            "command": {key: value for key, value in asdict(self).items() if value is not None},
+            "model": describe_model(self.model, encoder),
+            "versions": versions(),
+        }

@@ -1,0 +1,244 @@
+"""What commands are given on the command line: a model, images, captions, phrases and boxes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_xai.report.tables import read_csv
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lightning_xai.data import CaptionTokenizer
+    from lightning_xai.models import DualEncoder
+
+Box = tuple[float, float, float, float]
+Span = tuple[int, int]
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_COLUMNS = ("image", "caption", "span", "box")
+_MOST_OUTSIDE = 1.0  # pixels: data sets round the edges of their boxes
+
+
+class InputError(ValueError):
+    """An image, caption, phrase or box that cannot be used; in a list it is left out and counted."""
+
+
+@dataclass
+class ModelChoice:
+    """The model to use.
+
+    Attributes:
+        name: an open_clip name (ViT-B-32), a JSON model config, or a .ckpt file that fit has written.
+        pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those of the .ckpt file,
+            random ones otherwise.
+        device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.
+    """
+
+    name: str
+    pretrained: str | None = None
+    device: str | None = None
+
+    def load(self) -> DualEncoder:
+        """The model, in evaluation mode, on its device.
+
+        Raises:
+            ValueError: an unknown name, tag or device; a broken file.
+        """
+        import torch
+
+        from lightning_xai.models import load_dual_encoder
+
+        try:
+            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ValueError(f"--model.device {self.device!r} is no device; give cpu, cuda or cuda:1") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--model.device {self.device}: PyTorch finds no GPU here; leave the option out")
+        return load_dual_encoder(self.name, self.pretrained, device).eval()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image and a caption, and the part of either that is asked about.
+
+    Attributes:
+        name: names what is written for it.
+        image: the image file.
+        caption: the text.
+        span: a phrase of the caption.
+        box: `"x,y,width,height"` in pixels of the upright image file.
+    """
+
+    name: str
+    image: Path
+    caption: str
+    span: str | None = None
+    box: str | None = None
+
+
+def parse_box(text: str) -> Box:
+    """Read `"x,y,width,height"`.
+
+    Raises:
+        InputError: other than four finite numbers, or no area.
+
+    >>> parse_box("10, 20, 64, 48.5")
+    (10.0, 20.0, 64.0, 48.5)
+    """
+    try:
+        x, y, width, height = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"a box is x,y,width,height in pixels, such as 10,20,64,48; got {text!r}") from error
+    if not all(map(math.isfinite, (x, y, width, height))) or width <= 0 or height <= 0:
+        raise InputError(f"a box needs a positive width and height (x,y,width,height); got {text!r}")
+    return x, y, width, height
+
+
+def read_entries(image: Path, caption: str | None, captions: Path | None) -> list[Entry]:
+    """The entries of a CSV list, or of a folder of images.
+
+    Args:
+        image: a CSV file with the columns image and caption, and if need be span and box (empty: none); or a folder.
+        caption: the text of every image of a folder.
+        captions: instead, a CSV file as above, with paths relative to the folder.
+
+    Raises:
+        ValueError: nothing to explain, captions for what has some already, or a broken list.
+    """
+    if not image.is_dir():
+        if caption is not None or captions is not None:
+            raise ValueError(f"{image} is a list and has its own captions: leave out --caption and --captions")
+        return _listed(image, image.parent)
+    if (caption is None) == (captions is None):
+        raise ValueError(
+            f"{image} is a folder: give one --caption for all its images, or --captions FILE.csv with the columns "
+            "image,caption"
+        )
+    if captions is not None:
+        return _listed(captions, image)
+    files = sorted(path for path in image.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{image} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
+    return [Entry(_numbered(i, path), path, caption or "") for i, path in enumerate(files)]
+
+
+def _listed(path: Path, root: Path) -> list[Entry]:
+    rows = [{key.removeprefix("\ufeff"): value for key, value in row.items()} for row in read_csv(path)]
+    if not rows:
+        raise ValueError(f"{path} lists no image: give a line for each, below the header image,caption")
+    unknown, missing = rows[0].keys() - set(_COLUMNS), {"image", "caption"} - rows[0].keys()
+    if unknown or missing:
+        raise ValueError(f"{path}: expected the columns image,caption and if need be span,box; got {','.join(rows[0])}")
+    return [_from_row(i, row, root) for i, row in enumerate(rows)]
+
+
+def _from_row(number: int, row: Mapping[str, str], root: Path) -> Entry:
+    path = root / row["image"]
+    return Entry(_numbered(number, path), path, row["caption"], row.get("span") or None, row.get("box") or None)
+
+
+def _numbered(number: int, path: Path) -> str:
+    return f"{number:04d}-{path.stem}"
+
+
+def read_picture(path: Path) -> Image:
+    """Decode a JPEG, PNG or WebP file to upright RGB; no other format is ever looked into.
+
+    Raises:
+        InputError: there is no such file, or it does not decode.
+    """
+    from lightning_xai.data.sample import RecordError, read_image
+
+    try:
+        return read_image(path.read_bytes(), str(path))
+    except RecordError as error:
+        raise InputError(f"{error}; JPEG, PNG and WebP are read") from error
+    except OSError as error:
+        raise InputError(f"image {path} cannot be read ({error.strerror})") from error
+
+
+def find_phrase(caption: str, phrase: str) -> list[Span]:
+    """Every place of a phrase in a caption, as whole words, whatever their case: character spans, end exclusive.
+
+    Raises:
+        InputError: the caption does not have it.
+
+    >>> find_phrase("A dog, another dog and two dogs", "DOG")
+    [(2, 5), (15, 18)]
+    """
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    if not words:
+        raise InputError("the span is empty; give a phrase of the caption, or leave it out")
+    spans = [match.span() for match in re.finditer(rf"(?<!\w){words}(?!\w)", caption, flags=re.IGNORECASE)]
+    if not spans:
+        within = " as whole words" if re.search(words, caption, flags=re.IGNORECASE) else ""
+        raise InputError(f"the span {phrase!r} is not in the caption{within}: {caption!r}")
+    return spans
+
+
+def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str) -> tuple[list[Span], list[int]]:
+    """Where a phrase stands in a caption: character spans, and positions of their tokens.
+
+    Where it occurs several times, all of its occurrences that the model reads count.
+
+    Raises:
+        InputError: it is not in the caption, is cut off by the context length, or shares a token with other words.
+    """
+    found = [(span, _tokens_of(tokenizer, caption, span)) for span in find_phrase(caption, phrase)]
+    read = [(span, tokens) for span, tokens in found if tokens is not None]
+    if not read:
+        raise InputError(
+            f"the span {phrase!r} is cut off: the model reads {tokenizer.context_length} tokens; shorten the caption"
+        )
+    return [span for span, _ in read], [place for _, tokens in read for place in range(tokens.start, tokens.stop)]
+
+
+def _tokens_of(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice | None:
+    """The token positions of characters; None where the context length cuts them off."""
+    from lightning_xai.data.spans import SpanCutOffError, SpanError
+
+    try:
+        return tokenizer.token_span(caption, span)
+    except SpanCutOffError:
+        return None
+    except SpanError as error:
+        raise InputError(f"the span has no tokens of its own: {error}") from error
+
+
+def transformed_box(encoder: DualEncoder, box: Box, size: tuple[int, int]) -> Box:
+    """Where a box lies in what the model sees: (x0, y0, x1, y1) in its pixels.
+
+    Args:
+        encoder: the model, whose image transform resizes and crops.
+        box: (x, y, width, height) in pixels of the image file.
+        size: (width, height) of the image file.
+
+    Raises:
+        InputError: the box leaves the image, or the crop leaves nothing of it.
+    """
+    import torch
+
+    x, y, width, height = box
+    over = max(-x, -y, x + width - size[0], y + height - size[1])
+    if over > _MOST_OUTSIDE:
+        raise InputError(
+            f"the box {_plain(box)} (x,y,width,height) leaves the image, which has {size[0]} x {size[1]} pixels"
+        )
+    corners = encoder.image_transform.boxes(torch.tensor([box]), size)[0]
+    x0, y0, x1, y1 = (float(value) for value in corners)
+    if x1 <= x0 or y1 <= y0:
+        raise InputError(
+            f"nothing of the box {_plain(box)} is left of an image of {size[0]} x {size[1]} pixels after the model's "
+            f"{encoder.image_transform.resize_mode!r} resize and crop to {encoder.image_transform.size}"
+        )
+    return x0, y0, x1, y1
+
+
+def _plain(box: Box) -> str:
+    return ",".join(f"{value:g}" for value in box)

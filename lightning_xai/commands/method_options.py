@@ -1,0 +1,132 @@
+"""Attribution methods by their names, built with the options that the command line gives."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+if TYPE_CHECKING:
+    from lightning_xai.attribution import Method
+    from lightning_xai.models.encoder import TwoTowerEncoder
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class ChosenMethod:
+    """A method of a model, ready to be used.
+
+    Attributes:
+        name: as the command line knows it.
+        method: the method itself.
+        options: every option and its value, those left at their defaults included.
+    """
+
+    name: str
+    method: Method
+    options: dict[str, Any]
+
+
+def choose_methods(
+    encoder: TwoTowerEncoder, name: str, options: Mapping[str, Any]
+) -> tuple[list[ChosenMethod], dict[str, str]]:
+    """Build a method by its name, or all of them.
+
+    Args:
+        encoder: the model to explain.
+        name: of the method; `"all"` for all that serve the model.
+        options: those of the method. For all methods an option counts for each that has one of its name, and
+            `{"rise": {...}}` holds options for a single one.
+
+    Returns:
+        The methods, and the names of those that cannot serve the model with the reason.
+
+    Raises:
+        ValueError: an unknown method or option, a value of another type, or a method that cannot serve the model
+            (unless all were asked for).
+    """
+    from lightning_xai.attribution import METHODS
+    from lightning_xai.models import UnsupportedTowerError
+
+    check_method(name)
+    if name != ALL:
+        values = _resolved(name, options)
+        return [ChosenMethod(name, METHODS[name](encoder, **values), values)], {}
+    chosen, missing = [], {}
+    for each, own in _shared_out(options).items():
+        values = _resolved(each, own)
+        try:
+            chosen.append(ChosenMethod(each, METHODS[each](encoder, **values), values))
+        except UnsupportedTowerError as error:
+            missing[each] = str(error)
+    return chosen, missing
+
+
+def check_method(name: str, *, pairs: str | None = None) -> None:
+    """Raise a ValueError that lists the methods where there is none of that name.
+
+    Args:
+        name: of the method.
+        pairs: the option that needs a method that tells pairs of token and patch apart, where one was given.
+    """
+    from lightning_xai.attribution import METHODS, FeaturePairAttribution
+
+    if name != ALL and name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}, and {ALL}")
+    able = [each for each, kind in METHODS.items() if issubclass(kind, FeaturePairAttribution)]
+    if pairs is not None and name not in able:
+        raise ValueError(
+            f"{pairs} needs a method that tells pairs of words and patches apart ({', '.join(able)}); "
+            f"got --method {name}"
+        )
+
+
+def _shared_out(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each method its own part of the options."""
+    from lightning_xai.attribution import METHODS
+
+    common = {key: value for key, value in options.items() if key not in METHODS}
+    parsers = {name: _parser(name) for name in METHODS}
+    unknown = common.keys() - {key for name in METHODS for key in _names(parsers[name])}
+    if unknown:
+        raise ValueError(f"no method has the option {', '.join(sorted(unknown))}; see --method NAME --options.x 1")
+    shares = {}
+    for name, parser in parsers.items():
+        own = options.get(name, {})
+        if not isinstance(own, Mapping):
+            raise ValueError(f"--options.{name} holds options of the method {name}; got {own!r}")
+        shares[name] = {key: value for key, value in common.items() if key in _names(parser)} | dict(own)
+    return shares
+
+
+def _parser(name: str) -> ArgumentParser:
+    """Knows a method's options and their types from its signature."""
+    from lightning_xai.attribution import METHODS
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(METHODS[name], skip={"encoder"}, sub_configs=False)
+    return parser
+
+
+def _names(parser: ArgumentParser) -> list[str]:
+    return list(parser.get_defaults().as_dict())
+
+
+def _resolved(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method, with values of the right types."""
+    parser = _parser(name)
+    unknown = options.keys() - set(_names(parser))
+    if unknown:
+        raise ValueError(
+            f"{name} has no option {', '.join(sorted(map(str, unknown)))}; it has {', '.join(_names(parser))}"
+        )
+    try:
+        values: dict[str, Any] = parser.parse_object(dict(options)).as_dict()
+    except ArgumentError as error:
+        reason = " ".join(str(error).split()).removeprefix("Parser key ")
+        raise ValueError(f"--options of {name}: {reason}") from error
+    return values

@@ -1,0 +1,99 @@
+"""What commands write: arrays, settings, and captions as they are shown."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_xai.commands.inputs import ModelChoice
+from lightning_xai.report.explanation import Token
+from lightning_xai.report.tables import replaced_at_once
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_xai.data import CaptionTokenizer
+    from lightning_xai.models import DualEncoder
+
+_PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
+_NEAR = 8  # characters that a tokenizer's cleaning may have dropped between two tokens
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write plain values as JSON; a reader sees the whole file or the one before it."""
+    with replaced_at_once(path) as part:
+        part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write named arrays as .npz, likewise; none of them needs pickle."""
+    with replaced_at_once(path) as part:
+        np.savez_compressed(part, **arrays)  # type: ignore[arg-type]  # numpy's stub reads names as its own options
+
+
+def describe_model(choice: ModelChoice, encoder: DualEncoder) -> dict[str, Any]:
+    """What a record says of the model."""
+    return {
+        "name": choice.name,
+        "pretrained": choice.pretrained,
+        "device": str(next(encoder.parameters()).device),
+        "architecture": encoder.architecture["name"],
+        "image_size": list(encoder.image_transform.size),
+        "context_length": encoder.tokenizer.context_length,
+        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that compute attributions."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def numpy_of(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's values, wherever it lies."""
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array
+
+
+def shown_tokens(
+    tokenizer: CaptionTokenizer, caption: str, tokens: Tensor, marked: Sequence[int] = ()
+) -> tuple[list[int], list[Token]]:
+    """A caption's own tokens, without marks of start and end and padding: their positions, and how they are shown.
+
+    Args:
+        tokenizer: made the tokens.
+        caption: the text.
+        tokens: [L] token ids.
+        marked: positions of the phrase that is asked about.
+    """
+    own = tokenizer.content_mask(tokens[None].cpu())[0].nonzero()[:, 0].tolist()
+    strings = tokenizer.token_strings(tokens)
+    # A word piece that continues a word says so itself in some vocabularies.
+    pieces = [strings[position].removeprefix("##") for position in own]
+    joined = _joined(caption, pieces)
+    return own, [
+        Token(piece, continues, position in marked)
+        for piece, continues, position in zip(pieces, joined, own, strict=True)
+    ]
+
+
+def _joined(caption: str, pieces: Sequence[str]) -> list[bool]:
+    """For each token whether it follows the one before without a blank.
+
+    >>> _joined("Two skate-boards.", ["two", "skate", "-", "board", "s", "."])
+    [False, False, True, True, True, True]
+    """
+    text, place, joined = caption.lower(), 0, []
+    for piece in pieces:
+        piece = piece.lower()
+        found = text.find(piece, place, place + len(piece) + _NEAR)
+        joined.append(bool(piece) and 0 < place == found)
+        place = place if found < 0 else found + len(piece)
+    return joined
