@@ -1,0 +1,228 @@
+"""Attention relevance: attention weighted by its gradient, carried through the blocks of both towers.
+
+Chefer, Gur and Wolf, "Generic Attention-Model Explainability for Interpreting Bi-Modal and Encoder-Decoder
+Transformers" (2021), Eqs. 5 and 6, as their CLIP notebook applies them: from R = I, each block adds
+
+    R <- R + mean_h(relu(A * d logit / dA)) R,      logit = exp(logit_scale) * cosine,
+
+and the map is the row of R that the embedding is read from. No other row is needed, so the product is taken from its
+last factor: one row times a matrix for each block, never a matrix times a matrix.
+
+Shape suffixes: B pairs, h heads, Q queries, T tokens run (keys), L caption tokens as given, e width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, multi_head_attention_forward, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.split import Split, UnsupportedTowerError, differentiable
+
+OTHER_METHODS = "FeaturePairAttribution, M2IB, GradCAM, Saliency, IntegratedGradients, KernelSHAP or RISE"
+
+
+class AttentionRelevance(Method):
+    """Relevance of patches and tokens by attention times its gradient (Chefer et al. 2021, Eqs. 5 and 6).
+
+    The image map is the row of R of the position that the embedding is read from (CLS), without CLS and registers;
+    where a tower averages, the mean row of the tokens that it averages. The pooling attention of a tower that has one
+    (SigLIP, CoCa) is one more step: its query is no token of its own, so `R <- mean_h(relu(A * dA)) R`, and the
+    query's row is read. The text map is the row of the token that is read (end of text, CLS, the last), zero for the
+    marks of start and end and for padding. Maps are not negative and larger is more; they have no unit.
+
+    Args:
+        encoder: the dual encoder to explain; both towers have to be transformers.
+        start_layer: the first block of the product, in both towers. -1, as in the notebook, is the last block alone;
+            0 is all of them, for which gradients run through the whole towers.
+        internal_batch_size: pairs computed at a time, None for all; bounds memory, changes no number.
+
+    Raises:
+        UnsupportedTowerError: a tower without self-attention over one sequence of tokens (ResNet, ConvNeXt, Swin), or
+            whose blocks do not call PyTorch's `scaled_dot_product_attention` once each.
+        ValueError: no such layer.
+    """
+
+    def __init__(
+        self, encoder: TwoTowerEncoder, *, start_layer: int = -1, internal_batch_size: int | None = None
+    ) -> None:
+        super().__init__(encoder, internal_batch_size=internal_batch_size)
+        self._image_split, self._text_split = encoder.split_image(start_layer), encoder.split_text(start_layer)
+        self._image = _Tower("image", self._image_split, encoder.split_image(-1))
+        self._text = _Tower("text", self._text_split, encoder.split_text(-1))
+        weight = next(encoder.parameters())
+        with differentiable(encoder):
+            # Refuse what cannot be served now, not after an hour of other methods.
+            self._image.run(weight.new_zeros(1, *encoder.image_shape))
+            self._text.run(encoder.tokenizer.padding_caption()[None].to(weight.device))
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        return Attribution.concatenate(
+            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
+        )
+
+    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
+        image, text = self._image.run(images), self._text.run(tokens)
+        similarity_B = cosine_similarity(image.embedding_BK, text.embedding_BK, dim=1)
+        logits_B = self.encoder.logit_scale.exp() * similarity_B
+        # Attentions of different pairs do not meet, so one backward pass of the sum serves the whole batch.
+        nodes = [*image.attentions, *text.attentions]
+        gradients = torch.autograd.grad(logits_B.sum(), nodes)
+        image_BT = self._image.relevance(image, gradients[: len(image.attentions)])
+        text_BT = self._text.relevance(text, gradients[len(image.attentions) :])
+        own = self.encoder.tokenizer.content_mask(tokens) & self._text_split.visible(tokens)
+        return Attribution(
+            image=self._image_split.on_grid(image_BT),
+            text=self._text_split.on_caption(text_BT, tokens.shape[1]) * own,
+            similarity=similarity_B.detach(),
+        )
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What a tower's forward pass leaves for its relevance.
+
+    Attributes:
+        inputs: images or token ids.
+        hidden_BTD: the input of the first block of the product.
+        embedding_BK: with its graph back to `attentions`.
+        attentions: probabilities [B, h, Q, T] of each attention that ran, in order; nodes of the graph.
+    """
+
+    inputs: Tensor
+    hidden_BTD: Tensor
+    embedding_BK: Tensor
+    attentions: list[Tensor]
+
+
+class _Tower:
+    """One tower from the first block of the product on; `last` is the same tower, cut at its last block."""
+
+    def __init__(self, name: str, split: Split, last: Split) -> None:
+        self._name, self._split, self._last = name, split, last
+        self._blocks = last.layer - split.layer + 1
+
+    def run(self, inputs: Tensor) -> _Forward:
+        """The embeddings of images or token ids, with the graph that relevance needs, and none before.
+
+        Raises:
+            UnsupportedTowerError: its blocks do not attend over one sequence of tokens, or not so that it can be seen.
+        """
+        with torch.no_grad():
+            hidden = self._split.stem(inputs)
+        if hidden.ndim == 4:
+            raise self._unsupported("passes on feature maps, without self-attention over one sequence of tokens")
+        attentions: list[Tensor] = []
+        # What attends behind the last block is a pool. A last block that is not called as a whole has none behind it.
+        in_blocks: list[int] = []
+        assert self._last.block is not None, "only feature maps can be cut at a head without a module"
+        handle = self._last.block.register_forward_hook(lambda *_: in_blocks.append(len(attentions)))
+        try:
+            with _AttentionReplaced(_recording(attentions)):
+                embedding_BK = self._split.tail(hidden, inputs)
+        finally:
+            handle.remove()
+        if (in_blocks or [len(attentions)]) != [self._blocks]:
+            raise self._unsupported(
+                "does not call scaled_dot_product_attention, whose probabilities are needed, once in each block"
+            )
+        return _Forward(inputs, hidden, embedding_BK, attentions)
+
+    def relevance(self, forward: _Forward, gradients: Sequence[Tensor]) -> Tensor:
+        """The row of R that the embedding is read from [B, T], given d logit / dA for each attention that ran."""
+        # Queries that the embedding does not read have no gradient at all. Several are read where they are averaged.
+        read_BQ = gradients[-1].ne(0).any(dim=3).any(dim=1).to(forward.embedding_BK)
+        row = read_BQ / read_BQ.sum(dim=1, keepdim=True).clamp(min=1)
+        for number in reversed(range(len(gradients))):
+            step_BQT = (forward.attentions[number].detach() * gradients[number]).relu().mean(dim=1)
+            passed_BT = (row.unsqueeze(1) @ step_BQT).squeeze(1)
+            is_pool = number >= self._blocks
+            if is_pool:
+                row = passed_BT
+            elif row.shape == passed_BT.shape:
+                row = row + passed_BT
+            else:
+                row = self._position_read(forward) + passed_BT
+        return row
+
+    def _position_read(self, forward: _Forward) -> Tensor:
+        """One at the token whose query was the only one that the last block computed, else zero: [B, T].
+
+        With the result of attention taken as a constant, a token reaches the embedding by its own residual connection
+        or not at all, so that the gradient is zero for all tokens but the one that is read.
+        """
+
+        def constant(*args: Any, **keywords: Any) -> Tensor:
+            return scaled_dot_product_attention(*args, **keywords).detach()
+
+        hidden = forward.hidden_BTD.detach().requires_grad_()
+        with _AttentionReplaced(constant):
+            # One number of the embedding is enough; their sum may be constant behind a layer norm.
+            component_B = self._last.tail(hidden, forward.inputs)[:, 0]
+        (gradient_BTD,) = torch.autograd.grad(component_B.sum(), hidden)
+        return gradient_BTD.ne(0).any(dim=2).to(hidden)
+
+    def _unsupported(self, reason: str) -> UnsupportedTowerError:
+        return UnsupportedTowerError(
+            f"AttentionRelevance cannot explain this {self._name} tower: {type(self._last).__name__} {reason}; "
+            f"use {OTHER_METHODS}"
+        )
+
+
+class _AttentionReplaced(TorchFunctionMode):
+    """Inside, `scaled_dot_product_attention` is another function, whoever calls it; nothing is patched."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._attend = attend
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is scaled_dot_product_attention:
+            func = self._attend
+        elif func is multi_head_attention_forward:
+            # PyTorch offers this function as a whole only, and its body runs with the mode off. Run the same code with
+            # the other meaning of the name that it calls.
+            meanings = {**func.__globals__, scaled_dot_product_attention.__name__: self._attend}
+            func = FunctionType(func.__code__, meanings, func.__name__, func.__defaults__, func.__closure__)
+        return func(*args, **(kwargs or {}))
+
+
+def _recording(attentions: list[Tensor]) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` written out, which appends its probabilities [B, h, Q, T] to a list."""
+
+    def attend(
+        query_BhQe: Tensor,
+        key_BhTe: Tensor,
+        value_BhTe: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        assert dropout_p == 0.0, "towers are explained in evaluation mode"
+        scale = query_BhQe.shape[3] ** -0.5 if scale is None else scale
+        scores_BhQT = query_BhQe @ key_BhTe.mT * scale
+        if is_causal:
+            attn_mask = torch.ones_like(scores_BhQT[0, 0], dtype=torch.bool).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores_BhQT = scores_BhQT.masked_fill(~attn_mask, float("-inf"))
+        elif attn_mask is not None:
+            scores_BhQT = scores_BhQT + attn_mask
+        probabilities_BhQT = scores_BhQT.softmax(dim=3)
+        if not probabilities_BhQT.requires_grad:
+            # The first of the tower: no graph leads up to it, and none is needed.
+            probabilities_BhQT.requires_grad_()
+        attentions.append(probabilities_BhQT)
+        return probabilities_BhQT @ value_BhTe
+
+    return attend

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, TEXT, randomised
+from inputs import random_pairs
+from timm.models import register_model
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lightning_xai.attribution.attention_relevance import AttentionRelevance, _AttentionReplaced, _recording
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
+
+VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
+SIGLIP: dict[str, Any] = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160}
+
+# Every way that an embedding is read: of images by CLS, average, and pools of one or several queries; of text at its
+# end, its start and the last place, under the causal mask and without one.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "cls": ARCHITECTURES["vit"],
+    "quick_gelu": ARCHITECTURES["vit_layer_scale_quick_gelu"],
+    "average": ARCHITECTURES["vit_average_pool"],
+    "query_norm": ARCHITECTURES["vit_custom_block"],
+    "not_causal_last": {
+        "embed_dim": 24,
+        "vision_cfg": VIT | {"image_size": [32, 48]},
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last"},
+    },
+    "not_causal_first": {
+        "embed_dim": 32,
+        "vision_cfg": VIT,
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "first", "proj_type": "none"},
+    },
+    "not_causal_end": {"embed_dim": 24, "vision_cfg": VIT, "text_cfg": TEXT | {"no_causal_mask": True}},
+    "pooled_by_queries": {
+        "embed_dim": 24,
+        "vision_cfg": VIT | {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 17},
+        "text_cfg": TEXT,
+    },
+    "averaged_queries": {
+        "embed_dim": 24,
+        "vision_cfg": VIT
+        | {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "pool_type": "avg"},
+        "text_cfg": TEXT,
+    },
+    "siglip": {"embed_dim": 96, "vision_cfg": SIGLIP, "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last"}},
+    "timm_average": {
+        "embed_dim": 24,
+        "vision_cfg": SIGLIP | {"timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+        "text_cfg": TEXT,
+    },
+    "coca_text": {
+        "embed_dim": 24,
+        "custom_text": True,
+        "vision_cfg": VIT,
+        "text_cfg": TEXT | {"embed_cls": True},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
+    """Encoders in float64 that the tests of this file share, so they must not change them."""
+    made: dict[str, DualEncoder] = {}
+
+    def get(name: str) -> DualEncoder:
+        if name not in made:
+            path = tmp_path_factory.mktemp(name) / "model.json"
+            path.write_text(json.dumps(CONFIGS[name]))
+            torch.manual_seed(0)
+            made[name] = randomised(load_dual_encoder(path)).double().eval()
+        return made[name]
+
+    return get
+
+
+# The literal version: every attention of the whole towers is written out and kept, then multiplied as in Eq. 6.
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None, kept: list[Any]) -> Any:
+    """Softmax attention of projected [1, Q, D] and [1, T, D], head by head, in so many words."""
+    context, probabilities = [], []
+    for q, k, v in zip(*(x[0].chunk(heads, dim=1) for x in (query, key, value)), strict=True):
+        scores = q @ k.T / q.shape[1] ** 0.5
+        probabilities.append(torch.softmax(scores if mask is None else scores + mask, dim=1).requires_grad_())
+        context.append(probabilities[-1] @ v)
+    kept.append(probabilities)
+    return torch.cat(context, dim=1)[None]
+
+
+def with_plain_attention(module: Any, kept: list[Any]) -> Callable[..., Any] | None:
+    """The forward pass of an attention of open_clip or timm, written out; None for other modules."""
+
+    def multi_head(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
+        if module.in_proj_weight is None:
+            weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        else:
+            weights = module.in_proj_weight.chunk(3)
+        query, key, value = (
+            x @ weight.T + bias
+            for x, weight, bias in zip((query, key, value), weights, module.in_proj_bias.chunk(3), strict=True)
+        )
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask[0]  # the same for every head of the one caption
+        return module.out_proj(plain_attention(query, key, value, module.num_heads, attn_mask, kept)), None
+
+    def open_clip_own(x: Tensor, attn_mask: Tensor | None = None) -> Any:
+        def normed(part: Tensor, norm: Any) -> Tensor:
+            return torch.cat([norm(head) for head in part.chunk(module.num_heads, dim=2)], dim=2)
+
+        query, key, value = (x @ module.in_proj_weight.T + module.in_proj_bias).chunk(3, dim=2)
+        query, key = normed(query, module.ln_q), normed(key, module.ln_k)
+        return module.out_proj(module.ln_inner(plain_attention(query, key, value, module.num_heads, attn_mask, kept)))
+
+    def timm_block(x: Tensor, *_: Any, **__: Any) -> Any:
+        query, key, value = module.qkv(x).chunk(3, dim=2)
+        return module.proj(plain_attention(query, key, value, module.num_heads, None, kept))
+
+    def timm_pool(x: Tensor, *_: Any) -> Any:
+        key, value = module.kv(x).chunk(2, dim=2)
+        x = module.proj(plain_attention(module.q(module.latent), key, value, module.num_heads, None, kept))
+        return (x + module.mlp(module.norm(x)))[:, 0]
+
+    written_out: dict[str, Callable[..., Any]] = {
+        "MultiheadAttention": multi_head,
+        "transformer.Attention": open_clip_own,
+        "attention.Attention": timm_block,
+        "AttentionPoolLatent": timm_pool,
+    }
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    return next((forward for end, forward in written_out.items() if name.endswith(end)), None)
+
+
+def literal(
+    encoder: DualEncoder, tower: str, image: Tensor, tokens: Tensor, start: int, read: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Row of R that is read [T], of one pair: full attention matrices of all blocks, full products."""
+    model: Any = encoder.model
+    kept: list[list[Tensor]] = []
+    text = model.text if hasattr(model, "text") else model.transformer
+    module = model.visual if tower == "image" else text
+    patched = [part for part in module.modules() if with_plain_attention(part, kept) is not None]
+    for part in patched:
+        part.forward = with_plain_attention(part, kept)
+    try:
+        embedding = model.encode_image(image[None]) if tower == "image" else model.encode_text(tokens[None])
+    finally:
+        for part in patched:
+            del part.forward
+    with torch.no_grad():
+        other = model.encode_text(tokens[None]) if tower == "image" else model.encode_image(image[None])
+    logit = model.logit_scale.exp() * torch.cosine_similarity(embedding, other).sum()
+    relevance = torch.eye(kept[0][0].shape[1], dtype=torch.float64)
+    depth = len([part for part in module.modules() if type(part).__name__ in BLOCKS])
+    for number, heads in enumerate(kept):
+        gradients = torch.autograd.grad(logit, heads, retain_graph=True)
+        if number < range(depth)[start]:
+            continue
+        step = torch.stack([(a * g).clamp(min=0) for a, g in zip(heads, gradients, strict=True)]).mean(dim=0)
+        relevance = relevance + step @ relevance if number < depth else step @ relevance
+    return read(relevance).detach()
+
+
+BLOCKS = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block")
+FIRST: Callable[[Tensor], Tensor] = lambda rows: rows[0]  # noqa: E731
+READ_IMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "average": lambda rows: rows[1:].mean(dim=0),  # open_clip averages without CLS
+    "timm_average": lambda rows: rows[1:].mean(dim=0),
+    "averaged_queries": lambda rows: rows[1:].mean(dim=0),
+}
+READ_TEXT: dict[str, Callable[[Tensor], Tensor]] = {
+    "average": lambda rows: rows[-1],
+    "not_causal_last": lambda rows: rows[-1],
+    "siglip": lambda rows: rows[-1],
+    "not_causal_first": FIRST,
+    "coca_text": lambda rows: rows[-1, :-1],  # the class token stands behind the caption
+}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_xai.attribution.base.ConstantMapWarning")
+@pytest.mark.parametrize(("name", "start"), [*((name, start) for name in CONFIGS for start in (-1, 0)), ("cls", 1)])
+def test_agrees_with_the_literal_product_over_stored_attention(
+    name: str, start: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    images, tokens = random_pairs(encoder)
+    result = AttentionRelevance(encoder, start_layer=start).attribute(images, tokens)
+    patches = result.image[0].numel()
+    for row, end in enumerate(tokens.argmax(dim=1).tolist()):
+        pair = (images[row], tokens[row], start)
+        expected = literal(encoder, "image", *pair, READ_IMAGE.get(name, FIRST))[-patches:]
+        torch.testing.assert_close(result.image[row].flatten(), expected, rtol=1e-8, atol=1e-13)
+
+        expected = literal(encoder, "text", *pair, READ_TEXT.get(name, itemgetter(end)))
+        torch.testing.assert_close(result.text[row, 1:end], expected[1:end], rtol=1e-8, atol=1e-13)
+        assert not result.text[row, 0]
+        assert not result.text[row, end:].any()
+    for part in (result.image, result.text):
+        assert part.min() >= 0
+        assert part.max() > 1e-4
+
+
+def test_the_gradient_is_of_the_cosine_times_the_logit_scale(encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of("cls")
+    images, tokens = random_pairs(encoder)
+    before = AttentionRelevance(encoder).attribute(images, tokens)
+    kept = encoder.logit_scale.detach().clone()
+    try:
+        with torch.no_grad():
+            encoder.logit_scale.add_(1.0)
+        after = AttentionRelevance(encoder).attribute(images, tokens)
+    finally:
+        with torch.no_grad():
+            encoder.logit_scale.copy_(kept)
+    torch.testing.assert_close(after.image, before.image * torch.e)
+    torch.testing.assert_close(after.text, before.text * torch.e)
+    torch.testing.assert_close(after.similarity, before.similarity)
+
+
+@pytest.mark.parametrize("name", ["siglip", "not_causal_last", "coca_text"])
+def test_pairs_are_explained_alike_together_and_one_at_a_time(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    images, tokens = random_pairs(encoder)
+    together = AttentionRelevance(encoder, start_layer=0).attribute(images, tokens)
+    alone = AttentionRelevance(encoder, start_layer=0, internal_batch_size=1).attribute(images, tokens)
+    torch.testing.assert_close(alone.image, together.image, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(alone.text, together.text, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(("start", "with_graph"), [(-1, 0), (1, 1), (0, 2)])
+def test_blocks_before_the_first_of_the_product_run_without_graph(
+    start: int, with_graph: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of("cls")
+    visual: Any = encoder.model.visual
+    method = AttentionRelevance(encoder, start_layer=start)
+    seen: list[bool] = []
+    # The last block is not called as a whole: only the one row that is read is computed.
+    handles = [
+        block.register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
+        for block in visual.transformer.resblocks
+    ]
+    method.attribute(*random_pairs(encoder))
+    for handle in handles:
+        handle.remove()
+    assert seen == [False] * (2 - with_graph) + [True] * with_graph
+
+
+def tiny_swin(pretrained: bool = False, num_classes: int = 0, img_size: int = 64, **_: Any) -> nn.Module:
+    model: Any = SwinTransformer(
+        img_size, 4, num_classes=num_classes, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4
+    )
+    model.default_cfg = {}
+    swin: nn.Module = model
+    return swin
+
+
+register_model(tiny_swin)
+
+
+def vision(name: str) -> dict[str, Any]:
+    config = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
+    return {"embed_dim": 24, "vision_cfg": config, "text_cfg": TEXT}
+
+
+@pytest.mark.parametrize("config", [ARCHITECTURES["resnet"], vision("test_convnext"), vision("tiny_swin")], ids=str)
+def test_a_tower_of_feature_maps_is_refused_with_the_methods_that_can_serve_it(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(config))
+    encoder = load_dual_encoder(path)
+    with pytest.raises(UnsupportedTowerError, match=r"image tower.*feature maps.*GradCAM") as error:
+        AttentionRelevance(encoder)
+    others = ("Saliency", "IntegratedGradients", "KernelSHAP", "RISE", "M2IB", "FeaturePairAttribution")
+    assert all(other in str(error.value) for other in others)
+
+
+def test_attention_that_is_computed_by_other_means_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(CONFIGS["siglip"]))
+    encoder = load_dual_encoder(path)
+    visual: Any = encoder.model.visual
+    AttentionRelevance(encoder)
+    visual.trunk.blocks[1].attn.fused_attn = False
+    with pytest.raises(UnsupportedTowerError, match=r"scaled_dot_product_attention.*once in each block; use .*GradCAM"):
+        AttentionRelevance(encoder, start_layer=0)
+
+
+def test_a_layer_that_does_not_exist_is_an_error_in_words(encoder_of: Callable[[str], DualEncoder]) -> None:
+    with pytest.raises(ValueError, match="image tower has layers 0 to 2"):
+        AttentionRelevance(encoder_of("cls"), start_layer=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.7},
+        {"attn_mask": torch.tensor([[True, False, True, True, False]]).expand(5, 5)},
+        {"attn_mask": torch.full((5, 5), float("-inf")).triu(1)},
+        {"attn_mask": torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(1)).double()},
+    ],
+    ids=str,
+)
+def test_attention_written_out_is_pytorchs_own(options: dict[str, Any]) -> None:
+    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0)).double()
+    expected = scaled_dot_product_attention(query, key, value, **options)
+    kept: list[Tensor] = []
+    with _AttentionReplaced(_recording(kept)):
+        torch.testing.assert_close(scaled_dot_product_attention(query, key, value, **options), expected)
+    torch.testing.assert_close(kept[0] @ value, expected)
+    torch.testing.assert_close(kept[0].sum(dim=3), torch.ones(2, 4, 5).double())
+
+
+def test_attention_is_replaced_inside_multi_head_attention_and_nowhere_else() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    hidden = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).double()
+    expected = attention(hidden, hidden, hidden, need_weights=False)[0]
+    kept: list[Tensor] = []
+    with _AttentionReplaced(_recording(kept)):
+        torch.testing.assert_close(attention(hidden, hidden, hidden, need_weights=False)[0], expected)
+    assert [probabilities.shape for probabilities in kept] == [(2, 2, 5, 5)]
+    with pytest.raises(AssertionError), _AttentionReplaced(_recording(kept)):
+        attention(hidden[:, :, :7], hidden, hidden)
+    torch.testing.assert_close(attention(hidden, hidden, hidden, need_weights=False)[0], expected)
+    assert len(kept) == 1
