@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_xai.commands import Explain, export, prepare_coco_shards, prepare_shapes_shards
-
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a help text or a mistyped command is not worth.
     from lightning.pytorch.cli import LightningCLI
@@ -42,11 +40,7 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-_COMMANDS: dict[str, Any] = {
-    "prepare": {"shapes": prepare_shapes_shards, "coco": prepare_coco_shards},
-    "export": export,
-    "explain": Explain,
-}
+_COMMANDS = ("prepare", "export", "explain")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -98,6 +92,21 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     )
 
 
+def _command(name: str) -> Any:
+    """The function, the functions by their names, or the class of options behind a command."""
+    if name == "prepare":
+        from lightning_xai.commands.prepare import prepare_coco_shards, prepare_shapes_shards
+
+        return {"shapes": prepare_shapes_shards, "coco": prepare_coco_shards}
+    if name == "export":
+        from lightning_xai.commands.export import export
+
+        return export
+    from lightning_xai.commands.explain import Explain
+
+    return Explain
+
+
 def _run_command(name: str, arguments: list[str]) -> None:
     from jsonargparse import DefaultHelpFormatter, auto_cli
 
@@ -107,7 +116,7 @@ def _run_command(name: str, arguments: list[str]) -> None:
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             return text
 
-    command = _COMMANDS[name]
+    command = _command(name)
     more: dict[str, Any] = {}
     if isinstance(command, type):
         # Parsers show the first line of a docstring alone.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_xai.commands.explain_entries import Session
-from lightning_xai.commands.inputs import Entry, ModelChoice, read_entries
+from lightning_xai.commands.inputs import Entry, load_model, read_entries
 from lightning_xai.commands.intra_modal import compare_captions, compare_images
 from lightning_xai.commands.method_options import check_method, choose_methods
-from lightning_xai.commands.outputs import describe_model, versions
-
-if TYPE_CHECKING:
-    from lightning_xai.models import DualEncoder
+from lightning_xai.commands.model_choice import ModelChoice
+from lightning_xai.commands.outputs import describe
 
 
 @dataclass
@@ -68,77 +66,73 @@ class Explain:
                 out, counted and named instead).
         """
         self._check()
-        if self.other_image is not None or self.other_caption is not None:
-            self._compare()
-            return
-        entries = self._entries()
-        encoder = self.model.load()
+        entries = [] if self._compares else self._entries()
+        encoder = load_model(self.model)
         chosen, missing = choose_methods(encoder, self.method, self.options)
-        for name, reason in missing.items():
-            print(f"{name} is left out: {reason}")  # noqa: T201
-        session = Session(self.out, encoder, chosen, missing, self._settings(encoder))
-        if self._is_list:
-            session.explain_list(entries, self.batch_size)
+        settings = describe(asdict(self), self.model, encoder)
+        if self.image is not None and self.other_image is not None:
+            compare_images(self.out, encoder, chosen[0], (self.image, self.other_image), self.box, settings)
+        elif self.caption is not None and self.other_caption is not None:
+            compare_captions(self.out, encoder, chosen[0], (self.caption, self.other_caption), self.span, settings)
         else:
-            session.explain_one(entries[0])
+            for name, reason in missing.items():
+                print(f"{name} is left out: {reason}")  # noqa: T201
+            session = Session(self.out, encoder, chosen, missing, settings)
+            if self._is_list:
+                session.explain_list(entries, self.batch_size)
+            else:
+                session.explain_one(entries[0])
 
-    def _compare(self) -> None:
-        """Two images, or two captions."""
-        if self._is_list:
-            raise ValueError(
-                "--other-image and --other-caption compare with a single image or caption, not with a list"
-            )
-        if self.other_image is not None:
-            if self.image is None or self.span is not None:
-                raise ValueError(
-                    "--other-image compares with --image, and with its --box if one is given; not with a --span"
-                )
-            encoder = self.model.load()
-            (chosen,), _ = choose_methods(encoder, self.method, self.options)
-            compare_images(self.out, encoder, chosen, (self.image, self.other_image), self.box, self._settings(encoder))
-        if self.other_caption is not None:
-            if self.caption is None or self.box is not None:
-                raise ValueError("--other-caption compares with --caption, or with a --span of it; not with a --box")
-            encoder = self.model.load()
-            (chosen,), _ = choose_methods(encoder, self.method, self.options)
-            captions = (self.caption, self.other_caption)
-            compare_captions(self.out, encoder, chosen, captions, self.span, self._settings(encoder))
-
-    def _check(self) -> None:
-        if self.span is not None and self.box is not None:
-            raise ValueError("--span asks about words, --box about a part of the image: give one of them")
-        if self.other_image is not None and self.other_caption is not None:
-            raise ValueError("--other-image compares images, --other-caption captions: give one of them")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size has to be at least 1; got {self.batch_size}")
-        for option in ("span", "box", "other_image", "other_caption"):
-            if getattr(self, option) is not None:
-                check_method(self.method, pairs=f"--{option.replace('_', '-')}")
-        check_method(self.method)
+    @property
+    def _compares(self) -> bool:
+        """Whether two inputs of one kind are asked about."""
+        return self.other_image is not None or self.other_caption is not None
 
     @property
     def _is_list(self) -> bool:
         return self.image is not None and (self.image.is_dir() or self.image.suffix.lower() == ".csv")
 
+    def _check(self) -> None:
+        """Raise a ValueError where settings exclude each other: before the model is loaded, which takes a while."""
+        spans, boxes = self.span is not None, self.box is not None
+        conflicts = {
+            "--span asks about words, --box about a part of the image: give one of them": spans and boxes,
+            "--other-image compares images, --other-caption captions: give one of them": (
+                self.other_image is not None and self.other_caption is not None
+            ),
+            "--other-image and --other-caption compare with a single image or caption, not with many": (
+                self._compares and self._is_list
+            ),
+            "--other-image compares with --image, or with a --box of it; a --span has no place there": (
+                self.other_image is not None and (self.image is None or spans)
+            ),
+            "--other-caption compares with --caption, or with a --span of it; a --box has no place there": (
+                self.other_caption is not None and (self.caption is None or boxes)
+            ),
+            f"--batch-size has to be at least 1; got {self.batch_size}": self.batch_size < 1,
+        }
+        for message, wrong in conflicts.items():
+            if wrong:
+                raise ValueError(message)
+        for path in (self.image, self.captions, self.other_image):
+            if path is not None and not path.exists():
+                raise ValueError(f"{path} does not exist")
+        for option in ("span", "box", "other_image", "other_caption"):
+            if getattr(self, option) is not None:
+                check_method(self.method, pairs=f"--{option.replace('_', '-')}")
+        check_method(self.method)
+
     def _entries(self) -> list[Entry]:
+        """What is to be explained, image by image."""
         if self.image is None:
             raise ValueError("give an image (--image FILE, a folder, or a CSV list)")
-        if self._is_list:
-            if self.span is not None or self.box is not None:
-                raise ValueError("a list has its spans and boxes in columns of these names: leave out --span and --box")
-            entries = read_entries(self.image, self.caption, self.captions)
-            if any(entry.span or entry.box for entry in entries):
-                check_method(self.method, pairs="a list with spans or boxes")
-            return entries
-        if self.captions is not None:
-            raise ValueError("--captions belongs to a folder of images; a single image has a --caption")
-        if self.caption is None:
-            raise ValueError(f"give the caption of {self.image} (--caption TEXT)")
-        return [Entry(self.image.stem, self.image, self.caption, self.span, self.box)]
-
-    def _settings(self, encoder: DualEncoder) -> dict[str, Any]:
-        return {
-            "command": {key: value for key, value in asdict(self).items() if value is not None},
-            "model": describe_model(self.model, encoder),
-            "versions": versions(),
-        }
+        if not self._is_list:
+            if self.captions is not None or self.caption is None:
+                raise ValueError(f"{self.image} is a single image: give its caption (--caption TEXT)")
+            return [Entry(self.image.stem, self.image, self.caption, self.span, self.box)]
+        if self.span is not None or self.box is not None:
+            raise ValueError("a list has its spans and boxes in columns of these names: leave out --span and --box")
+        entries = read_entries(self.image, self.caption, self.captions)
+        if any(entry.span or entry.box for entry in entries):
+            check_method(self.method, pairs="a list with spans or boxes")
+        return entries

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.tables import read_csv
 
 if TYPE_CHECKING:
@@ -29,40 +30,6 @@ class InputError(ValueError):
     """An image, caption, phrase or box that cannot be used; in a list it is left out and counted."""
 
 
-@dataclass
-class ModelChoice:
-    """The model to use.
-
-    Attributes:
-        name: an open_clip name (ViT-B-32), a JSON model config, or a .ckpt file that fit has written.
-        pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those of the .ckpt file,
-            random ones otherwise.
-        device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.
-    """
-
-    name: str
-    pretrained: str | None = None
-    device: str | None = None
-
-    def load(self) -> DualEncoder:
-        """The model, in evaluation mode, on its device.
-
-        Raises:
-            ValueError: an unknown name, tag or device; a broken file.
-        """
-        import torch
-
-        from lightning_xai.models import load_dual_encoder
-
-        try:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError as error:
-            raise ValueError(f"--model.device {self.device!r} is no device; give cpu, cuda or cuda:1") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--model.device {self.device}: PyTorch finds no GPU here; leave the option out")
-        return load_dual_encoder(self.name, self.pretrained, device).eval()
-
-
 @dataclass(frozen=True)
 class Entry:
     """An image and a caption, and the part of either that is asked about.
@@ -80,6 +47,25 @@ class Entry:
     caption: str
     span: str | None = None
     box: str | None = None
+
+
+def load_model(choice: ModelChoice) -> DualEncoder:
+    """The chosen model, in evaluation mode, on its device.
+
+    Raises:
+        ValueError: an unknown name, tag or device; a broken file.
+    """
+    import torch
+
+    from lightning_xai.models import load_dual_encoder
+
+    try:
+        device = torch.device(choice.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"{choice.device!r} is no device; give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"PyTorch finds no GPU for the device {choice.device}; leave it out, or give cpu")
+    return load_dual_encoder(choice.name, choice.pretrained, device).eval()
 
 
 def parse_box(text: str) -> Box:

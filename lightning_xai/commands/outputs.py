@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_xai.commands.inputs import ModelChoice
+from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.explanation import Token
 from lightning_xai.report.tables import replaced_at_once
 
@@ -38,22 +38,21 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         np.savez_compressed(part, **arrays)  # type: ignore[arg-type]  # numpy's stub reads names as its own options
 
 
-def describe_model(choice: ModelChoice, encoder: DualEncoder) -> dict[str, Any]:
-    """What a record says of the model."""
+def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: DualEncoder) -> dict[str, Any]:
+    """What every record says: the command's settings, the model, and versions of what computes attributions."""
     return {
-        "name": choice.name,
-        "pretrained": choice.pretrained,
-        "device": str(next(encoder.parameters()).device),
-        "architecture": encoder.architecture["name"],
-        "image_size": list(encoder.image_transform.size),
-        "context_length": encoder.tokenizer.context_length,
-        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "command": {key: value for key, value in command.items() if value is not None},
+        "model": {
+            "name": choice.name,
+            "pretrained": choice.pretrained,
+            "device": str(next(encoder.parameters()).device),
+            "architecture": encoder.architecture["name"],
+            "image_size": list(encoder.image_transform.size),
+            "context_length": encoder.tokenizer.context_length,
+            "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
     }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that compute attributions."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
 def numpy_of(tensor: Tensor) -> NDArray[Any]:

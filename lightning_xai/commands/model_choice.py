@@ -1,0 +1,23 @@
+"""Which model a command is about, as its options say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
+
+
+@dataclass
+class ModelChoice:
+    """The model to use.
+
+    Attributes:
+        name: an open_clip name (ViT-B-32), a JSON model config, or a .ckpt file that fit has written.
+        pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those of the .ckpt file,
+            random ones otherwise.
+        device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.
+    """
+
+    name: str
+    pretrained: str | None = None
+    device: str | None = None
