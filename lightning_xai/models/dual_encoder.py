@@ -187,8 +187,8 @@ def _mismatch(what: str, error: float, split: Split) -> ValueError:
     differs = f"{what} differs from the encoder's own output by {error:.1e} (relative), cut at layer {split.layer}; "
     if isinstance(split, (ImageBlockListSplit, TextBlockListSplit)):
         return UnsupportedTowerError(
-            f"{differs}its blocks pass on more than hidden states, so this tower cannot be cut there. Cut it at layer "
-            "0, or take a model with open_clip's own VisionTransformer, ModifiedResNet and TextTransformer"
+            f"{differs}its blocks depend on more than the hidden states they pass on, so it cannot be cut there; "
+            "open_clip's own VisionTransformer, ModifiedResNet and TextTransformer can be cut at every layer"
         )
     return ValueError(f"{differs}open_clip {open_clip.__version__} is not laid out as this release expects")
 

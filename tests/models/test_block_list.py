@@ -41,6 +41,17 @@ class Stem(nn.Module):
         return hidden
 
 
+class Counting(VisionTransformer):
+    """Its blocks count by their number, so that none of them can be left out."""
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        for number, block in enumerate(self.blocks):
+            x = block(x).roll(number, dims=2)
+        normalised: Tensor = self.norm(x)
+        return normalised
+
+
 # timm's own classes, in a size that float64 is quick in. What a factory is not told, open_clip's configuration says.
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "small_vit": partial(VisionTransformer, **VIT),
@@ -56,6 +67,7 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
     ),
     # Class tokens join behind its blocks, where timm counts them as a prefix.
     "small_cait": partial(Cait, **VIT | {"img_size": 32}),
+    "small_counting": lambda **options: Counting(**VIT, **options),
     # Its stages take tokens, though it says nothing of a prefix.
     "small_levit": partial(Levit, img_size=64, embed_dim=(16, 16), depth=(1, 1), num_heads=(2, 2), key_dim=8),
 }
@@ -371,6 +383,18 @@ def test_a_tower_that_cannot_be_cut_still_embeds_and_says_why(
     assert_same(encoder.encode_image(images), encoder.model.visual(images))
     with pytest.raises(UnsupportedTowerError, match=message):
         encoder.split_image()
+
+
+@torch.no_grad()
+def test_a_tower_whose_blocks_need_more_than_hidden_states_is_cut_where_none_is_left_out(tmp_path: Path) -> None:
+    encoder = build(timm_tower("small_counting"), tmp_path)
+    images = images_of(encoder)
+    split = encoder.split_image(0)
+    assert_same(split.tail(split.stem(images)), encoder.model.visual(images))
+    with pytest.raises(
+        UnsupportedTowerError, match=r"tail\(stem\(x\)\) of the image tower .* cut at layer 1; .*cannot be cut there"
+    ):
+        encoder.split_image(1)
 
 
 def test_towers_that_end_in_spaces_of_different_width_are_refused(tmp_path: Path) -> None:

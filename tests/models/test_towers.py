@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, TEXT, randomised
+from equation_10 import Side, block_input, equation_10, replacing
 from torch import Tensor, nn
 
+from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
 from lightning_xai.models.split import Split, as_constant, differentiable, resolve_layer
 
@@ -32,20 +35,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "vision_cfg": VIT | {"patch_dropout": 0.5},
         "text_cfg": TEXT | {"proj_type": "none"},
     },
+    "sine_positions_text_read_first": {
+        "embed_dim": 24,
+        "vision_cfg": VIT | {"pos_embed_type": "sin_cos_2d"},
+        "text_cfg": TEXT | {"pool_type": "first", "no_causal_mask": True},
+    },
+    "text_read_at_its_end_without_causal_mask": {
+        "embed_dim": 24,
+        "vision_cfg": VIT,
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "argmax"},
+    },
+    "siglips_text": {
+        "embed_dim": 24,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": VIT,
+        "text_cfg": TEXT | {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
+    },
+    "coca": {
+        "embed_dim": 24,
+        "custom_text": True,
+        "vision_cfg": VIT
+        | {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4, "output_tokens": True},
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": TEXT | {"layers": 1, "attn_pooler_heads": 4},
+    },
 }
-COCA: dict[str, Any] = {
-    "embed_dim": 24,
-    "custom_text": True,
-    "vision_cfg": VIT
-    | {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4, "output_tokens": True},
-    "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": TEXT | {"layers": 1, "attn_pooler_heads": 4},
+# What open_clip's text transformer can be told, though no configuration tells it.
+MASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "coca_mask_in_its_place": ("coca", {"correct_cls_mask": True}),
+    "padding_mask_read_at_the_end": ("text_read_at_its_end_without_causal_mask", {"use_pad_mask": True}),
+    "padding_mask_read_last": ("siglips_text", {"use_pad_mask": True}),
 }
-CONVNEXT: dict[str, Any] = {
-    "embed_dim": 24,
-    "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 64},
-    "text_cfg": TEXT,
-}
+for _name, (_base, _) in MASKS.items():
+    VARIANTS[_name] = VARIANTS[_base] | {"custom_text": True}
 ALL = {**ARCHITECTURES, **VARIANTS}
 CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
 
@@ -64,7 +87,10 @@ def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Dual
 
     def get(name: str) -> DualEncoder:
         if name not in made:
-            made[name] = build(ALL[name], tmp_path_factory.mktemp(name))
+            encoder = build(ALL[name], tmp_path_factory.mktemp(name))
+            for attribute, value in MASKS[name][1].items() if name in MASKS else ():
+                setattr(encoder.model.text, attribute, value)
+            made[name] = DualEncoder(encoder.model, encoder.tokenizer, encoder.architecture).eval()
         return made[name]
 
     return get
@@ -89,15 +115,6 @@ def block_of(encoder: DualEncoder, tower: str, layer: int) -> nn.Module:
     return block
 
 
-def block_input(module: nn.Module, run: Callable[[], Tensor]) -> Tensor:
-    kept: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-    run()
-    handle.remove()
-    (hidden,) = kept
-    return hidden
-
-
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
@@ -119,12 +136,15 @@ def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_out
     encoder = encoder_of(name)
     images, tokens = probes(encoder)
     split: Split = encoder.split_image(layer) if tower == "image" else encoder.split_text(layer)
-    inputs, encode = (images, encoder.model.encode_image) if tower == "image" else (tokens, encoder.model.encode_text)
+    inputs = images if tower == "image" else tokens
+    own_encode = encoder.model.encode_image if tower == "image" else encoder.model.encode_text
+    encode = partial(own_encode, normalize=False)  # CoCa normalises unless told not to
     hidden = split.stem(inputs)
 
     own_hidden = block_input(block_of(encoder, tower, layer), lambda: encode(inputs))
     assert_same(hidden, own_hidden[:, : hidden.shape[1]])
     assert_same(split.tail(hidden, inputs), encode(inputs))
+    assert_same(encoder.encode_image(inputs) if tower == "image" else encoder.encode_text(inputs), encode(inputs))
     assert split.layer == layer
     assert split.block is block_of(encoder, tower, layer)
 
@@ -230,28 +250,56 @@ def test_resolve_layer_at_the_edges_of_a_tower_that_starts_at_one() -> None:
     assert resolve_layer(0, 0, 1, "text") == resolve_layer(-1, 0, 1, "text") == 0
 
 
-def test_a_convnext_is_split_at_its_stages_and_its_head(tmp_path: Path) -> None:
-    encoder = build(CONVNEXT, tmp_path)
-    images, tokens = probes(encoder)
-    assert_same(encoder.encode_image(images), encoder.model.visual(images))
-    for layer in range(5):
-        split = encoder.split_image(layer)
-        hidden = split.stem(images)
-        assert hidden.shape[2:] == split.grid
-        assert_same(split.tail(hidden), encoder.model.visual(images))
-    text = encoder.split_text()
-    assert_same(text.tail(text.stem(tokens), tokens), encoder.model.encode_text(tokens))
+@pytest.mark.parametrize("name", ALL)
+def test_visible_tokens_are_those_that_the_embedding_changes_with(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    tokens = encoder.tokenizer.encode(CAPTIONS)
+    tokens[0, 3] = 0  # what pads stands amid a caption, too: it is an exclamation mark
+    encode = partial(encoder.model.encode_text, normalize=False)
+    block = block_of(encoder, "text", 0)
+    hidden = block_input(block, lambda: encode(tokens)).detach().requires_grad_()
+    embedding = replacing(block, hidden, lambda: encode(tokens))
+    mixture = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(2)).double()
+    (gradient,) = torch.autograd.grad((embedding * mixture).sum(), hidden)
+    changes = gradient.abs().sum(dim=2) > 1e-12
+    split = encoder.split_text(0)
+    assert torch.equal(split.visible(tokens), changes[:, : tokens.shape[1]])
+    # What `stem` leaves out, the embedding does not see.
+    assert not changes[:, split.stem(tokens).shape[1] :].any()
 
 
-def test_coca_encodes_without_normalising_and_its_image_tower_splits(tmp_path: Path) -> None:
-    encoder = build(COCA, tmp_path)
+@pytest.mark.parametrize("name", ["siglips_text", "sine_positions_text_read_first", "coca", *MASKS])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_attributions_agree_with_equation_10_taken_literally(
+    name: str, layer: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
     images, tokens = probes(encoder)
-    image = encoder.split_image(1)
-    assert_same(encoder.encode_image(images), encoder.model.visual(images)[0])
-    assert_same(image.tail(image.stem(images)), encoder.model.visual(images)[0])
-    assert_same(encoder.encode_text(tokens), encoder.model.text(tokens)[0])
-    text = encoder.split_text(1)
-    assert_same(text.tail(text.stem(tokens), tokens), encoder.model.text(tokens)[0])
+    result = FeaturePairAttribution(encoder, text_layer=layer, steps=2).attribute(images[:1], tokens[:1])
+    reference = torch.zeros_like(tokens[:1])
+    reference[0, 0], reference[0, 2] = 49406, 49407
+    expected = equation_10(
+        Side(
+            block_of(encoder, "text", layer), partial(encoder.model.encode_text, normalize=False), tokens[:1], reference
+        ),
+        Side(block_of(encoder, "image", 2), encoder.encode_image, images[:1], torch.zeros_like(images[:1])),
+        steps=2,
+    )
+    own = expected[: tokens.shape[1]]  # CoCa's class token is no part of the caption
+    torch.testing.assert_close(result.pairs[0].flatten(1), own[:, 1:], rtol=1e-8, atol=1e-12)
+    assert result.pairs.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["siglips_text", "coca", *MASKS])
+def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of(name)
+    images, tokens = probes(encoder)
+    attribution = FeaturePairAttribution(encoder, 1, 1, steps=32, rule="gauss_legendre")
+    result = attribution.attribute(images, tokens)
+    assert result.completeness_error.abs().max() < 1e-9
+    assert result.pairs.abs().max() > 1e-4
 
 
 def test_text_that_is_not_pooled_is_not_split(tmp_path: Path) -> None:
