@@ -1,3 +1,4 @@
+from lightning_xai.attribution.attention_relevance import AttentionRelevance
 from lightning_xai.attribution.base import (
     Attribution,
     ConstantMapWarning,
@@ -17,14 +18,17 @@ from lightning_xai.attribution.feature_pair import (
 from lightning_xai.attribution.grad_cam import GradCAM
 from lightning_xai.attribution.integrated_gradients import IntegratedGradients
 from lightning_xai.attribution.kernel_shap import KernelSHAP
+from lightning_xai.attribution.m2ib import M2IB
 from lightning_xai.attribution.path_integral import quadrature
 from lightning_xai.attribution.rise import RISE
 from lightning_xai.attribution.saliency import Saliency
 
 METHODS: dict[str, type[Method]] = {
     "feature_pair": FeaturePairAttribution,
+    "m2ib": M2IB,
     "grad_cam": GradCAM,
     "similarity_grad_cam": SimilarityGradCAM,
+    "attention_relevance": AttentionRelevance,
     "saliency": Saliency,
     "integrated_gradients": IntegratedGradients,
     "kernel_shap": KernelSHAP,
@@ -35,8 +39,10 @@ METHODS: dict[str, type[Method]] = {
 """Every method by the name that commands and configs use."""
 
 __all__ = [
+    "M2IB",
     "METHODS",
     "RISE",
+    "AttentionRelevance",
     "Attribution",
     "CentredGaussian",
     "ConstantMapWarning",
