@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -12,12 +13,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_xai.callbacks import GroundingCallback
 from lightning_xai.cli import build_cli
 from lightning_xai.data import ShapesDataModule, ShardDataModule
-from lightning_xai.models import load_dual_encoder
+from lightning_xai.models import DualEncoder, load_dual_encoder
+from lightning_xai.models.dual_encoder import tag_architecture
 from lightning_xai.tasks import ContrastiveFineTuning
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
+# Name and activation of the models of the feature-pair paper's Tables 1 and 2; the M2IB paper's is openai_vit_b32.
+RELEASES = {
+    "openai_rn50": "RN50-quickgelu",
+    "openai_vit_b32": "ViT-B-32-quickgelu",
+    "openai_vit_b16": "ViT-B-16-quickgelu",
+    "laion_vit_b16": "ViT-B-16",
+    "commonpool_vit_b16": "ViT-B-16",
+    "datacomp_vit_b16": "ViT-B-16",
+    "dfn_vit_b16": "ViT-B-16-quickgelu",
+    "metaclip_vit_b16": "ViT-B-16-quickgelu",
+}
 PAPERS = ("coco_vit_b16.yaml", "flickr30k_vit_b16.yaml")
 LOGGED = {"val/loss", "val/accuracy"} | {
     f"val/{name}" for name in ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
@@ -80,3 +93,38 @@ def test_a_model_config_loads_and_embeds(path: Path) -> None:
     width = encoder.architecture["model_cfg"]["embed_dim"]
     assert encoder.encode_image(images).shape == (1, width)
     assert encoder.encode_text(encoder.tokenizer.encode(["a red ring"])).shape == (1, width)
+
+
+def test_every_model_of_the_papers_has_a_config() -> None:
+    assert {path.stem for path in (ROOT / "configs" / "models").glob("*.yaml")} == RELEASES.keys()
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_model_of_the_papers_replaces_the_model_of_a_recipe_and_nothing_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = load_dual_encoder(ROOT / "configs" / "models" / "shapes_vit.json")
+    asked: list[tuple[str, str]] = []
+
+    def load(model: str, pretrained: str) -> DualEncoder:
+        asked.append((model, pretrained))
+        return small  # the released weights would be downloaded
+
+    monkeypatch.setattr("lightning_xai.tasks.contrastive.load_dual_encoder", load)
+    monkeypatch.chdir(ROOT)
+    recipe = ["--config", "configs/coco_vit_b16.yaml", f"--trainer.default_root_dir={tmp_path}"]
+    recipe += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32"]
+    recipe += [f"--data.init_args.{split}={tmp_path / split}" for split in ("train", "val", "test")]
+    plain, overlaid = (
+        build_cli([*recipe, *overlay], run=False) for overlay in ([], ["--config", f"configs/models/{name}.yaml"])
+    )
+    assert isinstance(overlaid.model, ContrastiveFineTuning)
+    model, tag = asked[-1]
+    assert tag in open_clip.list_pretrained_tags_by_model(model)
+    assert tag_architecture(model, tag)["name"] == RELEASES[name]
+    settings = [cli.config.clone() for cli in (plain, overlaid)]
+    for setting in settings:
+        setting.pop("config")
+        setting.model.init_args.pop("model")
+        setting.model.init_args.pop("pretrained")
+    assert settings[0] == settings[1]
