@@ -87,7 +87,7 @@ class GradCAM(Method):
             return cosine_similarity(self._text.tail(hidden, tokens), image_BK)
 
         # Captum's mean runs over all tokens of the batch, but only the visible ones have a gradient: they share it.
-        maps_BT = _grad_cam(hidden_BTD.mT, score) * (run / visible_BT1.sum(dim=1))
+        maps_BT = _grad_cam(hidden_BTD.mT, score) * run / visible_BT1.sum(dim=1)
         return self._text.on_caption(maps_BT, tokens.shape[1]) * visible_BL
 
 

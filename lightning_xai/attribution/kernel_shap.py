@@ -5,7 +5,9 @@ Shape suffixes: N coalitions, F features (patches or tokens), L tokens, K embedd
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
+from math import comb
 
 import captum.attr
 import torch
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_xai.attribution.base import Attribution, Method
 from lightning_xai.attribution.patch_grid import PatchGrid
-from lightning_xai.attribution.perturbation import forward_only, without_tokens
+from lightning_xai.attribution.perturbation import forward_only, only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -34,8 +36,11 @@ class KernelSHAP(Method):
     An absent patch shows the reference image, an absent content token is the padding token; start and end always
     stay. A coalition's value is the cosine similarity with the whole other modality. Shapley values are the weighted
     least-squares fit of coalitions' values by sums ("A Unified Approach to Interpreting Model Predictions", Eq. 8 and
-    Theorem 2); Captum draws coalition sizes by the kernel. Signed; each map sums to
-    `s(everything present) - s(everything absent)` (efficiency).
+    Theorem 2); Captum draws coalition sizes by the kernel. Where all coalitions together are no more than the samples,
+    each is taken once, which makes the values exact. Signed; each map sums to
+    `s(everything present) - s(everything absent)` (efficiency). `completeness_error` of a pair is the image map's sum
+    minus that difference, or the text map's, whichever is larger in magnitude; it is rounding, but for the errors of
+    single values, which fall with the number of samples, it says nothing.
 
     The same coalitions are drawn for each pair, from `seed`; the global random state stays as it was. Memory for inputs
     grows with `internal_batch_size`; of all samples only their coalitions and values are kept.
@@ -77,9 +82,20 @@ class KernelSHAP(Method):
         _check_samples("text_samples", self._text_samples, int(content_BL.sum(dim=1).max()), "tokens of a caption")
         image_BK, text_BK = self._embeddings(images, tokens)
         with forward_only():
-            image = [self._image_map(*pair) for pair in zip(images, text_BK, strict=True)]
-            text = [self._text_map(*pair) for pair in zip(tokens, content_BL, image_BK, strict=True)]
-        return Attribution(torch.stack(image), torch.stack(text), cosine_similarity(image_BK, text_BK))
+            image = torch.stack([self._image_map(*pair) for pair in zip(images, text_BK, strict=True)])
+            text = torch.stack([self._text_map(*pair) for pair in zip(tokens, content_BL, image_BK, strict=True)])
+        nothing_shown = reference_image(self.encoder, self._image_reference).expand_as(images)
+        nothing_said = only_tokens(tokens, ~content_BL, self.encoder.tokenizer.padding_id)
+        empty_image_BK, empty_text_BK = self._embeddings(nothing_shown, nothing_said)
+        similarity = cosine_similarity(image_BK, text_BK)
+        image_error = image.sum(dim=(1, 2)) - similarity + cosine_similarity(empty_image_BK, text_BK)
+        text_error = text.sum(dim=1) - similarity + cosine_similarity(image_BK, empty_text_BK)
+        return Attribution(
+            image=image,
+            text=text,
+            similarity=similarity,
+            completeness_error=torch.where(image_error.abs() > text_error.abs(), image_error, text_error),
+        )
 
     def _image_map(self, image: Tensor, text_K: Tensor) -> Tensor:
         reference = reference_image(self.encoder, self._image_reference)
@@ -99,7 +115,7 @@ class KernelSHAP(Method):
         def score(present_NF: Tensor) -> Tensor:
             kept_NL = (~content_L).repeat(len(present_NF), 1)
             kept_NL[:, content_L] = present_NF.to(tokens_L.device)
-            masked = without_tokens(tokens_L, kept_NL, padding_id)
+            masked = only_tokens(tokens_L, kept_NL, padding_id)
             return cosine_similarity(self.encoder.encode_text(masked), image_K[None])
 
         values = image_K.new_zeros(len(tokens_L))
@@ -115,6 +131,9 @@ class KernelSHAP(Method):
         explainer = captum.attr.KernelShap(lambda present: score(present.bool()).cpu())
         explainer.interpretable_model = _LeastSquares()
         explainer.inf_weight = _INFINITE_WEIGHT
+        if 2**features <= samples:
+            explainer.perturb_func, explainer.similarity_func = _every_coalition, _shapley_kernel
+            samples = 2**features
         # Captum draws from the global generator of the CPU; manual_seed of torch itself would also touch the GPU's.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed)
@@ -127,6 +146,22 @@ class KernelSHAP(Method):
                 return_input_shape=False,
             )
         return values
+
+
+def _every_coalition(inputs: Tensor, *, num_interp_features: int, **options: object) -> Iterator[Tensor]:
+    """All subsets of the features, one [1, F] at a time, in place of Captum's draws."""
+    for members in product((1, 0), repeat=num_interp_features):
+        yield torch.tensor([members])
+
+
+def _shapley_kernel(
+    inputs: Tensor, masked: Tensor, coalition_1F: Tensor, *, num_interp_features: int, **options: object
+) -> float:
+    """The weight of a coalition among all (Theorem 2), in place of that of a draw, which is one."""
+    size, total = int(coalition_1F.sum()), num_interp_features
+    if size in (0, total):
+        return _INFINITE_WEIGHT
+    return (total - 1) / (comb(total, size) * size * (total - size))
 
 
 class _LeastSquares(Model):  # type: ignore[misc]  # Captum has no types

@@ -24,6 +24,6 @@ def forward_only() -> Iterator[None]:
         yield
 
 
-def without_tokens(tokens_L: Tensor, kept_NL: Tensor, padding_id: int) -> Tensor:
-    """A caption's tokens [L] in N versions, each with padding in place of what is not kept: [N, L]."""
-    return torch.where(kept_NL, tokens_L, padding_id)
+def only_tokens(tokens: Tensor, kept: Tensor, padding_id: int) -> Tensor:
+    """Token ids with padding in place of what is not kept: one caption [L] for each mask [N, L], or one mask each."""
+    return torch.where(kept, tokens, padding_id)

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from lightning_xai.attribution.base import Attribution, Method
 from lightning_xai.attribution.patch_grid import PatchGrid
-from lightning_xai.attribution.perturbation import forward_only, without_tokens
+from lightning_xai.attribution.perturbation import forward_only, only_tokens
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -90,7 +90,7 @@ class RISE(Method):
         maps_BL = image_BK.new_zeros(tokens.shape)
         for shown_NL in self._draw_text_masks(tokens):
             for row, tokens_L in enumerate(tokens):
-                masked_NL = without_tokens(tokens_L, shown_NL | ~content_BL[row], padding_id)
+                masked_NL = only_tokens(tokens_L, shown_NL | ~content_BL[row], padding_id)
                 scores_N = cosine_similarity(self.encoder.encode_text(masked_NL), image_BK[row, None])
                 maps_BL[row] += scores_N @ shown_NL.to(scores_N)
         return content_BL * maps_BL / (self._text_masks * self._probability)
