@@ -256,7 +256,7 @@ def _asked(entry: Entry) -> str:
     return "which words match the box" if entry.box is not None else "what image and caption share"
 
 
-def _notes(question: Question, answer: Answer, own: Sequence[int]) -> list[str]:
+def _notes(question: Question, answer: Answer, own: Sequence[int], last: str) -> list[str]:
     """What the picture leaves out, and how the question was understood."""
     notes = []
     if question.box is not None:
@@ -266,6 +266,8 @@ def _notes(question: Question, answer: Answer, own: Sequence[int]) -> list[str]:
         notes.append("Heat map: of the phrase alone. Tokens: coloured by the whole image.")
     if len(question.spans) > 1:
         notes.append(f"The phrase stands {len(question.spans)} times in the caption; all of them count.")
+    if own and own[-1] >= len(question.tokens) - 2 and not question.entry.caption.rstrip().lower().endswith(last):
+        notes.append(f"The model reads {len(question.tokens)} tokens; the rest of the caption is cut off.")
     rest = answer.arrays["shown_text"].sum() - answer.arrays["shown_text"][list(own)].sum()
     if answer.scale == "signed":
         notes.append(f"Not shown: marks of start and end of the text, {rest:+.2g} together.")

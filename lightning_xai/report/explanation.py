@@ -37,6 +37,7 @@ _SMALL = FONT_PT - 1
 _GREY = "0.35"
 _MARK = "#ffd60a"
 _WHITE_TEXT_FROM = 0.6
+_ORDER = ("first", "second")
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def image_pair_sheet(
     else:
         sheet.heat_panel(first, saliencies[0], "signed", (GAP, _HEAD), _SIDE)
     sheet.heat_panel(second, saliencies[1], "signed", (GAP + _SIDE + GAP, _HEAD), _SIDE)
-    names = ("patches of the first", "patches of the second")
-    shown = {name: values for name, values in zip(names, saliencies, strict=True) if values is not None}
+    named = zip(_ORDER, saliencies, strict=True)
+    shown = {f"patches of the {name}": values for name, values in named if values is not None}
     sheet.bars(shown, "signed")
     return sheet.figure
 
@@ -215,15 +216,16 @@ def text_pair_sheet(
     rows = [_chip_rows(tokens, width - 2 * GAP) for tokens in (first, second)]
     chips_height = sum(_CHIP_LINE * len(lines) + LINE for lines in rows) + GAP
     sheet = _Sheet(width, _HEAD + chips_height + above + cell * len(first) + GAP + _FOOT)
-    sheet.title("Two captions: what makes them similar")
+    asked = "what matches the phrase" if any(token.marked for token in first) else "what makes them similar"
+    sheet.title(f"Two captions: {asked}")
     sheet.subtitle(f"cosine similarity {similarity:.3f}    completeness error {error:+.1e}")
     y = _HEAD
-    for name, tokens, values, lines in zip(("first", "second"), (first, second), saliencies, rows, strict=True):
-        sheet.text(name, (GAP, y), fontsize=_SMALL, color=_GREY)
+    for name, tokens, values, lines in zip(_ORDER, (first, second), saliencies, rows, strict=True):
+        sheet.text(f"{name} caption", (GAP, y), fontsize=_SMALL, color=_GREY)
         sheet.chips(lines, tokens, scaled(values, "signed"), (GAP, y + LINE))
         y += LINE + _CHIP_LINE * len(lines)
     sheet.matrix(first, second, pairs, (left, y + GAP + above), cell)
-    sheet.bars({"first": saliencies[0], "second": saliencies[1], "pairs": pairs}, "signed")
+    sheet.bars(dict(zip((*_ORDER, "pairs"), (*saliencies, pairs), strict=True)), "signed")
     return sheet.figure
 
 

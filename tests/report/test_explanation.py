@@ -1,0 +1,282 @@
+"""Pictures of attributions: what is red, what is blue, what is said; and that nothing overlaps or leaves the sheet."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from lightning_xai.report.explanation import (
+    Saliency,
+    Scale,
+    Token,
+    comparison_sheet,
+    explanation_sheet,
+    image_pair_sheet,
+    limits,
+    scaled,
+    text_pair_sheet,
+)
+from lightning_xai.report.plots import Example, rasterize
+
+CAPTION = "a red ring and a skateboard"
+TOKENS = (
+    Token("a"),
+    Token("red", marked=True),
+    Token("ring", marked=True),
+    Token("and"),
+    Token("a"),
+    Token("skate"),
+    Token("board", joined=True),
+)
+HEAT = np.array([[1.0, -2.0], [0.5, 0.0]])
+TEXT = np.array([0.0, 4.0, -4.0, 0.0, 1.0, -1.0, 0.5])
+
+
+def example(height: int = 32, width: int = 32, box: tuple[float, float, float, float] | None = None) -> Example:
+    return Example(np.full((height, width, 3), 0.5), "red ring", CAPTION, ((2, 10),), box)
+
+
+def saliency(
+    name: str = "a_method", image: NDArray[Any] = HEAT, text: NDArray[Any] = TEXT, scale: Scale = "signed"
+) -> Saliency:
+    return Saliency(name, image, text, 0.25, scale, 1.5e-3)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+def said(figure: Figure) -> str:
+    return "\n".join(texts(figure))
+
+
+def pictures(figure: Figure) -> list[NDArray[np.uint8]]:
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+
+
+def grounds(figure: Figure) -> list[Rectangle]:
+    return [artist for artist in figure.artists if isinstance(artist, Rectangle)]
+
+
+def ground(figure: Figure, token: str) -> NDArray[Any]:
+    """The colour that a token stands on."""
+    (text,) = (each for each in figure.texts if each.get_text() == token)
+    x, y = text.get_position()
+    (patch,) = (
+        patch
+        for patch in grounds(figure)
+        if patch.get_x() <= x <= patch.get_x() + patch.get_width()
+        and patch.get_y() + 1e-9 < y - 0.002 < patch.get_y() + patch.get_height()
+    )
+    return np.array(patch.get_facecolor()[:3])
+
+
+def assert_tidy(figure: Figure) -> None:
+    """No text leaves the sheet or covers another one."""
+    canvas: Any = FigureCanvasAgg(figure)
+    renderer = canvas.get_renderer()
+    width, height = figure.get_size_inches() * figure.dpi
+    shown = [text for text in figure.texts if text.get_text()]
+    boxes = np.array([text.get_window_extent(renderer).extents for text in shown])
+    assert boxes[:, :2].min() >= 0
+    assert boxes[:, 2].max() <= width
+    assert boxes[:, 3].max() <= height
+    shared = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    covers = (shared >= 2).all(axis=-1) & ~np.eye(len(boxes), dtype=bool)
+    assert not covers.any(), [shown[i].get_text() for i in np.unique(covers.nonzero()[0])]
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [("signed", [-0.5, 0, 1.0]), ("positive", [-0.5, 0, 1]), ("range", [0, 1 / 3, 1])],
+)
+def test_values_become_strengths_by_their_scale(scale: Scale, expected: list[float]) -> None:
+    np.testing.assert_allclose(scaled(np.array([-2.0, 0.0, 4.0]), scale), expected)
+
+
+def test_the_ends_of_the_colour_bar_are_the_values_of_the_strongest_colours() -> None:
+    values = np.array([-5.0, 1.0, 2.0])
+    assert limits(values, "signed") == (-5.0, 5.0)
+    assert limits(np.abs(values), "positive") == (0.0, 5.0)
+    assert limits(values, "range") == (-5.0, 2.0)
+
+
+@pytest.mark.parametrize("values", [np.full(4, 3.0), np.zeros((2, 2)), np.array([1.0, np.nan]), np.array([])])
+@pytest.mark.parametrize("scale", ["signed", "positive", "range"])
+def test_values_that_say_nothing_have_no_colour(values: NDArray[Any], scale: Scale) -> None:
+    strengths = scaled(values, scale)
+    assert strengths.shape == values.shape
+    assert not strengths.any()
+
+
+def test_patches_and_tokens_are_red_where_positive_and_blue_where_negative() -> None:
+    figure = explanation_sheet(example(), TOKENS, saliency())
+    _, heat = pictures(figure)
+    red, blue = heat[0, 0].astype(int), heat[0, -1].astype(int)
+    assert red[0] > red[2] + 40
+    assert blue[2] > blue[0] + 40
+    assert ground(figure, "red")[0] > ground(figure, "red")[2] + 0.4
+    assert ground(figure, "ring")[2] > ground(figure, "ring")[0] + 0.4
+    np.testing.assert_allclose(ground(figure, "and"), 1.0)
+
+
+def test_the_title_says_the_method_the_similarity_and_the_completeness_error() -> None:
+    figure = explanation_sheet(example(), TOKENS, saliency(), asked="where it is", notes=["a note"])
+    assert "a_method: where it is" in texts(figure)
+    assert "cosine similarity 0.250    completeness error +1.5e-03" in texts(figure)
+    assert "a note" in texts(figure)
+    without = explanation_sheet(example(), TOKENS, Saliency("m", HEAT, TEXT, 0.25))
+    assert "completeness" not in said(without)
+
+
+def test_the_colour_bars_state_their_numbers_and_what_they_mean() -> None:
+    figure = explanation_sheet(example(), TOKENS, saliency())
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
+    assert {"-2", "2", "-4", "4", "0"} <= set(labels)
+    assert "patches (blue against, red for)" in texts(figure)
+    plain = explanation_sheet(example(), TOKENS, saliency(image=HEAT + 3, text=TEXT + 6, scale="positive"))
+    labels = [label.get_text() for axes in plain.axes for label in axes.get_xticklabels()]
+    assert {"0", "4", "10"} <= set(labels)
+    assert "patches (no sign: white 0, red most)" in texts(plain)
+    ranged = explanation_sheet(example(), TOKENS, saliency(image=HEAT, text=TEXT, scale="range"))
+    labels = [label.get_text() for axes in ranged.axes for label in axes.get_xticklabels()]
+    assert {"-2", "1", "-4", "4"} <= set(labels)
+
+
+@pytest.mark.parametrize("scale", ["positive", "range"])
+def test_a_method_without_sign_has_no_blue(scale: Scale) -> None:
+    figure = explanation_sheet(example(), TOKENS, saliency(image=HEAT + 3, text=TEXT + 5, scale=scale))
+    _, heat = pictures(figure)
+    assert (heat[..., 0].astype(int) >= heat[..., 2]).all()
+    assert all(ground(figure, token.text)[0] >= ground(figure, token.text)[2] for token in TOKENS[1:4])
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.5, "constant map"), (np.nan, "map not finite")])
+def test_a_map_that_says_nothing_is_named_on_the_picture(value: float, words: str) -> None:
+    figure = explanation_sheet(example(), TOKENS, saliency(image=np.full((2, 2), value), text=np.full(7, value)))
+    assert words in texts(figure)
+    assert f"patches: {words}" in texts(figure)
+    assert f"tokens: {words}" in texts(figure)
+    compared = comparison_sheet(example(), TOKENS, [saliency(image=np.full((2, 2), value), text=np.full(7, value))])
+    assert words in texts(compared)
+    assert f"tokens: {words}" in texts(compared)
+
+
+def test_the_phrase_is_yellow_in_the_caption_and_underlined_below() -> None:
+    def yellow(marked: bool) -> int:
+        tokens = [Token(token.text, token.joined, token.marked and marked) for token in TOKENS]
+        picture = rasterize(explanation_sheet(example(), tokens, saliency()))
+        return int((picture == (0xFF, 0xD6, 0x0A)).all(axis=-1).sum())
+
+    highlight = (rasterize(explanation_sheet(example(), TOKENS, saliency())) == (0xFF, 0xE6, 0x80)).all(axis=-1)
+    assert highlight.sum() > 300
+    assert yellow(True) > yellow(False) + 50
+
+
+def test_the_box_is_outlined_on_the_image_and_on_the_heat_map() -> None:
+    for picture in pictures(explanation_sheet(example(box=(8, 8, 24, 24)), TOKENS, saliency())):
+        assert (picture == (255, 214, 10)).all(axis=-1).sum() > 100
+    for picture in pictures(explanation_sheet(example(), TOKENS, saliency())):
+        assert not (picture == (255, 214, 10)).all(axis=-1).any()
+
+
+def test_tokens_of_one_word_touch_and_words_stand_apart() -> None:
+    figure = explanation_sheet(example(), TOKENS, saliency())
+    width = figure.get_size_inches()[0] * figure.dpi
+    chips = sorted(
+        (patch.get_x() * width, (patch.get_x() + patch.get_width()) * width)
+        for patch in grounds(figure)
+        if patch.get_height() * figure.get_size_inches()[1] * figure.dpi > 18.5
+    )
+    assert len(chips) == len(TOKENS)
+    gaps = [second[0] - first[1] for first, second in pairwise(chips)]
+    np.testing.assert_allclose(gaps, [5, 5, 5, 5, 5, 0], atol=0.01)
+
+
+@pytest.mark.parametrize(("size", "count"), [((32, 32), 77), ((24, 60), 5), ((60, 24), 1)])
+def test_nothing_overlaps_or_leaves_the_sheet(size: tuple[int, int], count: int) -> None:
+    words = ["unbelievably", "a", "dog", "skateboarding"]
+    tokens = [Token(words[i % 4], joined=i % 5 == 4, marked=i < 3) for i in range(count)]
+    caption = " ".join(token.text for token in tokens)
+    shown = Example(np.full((*size, 3), 0.5), "dog", caption, ((0, 3),), (2, 2, 20, 20))
+    maps = [saliency(f"method_{i}", text=np.linspace(-1, 1, count)) for i in range(7)]
+    sheets = [
+        explanation_sheet(shown, tokens, maps[0], asked="what " * 20, notes=["a long note " * 20]),
+        comparison_sheet(shown, tokens, maps, missing={"other": "why not " * 60}),
+        text_pair_sheet(tokens, tokens, np.eye(count) - 0.1, (maps[0].text, maps[0].text), similarity=0.1, error=0.0),
+    ]
+    for sheet in sheets:
+        assert_tidy(sheet)
+
+
+def test_a_comparison_has_a_column_for_each_method_in_even_rows_that_begin_with_the_image() -> None:
+    figure = comparison_sheet(example(), TOKENS, [saliency(f"method_{i}") for i in range(9)])
+    assert len(pictures(figure)) == 9 + 2
+    assert texts(figure).count("image") == 2
+    rows = {name: figure.texts[texts(figure).index(name)].get_position()[1] for name in ("method_4", "method_5")}
+    assert rows["method_4"] > rows["method_5"]
+    assert {f"method_{i}" for i in range(9)} <= set(texts(figure))
+    assert "-2 … 1  (signed)" in texts(figure)
+    assert "cosine similarity 0.250" in texts(figure)
+
+
+def test_each_column_of_a_comparison_shows_the_map_of_its_own_method() -> None:
+    figure = comparison_sheet(example(), TOKENS, [saliency("one"), saliency("two", image=-HEAT)])
+    _, first, second = pictures(figure)
+    assert first[0, 0, 0] > first[0, 0, 2]
+    assert second[0, 0, 0] < second[0, 0, 2]
+
+
+def test_methods_that_do_not_serve_the_model_are_named_with_the_reason() -> None:
+    figure = comparison_sheet(example(), TOKENS, [saliency()], missing={"relevance": "it has no attention"})
+    assert "relevance: it has no attention" in texts(figure)
+    with pytest.raises(ValueError, match=r"no method serves this model: .*no attention"):
+        comparison_sheet(example(), TOKENS, [], missing={"relevance": "it has no attention"})
+
+
+def test_one_value_for_each_token_is_expected() -> None:
+    wrong = saliency(text=TEXT[:3])
+    message = r"one value for each of the 7 tokens, got the shape \(3,\)"
+    with pytest.raises(ValueError, match=message):
+        explanation_sheet(example(), TOKENS, wrong)
+    with pytest.raises(ValueError, match=message):
+        comparison_sheet(example(), TOKENS, [wrong])
+    with pytest.raises(ValueError, match=message):
+        text_pair_sheet(TOKENS, TOKENS, np.eye(7), (TEXT, TEXT[:3]), similarity=0.1, error=0.0)
+
+
+def test_two_images_show_both_maps_or_the_box_and_what_matches_it() -> None:
+    both = image_pair_sheet(example(), example(), (HEAT, -HEAT), similarity=0.5, error=-2e-4)
+    first, second = pictures(both)
+    assert first[0, 0, 0] > first[0, 0, 2]
+    assert second[0, 0, 0] < second[0, 0, 2]
+    assert "Two images: what makes them similar" in texts(both)
+    assert "cosine similarity 0.500    completeness error -2.0e-04" in texts(both)
+    asked = image_pair_sheet(example(box=(4, 4, 20, 20)), example(), (None, HEAT), similarity=0.5, error=0.0)
+    plain, heat = pictures(asked)
+    assert (plain == (255, 214, 10)).all(axis=-1).any()
+    assert heat[0, 0, 0] > heat[0, 0, 2]
+    assert "Two images: what matches the box" in texts(asked)
+
+
+def test_two_captions_are_two_lines_of_tokens_and_a_matrix_of_their_pairs() -> None:
+    first, second = TOKENS[:3], (Token("one"), Token("circle"))
+    pairs = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, -0.5]])
+    figure = text_pair_sheet(first, second, pairs, (TEXT[:3], np.array([0.0, 2.0])), similarity=0.5, error=0.0)
+    (matrix,) = pictures(figure)
+    assert matrix.shape == (3, 2, 3)
+    assert matrix[1, 0].argmax() == 0
+    assert matrix[2, 1].argmax() == 2
+    assert (matrix[0] == 255).all()
+    axes = next(axes for axes in figure.axes if axes.images)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "red", "ring"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "circle"]
+    assert ground(figure, "circle")[0] > ground(figure, "circle")[2] + 0.4
+    assert "Two captions: what matches the phrase" in texts(figure)
