@@ -57,7 +57,7 @@ class SanityRow:
 
 
 @dataclass(frozen=True)
-class SanityCheck:
+class SanityResult:
     """Result of `sanity_check`.
 
     Attributes:
@@ -93,7 +93,7 @@ def sanity_check(
     seed: int = 0,
     batch_size: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> SanityCheck:
+) -> SanityResult:
     """Compare every method's maps of a model with those of the same model, more and more of it random.
 
     The model is as before when this returns or raises.
@@ -127,7 +127,7 @@ def sanity_check(
                 if stage.name != ORIGINAL:
                     rows += _compare(name, stage.name, maps[name][0], maps[name][-1], own)
                 on_progress(sum(map(len, maps.values())), len(stages) * len(methods))
-    return SanityCheck(rows, [stage.name for stage in stages], maps)
+    return SanityResult(rows, [stage.name for stage in stages], maps)
 
 
 def _shared_encoder(methods: Mapping[str, Method]) -> TwoTowerEncoder:

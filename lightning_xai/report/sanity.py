@@ -1,0 +1,192 @@
+"""What a sanity check found: curves over the stages of randomisation, the maps themselves, and a table.
+
+After Figures 4 and 5 of Adebayo et al., "Sanity Checks for Saliency Maps" (2018), and Figure 4 of the M2IB paper.
+Drawn from plain values and numpy arrays; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lightning_xai.report.explanation import scaled
+from lightning_xai.report.plots import Example, Heat, evenly, fitted, heat_fault, overlay, to_uint8
+from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Sheet, text_width, wrap
+from lightning_xai.report.tables import NO_VALUE
+
+COLUMNS = ("method", "modality", "stage", "spearman", "ssim", "pairs", "constant")
+"""What each row of a sanity check holds, in the order of its CSV file."""
+
+_PANELS = (("image", "spearman"), ("image", "ssim"), ("text", "spearman"))
+_HEADINGS = {
+    ("image", "spearman"): "image: rank correlation (Spearman)",
+    ("image", "ssim"): "image: structure (SSIM)",
+    ("text", "spearman"): "text: rank correlation (Spearman)",
+}
+_STYLES = ("-", "--", ":")
+_HEAD = 44
+_MOST_LABELS = 8
+_MOST_STAGES = 3  # columns of the table, which has to fit a terminal
+
+Row = Mapping[str, object]
+
+
+def sanity_curves(rows: Sequence[Row], title: str = "Maps while the weights are randomised") -> Figure:
+    """How alike each method's maps are to the original ones, against the stages of randomisation.
+
+    Args:
+        rows: of one sanity check, as `COLUMNS` says; `spearman` and `ssim` are at most 1, which is unchanged. A NaN
+            leaves a gap.
+        title: stands above the axes.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    stages, methods = _names(rows, "stage"), _names(rows, "method")
+    values = _values(rows)
+    figure = Figure(figsize=(13.0, 4.6), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(_PANELS), sharey=True)
+    places, shown = np.arange(len(stages) + 1), evenly(len(stages) + 1, _MOST_LABELS)
+    for axes, (modality, measure) in zip(panels, _PANELS, strict=True):
+        for number, method in enumerate(methods):
+            # A map is the same as itself before anything is random.
+            curve = [1.0, *(values.get((method, modality, stage, measure), math.nan) for stage in stages)]
+            style, colour = _STYLES[number // 10 % len(_STYLES)], colormaps["tab10"](number % 10)
+            axes.plot(places, curve, style, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=method)
+        axes.axhline(0.0, color="0.6", linewidth=0.8)
+        axes.set_xticks(shown, [["original", *stages][i] for i in shown], rotation=35, ha="right", fontsize=FONT_PT - 1)
+        axes.set_title(_HEADINGS[modality, measure], fontsize=10)
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("similarity to the original map")
+    figure.supxlabel("randomised from the last layer up to and with", fontsize=FONT_PT)
+    figure.suptitle(title, fontsize=11, parse_math=False)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def sanity_sheet(
+    example: Example,
+    maps: Mapping[str, Sequence[Heat]],
+    stages: Sequence[str],
+    title: str = "Maps while the weights are randomised",
+    *,
+    columns: int = 8,
+    side: int = 160,
+) -> Figure:
+    """One image's maps: a row for each method, a column for each stage, after Figure 4 of the M2IB paper.
+
+    Maps with negative entries are red and blue, each relative to its own largest magnitude; others go from their
+    lowest value (none) to their highest (red).
+
+    Args:
+        example: the image and its caption.
+        maps: method -> [h, w] maps, one for each stage.
+        stages: names of the stages, the first that of the original model.
+        title: stands above the sheet.
+        columns: at most so many stages, spread evenly, the first and the last among them.
+        side: pixels of a picture's longer side.
+
+    Raises:
+        ValueError: no maps, or not one for each stage.
+    """
+    if not maps or any(len(given) != len(stages) for given in maps.values()):
+        counts = {method: len(given) for method, given in maps.items()}
+        raise ValueError(f"expected {len(stages)} maps of each method, one for each stage; got {counts or 'none'}")
+    shown, labels = evenly(len(stages), columns), max(map(text_width, maps))
+    left = round(labels) + 2 * GAP
+    width = left + (len(shown) + 1) * (side + GAP)
+    caption = wrap(example.caption, example.spans, width - 2 * GAP)
+    headings = [wrap(name, (), side) for name in ["image", *(stages[i] for i in shown)]]
+    top = _HEAD + LINE * (len(caption) + max(map(len, headings))) + GAP + 4
+    sheet = Sheet(width, top + len(maps) * (side + GAP))
+    sheet.title(title)
+    sheet.caption(caption, (GAP, _HEAD))
+    for place, heading in enumerate(headings):
+        for number, line in enumerate(heading):
+            at = (left + place * (side + GAP) + side / 2, _HEAD + LINE * (len(caption) + number) + GAP)
+            sheet.text(line.text, at, ha="center", weight="bold", fontsize=FONT_PT - 1)
+    image, outline = fitted(example, side)
+    for row, (method, heats) in enumerate(maps.items()):
+        y = top + row * (side + GAP)
+        sheet.text(method, (GAP, y + side / 2), va="center")
+        sheet.picture(to_uint8(image), (left, y), side)
+        for place, i in enumerate(shown, start=1):
+            x = left + place * (side + GAP)
+            sheet.picture(overlay(image, _strengths(heats[i]), outline, vmax=1.0), (x, y), side)
+            fault = heat_fault(heats[i])
+            if fault is not None:
+                sheet.text(fault, (x + side / 2, y + side / 2), ha="center", va="center", backgroundcolor="white")
+    return sheet.figure
+
+
+def sanity_table(
+    rows: Sequence[Row], title: str = "Sanity check: similarity to the maps of the original model"
+) -> Table:
+    """A line for each method and modality: rank correlation at some stages, structure at the end, for `rich.print`.
+
+    Args:
+        rows: of one sanity check, as `COLUMNS` says.
+        title: stands above the table.
+
+    Raises:
+        ValueError: there are no rows.
+
+    >>> row = {"method": "rise", "modality": "image", "stage": "head", "spearman": 0.25, "pairs": 4, "constant": 1}
+    >>> table = sanity_table([row | {"ssim": 0.5}])
+    >>> [str(column.header) for column in table.columns]
+    ['method', 'maps', 'ρ head', 'SSIM head', 'constant']
+    >>> [str(next(iter(column.cells))) for column in table.columns]
+    ['rise', 'image', '0.250', '0.500', '1/5']
+    """
+    stages, values = _names(rows, "stage"), _values(rows)
+    shown = [stages[i] for i in evenly(len(stages), _MOST_STAGES)]
+    table = Table(
+        title=title, box=box.SIMPLE, caption="1: the map is as before, so it does not depend on what was randomised"
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("maps", no_wrap=True)
+    for heading in (*(f"ρ {stage}" for stage in shown), f"SSIM {stages[-1]}", "constant"):
+        table.add_column(Text(heading), justify="right")
+    for method, modality in dict.fromkeys((str(row["method"]), str(row["modality"])) for row in rows):
+        one = [row for row in rows if (row["method"], row["modality"]) == (method, modality)]
+        constant = sum(int(str(row["constant"])) for row in one)
+        total = constant + sum(int(str(row["pairs"])) for row in one)
+        cells = [_number(values[method, modality, stage, "spearman"]) for stage in shown]
+        cells += [_number(values[method, modality, stages[-1], "ssim"]), f"{constant}/{total}"]
+        table.add_row(*map(Text, (method, modality, *cells)))
+    return table
+
+
+def _names(rows: Sequence[Row], key: str) -> list[str]:
+    """The distinct values of a column, in order of first appearance."""
+    if not rows:
+        raise ValueError(f"expected the rows of a sanity check ({', '.join(COLUMNS)}); got none")
+    return list(dict.fromkeys(str(row[key]) for row in rows))
+
+
+def _values(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], float]:
+    """(method, modality, stage, measure) -> value."""
+    return {
+        (str(row["method"]), str(row["modality"]), str(row["stage"]), measure): float(str(row[measure]))
+        for row in rows
+        for measure in ("spearman", "ssim")
+    }
+
+
+def _strengths(heat: Heat) -> NDArray[np.floating]:
+    return scaled(heat, "signed" if np.min(heat) < 0 else "range")
+
+
+def _number(value: float) -> str:
+    return NO_VALUE if math.isnan(value) else f"{value:.3f}"
