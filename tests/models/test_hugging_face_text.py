@@ -64,11 +64,10 @@ def save_tokenizer(folder: Path) -> int:
 
 def build(name: str, folder: Path) -> DualEncoder:
     kind, settings, pooler, projection = TOWERS[name]
-    # Small models are initialised as large ones are: so small that hardly anything passes from token to token.
-    config = getattr(transformers, kind)(vocab_size=save_tokenizer(folder), **settings)
+    config = getattr(transformers, kind)(vocab_size=save_tokenizer(folder / "tokenizer"), **settings)
     config.save_pretrained(folder)
     text_cfg = {
-        "hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "context_length": LENGTH,
+        "hf_model_name": str(folder), "hf_tokenizer_name": str(folder / "tokenizer"), "context_length": LENGTH,
         "hf_pooler_type": pooler, "hf_proj_type": projection,
     }  # fmt: skip
     model_cfg = {"embed_dim": 6, "vision_cfg": ARCHITECTURES["vit"]["vision_cfg"], "text_cfg": text_cfg}
@@ -78,7 +77,7 @@ def build(name: str, folder: Path) -> DualEncoder:
     encoder = load_dual_encoder(path)
     with torch.no_grad():
         for weight in encoder.model.text.parameters():
-            if weight.ndim > 1:
+            if weight.ndim > 1:  # as initialised, hardly anything passes from token to token
                 weight.normal_(std=weight.shape[1] ** -0.5)
     made: DualEncoder = randomised(encoder).double().eval()
     return made
