@@ -86,8 +86,8 @@ def sanity_sheet(
 ) -> Figure:
     """One image's maps: a row for each method, a column for each stage, after Figure 4 of the M2IB paper.
 
-    Maps with negative entries are red and blue, each relative to its own largest magnitude; others go from their
-    lowest value (none) to their highest (red).
+    Maps with entries of both signs are red and blue, each relative to its own largest magnitude; others go from their
+    lowest value (no colour) to their highest (red).
 
     Args:
         example: the image and its caption.
@@ -145,24 +145,27 @@ def sanity_table(
     >>> row = {"method": "rise", "modality": "image", "stage": "head", "spearman": 0.25, "pairs": 4, "constant": 1}
     >>> table = sanity_table([row | {"ssim": 0.5}])
     >>> [str(column.header) for column in table.columns]
-    ['method', 'maps', 'ρ head', 'SSIM head', 'constant']
+    ['method', 'maps', 'ρ 1', 'SSIM 1', 'constant']
     >>> [str(next(iter(column.cells))) for column in table.columns]
     ['rise', 'image', '0.250', '0.500', '1/5']
     """
     stages, values = _names(rows, "stage"), _values(rows)
-    shown = [stages[i] for i in evenly(len(stages), _MOST_STAGES)]
+    shown = evenly(len(stages), _MOST_STAGES)
+    legend = "; ".join(f"{i + 1}: {stages[i]}" for i in shown)
     table = Table(
-        title=title, box=box.SIMPLE, caption="1: the map is as before, so it does not depend on what was randomised"
+        title=title,
+        box=box.SIMPLE,
+        caption=f"1.000: the map is unchanged by what was randomised, up to and with stage {legend}",
     )
     table.add_column("method", no_wrap=True)
     table.add_column("maps", no_wrap=True)
-    for heading in (*(f"ρ {stage}" for stage in shown), f"SSIM {stages[-1]}", "constant"):
-        table.add_column(Text(heading), justify="right")
+    for heading in (*(f"ρ {i + 1}" for i in shown), f"SSIM {len(stages)}", "constant"):
+        table.add_column(heading, justify="right")
     for method, modality in dict.fromkeys((str(row["method"]), str(row["modality"])) for row in rows):
         one = [row for row in rows if (row["method"], row["modality"]) == (method, modality)]
         constant = sum(int(str(row["constant"])) for row in one)
         total = constant + sum(int(str(row["pairs"])) for row in one)
-        cells = [_number(values[method, modality, stage, "spearman"]) for stage in shown]
+        cells = [_number(values[method, modality, stages[i], "spearman"]) for i in shown]
         cells += [_number(values[method, modality, stages[-1], "ssim"]), f"{constant}/{total}"]
         table.add_row(*map(Text, (method, modality, *cells)))
     return table
@@ -185,7 +188,7 @@ def _values(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], float]:
 
 
 def _strengths(heat: Heat) -> NDArray[np.floating]:
-    return scaled(heat, "signed" if np.min(heat) < 0 else "range")
+    return scaled(heat, "signed" if np.min(heat) < 0 < np.max(heat) else "range")
 
 
 def _number(value: float) -> str:

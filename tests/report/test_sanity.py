@@ -102,14 +102,15 @@ def panel(figure: Figure, number: int) -> Any:
 
 def test_signed_maps_are_red_and_blue_and_others_go_from_least_to_most() -> None:
     grey = Example(np.full((32, 32, 3), 0.5), "", "", (), None, "key")
-    signed, positive = np.array([[-1.0, 1.0]]), np.array([[5.0, 6.0]])
-    sheet = sanity_sheet(grey, {"a": [signed], "b": [positive]}, ["original"], side=64)
+    signed, one_sided = np.array([[-1.0, 1.0]]), [np.array([[5.0, 6.0]]), np.array([[-6.0, -5.0]])]
+    sheet = sanity_sheet(grey, {"a": [signed, signed], "b": one_sided}, ["original", "head"], side=64)
     below, above = (panel(sheet, 1)[32, x].astype(int) for x in (4, 60))
     assert below[2] > below[0] + 50
     assert above[0] > above[2] + 50
-    least, most = (panel(sheet, 3)[32, x].astype(int) for x in (4, 60))
-    assert least[0] == least[2]
-    assert most[0] > most[2] + 50
+    for number in (4, 5):
+        least, most = (panel(sheet, number)[32, x].astype(int) for x in (4, 60))
+        assert least[0] == least[2]
+        assert most[0] > most[2] + 50
 
 
 def test_a_map_that_says_nothing_is_named() -> None:
@@ -127,7 +128,9 @@ def test_the_table_fits_a_terminal_and_prints_dashes_for_what_is_undefined() -> 
     assert image[-6:] == ["image", "0.800", "0.200", "-0.100", "0.200", "6/22"]
     assert text[-6:] == ["text", "0.800", "0.200", "-0.100", "–", "6/22"]
     assert "odd [red]$x" in "\n".join(lines)
+    assert "constant" in "\n".join(lines)
     assert "…" not in "\n".join(lines)
+    assert "1: head; 3: block 0; 4: embedding" in " ".join("\n".join(lines).split())
 
 
 def test_what_does_not_fit_together_is_an_error_in_words() -> None:
