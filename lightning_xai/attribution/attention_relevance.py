@@ -172,8 +172,7 @@ class _Tower:
 
     def _unsupported(self, reason: str) -> UnsupportedTowerError:
         return UnsupportedTowerError(
-            f"AttentionRelevance cannot explain this {self._name} tower: {type(self._last).__name__} {reason}; "
-            f"use {OTHER_METHODS}"
+            f"AttentionRelevance cannot explain this {self._name} tower, which {reason}; use {OTHER_METHODS}"
         )
 
 

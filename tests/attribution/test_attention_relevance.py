@@ -207,6 +207,44 @@ def test_agrees_with_the_literal_product_over_stored_attention(
         assert part.max() > 1e-4
 
 
+def test_agrees_with_the_attentions_that_a_hugging_face_tower_gives_out_itself(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.RobertaConfig(
+        vocab_size=49408,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=20,
+        pad_token_id=0,
+    ).save_pretrained(tmp_path)
+    text = {"hf_model_name": str(tmp_path), "context_length": 16, "hf_pooler_type": "mean_pooler"}
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"embed_dim": 24, "vision_cfg": VIT, "text_cfg": text | {"hf_proj_type": "mlp"}}))
+    torch.manual_seed(0)
+    encoder = load_dual_encoder(path).double().eval()
+    model: Any = encoder.model
+    for weight in model.text.parameters():
+        # As they are initialised, hardly anything passes from token to token.
+        torch.nn.init.normal_(weight, std=0.3)
+    images, tokens = random_pairs(encoder)
+    result = AttentionRelevance(encoder, start_layer=0).attribute(images, tokens)
+
+    model.text.transformer.set_attn_implementation("eager")
+    for row in range(len(tokens)):
+        own = tokens[row] != 0
+        output = model.text.transformer(tokens[row][None], attention_mask=own[None].long(), output_attentions=True)
+        embedding = model.text.proj(output.last_hidden_state[:, own].mean(dim=1))
+        logit = model.logit_scale.exp() * torch.cosine_similarity(embedding, model.encode_image(images[row][None]))
+        relevance = torch.eye(tokens.shape[1]).double()
+        for attention in output.attentions:
+            (gradient,) = torch.autograd.grad(logit, attention, retain_graph=True)
+            relevance = relevance + (attention * gradient).clamp(min=0).mean(dim=1)[0] @ relevance
+        expected = relevance[own].mean(dim=0) * encoder.tokenizer.content_mask(tokens)[row]
+        torch.testing.assert_close(result.text[row], expected, rtol=1e-8, atol=1e-13)
+    assert result.text.max() > 0.1
+
+
 def test_the_gradient_is_of_the_cosine_times_the_logit_scale(encoder_of: Callable[[str], DualEncoder]) -> None:
     encoder = encoder_of("cls")
     images, tokens = random_pairs(encoder)
