@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ Data and models:
   export      turn a checkpoint into weights that open_clip loads
 
 Explanations:
-  explain     draw which patches of an image and which words of a caption make their similarity
+  explain       draw which patches of an image and which words of a caption make their similarity
+  sanity-check  see whether heat maps change while the model's weights are randomised, layer by layer
 
 Start here (3 minutes on a laptop, no download):
   python -m lightning_xai fit --config configs/demo.yaml
@@ -40,7 +42,7 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-_COMMANDS = ("prepare", "export", "explain")
+_COMMANDS = ("prepare", "export", "explain", "sanity-check")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -102,9 +104,13 @@ def _command(name: str) -> Any:
         from lightning_xai.commands.export import export
 
         return export
-    from lightning_xai.commands.explain import Explain
+    if name == "explain":
+        from lightning_xai.commands.explain import Explain
 
-    return Explain
+        return Explain
+    from lightning_xai.commands.sanity_check import SanityCheck
+
+    return SanityCheck
 
 
 def _run_command(name: str, arguments: list[str]) -> None:
@@ -124,7 +130,7 @@ def _run_command(name: str, arguments: list[str]) -> None:
         more = {"description": description, "formatter_class": KeepsLines}
     result = auto_cli(
         command,
-        args=[_underscored(argument) for argument in arguments],
+        args=_as_parsed(arguments),
         prog=f"lightning_xai {name}",
         as_positional=name == "export",
         **more,
@@ -133,10 +139,30 @@ def _run_command(name: str, arguments: list[str]) -> None:
         result()  # more settings than a function should take: the parser has made the object that holds them
 
 
-def _underscored(argument: str) -> str:
-    """An option as the parser knows it: `--other-image=a-b.jpg` is `--other_image=a-b.jpg`."""
-    option, equals, value = argument.partition("=")
-    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
+def _as_parsed(arguments: Sequence[str]) -> list[str]:
+    """Options as the parser takes them.
+
+    `--other-image` becomes `--other_image`. Of options two levels down, such as `--options.rise.seed 1`, the parser
+    would keep only the last, so that those of one method are given to it as one.
+
+    >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2"])
+    ['--a_b=c-d', '--options.rise={"seed": "1", "cells": "2"}']
+    """
+    parsed: list[str] = []
+    nested: dict[str, dict[str, str]] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--"):
+            parsed.append(argument)
+            continue
+        option = "--" + option[2:].replace("-", "_")
+        if option.startswith("--options.") and option.count(".") == 2:
+            group, _, key = option.rpartition(".")
+            nested.setdefault(group, {})[key] = value if equals else next(rest, "")
+        else:
+            parsed.append(option + equals + value)
+    return parsed + [f"{group}={json.dumps(values)}" for group, values in nested.items()]
 
 
 def _meant_for_the_user(error: BaseException | None) -> BaseException | None:

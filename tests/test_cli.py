@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +22,6 @@ from lightning_xai.models import load_dual_encoder
 from lightning_xai.tasks import ContrastiveFineTuning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """So small models are faster without threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Result(NamedTuple):
@@ -105,7 +96,7 @@ def config_in(folder: Path, architecture: Path, train: Path, val: Path) -> Path:
 def test_the_overview_lists_every_command(tmp_path: Path) -> None:
     asked, bare = (done(result) for result in together(tmp_path, ["--help"], []))
     assert asked.out == bare.out
-    for command in ("fit", "validate", "test", "predict", "prepare", "export"):
+    for command in ("fit", "validate", "test", "predict", "prepare", "export", "explain", "sanity-check"):
         assert f"\n  {command} " in asked.out
     assert "fit --config configs/demo.yaml" in asked.out
 

@@ -3,4 +3,4 @@
 Torch is imported inside the functions: it takes seconds, which a help text or a mistyped command is not worth.
 """
 
-__all__ = ["explain", "export", "prepare"]
+__all__ = ["explain", "export", "prepare", "sanity_check"]

@@ -233,9 +233,8 @@ def _sheet(encoder: DualEncoder, question: Question, answers: Sequence[Answer], 
     saliencies = [_saliency(each, own) for each in answers]
     if len(answers) + len(missing) > 1:
         return comparison_sheet(example, tokens, saliencies, missing=missing)
-    return explanation_sheet(
-        example, tokens, saliencies[0], asked=_asked(entry), notes=_notes(question, answers[0], own)
-    )
+    notes = _notes(question, answers[0], own, tokens[-1].text)
+    return explanation_sheet(example, tokens, saliencies[0], asked=_asked(entry), notes=notes)
 
 
 def _saliency(answer: Answer, own: Sequence[int]) -> Saliency:

@@ -1,0 +1,475 @@
+"""`explain` through the command line's own function: arrays, settings, lists, and what is said of bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lightning_xai.attribution import (
+    METHODS,
+    RISE,
+    Attribution,
+    ConstantMapWarning,
+    FeaturePairAttribution,
+    Method,
+    Saliency,
+    SimilarityGradCAM,
+)
+from lightning_xai.cli import main
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder, save_open_clip
+
+CAPTION = "a red ring and a blue ring"
+SIZE = (48, 64)  # the encoder sees 32 x 32: the upper and lower 5 of 42 rows are cropped
+
+
+class Constant(Method):
+    """Says the same of every part."""
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        batch = len(images)
+        return Attribution(torch.ones(batch, 4, 4), torch.ones(tokens.shape), torch.zeros(batch))
+
+
+class Unsupported(Method):
+    def __init__(self, encoder: DualEncoder, *, internal_batch_size: int | None = None) -> None:
+        raise UnsupportedTowerError("this tower has no attention; saliency serves it")
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        raise AssertionError
+
+
+@pytest.fixture
+def model(
+    make_encoder: Callable[..., DualEncoder], architecture_file: Callable[[str], Path], tmp_path: Path
+) -> list[str]:
+    """Options that choose a small model, the same in every call."""
+    weights = tmp_path / "weights" / "vit.safetensors"
+    save_open_clip(make_encoder(), weights)
+    return ["--model.name", str(architecture_file("vit")), "--model.pretrained", str(weights), "--model.device", "cpu"]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return picture(tmp_path / "picture.png", 0)
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = SIZE) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def explain(*options: object) -> None:
+    main(["explain", *map(str, options)])
+
+
+def message_of(*options: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        explain(*options)
+    assert isinstance(stopped.value.code, str), "a traceback or a usage text, not a message"
+    return stopped.value.code
+
+
+def arrays_of(folder: Path) -> dict[str, NDArray[Any]]:
+    with np.load(folder / "attribution.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "explanation.json").read_text(encoding="utf-8"))
+    return record
+
+
+def loaded(model: Sequence[str]) -> DualEncoder:
+    return load_dual_encoder(model[1], model[3]).eval()
+
+
+def inputs(encoder: DualEncoder, path: Path, caption: str = CAPTION) -> tuple[Tensor, Tensor]:
+    with Image.open(path) as opened:
+        pixels = encoder.image_transform(opened.convert("RGB"))
+    return pixels[None], encoder.tokenizer.encode([caption])
+
+
+def assert_equal(arrays: dict[str, NDArray[Any]], result: Attribution, prefix: str = "") -> None:
+    for name in ("image", "text", "pairs", "prefix", "similarity", "completeness_error"):
+        expected = getattr(result, name)
+        assert (prefix + name in arrays) == (expected is not None)
+        if expected is not None:
+            np.testing.assert_allclose(arrays[prefix + name], expected[0], rtol=1e-4, atol=1e-6)
+
+
+# --- one image ---
+
+
+def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
+    model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    explain("--image", image, "--caption", CAPTION, "--span", "Blue  RING", *model, "--out", out)
+    encoder = loaded(model)
+    result = FeaturePairAttribution(encoder).attribute(*inputs(encoder, image))
+    arrays = arrays_of(out)
+    assert_equal(arrays, result)
+    assert arrays["tokens"].tolist() == encoder.tokenizer.encode([CAPTION])[0].tolist()
+    assert arrays["span_mask"].nonzero()[0].tolist() == [6, 7]
+    np.testing.assert_allclose(arrays["shown_image"], result.pairs[0, 6] + result.pairs[0, 7], atol=1e-6)
+    np.testing.assert_array_equal(arrays["shown_text"], arrays["text"])
+    assert Image.open(out / "picture.png").size[0] > 800
+    assert f"Look at {out / 'picture.png'}" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "picture.png"]
+
+
+def test_without_a_span_the_whole_caption_is_shown(model: list[str], image: Path, tmp_path: Path) -> None:
+    explain("--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out")
+    arrays = arrays_of(tmp_path / "out")
+    np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
+    assert "span_mask" not in arrays
+    assert record_of(tmp_path / "out")["span"] is None
+
+
+def test_every_occurrence_of_the_span_counts(model: list[str], image: Path, tmp_path: Path) -> None:
+    explain("--image", image, "--caption", CAPTION, "--span", "ring", *model, "--out", tmp_path / "out")
+    arrays, record = arrays_of(tmp_path / "out"), record_of(tmp_path / "out")
+    assert record["span"] == {
+        "phrase": "ring", "characters": [[6, 10], [22, 26]], "positions": [3, 7], "tokens": ["ring", "ring"],
+    }  # fmt: skip
+    np.testing.assert_allclose(arrays["shown_image"], arrays["pairs"][[3, 7]].sum(axis=0), atol=1e-7)
+
+
+def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
+    model: list[str], image: Path, tmp_path: Path
+) -> None:
+    # Two thirds of 48 x 64 pixels, less the 5 rows cropped above: x from 16 to 32 are the patches 2 and 3 across, y
+    # from 3 to 19 the patches 0 and 1 down.
+    explain("--image", image, "--caption", CAPTION, "--box", "24,12.5,24,24", *model, "--out", tmp_path / "out")
+    arrays, record = arrays_of(tmp_path / "out"), record_of(tmp_path / "out")
+    expected = np.zeros((4, 4), dtype=bool)
+    expected[0:2, 2:4] = True
+    np.testing.assert_array_equal(arrays["box_mask"], expected)
+    np.testing.assert_allclose(arrays["shown_text"], arrays["pairs"][:, 0:2, 2:4].sum(axis=(1, 2)), atol=1e-7)
+    np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
+    boxes = loaded(model).image_transform.boxes(torch.tensor([[24.0, 12.5, 24.0, 24.0]]), SIZE)
+    assert record["box"]["x,y,width,height"] == [24, 12.5, 24, 24]
+    np.testing.assert_allclose(record["box"]["x0,y0,x1,y1 transformed"], boxes[0])
+
+
+def test_the_record_has_every_setting_with_defaults_resolved(model: list[str], image: Path, tmp_path: Path) -> None:
+    options = ["--options.steps", "4", "--options.rule", "midpoint"]
+    explain("--image", image, "--caption", CAPTION, "--span", "red", *model, *options, "--out", tmp_path / "out")
+    record, arrays = record_of(tmp_path / "out"), arrays_of(tmp_path / "out")
+    assert record["model"] | {"parameters": 0} == {
+        "name": model[1], "pretrained": model[3], "device": "cpu", "architecture": "vit", "image_size": [32, 32],
+        "context_length": 16, "parameters": 0,
+    }  # fmt: skip
+    assert record["command"]["options"] == {"steps": 4, "rule": "midpoint"}
+    assert record["image"] == str(image)
+    assert record["image_size"] == list(SIZE)
+    assert record["caption"] == CAPTION
+    assert record["token_strings"][1:-1] == CAPTION.split()
+    assert {"python", "torch", "lightning_xai", "captum", "open_clip_torch"} <= record["versions"].keys()
+    method = record["methods"]["feature_pair"]
+    assert method["options"] == {
+        "image_layer": -1, "text_layer": -1, "steps": 4, "rule": "midpoint", "image_reference": "zeros",
+        "text_reference": "padding", "internal_batch_size": None,
+    }  # fmt: skip
+    assert method["similarity"] == pytest.approx(float(arrays["similarity"]))
+    assert method["completeness_error"] == pytest.approx(float(arrays["completeness_error"]))
+    assert method["patches"] == [4, 4]
+    assert method["scale"] == "signed"
+    assert method["range"]["image"] == pytest.approx([arrays["shown_image"].min(), arrays["shown_image"].max()])
+    assert arrays.keys() <= record["arrays"].keys()
+    encoder = loaded(model)
+    assert_equal(arrays, FeaturePairAttribution(encoder, steps=4, rule="midpoint").attribute(*inputs(encoder, image)))
+
+
+def test_options_are_also_taken_as_json(model: list[str], image: Path, tmp_path: Path) -> None:
+    given = ["--method", "rise", "--options", '{"image_masks": 9, "text_masks": 5, "seed": 3}']
+    explain("--image", image, "--caption", CAPTION, *given, *model, "--out", tmp_path / "out")
+    encoder = loaded(model)
+    result = RISE(encoder, image_masks=9, text_masks=5, seed=3).attribute(*inputs(encoder, image))
+    assert_equal(arrays_of(tmp_path / "out"), result)
+    assert record_of(tmp_path / "out")["methods"]["rise"]["scale"] == "range"
+
+
+def test_a_method_that_is_never_negative_is_shown_from_zero(model: list[str], image: Path, tmp_path: Path) -> None:
+    explain("--image", image, "--caption", CAPTION, "--method", "saliency", *model, "--out", tmp_path / "out")
+    record = record_of(tmp_path / "out")["methods"]["saliency"]
+    assert record["scale"] == "positive"
+    assert record["completeness_error"] is None
+
+
+def test_a_constant_map_is_warned_of_and_recorded(
+    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "constant", Constant)
+    with pytest.warns(ConstantMapWarning, match="image map of pair"):
+        explain("--image", image, "--caption", CAPTION, "--method", "constant", *model, "--out", tmp_path / "out")
+    faults = record_of(tmp_path / "out")["methods"]["constant"]["fault"]
+    assert faults == {"image": "constant map", "text": "constant map"}
+
+
+# --- every method ---
+
+
+def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_named(
+    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some: dict[str, type[Method]] = {
+        "similarity_grad_cam": SimilarityGradCAM, "unsupported": Unsupported, "saliency": Saliency, "rise": RISE,
+    }  # fmt: skip
+    monkeypatch.setattr("lightning_xai.attribution.METHODS", some)
+    options = [
+        "--options.rise.image_masks",
+        "9",
+        "--options.rise.text_masks",
+        "5",
+        "--options.internal_batch_size",
+        "2",
+    ]
+    out = tmp_path / "out"
+    explain("--image", image, "--caption", CAPTION, "--method", "all", *options, *model, "--out", out)
+    encoder, arrays, record = loaded(model), arrays_of(out), record_of(out)
+    pair = inputs(encoder, image)
+    assert_equal(arrays, SimilarityGradCAM(encoder).attribute(*pair), "similarity_grad_cam/")
+    assert_equal(arrays, Saliency(encoder).attribute(*pair), "saliency/")
+    assert_equal(arrays, RISE(encoder, image_masks=9, text_masks=5).attribute(*pair), "rise/")
+    assert list(record["methods"]) == ["similarity_grad_cam", "saliency", "rise"]
+    assert [each["options"]["internal_batch_size"] for each in record["methods"].values()] == [2, 2, 2]
+    assert record["methods"]["rise"]["options"]["image_masks"] == 9
+    assert record["not_served"] == {"unsupported": "this tower has no attention; saliency serves it"}
+    assert "unsupported is left out: this tower has no attention" in capsys.readouterr().out
+    with pytest.raises(UnsupportedTowerError, match="saliency serves it"):
+        explain("--image", image, "--caption", CAPTION, "--method", "unsupported", *model, "--out", out)
+
+
+# --- two of a kind ---
+
+
+def test_another_image_is_compared_with_the_box_of_the_first(
+    model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = picture(tmp_path / "other.jpg", 1, (40, 40))
+    given = ["--image", image, "--other-image", other, *model]
+    explain(*given, "--out", tmp_path / "whole")
+    explain(*given, "--box", "24,12.5,24,24", "--out", tmp_path / "box")
+    encoder = loaded(model)
+    images = [inputs(encoder, path)[0] for path in (image, other)]
+    result = FeaturePairAttribution(encoder).attribute_images(*images)
+    whole, box = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "box")
+    np.testing.assert_allclose(whole["pairs"], result.pairs[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole["first"], result.first[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole["shown_second"], result.second[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(box["shown_second"], whole["pairs"][0:2, 2:4].sum(axis=(0, 1)), atol=1e-6)
+    record = record_of(tmp_path / "box")
+    assert record["images"] == [str(image), str(other)]
+    assert record["box"] == "24,12.5,24,24"
+    assert record["methods"]["feature_pair"]["similarity"] == pytest.approx(result.similarity.item(), abs=1e-5)
+    assert (tmp_path / "box" / "picture-other.png").is_file()
+    assert "Look at" in capsys.readouterr().out
+
+
+def test_another_caption_is_compared_with_the_span_of_the_first(model: list[str], tmp_path: Path) -> None:
+    given = ["--caption", CAPTION, "--other_caption", "two circles", *model]
+    explain(*given, "--out", tmp_path / "whole")
+    explain(*given, "--span", "blue ring", "--out", tmp_path / "span")
+    encoder = loaded(model)
+    tokens = encoder.tokenizer.encode([CAPTION, "two circles"])
+    result = FeaturePairAttribution(encoder).attribute_texts(tokens[:1], tokens[1:])
+    whole, span = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "span")
+    np.testing.assert_allclose(whole["pairs"], result.pairs[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole["shown_second"], result.second[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(span["shown_second"], whole["pairs"][6] + whole["pairs"][7], atol=1e-6)
+    assert span["other_tokens"].tolist() == tokens[1].tolist()
+    assert record_of(tmp_path / "span")["positions"] == [6, 7]
+    assert (tmp_path / "span" / "captions.png").is_file()
+
+
+# --- lists ---
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_list_explains_what_it_can_and_counts_the_rest(
+    model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int
+) -> None:
+    picture(tmp_path / "second.jpg", 1, (64, 40))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    lines = [
+        ("image", "caption", "span", "box"),
+        ("picture.png", CAPTION, "red ring", ""),
+        ("gone.png", CAPTION, "", ""),
+        ("broken.png", CAPTION, "", ""),
+        ("picture.png", CAPTION, "cat", ""),
+        ("second.jpg", "a cat, and a dog", "", "0,0,99,99"),
+        ("second.jpg", "a cat, and a dog", "", "12,0,40,20"),
+        ("second.jpg", " ", "", ""),
+        ("second.jpg", "a cat", "", "1,2,3"),
+    ]
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    out = tmp_path / "out"
+    explain("--image", tmp_path / "list.csv", *model, "--batch-size", batch_size, "--out", out)
+    with (out / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"][:4] for row in rows] == [f"{i:04d}" for i in range(8)]
+    reasons = [row["left_out"] for row in rows]
+    assert [i for i, reason in enumerate(reasons) if not reason] == [0, 5]
+    expected = ["cannot be read", "does not decode", "'cat' is not in the caption", "64 x 40 pixels"]
+    assert all(part in reason for part, reason in zip(expected, reasons[1:5], strict=True))
+    assert "is empty" in reasons[6]
+    assert "such as 10,20,64,48" in reasons[7]
+    told = capsys.readouterr().out
+    assert "Explained 2 of 8 entries" in told
+    assert "and 1 more" in told
+    explain("--image", image, "--caption", CAPTION, "--span", "red ring", *model, "--out", tmp_path / "alone")
+    alone, listed = arrays_of(tmp_path / "alone"), arrays_of(out / "0000-picture")
+    assert alone.keys() == listed.keys()
+    for name, values in alone.items():
+        np.testing.assert_allclose(listed[name], values, rtol=1e-4, atol=1e-6)
+    assert float(rows[0]["similarity"]) == pytest.approx(float(alone["similarity"]), abs=1e-5)
+    assert sorted(path.name for path in out.iterdir()) == ["0000-picture", "0005-second", "summary.csv"]
+    assert (out / "0005-second" / "second.png").is_file()
+
+
+def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(2):
+        picture(folder / f"{i}.png", i)
+    (folder / "notes.txt").write_text("no image")
+    explain("--image", folder, "--caption", CAPTION, *model, "--out", tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["0000-0", "0001-1", "summary.csv"]
+    (tmp_path / "captions.csv").write_text("\ufeffimage,caption\n1.png,a cat\n1.png,a dog\n", encoding="utf-8")
+    explain("--image", folder, "--captions", tmp_path / "captions.csv", *model, "--out", tmp_path / "two")
+    records = [record_of(tmp_path / "two" / name) for name in ("0000-1", "0001-1")]
+    assert [record["caption"] for record in records] == ["a cat", "a dog"]
+    assert records[0]["image"] == str(folder / "1.png")
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--span", "cat"], f"the span 'cat' is not in the caption: {CAPTION!r}"),
+        (["--span", "in"], f"the span 'in' is not in the caption as whole words: {CAPTION!r}"),
+        (["--span", " "], "the span is empty"),
+        (["--span", "ring", "--box", "0,0,9,9"], "give one of them"),
+        (["--box", "0,0,90,9"], "the box 0,0,90,9 (x,y,width,height) leaves the image, which has 48 x 64 pixels"),
+        (["--box", "0,0,9,4"], "nothing of the box 0,0,9,4 is left of an image of 48 x 64 pixels"),
+        (["--box", "0,0,0,9"], "a box needs a positive width and height"),
+        (["--box", "0,0,nan,9"], "a box needs a positive width and height"),
+        (["--box", "1,2"], "a box is x,y,width,height in pixels, such as 10,20,64,48; got '1,2'"),
+        (["--method", "magic"], "unknown method 'magic'; there are feature_pair, "),
+        (
+            ["--method", "saliency", "--span", "ring"],
+            "--span needs a method that tells pairs of words and patches apart",
+        ),
+        (["--method", "all", "--box", "0,0,9,9"], "--box needs a method that tells pairs of words and patches apart"),
+        (["--options.stepz", "9"], "feature_pair has no option stepz; it has image_layer, text_layer, steps"),
+        (
+            ["--options.steps", "many"],
+            "--options of feature_pair: \"steps\": Expected a <class 'int'>. Got value: many",
+        ),
+        (["--options.steps", "0"], "needs at least 1 integration step(s); got steps=0"),
+        (["--options.image_layer", "7"], "image tower has layers 0 to 2 (or -3 to -1); got layer 7"),
+        (["--method", "all", "--options.stepz", "9"], "no method has the option stepz"),
+        (["--method", "all", "--options.rise", "9"], "--options.rise holds options of the method rise; got 9"),
+        (["--caption", "  "], "is empty"),
+        (["--image", "gone.png"], "gone.png does not exist"),
+        (["--image", "broken.png"], "broken.png: the image does not decode"),
+        (["--image", "drawing.ps"], "drawing.ps: the image does not decode"),
+        (["--other-image", "a.png", "--other-caption", "b"], "give one of them"),
+        (["--other-image", "broken.png", "--span", "ring"], "a --span has no place there"),
+        (["--other-image", "broken.png"], "broken.png: the image does not decode"),
+        (["--other-caption", "b", "--box", "0,0,9,9"], "a --box has no place there"),
+        (["--other-caption", " "], "one of the captions is empty"),
+        (["--other-caption", "b", "--method", "saliency"], "--other-caption needs a method that tells pairs"),
+        (["--captions", "broken.png"], "is a single image: give its caption"),
+        (["--batch-size", "0"], "--batch-size has to be at least 1; got 0"),
+        (["--model.pretrained", "nobody"], "neither a file nor a tag"),
+        (["--model.name", "ViT-B-61"], "unknown model 'ViT-B-61'; did you mean ViT-B-16"),
+        (["--model.device", "toaster"], "'toaster' is no device"),
+    ],
+)
+def test_bad_input_is_told_in_plain_words(
+    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_bytes(b"this is no image")
+    Path("drawing.ps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    told = message_of("--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out", *options)
+    assert message in told
+    assert len(told) < 700
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_phrase_behind_the_context_length_is_told_to_be_cut_off(
+    model: list[str], image: Path, tmp_path: Path
+) -> None:
+    caption = "a dog " * 9 + "a cat"
+    told = message_of("--image", image, "--caption", caption, "--span", "cat", *model, "--out", tmp_path / "out")
+    assert "the span 'cat' is cut off: the model reads 16 tokens" in told
+    explain("--image", image, "--caption", caption, "--span", "dog", *model, "--out", tmp_path / "out")
+    assert record_of(tmp_path / "out")["span"]["positions"] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_weights_that_are_not_finite_are_told(
+    model: list[str], image: Path, tmp_path: Path, architecture_file: Callable[[str], Path]
+) -> None:
+    encoder = loaded(model)
+    with torch.no_grad():
+        next(encoder.parameters())[:] = torch.nan
+    save_open_clip(encoder, tmp_path / "nan.safetensors")
+    broken = ["--model.name", model[1], "--model.pretrained", str(tmp_path / "nan.safetensors")]
+    assert "finite" in message_of("--image", image, "--caption", CAPTION, *broken, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image,caption\n", "lists no image"),
+        ("image,text\na.png,b\n", "expected the columns image,caption and if need be span,box; got image,text"),
+        ("image,caption,spans\na.png,b,c\n", "got image,caption,spans"),
+        ("image,caption\ngone.png,b\n", "none of the 1 entries can be used:\n  0000-gone: image"),
+    ],
+)
+def test_a_list_of_no_use_is_told(model: list[str], tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "list.csv").write_text(content)
+    assert message in message_of("--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out")
+
+
+def test_a_list_keeps_its_captions_spans_and_boxes_to_itself(model: list[str], tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("image,caption,span\na.png,a b,a\n")
+    given = ["--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out"]
+    assert "leave out --caption and --captions" in message_of(*given, "--caption", "a cat")
+    assert "leave out --span and --box" in message_of(*given, "--span", "cat")
+    assert "a list with spans or boxes needs a method that tells pairs" in message_of(*given, "--method", "saliency")
+    assert "not with many" in message_of(*given, "--other-image", tmp_path / "list.csv")
+    (tmp_path / "empty").mkdir()
+    given = ["--image", tmp_path / "empty", *model, "--out", tmp_path / "out"]
+    assert "give one --caption for all its images, or --captions FILE.csv" in message_of(*given)
+    assert "holds no image" in message_of(*given, "--caption", "a cat")
+
+
+def test_the_help_teaches_with_an_example_and_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom lightning_xai.cli import main\n"
+        "try:\n    main(['explain', '--help'])\nexcept SystemExit:\n    print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert '  python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"\n' in done.stdout
+    assert "--other_image" in done.stdout
