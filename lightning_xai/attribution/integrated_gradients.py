@@ -101,8 +101,8 @@ class IntegratedGradients(Method):
             hidden_BTD = self._text.stem(tokens)
             reference_1TD = self._text.stem(padding_1L, length)[:, : hidden_BTD.shape[1]]
         gradients, error = self._integrate(score, hidden_BTD, reference_1TD.expand_as(hidden_BTD), image_BK, tokens)
-        visible = self._text.visible(tokens)
-        return self._text.on_caption(gradients.sum(dim=2), length) * visible, error
+        # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
+        return self._text.on_caption(gradients.sum(dim=2), length), error
 
     def _integrate(
         self, score: Callable[..., Tensor], inputs: Tensor, reference: Tensor, *constants: Tensor

@@ -22,8 +22,8 @@ from lightning_xai.attribution.perturbation import forward_only, only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 
-# The paper's weight of the empty and the full coalition is infinite. Captum's 1e6 leaves efficiency off by as much as
-# thousands of other samples pull; this is still far from what float64 resolves.
+# The paper's weight of the empty and the full coalition is infinite. Captum's 1e6 lets the other samples pull the sum
+# off by more than rounding does; this is still far from what float64 resolves.
 _INFINITE_WEIGHT = 1e12
 
 _Score = Callable[[Tensor], Tensor]
@@ -39,8 +39,8 @@ class KernelSHAP(Method):
     Theorem 2); Captum draws coalition sizes by the kernel. Where all coalitions together are no more than the samples,
     each is taken once, which makes the values exact. Signed; each map sums to
     `s(everything present) - s(everything absent)` (efficiency). `completeness_error` of a pair is the image map's sum
-    minus that difference, or the text map's, whichever is larger in magnitude; it is rounding, but for the errors of
-    single values, which fall with the number of samples, it says nothing.
+    minus that difference, or the text map's, whichever is larger in magnitude; it is rounding, and says nothing of the
+    errors of single values, which fall with the number of samples.
 
     The same coalitions are drawn for each pair, from `seed`; the global random state stays as it was. Memory for inputs
     grows with `internal_batch_size`; of all samples only their coalitions and values are kept.

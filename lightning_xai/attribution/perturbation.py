@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_FASTEST_FIRST = [
+_EVERY_KERNEL = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -19,9 +19,17 @@ _FASTEST_FIRST = [
 
 @contextmanager
 def forward_only() -> Iterator[None]:
-    """No gradients, and every attention kernel again: inside `differentiable` only the slow one is allowed."""
-    with torch.no_grad(), sdpa_kernel(_FASTEST_FIRST):
-        yield
+    """No gradients, and everything that is fast without them; undone on leaving, also after an exception.
+
+    Inside `differentiable` attention is slow for the sake of its derivatives: about 15 % of a ViT-B/32's time on a CPU.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        with torch.no_grad(), sdpa_kernel(_EVERY_KERNEL):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def only_tokens(tokens: Tensor, kept: Tensor, padding_id: int) -> Tensor:

@@ -47,8 +47,8 @@ class Saliency(Method):
             hidden_BTD = self._text.stem(tokens)
         return Attribution(
             image=self._patches.means(self._image_gradient(images, text_BK).amax(dim=1)),
-            text=self._text.on_caption(self._text_gradient(hidden_BTD, image_BK, tokens).norm(dim=2), tokens.shape[1])
-            * self._text.visible(tokens),
+            # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
+            text=self._text.on_caption(self._text_gradient(hidden_BTD, image_BK, tokens).norm(dim=2), tokens.shape[1]),
             similarity=cosine_similarity(image_BK, text_BK),
         )
 
