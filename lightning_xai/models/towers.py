@@ -289,7 +289,7 @@ def split_text_tower(model: Any, layer: int) -> TextSplit:
             # Published CoCa weights were trained with the mask one position late, so that the first always shows.
             return torch.cat([torch.ones_like(seen[:, :1]), seen[:, :-1]], dim=1)
 
-        return TextBlockListSplit(encode, blocks, layer, visible, trims=text.cls_emb is None and not reads_last)
+        return TextBlockListSplit(encode, blocks, layer, visible, trims=text.cls_emb is None)
     return TextTransformerSplit(TextTower(model), layer)
 
 
