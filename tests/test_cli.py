@@ -256,6 +256,11 @@ def test_a_checkpoint_of_another_architecture_is_named(
             ["prepare", "coco", "--images=i", "--captions=c", "--instances=n", "--split=v", "--out=o"],
             "i is not a folder",
         ),
+        (["explain", "--model.name=ViT-B-32", "--out=o"], "lightning_xai explain: give an image"),
+        (
+            ["sanity-check", "--model.name=ViT-B-32", "--image=i", "--out=o", "--limit=0"],
+            "lightning_xai sanity-check: --limit has to be at least 1; got 0",
+        ),
     ],
 )
 def test_a_wrong_file_is_named_without_a_traceback(

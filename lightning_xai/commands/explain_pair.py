@@ -21,7 +21,7 @@ from lightning_xai.commands.inputs import (
     transformed_box,
 )
 from lightning_xai.commands.method_options import ChosenMethod
-from lightning_xai.commands.outputs import numpy_of, shown_tokens, write_arrays, write_json
+from lightning_xai.commands.outputs import numpy_of, own_positions, shown_tokens, write_arrays, write_json
 from lightning_xai.report.explanation import Saliency, Scale, comparison_sheet, explanation_sheet
 from lightning_xai.report.plots import Example, heat_fault, save_figure
 
@@ -115,6 +115,7 @@ def ask(encoder: DualEncoder, entry: Entry) -> Question:
     except RecordError as error:
         raise InputError(f"{entry.image}: {error}") from error
     tokens = encoder.tokenizer.encode([entry.caption])[0].to(weight.device)
+    own_positions(encoder.tokenizer, entry.caption, tokens)  # refuses a caption that the tokenizer empties
     return Question(entry, picture.size, pixels, tokens, spans, positions, box)
 
 
@@ -206,7 +207,7 @@ def _record(
         }
     if entry.box is not None and question.box is not None:
         record["box"] = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(question.box)}
-    own, _ = shown_tokens(encoder.tokenizer, entry.caption, question.tokens)
+    own = own_positions(encoder.tokenizer, entry.caption, question.tokens)
     record["methods"] = {each.name: _scores(each, own) for each in answers}
     return record | {"not_served": dict(missing), "arrays": ARRAYS}
 

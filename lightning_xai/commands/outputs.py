@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_xai.commands.inputs import InputError
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.explanation import Token
 from lightning_xai.report.tables import replaced_at_once
@@ -61,18 +62,33 @@ def numpy_of(tensor: Tensor) -> NDArray[Any]:
     return array
 
 
+def own_positions(tokenizer: CaptionTokenizer, caption: str, tokens: Tensor) -> list[int]:
+    """Positions of a caption's own tokens [L], without marks of start and end and padding.
+
+    Raises:
+        InputError: it has none.
+    """
+    own: list[int] = tokenizer.content_mask(tokens[None].cpu())[0].nonzero()[:, 0].tolist()
+    if not own:
+        raise InputError(f"nothing of the caption {caption!r} is left by the tokenizer")
+    return own
+
+
 def shown_tokens(
     tokenizer: CaptionTokenizer, caption: str, tokens: Tensor, marked: Sequence[int] = ()
 ) -> tuple[list[int], list[Token]]:
-    """A caption's own tokens, without marks of start and end and padding: their positions, and how they are shown.
+    """A caption's own tokens: their positions, and how they are shown.
 
     Args:
         tokenizer: made the tokens.
         caption: the text.
         tokens: [L] token ids.
         marked: positions of the phrase that is asked about.
+
+    Raises:
+        InputError: the caption has no token.
     """
-    own = tokenizer.content_mask(tokens[None].cpu())[0].nonzero()[:, 0].tolist()
+    own = own_positions(tokenizer, caption, tokens)
     strings = tokenizer.token_strings(tokens)
     # A word piece that continues a word says so itself in some vocabularies.
     pieces = [strings[position].removeprefix("##") for position in own]
