@@ -50,13 +50,16 @@ class Unsupported(Method):
         raise AssertionError
 
 
-@pytest.fixture
-def model(
-    make_encoder: Callable[..., DualEncoder], architecture_file: Callable[[str], Path], tmp_path: Path
-) -> list[str]:
+@pytest.fixture(scope="module")
+def model(architecture_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options that choose a small model, the same in every call."""
-    weights = tmp_path / "weights" / "vit.safetensors"
-    save_open_clip(make_encoder(), weights)
+    torch.manual_seed(0)
+    encoder = load_dual_encoder(architecture_file("vit"))
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    weights = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_open_clip(encoder, weights)
     return ["--model.name", str(architecture_file("vit")), "--model.pretrained", str(weights), "--model.device", "cpu"]
 
 
@@ -388,6 +391,7 @@ def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], 
         (["--method", "all", "--options.stepz", "9"], "no method has the option stepz"),
         (["--method", "all", "--options.rise", "9"], "--options.rise holds options of the method rise; got 9"),
         (["--caption", "  "], "is empty"),
+        (["--caption", "&nbsp;"], "nothing of the caption"),
         (["--image", "gone.png"], "gone.png does not exist"),
         (["--image", "broken.png"], "broken.png: the image does not decode"),
         (["--image", "drawing.ps"], "drawing.ps: the image does not decode"),
