@@ -175,7 +175,7 @@ def _meant_for_the_user(error: BaseException | None) -> BaseException | None:
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         ours = trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning_xai.")
-        deliberate = isinstance(error, (ValueError, RuntimeError)) and ours
+        deliberate = isinstance(error, (ValueError, RuntimeError, ImportError)) and ours
         if deliberate or isinstance(error, (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)):
             return error
         error = error.__cause__

@@ -6,6 +6,8 @@ similarity is s * t, where s is linear in the pixels and t in the token embeddin
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import open_clip
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,20 @@ class LinearEncoder(TwoTowerEncoder):
             self.token_embedding.weight[[start, end, self.tokenizer.padding_id]] = 0
 
     @property
+    def name(self) -> str:
+        return "linear"
+
+    @property
+    def _maker(self) -> str:
+        return "this file"
+
+    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+        raise AssertionError("no test reads a file")
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        return boxes
+
+    @property
     def logit_scale(self) -> Tensor:
         return self.image_weight.new_zeros(())
 
@@ -96,10 +112,10 @@ class LinearEncoder(TwoTowerEncoder):
         t = ((hidden * self.text_weight).sum(dim=2) * content).sum(dim=1)
         return torch.stack([t, torch.zeros_like(t), (1 - t**2).sqrt()], dim=1)
 
-    def split_image(self, layer: int = -1) -> Split:
+    def _cut_image(self, layer: int) -> Split:
         return _ImageSplit(self)
 
-    def split_text(self, layer: int = -1) -> TextSplit:
+    def _cut_text(self, layer: int) -> TextSplit:
         return _TextSplit(self)
 
     def image_terms(self, images: Tensor) -> Tensor:

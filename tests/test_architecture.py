@@ -12,7 +12,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lightning_xai"
-LAYERS = ("data", "models", "attribution", "metrics", "tasks", "callbacks", "commands", "cli")  # each imports only leftwards
+LAYERS = (
+    "data",
+    "models",
+    "attribution",
+    "metrics",
+    "tasks",
+    "callbacks",
+    "commands",
+    "cli",
+)  # each imports only leftwards
 MAY_REPORT = ("callbacks", "commands", "cli")
 HEAVY = {"torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "open_clip", "webdataset"}
 NO_OWNER = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}

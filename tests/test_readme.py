@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 def test_the_attribution_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture_file: Callable[[str], Path]
 ) -> None:
-    (example,) = (block for block in blocks("python") if "FeaturePairAttribution" in block)
+    (example,) = (block for block in blocks("python") if "FeaturePairAttribution(encoder)" in block)
     loading = 'load_dual_encoder("ViT-B-16", pretrained="openai")'
     assert loading in example
     Image.new("RGB", (40, 30), "red").save(tmp_path / "dog.jpg")
@@ -53,19 +53,36 @@ def test_all_other_python_compiles() -> None:
 def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
-    def recording(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
+    def recording(command: Any) -> Any:
+        if isinstance(command, dict):
+            return {name: recording(function) for name, function in command.items()}
+        if isinstance(command, type):
+            monkeypatch.setattr(command, "__call__", lambda self: called.append(type(self).__name__))
+            return command
+
+        @functools.wraps(command)
         def record(*args: Any, **kwargs: Any) -> None:
-            called.append(function.__name__)
+            called.append(command.__name__)
 
         return record
 
-    prepare = {name: recording(function) for name, function in cli._COMMANDS["prepare"].items()}
-    monkeypatch.setattr(cli, "_COMMANDS", {"prepare": prepare, "export": recording(cli.export)})
-    commands = re.findall(r"python -m lightning_xai ((?:prepare|export) (?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")))
+    find = cli._command
+    monkeypatch.setattr(cli, "_command", lambda name: recording(find(name)))
+    names = "prepare|export|explain|sanity-check"
+    commands = re.findall(rf"python -m lightning_xai ((?:{names}) (?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")))
     for command in commands:
         cli.main(shlex.split(command.replace("\\\n", " ")))
-    assert called == ["prepare_coco_shards", "prepare_coco_shards", "export"]
+    expected = ["prepare_coco_shards", "prepare_coco_shards", "export", "Explain", "Explain", "SanityCheck"]
+    assert called == expected
+
+
+def test_the_table_of_methods_is_complete() -> None:
+    from lightning_xai.attribution import METHODS
+
+    (table,) = re.findall(r"\| `--method` \|.*?\n\n", README, re.DOTALL)
+    for name, method in METHODS.items():
+        assert f"`{name}`" in table
+        assert f"`{method.__name__}`" in table
 
 
 def test_files_that_the_readme_names_exist() -> None:

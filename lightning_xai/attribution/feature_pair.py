@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_xai.attribution.base import Method, PairAttribution, check_batch
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
+from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.split import Path, Split, as_constant, differentiable
 
@@ -133,7 +134,7 @@ class FeaturePairAttribution(Method):
         steps: int = 10,
         *,
         rule: Rule = "right",
-        image_reference: Literal["zeros", "black", "features"] | Tensor = "zeros",
+        image_reference: ImageReference | Literal["features"] | Tensor = "zeros",
         text_reference: Literal["padding", "features"] | Tensor = "padding",
         internal_batch_size: int | None = None,
     ) -> None:
@@ -263,10 +264,10 @@ class FeaturePairAttribution(Method):
             if self._image_reference.shape != shape:
                 raise ValueError(f"image_reference has to be {[*shape]}; got {[*self._image_reference.shape]}")
             return self._image_reference
-        if self._image_reference in ("zeros", "features"):
+        if self._image_reference == "features":
             return torch.zeros(shape)
-        if self._image_reference == "black":
-            return self.encoder.black_image()
+        if self._image_reference in ("zeros", "black"):
+            return reference_image(self.encoder, self._image_reference)
         raise ValueError(f"image_reference is 'zeros', 'black', 'features' or an image; got {self._image_reference!r}")
 
     def _reference_tokens(self, length: int) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 ImageReference = Literal["zeros", "black"]
-"""Zero after normalisation, which is the mean colour of the training images; or black pixels."""
+"""Zero after normalisation, which is the mean colour of the training images; or black pixels. Silence for sounds."""
 
 
 def reference_image(encoder: TwoTowerEncoder, reference: ImageReference) -> Tensor:
@@ -21,7 +20,7 @@ def reference_image(encoder: TwoTowerEncoder, reference: ImageReference) -> Tens
     """
     weight = next(encoder.parameters())
     if reference == "zeros":
-        return torch.zeros(encoder.image_shape).to(weight)
+        return encoder.neutral_image().to(weight)
     if reference == "black":
         return encoder.black_image().to(weight)
     raise ValueError(f"image_reference is 'zeros' or 'black'; got {reference!r}")

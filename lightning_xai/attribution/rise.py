@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 from lightning_xai.attribution.base import Attribution, Method
 from lightning_xai.attribution.patch_grid import PatchGrid
 from lightning_xai.attribution.perturbation import forward_only, only_tokens
+from lightning_xai.attribution.reference import reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -22,9 +23,9 @@ class RISE(Method):
 
     `S(part) = sum_i s(x * m_i) m_i(part) / (N p)` ("RISE: Randomized Input Sampling for Explanation of Black-box
     Models", Eq. 6). Image masks are grids of random cells, shown with probability p, enlarged bilinearly and shifted at
-    random (section 3.2); hidden pixels turn to zero after normalisation, the mean colour, and a patch's part of a mask
-    is the mask's mean over it. Text masks keep each content token with probability p, else put the padding token in
-    its place; start and end always stay, and are zero in the map.
+    random (section 3.2); hidden pixels turn to zero after normalisation, the mean colour (hidden sound to silence),
+    and a patch's part of a mask is the mask's mean over it. Text masks keep each content token with probability p, else
+    put the padding token in its place; start and end always stay, and are zero in the map.
 
     Signed as the similarity is. By construction all parts share a large common term, `s` of a random mask: only
     differences within a map tell parts apart.
@@ -77,10 +78,11 @@ class RISE(Method):
 
     def _image_maps(self, images: Tensor, text_BK: Tensor) -> Tensor:
         maps_BHW = text_BK.new_zeros(len(images), *self._patches.grid)
+        nothing = reference_image(self.encoder, "zeros")
         for masks_Nhw in self._draw_image_masks(images):
             parts_NHW = self._patches.means(masks_Nhw)
             for row, image in enumerate(images):
-                embeddings_NK = self.encoder.encode_image(image * masks_Nhw.unsqueeze(1))
+                embeddings_NK = self.encoder.encode_image(torch.lerp(nothing, image, masks_Nhw.unsqueeze(1)))
                 scores_N = cosine_similarity(embeddings_NK, text_BK[row, None])
                 maps_BHW[row] += torch.einsum("n,nhw->hw", scores_N, parts_NHW)
         return maps_BHW / (self._image_masks * self._probability)

@@ -16,7 +16,7 @@ from lightning_xai.commands.method_options import ChosenMethod
 from lightning_xai.report.tables import per_pair_csv
 
 if TYPE_CHECKING:
-    from lightning_xai.models import DualEncoder
+    from lightning_xai.models.encoder import TwoTowerEncoder
 
 _SUMMARY = ("name", "image", "caption", "span", "box", "method", "similarity", "completeness_error", "left_out")
 _MOST_REASONS = 5
@@ -37,7 +37,7 @@ class Session:
     """
 
     out: Path
-    encoder: DualEncoder
+    encoder: TwoTowerEncoder
     chosen: list[ChosenMethod]
     missing: dict[str, str]
     settings: dict[str, Any]

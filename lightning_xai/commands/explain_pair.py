@@ -16,7 +16,7 @@ from lightning_xai.commands.inputs import (
     InputError,
     Span,
     parse_box,
-    read_picture,
+    read_input,
     span_positions,
     transformed_box,
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_xai.attribution import Attribution
-    from lightning_xai.models import DualEncoder
+    from lightning_xai.models.encoder import TwoTowerEncoder
 
 ARRAYS = {
     "image": "[H, W] what each patch adds to the similarity with the whole caption, as the method returns it",
@@ -91,32 +91,25 @@ class Answer:
         return "signed" if negative else "positive"
 
 
-def ask(encoder: DualEncoder, entry: Entry) -> Question:
+def ask(encoder: TwoTowerEncoder, entry: Entry) -> Question:
     """Read an entry's image, and find its phrase and box.
 
     Raises:
         InputError: the image does not decode, the caption is empty or lacks the phrase, the box is of no use.
     """
-    from lightning_xai.data import RecordError
-
     if not entry.caption.strip():
         raise InputError(f"the caption of {entry.image} is empty")
-    picture = read_picture(entry.image)
+    pixels, size = read_input(encoder, entry.image)
     spans: list[Span] = []
     positions: list[int] = []
     if entry.span is not None:
         spans, positions = span_positions(encoder.tokenizer, entry.caption, entry.span)
     box = None
     if entry.box is not None:
-        box = transformed_box(encoder, parse_box(entry.box), picture.size)
-    weight = next(encoder.parameters())
-    try:
-        pixels = encoder.image_transform(picture).to(weight)
-    except RecordError as error:
-        raise InputError(f"{entry.image}: {error}") from error
-    tokens = encoder.tokenizer.encode([entry.caption])[0].to(weight.device)
+        box = transformed_box(encoder, parse_box(entry.box), size)
+    tokens = encoder.tokenizer.encode([entry.caption])[0].to(pixels.device)
     own_positions(encoder.tokenizer, entry.caption, tokens)  # refuses a caption that the tokenizer empties
-    return Question(entry, picture.size, pixels, tokens, spans, positions, box)
+    return Question(entry, size, pixels, tokens, spans, positions, box)
 
 
 def answer(chosen: ChosenMethod, questions: Sequence[Question]) -> Iterator[Answer]:
@@ -154,7 +147,7 @@ def _arrays(result: Attribution, row: int, question: Question) -> dict[str, NDAr
 
 def write(
     folder: Path,
-    encoder: DualEncoder,
+    encoder: TwoTowerEncoder,
     question: Question,
     answers: Sequence[Answer],
     missing: Mapping[str, str],
@@ -186,7 +179,7 @@ def write(
 
 
 def _record(
-    encoder: DualEncoder, question: Question, answers: Sequence[Answer], missing: Mapping[str, str]
+    encoder: TwoTowerEncoder, question: Question, answers: Sequence[Answer], missing: Mapping[str, str]
 ) -> dict[str, Any]:
     entry = question.entry
     tokens = encoder.tokenizer.token_strings(question.tokens)
@@ -226,7 +219,9 @@ def _scores(answer: Answer, own: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _sheet(encoder: DualEncoder, question: Question, answers: Sequence[Answer], missing: Mapping[str, str]) -> Figure:
+def _sheet(
+    encoder: TwoTowerEncoder, question: Question, answers: Sequence[Answer], missing: Mapping[str, str]
+) -> Figure:
     entry = question.entry
     own, tokens = shown_tokens(encoder.tokenizer, entry.caption, question.tokens, question.positions)
     picture = numpy_of(encoder.pictures(question.pixels[None])[0].permute(1, 2, 0))

@@ -13,10 +13,10 @@ from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.tables import read_csv
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from torch import Tensor
 
     from lightning_xai.data import CaptionTokenizer
-    from lightning_xai.models import DualEncoder
+    from lightning_xai.models.encoder import TwoTowerEncoder
 
 Box = tuple[float, float, float, float]
 Span = tuple[int, int]
@@ -49,7 +49,7 @@ class Entry:
     box: str | None = None
 
 
-def load_model(choice: ModelChoice) -> DualEncoder:
+def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     """The chosen model, in evaluation mode, on its device.
 
     Raises:
@@ -57,7 +57,7 @@ def load_model(choice: ModelChoice) -> DualEncoder:
     """
     import torch
 
-    from lightning_xai.models import load_dual_encoder
+    from lightning_xai.models import load_clap, load_dual_encoder
 
     try:
         device = torch.device(choice.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -65,6 +65,10 @@ def load_model(choice: ModelChoice) -> DualEncoder:
         raise ValueError(f"{choice.device!r} is no device; give cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"PyTorch finds no GPU for the device {choice.device}; leave it out, or give cpu")
+    if Path(choice.name).is_dir():
+        if choice.pretrained is not None:
+            raise ValueError(f"the folder {choice.name} holds weights of its own: leave out --model.pretrained")
+        return load_clap(choice.name, device).eval()
     return load_dual_encoder(choice.name, choice.pretrained, device).eval()
 
 
@@ -133,20 +137,23 @@ def _numbered(number: int, path: Path) -> str:
     return f"{number:04d}-{path.stem}"
 
 
-def read_picture(path: Path) -> Image:
-    """Decode a JPEG, PNG or WebP file to upright RGB; no other format is ever looked into.
+def read_input(encoder: TwoTowerEncoder, path: Path) -> tuple[Tensor, tuple[int, int]]:
+    """What a model sees of a file, on its device, and the file's (width, height) in pixels.
+
+    Images are JPEG, PNG or WebP files; no other format is ever looked into. A model of sounds reads sound files.
 
     Raises:
         InputError: there is no such file, or it does not decode.
     """
-    from lightning_xai.data.sample import RecordError, read_image
-
     try:
-        return read_image(path.read_bytes(), str(path))
-    except RecordError as error:
-        raise InputError(f"{error}; JPEG, PNG and WebP are read") from error
+        pixels, size = encoder.read(path)
     except OSError as error:
-        raise InputError(f"image {path} cannot be read ({error.strerror})") from error
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(
+            f"{error}; images are read from JPEG, PNG and WebP files, sounds by CLAP models only"
+        ) from error
+    return pixels.to(next(encoder.parameters())), size
 
 
 def find_phrase(caption: str, phrase: str) -> list[Span]:
@@ -197,7 +204,7 @@ def _tokens_of(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice |
         raise InputError(f"the span has no tokens of its own: {error}") from error
 
 
-def transformed_box(encoder: DualEncoder, box: Box, size: tuple[int, int]) -> Box:
+def transformed_box(encoder: TwoTowerEncoder, box: Box, size: tuple[int, int]) -> Box:
     """Where a box lies in what the model sees: (x0, y0, x1, y1) in its pixels.
 
     Args:
@@ -216,12 +223,13 @@ def transformed_box(encoder: DualEncoder, box: Box, size: tuple[int, int]) -> Bo
         raise InputError(
             f"the box {_plain(box)} (x,y,width,height) leaves the image, which has {size[0]} x {size[1]} pixels"
         )
-    corners = encoder.image_transform.boxes(torch.tensor([box]), size)[0]
+    corners = encoder.boxes(torch.tensor([box]), size)[0]
     x0, y0, x1, y1 = (float(value) for value in corners)
     if x1 <= x0 or y1 <= y0:
+        _, rows, columns = encoder.image_shape
         raise InputError(
             f"nothing of the box {_plain(box)} is left of an image of {size[0]} x {size[1]} pixels after the model's "
-            f"{encoder.image_transform.resize_mode!r} resize and crop to {encoder.image_transform.size}"
+            f"resize and crop to {columns} x {rows}"
         )
     return x0, y0, x1, y1
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lightning_xai.commands.inputs import InputError, parse_box, read_picture, span_positions, transformed_box
+from lightning_xai.commands.inputs import InputError, parse_box, read_input, span_positions, transformed_box
 from lightning_xai.commands.method_options import ChosenMethod
 from lightning_xai.commands.outputs import numpy_of, shown_tokens, write_arrays, write_json
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
@@ -18,7 +18,7 @@ from lightning_xai.report.plots import Example, save_figure
 
 if TYPE_CHECKING:
     from lightning_xai.attribution import FeaturePairAttribution, IntraModalAttribution
-    from lightning_xai.models import DualEncoder
+    from lightning_xai.models.encoder import TwoTowerEncoder
 
 _ARRAYS = {
     "pairs": "what each pair of parts adds to the similarity: [H, W, H, W] for images, [L, L] for captions",
@@ -32,7 +32,7 @@ _ARRAYS = {
 
 def compare_images(
     out: Path,
-    encoder: DualEncoder,
+    encoder: TwoTowerEncoder,
     chosen: ChosenMethod,
     images: tuple[Path, Path],
     box: str | None,
@@ -55,10 +55,9 @@ def compare_images(
 
     from lightning_xai.metrics import patch_mask
 
-    pictures = [read_picture(path) for path in images]
-    seen = None if box is None else transformed_box(encoder, parse_box(box), pictures[0].size)
-    weight = next(encoder.parameters())
-    pixels = [encoder.image_transform(picture).to(weight)[None] for picture in pictures]
+    inputs, sizes = zip(*(read_input(encoder, path) for path in images), strict=True)
+    seen = None if box is None else transformed_box(encoder, parse_box(box), sizes[0])
+    pixels = [each[None] for each in inputs]
     result = _method(chosen).attribute_images(*pixels)
     arrays = _arrays(result)
     if seen is not None:
@@ -79,7 +78,7 @@ def compare_images(
 
 def compare_captions(
     out: Path,
-    encoder: DualEncoder,
+    encoder: TwoTowerEncoder,
     chosen: ChosenMethod,
     captions: tuple[str, str],
     span: str | None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_xai.data import CaptionTokenizer
-    from lightning_xai.models import DualEncoder
+    from lightning_xai.models.encoder import TwoTowerEncoder
 
 _PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 _NEAR = 8  # characters that a tokenizer's cleaning may have dropped between two tokens
@@ -39,7 +39,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         np.savez_compressed(part, **arrays)  # type: ignore[arg-type]  # numpy's stub reads names as its own options
 
 
-def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: DualEncoder) -> dict[str, Any]:
+def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerEncoder) -> dict[str, Any]:
     """What every record says: the command's settings, the model, and versions of what computes attributions."""
     return {
         "command": {key: value for key, value in command.items() if value is not None},
@@ -47,8 +47,8 @@ def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: DualEncod
             "name": choice.name,
             "pretrained": choice.pretrained,
             "device": str(next(encoder.parameters()).device),
-            "architecture": encoder.architecture["name"],
-            "image_size": list(encoder.image_transform.size),
+            "architecture": encoder.name,
+            "image_size": list(encoder.image_shape[1:]),
             "context_length": encoder.tokenizer.context_length,
             "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         },

@@ -91,7 +91,7 @@ class SanityCheck:
         write_json(self.out / "sanity.json", record)
         rows = [asdict(row) for row in result.rows]
         per_pair_csv(self.out / "sanity.csv", rows, COLUMNS)
-        title = f"{encoder.architecture['name']}: maps while the weights are randomised"
+        title = f"{encoder.name}: maps while the weights are randomised"
         save_figure(sanity_curves(rows, f"{title} ({len(questions)} pairs)"), self.out / "sanity.png")
         pixels = encoder.pictures(questions[0].pixels[None])[0]
         example = Example(numpy_of(pixels.permute(1, 2, 0)), "", questions[0].entry.caption)

@@ -1,4 +1,5 @@
 from lightning_xai.metrics.grounding import ClassGrounding, GroundingMetric, GroundingSummary, gamma, patch_mask, rho
+from lightning_xai.metrics.map_similarity import spearman, ssim
 from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
 
 __all__ = [
@@ -10,4 +11,6 @@ __all__ = [
     "patch_mask",
     "recall_at_k",
     "rho",
+    "spearman",
+    "ssim",
 ]

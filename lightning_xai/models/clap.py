@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.block_list import BlockList, TextBlockListSplit
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating, resolve_layer
+from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, resolve_layer
 
 _INSTALL = "CLAP needs transformers and soundfile: pip install 'lightning_xai[audio]'"
 _DYNAMIC_RANGE = 80.0
@@ -38,7 +39,7 @@ class ClapEncoder(TwoTowerEncoder):
     """CLAP as two towers that split: spectrograms take the place of images.
 
     Spectrograms are [B, C, F, T] in decibels, lowest frequency at the bottom (the last row), as `spectrogram` makes
-    them. A reference of zeros would be a loud noise: give attributions `image_reference="black"`, which is silence.
+    them. References and masks of attribution methods are silence: zeros would be a loud noise.
 
     Models with feature fusion get four channels, but hear no more than one clip: longer sounds are cut, not fused.
 
@@ -59,9 +60,13 @@ class ClapEncoder(TwoTowerEncoder):
         self.model = model
         self.tokenizer = tokenizer
         self._extractor = extractor
-        self._checked: set[tuple[str, int]] = set()
         self.split_image()
         self.split_text()
+
+    @property
+    def name(self) -> str:
+        """The model's type, and its folder where it came from one."""
+        return " ".join(filter(None, ("CLAP", self.model.config.name_or_path)))
 
     @property
     def logit_scale(self) -> Tensor:
@@ -89,6 +94,21 @@ class ClapEncoder(TwoTowerEncoder):
     def black_image(self) -> Tensor:
         """The spectrogram of silence: [C, F, T]."""
         return self.spectrogram(np.zeros(self._extractor.nb_max_samples), self.sampling_rate)
+
+    def neutral_image(self) -> Tensor:
+        """Silence: zeros would be a loud noise."""
+        return self.black_image()
+
+    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+        """The spectrogram [C, F, T] of a sound file, and its (width, height): frames and mel bands."""
+        spectrogram = self.spectrogram(read_sound(path, self.sampling_rate), self.sampling_rate)
+        _, bands, frames = self.image_shape
+        return spectrogram, (frames, bands)
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes on the spectrogram, in frames and mel bands from the top left corner, cut to it."""
+        corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+        return corners.clamp(min=0).minimum(torch.tensor([*size, *size]).to(corners))
 
     def spectrogram(self, waveform: ArrayLike | Tensor, rate: int) -> Tensor:
         """The log-mel spectrogram of a sound, always the same for the same sound.
@@ -146,56 +166,19 @@ class ClapEncoder(TwoTowerEncoder):
         embedding: Tensor = self.model.text_projection(read)
         return embedding
 
-    def split_image(self, layer: int = -1) -> Split:
-        """The audio tower, cut at the input of stage `layer` (0 is the first), or of the head behind the last.
+    def _cut_image(self, layer: int) -> Split:
+        return ClapAudioSplit(self.model.audio_model.audio_encoder, self.model.audio_projection, layer)
 
-        Raises:
-            ValueError: no such layer.
-            UnsupportedTowerError: a strip of the folded spectrogram is no whole number of tokens.
-        """
-        split = ClapAudioSplit(self.model.audio_model.audio_encoder, self.model.audio_projection, layer)
-        self._check("image", split)
-        return split
-
-    def split_text(self, layer: int = -1) -> TextSplit:
-        """The text tower, cut at the input of layer `layer`.
-
-        Raises:
-            ValueError: no such layer.
-        """
+    def _cut_text(self, layer: int) -> TextSplit:
         blocks = BlockList(self.model.text_model.encoder, "layer")
-        split = TextBlockListSplit(self.encode_text, blocks, layer, self._visible)
-        self._check("text", split)
-        return split
+        return TextBlockListSplit(self.encode_text, blocks, layer, self._visible)
 
     def _visible(self, tokens: Tensor) -> Tensor:
         return tokens != int(self.model.config.text_config.pad_token_id)
 
-    @torch.no_grad()
-    def _check(self, tower: str, split: Split) -> None:
-        """Refuse a split that is not the tower itself: attributions would explain another model."""
-        if (tower, split.layer) in self._checked:
-            return
-        weight = next(self.model.parameters())
-        if tower == "image":
-            inputs = torch.randn(1, *self.image_shape, generator=torch.Generator().manual_seed(0)).to(weight)
-        else:
-            inputs = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
-        with evaluating(self.model):
-            embedding = self.encode_image(inputs) if tower == "image" else self.encode_text(inputs)
-            rebuilt = split.tail(split.stem(inputs), inputs)
-        if not embedding.isfinite().all():
-            raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
-        error = float((rebuilt - embedding).norm() / embedding.norm())
-        if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
-            import transformers
-
-            raise UnsupportedTowerError(
-                f"tail(stem(x)) of the {tower} tower, cut at layer {split.layer}, differs from the encoder's own "
-                f"output by {error:.1e} (relative); transformers {transformers.__version__} is not laid out as this "
-                "release expects"
-            )
-        self._checked.add((tower, split.layer))
+    @property
+    def _maker(self) -> str:
+        return f"transformers {version('transformers')}"
 
 
 class ClapAudioSplit(Split):

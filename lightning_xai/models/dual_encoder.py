@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.sample import read_image
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.block_list import ImageBlockListSplit, TextBlockListSplit
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating
+from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError
 from lightning_xai.models.towers import TextTower, split_image_tower, split_text_tower
 
 CHECKPOINT_KEY = "dual_encoder"
@@ -56,8 +56,12 @@ class DualEncoder(TwoTowerEncoder):
         except UnsupportedTowerError:
             # Such a model trains as usual; what needs its text tower split says so when asked.
             self._text_tower = None
-        self._checked: set[tuple[str, int]] = set()
         self.check_towers()
+
+    @property
+    def name(self) -> str:
+        """open_clip's name of the architecture, or that of the model config."""
+        return str(self.architecture["name"])
 
     @property
     def logit_scale(self) -> Tensor:
@@ -80,6 +84,15 @@ class DualEncoder(TwoTowerEncoder):
         black = -torch.tensor(self.image_transform.mean) / torch.tensor(self.image_transform.std)
         return black[:, None, None].expand(self.image_shape)
 
+    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+        """A JPEG, PNG or WebP file, upright, transformed: [3, height, width]; and its own (width, height)."""
+        image = read_image(path.read_bytes(), str(path))
+        return self.image_transform(image), image.size
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes of an image file, resized and cropped as its pixels are."""
+        return self.image_transform.boxes(boxes, size)
+
     def pictures(self, images: Tensor) -> Tensor:
         """The images' pixels, no longer normalised."""
         return self.image_transform.denormalize(images)
@@ -99,25 +112,21 @@ class DualEncoder(TwoTowerEncoder):
         embedding: Tensor = self.model.encode_text(tokens, normalize=False)
         return embedding
 
-    def split_image(self, layer: int = -1) -> Split:
-        """The image tower, cut at the input of block `layer` (0 is the first; ResNets have stages 1 to 4).
+    def _cut_image(self, layer: int) -> Split:
+        return split_image_tower(self.model, layer)
 
-        Raises:
-            ValueError: no such layer, or a tower of a kind that cannot be split yet.
-        """
-        split = split_image_tower(self.model, layer)
-        self._check("image", split)
-        return split
+    def _cut_text(self, layer: int) -> TextSplit:
+        return split_text_tower(self.model, layer)
 
-    def split_text(self, layer: int = -1) -> TextSplit:
-        """The text tower, cut at the input of block `layer`.
+    def _own_embedding(self, tower: str, inputs: Tensor) -> Tensor:
+        # open_clip's own words, not `encode_text`, which is checked by them too.
+        encode = self.model.encode_image if tower == "image" else self.model.encode_text
+        embedding: Tensor = encode(inputs, normalize=False)
+        return embedding
 
-        Raises:
-            ValueError: no such layer, or a tower of a kind that cannot be split yet.
-        """
-        split = split_text_tower(self.model, layer)
-        self._check("text", split)
-        return split
+    @property
+    def _maker(self) -> str:
+        return f"open_clip {open_clip.__version__}"
 
     def check_towers(self) -> None:
         """Refuse towers whose split is not the encoder itself: attributions would explain another model.
@@ -135,62 +144,6 @@ class DualEncoder(TwoTowerEncoder):
                 cut()
                 continue
             self._probe(tower)
-
-    @torch.no_grad()
-    def _probe(self, tower: str) -> tuple[Tensor, Tensor]:
-        """One input of a tower and its embedding, which has to be a point of the shared space."""
-        weight = next(self.model.parameters())
-        if tower == "image":
-            generator = torch.Generator().manual_seed(0)
-            inputs = torch.randn(1, *self.image_shape, generator=generator).to(weight)
-        else:
-            inputs = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
-        encode = self.model.encode_image if tower == "image" else self.model.encode_text
-        with evaluating(self.model):
-            embedding: Tensor = encode(inputs, normalize=False)
-        if embedding.shape[-1] != self.embedding_width:
-            raise ValueError(
-                f"the {tower} tower ends in a space of width {embedding.shape[-1]}, but the model's embed_dim is "
-                f"{self.embedding_width}; both towers have to end in one space, so set embed_dim to that width or let "
-                "the tower end in a projection"
-            )
-        if not embedding.isfinite().all():
-            raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
-        return inputs, embedding
-
-    @torch.no_grad()
-    def _check(self, tower: str, split: Split) -> None:
-        if (tower, split.layer) in self._checked:
-            return
-        inputs, embedding = self._probe(tower)
-        with evaluating(self.model):
-            hidden = split.stem(inputs)
-            tokens, (rows, columns) = split.count(hidden), split.grid
-            if tower == "image" and tokens != split.prefix_tokens + rows * columns:
-                raise UnsupportedTowerError(
-                    f"the image tower passes on {tokens} tokens at layer {split.layer}, not {split.prefix_tokens} and "
-                    f"a grid of {rows} x {columns}, so that no token has a place in the image"
-                )
-            ends = hidden.new_ones(1, 1, tokens)
-            rebuilt = {
-                "tail(stem(x))": split.tail(hidden, inputs),
-                "path(1)": split.path(hidden, torch.zeros_like(hidden), inputs)(ends)[:, 0],
-            }
-        for name, other in rebuilt.items():
-            error = float((other - embedding).norm() / embedding.norm())
-            if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
-                raise _mismatch(f"{name} of the {tower} tower", error, split)
-        self._checked.add((tower, split.layer))
-
-
-def _mismatch(what: str, error: float, split: Split) -> ValueError:
-    differs = f"{what} differs from the encoder's own output by {error:.1e} (relative), cut at layer {split.layer}; "
-    if isinstance(split, (ImageBlockListSplit, TextBlockListSplit)):
-        return UnsupportedTowerError(
-            f"{differs}its blocks depend on more than the hidden states they pass on, so it cannot be cut there; "
-            "open_clip's own VisionTransformer, ModifiedResNet and TextTransformer can be cut at every layer"
-        )
-    return ValueError(f"{differs}open_clip {open_clip.__version__} is not laid out as this release expects")
 
 
 def load_dual_encoder(

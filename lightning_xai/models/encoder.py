@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.split import Split, TextSplit
+from lightning_xai.models.block_list import ImageBlockListSplit, TextBlockListSplit
+from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating
 
 
 class TwoTowerEncoder(nn.Module, ABC):
@@ -20,6 +23,15 @@ class TwoTowerEncoder(nn.Module, ABC):
     """
 
     tokenizer: CaptionTokenizer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._checked: set[tuple[str, int]] = set()
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The architecture, as its library calls it."""
 
     @property
     @abstractmethod
@@ -40,6 +52,31 @@ class TwoTowerEncoder(nn.Module, ABC):
     def black_image(self) -> Tensor:
         """What the image tower gets for a black image (a silent sound): [channels, height, width]."""
 
+    def neutral_image(self) -> Tensor:
+        """The input that says least, [channels, height, width]: zeros, the mean colour, unless a tower knows better."""
+        return torch.zeros(self.image_shape)
+
+    @abstractmethod
+    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+        """One input [channels, height, width] from a file, and the (width, height) in which its boxes are given.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it does not decode.
+        """
+
+    @abstractmethod
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Where boxes lie in an input.
+
+        Args:
+            boxes: [N, 4] as (x, y, width, height), as `read` gives their `size`.
+            size: (width, height).
+
+        Returns:
+            [N, 4] as (x0, y0, x1, y1) in the input's pixels, cut to what is visible; of area 0 where nothing is left.
+        """
+
     @abstractmethod
     def pictures(self, images: Tensor) -> Tensor:
         """What a person is shown of images [B, channels, height, width]: colours in [0, 1], [B, 3, height, width]."""
@@ -52,14 +89,92 @@ class TwoTowerEncoder(nn.Module, ABC):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, K], not normalised."""
 
-    @abstractmethod
     def split_image(self, layer: int = -1) -> Split:
-        """The image tower, cut at the input of block `layer`; negative numbers count from the end.
+        """The image tower, cut at the input of block `layer`, counted as its library counts them; -1 is the last.
 
         Raises:
-            ValueError: no such layer, or a tower of a kind that cannot be split.
+            ValueError: no such layer, a tower of a kind that cannot be cut, or a cut that is not the tower itself.
         """
+        split = self._cut_image(layer)
+        self._check("image", split)
+        return split
 
-    @abstractmethod
     def split_text(self, layer: int = -1) -> TextSplit:
         """The text tower, likewise."""
+        split = self._cut_text(layer)
+        self._check("text", split)
+        return split
+
+    @abstractmethod
+    def _cut_image(self, layer: int) -> Split:
+        """`split_image`, not yet checked."""
+
+    @abstractmethod
+    def _cut_text(self, layer: int) -> TextSplit:
+        """`split_text`, not yet checked."""
+
+    @property
+    @abstractmethod
+    def _maker(self) -> str:
+        """The library that built the towers, with its version."""
+
+    def _own_embedding(self, tower: str, inputs: Tensor) -> Tensor:
+        """What a split has to give again."""
+        return self.encode_image(inputs) if tower == "image" else self.encode_text(inputs)
+
+    @torch.no_grad()
+    def _probe(self, tower: str) -> tuple[Tensor, Tensor]:
+        """One input of a tower and its embedding, which has to be a point of the shared space."""
+        weight = next(self.parameters())
+        if tower == "image":
+            generator = torch.Generator().manual_seed(0)
+            inputs = torch.randn(1, *self.image_shape, generator=generator).to(weight)
+        else:
+            inputs = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
+        with evaluating(self):
+            embedding = self._own_embedding(tower, inputs)
+        if embedding.shape[-1] != self.embedding_width:
+            raise ValueError(
+                f"the {tower} tower ends in a space of width {embedding.shape[-1]}, but the model's embed_dim is "
+                f"{self.embedding_width}; both towers have to end in one space, so set embed_dim to that width or let "
+                "the tower end in a projection"
+            )
+        if not embedding.isfinite().all():
+            raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
+        return inputs, embedding
+
+    @torch.no_grad()
+    def _check(self, tower: str, split: Split) -> None:
+        """Refuse a cut that is not the tower itself: attributions would explain another model."""
+        if (tower, split.layer) in self._checked:
+            return
+        inputs, embedding = self._probe(tower)
+        with evaluating(self):
+            hidden = split.stem(inputs)
+            tokens, (rows, columns) = split.count(hidden), split.grid
+            if tower == "image" and tokens != split.prefix_tokens + rows * columns:
+                raise UnsupportedTowerError(
+                    f"the image tower passes on {tokens} tokens at layer {split.layer}, not {split.prefix_tokens} and "
+                    f"a grid of {rows} x {columns}, so that no token has a place in the image"
+                )
+            ends = hidden.new_ones(1, 1, tokens)
+            rebuilt = {
+                "tail(stem(x))": split.tail(hidden, inputs),
+                "path(1)": split.path(hidden, torch.zeros_like(hidden), inputs)(ends)[:, 0],
+            }
+        for name, other in rebuilt.items():
+            error = float((other - embedding).norm() / embedding.norm())
+            if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
+                raise self._mismatch(f"{name} of the {tower} tower", error, split)
+        self._checked.add((tower, split.layer))
+
+    def _mismatch(self, what: str, error: float, split: Split) -> ValueError:
+        differs = (
+            f"{what} differs from the encoder's own output by {error:.1e} (relative), cut at layer {split.layer}; "
+        )
+        if isinstance(split, (ImageBlockListSplit, TextBlockListSplit)):
+            return UnsupportedTowerError(
+                f"{differs}its blocks depend on more than the hidden states they pass on, so it cannot be cut there; "
+                "open_clip's own VisionTransformer, ModifiedResNet and TextTransformer can be cut at every layer"
+            )
+        return ValueError(f"{differs}{self._maker} is not laid out as this release expects")
