@@ -51,6 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_OVERVIEW)  # noqa: T201
         return
+    # Some libraries still call it when they are imported; whoever reads this can do nothing about it.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     try:
         if arguments[0] in _COMMANDS:
             _run_command(arguments[0], arguments[1:])
