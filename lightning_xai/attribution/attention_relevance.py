@@ -78,7 +78,7 @@ class AttentionRelevance(Method):
         gradients = torch.autograd.grad(logits_B.sum(), nodes)
         image_BT = self._image.relevance(image, gradients[: len(image.attentions)])
         text_BT = self._text.relevance(text, gradients[len(image.attentions) :])
-        own = self.encoder.tokenizer.content_mask(tokens) & self._text_split.visible(tokens)
+        own = self.encoder.tokenizer.content_mask(tokens)
         return Attribution(
             image=self._image_split.on_grid(image_BT),
             text=self._text_split.on_caption(text_BT, tokens.shape[1]) * own,

@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.split import as_constant, differentiable
 
+_ROUNDING, _NOTHING = 1e-6, 1e-12  # differences within a map that say nothing: relative to its largest, and absolute
 _A = TypeVar("_A", bound="Attribution")
 
 
@@ -99,7 +100,12 @@ class Method(ABC):
         check_batch(images, tokens)
         with differentiable(self.encoder):
             result = self._attribute(as_constant(images), as_constant(tokens))
-        _check(result, type(self).__name__)
+        method = type(self).__name__
+        for part, what in ((result.similarity, "similarity"), (result.image, "image map"), (result.text, "text map")):
+            check_finite(part, what, method)
+        image = result.image.flatten(1)
+        _warn_if_constant(image, torch.ones_like(image, dtype=torch.bool), "image", method)
+        _warn_if_constant(result.text, self.encoder.tokenizer.content_mask(tokens), "text", method)
         return result
 
     @abstractmethod
@@ -133,25 +139,29 @@ def check_batch(images: Tensor, tokens: Tensor) -> None:
         raise ValueError("expected at least one image and caption, got none")
 
 
-def _check(result: Attribution, method: str) -> None:
-    for name, part in (("similarity", result.similarity), ("image map", result.image), ("text map", result.text)):
-        broken = (~part.flatten(1).isfinite().all(dim=1) if part.ndim > 1 else ~part.isfinite()).nonzero()[:, 0]
-        if len(broken):
-            raise ValueError(
-                f"{method}: the {name} of pair(s) {broken.tolist()} is not finite; look for NaN or infinity in the "
-                "model's weights and in the images"
-            )
-    for name, part in (("image", result.image), ("text", result.text)):
-        maps = part.flatten(1)
-        constant = (maps.amax(dim=1) == maps.amin(dim=1)).nonzero()[:, 0]
-        if len(constant):
-            warnings.warn(
-                f"{method}: the {name} map of pair(s) {constant.tolist()} is constant, so it tells no part from "
-                "another; the model may ignore this input there, or the layer may be one that the embedding does not "
-                "read",
-                ConstantMapWarning,
-                stacklevel=3,
-            )
+def check_finite(part: Tensor, name: str, method: str) -> None:
+    """Raise a ValueError where a part of a result [B, ...] is not finite; `name` says which part."""
+    broken = (~part.reshape(len(part), -1).isfinite().all(dim=1)).nonzero()[:, 0]
+    if len(broken):
+        raise ValueError(
+            f"{method}: the {name} of pair(s) {broken.tolist()} is not finite; look for NaN or infinity in the model's "
+            "weights and in the images"
+        )
+
+
+def _warn_if_constant(maps: Tensor, own: Tensor, name: str, method: str) -> None:
+    """Warn where a map [B, N] is the same, but for rounding, at all of its own places, [B, N] bool, if not at one."""
+    high = maps.masked_fill(~own, -torch.inf).amax(dim=1)
+    low = maps.masked_fill(~own, torch.inf).amin(dim=1)
+    rounding = _ROUNDING * torch.maximum(high.abs(), low.abs()) + _NOTHING
+    constant = (((high - low) <= rounding) & (own.sum(dim=1) != 1)).nonzero()[:, 0]
+    if len(constant):
+        warnings.warn(
+            f"{method}: the {name} map of pair(s) {constant.tolist()} is constant, so it tells no part from another; "
+            "the model may ignore this input there, or the layer may be one that the embedding does not read",
+            ConstantMapWarning,
+            stacklevel=3,
+        )
 
 
 def cosine_with(embedding: Tensor) -> Callable[[Tensor], Tensor]:

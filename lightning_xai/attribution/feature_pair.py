@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.base import Method, PairAttribution, check_batch
+from lightning_xai.attribution.base import Method, PairAttribution, check_batch, check_finite
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -152,9 +152,12 @@ class FeaturePairAttribution(Method):
         return result
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> PairAttribution:
-        states, references = self.hidden_states(images, tokens), self.references(tokens.shape[1])
+        references = self.references(tokens.shape[1])
         return PairAttribution.concatenate(
-            [self._pairs(states[rows], references) for rows in self._chunks(len(images))]
+            [
+                self._pairs(self.hidden_states(images[rows], tokens[rows]), references)
+                for rows in self._chunks(len(images))
+            ]
         )
 
     def attribute_images(self, images: Tensor, others: Tensor) -> IntraModalAttribution:
@@ -164,7 +167,7 @@ class FeaturePairAttribution(Method):
             images: [B, 3, height, width].
             others: [B, 3, height, width]; other i is compared with image i.
         """
-        if images.ndim != 4 or images.shape != others.shape:
+        if images.ndim != 4 or images.shape != others.shape or not len(images):
             raise ValueError(
                 f"expected two batches of images of one shape; got {[*images.shape]} and {[*others.shape]}"
             )
@@ -179,7 +182,9 @@ class FeaturePairAttribution(Method):
             parts = [self._compare(side(rows, images), side(rows, others)) for rows in self._chunks(len(images))]
         matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         first_last = self.image.on_grid(matrix_BPP).movedim(1, -1)
-        return IntraModalAttribution(self.image.on_grid(first_last).movedim((1, 2), (3, 4)), similarity, error)
+        pairs = self.image.on_grid(first_last).movedim((1, 2), (3, 4))
+        check_finite(pairs, "attribution", type(self).__name__)
+        return IntraModalAttribution(pairs, similarity, error)
 
     def attribute_texts(self, tokens: Tensor, others: Tensor) -> IntraModalAttribution:
         """All pairs of tokens of two captions, by the text tower alone.
@@ -188,7 +193,7 @@ class FeaturePairAttribution(Method):
             tokens: [B, L] token ids.
             others: [B, L]; other i is compared with caption i.
         """
-        if tokens.ndim != 2 or tokens.shape != others.shape:
+        if tokens.ndim != 2 or tokens.shape != others.shape or not len(tokens):
             raise ValueError(f"expected two batches of captions of one shape; got {[*tokens.shape]}, {[*others.shape]}")
 
         def side(rows: slice, batch: Tensor) -> _Side:
@@ -203,6 +208,7 @@ class FeaturePairAttribution(Method):
         matrix_BTT, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         matrix_BTL = self.text.on_caption(matrix_BTT, length) * self.text.visible(others)[:, None]
         matrix_BLL = self.text.on_caption(matrix_BTL.mT, length).mT * self.text.visible(tokens)[:, :, None]
+        check_finite(matrix_BLL, "attribution", type(self).__name__)
         return IntraModalAttribution(matrix_BLL, similarity, error)
 
     def span_map(self, images: Tensor, tokens: Tensor, span_mask: Tensor) -> Tensor:
@@ -217,24 +223,35 @@ class FeaturePairAttribution(Method):
             [B, H, W], signed, in units of the similarity.
 
         Raises:
-            ValueError: shapes do not match, or a row selects no token of its caption.
+            ValueError: shapes do not match, a row selects no token of its caption, or the map is not finite.
         """
         check_batch(images, tokens)
         if span_mask.shape != tokens.shape:
             raise ValueError(
                 f"span_mask has to be of the tokens' shape {tuple(tokens.shape)}; got {tuple(span_mask.shape)}"
             )
+        self._check_span(tokens, span_mask)
         with self._differentiable():
-            return self.span_map_of(self.hidden_states(images, tokens), span_mask, self.references(tokens.shape[1]))
+            references = self.references(tokens.shape[1])
+            parts = [
+                self.span_map_of(self.hidden_states(images[rows], tokens[rows]), span_mask[rows], references)
+                for rows in self._chunks(len(images))
+            ]
+        maps = torch.cat(parts)
+        check_finite(maps, "span map", type(self).__name__)
+        return maps
 
     def span_map_of(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
         """`span_map` of hidden states that a forward pass has already made; span_mask is [B, L]."""
-        empty = ~(span_mask & self.text.visible(states.tokens)).any(dim=1)
-        if empty.any():
-            raise ValueError(f"rows {empty.nonzero()[:, 0].tolist()} of span_mask select no token of their caption")
+        self._check_span(states.tokens, span_mask)
         with self._differentiable():
             maps = [self._span_map(states[rows], span_mask[rows], references) for rows in self._chunks(len(span_mask))]
         return torch.cat(maps)
+
+    def _check_span(self, tokens: Tensor, span_mask: Tensor) -> None:
+        empty = ~(span_mask & self.text.visible(tokens)).any(dim=1)
+        if empty.any():
+            raise ValueError(f"rows {empty.nonzero()[:, 0].tolist()} of span_mask select no token of their caption")
 
     @torch.no_grad()
     def hidden_states(self, images: Tensor, tokens: Tensor) -> HiddenStates:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_xai.attribution.base import Attribution, Method
 from lightning_xai.attribution.patch_grid import PatchGrid
-from lightning_xai.attribution.perturbation import forward_only, only_tokens
+from lightning_xai.attribution.perturbation import forward_only, only_tokens, wide_dtype
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -80,13 +80,13 @@ class KernelSHAP(Method):
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         content_BL = self.encoder.tokenizer.content_mask(tokens)
         _check_samples("text_samples", self._text_samples, int(content_BL.sum(dim=1).max()), "tokens of a caption")
-        image_BK, text_BK = self._embeddings(images, tokens)
+        image_BK, text_BK = self._wide_embeddings(images, tokens)
         with forward_only():
             image = torch.stack([self._image_map(*pair) for pair in zip(images, text_BK, strict=True)])
             text = torch.stack([self._text_map(*pair) for pair in zip(tokens, content_BL, image_BK, strict=True)])
         nothing_shown = reference_image(self.encoder, self._image_reference).expand_as(images)
         nothing_said = only_tokens(tokens, ~content_BL, self.encoder.tokenizer.padding_id)
-        empty_image_BK, empty_text_BK = self._embeddings(nothing_shown, nothing_said)
+        empty_image_BK, empty_text_BK = self._wide_embeddings(nothing_shown, nothing_said)
         similarity = cosine_similarity(image_BK, text_BK)
         image_error = image.sum(dim=(1, 2)) - similarity + cosine_similarity(empty_image_BK, text_BK)
         text_error = text.sum(dim=1) - similarity + cosine_similarity(image_BK, empty_text_BK)
@@ -97,6 +97,11 @@ class KernelSHAP(Method):
             completeness_error=torch.where(image_error.abs() > text_error.abs(), image_error, text_error),
         )
 
+    def _wide_embeddings(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings in which the fit's efficiency is not lost to rounding."""
+        image_BK, text_BK = self._embeddings(images, tokens)
+        return image_BK.to(wide_dtype(image_BK)), text_BK.to(wide_dtype(text_BK))
+
     def _image_map(self, image: Tensor, text_K: Tensor) -> Tensor:
         reference = reference_image(self.encoder, self._image_reference)
         (rows, columns), (height, width) = self._patches.grid, image.shape[1:]
@@ -105,7 +110,7 @@ class KernelSHAP(Method):
             present_NHW = present_NF.to(image.device).reshape(-1, rows, columns)
             present_Nhw = self._patches.spread(present_NHW, (height, width))
             masked = torch.where(present_Nhw.unsqueeze(1), image, reference)
-            return cosine_similarity(self.encoder.encode_image(masked), text_K[None])
+            return cosine_similarity(self.encoder.encode_image(masked).to(text_K), text_K[None])
 
         return self._shapley_values(score, rows * columns, self._image_samples).to(text_K).reshape(rows, columns)
 
@@ -116,7 +121,7 @@ class KernelSHAP(Method):
             kept_NL = (~content_L).repeat(len(present_NF), 1)
             kept_NL[:, content_L] = present_NF.to(tokens_L.device)
             masked = only_tokens(tokens_L, kept_NL, padding_id)
-            return cosine_similarity(self.encoder.encode_text(masked), image_K[None])
+            return cosine_similarity(self.encoder.encode_text(masked).to(image_K), image_K[None])
 
         values = image_K.new_zeros(len(tokens_L))
         values[content_L] = self._shapley_values(score, int(content_L.sum()), self._text_samples).to(values)

@@ -17,6 +17,11 @@ _EVERY_KERNEL = [
 ]
 
 
+def wide_dtype(embeddings: Tensor) -> torch.dtype:
+    """The type to sum many similarities in: float32, or wider where the embeddings are."""
+    return torch.promote_types(embeddings.dtype, torch.float32)
+
+
 @contextmanager
 def forward_only() -> Iterator[None]:
     """No gradients, and everything that is fast without them; undone on leaving, also after an exception.

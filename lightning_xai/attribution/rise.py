@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from lightning_xai.attribution.base import Attribution, Method
 from lightning_xai.attribution.patch_grid import PatchGrid
-from lightning_xai.attribution.perturbation import forward_only, only_tokens
+from lightning_xai.attribution.perturbation import forward_only, only_tokens, wide_dtype
 from lightning_xai.attribution.reference import reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -77,23 +77,25 @@ class RISE(Method):
         return Attribution(image, text, cosine_similarity(image_BK, text_BK))
 
     def _image_maps(self, images: Tensor, text_BK: Tensor) -> Tensor:
-        maps_BHW = text_BK.new_zeros(len(images), *self._patches.grid)
+        wide = wide_dtype(text_BK)
+        maps_BHW = text_BK.new_zeros(len(images), *self._patches.grid, dtype=wide)
         nothing = reference_image(self.encoder, "zeros")
         for masks_Nhw in self._draw_image_masks(images):
-            parts_NHW = self._patches.means(masks_Nhw)
+            parts_NHW = self._patches.means(masks_Nhw.to(wide))
             for row, image in enumerate(images):
                 embeddings_NK = self.encoder.encode_image(torch.lerp(nothing, image, masks_Nhw.unsqueeze(1)))
-                scores_N = cosine_similarity(embeddings_NK, text_BK[row, None])
+                scores_N = cosine_similarity(embeddings_NK.to(wide), text_BK[row, None].to(wide))
                 maps_BHW[row] += torch.einsum("n,nhw->hw", scores_N, parts_NHW)
         return maps_BHW / (self._image_masks * self._probability)
 
     def _text_maps(self, tokens: Tensor, image_BK: Tensor) -> Tensor:
         content_BL, padding_id = self.encoder.tokenizer.content_mask(tokens), self.encoder.tokenizer.padding_id
-        maps_BL = image_BK.new_zeros(tokens.shape)
+        wide = wide_dtype(image_BK)
+        maps_BL = image_BK.new_zeros(tokens.shape, dtype=wide)
         for shown_NL in self._draw_text_masks(tokens):
             for row, tokens_L in enumerate(tokens):
                 masked_NL = only_tokens(tokens_L, shown_NL | ~content_BL[row], padding_id)
-                scores_N = cosine_similarity(self.encoder.encode_text(masked_NL), image_BK[row, None])
+                scores_N = cosine_similarity(self.encoder.encode_text(masked_NL).to(wide), image_BK[row, None].to(wide))
                 maps_BL[row] += scores_N @ shown_NL.to(scores_N)
         return content_BL * maps_BL / (self._text_masks * self._probability)
 

@@ -11,15 +11,15 @@ from lightning_xai.commands.inputs import Entry, load_model, read_entries
 from lightning_xai.commands.intra_modal import compare_captions, compare_images
 from lightning_xai.commands.method_options import check_method, choose_methods
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import describe
+from lightning_xai.commands.outputs import PICTURE, describe
 
 
 @dataclass
 class Explain:
     """Draw which patches of an image and which words of a caption make their similarity.
 
-    Red is for the similarity, blue against it. Writes a picture (.png), every number (attribution.npz) and every
-    setting (explanation.json, which also says what the arrays are).
+    Red is for the similarity, blue against it. Writes a picture (explanation.png), every number (attribution.npz) and
+    every setting (explanation.json, which also says what the arrays are).
 
     A phrase on the image:
       python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"
@@ -39,7 +39,8 @@ class Explain:
         box: x,y,width,height in pixels of the image file: the words show what matches the box.
         other_image: a second image, compared with the first one, or with its box; no caption is needed.
         other_caption: a second caption, compared with the first one, or with its span; no image is needed.
-        method: an attribution method, such as feature_pair; all of them with "all".
+        method: feature_pair, m2ib, grad_cam, similarity_grad_cam, attention_relevance, saliency, integrated_gradients,
+            kernel_shap, rise, or the controls random and gaussian; "all" draws them side by side.
         options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
             that has such an option, and --options.rise.seed 1 for one of them.
         batch_size: images of a list that are explained at a time; lower it where memory is short.
@@ -108,6 +109,15 @@ class Explain:
             ),
             "--other-caption compares with --caption, or with a --span of it; a --box has no place there": (
                 self.other_caption is not None and (self.caption is None or boxes)
+            ),
+            "--other-image needs no --caption, and --other-caption no --image: leave it out": (
+                (self.other_image is not None and self.caption is not None)
+                or (self.other_caption is not None and self.image is not None)
+            ),
+            f"--out has to be a folder, but {self.out} is a file": self.out.is_file(),
+            f"{self.out / PICTURE} is the image to explain, and would be replaced: choose another --out": any(
+                path is not None and path.resolve() == (self.out / PICTURE).resolve()
+                for path in (self.image, self.other_image)
             ),
             f"--batch-size has to be at least 1; got {self.batch_size}": self.batch_size < 1,
         }

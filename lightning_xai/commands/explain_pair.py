@@ -15,13 +15,14 @@ from lightning_xai.commands.inputs import (
     Entry,
     InputError,
     Span,
+    find_phrase,
     parse_box,
     read_input,
     span_positions,
     transformed_box,
 )
 from lightning_xai.commands.method_options import ChosenMethod
-from lightning_xai.commands.outputs import numpy_of, own_positions, shown_tokens, write_arrays, write_json
+from lightning_xai.commands.outputs import PICTURE, numpy_of, own_positions, shown_tokens, write_arrays, write_json
 from lightning_xai.report.explanation import Saliency, Scale, comparison_sheet, explanation_sheet
 from lightning_xai.report.plots import Example, heat_fault, save_figure
 
@@ -97,6 +98,8 @@ def ask(encoder: TwoTowerEncoder, entry: Entry) -> Question:
     Raises:
         InputError: the image does not decode, the caption is empty or lacks the phrase, the box is of no use.
     """
+    if entry.span is not None and entry.box is not None:
+        raise InputError("a span asks about words, a box about a part of the image: give one of them")
     if not entry.caption.strip():
         raise InputError(f"the caption of {entry.image} is empty")
     pixels, size = read_input(encoder, entry.image)
@@ -173,7 +176,7 @@ def write(
         arrays |= own
     write_arrays(folder / "attribution.npz", arrays)
     write_json(folder / "explanation.json", {**settings, **_record(encoder, question, answers, missing)})
-    picture = folder / f"{question.entry.image.stem}.png"
+    picture = folder / PICTURE
     save_figure(_sheet(encoder, question, answers, missing), picture)
     return picture
 
@@ -259,8 +262,13 @@ def _notes(question: Question, answer: Answer, own: Sequence[int], last: str) ->
         notes.append(f"Tokens: coloured by the {mask.sum()} of {mask.size} patches that the box covers.")
     elif question.positions:
         notes.append("Heat map: of the phrase alone. Tokens: coloured by the whole image.")
-    if len(question.spans) > 1:
-        notes.append(f"The phrase stands {len(question.spans)} times in the caption; all of them count.")
+    found = find_phrase(question.entry.caption, question.entry.span) if question.entry.span else []
+    if len(found) > 1:
+        read = "all of them" if len(question.spans) == len(found) else f"the {len(question.spans)} that the model reads"
+        notes.append(f"The phrase stands {len(found)} times in the caption; {read} count.")
+    error = answer.arrays.get("completeness_error")
+    if error is not None and "steps" in answer.options and abs(error) > 0.05 * abs(answer.arrays["similarity"]):
+        notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
     if own and own[-1] >= len(question.tokens) - 2 and not question.entry.caption.rstrip().lower().endswith(last):
         notes.append(f"The model reads {len(question.tokens)} tokens; the rest of the caption is cut off.")
     rest = answer.arrays["shown_text"].sum() - answer.arrays["shown_text"][list(own)].sum()

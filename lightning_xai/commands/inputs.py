@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,13 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
         if choice.pretrained is not None:
             raise ValueError(f"the folder {choice.name} holds weights of its own: leave out --model.pretrained")
         return load_clap(choice.name, device).eval()
+    if choice.is_random:
+        torch.manual_seed(choice.seed)
+        print(  # noqa: T201
+            f"{choice.name} has random weights (seed {choice.seed}): it has learned nothing. Give --model.pretrained a "
+            "tag or a file, or --model.name a checkpoint, to explain a trained model",
+            file=sys.stderr,
+        )
     return load_dual_encoder(choice.name, choice.pretrained, device).eval()
 
 

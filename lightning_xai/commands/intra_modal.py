@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_xai.commands.inputs import InputError, parse_box, read_input, span_positions, transformed_box
 from lightning_xai.commands.method_options import ChosenMethod
-from lightning_xai.commands.outputs import numpy_of, shown_tokens, write_arrays, write_json
+from lightning_xai.commands.outputs import PICTURE, numpy_of, shown_tokens, write_arrays, write_json
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
 from lightning_xai.report.plots import Example, save_figure
 
@@ -73,7 +73,7 @@ def compare_images(
         first, second, heats, similarity=result.similarity.item(), error=result.completeness_error.item()
     )
     record = {"images": [str(path) for path in images], "box": box, "box transformed": seen}
-    _write(out, f"{images[0].stem}-{images[1].stem}", chosen, arrays, sheet, {**settings, **record})
+    _write(out, chosen, arrays, sheet, {**settings, **record})
 
 
 def compare_captions(
@@ -117,7 +117,7 @@ def compare_captions(
         error=result.completeness_error.item(),
     )
     record = {"captions": list(captions), "span": span, "characters": spans, "positions": positions}
-    _write(out, "captions", chosen, arrays, sheet, {**settings, **record})
+    _write(out, chosen, arrays, sheet, {**settings, **record})
 
 
 def _method(chosen: ChosenMethod) -> FeaturePairAttribution:
@@ -135,7 +135,6 @@ def _arrays(result: IntraModalAttribution) -> dict[str, NDArray[Any]]:
 
 def _write(
     out: Path,
-    name: str,
     chosen: ChosenMethod,
     arrays: Mapping[str, NDArray[Any]],
     sheet: Figure,
@@ -145,5 +144,5 @@ def _write(
     method = {chosen.name: {"options": chosen.options, **scores}}
     write_arrays(out / "attribution.npz", arrays)
     write_json(out / "explanation.json", {**record, "methods": method, "arrays": _ARRAYS})
-    save_figure(sheet, out / f"{name}.png")
-    print(f"Look at {out / f'{name}.png'}; all numbers: {out / 'attribution.npz'}")  # noqa: T201
+    save_figure(sheet, out / PICTURE)
+    print(f"Look at {out / PICTURE}; all numbers: {out / 'attribution.npz'}")  # noqa: T201

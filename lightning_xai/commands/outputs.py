@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lightning_xai.data import CaptionTokenizer
     from lightning_xai.models.encoder import TwoTowerEncoder
 
+PICTURE = "explanation.png"
+"""Never named after the image: written beside it, it would take its place."""
 _PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 _NEAR = 8  # characters that a tokenizer's cleaning may have dropped between two tokens
 
@@ -46,6 +48,7 @@ def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerE
         "model": {
             "name": choice.name,
             "pretrained": choice.pretrained,
+            "random_weights_seed": choice.seed if choice.is_random else None,
             "device": str(next(encoder.parameters()).device),
             "architecture": encoder.name,
             "image_size": list(encoder.image_shape[1:]),

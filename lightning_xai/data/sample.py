@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 SCHEMA_VERSION = 1
 # MPO is what Pillow calls a JPEG file that holds further pictures, as some phones and cameras write it.
@@ -104,8 +104,10 @@ def read_image(data: bytes, origin: str) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow would name the buffer that the bytes lie in.
+        reason = "no JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else error
         raise RecordError(
-            f"{origin}: the image does not decode ({error}); replace the file or drop the record"
+            f"{origin}: the image does not decode ({reason}); replace the file or drop the record"
         ) from error
 
 

@@ -141,6 +141,8 @@ class TwoTowerEncoder(nn.Module, ABC):
             )
         if not embedding.isfinite().all():
             raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
+        if not embedding.any():
+            raise ValueError(f"the {tower} tower's output is zero: its projection's weights are all zero")
         return inputs, embedding
 
     @torch.no_grad()

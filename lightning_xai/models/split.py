@@ -152,7 +152,8 @@ def differentiable(module: nn.Module) -> Iterator[None]:
     """Everything a derivative of `module` by its inputs needs, undone on leaving, also after an exception.
 
     Evaluation mode (dropout off, batch statistics frozen), gradients on even inside `no_grad` or `inference_mode`, no
-    autocast, and the attention kernel that has forward-mode derivatives. Weights keep `requires_grad`: who asks for the
+    autocast, no gradient checkpointing (which would run blocks again when what a split has replaced is back in place),
+    and the attention kernel that has forward-mode derivatives. Weights keep `requires_grad`: who asks for the
     gradient of hidden states alone computes no other, and PyTorch multiplies by frozen weights batch by batch, which in
     `nn.MultiheadAttention` is several times slower.
     """
@@ -166,6 +167,10 @@ def differentiable(module: nn.Module) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(evaluating(module))
+        for child in module.modules():
+            if getattr(child, "grad_checkpointing", False):
+                stack.callback(setattr, child, "grad_checkpointing", child.grad_checkpointing)
+                child.grad_checkpointing = False  # type: ignore[assignment]
         yield
 
 

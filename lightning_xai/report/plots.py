@@ -109,12 +109,15 @@ def overlay(
 def heat_fault(heat: Heat) -> str | None:
     """Why a map shows nothing, in words for its title, or None where it shows something.
 
+    A map is constant where its values differ by rounding only. A single value is no map, and cannot be constant.
+
     >>> [heat_fault(np.zeros((7, 7))), heat_fault(np.array([[0.0, np.nan]])), heat_fault(np.array([[0.0, 1.0]]))]
     ['constant map', 'map not finite', None]
     """
     if not np.isfinite(heat).all():
         return "map not finite"
-    return "constant map" if np.ptp(heat) == 0 else None
+    rounding = 1e-6 * float(np.abs(heat).max(initial=0)) + 1e-12
+    return "constant map" if heat.size != 1 and (not heat.size or np.ptp(heat) <= rounding) else None
 
 
 def evenly(count: int, most: int) -> list[int]:

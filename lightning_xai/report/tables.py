@@ -179,9 +179,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
                 raise ValueError(f"{path}: expected a header line, the file is empty; write the table again")
             rows = []
             for fields in lines:
+                if not fields:
+                    continue
                 if len(fields) != len(header):
                     message = f"expected {len(header)} fields as in the header, found {len(fields)}"
-                    raise ValueError(f"{path}, line {lines.line_num}: {message}; write the table again")
+                    raise ValueError(f"{path}, line {lines.line_num}: {message}; put fields with commas in quotes")
                 rows.append(dict(zip(header, fields, strict=True)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); write the table again") from error

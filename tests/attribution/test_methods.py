@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import randomised
 from torch import Tensor
 
-from lightning_xai.attribution import METHODS, Attribution, ConstantMapWarning, Method, min_max, upsample
-from lightning_xai.models import DualEncoder, UnsupportedTowerError
+from lightning_xai.attribution import (
+    METHODS,
+    Attribution,
+    ConstantMapWarning,
+    FeaturePairAttribution,
+    Method,
+    min_max,
+    upsample,
+)
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
 
 MakeEncoder = Callable[..., DualEncoder]
 CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
@@ -191,6 +202,85 @@ def test_wrong_shapes_and_sizes_are_errors_in_words(make_encoder: MakeEncoder, n
         build(name, encoder).attribute(images[:0], tokens[:0])
     with pytest.raises(ValueError, match="internal_batch_size has to be at least 1"):
         build(name, encoder, internal_batch_size=0)
+
+
+@every_method
+def test_half_precision_changes_digits_and_chunks_change_nothing_more(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder("vit", torch.bfloat16)
+    images, tokens = inputs(encoder)
+    options = {"rise": {"image_masks": 512, "text_masks": 128}, "kernel_shap": {"image_samples": 512}}.get(name, {})
+    half = [build(name, encoder, internal_batch_size=size, **options).attribute(images, tokens) for size in (2, 64)]
+    full = build(name, encoder.float(), **options).attribute(images.float(), tokens)
+    for result in half:
+        for row in range(len(images)):
+            maps = torch.stack([result.image[row].flatten().float(), full.image[row].flatten()])
+            if maps.std(dim=1).min() > 0:  # GradCAM may find nothing positive
+                assert torch.corrcoef(maps)[0, 1] > 0.9
+
+
+@every_method
+def test_gradient_checkpointing_changes_nothing(architecture_file: Callable[[str], Path], name: str) -> None:
+    config = json.loads(architecture_file("vit").read_text())
+    config["vision_cfg"] = {
+        "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160
+    }  # fmt: skip
+    config |= {"embed_dim": 96, "text_cfg": config["text_cfg"] | {"embed_cls": True}, "custom_text": True}
+    path = architecture_file("vit").with_name("checkpointed.json")
+    path.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    encoder = randomised(load_dual_encoder(path)).double().eval()
+    images, tokens = inputs(encoder)
+    options = {"kernel_shap": {"image_samples": 128}}.get(name, {})
+    plain = build(name, encoder, **options).attribute(images, tokens)
+    encoder.model.set_grad_checkpointing(True)
+    assert_same(build(name, encoder, **options).attribute(images, tokens), plain)
+    assert encoder.model.visual.trunk.grad_checkpointing
+    assert encoder.model.text.transformer.grad_checkpointing
+
+
+def test_no_more_pairs_than_asked_for_pass_through_a_tower_at_a_time(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+    sizes: list[int] = []
+    encoder.model.visual.conv1.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    method = FeaturePairAttribution(encoder, internal_batch_size=1)
+    span = torch.zeros_like(tokens, dtype=torch.bool)
+    span[:, 1] = True
+    method.attribute(images, tokens)
+    method.span_map(images, tokens, span)
+    assert set(sizes) == {1}
+
+
+def test_within_a_modality_and_for_spans_weights_that_are_not_finite_are_an_error(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+    method = FeaturePairAttribution(encoder)
+    with torch.no_grad():
+        encoder.model.visual.proj[0, 0] = float("nan")
+        encoder.model.text_projection[0, 0] = float("nan")
+    span = torch.zeros_like(tokens, dtype=torch.bool)
+    span[:, 1] = True
+    for run in (
+        lambda: method.attribute_images(images, images),
+        lambda: method.attribute_texts(tokens, tokens),
+        lambda: method.span_map(images, tokens, span),
+    ):
+        with pytest.raises(ValueError, match=r"pair\(s\) \[0, 1, 2\] is not finite"):
+            run()
+
+
+def test_a_text_map_that_is_the_same_for_all_of_a_captions_words_is_constant(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = inputs(encoder)
+
+    class Counting(Method):
+        def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+            own = self.encoder.tokenizer.content_mask(tokens).float()
+            own[0, 1] = 2
+            return Attribution(image=torch.rand(len(images), 4, 4), text=own, similarity=torch.zeros(len(images)))
+
+    with pytest.warns(ConstantMapWarning, match=r"the text map of pair\(s\) \[1, 2\] is constant"):
+        Counting(encoder).attribute(images, tokens)
 
 
 def test_a_constant_map_is_a_warning_that_names_method_and_pair(make_encoder: MakeEncoder) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,9 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
     assert arrays["span_mask"].nonzero()[0].tolist() == [6, 7]
     np.testing.assert_allclose(arrays["shown_image"], result.pairs[0, 6] + result.pairs[0, 7], atol=1e-6)
     np.testing.assert_array_equal(arrays["shown_text"], arrays["text"])
-    assert Image.open(out / "picture.png").size[0] > 800
-    assert f"Look at {out / 'picture.png'}" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "picture.png"]
+    assert Image.open(out / "explanation.png").size[0] > 800
+    assert f"Look at {out / 'explanation.png'}" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "explanation.png"]
 
 
 def test_without_a_span_the_whole_caption_is_shown(model: list[str], image: Path, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_the_record_has_every_setting_with_defaults_resolved(model: list[str], i
     record, arrays = record_of(tmp_path / "out"), arrays_of(tmp_path / "out")
     assert record["model"] | {"parameters": 0} == {
         "name": model[1], "pretrained": model[3], "device": "cpu", "architecture": "vit", "image_size": [32, 32],
-        "context_length": 16, "parameters": 0,
+        "context_length": 16, "parameters": 0, "random_weights_seed": None,
     }  # fmt: skip
     assert record["command"]["options"] == {"steps": 4, "rule": "midpoint"}
     assert record["image"] == str(image)
@@ -279,7 +280,7 @@ def test_another_image_is_compared_with_the_box_of_the_first(
     assert record["images"] == [str(image), str(other)]
     assert record["box"] == "24,12.5,24,24"
     assert record["methods"]["feature_pair"]["similarity"] == pytest.approx(result.similarity.item(), abs=1e-5)
-    assert (tmp_path / "box" / "picture-other.png").is_file()
+    assert (tmp_path / "box" / "explanation.png").is_file()
     assert "Look at" in capsys.readouterr().out
 
 
@@ -296,7 +297,7 @@ def test_another_caption_is_compared_with_the_span_of_the_first(model: list[str]
     np.testing.assert_allclose(span["shown_second"], whole["pairs"][6] + whole["pairs"][7], atol=1e-6)
     assert span["other_tokens"].tolist() == tokens[1].tolist()
     assert record_of(tmp_path / "span")["positions"] == [6, 7]
-    assert (tmp_path / "span" / "captions.png").is_file()
+    assert (tmp_path / "span" / "explanation.png").is_file()
 
 
 # --- lists ---
@@ -342,7 +343,7 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
         np.testing.assert_allclose(listed[name], values, rtol=1e-4, atol=1e-6)
     assert float(rows[0]["similarity"]) == pytest.approx(float(alone["similarity"]), abs=1e-5)
     assert sorted(path.name for path in out.iterdir()) == ["0000-picture", "0005-second", "summary.csv"]
-    assert (out / "0005-second" / "second.png").is_file()
+    assert (out / "0005-second" / "explanation.png").is_file()
 
 
 def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], tmp_path: Path) -> None:
@@ -397,10 +398,9 @@ def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], 
         (["--image", "drawing.ps"], "drawing.ps: the image does not decode"),
         (["--other-image", "a.png", "--other-caption", "b"], "give one of them"),
         (["--other-image", "broken.png", "--span", "ring"], "a --span has no place there"),
-        (["--other-image", "broken.png"], "broken.png: the image does not decode"),
+        (["--other-image", "broken.png"], "--other-image needs no --caption"),
         (["--other-caption", "b", "--box", "0,0,9,9"], "a --box has no place there"),
-        (["--other-caption", " "], "one of the captions is empty"),
-        (["--other-caption", "b", "--method", "saliency"], "--other-caption needs a method that tells pairs"),
+        (["--other-caption", "b"], "--other-caption no --image: leave it out"),
         (["--captions", "broken.png"], "is a single image: give its caption"),
         (["--batch-size", "0"], "--batch-size has to be at least 1; got 0"),
         (["--model.pretrained", "nobody"], "neither a file nor a tag"),
@@ -418,6 +418,47 @@ def test_bad_input_is_told_in_plain_words(
     assert message in told
     assert len(told) < 700
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_of_comparisons_is_told_in_plain_words(model: list[str], image: Path, tmp_path: Path) -> None:
+    broken, out = tmp_path / "broken.png", tmp_path / "out"
+    broken.write_bytes(b"this is no image")
+    told = message_of("--image", image, "--other-image", broken, *model, "--out", out)
+    assert "broken.png: the image does not decode (no JPEG, PNG or WebP file)" in told
+    assert "one of the captions is empty" in message_of("--caption", "a", "--other-caption", " ", *model, "--out", out)
+    told = message_of("--caption", "a", "--other-caption", "b", "--method", "saliency", *model, "--out", out)
+    assert "--other-caption needs a method that tells pairs" in told
+
+
+def test_the_users_own_image_is_never_replaced(model: list[str], image: Path, tmp_path: Path) -> None:
+    beside = ["--caption", CAPTION, *model, "--out", image.parent]
+    before = image.read_bytes()
+    explain("--image", image, *beside)
+    assert image.read_bytes() == before
+    own = image.rename(image.with_name("explanation.png"))
+    assert "is the image to explain, and would be replaced" in message_of("--image", own, *beside)
+    assert own.read_bytes() == before
+
+
+def test_random_weights_are_said_to_be_random_and_are_the_same_again(
+    architecture_file: Callable[[str], Path], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for run in ("first", "second"):
+        name = ["--model.name", str(architecture_file("vit")), "--model.device", "cpu"]
+        explain("--image", image, "--caption", CAPTION, *name, "--out", tmp_path / run)
+        assert "has random weights (seed 0)" in capsys.readouterr().err
+        record = record_of(tmp_path / run)
+        assert record["model"]["random_weights_seed"] == 0
+        found.append(record["methods"]["feature_pair"]["similarity"])
+    assert found[0] == found[1]
+
+
+def test_a_single_word_has_a_colour_and_is_no_constant_map(model: list[str], image: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConstantMapWarning)
+        explain("--image", image, "--caption", "ring", *model, "--out", tmp_path / "out")
+    assert record_of(tmp_path / "out")["methods"]["feature_pair"]["fault"]["text"] is None
 
 
 def test_a_phrase_behind_the_context_length_is_told_to_be_cut_off(
