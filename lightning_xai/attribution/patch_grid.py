@@ -16,7 +16,9 @@ from torch.nn.functional import one_hot
 class PatchGrid:
     """A grid of equal patches laid over an image: every pixel belongs to the one patch that its centre lies in.
 
-    So sums over patches add up to the sum over pixels also where the image's sides are no multiples of the grid's.
+    So sums over patches add up to the sum over pixels also where the image's sides are no multiples of the grid's. Some
+    towers see less than the image there: a ViT with patches of 14 pixels drops the last 6 of 384, so that its own
+    patches lie up to so many pixels above and left of these.
 
     Attributes:
         grid: rows and columns of patches.

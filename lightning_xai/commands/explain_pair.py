@@ -272,6 +272,13 @@ def _notes(question: Question, answer: Answer, own: Sequence[int], last: str) ->
     if own and own[-1] >= len(question.tokens) - 2 and not question.entry.caption.rstrip().lower().endswith(last):
         notes.append(f"The model reads {len(question.tokens)} tokens; the rest of the caption is cut off.")
     rest = answer.arrays["shown_text"].sum() - answer.arrays["shown_text"][list(own)].sum()
-    if answer.scale == "signed":
-        notes.append(f"Not shown: marks of start and end of the text, {rest:+.2g} together.")
+    if "pairs" in answer.arrays:
+        outside = (
+            f", and {answer.arrays['prefix'].sum():+.2g} of the image's CLS or registers" if _has_prefix(answer) else ""
+        )
+        notes.append(f"Not shown: marks of start and end of the text, {rest:+.2g} together{outside}.")
     return notes
+
+
+def _has_prefix(answer: Answer) -> bool:
+    return bool(answer.arrays["prefix"].any())

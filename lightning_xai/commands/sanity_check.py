@@ -73,10 +73,10 @@ class SanityCheck:
         names = [name.strip() for name in self.method.split(",")]
         for name in names:
             check_method(name)
-        entries = self._entries()[: self.limit]
+        entries = self._entries()
         encoder = load_model(self.model)
         chosen, missing = _choose(encoder, names, self.options)
-        questions, left_out = _ask_all(encoder, entries)
+        questions, left_out = _ask_all(encoder, entries, self.limit)
         for name, reason in {**missing, **left_out}.items():
             print(f"{name} is left out: {reason}")  # noqa: T201
         result = self._check(chosen, questions)
@@ -147,14 +147,16 @@ def _choose(encoder: Any, names: Sequence[str], options: dict[str, Any]) -> tupl
     return chosen, missing
 
 
-def _ask_all(encoder: Any, entries: Sequence[Entry]) -> tuple[list[Question], dict[str, str]]:
-    """Images and captions as the model sees them; names of the entries that cannot be used, and why."""
+def _ask_all(encoder: Any, entries: Sequence[Entry], limit: int) -> tuple[list[Question], dict[str, str]]:
+    """The first `limit` pairs that can be used, as the model sees them; names of those that cannot, and why."""
     questions: list[Question] = []
     left_out: dict[str, str] = {}
     for entry in entries:
+        if len(questions) == limit:
+            break
         try:
             questions.append(ask(encoder, Entry(entry.name, entry.image, entry.caption)))
-        except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
+        except InputError as error:
             left_out[entry.name] = str(error)
     if not questions:
         raise ValueError(f"none of the {len(entries)} pairs can be used: {'; '.join(left_out.values())}")

@@ -296,8 +296,14 @@ class _Sheet(Sheet):
         self.text(saliency.method, (x + _COLUMN / 2, y), ha="center", weight="bold")
         low, high = limits(saliency.image, "range")
         kind = {"signed": "signed", "positive": "from 0", "range": "min–max"}[saliency.scale]
+        if saliency.completeness_error is not None:
+            kind = f"error {saliency.completeness_error:.0e}"
         self.text(
-            f"{low:.2g} … {high:.2g}  ({kind})", (x + _COLUMN / 2, y + LINE), ha="center", fontsize=_SMALL, color=_GREY
+            f"{low:.2g} … {high:.2g}  ({kind})",
+            (x + _COLUMN / 2, y + LINE),
+            ha="center",
+            fontsize=_SMALL,
+            color=_GREY,
         )
         self.heat_panel(example, saliency.image, saliency.scale, (x, y + 2 * LINE), _COLUMN)
         below = y + 2 * LINE + _panel_height(example, _COLUMN) + 8
@@ -368,7 +374,7 @@ class _Sheet(Sheet):
         """One colour bar for maps that each have a scale of their own."""
         place = ((self.width - 300) / 2, 300.0)
         ticks = {-1.0: "against", 0.0: "0, or least", 1.0: "for, or most"}
-        note = "each map relative to its own largest; methods without sign have no blue"
+        note = "each map relative to its own largest; methods without sign have no blue; error: of completeness"
         self._bar(place, (-1.0, 1.0), ticks, note, signed=True)
 
     def _bar(

@@ -54,7 +54,7 @@ def test_table_curves_maps_and_settings_are_written(
     model: ModelChoice, listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    SanityCheck(model, out, listed, method="grad_cam, gaussian", limit=3, batch_size=2)()
+    SanityCheck(model, out, listed, method="grad_cam, gaussian", limit=2, batch_size=2)()
     rows = read(out / "sanity.csv")
     assert list(rows[0]) == list(COLUMNS)
     assert [(row["stage"], row["method"], row["modality"]) for row in rows] == [
@@ -74,7 +74,7 @@ def test_table_curves_maps_and_settings_are_written(
     assert [pair["caption"] for pair in record["pairs"]] == ["a red ring", "two blue stars"]
     assert list(record["left_out"]) == ["0000-broken"]
     assert list(record["methods"]) == ["grad_cam", "gaussian"]
-    assert record["command"]["limit"] == 3
+    assert record["command"]["limit"] == 2, "pairs that can be used"
     printed = capsys.readouterr().out
     assert "0000-broken is left out" in printed
     assert "gaussian" in printed
@@ -107,6 +107,13 @@ def test_of_several_methods_those_that_cannot_serve_the_model_are_left_out(
     assert "GradCAM" in record["not_served"]["attention_relevance"]
 
 
+def test_a_list_without_a_usable_pair_is_an_error(model: ModelChoice, listed: Path, tmp_path: Path) -> None:
+    header, broken = listed.read_text().splitlines()[:2]
+    listed.write_text(f"{header}\n{broken}\n")
+    with pytest.raises(ValueError, match="none of the 1 pairs can be used"):
+        SanityCheck(model, tmp_path / "out", listed, method="gaussian")()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -114,7 +121,6 @@ def test_of_several_methods_those_that_cannot_serve_the_model_are_left_out(
         ({"method": "gaussian,lime"}, "unknown method 'lime'"),
         ({"method": "gaussian,grad_cam", "options": {"layer": 1}}, r"--options.NAME.x 1; got layer"),
         ({"batch_size": 0, "method": "gaussian"}, "batch_size has to be at least 1"),
-        ({"limit": 1}, "none of the 1 pairs can be used"),
         ({"image": "0.png"}, "is a single image: give its --caption TEXT"),
         ({"caption": "a dog"}, "has its own captions"),
     ],

@@ -223,7 +223,7 @@ def test_a_comparison_has_a_column_for_each_method_in_even_rows_that_begin_with_
     rows = {name: figure.texts[texts(figure).index(name)].get_position()[1] for name in ("method_4", "method_5")}
     assert rows["method_4"] > rows["method_5"]
     assert {f"method_{i}" for i in range(9)} <= set(texts(figure))
-    assert "-2 … 1  (signed)" in texts(figure)
+    assert "-2 … 1  (error 2e-03)" in texts(figure)
     assert "cosine similarity 0.250" in texts(figure)
 
 
