@@ -154,7 +154,7 @@ def load_dual_encoder(
     Args:
         model: an open_clip name (`"ViT-B-16"`), the path of a JSON model config, or the path of a Lightning checkpoint
             of this project, which knows its architecture.
-        pretrained: None (random weights, or those of the Lightning checkpoint given as `model`), an open_clip tag
+        pretrained: None (random weights, or those of the Lightning checkpoint given as `model`); an open_clip tag
             (`"openai"`, downloaded on first use), or a file: `.pt`, `.safetensors` or a Lightning checkpoint.
         device: where to put the model.
 
@@ -173,6 +173,11 @@ def load_dual_encoder(
         weights = _read_weights(path)
         if weights.architecture is None:
             raise ValueError(f"{path} names no architecture, so it is no checkpoint of this project; name the model")
+        if pretrained is not None and not Path(pretrained).is_file():
+            # A tag is often nothing but a default, and would take the place of the checkpoint's weights unseen.
+            raise ValueError(
+                f"{path} brings its own weights: set pretrained to null; got {str(pretrained)!r}, which is no file"
+            )
         architecture = weights.architecture
     else:
         architecture = _from_json(path) if path.suffix == ".json" else _built_in(str(model))

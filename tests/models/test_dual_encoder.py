@@ -581,6 +581,14 @@ class Payload:
         return open, (str(self.file), "w")
 
 
+def test_a_tag_never_takes_the_place_of_a_checkpoints_own_weights(
+    vit_task: ContrastiveFineTuning, tmp_path: Path
+) -> None:
+    save_checkpoint(vit_task, tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match=r"brings its own weights: set pretrained to null; got 'openai'"):
+        load_dual_encoder(tmp_path / "weights.ckpt", "openai")
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
 @pytest.mark.parametrize("place", ["alone", "tensor", "beside", "architecture"])
 def test_a_pickle_that_runs_code_is_refused_and_nothing_is_run(
