@@ -184,7 +184,9 @@ class _LeastSquares(Model):  # type: ignore[misc]  # Captum has no types
             # LAPACK would fail in words of its own; `Method.attribute` says what a map that is not finite means.
             self._coefficients = torch.full_like(design[0], torch.nan)
             return
-        self._coefficients = torch.linalg.lstsq(design * root_N1, values.unsqueeze(1) * root_N1).solution[:, 0]
+        # By singular values: the default's pivoting leaves undetermined coefficients to chance on older PyTorch.
+        fit = torch.linalg.lstsq(design * root_N1, values.unsqueeze(1) * root_N1, driver="gelsd")
+        self._coefficients = fit.solution[:, 0]
 
     def representation(self) -> Tensor:
         """The coefficients [F], without the intercept."""
