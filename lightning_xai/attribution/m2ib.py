@@ -70,10 +70,10 @@ class M2IB(Method):
         encoder: the dual encoder to explain.
         beta: what a nat costs, in units of the similarity; larger compresses more.
         variance: sigma squared, the variance of the noise where nothing is kept.
-        image_layer: the image tower's block whose *output* is compressed, counted as open_clip counts its blocks
-            (negative from the end). None for three quarters of the way up, 9 of 12 blocks counted from 0 as published,
-            and at least one block before the last. The last block itself serves in convolutional towers only.
-        text_layer: likewise for the text tower.
+        layer: the block whose *output* is compressed, counted as open_clip counts its blocks (negative from the end);
+            one number for both towers, or one for the image tower and one for the text tower. None for three quarters
+            of the way up, 9 of 12 blocks counted from 0 as published, and at least one block before the last. The last
+            block itself serves in convolutional towers only.
         steps: values of lambda that are looked at, the first one included: the capacity is that after `steps - 1`
             updates, as published.
         samples: noise samples for each pair and step.
@@ -92,8 +92,7 @@ class M2IB(Method):
         *,
         beta: float = 0.1,
         variance: float = 1.0,
-        image_layer: int | None = None,
-        text_layer: int | None = None,
+        layer: int | tuple[int | None, int | None] | None = None,
         steps: int = 10,
         samples: int = 10,
         lr: float = 1.0,
@@ -107,6 +106,7 @@ class M2IB(Method):
         for name, count in (("steps", steps), ("samples", samples)):
             if count < 1:
                 raise ValueError(f"{name} has to be at least 1; got {count}")
+        image_layer, text_layer = layer if isinstance(layer, tuple) else (layer, layer)
         self.image = encoder.split_image(_behind(image_layer, encoder.split_image(), "image"))
         self.text = encoder.split_text(_behind(text_layer, encoder.split_text(), "text"))
         self.beta, self.variance = beta, variance
@@ -179,7 +179,7 @@ def _behind(layer: int | None, last: Split, tower: str) -> int:
     number = blocks.stop + layer if layer < 0 else layer
     if number not in followed:
         raise ValueError(
-            f"{tower}_layer is a block that another follows: {followed[0]} to {followed[-1]} of the {tower} tower's "
+            f"layer is a block that another follows: {followed[0]} to {followed[-1]} of the {tower} tower's "
             f"{blocks[0]} to {blocks[-1]} (negative from the end); got {layer}"
         )
     return number + 1

@@ -140,21 +140,21 @@ def assert_literal(encoder: DualEncoder, method: M2IB, blocks: tuple[nn.Module, 
     ("name", "layers", "options"),
     [
         ("vit", {}, {}),
-        ("vit", {"image_layer": 0, "text_layer": -3}, {"beta": 0.02, "variance": 0.25, "lr": 0.5, "seed": 3}),
+        ("vit", {"layer": (0, -3)}, {"beta": 0.02, "variance": 0.25, "lr": 0.5, "seed": 3}),
         ("resnet", {}, {"variance": 2.0}),
-        ("resnet", {"image_layer": -1, "text_layer": 0}, {"beta": 0.01}),
+        ("vit", {"layer": 0}, {}),
+        ("resnet", {"layer": (-1, 0)}, {"beta": 0.01}),
         ("vit_average_pool", {}, {}),
         ("vit_custom_block", {}, {"beta": 0.01}),
     ],
 )
 def test_agrees_with_equations_4_to_15_taken_literally(
-    make_encoder: MakeEncoder, name: str, layers: dict[str, int], options: dict[str, Any]
+    make_encoder: MakeEncoder, name: str, layers: dict[str, Any], options: dict[str, Any]
 ) -> None:
     encoder = make_encoder(name, torch.float64)
     depth = {"vit": 3, "resnet": 4}.get(name, 2)
-    by_default = {"image_layer": min(3 * depth // 4, depth - 2), "text_layer": 1}
-    numbers = by_default | layers
-    blocks = towers(encoder, numbers["image_layer"], numbers["text_layer"])
+    layer = layers.get("layer", (min(3 * depth // 4, depth - 2), 1))
+    blocks = towers(encoder, *(layer if isinstance(layer, tuple) else (layer, layer)))
     assert_literal(encoder, M2IB(encoder, **SMALL, **layers, **options), blocks, **SMALL, **options)
 
 
@@ -336,11 +336,11 @@ def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncode
         ("vit", {"variance": math.inf}, "variance has to be a positive number"),
         ("vit", {"steps": 0}, "steps has to be at least 1; got 0"),
         ("vit", {"samples": 0}, "samples has to be at least 1; got 0"),
-        ("vit", {"image_layer": 2}, "image_layer .* 0 to 1 of the image tower's 0 to 2 .*got 2"),
-        ("vit", {"image_layer": -1}, "image_layer .*got -1"),
-        ("vit", {"text_layer": -4}, "text_layer .* 0 to 1 of the text tower's 0 to 2 .*got -4"),
-        ("resnet", {"image_layer": 0}, "1 to 4 of the image tower's 1 to 4 .*got 0"),
-        ("resnet", {"image_layer": 5}, "got 5"),
+        ("vit", {"layer": (2, None)}, "layer .* 0 to 1 of the image tower's 0 to 2 .*got 2"),
+        ("vit", {"layer": -1}, "layer .*got -1"),
+        ("vit", {"layer": (None, -4)}, "layer .* 0 to 1 of the text tower's 0 to 2 .*got -4"),
+        ("resnet", {"layer": 0}, "1 to 4 of the image tower's 1 to 4 .*got 0"),
+        ("resnet", {"layer": (5, None)}, "got 5"),
     ],
 )
 def test_options_that_make_no_sense_are_errors_in_words(

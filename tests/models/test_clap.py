@@ -266,14 +266,14 @@ def test_a_sound_in_silence_is_attributed_where_it_sounds(encoder: ClapEncoder) 
 def test_m2ib_finds_capacity_on_the_spectrogram_and_the_words(encoder: ClapEncoder) -> None:
     images, tokens = sounds(encoder), encoder.tokenizer.encode(CAPTIONS)
     for layer, grid in ((0, (2, 8)), (1, (2, 8))):
-        result = M2IB(encoder, image_layer=layer, text_layer=0).attribute(images, tokens)
+        result = M2IB(encoder, layer=(layer, 0)).attribute(images, tokens)
         assert result.image.shape == (2, *grid)
         assert result.image.min() >= 0
         assert result.image.isfinite().all()
         assert result.image.flatten(1).std(dim=1).min() > 0
         assert result.text[0, :5].min() > 0
         assert not result.text[0, 5:].any()
-    alone = M2IB(encoder, image_layer=1, text_layer=0).attribute(images[1:], tokens[1:])
+    alone = M2IB(encoder, layer=(1, 0)).attribute(images[1:], tokens[1:])
     torch.testing.assert_close(alone.image[0], result.image[1])
 
 
