@@ -72,7 +72,7 @@ def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> 
     commands = re.findall(rf"python -m lightning_xai ((?:{names}) (?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")))
     for command in commands:
         cli.main(shlex.split(command.replace("\\\n", " ")))
-    expected = ["prepare_coco_shards", "prepare_coco_shards", "export", "Explain", "Explain", "SanityCheck"]
+    expected = ["prepare_coco_shards", "prepare_coco_shards", "export", "Explain", "Explain", "SanityCheck", "Explain"]
     assert called == expected
 
 

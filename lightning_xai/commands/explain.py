@@ -31,7 +31,8 @@ class Explain:
     Attributes:
         model: the model to explain.
         out: folder to write to; what an earlier call wrote there is replaced.
-        image: a JPEG, PNG or WebP file; a folder of them; or a CSV list, with paths relative to itself.
+        image: a JPEG, PNG or WebP file (for a CLAP model a sound); a folder of them; or a CSV list, with paths relative
+            to itself.
         caption: the text; for a folder, that of all its images.
         captions: for a folder, a CSV list of image (relative to the folder), caption, span, box.
         span: a phrase of the caption: the heat map shows where the image matches it. Where it stands several times in

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 Span = tuple[int, int]
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".wav", ".flac", ".ogg", ".mp3")
 _COLUMNS = ("image", "caption", "span", "box")
 _MOST_OUTSIDE = 1.0  # pixels: data sets round the edges of their boxes
 
@@ -120,9 +120,9 @@ def read_entries(image: Path, caption: str | None, captions: Path | None) -> lis
         )
     if captions is not None:
         return _listed(captions, image)
-    files = sorted(path for path in image.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
+    files = sorted(path for path in image.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not files:
-        raise ValueError(f"{image} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
+        raise ValueError(f"{image} holds no image or sound ({', '.join(_SUFFIXES)})")
     return [Entry(_numbered(i, path), path, caption or "") for i, path in enumerate(files)]
 
 
@@ -158,9 +158,7 @@ def read_input(encoder: TwoTowerEncoder, path: Path) -> tuple[Tensor, tuple[int,
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise InputError(
-            f"{error}; images are read from JPEG, PNG and WebP files, sounds by CLAP models only"
-        ) from error
+        raise InputError(str(error)) from error
     return pixels.to(next(encoder.parameters())), size
 
 

@@ -13,7 +13,8 @@ class ModelChoice:
     """The model to use.
 
     Attributes:
-        name: an open_clip name (ViT-B-32), a JSON model config, or a .ckpt file that fit has written.
+        name: an open_clip name (ViT-B-32), a JSON model config, a .ckpt file that fit has written, or the folder of a
+            CLAP model.
         pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those of the .ckpt file,
             random ones otherwise.
         device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.

@@ -29,7 +29,7 @@ from lightning_xai.attribution import (
     SimilarityGradCAM,
 )
 from lightning_xai.cli import main
-from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder, save_open_clip
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_clap, load_dual_encoder, save_open_clip
 
 CAPTION = "a red ring and a blue ring"
 SIZE = (48, 64)  # the encoder sees 32 x 32: the upper and lower 5 of 42 rows are cropped
@@ -428,6 +428,28 @@ def test_bad_input_of_comparisons_is_told_in_plain_words(model: list[str], image
     assert "one of the captions is empty" in message_of("--caption", "a", "--other-caption", " ", *model, "--out", out)
     told = message_of("--caption", "a", "--other-caption", "b", "--method", "saliency", *model, "--out", out)
     assert "--other-caption needs a method that tells pairs" in told
+
+
+def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
+    from small_clap import BANDS, CAPTIONS, FRAMES, RATE, save_clap, tone
+
+    soundfile: Any = pytest.importorskip("soundfile", reason="needs the extra [audio]")
+    clap, sound = save_clap(tmp_path / "clap"), tmp_path / "sounds" / "bell.wav"
+    sound.parent.mkdir()
+    soundfile.write(sound, tone(200).astype("float32"), RATE, subtype="FLOAT")
+    name = ["--model.name", str(clap), "--model.device", "cpu"]
+    explain("--image", sound, "--caption", CAPTIONS[0], "--box", "2,1,20,8", *name, "--out", tmp_path / "out")
+    encoder = load_clap(clap).eval()
+    spectrogram = encoder.spectrogram(tone(200).astype("float32"), RATE)
+    expected = FeaturePairAttribution(encoder).attribute(spectrogram[None], encoder.tokenizer.encode([CAPTIONS[0]]))
+    arrays = arrays_of(tmp_path / "out")
+    np.testing.assert_allclose(arrays["pairs"], expected.pairs[0], rtol=1e-4, atol=1e-7)
+    assert record_of(tmp_path / "out")["image_size"] == [FRAMES, BANDS]
+    explain("--image", sound.parent, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "folder")
+    assert (tmp_path / "folder" / "0000-bell" / "explanation.png").is_file()
+    sound.write_bytes(b"no sound")
+    told = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "none")
+    assert "bell.wav cannot be read as a sound" in told
 
 
 def test_the_users_own_image_is_never_replaced(model: list[str], image: Path, tmp_path: Path) -> None:
