@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_xai.commands.explain_pair import Answer, Question, answer, ask, write
+from lightning_xai.commands.explain_pair import Answer, Question, answer, ask, faults, write
 from lightning_xai.commands.inputs import Entry, InputError
 from lightning_xai.commands.method_options import ChosenMethod
 from lightning_xai.report.tables import per_pair_csv
@@ -18,7 +19,9 @@ from lightning_xai.report.tables import per_pair_csv
 if TYPE_CHECKING:
     from lightning_xai.models.encoder import TwoTowerEncoder
 
-_SUMMARY = ("name", "image", "caption", "span", "box", "method", "similarity", "completeness_error", "left_out")
+_SUMMARY = (
+    "name", "image", "caption", "span", "box", "method", "similarity", "completeness_error", "fault", "left_out",
+)  # fmt: skip
 _MOST_REASONS = 5
 
 Row = dict[str, Any]
@@ -60,8 +63,12 @@ class Session:
         Raises:
             ValueError: not one entry can be used.
         """
+        from lightning_xai.attribution import ConstantMapWarning
+
         rows: list[Row] = []
-        with _progress_bar(len(entries) * len(self.chosen)) as progress:
+        with _progress_bar(len(entries) * len(self.chosen)) as progress, warnings.catch_warnings():
+            # It would name places in a batch; the summary names images.
+            warnings.simplefilter("ignore", ConstantMapWarning)
             for start in range(0, len(entries), batch_size):
                 rows += self._explain_batch(entries[start : start + batch_size], progress)
         per_pair_csv(self.out / "summary.csv", rows, _SUMMARY)
@@ -74,6 +81,9 @@ class Session:
         print(f"Explained {len(entries) - len(left_out)} of {len(entries)} entries in {self.out}")  # noqa: T201
         if left_out:
             print("\n".join(["Left out:", *reasons]))  # noqa: T201
+        faulty = sum(bool(row.get("fault")) for row in rows)
+        if faulty:
+            print(f"Maps that tell no part from another: {faulty} rows, see the column fault")  # noqa: T201
         print(f"All of them: {self.out / 'summary.csv'}")  # noqa: T201
 
     def _explain_batch(self, entries: Sequence[Entry], progress: Progress) -> list[Row]:
@@ -89,8 +99,14 @@ class Session:
         for question, answers in zip(questions, self._answers(questions, progress), strict=True):
             folder = self.out / question.entry.name
             write(folder, self.encoder, question, answers, self.missing, self.settings)
-            rows += [_columns(question.entry) | _scores(each) for each in answers]
+            rows += [
+                _columns(question.entry) | _scores(each) | {"fault": self._fault(question, each)} for each in answers
+            ]
         return sorted(rows, key=lambda row: str(row["name"]))
+
+    def _fault(self, question: Question, given: Answer) -> str:
+        found = faults(self.encoder, question, given)
+        return "; ".join(f"{name}: {fault}" for name, fault in found.items() if fault is not None)
 
     def _answers(self, questions: Sequence[Question], progress: Progress) -> list[list[Answer]]:
         """The answers of every method to each question."""

@@ -208,8 +208,18 @@ def _record(
     return record | {"not_served": dict(missing), "arrays": ARRAYS}
 
 
+def faults(encoder: TwoTowerEncoder, question: Question, answer: Answer) -> dict[str, str | None]:
+    """What is wrong with the maps for image and text that are shown, as `heat_fault` says it."""
+    own = own_positions(encoder.tokenizer, question.entry.caption, question.tokens)
+    return {name: heat_fault(values) for name, values in _shown(answer, own).items()}
+
+
+def _shown(answer: Answer, own: Sequence[int]) -> dict[str, NDArray[Any]]:
+    return {"image": answer.arrays["shown_image"], "text": answer.arrays["shown_text"][list(own)]}
+
+
 def _scores(answer: Answer, own: Sequence[int]) -> dict[str, Any]:
-    maps = {"image": answer.arrays["shown_image"], "text": answer.arrays["shown_text"][list(own)]}
+    maps = _shown(answer, own)
     error = answer.arrays.get("completeness_error")
     return {
         "options": dict(answer.options),

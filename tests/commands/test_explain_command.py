@@ -224,6 +224,26 @@ def test_a_constant_map_is_warned_of_and_recorded(
     assert faults == {"image": "constant map", "text": "constant map"}
 
 
+def test_constant_maps_of_a_list_are_told_by_name_in_every_batch(
+    model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(METHODS, "constant", Constant)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(3):
+        picture(folder / f"{i}.png", i)
+    command = ["--image", folder, "--caption", CAPTION, *model, "--batch-size", "2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConstantMapWarning)
+        explain(*command, "--method", "constant", "--out", tmp_path / "constant")
+    assert "Maps that tell no part from another: 3 rows" in capsys.readouterr().out
+    explain(*command, "--out", tmp_path / "real")
+    assert "Maps that tell" not in capsys.readouterr().out
+    for name, fault in (("constant", "image: constant map; text: constant map"), ("real", "")):
+        with (tmp_path / name / "summary.csv").open(newline="") as file:
+            assert [row["fault"] for row in csv.DictReader(file)] == [fault] * 3
+
+
 # --- every method ---
 
 
