@@ -90,33 +90,53 @@ def plain_m2ib(model: Any, image: Any, tokens: Any, *, block: int = 9, beta: flo
     """
     import torch
 
-    capacity = {}
     images, captions = image.expand(10, -1, -1, -1), tokens.expand(10, -1)
-    blocks = {"image": model.visual.transformer.resblocks[block], "text": model.transformer.resblocks[block]}
-    for tower, module in blocks.items():
-        gates: Any = None
 
-        def compress(module: Any, arguments: Any, features: Any) -> Any:
-            nonlocal gates
-            if gates is None:
-                gates = torch.full_like(features[:1], 5.0, requires_grad=True)
-                return features
-            kept = gates.sigmoid()
-            variance = (1 - kept) ** 2
-            capacity[tower] = -0.5 * (1 + variance.log() - (kept * features) ** 2 - variance)  # noqa: B023
-            return kept * features + variance.sqrt() * torch.randn_like(features)
+    def similarity() -> Any:
+        return torch.cosine_similarity(model.encode_image(images), model.encode_text(captions)).mean()
 
-        handle = module.register_forward_hook(compress)
-        with torch.no_grad():
-            model.encode_image(image) if tower == "image" else model.encode_text(tokens)
-        optimizer = torch.optim.Adam([gates], lr=1.0)
-        for _ in range(10):
-            optimizer.zero_grad()
-            similarity = torch.cosine_similarity(model.encode_image(images), model.encode_text(captions))
-            (beta * capacity[tower].mean() - similarity.mean()).backward()
-            optimizer.step()
-        handle.remove()
-    return {tower: nats.detach().mean(dim=0).sum(dim=1) for tower, nats in capacity.items()}
+    towers = {
+        "image": (model.visual.transformer.resblocks[block], partial(model.encode_image, image)),
+        "text": (model.transformer.resblocks[block], partial(model.encode_text, tokens)),
+    }
+    return {tower: plain_capacity(module, encode, similarity, beta) for tower, (module, encode) in towers.items()}
+
+
+def plain_capacity(block: Any, encode: Callable[[], Any], similarity: Callable[[], Any], beta: float) -> Any:
+    """The capacity [T] behind one block, whose output is compressed while `similarity` runs both encoders.
+
+    Args:
+        block: of the tower that `encode` runs once, to see what the block gives.
+        encode: the block's tower, on one input.
+        similarity: the mean cosine of both encoders.
+        beta: the price of a nat.
+    """
+    import torch
+
+    gates: Any = None
+    capacity: Any = None
+
+    def compress(module: Any, arguments: Any, features: Any) -> Any:
+        nonlocal gates, capacity
+        if gates is None:
+            gates = torch.full_like(features[:1], 5.0, requires_grad=True)
+            return features
+        kept = gates.sigmoid()
+        variance = (1 - kept) ** 2
+        capacity = -0.5 * (1 + variance.log() - (kept * features) ** 2 - variance)
+        return kept * features + variance.sqrt() * torch.randn_like(features)
+
+    handle = block.register_forward_hook(compress)
+    with torch.no_grad():
+        encode()
+    optimizer = torch.optim.Adam([gates], lr=1.0)
+    for _ in range(10):
+        optimizer.zero_grad()
+        fit = similarity()
+        (beta * capacity.mean() - fit).backward()
+        optimizer.step()
+    handle.remove()
+    return capacity.detach().mean(dim=0).sum(dim=1)
 
 
 def measure_m2ib(device: str, rounds: int) -> dict[str, float]:
