@@ -13,7 +13,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -62,6 +62,25 @@ class Region:
 
 
 @dataclass(frozen=True)
+class HardNegative:
+    """A caption that is wrong about one object: a phrase of a true caption is replaced by another one.
+
+    Attributes:
+        text: the wrong caption.
+        span: characters `(start, end)` of `text` that stand in place of the true phrase (end exclusive).
+        caption: index of the true caption in `Sample.captions`.
+        true_span: characters of the true caption that were replaced.
+        region: index in `Sample.regions` of the object that the true phrase names.
+    """
+
+    text: str
+    span: Span
+    caption: int
+    true_span: Span
+    region: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image with all its captions and regions.
 
@@ -72,6 +91,9 @@ class Sample:
         captions: at least one, none empty.
         regions: every annotated object, also those that no caption names.
         source: where the image came from, for messages and tables (`"coco/val2017/000000397133.jpg"`).
+        negatives: wrong captions that the data set comes with.
+        blanks: caption index -> positions in the tokenizer's output that padding takes the place of. They depend on the
+            tokenizer: only degraded data sets, made for one model, have them.
     """
 
     key: str
@@ -80,6 +102,8 @@ class Sample:
     captions: tuple[str, ...]
     regions: tuple[Region, ...] = ()
     source: str = ""
+    negatives: tuple[HardNegative, ...] = ()
+    blanks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_image(data: bytes, origin: str) -> Image.Image:
@@ -159,6 +183,11 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
             for region in sample.regions
         ],
     }
+    # Only where there are any, so that shards without them keep their bytes.
+    if sample.negatives:
+        record["negatives"] = [asdict(negative) for negative in sample.negatives]
+    if sample.blanks:
+        record["blanks"] = {str(caption): list(positions) for caption, positions in sample.blanks.items()}
     return {
         image_extension(sample.image, sample.source or sample.key): sample.image,
         "json": json.dumps(record, ensure_ascii=False).encode(),
@@ -204,6 +233,11 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
             captions=tuple(record["captions"]),
             regions=tuple(_decode_region(region) for region in record["regions"]),
             source=str(record["source"]),
+            negatives=tuple(_decode_negative(negative) for negative in record.get("negatives", ())),
+            blanks={
+                int(caption): tuple(int(position) for position in positions)
+                for caption, positions in record.get("blanks", {}).items()
+            },
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordError(f"{where}: field missing or of the wrong type ({error!r}); rebuild the shard") from error
@@ -220,6 +254,17 @@ def _decode_region(record: Mapping[str, Any]) -> Region:
     return Region(label=str(record["label"]), box=(x, y, width, height), spans=spans, crowd=bool(record["crowd"]))
 
 
+def _decode_negative(record: Mapping[str, Any]) -> HardNegative:
+    (start, end), (true_start, true_end) = record["span"], record["true_span"]
+    return HardNegative(
+        text=str(record["text"]),
+        span=(int(start), int(end)),
+        caption=int(record["caption"]),
+        true_span=(int(true_start), int(true_end)),
+        region=int(record["region"]),
+    )
+
+
 def _check(sample: Sample, where: str | None = None) -> None:
     where = where or f"record {sample.key!r} ({sample.source})"
     if not _KEY.fullmatch(sample.key):
@@ -230,6 +275,22 @@ def _check(sample: Sample, where: str | None = None) -> None:
         raise RecordError(f"{where}: at least one caption is needed and none may be empty; got {sample.captions!r}")
     for region in sample.regions:
         _check_region(region, sample, where)
+    for negative in sample.negatives:
+        _check_negative(negative, sample, where)
+    for caption, positions in sample.blanks.items():
+        if not 0 <= caption < len(sample.captions) or min(positions, default=0) < 0:
+            raise RecordError(f"{where}: blanks {list(positions)} of caption {caption} of {len(sample.captions)}")
+
+
+def _check_negative(negative: HardNegative, sample: Sample, where: str) -> None:
+    if not 0 <= negative.caption < len(sample.captions) or not 0 <= negative.region < len(sample.regions):
+        raise RecordError(
+            f"{where}: the hard negative {negative.text!r} belongs to caption {negative.caption} of "
+            f"{len(sample.captions)} and region {negative.region} of {len(sample.regions)}"
+        )
+    for (start, end), text in ((negative.span, negative.text), (negative.true_span, sample.captions[negative.caption])):
+        if not 0 <= start < end <= len(text):
+            raise RecordError(f"{where}: span {(start, end)} of a hard negative leaves its caption {text!r}")
 
 
 def _check_region(region: Region, sample: Sample, where: str) -> None:

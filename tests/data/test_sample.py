@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lightning_xai.data.sample import (
+    HardNegative,
     RecordError,
     Region,
     Sample,
@@ -40,6 +41,13 @@ def gradient() -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
 
+NEGATIVE = HardNegative("a hen and a dog", span=(2, 5), caption=0, true_span=(2, 5), region=0)
+
+
+def negative(**changes: Any) -> dict[str, Any]:
+    return {"negatives": (dataclasses.replace(NEGATIVE, **changes),)}
+
+
 def sample(**changes: Any) -> Sample:
     regions = (
         Region("dog", (0.5, 0.25, 3.0, 2.0), {0: ((2, 5), (12, 15)), 1: ((0, 3),)}),
@@ -52,6 +60,8 @@ def sample(**changes: Any) -> Sample:
         captions=("a dog and a dog", "dog \u2014 \u72ac"),
         regions=regions,
         source="test/42.png",
+        negatives=(NEGATIVE,),
+        blanks={1: (1, 3)},
     )
     return dataclasses.replace(original, **changes)
 
@@ -77,6 +87,13 @@ def test_the_member_is_named_after_the_image_format(image_format: str, extension
     assert encode_sample(sample(image=data))[extension] == data
 
 
+def test_records_without_hard_negatives_and_blanks_do_not_name_them() -> None:
+    plain = sample(negatives=(), blanks={})
+    members = encode_sample(plain)
+    assert not {"negatives", "blanks"} & json.loads(members["json"]).keys()
+    assert decode_sample("000000000042", members, "shard") == plain
+
+
 def test_other_members_are_never_looked_at() -> None:
     members = {**encode_sample(sample()), "pyd": b"cos\nsystem\n(S'false'\ntR.", "pickle": b"\x80"}
     assert decode_sample("000000000042", members, "shard") == sample()
@@ -100,6 +117,12 @@ def test_other_members_are_never_looked_at() -> None:
         ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {2: ((0, 1),)}),)}, "caption 2 of 2"),
         ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((0, 16),)}),)}, "leaves caption 0"),
         ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((3, 3),)}),)}, "leaves caption 0"),
+        (negative(caption=2), "belongs to caption 2 of 2"),
+        (negative(region=2), "region 2"),
+        (negative(span=(2, 16)), "leaves its caption 'a hen"),
+        (negative(true_span=(5, 5)), "leaves its caption 'a dog"),
+        ({"blanks": {2: (1,)}}, "caption 2 of 2"),
+        ({"blanks": {0: (-1,)}}, "blanks"),
         ({"image": b"no image"}, "no JPEG, PNG or WebP"),
         ({"image": b""}, "no JPEG, PNG or WebP"),
         ({"image": encode(Image.fromarray(gradient()), "GIF")}, "no JPEG, PNG or WebP"),
@@ -127,6 +150,9 @@ def test_a_sample_that_breaks_the_contract_is_not_written(changes: dict[str, Any
         (record(regions=[{"label": "dog"}]), "field"),
         (record(regions=[{"label": "dog", "box": [1, 2, 3], "crowd": False, "spans": {}}]), "field"),
         (record(regions=[{"label": "dog", "box": [1, 2, 3, 1], "crowd": False, "spans": {"x": []}}]), "field"),
+        (record(negatives=[{"text": "a hen and a dog"}]), "field"),
+        (record(blanks={"0": ["x"]}), "field"),
+        (record(blanks={"0": [-1]}), "blanks"),
         (record(captions=["a dog and a dog", None]), "caption"),
         (record(captions=["a dog and a dog"]), "caption 1 of 1"),
         (record(height=0), "positive"),
