@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -29,14 +28,8 @@ _PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 _NEAR = 8  # characters that a tokenizer's cleaning may have dropped between two tokens
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write plain values as JSON; a reader sees the whole file or the one before it."""
-    with replaced_at_once(path) as part:
-        part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-
-
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write named arrays as .npz, likewise; none of them needs pickle."""
+    """Write named arrays as .npz, none of which needs pickle; a reader sees the whole file or the one before it."""
     with replaced_at_once(path) as part:
         np.savez_compressed(part, **arrays)  # type: ignore[arg-type]  # numpy's stub reads names as its own options
 

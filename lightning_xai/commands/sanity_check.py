@@ -14,8 +14,9 @@ from lightning_xai.commands.explain_pair import Question, ask
 from lightning_xai.commands.inputs import Entry, InputError, load_model, read_entries
 from lightning_xai.commands.method_options import ChosenMethod, check_method, choose_methods
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import describe, numpy_of, write_json
+from lightning_xai.commands.outputs import describe, numpy_of
 from lightning_xai.report.plots import Example, save_figure
+from lightning_xai.report.results import write_json
 from lightning_xai.report.sanity import COLUMNS, sanity_curves, sanity_sheet, sanity_table
 from lightning_xai.report.tables import per_pair_csv
 
