@@ -22,7 +22,7 @@ LAYERS = (
     "commands",
     "cli",
 )  # each imports only leftwards
-MAY_REPORT = ("callbacks", "commands", "cli")
+MAY_REPORT = ("tasks", "callbacks", "commands", "cli")
 HEAVY = {"torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "open_clip", "webdataset"}
 NO_OWNER = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 LONGEST_BODY = 50

@@ -9,7 +9,6 @@ from typing import Any
 from lightning_xai.commands.explain_entries import Session
 from lightning_xai.commands.inputs import Entry, load_model, read_entries
 from lightning_xai.commands.intra_modal import compare_captions, compare_images
-from lightning_xai.commands.method_options import check_method, choose_methods
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import PICTURE, describe
 
@@ -67,6 +66,8 @@ class Explain:
             ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are left
                 out, counted and named instead).
         """
+        from lightning_xai.attribution.method_options import choose_methods
+
         self._check()
         entries = [] if self._compares else self._entries()
         encoder = load_model(self.model)
@@ -96,6 +97,8 @@ class Explain:
 
     def _check(self) -> None:
         """Raise a ValueError where settings exclude each other: before the model is loaded, which takes a while."""
+        from lightning_xai.attribution.method_options import check_method
+
         spans, boxes = self.span is not None, self.box is not None
         conflicts = {
             "--span asks about words, --box about a part of the image: give one of them": spans and boxes,
@@ -135,6 +138,8 @@ class Explain:
 
     def _entries(self) -> list[Entry]:
         """What is to be explained, image by image."""
+        from lightning_xai.attribution.method_options import check_method
+
         if self.image is None:
             raise ValueError("give an image (--image FILE, a folder, or a CSV list)")
         if not self._is_list:

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_xai.commands.explain_pair import Answer, Question, answer, ask, faults, write
 from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.method_options import ChosenMethod
 from lightning_xai.report.tables import per_pair_csv
 
 if TYPE_CHECKING:
+    from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 _SUMMARY = (

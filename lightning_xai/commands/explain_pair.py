@@ -21,7 +21,6 @@ from lightning_xai.commands.inputs import (
     span_positions,
     transformed_box,
 )
-from lightning_xai.commands.method_options import ChosenMethod
 from lightning_xai.commands.outputs import PICTURE, numpy_of, own_positions, shown_tokens, write_arrays
 from lightning_xai.report.explanation import Saliency, Scale, comparison_sheet, explanation_sheet
 from lightning_xai.report.plots import Example, heat_fault, save_figure
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_xai.attribution import Attribution
+    from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 ARRAYS = {

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_xai.commands.inputs import InputError, parse_box, read_input, span_positions, transformed_box
-from lightning_xai.commands.method_options import ChosenMethod
 from lightning_xai.commands.outputs import PICTURE, numpy_of, shown_tokens, write_arrays
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
 from lightning_xai.report.plots import Example, save_figure
@@ -19,6 +18,7 @@ from lightning_xai.report.results import write_json
 
 if TYPE_CHECKING:
     from lightning_xai.attribution import FeaturePairAttribution, IntraModalAttribution
+    from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 _ARRAYS = {

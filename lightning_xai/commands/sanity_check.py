@@ -12,7 +12,6 @@ from rich.progress import Progress
 
 from lightning_xai.commands.explain_pair import Question, ask
 from lightning_xai.commands.inputs import Entry, InputError, load_model, read_entries
-from lightning_xai.commands.method_options import ChosenMethod, check_method, choose_methods
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import describe, numpy_of
 from lightning_xai.report.plots import Example, save_figure
@@ -69,6 +68,8 @@ class SanityCheck:
         Raises:
             ValueError: settings that exclude each other, no pair that can be used, or no method that serves the model.
         """
+        from lightning_xai.attribution.method_options import check_method
+
         if self.limit < 1:
             raise ValueError(f"--limit has to be at least 1; got {self.limit}")
         names = [name.strip() for name in self.method.split(",")]
@@ -101,7 +102,7 @@ class SanityCheck:
         Console().print(sanity_table(rows))
         print(f"Look at {self.out / 'sanity.png'} and {self.out / 'sanity_maps.png'}")  # noqa: T201
 
-    def _check(self, chosen: Sequence[ChosenMethod], questions: Sequence[Question]) -> Any:
+    def _check(self, chosen: Sequence[Any], questions: Sequence[Question]) -> Any:
         """The task's `SanityResult`, with a progress bar."""
         import torch
 
@@ -127,8 +128,9 @@ class SanityCheck:
         return [Entry(self.image.stem, self.image, self.caption)]
 
 
-def _choose(encoder: Any, names: Sequence[str], options: dict[str, Any]) -> tuple[list[ChosenMethod], dict[str, str]]:
+def _choose(encoder: Any, names: Sequence[str], options: dict[str, Any]) -> tuple[list[Any], dict[str, str]]:
     """The methods of these names; of several, those that serve the model, and why the others do not."""
+    from lightning_xai.attribution.method_options import choose_methods
     from lightning_xai.models import UnsupportedTowerError
 
     if len(names) == 1:
@@ -136,7 +138,7 @@ def _choose(encoder: Any, names: Sequence[str], options: dict[str, Any]) -> tupl
     unknown = options.keys() - set(names)
     if unknown:
         raise ValueError(f"with several methods options are given as --options.NAME.x 1; got {', '.join(unknown)}")
-    chosen: list[ChosenMethod] = []
+    chosen: list[Any] = []
     missing: dict[str, str] = {}
     for name in names:
         try:
