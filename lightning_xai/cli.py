@@ -28,7 +28,8 @@ Training and evaluation (Lightning's Trainer; every option can stand in a YAML f
   predict     write the embeddings of a split's images and captions
 
 Data and models:
-  prepare     convert a data set to shards: `prepare shapes` (made here, no download), `prepare coco`
+  prepare     convert a data set to shards: `prepare shapes` (made here, no download), or coco, flickr30k, hnc,
+              conceptual-captions, ms-cxr, roco, rsicd as their publishers ship them
   export      turn a checkpoint into weights that open_clip loads
 
 Explanations:
@@ -99,9 +100,9 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
 def _command(name: str) -> Any:
     """The function, the functions by their names, or the class of options behind a command."""
     if name == "prepare":
-        from lightning_xai.commands.prepare import prepare_coco_shards, prepare_shapes_shards
+        from lightning_xai.commands.prepare import SOURCES
 
-        return {"shapes": prepare_shapes_shards, "coco": prepare_coco_shards}
+        return SOURCES
     if name == "export":
         from lightning_xai.commands.export import export
 
@@ -125,6 +126,8 @@ def _run_command(name: str, arguments: list[str]) -> None:
             return text
 
     command = _command(name)
+    if isinstance(command, dict) and arguments:
+        arguments = [arguments[0].replace("_", "-"), *arguments[1:]]  # `prepare ms_cxr` is `prepare ms-cxr`
     more: dict[str, Any] = {}
     if isinstance(command, type):
         # Parsers show the first line of a docstring alone.

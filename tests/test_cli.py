@@ -287,7 +287,7 @@ def test_shards_that_are_there_are_not_overwritten(coco_mini: Path, tmp_path: Pa
     [
         (["fly"], "invalid choice: 'fly' (choose from"),
         (["fit", "--config", "gone.yaml"], "gone.yaml"),
-        (["prepare"], 'expected "subcommand" to be one of {shapes,coco}'),
+        (["prepare"], 'expected "subcommand" to be one of {shapes,coco'),
         (["prepare", "shapes"], "required: shapes.out"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def prepare_shapes_shards(out: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
@@ -59,3 +61,10 @@ def prepare_coco_shards(
         overwrite=overwrite,
     )
     print(describe(manifest))  # noqa: T201 - the summary is the command's output
+
+
+SOURCES: dict[str, Callable[..., Any]] = {
+    "shapes": prepare_shapes_shards,
+    "coco": prepare_coco_shards,
+}
+"""`prepare NAME` calls the function; its parameters are the options, its docstring the help."""

@@ -17,20 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from pycocotools.coco import COCO
 
-from lightning_xai.data.sample import Box, RecordError, Region, Sample, Span, exif_orientation, read_image
+from lightning_xai.data.sample import Region, Sample, Span
 from lightning_xai.data.shards import Manifest, write_shards
+from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
+from lightning_xai.data.sources.files import check_file, check_folder, load_json, read_image_file
+from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
+from lightning_xai.data.sources.left_out import LeftOutError, kept_captions, usable_samples
 from lightning_xai.data.spans import MentionFinder
 
 
@@ -128,42 +129,28 @@ def read_coco(
         ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
     left_out = Counter() if left_out is None else left_out
-    _check_paths(images, captions, instances, karpathy)
+    _check_paths(images, captions, instances)
+    chosen = None if karpathy is None else read_karpathy(karpathy, split, need_cocoid=True)
     caption_index = _load_coco(captions, "captions", ("images", "annotations"))
     instance_index = _load_coco(instances, "instances", ("images", "annotations", "categories"))
     objects = _read_instances(instance_index, instances)
     entries = _caption_entries(caption_index, captions, left_out)
     known = {entry.image_id for entry in entries} | set(objects.sizes)
     _count_unknown(objects, known, left_out)
-    if karpathy is not None:
+    if chosen is not None:
         names = {entry.image_id: entry.files for entry in entries}
-        entries = _karpathy_entries(karpathy, split, names)
-    return _samples(images, entries, objects, split, left_out)
-
-
-def _samples(
-    images: Path, entries: Iterable[_Entry], objects: _Instances, split: str, left_out: Counter[str]
-) -> Iterator[Sample]:
-    reader = _Reader(images, objects, split, left_out)
-    count = 0
-    for entry in entries:
-        sample = reader.read(entry)
-        if sample is not None:
-            yield sample
-            count += 1
-    if not count:
-        raise ValueError(
-            f"no image of {split!r} in {images} could be used; left out: {dict(left_out)}. Check that the images, "
-            "captions and instances belong together (the same year and split)"
-        )
-
-
-class _LeftOutError(Exception):
-    """An image is left out; the message is the reason under which it is counted."""
+        entries = [_karpathy_entry(image, names) for image in chosen]
+    return usable_samples(
+        entries,
+        _Reader(images, objects, split, left_out).read,
+        left_out,
+        what=f"image of {split!r} in {images}",
+        advice="Check that the images, captions and instances belong together (the same year and split)",
+    )
 
 
 class _Reader:
-    """Builds samples from entries; counts what it leaves out."""
+    """Builds samples from entries; counts the captions and regions that it leaves out."""
 
     def __init__(self, images: Path, objects: _Instances, split: str, left_out: Counter[str]) -> None:
         self._images = images
@@ -171,151 +158,45 @@ class _Reader:
         self._split = split
         self._left_out = left_out
         self._finder = MentionFinder(COCO_SYNONYMS, COCO_BLOCKED)
-        self._seen: set[int] = set()
 
-    def read(self, entry: _Entry) -> Sample | None:
-        """The entry's sample; None where it was left out and counted."""
-        try:
-            return self._read(entry)
-        except _LeftOutError as reason:
-            self._left_out[str(reason)] += 1
-            return None
-
-    def _read(self, entry: _Entry) -> Sample:
-        if entry.image_id in self._seen:
-            raise _LeftOutError("image_twice")
-        self._seen.add(entry.image_id)
-        captions = tuple(caption.strip() for caption in entry.captions if caption.strip())
-        self._left_out["caption_empty"] += len(entry.captions) - len(captions)
-        if not captions:
-            raise _LeftOutError("image_without_caption")
+    def read(self, entry: _Entry) -> Sample:
+        """The entry's sample."""
+        captions = kept_captions(entry.captions, self._left_out)
         if entry.image_id not in self._objects.sizes:
-            raise _LeftOutError("image_without_record")
-        name, data = _read_file(self._images, entry.files)
-        source = f"coco/{self._split}/{name}"
-        size, orientation = _measure(data, source)
-        to_upright = _box_transform(self._objects.sizes[entry.image_id], size, orientation)
+            raise LeftOutError("image_without_record")
+        file = read_image_file(self._images, entry.files)
+        to_upright = file.from_annotated(self._objects.sizes[entry.image_id])
         mentions = [self._finder.find(caption) for caption in captions]
         regions = (
-            self._region(annotation, to_upright, size, mentions)
+            self._region(annotation, to_upright, file.size, mentions)
             for annotation in self._objects.annotations.get(entry.image_id, ())
         )
         kept = tuple(region for region in regions if region is not None)
-        return Sample(f"{entry.image_id:012d}", data, size, captions, kept, source)
+        source = f"coco/{self._split}/{file.name}"
+        return Sample(f"{entry.image_id:012d}", file.data, file.size, captions, kept, source)
 
     def _region(
         self,
         annotation: Mapping[str, Any],
-        to_upright: _BoxTransform,
+        to_upright: BoxTransform,
         size: tuple[int, int],
         mentions: Sequence[Mapping[str, tuple[Span, ...]]],
     ) -> Region | None:
         try:
             label = _label(annotation, self._objects)
-            box = _clip(to_upright(_box(annotation)), size)
-        except _LeftOutError as reason:
+            box = clip_box(to_upright(parse_box(annotation.get("bbox"))), size)
+        except LeftOutError as reason:
             self._left_out[str(reason)] += 1
             return None
         spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
         return Region(label, box, spans, crowd=bool(annotation.get("iscrowd", 0)))
 
 
-# Images
-
-
-def _read_file(images: Path, names: Iterable[str]) -> tuple[str, bytes]:
-    """The first file of `names` below `images` that is there: its name and bytes."""
-    unsafe = False
-    for name in names:
-        path = PurePosixPath(name)
-        # Only the name is judged: a link below the folder that leads elsewhere was put there by its owner.
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
-            unsafe = True
-            continue
-        file = images / path
-        if file.is_file():
-            try:
-                return name, file.read_bytes()
-            except OSError as error:
-                raise _LeftOutError("image_unreadable") from error
-    raise _LeftOutError("image_name_unsafe" if unsafe else "image_missing")
-
-
-def _measure(data: bytes, origin: str) -> tuple[tuple[int, int], int]:
-    """Size of the upright image, and the file's EXIF orientation; the whole image is decoded to be sure that it can."""
-    try:
-        size = read_image(data, origin).size
-    except RecordError as error:
-        raise _LeftOutError("image_does_not_decode") from error
-    with Image.open(io.BytesIO(data)) as opened:
-        return size, exif_orientation(opened)
-
-
-@dataclass(frozen=True)
-class _BoxTransform:
-    """Turns boxes of the stored pixels (`stored` wide and high) by an EXIF orientation of 5 to 8; others stay."""
-
-    orientation: int
-    stored: tuple[int, int]
-
-    def __call__(self, box: Box) -> Box:
-        x, y, width, height = box
-        right, below = self.stored[0] - x - width, self.stored[1] - y - height
-        if self.orientation == 5:
-            return y, x, height, width
-        if self.orientation == 6:
-            return below, x, height, width
-        if self.orientation == 7:
-            return below, right, height, width
-        if self.orientation == 8:
-            return y, right, height, width
-        return box
-
-
-def _box_transform(annotated: tuple[int, int], upright: tuple[int, int], orientation: int) -> _BoxTransform:
-    if annotated == upright:
-        return _BoxTransform(1, annotated)
-    if orientation >= 5 and annotated == upright[::-1]:
-        return _BoxTransform(orientation, annotated)
-    raise _LeftOutError("size_mismatch")
-
-
-# Regions
-
-
 def _label(annotation: Mapping[str, Any], objects: _Instances) -> str:
     category = annotation["category_id"]
     if category not in objects.categories:
-        raise _LeftOutError("category_unknown")
+        raise LeftOutError("category_unknown")
     return objects.categories[category]
-
-
-def _box(annotation: Mapping[str, Any]) -> Box:
-    try:
-        x, y, width, height = (float(value) for value in annotation["bbox"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _LeftOutError("box_malformed") from error
-    if not all(map(math.isfinite, (x, y, width, height))):
-        raise _LeftOutError("box_malformed")
-    if width <= 0 or height <= 0:
-        raise _LeftOutError("box_without_area")
-    return x, y, width, height
-
-
-def _clip(box: Box, size: tuple[int, int]) -> Box:
-    """The part of a box inside an image of `size` (width, height).
-
-    >>> _clip((-2.0, 3.0, 5.0, 4.0), (10, 5))
-    (0.0, 3.0, 3.0, 2.0)
-    """
-    x, y, width, height = box
-    # A side that lies inside is kept as it is: left + width - left is not always width.
-    left, top = max(x, 0.0), max(y, 0.0)
-    width = width if x >= 0 and x + width <= size[0] else min(x + width, float(size[0])) - left
-    height = height if y >= 0 and y + height <= size[1] else min(y + height, float(size[1])) - top
-    if width <= 0 or height <= 0:
-        raise _LeftOutError("box_outside_image")
-    return left, top, width, height
 
 
 def _count_unknown(objects: _Instances, known: set[int], left_out: Counter[str]) -> None:
@@ -327,32 +208,15 @@ def _count_unknown(objects: _Instances, known: set[int], left_out: Counter[str])
 # Annotation files
 
 
-def _check_paths(images: Path, captions: Path, instances: Path, karpathy: Path | None) -> None:
-    if not images.is_dir():
-        raise FileNotFoundError(f"images: {images} is not a folder; give the folder that holds the image files")
-    for name, path in (("captions", captions), ("instances", instances), ("karpathy", karpathy)):
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"{name}: {path} is not a file; give the path of the JSON file as it was published")
-
-
-def _load_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name}: {path} is broken JSON at line {error.lineno} column {error.colno} (character {error.pos}: "
-            f"{error.msg}); download it again"
-        ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{name}: {path} is no JSON text ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{name}: {path} holds a {type(data).__name__}, expected an object; is it the right file?")
-    return data
+def _check_paths(images: Path, captions: Path, instances: Path) -> None:
+    check_folder(images, "images", "the image files")
+    for name, path in (("captions", captions), ("instances", instances)):
+        check_file(path, name, "the JSON file as it was published")
 
 
 def _load_coco(path: Path, name: str, parts: tuple[str, ...]) -> COCO:
     """A file of COCO's, indexed by pycocotools."""
-    data = _load_json(path, name)
+    data = load_json(path, name)
     needed = {
         "images": ("id", "file_name", "width", "height"),
         "annotations": ("id", "image_id", "caption" if name == "captions" else "category_id"),
@@ -408,29 +272,7 @@ def _caption_entries(index: COCO, path: Path, left_out: Counter[str]) -> list[_E
     return entries
 
 
-def _karpathy_entries(path: Path, split: str, names: Mapping[int, tuple[str, ...]]) -> list[_Entry]:
-    """The images of one or several of Karpathy's splits; `names` are COCO's file names by image id."""
-    records = _load_json(path, "karpathy").get("images")
-    if not isinstance(records, list):
-        raise ValueError(f"karpathy: {path} has no list 'images'; is it dataset_coco.json?")
-    for index, record in enumerate(records):
-        for key, kind in (("split", str), ("filename", str), ("cocoid", int), ("sentences", list)):
-            if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-                raise ValueError(f"karpathy: {path}: images[{index}] has no valid {key!r}; is it dataset_coco.json?")
-    wanted = split.split("+")
-    there = sorted({record["split"] for record in records})
-    for name in wanted:
-        if name not in there:
-            raise ValueError(f"karpathy: {path} has no split {name!r}; it has {there}, which '+' joins")
-    return [_karpathy_entry(record, names) for record in records if record["split"] in wanted]
-
-
-def _karpathy_entry(record: Mapping[str, Any], names: Mapping[int, tuple[str, ...]]) -> _Entry:
-    filename = record["filename"]
-    files = [f"{record['filepath']}/{filename}"] if isinstance(record.get("filepath"), str) else []
-    raws = (sentence.get("raw") if isinstance(sentence, dict) else None for sentence in record["sentences"])
-    return _Entry(
-        image_id=record["cocoid"],
-        files=(*names.get(record["cocoid"], ()), filename, *files),
-        captions=tuple(raw if isinstance(raw, str) else "" for raw in raws),
-    )
+def _karpathy_entry(image: KarpathyImage, names: Mapping[int, tuple[str, ...]]) -> _Entry:
+    """An image of Karpathy's; `names` are COCO's file names by image id."""
+    assert image.cocoid is not None  # read_karpathy was asked for it
+    return _Entry(image.cocoid, (*names.get(image.cocoid, ()), *image.files), image.captions)

@@ -1,0 +1,154 @@
+"""The files of a data set as they lie on a user's disk: image files below a folder, and JSON.
+
+Names of image files come from annotation files, which may come from anywhere: a name that leaves the images folder is
+never opened.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from lightning_xai.data.sample import RecordError, exif_orientation, read_image
+from lightning_xai.data.sources.boxes import BoxTransform
+from lightning_xai.data.sources.left_out import LeftOutError
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file that decodes.
+
+    Attributes:
+        name: its name below the images folder.
+        data: its bytes.
+        size: `(width, height)` of the upright image.
+        orientation: EXIF orientation, 1 to 8.
+    """
+
+    name: str
+    data: bytes
+    size: tuple[int, int]
+    orientation: int
+
+    def from_annotated(self, size: tuple[int, int]) -> BoxTransform:
+        """What turns boxes that were drawn on an image of `size` (width, height) into boxes of the upright image.
+
+        The annotated size tells which image was annotated where EXIF orientation swaps the sides (5 to 8): boxes drawn
+        on the stored pixels are turned with them. Orientations 2 to 4 (and square images) keep the size; there the
+        boxes are taken as drawn on the upright image.
+
+        Raises:
+            LeftOutError: it is another image (`size_mismatch`).
+        """
+        if size == self.size:
+            return BoxTransform(1, size)
+        if self.orientation >= 5 and size == self.size[::-1]:
+            return BoxTransform(self.orientation, size)
+        raise LeftOutError("size_mismatch")
+
+
+def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
+    """The first file of `names` below `folder` that is there; the whole image is decoded to be sure that it can.
+
+    Args:
+        folder: where the images lie.
+        names: possible names with `/` between folders, as an annotation file gives them.
+
+    Raises:
+        LeftOutError: `image_missing`, `image_name_unsafe` (no file is there, and a name would leave the folder),
+            `image_unreadable`, `image_does_not_decode`.
+    """
+    name, data = _read_first(folder, names)
+    try:
+        size = read_image(data, name).size
+    except RecordError as error:
+        raise LeftOutError("image_does_not_decode") from error
+    with Image.open(io.BytesIO(data)) as opened:
+        return ImageFile(name, data, size, exif_orientation(opened))
+
+
+def is_safe_name(name: str) -> bool:
+    r"""Whether a file name stays below the folder that it is looked up in, on any system.
+
+    Only the name is judged: a link below the folder that leads elsewhere was put there by its owner.
+
+    >>> [is_safe_name(name) for name in ("val2014/a.jpg", "../a.jpg", "/etc/passwd", "C:a.jpg", "..\\a.jpg")]
+    [True, False, False, False, False]
+    """
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name)
+
+
+def _read_first(folder: Path, names: Iterable[str]) -> tuple[str, bytes]:
+    unsafe = False
+    for name in names:
+        if not is_safe_name(name):
+            unsafe = True
+            continue
+        file = folder / name
+        try:
+            if file.is_file():
+                return name, file.read_bytes()
+        except OSError as error:
+            raise LeftOutError("image_unreadable") from error
+    raise LeftOutError("image_name_unsafe" if unsafe else "image_missing")
+
+
+def check_folder(path: Path, name: str, holds: str) -> None:
+    """Refuse a path that is no folder.
+
+    Args:
+        path: the folder.
+        name: the argument or option that it was given as.
+        holds: what should be in it ("the image files").
+
+    Raises:
+        FileNotFoundError: it is no folder.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{name}: {path} is not a folder; give the folder that holds {holds}")
+
+
+def check_file(path: Path, name: str, what: str) -> None:
+    """Refuse a path that is no file.
+
+    Args:
+        path: the file.
+        name: the argument or option that it was given as.
+        what: what file it should be ("the JSON file as it was published").
+
+    Raises:
+        FileNotFoundError: it is no file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: {path} is not a file; give the path of {what}")
+
+
+def load_json(path: Path, name: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: the file.
+        name: the argument or option that it was given as, for messages.
+
+    Raises:
+        ValueError: broken JSON, with the place; no text; or no object. The message names option and file.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name}: {path} is broken JSON at line {error.lineno} column {error.colno} (character {error.pos}: "
+            f"{error.msg}); download it again"
+        ) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: {path} is no JSON text ({error}); download it again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{name}: {path} holds a {type(data).__name__}, expected an object; is it the right file?")
+    return data
