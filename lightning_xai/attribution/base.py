@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,9 +77,14 @@ class Method(ABC):
         internal_batch_size: how many inputs (each method says of what kind) pass through a tower at a time; bounds
             memory, changes no number. None: as many as there are.
 
+    Attributes:
+        signed: whether maps tell for from against; those of other methods only tell much from little.
+
     Raises:
         ValueError: `internal_batch_size` is not positive.
     """
+
+    signed: ClassVar[bool] = False
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
         if internal_batch_size is not None and internal_batch_size < 1:

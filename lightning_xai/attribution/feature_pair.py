@@ -126,6 +126,8 @@ class FeaturePairAttribution(Method):
         ValueError: a layer that does not exist, fewer steps than the rule needs, a tower that cannot be split.
     """
 
+    signed = True
+
     def __init__(
         self,
         encoder: TwoTowerEncoder,

@@ -45,6 +45,8 @@ class IntegratedGradients(Method):
         ValueError: fewer steps than the rule needs, an unknown rule or reference, a tower that cannot be split.
     """
 
+    signed = True
+
     def __init__(
         self,
         encoder: TwoTowerEncoder,

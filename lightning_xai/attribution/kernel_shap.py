@@ -57,6 +57,8 @@ class KernelSHAP(Method):
         ValueError: fewer samples than unknowns, an unknown reference, or a tower that cannot be split.
     """
 
+    signed = True
+
     def __init__(
         self,
         encoder: TwoTowerEncoder,

@@ -1,13 +1,37 @@
-from lightning_xai.metrics.grounding import ClassGrounding, GroundingMetric, GroundingSummary, gamma, patch_mask, rho
+from lightning_xai.metrics.confidence import ConfidenceMetric, confidence_drop, confidence_increase
+from lightning_xai.metrics.grounding import (
+    ClassGrounding,
+    GroundingMetric,
+    GroundingSummary,
+    box_attribution,
+    gamma,
+    patch_mask,
+    rho,
+)
+from lightning_xai.metrics.hard_negatives import HardNegativesMetric, attribution_difference
+from lightning_xai.metrics.localization import LocalizationMetric, binarised, box_union, intersection_over_union
 from lightning_xai.metrics.map_similarity import spearman, ssim
+from lightning_xai.metrics.other_objects import OtherObjectsMetric, directed_pairs
 from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
 
 __all__ = [
     "ClassGrounding",
+    "ConfidenceMetric",
     "GroundingMetric",
     "GroundingSummary",
+    "HardNegativesMetric",
+    "LocalizationMetric",
+    "OtherObjectsMetric",
     "RetrievalMetric",
+    "attribution_difference",
+    "binarised",
+    "box_attribution",
+    "box_union",
+    "confidence_drop",
+    "confidence_increase",
+    "directed_pairs",
     "gamma",
+    "intersection_over_union",
     "patch_mask",
     "recall_at_k",
     "rho",

@@ -19,11 +19,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_xai.data.batch import LeftOut
+from lightning_xai.metrics.exact_means import FRACTION_BITS, to_fixed
 
 __all__ = [
     "ClassGrounding",
     "GroundingMetric",
     "GroundingSummary",
+    "box_attribution",
     "gamma",
     "larger_than_patch",
     "measurable",
@@ -164,6 +166,28 @@ def rho(maps: Tensor, masks: Tensor) -> Tensor:
     return (largest > outside) & (largest > 0)
 
 
+def box_attribution(maps: Tensor, masks: Tensor) -> Tensor:
+    """The total attribution to a box, positive and negative together (sections 4.3 and 4.4 of the paper).
+
+    Args:
+        maps: [R, H, W] signed attributions.
+        masks: [R, H, W] bool, from `patch_mask`.
+
+    Returns:
+        [R] float64 (float32 on devices without it), in the map's units.
+
+    Raises:
+        ValueError: the shapes differ, or an attribution is not finite.
+
+    Example:
+        >>> maps = torch.tensor([[[3.0, 1.0], [-9.0, 0.0]]])
+        >>> box_attribution(maps, torch.tensor([[[True, False], [True, False]]]))
+        tensor([-6.], dtype=torch.float64)
+    """
+    _check_maps(maps, masks)
+    return maps.detach().to(_widest_float(maps.device)).masked_fill(~masks, 0).sum(dim=(1, 2))
+
+
 @dataclass  # not frozen: torchmetrics copies what compute returns field by field
 class ClassGrounding:
     """The grounding of a set of pairs; fractions in [0, 1], higher is better, NaN where there is no pair.
@@ -208,11 +232,9 @@ class GroundingSummary(ClassGrounding):
     per_class: dict[str, ClassGrounding]
 
 
-# gamma enters the sums as a whole number of 2^-40: integer sums do not depend on the order, so that the result is the
-# same to the last bit at any world size and batch size. A square has up to 80 bits and is kept as the three products
-# of the halves; 2^23 pairs with gamma = 1 (8 million a class) fill an int64.
-_FRACTION_BITS = 40
-_HALF_BITS = _FRACTION_BITS // 2
+# gamma enters the sums as a fixed-point number. A square has up to 80 bits and is kept as the three products of the
+# halves, so that it, too, is exact; 2^23 pairs with gamma = 1 (8 million a class) fill an int64.
+_HALF_BITS = FRACTION_BITS // 2
 _COLUMNS = 8  # pairs, gamma, high^2, high * low, low^2, gamma > 0.5, gamma > 0.8, hits
 
 
@@ -311,7 +333,7 @@ class GroundingMetric(Metric):
         """[n] each, all measured -> [n, columns] int64, what each pair adds to its class."""
         if not ((gamma >= 0) & (gamma <= 1)).all():
             raise ValueError(f"gamma is a fraction in [0, 1]; got values from {gamma.min()} to {gamma.max()}")
-        fixed = (gamma * 2**_FRACTION_BITS).round().long()
+        fixed = to_fixed(gamma)
         high, low = fixed >> _HALF_BITS, fixed & (2**_HALF_BITS - 1)
         columns = [torch.ones_like(fixed), fixed, high * high, high * low, low * low, gamma > 0.5, gamma > 0.8, hit]
         return torch.stack([column.long() for column in columns], dim=1)
@@ -328,12 +350,10 @@ def _grounding(row: Sequence[int], reasons: Sequence[int]) -> ClassGrounding:
     if pairs == 0:
         return ClassGrounding(0, math.nan, math.nan, math.nan, math.nan, math.nan, left_out)
     squares = (high_high << 2 * _HALF_BITS) + (high_low << _HALF_BITS + 1) + low_low
-    variance = (
-        (pairs * squares - total * total) / (pairs * (pairs - 1) << 2 * _FRACTION_BITS) if pairs > 1 else math.nan
-    )
+    variance = (pairs * squares - total * total) / (pairs * (pairs - 1) << 2 * FRACTION_BITS) if pairs > 1 else math.nan
     return ClassGrounding(
         pairs=pairs,
-        gamma_mean=total / (pairs << _FRACTION_BITS),
+        gamma_mean=total / (pairs << FRACTION_BITS),
         gamma_std=math.sqrt(variance),
         gamma_above_50=above_50 / pairs,
         gamma_above_80=above_80 / pairs,
