@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
@@ -133,7 +133,8 @@ class Batch:
 class TrainingCollate:
     """Make a training batch: one caption per image, no phrases.
 
-    Which caption is a function of (seed, epoch, sample key) alone: the same on any number of ranks and workers.
+    Which caption is a function of (seed, epoch, sample key) alone: the same on any number of ranks and workers. Padding
+    takes the place of tokens that the sample blanks (`Sample.blanks`).
 
     Attributes:
         transform: image transform of the model.
@@ -149,17 +150,19 @@ class TrainingCollate:
 
     def __call__(self, records: Sequence[Record], epoch: int = 0) -> Batch:
         """Decode, transform and tokenise; a record that fails becomes an invalid row and a fault."""
-        images = _read_images(records, self.transform)
+        images = _read_images(records, self.transform, self.tokenizer.context_length)
         choices = [-1 if sample is None else self._choice(sample, epoch) for sample in images.samples]
         captions = [
             "" if sample is None else sample.captions[choice]
             for sample, choice in zip(images.samples, choices, strict=True)
         ]
+        tokens = self._tokens(captions)
+        _blank(tokens, zip(images.samples, choices, strict=True), self.tokenizer)
         return Batch(
             images=images.pixels,
             valid=images.valid,
             index=images.index,
-            tokens=self._tokens(captions),
+            tokens=tokens,
             caption_image=torch.arange(len(captions)),
             caption_index=torch.tensor(choices, dtype=torch.int64),
             captions=captions,
@@ -185,6 +188,8 @@ class TrainingCollate:
 class EvaluationCollate:
     """Make an evaluation batch: all captions of every image, and the phrases that name its regions.
 
+    Padding takes the place of tokens that a sample blanks (`Sample.blanks`).
+
     Attributes:
         transform: image transform of the model.
         tokenizer: tokenizer of the model.
@@ -199,7 +204,7 @@ class EvaluationCollate:
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Decode, transform, tokenise and align; a record that fails becomes an invalid row and a fault."""
-        images = _read_images(records, self.transform)
+        images = _read_images(records, self.transform, self.tokenizer.context_length)
         labels = {label: row for row, label in enumerate(self.label_names)}
         captions: list[str] = []
         origin: list[tuple[int, int]] = []
@@ -213,11 +218,13 @@ class EvaluationCollate:
             origin.extend((image_row, caption_index) for caption_index in range(len(texts)))
         length = self.tokenizer.context_length
         where = torch.tensor(origin, dtype=torch.int64).reshape(-1, 2)
+        tokens = self.tokenizer.encode(captions) if captions else torch.zeros(0, length, dtype=torch.int64)
+        _blank(tokens, ((images.samples[row], caption_index) for row, caption_index in origin), self.tokenizer)
         return Batch(
             images=images.pixels,
             valid=images.valid,
             index=images.index,
-            tokens=self.tokenizer.encode(captions) if captions else torch.zeros(0, length, dtype=torch.int64),
+            tokens=tokens,
             caption_image=where[:, 0].clone(),
             caption_index=where[:, 1].clone(),
             captions=captions,
@@ -264,7 +271,7 @@ class _Images:
     faults: list[str]
 
 
-def _read_images(records: Sequence[Record], transform: ImageTransform) -> _Images:
+def _read_images(records: Sequence[Record], transform: ImageTransform, context_length: int) -> _Images:
     pixels = torch.zeros(len(records), 3, *transform.size)
     index = torch.full((len(records),), -1, dtype=torch.int64)
     samples: list[Sample | None] = []
@@ -276,6 +283,7 @@ def _read_images(records: Sequence[Record], transform: ImageTransform) -> _Image
             faults.append(f"sample {global_index}: {record}")
         elif record is not None:
             try:
+                _check_blanks(record, context_length)
                 pixels[row] = _read_pixels(record, transform)
                 index[row] = global_index
                 sample = record
@@ -298,6 +306,23 @@ def _read_pixels(sample: Sample, transform: ImageTransform) -> Tensor:
         return transform(image)
     except RecordError as error:
         raise RecordError(f"{where}: {error}") from error
+
+
+def _check_blanks(sample: Sample, context_length: int) -> None:
+    last = max((position for positions in sample.blanks.values() for position in positions), default=0)
+    if last >= context_length:
+        raise RecordError(
+            f"record {sample.key!r} ({sample.source}): token {last} is to be blanked, the tokenizer gives "
+            f"{context_length}; these data were degraded for another model: make them again for this one"
+        )
+
+
+def _blank(tokens: Tensor, rows: Iterable[tuple[Sample | None, int]], tokenizer: CaptionTokenizer) -> None:
+    """Put padding where samples say so: row i of `tokens` [C, L] is a caption of the i-th sample, by its index."""
+    for row, (sample, caption_index) in enumerate(rows):
+        positions = () if sample is None else sample.blanks.get(caption_index, ())
+        if positions:
+            tokens[row, list(positions)] = tokenizer.padding_id
 
 
 class _PhraseRows:
