@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_xai.attribution.capture import InputCapture
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution, HiddenStates, References
-from lightning_xai.data.batch import Batch, LeftOut
+from lightning_xai.data.batch import Batch
+from lightning_xai.data.phrases import LeftOut
 from lightning_xai.metrics.grounding import GroundingMetric, GroundingSummary, gamma, measurable, patch_mask, rho
 from lightning_xai.report.plots import Example
 

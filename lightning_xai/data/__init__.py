@@ -1,6 +1,7 @@
-from lightning_xai.data.batch import Batch, LeftOut, Phrases
+from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.phrases import LeftOut, Phrases
 from lightning_xai.data.sample import RecordError, Region, Sample
 from lightning_xai.data.shapes_datamodule import ShapesDataModule
 from lightning_xai.data.shards import Manifest, write_shards

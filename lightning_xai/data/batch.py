@@ -4,88 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from enum import IntEnum
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.sample import RecordError, Region, Sample, Span, read_image
-from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanCutOffError
+from lightning_xai.data.phrases import PhraseRows, Phrases
+from lightning_xai.data.sample import RecordError, Sample, read_image
+from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.data.tensor_fields import TensorFields
 
-__all__ = ["Batch", "EvaluationCollate", "LeftOut", "Phrases", "Record", "TrainingCollate", "stable_hash"]
+__all__ = ["Batch", "EvaluationCollate", "Record", "TrainingCollate", "stable_hash"]
 
 Record = tuple[int, Sample | RecordError | None]
 """Global index of a sample in its split and the sample; the error of a broken record; `(-1, None)` for padding."""
 
 
-class LeftOut(IntEnum):
-    """Why a phrase is not measured; the lower-case name is its key in metrics and tables.
-
-    The first reason that applies, in this order, is the one that counts.
-    """
-
-    MEASURED = 0
-    SEVERAL_INSTANCES = 1
-    OUTSIDE_CROP = 2
-    SMALLER_THAN_PATCH = 3
-    SPAN_CUT_OFF = 4
-    SPAN_NOT_ALIGNED = 5
-    NOT_MENTIONED = 6
-    NO_POSITIVE = 7
-
-
 @dataclass
-class Phrases:
-    """Every (caption, class that it names) of a batch, and one row per (image, class) that no caption names.
-
-    Attributes:
-        caption_row: `[R]` int64, row of `Batch.tokens`; -1 where no caption names the class.
-        image_row: `[R]` int64, row of `Batch.images`.
-        label: `[R]` int64, index into `Batch.label_names`.
-        span_mask: `[R, L]` bool, the tokens that name the class: all whole mentions of it in the caption together.
-        boxes: `[R, 4]` float32, `(x0, y0, x1, y1)` in pixels of the transformed image: the box of the class's region,
-            the first one where there are several.
-        reason: `[R]` int64, a `LeftOut`; `MEASURED` where the data allow to measure (a metric may still find that the
-            box is `SMALLER_THAN_PATCH` or that the map has `NO_POSITIVE` value).
-        text: the words that name the class, several mentions joined by `", "`; empty where there are none.
-    """
-
-    caption_row: Tensor
-    image_row: Tensor
-    label: Tensor
-    span_mask: Tensor
-    boxes: Tensor
-    reason: Tensor
-    text: list[str]
-
-    @classmethod
-    def empty(cls, context_length: int) -> Phrases:
-        """No phrases at all (R = 0), for captions of `context_length` tokens.
-
-        >>> Phrases.empty(77).span_mask.shape
-        torch.Size([0, 77])
-        """
-        none = torch.zeros(0, dtype=torch.int64)
-        mask = torch.zeros(0, context_length, dtype=torch.bool)
-        return cls(none, none.clone(), none.clone(), mask, torch.zeros(0, 4), none.clone(), [])
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Phrases:
-        """A copy with all tensors on `device`."""
-        return Phrases(**_moved(self, device, non_blocking))
-
-    def pin_memory(self) -> Phrases:
-        """A copy with all tensors in page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
-        return Phrases(**_pinned(self))
-
-
-@dataclass
-class Batch:
+class Batch(TensorFields):
     """B images with C captions.
 
     Attributes:
@@ -122,11 +59,7 @@ class Batch:
         """
         if non_blocking is None:
             non_blocking = torch.device(device).type == "cuda" and self.images.is_pinned()
-        return Batch(**_moved(self, device, non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """A copy with all tensors in page-locked memory (`DataLoader(pin_memory=True)` calls this)."""
-        return Batch(**_pinned(self))
+        return super().to(device, non_blocking)
 
 
 @dataclass(frozen=True)
@@ -208,7 +141,7 @@ class EvaluationCollate:
         labels = {label: row for row, label in enumerate(self.label_names)}
         captions: list[str] = []
         origin: list[tuple[int, int]] = []
-        rows = _PhraseRows(self.transform, self.tokenizer, labels)
+        rows = PhraseRows(self.transform, self.tokenizer, labels)
         for image_row, sample in enumerate(images.samples):
             if sample is None:
                 continue
@@ -244,19 +177,6 @@ def stable_hash(*parts: int | str) -> int:
     False
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _moved(data: Batch | Phrases, device: torch.device | str, non_blocking: bool) -> dict[str, Any]:
-    values = ((item.name, getattr(data, item.name)) for item in fields(data))
-    return {
-        name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor | Phrases) else value
-        for name, value in values
-    }
-
-
-def _pinned(data: Batch | Phrases) -> dict[str, Any]:
-    values = ((item.name, getattr(data, item.name)) for item in fields(data))
-    return {name: value.pin_memory() if isinstance(value, Tensor | Phrases) else value for name, value in values}
 
 
 @dataclass
@@ -323,84 +243,3 @@ def _blank(tokens: Tensor, rows: Iterable[tuple[Sample | None, int]], tokenizer:
         positions = () if sample is None else sample.blanks.get(caption_index, ())
         if positions:
             tokens[row, list(positions)] = tokenizer.padding_id
-
-
-class _PhraseRows:
-    """Collects the rows of `Phrases`, image by image."""
-
-    def __init__(self, transform: ImageTransform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
-        self._transform = transform
-        self._tokenizer = tokenizer
-        self._labels = labels
-        self._numbers: list[tuple[int, int, int, int]] = []
-        self._boxes: list[Tensor] = []
-        self._masks: list[Tensor] = []
-        self._text: list[str] = []
-
-    def add(self, sample: Sample, captions: Sequence[str], image_row: int, first_caption_row: int) -> None:
-        """The phrases of one image whose captions start at a row of the batch's tokens."""
-        regions: dict[str, list[Region]] = {}
-        for region in sample.regions:
-            regions.setdefault(region.label, []).append(region)
-        unknown = sorted(regions.keys() - self._labels.keys())
-        if unknown:
-            raise ValueError(
-                f"record {sample.key!r} has labels {unknown} that its manifest lacks; prepare the shards again"
-            )
-        for label, instances in sorted(regions.items()):
-            box = torch.tensor([instances[0].box], dtype=torch.float64)
-            box = self._transform.boxes(box, sample.size)[0]
-            geometry = _geometry_reason(instances, box)
-            before = len(self._numbers)
-            for caption_index, caption in enumerate(captions):
-                spans = sorted({span for region in instances for span in region.spans.get(caption_index, ())})
-                if spans:
-                    mask, reason = self._mask(caption, spans)
-                    numbers = (first_caption_row + caption_index, image_row, self._labels[label], geometry or reason)
-                    self._append(numbers, box, mask, ", ".join(caption[start:end] for start, end in spans))
-            if len(self._numbers) == before:
-                mask = torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
-                self._append((-1, image_row, self._labels[label], LeftOut.NOT_MENTIONED), box, mask, "")
-
-    def _append(self, numbers: tuple[int, int, int, int], box: Tensor, mask: Tensor, text: str) -> None:
-        self._numbers.append(numbers)
-        self._boxes.append(box)
-        self._masks.append(mask)
-        self._text.append(text)
-
-    def phrases(self) -> Phrases:
-        """All rows so far."""
-        if not self._numbers:
-            return Phrases.empty(self._tokenizer.context_length)
-        numbers = torch.tensor(self._numbers, dtype=torch.int64)
-        caption_row, image_row, label, reason = (column.clone() for column in numbers.unbind(1))
-        masks, boxes = torch.stack(self._masks), torch.stack(self._boxes)
-        return Phrases(caption_row, image_row, label, masks, boxes, reason, self._text)
-
-    def _mask(self, caption: str, spans: Sequence[Span]) -> tuple[Tensor, LeftOut]:
-        """The tokens of all spans that are whole, and why there are none."""
-        mask = torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
-        found = [_find_tokens(self._tokenizer, caption, span) for span in spans]
-        for tokens in found:
-            if isinstance(tokens, slice):
-                mask[tokens] = True
-        failures = [reason for reason in found if isinstance(reason, LeftOut)]
-        return mask, failures[0] if len(failures) == len(found) else LeftOut.MEASURED
-
-
-def _find_tokens(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice | LeftOut:
-    try:
-        return tokenizer.token_span(caption, span)
-    except SpanCutOffError:
-        return LeftOut.SPAN_CUT_OFF
-    except SpanAlignmentError:
-        return LeftOut.SPAN_NOT_ALIGNED
-
-
-def _geometry_reason(instances: Sequence[Region], box: Tensor) -> LeftOut:
-    """Why the boxes of a class do not allow to measure it; `box` is `[4]` after the transform."""
-    if len(instances) > 1 or instances[0].crowd:
-        return LeftOut.SEVERAL_INSTANCES
-    if bool((box[2:] <= box[:2]).any()):
-        return LeftOut.OUTSIDE_CROP
-    return LeftOut.MEASURED

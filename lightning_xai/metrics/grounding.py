@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_xai.data.batch import LeftOut
+from lightning_xai.data.phrases import LeftOut
 from lightning_xai.metrics.exact_means import FRACTION_BITS, to_fixed
 
 __all__ = [

@@ -11,8 +11,9 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 
-from lightning_xai.data.batch import Batch, EvaluationCollate, LeftOut, Phrases, Record, TrainingCollate
+from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.phrases import LeftOut, Phrases
 from lightning_xai.data.sample import RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 

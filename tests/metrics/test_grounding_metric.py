@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distributed import run_distributed
 from torch import Tensor
 
-from lightning_xai.data.batch import LeftOut
+from lightning_xai.data.phrases import LeftOut
 from lightning_xai.metrics.grounding import (
     ClassGrounding,
     GroundingMetric,
