@@ -14,7 +14,7 @@ from lightning_xai.data.sample import Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanCutOffError
 from lightning_xai.data.tensor_fields import TensorFields
 
-__all__ = ["LeftOut", "PhraseRows", "Phrases", "find_tokens"]
+__all__ = ["LeftOut", "NamedBoxes", "PhraseRows", "Phrases", "find_tokens", "named_boxes"]
 
 
 class LeftOut(IntEnum):
@@ -36,6 +36,8 @@ class LeftOut(IntEnum):
 @dataclass
 class Phrases(TensorFields):
     """Every (caption, class that it names) of a batch, and one row per (image, class) that no caption names.
+
+    Where a data set tells the things of a class apart (`Region.entity`), each of them has rows as a class does here.
 
     Attributes:
         caption_row: `[R]` int64, row of `Batch.tokens`; -1 where no caption names the class.
@@ -72,6 +74,42 @@ class Phrases(TensorFields):
         return len(self.text)
 
 
+@dataclass
+class NamedBoxes(TensorFields):
+    """Every box of a region that a caption names, several instances of a class included.
+
+    Attributes:
+        caption_row: `[M]` int64, row of `Batch.tokens`.
+        boxes: `[M, 4]` float32, `(x0, y0, x1, y1)` in pixels of the transformed image; those of which the transform
+            leaves nothing are not among them.
+    """
+
+    caption_row: Tensor
+    boxes: Tensor
+
+
+def named_boxes(
+    samples: Sequence[tuple[Sample, int]], captions_per_image: int | None, transform: ImageTransform
+) -> NamedBoxes:
+    """The boxes that the captions of some samples name.
+
+    Args:
+        samples: each with the row of its first caption.
+        captions_per_image: only the first so many captions take part; None: all.
+        transform: of the images.
+    """
+    rows: list[int] = []
+    boxes = [torch.zeros(0, 4)]
+    for sample, first_row in samples:
+        for region in sample.regions:
+            box = transform.boxes(torch.tensor([region.box], dtype=torch.float64), sample.size)
+            named = [number for number in region.spans if captions_per_image is None or number < captions_per_image]
+            if named and bool((box[:, 2:] > box[:, :2]).all()):
+                rows += [first_row + number for number in named]
+                boxes += [box.float()] * len(named)
+    return NamedBoxes(torch.tensor(rows, dtype=torch.int64), torch.cat(boxes))
+
+
 class PhraseRows:
     """Collects the rows of `Phrases`, image by image."""
 
@@ -86,15 +124,15 @@ class PhraseRows:
 
     def add(self, sample: Sample, captions: Sequence[str], image_row: int, first_caption_row: int) -> None:
         """The phrases of one image whose captions start at a row of the batch's tokens."""
-        regions: dict[str, list[Region]] = {}
+        regions: dict[tuple[str, str], list[Region]] = {}
         for region in sample.regions:
-            regions.setdefault(region.label, []).append(region)
-        unknown = sorted(regions.keys() - self._labels.keys())
+            regions.setdefault((region.label, region.entity), []).append(region)
+        unknown = sorted({label for label, _ in regions} - self._labels.keys())
         if unknown:
             raise ValueError(
                 f"record {sample.key!r} has labels {unknown} that its manifest lacks; prepare the shards again"
             )
-        for label, instances in sorted(regions.items()):
+        for (label, _), instances in sorted(regions.items()):
             box = torch.tensor([instances[0].box], dtype=torch.float64)
             box = self._transform.boxes(box, sample.size)[0]
             geometry = _geometry_reason(instances, box)

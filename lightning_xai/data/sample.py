@@ -49,16 +49,20 @@ class Region:
     """One object instance of an image and the places in the captions that name it.
 
     Attributes:
-        label: class name, for instance `"dog"`. Regions of one image with the same label are several instances of it.
+        label: class name, for instance `"dog"`. Regions of one image with the same label and entity are several
+            instances of it.
         box: `(x, y, width, height)` in pixels of the upright image; x to the right and y down from the top left corner.
         spans: caption index -> character spans `(start, end)` of that caption that name the region (end exclusive).
         crowd: the box holds a group of instances, not one.
+        entity: tells things of one class apart where the annotation says which of them a phrase names, as
+            Flickr30k Entities does with its chains; empty where phrases name the class alone.
     """
 
     label: str
     box: Box
     spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
     crowd: bool = False
+    entity: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,15 +177,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         "width": sample.size[0],
         "height": sample.size[1],
         "source": sample.source,
-        "regions": [
-            {
-                "label": region.label,
-                "box": list(region.box),
-                "crowd": region.crowd,
-                "spans": {str(caption): [list(span) for span in spans] for caption, spans in region.spans.items()},
-            }
-            for region in sample.regions
-        ],
+        "regions": [_encode_region(region) for region in sample.regions],
     }
     # Only where there are any, so that shards without them keep their bytes.
     if sample.negatives:
@@ -245,13 +241,29 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
     return sample
 
 
+def _encode_region(region: Region) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "label": region.label,
+        "box": list(region.box),
+        "crowd": region.crowd,
+        "spans": {str(caption): [list(span) for span in spans] for caption, spans in region.spans.items()},
+    }
+    return record | {"entity": region.entity} if region.entity else record
+
+
 def _decode_region(record: Mapping[str, Any]) -> Region:
     x, y, width, height = (float(value) for value in record["box"])
     spans = {
         int(caption): tuple((int(start), int(end)) for start, end in spans)
         for caption, spans in record["spans"].items()
     }
-    return Region(label=str(record["label"]), box=(x, y, width, height), spans=spans, crowd=bool(record["crowd"]))
+    return Region(
+        label=str(record["label"]),
+        box=(x, y, width, height),
+        spans=spans,
+        crowd=bool(record["crowd"]),
+        entity=str(record.get("entity", "")),
+    )
 
 
 def _decode_negative(record: Mapping[str, Any]) -> HardNegative:

@@ -129,6 +129,26 @@ def test_several_instances_and_crowds_are_left_out(evaluation: EvaluationCollate
     ]
 
 
+def test_entities_are_told_apart_within_their_class(evaluation: EvaluationCollate) -> None:
+    captions = ("a dog bites a puppy near dogs", "the dog")
+    regions = (
+        Region("dog", (10, 0, 20, 16), {0: ((0, 5),), 1: ((0, 7),)}, entity="1"),
+        Region("dog", (20, 10, 20, 16), {0: ((12, 19),)}, entity="2"),
+        Region("dog", (10, 0, 20, 16), {0: ((25, 29),)}, entity="3"),
+        Region("dog", (20, 10, 20, 16), {0: ((25, 29),)}, entity="3"),
+    )
+    batch = evaluation([(0, make_sample("a", captions, regions))])
+    assert rows(batch) == [
+        (0, "dog", LeftOut.MEASURED, "a dog"),
+        (1, "dog", LeftOut.MEASURED, "the dog"),
+        (0, "dog", LeftOut.MEASURED, "a puppy"),
+        (0, "dog", LeftOut.SEVERAL_INSTANCES, "dogs"),
+    ]
+    boxes = batch.phrases.boxes
+    assert torch.equal(boxes[0], boxes[1])
+    assert not torch.equal(boxes[0], boxes[2])
+
+
 def test_a_cropped_box_is_left_out_and_a_touched_one_is_not(evaluation: EvaluationCollate) -> None:
     regions = (
         Region("dog", (0, 0, 7, 48), {0: ((0, 3),)}),  # 64 x 48 becomes 42 x 32 and loses 5 pixels on each side

@@ -51,7 +51,7 @@ def negative(**changes: Any) -> dict[str, Any]:
 def sample(**changes: Any) -> Sample:
     regions = (
         Region("dog", (0.5, 0.25, 3.0, 2.0), {0: ((2, 5), (12, 15)), 1: ((0, 3),)}),
-        Region("cat", (-1.0, 0.0, 3.0, 2.0), crowd=True),
+        Region("cat", (-1.0, 0.0, 3.0, 2.0), crowd=True, entity="283585"),
     )
     original = Sample(
         key="000000000042",
@@ -87,10 +87,12 @@ def test_the_member_is_named_after_the_image_format(image_format: str, extension
     assert encode_sample(sample(image=data))[extension] == data
 
 
-def test_records_without_hard_negatives_and_blanks_do_not_name_them() -> None:
+def test_records_without_hard_negatives_blanks_and_entities_do_not_name_them() -> None:
     plain = sample(negatives=(), blanks={})
     members = encode_sample(plain)
-    assert not {"negatives", "blanks"} & json.loads(members["json"]).keys()
+    record = json.loads(members["json"])
+    assert not {"negatives", "blanks"} & record.keys()
+    assert ["entity" in region for region in record["regions"]] == [False, True]
     assert decode_sample("000000000042", members, "shard") == plain
 
 
