@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,12 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.phrases import PhraseRows, Phrases
-from lightning_xai.data.sample import RecordError, Sample, read_image
+from lightning_xai.data.negatives import NegativeRows, Negatives
+from lightning_xai.data.object_swaps import object_swaps
+from lightning_xai.data.phrases import NamedBoxes, PhraseRows, Phrases, named_boxes
+from lightning_xai.data.sample import HardNegative, RecordError, Sample, read_image
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.data.stable_hash import stable_hash
 from lightning_xai.data.tensor_fields import TensorFields
 
-__all__ = ["Batch", "EvaluationCollate", "Record", "TrainingCollate", "stable_hash"]
+__all__ = ["Batch", "EvaluationCollate", "Record", "TrainingCollate"]
 
 Record = tuple[int, Sample | RecordError | None]
 """Global index of a sample in its split and the sample; the error of a broken record; `(-1, None)` for padding."""
@@ -36,6 +38,8 @@ class Batch(TensorFields):
         captions: C texts.
         keys: B sample keys; empty for padding and for records too broken to have one.
         phrases: see `Phrases`; empty in training.
+        named: see `NamedBoxes`; None in training.
+        negatives: see `Negatives`; None in training.
         label_names: the split's classes, that `Phrases.label` counts; empty in training.
         faults: one message per broken record; padding is none.
     """
@@ -51,6 +55,8 @@ class Batch(TensorFields):
     phrases: Phrases
     label_names: tuple[str, ...] = ()
     faults: list[str] = field(default_factory=list)
+    named: NamedBoxes | None = None
+    negatives: Negatives | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
         """A copy with all tensors on `device`, without waiting where the memory is page-locked.
@@ -128,12 +134,14 @@ class EvaluationCollate:
         tokenizer: tokenizer of the model.
         label_names: the split's classes (a manifest's labels).
         captions_per_image: only the first so many captions of an image take part; None: all.
+        swap_objects: add hard negatives made from the captions (`object_swaps`) to those that the data set has.
     """
 
     transform: ImageTransform
     tokenizer: CaptionTokenizer
     label_names: tuple[str, ...]
     captions_per_image: int | None = None
+    swap_objects: bool = False
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Decode, transform, tokenise and align; a record that fails becomes an invalid row and a fault."""
@@ -142,11 +150,15 @@ class EvaluationCollate:
         captions: list[str] = []
         origin: list[tuple[int, int]] = []
         rows = PhraseRows(self.transform, self.tokenizer, labels)
+        negatives = NegativeRows(self.transform, self.tokenizer, labels)
+        first_rows: list[tuple[Sample, int]] = []
         for image_row, sample in enumerate(images.samples):
             if sample is None:
                 continue
             texts = sample.captions[: self.captions_per_image]
             rows.add(sample, texts, image_row, len(captions))
+            negatives.add(sample, self._negatives(sample, texts), image_row, len(captions))
+            first_rows.append((sample, len(captions)))
             captions.extend(texts)
             origin.extend((image_row, caption_index) for caption_index in range(len(texts)))
         length = self.tokenizer.context_length
@@ -165,18 +177,13 @@ class EvaluationCollate:
             phrases=rows.phrases(),
             label_names=self.label_names,
             faults=images.faults,
+            named=named_boxes(first_rows, self.captions_per_image, self.transform),
+            negatives=negatives.negatives(),
         )
 
-
-def stable_hash(*parts: int | str) -> int:
-    """A non-negative 63-bit number from some parts: the same on every machine, process and Python version.
-
-    >>> stable_hash("epoch", 0) == stable_hash("epoch", 0)
-    True
-    >>> stable_hash("epoch", 0) == stable_hash("epoch", 1)
-    False
-    """
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+    def _negatives(self, sample: Sample, captions: Sequence[str]) -> list[HardNegative]:
+        stored = [negative for negative in sample.negatives if negative.caption < len(captions)]
+        return stored + (object_swaps(sample, captions, self.label_names) if self.swap_objects else [])
 
 
 @dataclass

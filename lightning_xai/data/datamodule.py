@@ -65,6 +65,8 @@ class ShardDataModule(LightningDataModule):
         seed: of the order of samples and the choice of captions, together with the epoch; at least 0.
         captions_per_image: only the first so many captions of an image are used (the usual COCO protocol takes 5);
             None: all.
+        swap_objects: give evaluation hard negatives made from the captions, see `lightning_xai.data.object_swaps`,
+            beside those that the data set has.
         max_fault_fraction: share of broken records, 0 to 1, above which a run stops.
         persistent_workers: keep workers from epoch to epoch, which costs their memory between epochs, too.
         pin_memory: batches in page-locked memory; by default where the trainer's device is a CUDA device.
@@ -88,6 +90,7 @@ class ShardDataModule(LightningDataModule):
         shuffle_buffer: int = 1000,
         seed: int = 0,
         captions_per_image: int | None = None,
+        swap_objects: bool = False,
         max_fault_fraction: float = 0.01,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
@@ -109,6 +112,7 @@ class ShardDataModule(LightningDataModule):
         if not 0 <= max_fault_fraction <= 1:
             raise ValueError(f"max_fault_fraction has to be between 0 and 1; got {max_fault_fraction}")
         self.captions_per_image = captions_per_image
+        self.swap_objects = swap_objects
         self.max_fault_fraction = max_fault_fraction
         self.persistent_workers = persistent_workers
         self.pin_memory = pin_memory
@@ -225,7 +229,7 @@ class ShardDataModule(LightningDataModule):
         dataset = EvaluationDataset(
             self._folder(split),
             manifest,
-            EvaluationCollate(transform, tokenizer, manifest.labels, self.captions_per_image),
+            EvaluationCollate(transform, tokenizer, manifest.labels, self.captions_per_image, self.swap_objects),
             batch_size=self.eval_batch_size,
             rank=rank,
             world=world,

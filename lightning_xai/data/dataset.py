@@ -18,8 +18,9 @@ import torch
 import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate, stable_hash
+from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.shards import Manifest, read_samples
+from lightning_xai.data.stable_hash import stable_hash
 
 __all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader"]
 

@@ -26,6 +26,7 @@ class ShapesDataModule(ShardDataModule):
         shuffle_buffer: undecoded samples that each worker holds to shuffle from.
         seed: of the order of samples and the choice of captions; at least 0.
         captions_per_image: only the first so many captions of an image are used.
+        swap_objects: give evaluation hard negatives made from the captions.
         max_fault_fraction: share of broken records above which a run stops.
         persistent_workers: keep workers from epoch to epoch.
         pin_memory: batches in page-locked memory.
@@ -47,6 +48,7 @@ class ShapesDataModule(ShardDataModule):
         shuffle_buffer: int = 1000,
         seed: int = 0,
         captions_per_image: int | None = None,
+        swap_objects: bool = False,
         max_fault_fraction: float = 0.01,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
@@ -62,6 +64,7 @@ class ShapesDataModule(ShardDataModule):
             shuffle_buffer=shuffle_buffer,
             seed=seed,
             captions_per_image=captions_per_image,
+            swap_objects=swap_objects,
             max_fault_fraction=max_fault_fraction,
             persistent_workers=persistent_workers,
             pin_memory=pin_memory,
