@@ -21,8 +21,9 @@ _ARTICLE = re.compile(r"\b(an?)(\s+)$", re.IGNORECASE)
 def object_swaps(sample: Sample, captions: Sequence[str], label_names: Sequence[str]) -> list[HardNegative]:
     """One wrong caption for each caption and object that it names once.
 
-    Only objects are swapped that are the single one of their class in the image, and only for a class that the image
-    has no region of; never the entities of a data set whose classes are coarser than its phrases. Which one is drawn from the sample's key, the caption and the class: the same on every machine.
+    Only objects are swapped that are the single one of their class in the image, and only for a class that the
+    image has no region of; never the entities of a data set whose classes are coarser than its phrases. Which one
+    is drawn from the sample's key, the caption and the class: the same on every machine.
 
     Args:
         sample: the image's captions and regions.
