@@ -16,54 +16,47 @@ from torch.nn.functional import normalize
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.metrics.retrieval import RetrievalMetric
-from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, load_dual_encoder
+from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder, load_dual_encoder
 from lightning_xai.models.loss import contrastive_loss, gather_features
 
-__all__ = ["ContrastiveFineTuning"]
+__all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
 
 
-class ContrastiveFineTuning(L.LightningModule):
-    """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
-
-    Logs `train/loss`, `train/accuracy`, `train/learning_rate`, `train/logit_scale`, `train/samples_per_second`, and in
-    validation `val/loss`, `val/accuracy` and recall at k in both directions, and in both how many records were broken
-    (`train/broken_records`, `val/broken_records`). Validation counts all captions of an image
-    as its own; its loss is over fixed groups of images, so that it does not depend on the number of processes.
+class ContrastiveModule(L.LightningModule):
+    """Trains the dual encoder it is given; `ContrastiveFineTuning` says how, and loads one.
 
     Args:
-        model: an open_clip name, the path of a JSON model config, or a checkpoint of this project (`.ckpt`).
-        pretrained: an open_clip tag, a checkpoint file, or null for random weights.
-        initial_lr: learning rate of the first step.
-        final_lr: learning rate of the last step; it rises (or falls) exponentially in between.
-        weight_decay: AdamW's weight decay, on all parameters as in the paper.
+        encoder: the model.
+        initial_lr: see `ContrastiveFineTuning`, as all the following.
+        final_lr: learning rate of the last step.
+        weight_decay: AdamW's weight decay.
         betas: AdamW's running averages.
-        max_logit_scale: the learned factor on similarities is kept between 1 and this.
+        max_logit_scale: upper bound of the learned factor on similarities.
         recall_at: k of the validation's recall.
         val_group_size: images that are each other's negatives in the validation loss.
 
     Raises:
-        ValueError: unknown model or weights, learning rates that are not positive.
+        ValueError: learning rates that are not positive, or a bound below 1.
     """
 
-    def __init__(  # noqa: PLR0913 - the signature is the configuration
+    def __init__(
         self,
-        model: str = "ViT-B-16",
-        pretrained: str | None = "openai",
+        encoder: DualEncoder,
         *,
-        initial_lr: float = 1e-7,
-        final_lr: float = 1e-5,
-        weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_logit_scale: float = 100.0,
-        recall_at: Sequence[int] = (1, 5, 10),
-        val_group_size: int = 64,
+        initial_lr: float,
+        final_lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        max_logit_scale: float,
+        recall_at: Sequence[int],
+        val_group_size: int,
     ) -> None:
         super().__init__()
         if not (initial_lr > 0 and final_lr > 0):
             raise ValueError(f"initial_lr and final_lr have to be positive; got {initial_lr} and {final_lr}")
         if max_logit_scale < 1:
             raise ValueError(f"max_logit_scale has to be at least 1; got {max_logit_scale}")
-        self.encoder = load_dual_encoder(model, pretrained)
+        self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
         self.weight_decay = weight_decay
@@ -199,3 +192,51 @@ class ContrastiveFineTuning(L.LightningModule):
         for name, value in results.items():
             # Every rank holds the same number already.
             self.log(name if "/" in name else f"{split}/{name}", value, prog_bar=name == f"{split}/loss")
+
+
+class ContrastiveFineTuning(ContrastiveModule):
+    """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
+
+    Logs `train/loss`, `train/accuracy`, `train/learning_rate`, `train/logit_scale`, `train/samples_per_second`, and in
+    validation `val/loss`, `val/accuracy` and recall at k in both directions, and in both how many records were broken
+    (`train/broken_records`, `val/broken_records`). Validation counts all captions of an image
+    as its own; its loss is over fixed groups of images, so that it does not depend on the number of processes.
+
+    Args:
+        model: an open_clip name, the path of a JSON model config, or a checkpoint of this project (`.ckpt`).
+        pretrained: an open_clip tag, a checkpoint file, or null for random weights.
+        initial_lr: learning rate of the first step.
+        final_lr: learning rate of the last step; it rises (or falls) exponentially in between.
+        weight_decay: AdamW's weight decay, on all parameters as in the paper.
+        betas: AdamW's running averages.
+        max_logit_scale: the learned factor on similarities is kept between 1 and this.
+        recall_at: k of the validation's recall.
+        val_group_size: images that are each other's negatives in the validation loss.
+
+    Raises:
+        ValueError: unknown model or weights, learning rates that are not positive.
+    """
+
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
+        self,
+        model: str = "ViT-B-16",
+        pretrained: str | None = "openai",
+        *,
+        initial_lr: float = 1e-7,
+        final_lr: float = 1e-5,
+        weight_decay: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        max_logit_scale: float = 100.0,
+        recall_at: Sequence[int] = (1, 5, 10),
+        val_group_size: int = 64,
+    ) -> None:
+        super().__init__(
+            load_dual_encoder(model, pretrained),
+            initial_lr=initial_lr,
+            final_lr=final_lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            max_logit_scale=max_logit_scale,
+            recall_at=recall_at,
+            val_group_size=val_group_size,
+        )
