@@ -157,10 +157,15 @@ class FeaturePairAttribution(Method):
         references = self.references(tokens.shape[1])
         return PairAttribution.concatenate(
             [
-                self._pairs(self.hidden_states(images[rows], tokens[rows]), references)
+                self.attribute_states(self.hidden_states(images[rows], tokens[rows]), references)
                 for rows in self._chunks(len(images))
             ]
         )
+
+    def attribute_states(self, states: HiddenStates, references: References) -> PairAttribution:
+        """`attribute` of hidden states that a forward pass has already made."""
+        with self._differentiable():
+            return self._pairs(states, references)
 
     def attribute_images(self, images: Tensor, others: Tensor) -> IntraModalAttribution:
         """All pairs of patches of two images, by the image tower alone.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +14,9 @@ from torch import Tensor
 from lightning_xai.attribution.capture import InputCapture
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution, HiddenStates, References
 from lightning_xai.data.batch import Batch
-from lightning_xai.data.phrases import LeftOut
-from lightning_xai.metrics.grounding import GroundingMetric, GroundingSummary, gamma, measurable, patch_mask, rho
+from lightning_xai.metrics.grounding import GroundingMetric, GroundingSummary
 from lightning_xai.report.plots import Example
+from lightning_xai.tasks.phrase_grounding import PhraseGrounding, ground_phrases, grounding_rows
 
 __all__ = ["Drawn", "GroundingPass", "Measured"]
 
@@ -94,20 +93,10 @@ class GroundingPass:
             ValueError: its classes are not those of the batches before, or an attribution is not finite.
         """
         metric = self._metric_for(batch)
-        phrases, grid = batch.phrases, self._attribution.image.grid
-        size = (batch.images.shape[2], batch.images.shape[3])
-        reason = measurable(phrases.reason, phrases.boxes, grid, size)
-        rows = (reason == LeftOut.MEASURED).nonzero()[:, 0]
-        gammas = torch.full(reason.shape, math.nan, dtype=torch.float64)
-        hits = torch.zeros(reason.shape, dtype=torch.bool)
-        maps = self._maps(batch, rows) if len(rows) else torch.zeros(0, *grid)
-        if len(rows):
-            masks = patch_mask(phrases.boxes[rows], grid, size)
-            gammas[rows.cpu()] = gamma(maps, masks).to(gammas)
-            hits[rows.cpu()] = rho(maps, masks).cpu()
-        metric.update(gammas, hits, phrases.label, reason)
-        self._tabulate(batch, reason, gammas, hits)
-        self._draw(batch, rows.tolist(), maps.cpu(), gammas, hits)
+        found = ground_phrases(batch, self._attribution.image.grid, lambda rows: self._maps(batch, rows))
+        metric.update(found.gammas, found.hits, batch.phrases.label, found.reason)
+        self._pairs += grounding_rows(batch, found)
+        self._draw(batch, found)
 
     def result(self) -> Measured:
         """Everything of all ranks; every rank has to call this.
@@ -168,43 +157,9 @@ class GroundingPass:
         # The file is the same at any number of ranks and workers.
         return sorted(pairs, key=lambda row: (row["index"], row["caption_index"], row["label"]))
 
-    def _tabulate(self, batch: Batch, reason: Tensor, gammas: Tensor, hits: Tensor) -> None:
-        phrases = batch.phrases
-        no_positive = (reason.cpu() == LeftOut.MEASURED) & gammas.isnan()
-        reasons = reason.cpu().masked_fill(no_positive, int(LeftOut.NO_POSITIVE)).tolist()
-        caption_index = [*batch.caption_index.tolist(), -1]
-        index = batch.index.tolist()
-        columns = zip(
-            phrases.image_row.tolist(),
-            phrases.caption_row.tolist(),
-            phrases.text,
-            phrases.label.tolist(),
-            reasons,
-            gammas.tolist(),
-            hits.tolist(),
-            phrases.boxes.tolist(),
-            strict=True,
-        )
-        for image, caption, text, label, why, share, hit, box in columns:
-            measured = why == LeftOut.MEASURED
-            self._pairs.append(
-                {
-                    "index": index[image],
-                    "key": batch.keys[image],
-                    "caption_index": caption_index[caption],
-                    "caption": batch.captions[caption] if caption >= 0 else None,
-                    "phrase": text,
-                    "label": batch.label_names[label],
-                    "reason": LeftOut(why).name.lower(),
-                    "gamma": share if measured else None,
-                    "hit": hit if measured else None,
-                    **dict(zip(("x0", "y0", "x1", "y1"), box, strict=True)),
-                }
-            )
-
-    def _draw(self, batch: Batch, rows: list[int], maps: Tensor, gammas: Tensor, hits: Tensor) -> None:
+    def _draw(self, batch: Batch, found: PhraseGrounding) -> None:
         """Keep the first phrase of each of the first images; which ones they are never depends on the model."""
-        for heat, row in zip(maps, rows, strict=True):
+        for heat, row in zip(found.maps.cpu(), found.rows.tolist(), strict=True):
             if len(self._drawn.examples) == self._most_drawn:
                 return
             key = batch.keys[int(batch.phrases.image_row[row])]
@@ -212,7 +167,7 @@ class GroundingPass:
                 continue
             self._drawn.examples.append(self._example(batch, row))
             state = {"keys": f"{key}: {batch.phrases.text[row]}", "heats": heat.float().clone()}
-            state |= {"gammas": float(gammas[row]), "hits": bool(hits[row])}
+            state |= {"gammas": float(found.gammas[row]), "hits": bool(found.hits[row])}
             for name, value in state.items():
                 self._drawn.state[name].append(value)
 
