@@ -63,8 +63,48 @@ def prepare_coco_shards(
     print(describe(manifest))  # noqa: T201 - the summary is the command's output
 
 
+def prepare_flickr30k_shards(
+    images: Path,
+    entities: Path,
+    split: str,
+    out: Path,
+    karpathy: Path | None = None,
+    leave_out_unrelated: bool = False,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+) -> None:
+    """Convert Flickr30k with the boxes of Flickr30k Entities: five captions an image, phrases marked by hand.
+
+    Args:
+        images: folder of the image files (flickr30k-images).
+        entities: folder of Flickr30k Entities: Sentences/ and Annotations/ (unpack annotations.zip there) beside
+            train.txt, val.txt and test.txt.
+        split: train, val, test, or several joined by "+".
+        out: folder to make.
+        karpathy: dataset_flickr30k.json of the Karpathy splits, instead of the lists; captions are those of Entities.
+        leave_out_unrelated: leave out the captions that UNRELATED_CAPTIONS lists.
+        samples_per_shard: images in a shard.
+        overwrite: replace a folder of shards that is there already.
+    """
+    from lightning_xai.data.shards import describe
+    from lightning_xai.data.sources.flickr30k import prepare_flickr30k
+
+    manifest = prepare_flickr30k(
+        images=images,
+        entities=entities,
+        out=out,
+        split=split,
+        karpathy=karpathy,
+        leave_out_unrelated=leave_out_unrelated,
+        samples_per_shard=samples_per_shard,
+        overwrite=overwrite,
+    )
+    print(describe(manifest))  # noqa: T201 - the summary is the command's output
+
+
 SOURCES: dict[str, Callable[..., Any]] = {
     "shapes": prepare_shapes_shards,
     "coco": prepare_coco_shards,
+    "flickr30k": prepare_flickr30k_shards,
 }
 """`prepare NAME` calls the function; its parameters are the options, its docstring the help."""

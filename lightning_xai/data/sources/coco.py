@@ -31,7 +31,7 @@ from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
 from lightning_xai.data.sources.files import check_file, check_folder, load_json, read_image_file
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
-from lightning_xai.data.sources.left_out import LeftOutError, kept_captions, usable_samples
+from lightning_xai.data.sources.left_out import LeftOutError, counting, kept_captions, usable_samples
 from lightning_xai.data.spans import MentionFinder
 
 
@@ -167,13 +167,12 @@ class _Reader:
         file = read_image_file(self._images, entry.files)
         to_upright = file.from_annotated(self._objects.sizes[entry.image_id])
         mentions = [self._finder.find(caption) for caption in captions]
-        regions = (
-            self._region(annotation, to_upright, file.size, mentions)
-            for annotation in self._objects.annotations.get(entry.image_id, ())
-        )
-        kept = tuple(region for region in regions if region is not None)
+        regions = []
+        for annotation in self._objects.annotations.get(entry.image_id, ()):
+            with counting(self._left_out):
+                regions.append(self._region(annotation, to_upright, file.size, mentions))
         source = f"coco/{self._split}/{file.name}"
-        return Sample(f"{entry.image_id:012d}", file.data, file.size, captions, kept, source)
+        return Sample(f"{entry.image_id:012d}", file.data, file.size, captions, tuple(regions), source)
 
     def _region(
         self,
@@ -181,13 +180,9 @@ class _Reader:
         to_upright: BoxTransform,
         size: tuple[int, int],
         mentions: Sequence[Mapping[str, tuple[Span, ...]]],
-    ) -> Region | None:
-        try:
-            label = _label(annotation, self._objects)
-            box = clip_box(to_upright(parse_box(annotation.get("bbox"))), size)
-        except LeftOutError as reason:
-            self._left_out[str(reason)] += 1
-            return None
+    ) -> Region:
+        label = _label(annotation, self._objects)
+        box = clip_box(to_upright(parse_box(annotation.get("bbox"))), size)
         spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
         return Region(label, box, spans, crowd=bool(annotation.get("iscrowd", 0)))
 

@@ -64,7 +64,15 @@ def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
         LeftOutError: `image_missing`, `image_name_unsafe` (no file is there, and a name would leave the folder),
             `image_unreadable`, `image_does_not_decode`.
     """
-    name, data = _read_first(folder, names)
+    return decode_image_file(*_read_first(folder, names))
+
+
+def decode_image_file(name: str, data: bytes) -> ImageFile:
+    """An image file whose bytes were read already; the whole image is decoded to be sure that it can.
+
+    Raises:
+        LeftOutError: `image_does_not_decode`.
+    """
     try:
         size = read_image(data, name).size
     except RecordError as error:

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from lightning_xai.data.sample import Sample
@@ -24,6 +25,24 @@ _HASH_DIGITS = 16
 
 class LeftOutError(Exception):
     """A region, a caption or an image is left out; the message is the reason under which it is counted."""
+
+
+@contextmanager
+def counting(left_out: Counter[str]) -> Iterator[None]:
+    """Go on behind a `LeftOutError`, and count its reason.
+
+    >>> left_out = Counter()
+    >>> for side in (2, 0):
+    ...     with counting(left_out):
+    ...         if not side:
+    ...             raise LeftOutError("box_without_area")
+    >>> left_out
+    Counter({'box_without_area': 1})
+    """
+    try:
+        yield
+    except LeftOutError as reason:
+        left_out[str(reason)] += 1
 
 
 def usable_samples(

@@ -1,0 +1,403 @@
+"""Flickr30k with the boxes of Flickr30k Entities, as its publishers ship them.
+
+The annotators marked in every sentence which words name something, and gave all words that name the same thing of an
+image one number (a chain): `[/EN#283585/people A young white boy] with [/EN#283589/bodyparts short hair]`. Boxes belong
+to chains. So a region's `entity` is its chain, and each chain with exactly one box is measured, also where the image
+shows several of the same kind; its `label`, by which tables group, is the chain's type: people, bodyparts, clothing,
+animals, vehicles, instruments, scene or other.
+
+What cannot be used is counted by reason, and the rest goes on; only input that makes no sense at all (a missing folder,
+an unknown split) is an error. Reasons for leaving out
+
+- an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its id leaves the
+  folder), `image_without_caption`, `image_twice`, `sentences_missing`, `sentences_unreadable`, `size_mismatch` (it is
+  not the image that was annotated);
+- a caption: `caption_empty`, `caption_markup_malformed`, `caption_unrelated` (only where that is asked for);
+- a phrase (its caption stays): `phrase_notvisual`, `phrase_scene` (the whole image), `phrase_no_box`,
+  `phrase_not_annotated` (the annotation has no usable box of its chain and does not say why);
+- a region: `box_malformed`, `box_without_area`, `box_outside_image`, `box_of_unmentioned_chain`;
+- all regions of an image, which stays with its captions: `annotation_missing`, `annotation_unreadable`,
+  `annotation_malformed` (no XML of this form; also any XML with a DTD, which could be a trap).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+from xml.etree import ElementTree
+
+from lightning_xai.data.sample import Box, Region, Sample, Span
+from lightning_xai.data.shards import Manifest, write_shards
+from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sources.files import check_folder, is_safe_name, read_image_file
+from lightning_xai.data.sources.karpathy import read_karpathy
+from lightning_xai.data.sources.left_out import LeftOutError, counting, key_from, usable_samples
+
+# [/EN#<chain>/<type>/.../<type> <words>]
+_PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)+)\s([^\[\]]*)\]")
+_NOT_VISUAL = "notvisual"
+_UNRELATED = "UNRELATED_CAPTIONS"
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words of a sentence that name something.
+
+    Attributes:
+        chain: number of what they name; "0" where that cannot be seen.
+        types: its kinds, at least one.
+        span: characters `(start, end)` of the sentence.
+    """
+
+    chain: str
+    types: tuple[str, ...]
+    span: Span
+
+
+@dataclass
+class _Annotation:
+    """What one XML file says: the annotated size, boxes by chain, and the chains that have none."""
+
+    size: tuple[int, int] | None = None
+    boxes: list[tuple[str, Box]] = field(default_factory=list)
+    scenes: set[str] = field(default_factory=set)
+    without_box: set[str] = field(default_factory=set)
+
+
+def prepare_flickr30k(
+    images: Path,
+    entities: Path,
+    out: Path,
+    split: str,
+    karpathy: Path | None = None,
+    leave_out_unrelated: bool = False,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+) -> Manifest:
+    """Convert native Flickr30k Entities files to shards.
+
+    Args:
+        images: folder with the image files (`flickr30k-images`).
+        entities: folder with `Sentences/`, `Annotations/` and the split lists.
+        out: folder to make for the shards.
+        split: "train", "val", "test", or several joined by "+".
+        karpathy: Karpathy's `dataset_flickr30k.json`, for his split.
+        leave_out_unrelated: leave out the captions that the publishers list as unrelated to their image.
+        samples_per_shard: size of all shards but the last.
+        overwrite: replace shards that are already in `out`.
+
+    Returns:
+        The manifest; its `left_out` counts, by reason, what could not be used.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: a file is broken or of another kind, the split is unknown, or not one image could be used.
+    """
+    left_out: Counter[str] = Counter()
+    samples = read_flickr30k(images, entities, split, karpathy, leave_out_unrelated, left_out)
+    return write_shards(
+        samples,
+        out,
+        name=f"flickr30k/{split}",
+        samples_per_shard=samples_per_shard,
+        left_out=left_out,
+        overwrite=overwrite,
+    )
+
+
+def read_flickr30k(
+    images: Path,
+    entities: Path,
+    split: str,
+    karpathy: Path | None = None,
+    leave_out_unrelated: bool = False,
+    left_out: Counter[str] | None = None,
+) -> Iterator[Sample]:
+    """Read Flickr30k's images one after the other, in the order of the split list (or of Karpathy's file).
+
+    Captions are the annotated sentences without their markup, as the publishers tokenised them ("a man 's arm"), also
+    with Karpathy's split: the phrases are places in these. Every box becomes one region for each chain that it belongs
+    to. Where the phrases of a chain have several types, the most frequent one is its label, of equals the first.
+
+    Boxes count pixels from 1 and include both ends: `xmin` 1 and `xmax` 5 are the 5 pixels from x = 0. They are turned
+    with the image where it says by EXIF that it lies on its side, and clipped to it.
+
+    Args:
+        images: folder with the image files (`flickr30k-images`), `{id}.jpg` each.
+        entities: folder with `Sentences/{id}.txt`, `Annotations/{id}.xml` and the lists `{split}.txt` of image ids.
+        split: which list to take ("train", "val", "test"), several joined by "+"; with `karpathy`, of its splits.
+        karpathy: Karpathy's `dataset_flickr30k.json`; the split lists are then not needed.
+        leave_out_unrelated: leave out the captions that the file `UNRELATED_CAPTIONS` in `entities` lists.
+        left_out: filled while iterated: reason (see the module's text) -> count.
+
+    Returns:
+        An iterator of samples; lists of images and captions are read and checked before it is returned.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
+    """
+    left_out = Counter() if left_out is None else left_out
+    check_folder(images, "images", "the image files")
+    check_folder(entities, "entities", "Sentences/ and Annotations/")
+    for name in ("Sentences", "Annotations"):
+        check_folder(entities / name, "entities", f"Flickr30k Entities' {name} (unpack annotations.zip)")
+    ids = _listed(entities, split) if karpathy is None else _karpathys(karpathy, split)
+    unrelated = _read_unrelated(entities) if leave_out_unrelated else frozenset()
+    return usable_samples(
+        ids,
+        _Reader(images, entities, split, unrelated, left_out).read,
+        left_out,
+        what=f"image of {split!r} in {images}",
+        advice=f"Check that the images and the annotations in {entities} belong together",
+    )
+
+
+def parse_sentence(line: str) -> tuple[str, tuple[Phrase, ...]]:
+    """A sentence without its markup, and the phrases that were marked in it.
+
+    >>> text, phrases = parse_sentence("[/EN#1/people/other A boy] with [/EN#2/bodyparts short hair] .")
+    >>> text
+    'A boy with short hair .'
+    >>> [(phrase.chain, phrase.types, text[slice(*phrase.span)]) for phrase in phrases]
+    [('1', ('people', 'other'), 'A boy'), ('2', ('bodyparts',), 'short hair')]
+
+    Raises:
+        ValueError: a bracket is left over, or a phrase has no words: the markup is not as published.
+    """
+    line = line.strip()
+    text, phrases, end = "", [], 0
+    for match in _PHRASE.finditer(line):
+        chain, types, words = match.groups()
+        text += line[end : match.start()]
+        words = words.strip()
+        if not words:
+            raise ValueError(f"the phrase of chain {chain} has no words in {line!r}")
+        span = (len(text), len(text) + len(words))
+        phrases.append(Phrase(chain, tuple(types[1:].split("/")), span))
+        text += words
+        end = match.end()
+    text += line[end:]
+    if "[" in text or "]" in text:
+        raise ValueError(f"a bracket is left over in {line!r}")
+    return text, tuple(phrases)
+
+
+class _Reader:
+    """Builds samples from image ids; counts the captions, phrases and regions that it leaves out."""
+
+    def __init__(
+        self, images: Path, entities: Path, split: str, unrelated: frozenset[tuple[str, int]], left_out: Counter[str]
+    ) -> None:
+        self._images = images
+        self._entities = entities
+        self._split = split
+        self._unrelated = unrelated
+        self._left_out = left_out
+
+    def read(self, image_id: str) -> Sample:
+        """The image's sample."""
+        if not is_safe_name(image_id):
+            raise LeftOutError("image_name_unsafe")
+        sentences = self._sentences(image_id)
+        file = read_image_file(self._images, (f"{image_id}.jpg",))
+        annotation = self._annotation(image_id)
+        to_upright = file.from_annotated(annotation.size or file.size)
+        regions = self._regions(annotation, [phrases for _, phrases in sentences], to_upright, file.size)
+        captions = tuple(text for text, _ in sentences)
+        source = f"flickr30k/{self._split}/{file.name}"
+        return Sample(key_from(image_id), file.data, file.size, captions, regions, source)
+
+    def _sentences(self, image_id: str) -> list[tuple[str, tuple[Phrase, ...]]]:
+        try:
+            lines = (self._entities / "Sentences" / f"{image_id}.txt").read_bytes().decode().split("\n")
+        except FileNotFoundError as error:
+            raise LeftOutError("sentences_missing") from error
+        except (OSError, ValueError) as error:
+            raise LeftOutError("sentences_unreadable") from error
+        while lines and not lines[-1].strip():  # the end of the file is no caption
+            lines.pop()
+        sentences = []
+        for number, line in enumerate(lines, start=1):
+            with counting(self._left_out):
+                sentences.append(self._sentence(image_id, number, line))
+        if not sentences:
+            raise LeftOutError("image_without_caption")
+        return sentences
+
+    def _sentence(self, image_id: str, number: int, line: str) -> tuple[str, tuple[Phrase, ...]]:
+        if not line.strip():
+            raise LeftOutError("caption_empty")
+        if (image_id, number) in self._unrelated:
+            raise LeftOutError("caption_unrelated")
+        try:
+            return parse_sentence(line)
+        except ValueError as error:
+            raise LeftOutError("caption_markup_malformed") from error
+
+    def _annotation(self, image_id: str) -> _Annotation:
+        """What the image's XML says; nothing, and counted, where it cannot be used."""
+        annotation = _Annotation()
+        with counting(self._left_out):
+            annotation = self._parse(_read_xml(self._entities / "Annotations" / f"{image_id}.xml"))
+        return annotation
+
+    def _parse(self, root: ElementTree.Element) -> _Annotation:
+        annotation = _Annotation(size=_annotated_size(root))
+        for thing in root.findall("object"):
+            chains = [name.text.strip() for name in thing.findall("name") if name.text and name.text.strip()]
+            corners = thing.find("bndbox")
+            if corners is not None:
+                with counting(self._left_out):
+                    box = _voc_box(corners)
+                    annotation.boxes += [(chain, box) for chain in chains]
+            if _flag(thing, "scene"):
+                annotation.scenes.update(chains)
+            if _flag(thing, "nobndbox"):
+                annotation.without_box.update(chains)
+        return annotation
+
+    def _regions(
+        self,
+        annotation: _Annotation,
+        phrases: Sequence[Sequence[Phrase]],
+        to_upright: BoxTransform,
+        size: tuple[int, int],
+    ) -> tuple[Region, ...]:
+        self._count_phrases(annotation, phrases)
+        spans: dict[str, dict[int, tuple[Span, ...]]] = {}
+        for caption, found in enumerate(phrases):
+            for phrase in found:
+                places = spans.setdefault(phrase.chain, {})
+                places[caption] = (*places.get(caption, ()), phrase.span)
+        labels = _labels(phrases)
+        regions = []
+        for chain, box in annotation.boxes:
+            with counting(self._left_out):
+                if chain not in labels:
+                    raise LeftOutError("box_of_unmentioned_chain")
+                clipped = clip_box(to_upright(box), size)
+                regions.append(Region(labels[chain], clipped, spans[chain], entity=chain))
+        return tuple(regions)
+
+    def _count_phrases(self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]]) -> None:
+        boxed = {chain for chain, _ in annotation.boxes}
+        for phrase in (phrase for found in phrases for phrase in found):
+            if not _is_visual(phrase):
+                self._left_out["phrase_notvisual"] += 1
+            elif phrase.chain in boxed:
+                continue
+            elif phrase.chain in annotation.scenes:
+                self._left_out["phrase_scene"] += 1
+            elif phrase.chain in annotation.without_box:
+                self._left_out["phrase_no_box"] += 1
+            else:
+                self._left_out["phrase_not_annotated"] += 1
+
+
+def _is_visual(phrase: Phrase) -> bool:
+    return phrase.chain.strip("0") != "" and _NOT_VISUAL not in phrase.types
+
+
+def _labels(phrases: Sequence[Sequence[Phrase]]) -> dict[str, str]:
+    """The most frequent type of each chain that can be seen; of equals the one that comes first."""
+    types: dict[str, Counter[str]] = {}
+    for phrase in (phrase for found in phrases for phrase in found):
+        if _is_visual(phrase):
+            types.setdefault(phrase.chain, Counter()).update(phrase.types)
+    return {chain: counts.most_common(1)[0][0] for chain, counts in types.items()}
+
+
+# Annotations
+
+
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    """Refuses a document type: it could define entities that grow without end, or name other files."""
+
+    def doctype(self, *args: object) -> NoReturn:
+        raise LeftOutError("annotation_malformed")
+
+
+def _read_xml(path: Path) -> ElementTree.Element:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise LeftOutError("annotation_missing") from error
+    except OSError as error:
+        raise LeftOutError("annotation_unreadable") from error
+    parser = ElementTree.XMLParser(target=_WithoutDoctype())  # noqa: S314 - without document type, so without entities
+    try:
+        parser.feed(data)
+        root: ElementTree.Element = parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # also an encoding that does not exist
+        raise LeftOutError("annotation_malformed") from error
+    return root
+
+
+def _annotated_size(root: ElementTree.Element) -> tuple[int, int]:
+    try:
+        return int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))
+    except ValueError as error:
+        raise LeftOutError("annotation_malformed") from error
+
+
+def _voc_box(corners: ElementTree.Element) -> Box:
+    """`(x, y, width, height)` of a box whose corners are pixels counted from 1, both included."""
+    try:
+        left, top, right, bottom = (float(corners.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax"))
+    except ValueError as error:
+        raise LeftOutError("box_malformed") from error
+    return parse_box((left - 1, top - 1, right - left + 1, bottom - top + 1))
+
+
+def _flag(thing: ElementTree.Element, name: str) -> bool:
+    return thing.findtext(name, "").strip() == "1"
+
+
+# Lists
+
+
+def _listed(entities: Path, split: str) -> list[str]:
+    """The image ids of the publishers' lists."""
+    ids: list[str] = []
+    for name in split.split("+"):
+        path = entities / f"{name}.txt"
+        if not is_safe_name(name) or "/" in name or not path.is_file():
+            there = sorted(path.stem for path in entities.glob("*.txt"))
+            raise ValueError(
+                f"split: {entities} has no list {name + '.txt'!r} of image ids; the lists there are {there}, which '+' "
+                "joins. Flickr30k Entities comes with train.txt, val.txt and test.txt"
+            )
+        ids += _lines(path)
+    return ids
+
+
+def _karpathys(path: Path, split: str) -> list[str]:
+    return [image.filename.removesuffix(".jpg") for image in read_karpathy(path, split)]
+
+
+def _read_unrelated(entities: Path) -> frozenset[tuple[str, int]]:
+    """Image ids and sentence numbers (from 1) of the captions that the publishers found to be of another image."""
+    path = entities / _UNRELATED
+    if not path.is_file():
+        raise FileNotFoundError(f"entities: {path} is not there, which lists the captions to leave out")
+    found = set()
+    for line in _lines(path):
+        if not line.startswith("#"):
+            image_id, _, number = line.partition(" ")
+            if not number.strip().isdecimal():
+                raise ValueError(f"{path}: {line!r} is no image id with a sentence number; download the file again")
+            found.add((image_id, int(number)))
+    return frozenset(found)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}); download it again") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]

@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from lightning_xai.cli import main
+from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
+from lightning_xai.data.batch import EvaluationCollate
+from lightning_xai.data.sample import encode_sample
+from lightning_xai.data.shards import read_samples
+from lightning_xai.data.sources.flickr30k import parse_sentence, prepare_flickr30k, read_flickr30k
+
+BOY = "[/EN#283585/people A young white boy]"
+# The data set's own kinds of marks: several types, the null chain, a scene, a chain without box, one with two boxes.
+SENTENCES = f"""\
+{BOY} with [/EN#283589/bodyparts short hair] smiling at [/EN#283590/people two men] .
+[/EN#283585/people/other The boy] 's [/EN#283589/bodyparts hair] is out in [/EN#283592/scene the yard] .
+[/EN#0/notvisual It] makes [/EN#283590/people the men] feel [/EN#283593/other joy] .
+"""
+
+
+def jpeg(size: tuple[int, int] = (100, 80), orientation: int = 1) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "grey").save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+def thing(chains: str, corners: str = "", flags: str = "") -> str:
+    names = "".join(f"<name>{chain}</name>" for chain in chains.split())
+    numbers = zip(("xmin", "ymin", "xmax", "ymax"), corners.split(), strict=False)
+    box = "<bndbox>" + "".join(f"<{name}>{number}</{name}>" for name, number in numbers) + "</bndbox>"
+    flagged = "".join(f"<{flag}>1</{flag}>" for flag in flags.split())
+    return f"<object>{names}{box if corners else ''}{flagged}</object>"
+
+
+OBJECTS = (
+    thing("283585", "11 21 40 60"),
+    thing("283589", "1 1 10 5"),
+    thing("283590", "50 10 70 70"),
+    thing("283590", "71 10 90 70"),
+    thing("283592", flags="scene"),
+    thing("283593", flags="nobndbox"),
+)
+
+
+class World:
+    """Flickr30k Entities in its publishers' format, in a folder; tests change it before it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images, self.entities = folder / "flickr30k-images", folder / "entities"
+        for path in (self.images, self.entities / "Sentences", self.entities / "Annotations"):
+            path.mkdir(parents=True)
+        self.lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+        self.karpathy: list[dict[str, Any]] | None = None
+
+    def add(
+        self,
+        name: str,
+        sentences: str | bytes = SENTENCES,
+        objects: tuple[str, ...] = OBJECTS,
+        size: tuple[int, int] = (100, 80),
+        data: bytes | None = None,
+        split: str = "val",
+    ) -> None:
+        self.lists[split].append(name)
+        text = sentences if isinstance(sentences, bytes) else sentences.encode()
+        (self.entities / "Sentences" / f"{name}.txt").write_bytes(text)
+        self.annotate(name, self.xml(name, objects, size))
+        (self.images / f"{name}.jpg").write_bytes(jpeg(size) if data is None else data)
+
+    def annotate(self, name: str, xml: str) -> None:
+        (self.entities / "Annotations" / f"{name}.xml").write_text(xml)
+
+    def xml(self, name: str, objects: tuple[str, ...] = OBJECTS, size: tuple[int, int] = (100, 80)) -> str:
+        measures = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+        return f"<annotation>\n<filename>{name}.jpg</filename>{measures}{''.join(objects)}</annotation>\n"
+
+    def paths(self) -> dict[str, Any]:
+        for split, names in self.lists.items():
+            (self.entities / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        paths: dict[str, Any] = {"images": self.images, "entities": self.entities}
+        if self.karpathy is not None:
+            paths["karpathy"] = self.folder / "dataset_flickr30k.json"
+            paths["karpathy"].write_text(json.dumps({"dataset": "flickr30k", "images": self.karpathy}))
+        return paths
+
+    def read(self, split: str = "val", **options: Any) -> tuple[list[Sample], dict[str, int]]:
+        left_out: Counter[str] = Counter()
+        samples = list(read_flickr30k(**self.paths(), split=split, left_out=left_out, **options))
+        for sample in samples:
+            encode_sample(sample)  # every sample keeps the contract
+        return samples, {reason: count for reason, count in left_out.items() if count}
+
+
+USUAL = {"phrase_notvisual": 1, "phrase_scene": 1, "phrase_no_box": 1}  # of SENTENCES with OBJECTS
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.add("1000092795")
+    return world
+
+
+def words(sample: Sample, number: int) -> list[tuple[int, str]]:
+    """The captions, by index, and words that name a region."""
+    spans = sample.regions[number].spans
+    return [(caption, sample.captions[caption][slice(*span)]) for caption in spans for span in spans[caption]]
+
+
+def test_sentences_lose_their_marks_and_phrases_become_regions_of_their_chains(world: World) -> None:
+    (sample,), left_out = world.read()
+    assert (sample.key, sample.size, sample.source) == ("1000092795", (100, 80), "flickr30k/val/1000092795.jpg")
+    assert sample.captions == (
+        "A young white boy with short hair smiling at two men .",
+        "The boy 's hair is out in the yard .",
+        "It makes the men feel joy .",
+    )
+    found = [(region.label, region.entity, region.box) for region in sample.regions]
+    assert found == [
+        ("people", "283585", (10, 20, 30, 40)),
+        ("bodyparts", "283589", (0, 0, 10, 5)),
+        ("people", "283590", (49, 9, 21, 61)),
+        ("people", "283590", (70, 9, 20, 61)),
+    ]
+    assert words(sample, 0) == [(0, "A young white boy"), (1, "The boy")]
+    assert words(sample, 1) == [(0, "short hair"), (1, "hair")]
+    assert words(sample, 2) == words(sample, 3) == [(0, "two men"), (2, "the men")]
+    assert left_out == USUAL
+
+
+def test_each_chain_with_one_box_is_measured_and_phrases_are_spelled_by_their_tokens(
+    world: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    manifest = prepare_flickr30k(**world.paths(), out=out, split="val")
+    assert Manifest.load(out) == manifest
+    assert manifest.labels == ("bodyparts", "people")
+    assert manifest.left_out == USUAL
+    records = list(read_samples(out, manifest, [0], 0, 1))
+    assert [sample for _, sample in records] == world.read()[0]
+
+    tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+    transform = ImageTransform(size=(80, 80))  # 10 pixels at the left and right are cropped
+    batch = EvaluationCollate(transform, tokenizer, manifest.labels)(records)
+    phrases = batch.phrases
+    spelled = [
+        tokenizer.decode(batch.tokens[row][mask])
+        for row, mask in zip(phrases.caption_row, phrases.span_mask, strict=True)
+    ]
+    assert spelled == ["short hair", "hair", "a young white boy", "the boy", "two men", "the men"]
+    assert phrases.text == ["short hair", "hair", "A young white boy", "The boy", "two men", "the men"]
+    reasons = [LeftOut(int(reason)) for reason in phrases.reason]
+    assert reasons == [LeftOut.OUTSIDE_CROP] * 2 + [LeftOut.MEASURED] * 2 + [LeftOut.SEVERAL_INSTANCES] * 2
+    assert torch.allclose(phrases.boxes[2], torch.tensor([0.0, 20.0, 30.0, 60.0]))
+    assert [manifest.labels[label] for label in phrases.label] == ["bodyparts"] * 2 + ["people"] * 4
+
+
+def test_an_object_of_several_chains_is_a_region_of_each(world: World) -> None:
+    world.add("2", f"{BOY} in [/EN#7/clothing red]", (thing("283585 7", "1 1 10 10"),))
+    samples, _ = world.read()
+    assert [(region.label, region.entity) for region in samples[1].regions] == [("people", "283585"), ("clothing", "7")]
+    assert samples[1].regions[0].box == samples[1].regions[1].box == (0, 0, 10, 10)
+
+
+def test_the_most_frequent_type_of_a_chain_is_its_label_and_of_equals_the_first(world: World) -> None:
+    sentences = "[/EN#1/other/people a cook] and [/EN#2/vehicles/other a cart]\n[/EN#1/people he]"
+    world.add("2", sentences, (thing("1", "1 1 10 10"), thing("2", "1 1 10 10")))
+    samples, _ = world.read()
+    assert [region.label for region in samples[1].regions] == ["people", "vehicles"]
+
+
+@pytest.mark.parametrize(("size", "orientation"), [((80, 100), 6), ((100, 80), 1)])
+def test_boxes_are_turned_with_the_image(world: World, size: tuple[int, int], orientation: int) -> None:
+    world.add("2", data=jpeg((100, 80), orientation))
+    samples, _ = world.read()
+    assert samples[1].size == size
+    assert samples[1].regions[0].box == ((20, 10, 40, 30) if orientation == 6 else (10, 20, 30, 40))
+
+
+def test_splits_are_joined_in_the_order_asked_for(world: World) -> None:
+    world.add("3", split="test")
+    world.add("4", split="train")
+    samples, _ = world.read("test+val")
+    assert [sample.key for sample in samples] == ["3", "1000092795"]
+
+
+def test_karpathys_split_takes_the_place_of_the_lists(world: World) -> None:
+    world.add("3", split="train")
+    world.karpathy = [
+        {"filename": f"{name}.jpg", "imgid": 0, "sentids": [0], "split": split, "sentences": [{"raw": "not this"}]}
+        for name, split in (("3", "val"), ("1000092795", "train"))
+    ]
+    samples, _ = world.read("val")
+    assert [sample.key for sample in samples] == ["3"]
+    assert samples[0].captions[0].startswith("A young white boy")
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train', 'val'\]"):
+        world.read("test")
+
+
+@pytest.mark.parametrize("split", ["dev", "", "val+", "../secret", "sub/list", "/val"])
+def test_an_unknown_split_is_an_error_that_lists_what_exists(world: World, split: str) -> None:
+    (world.entities / "sub").mkdir()
+    for place in (world.folder / "secret.txt", world.entities / "sub" / "list.txt"):
+        place.write_text("1000092795\n")
+    with pytest.raises(ValueError, match=r"\['test', 'train', 'val'\]"):
+        world.read(split)
+
+
+@pytest.mark.parametrize("name", ["images", "entities", "karpathy", "Sentences", "Annotations"])
+def test_a_missing_path_is_named_with_its_argument(world: World, name: str) -> None:
+    paths = {"karpathy": None, **world.paths()}
+    if name in paths:
+        paths[name] = world.folder / "nowhere"
+    else:
+        (world.entities / name).rename(world.folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=rf"^{name if name in paths else 'entities'}: "):
+        read_flickr30k(**paths, split="val")
+
+
+def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
+    world.add("2")
+    (world.images / "2.jpg").unlink()
+    world.add("3", data=b"<html>404</html>")
+    world.add("4", data=jpeg((99, 80)))
+    world.add("5")
+    (world.entities / "Sentences" / "5.txt").unlink()
+    world.add("6", sentences=b"caf\xe9")
+    world.add("7", sentences="\n \n")
+    (world.folder / "secret.jpg").write_bytes(jpeg())
+    world.lists["val"] += ["../../secret", "/etc/passwd", "..\\secret", "9\0", "1000092795"]
+    samples, left_out = world.read()
+    assert [sample.key for sample in samples] == ["1000092795"]
+    images = {reason: count for reason, count in left_out.items() if not reason.startswith("phrase")}
+    assert images == {
+        "image_missing": 1,
+        "image_does_not_decode": 1,
+        "size_mismatch": 1,
+        "sentences_missing": 1,
+        "sentences_unreadable": 1,
+        "image_without_caption": 1,
+        "image_name_unsafe": 4,
+        "image_twice": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "[/EN#1/people A boy stands",
+        "A boy] stands",
+        "[/EN#1 A boy] stands",
+        "[/EN#x/people A boy] stands",
+        "[EN#1/people A boy] stands",
+        "[/EN#1/people ] stands",
+        "[/EN#1/people]",
+        "[/EN#1/people a [/EN#2/people boy] here]",
+    ],
+)
+def test_malformed_marks_lose_the_caption_and_not_the_image(world: World, sentence: str) -> None:
+    world.add("2", f"first\n{sentence}\n\n{BOY}\r\n", OBJECTS[:1])
+    samples, left_out = world.read()
+    assert samples[1].captions == ("first", "A young white boy")
+    assert samples[1].regions[0].spans == {1: ((0, 17),)}
+    assert left_out == {**USUAL, "caption_markup_malformed": 1, "caption_empty": 1}
+
+
+def test_marks_are_read_in_time_that_grows_with_the_sentence_alone() -> None:
+    for sentence in ("[/EN#1/a" * 100_000, "[/EN#1" + "/a" * 100_000, "[/EN#1/a" + " " * 200_000):
+        with pytest.raises(ValueError, match="bracket"):
+            parse_sentence(sentence + " x")
+
+
+BOMB = """<?xml version="1.0"?>
+<!DOCTYPE lolz [<!ENTITY a "lol"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>
+<annotation><size><width>100</width><height>80</height></size><filename>&b;</filename></annotation>"""
+OUTSIDE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>'
+
+
+@pytest.mark.parametrize(
+    ("xml", "reason"),
+    [
+        (BOMB, "annotation_malformed"),
+        (OUTSIDE, "annotation_malformed"),
+        ('<?xml version="1.0" encoding="nonsense"?><annotation/>', "annotation_malformed"),
+        ("", "annotation_malformed"),
+        ("<annotation>", "annotation_malformed"),
+        ("<annotation></annotation>", "annotation_malformed"),
+        ("<annotation><size><width>wide</width><height>80</height></size></annotation>", "annotation_malformed"),
+        (None, "annotation_missing"),
+    ],
+)
+def test_an_annotation_that_cannot_be_used_leaves_the_captions(world: World, xml: str | None, reason: str) -> None:
+    world.add("2", BOY)
+    if xml is None:
+        (world.entities / "Annotations" / "2.xml").unlink()
+    else:
+        world.annotate("2", xml)
+    samples, left_out = world.read()
+    assert (samples[1].captions, samples[1].regions) == (("A young white boy",), ())
+    assert left_out == {**USUAL, reason: 1, "phrase_not_annotated": 1}
+
+
+@pytest.mark.parametrize(
+    ("corners", "reason"),
+    [
+        ("10 10 9 20", "box_without_area"),
+        ("10 10 20 5", "box_without_area"),
+        ("101 10 120 20", "box_outside_image"),
+        ("10 ten 20 20", "box_malformed"),
+        ("10 10 20", "box_malformed"),
+        ("10 nan 20 20", "box_malformed"),
+        ("10 10 1e999 20", "box_malformed"),
+    ],
+)
+def test_bad_boxes_are_counted_and_the_rest_survives(world: World, corners: str, reason: str) -> None:
+    world.add("2", BOY, (thing("283585", corners), thing("283585", "91 71 120 90")))
+    samples, left_out = world.read()
+    assert [region.box for region in samples[1].regions] == [(90, 70, 10, 10)]
+    assert left_out == {**USUAL, reason: 1}
+
+
+def test_boxes_of_chains_that_no_sentence_names_are_counted(world: World) -> None:
+    world.add("2", f"{BOY} and [/EN#0/notvisual it]", (thing("9", "1 1 5 5"), thing("0", "1 1 5 5"), thing("283585")))
+    samples, left_out = world.read()
+    assert samples[1].regions == ()
+    assert left_out == {**USUAL, "phrase_notvisual": 2, "box_of_unmentioned_chain": 2, "phrase_not_annotated": 1}
+
+
+def test_captions_that_are_listed_as_unrelated_are_left_out_where_that_is_asked_for(world: World) -> None:
+    listed = world.entities / "UNRELATED_CAPTIONS"
+    listed.write_text("# format: <imageID> <sentence number>\n1000092795 2\n129602216 5\n")
+    assert len(world.read()[0][0].captions) == 3
+    (sample,), left_out = world.read(leave_out_unrelated=True)
+    assert sample.captions == (
+        "A young white boy with short hair smiling at two men .",
+        "It makes the men feel joy .",
+    )
+    assert left_out["caption_unrelated"] == 1
+    assert words(sample, 2) == [(0, "two men"), (1, "the men")]
+    listed.write_text("1000092795 two\n")
+    with pytest.raises(ValueError, match="'1000092795 two' is no image id"):
+        world.read(leave_out_unrelated=True)
+    listed.unlink()
+    with pytest.raises(FileNotFoundError, match="UNRELATED_CAPTIONS"):
+        world.read(leave_out_unrelated=True)
+
+
+def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
+    (world.images / "1000092795.jpg").unlink()
+    with pytest.raises(ValueError, match=r"'val'.*image_missing.*belong together"):
+        world.read()
+
+
+def test_the_command_line_makes_shards_and_says_what_was_left_out(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = world.paths()
+    options = [f"--images={paths['images']}", f"--entities={paths['entities']}", f"--out={tmp_path / 'out'}"]
+    main(["prepare", "flickr30k", *options, "--split=val"])
+    assert Manifest.load(tmp_path / "out").samples == 1
+    assert "phrase_scene" in capsys.readouterr().out
