@@ -2,10 +2,7 @@
 
 A folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `manifest.json`, which lists each shard with its number
 of samples, bytes and SHA-256. The same samples give the same bytes, so that two machines can compare hashes.
-
-A shard may come from anywhere. So webdataset, which would run the URL `pipe:...` as a shell command, unpickle `.pyd`
-members and unpack compressed tars, never sees a name or a URL here: it is handed an open file, and it is asked for
-members with known extensions only, as bytes.
+Shards may come from anywhere; `tar_records` is what opens them.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -28,10 +25,10 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 from lightning_xai.data.sample import IMAGE_MEMBERS, RecordError, Sample, decode_sample, encode_sample
+from lightning_xai.data.tar_records import TarRecord, TarRecords
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -301,13 +298,12 @@ def _read_slice(
 
 def _read_shard(path: Path, start: int, stop: int) -> Iterator[Sample | RecordError]:
     """The records `start` to `stop` of one shard; always `stop - start` items."""
-    selector = _RecordSelector(start, stop)
-    faults: list[str] = []
+    records = TarRecords(path, _MEMBERS, start, stop)
     position = start
-    for group in islice(_read_groups(path, selector, faults), stop - start):
-        yield _decode_group(path, group, selector.faults.get(position))
+    for record in records:
+        yield _decode(path, record)
         position += 1
-    reason = faults[0] if faults else f"the shard ends after {selector.records} records"
+    reason = records.damage or f"the shard ends after {records.seen} records"
     for missing in range(position, stop):
         yield RecordError(
             f"{path}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or prepare it "
@@ -315,75 +311,13 @@ def _read_shard(path: Path, start: int, stop: int) -> Iterator[Sample | RecordEr
         )
 
 
-def _decode_group(path: Path, group: Mapping[str, Any], fault: str | None) -> Sample | RecordError:
-    key = group["__key__"]
-    if fault:
-        return RecordError(f"{path}, record {key}: {fault}; prepare the shard again")
+def _decode(path: Path, record: TarRecord) -> Sample | RecordError:
+    if record.fault:
+        return RecordError(f"{path}, record {record.key}: {record.fault}; prepare the shard again")
     try:
-        return decode_sample(key, {name: data for name, data in group.items() if name in _MEMBERS}, str(path))
+        return decode_sample(record.key, record.members, str(path))
     except RecordError as error:
         return error
-
-
-class _RecordSelector:
-    """Chooses by member name what is read: known extensions of the wanted records, counted from 0.
-
-    It also notes what the names alone show to be wrong, by record: a member that comes twice (webdataset would give up
-    on the shard), and a key that comes back after another one.
-    """
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.faults: dict[int, str] = {}
-        self.records = 0
-        self._wanted = range(start, stop + 1)  # one record more: it tells webdataset that the last wanted one is whole
-        self._key: str | None = None
-        self._extensions: set[str] = set()
-        self._keys: set[str] = set()
-
-    def __call__(self, member: str) -> bool:
-        key, extension = base_plus_ext(member)
-        if key is None or extension.lower() not in _MEMBERS:
-            return False
-        if key != self._key:
-            self._begin(key)
-        position = self.records - 1
-        if extension.lower() in self._extensions:
-            self.faults[position] = f"its .{extension.lower()} member comes twice"
-            return False
-        self._extensions.add(extension.lower())
-        return position in self._wanted
-
-    def _begin(self, key: str) -> None:
-        self.records += 1
-        self._key, self._extensions = key, set()
-        if key in self._keys:
-            self.faults[self.records - 1] = "its key comes twice in the shard, with others between"
-        self._keys.add(key)
-
-
-def _read_groups(path: Path, selector: _RecordSelector, faults: list[str]) -> Iterator[Mapping[str, Any]]:
-    """Selected members by record, through webdataset; ends early, the reason in `faults`, where the file is damaged."""
-
-    def stop_reading(error: Exception) -> bool:
-        # webdataset adds the stream's repr to the message behind " @ "
-        faults.append(str(error.args[0]).split(" @ ")[0] if error.args else type(error).__name__)
-        return False
-
-    if not path.is_file():  # opening a pipe or a device could block for ever
-        faults.append("there is no such file")
-        return
-    try:
-        with path.open("rb") as stream:
-            if stream.read(512)[257:262] != b"ustar":
-                faults.append("it is not an uncompressed tar file")
-                return
-            stream.seek(0)
-            members = tar_file_expander(
-                [{"url": path.name, "stream": stream}], handler=stop_reading, select_files=selector
-            )
-            yield from group_by_keys(members, handler=stop_reading)
-    except OSError as error:
-        faults.append(str(error))
 
 
 class _HashingFile:
