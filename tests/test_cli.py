@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from lightning_xai.cli import main
+from lightning_xai.commands.prepare import SOURCES
 from lightning_xai.data import Manifest
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.tasks import ContrastiveFineTuning
@@ -300,6 +301,20 @@ def test_a_mistyped_command_line_gives_usage_and_what_was_expected(
     told = capsys.readouterr().err
     assert message in told
     assert "usage:" in told
+
+
+@pytest.mark.parametrize("name", ["two-words", "two_words"])
+def test_a_data_set_of_two_words_is_found_with_either_sign_between_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[int] = []
+
+    def prepare(rows_a_shard: int = 1) -> None:
+        called.append(rows_a_shard)
+
+    monkeypatch.setitem(SOURCES, "two-words", prepare)
+    main(["prepare", name, "--rows-a-shard=2"])
+    assert called == [2]
 
 
 @pytest.mark.parametrize("error", [KeyError("a slip"), ValueError("of somebody else"), AssertionError("an invariant")])

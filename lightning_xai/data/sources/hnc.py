@@ -1,0 +1,391 @@
+"""HNC, the Hard Negative Captions of GQA's images, as its publishers ship them.
+
+A file holds image ids -> `captions`: caption ids -> one caption made from the image's scene graph:
+
+    "2370799": {"captions": {
+      "0": {"caption": "The man is near the car.", "label": 1, "type": "relation_obj", "cpt_p_id": null,
+            "replaced": null, "bboxes": {"1058498": {"name": "man", "bbox": {"x": 9, "y": 4, "w": 50, "h": 90}}, ...}},
+      "1": {"caption": "The man is near the tree.", "label": 0, "type": "relation_obj", "cpt_p_id": 0,
+            "replaced": ["car", "tree"], "bboxes": {...}}}}
+
+True captions (label 1) become the sample's captions, and each object a region. Its name stands in them word for word,
+so that its places are found by looking for whole words; of names within each other ("car", "car door") the longest
+counts. Hard negatives (label 0) that replace one object's name become `HardNegative`s of their true caption.
+
+Every object that any caption of the image mentions is a region, also where the caption itself is not taken: two of one
+name are several instances. Objects that no caption mentions are known only from GQA's own scene graphs.
+
+What is accepted beside the published form, because versions of the data differ: the captions without `captions`
+around them; `bboxes` as a list of `{"name", "bbox"}` or as names -> boxes; a box as `[x, y, w, h]` or with `width` and
+`height`; numbers as text; `label` as true and false.
+
+What cannot be used is counted by reason, and the rest goes on. Reasons for leaving out
+
+- an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its id leaves the
+  folder), `image_record_malformed`, `image_without_caption`, `size_mismatch` (it is not the image of the scene graph);
+- a caption: `caption_malformed` (no text, label or type), `caption_of_other_type` (not one of those asked for);
+- an object: `object_malformed` (no name or box), `box_malformed`, `box_without_area`, `box_outside_image`;
+- a hard negative: `negative_malformed` (without `replaced`), `negative_without_positive` (the true caption is not
+  there), `negative_of_no_object` (it replaces an attribute, a relation or a number), `negative_of_several_objects`
+  (the true caption names two by the replaced word), `negative_without_box`, `negative_differs_elsewhere` (the captions
+  differ by more than the replacement and "is" or "are", which agree with it);
+- only the other objects of an image: `scene_graph_missing` (it has none in the file).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_xai.data.sample import Box, HardNegative, Region, Sample, Span
+from lightning_xai.data.shards import Manifest, write_shards
+from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sources.files import check_file, check_folder, load_json, read_image_file
+from lightning_xai.data.sources.left_out import LeftOutError, counting, key_from, usable_samples
+
+TRIPLETS = "relation_subj+relation_obj+relation_pred"
+"""The types of "The <subject> is <predicate> the <object>." captions, which the papers use."""
+
+# Where Visual Genome keeps its images, if they are not all in one folder as GQA ships them.
+_SUBFOLDERS = ("", "VG_100K/", "VG_100K_2/")
+_LABELS = {"1": True, "True": True, "0": False, "False": False}
+_VERB = re.compile(r"\b(?:is|are)\b")
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A thing of an image: what tells it apart, its name, and whatever stands for its box."""
+
+    key: str
+    name: str
+    box: Any
+
+
+@dataclass(frozen=True)
+class _Caption:
+    """A caption as the file has it."""
+
+    key: str
+    text: str
+    is_true: bool
+    kind: str
+    positive: str
+    replaced: Any
+    objects: tuple[_Object, ...]
+
+
+def prepare_hnc(
+    images: Path,
+    captions: Path,
+    out: Path,
+    split: str,
+    types: str = TRIPLETS,
+    scene_graphs: Path | None = None,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+) -> Manifest:
+    """Convert a native HNC file to shards.
+
+    Args:
+        images: folder with GQA's image files.
+        captions: the split's JSON file.
+        out: folder to make for the shards.
+        split: the split's name.
+        types: which types of captions to take, joined by "+"; "all" for all.
+        scene_graphs: GQA's `{split}_sceneGraphs.json`, for the objects that no caption mentions.
+        samples_per_shard: size of all shards but the last.
+        overwrite: replace shards that are already in `out`.
+
+    Returns:
+        The manifest; its `left_out` counts, by reason, what could not be used.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: a file is broken or of another kind, a type is unknown, or not one image could be used.
+    """
+    left_out: Counter[str] = Counter()
+    samples = read_hnc(images, captions, split, types, scene_graphs, left_out)
+    return write_shards(
+        samples,
+        out,
+        name=f"hnc/{split}",
+        samples_per_shard=samples_per_shard,
+        left_out=left_out,
+        overwrite=overwrite,
+    )
+
+
+def read_hnc(
+    images: Path,
+    captions: Path,
+    split: str,
+    types: str = TRIPLETS,
+    scene_graphs: Path | None = None,
+    left_out: Counter[str] | None = None,
+) -> Iterator[Sample]:
+    """Read HNC's images one after the other, in the order of the file.
+
+    The whole file is held in memory. Boxes are clipped to the image. With scene graphs, which state the annotated size,
+    they are turned with an image that lies on its side by EXIF; without, they are taken as drawn on the upright image.
+
+    Args:
+        images: folder with GQA's image files, `{id}.jpg` (or Visual Genome's, with its sub-folders).
+        captions: the split's JSON file.
+        split: name of the split, used in `Sample.source`.
+        types: which types of captions to take, joined by "+" (`TRIPLETS`, the default, is what the papers use); "all"
+            for all. Hard negatives have the type of their true caption.
+        scene_graphs: GQA's `train_sceneGraphs.json` or `val_sceneGraphs.json`. The papers measure objects that are the
+            only ones of their class in the image: without this file, those that no caption mentions are not counted.
+        left_out: filled while iterated: reason (see the module's text) -> count.
+
+    Returns:
+        An iterator of samples; the files are read and checked before it is returned.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: a file is broken or of another kind, a type does not occur in it, or (at the end) no image could be
+            used.
+    """
+    left_out = Counter() if left_out is None else left_out
+    check_folder(images, "images", "the image files")
+    check_file(captions, "captions", "HNC's JSON file of this split")
+    if scene_graphs is not None:
+        check_file(scene_graphs, "scene_graphs", "GQA's JSON file of scene graphs")
+    records = load_json(captions, "captions")
+    graphs = {} if scene_graphs is None else load_json(scene_graphs, "scene_graphs")
+    reader = _Reader(images, split, graphs, _wanted_types(records, types, captions), left_out)
+    return usable_samples(
+        records.items(),
+        reader.read,
+        left_out,
+        what=f"image of {captions}",
+        advice=f"Check that it is HNC's file of the images in {images}",
+    )
+
+
+class _Reader:
+    """Builds samples from the records of images; counts the captions, objects and negatives that it leaves out."""
+
+    def __init__(
+        self, images: Path, split: str, graphs: Mapping[str, Any], types: frozenset[str], left_out: Counter[str]
+    ) -> None:
+        self._images = images
+        self._split = split
+        self._graphs = graphs
+        self._types = types
+        self._left_out = left_out
+
+    def read(self, entry: tuple[str, Any]) -> Sample:
+        """The sample of an image id and its record."""
+        image_id, record = entry
+        found = self._captions(record)
+        taken = [caption for caption in found if caption.kind in self._types]
+        self._left_out["caption_of_other_type"] += len(found) - len(taken)
+        positives = [caption for caption in taken if caption.is_true]
+        if not positives:
+            raise LeftOutError("image_without_caption")
+        file = read_image_file(self._images, [f"{folder}{image_id}.jpg" for folder in _SUBFOLDERS])
+        graph = self._graph(image_id)
+        things = {thing.key: thing for thing in self._objects(graph.get("objects"))}
+        for caption in found:
+            for thing in caption.objects:
+                things.setdefault(thing.key, thing)
+        to_upright = file.from_annotated(_annotated_size(graph) or file.size)
+        regions = self._regions(tuple(things.values()), [caption.text for caption in positives], to_upright, file.size)
+        return Sample(
+            key=key_from(image_id),
+            image=file.data,
+            size=file.size,
+            captions=tuple(caption.text for caption in positives),
+            regions=tuple(regions.values()),
+            source=f"hnc/{self._split}/{file.name}",
+            negatives=self._negatives(taken, positives, tuple(regions)),
+        )
+
+    def _graph(self, image_id: str) -> Mapping[str, Any]:
+        graph = self._graphs.get(image_id)
+        if isinstance(graph, Mapping):
+            return graph
+        if self._graphs:
+            self._left_out["scene_graph_missing"] += 1
+        return {}
+
+    def _captions(self, record: Any) -> list[_Caption]:
+        captions = _captions_of(record)
+        if captions is None:
+            raise LeftOutError("image_record_malformed")
+        found = []
+        for key, caption in captions.items():
+            with counting(self._left_out):
+                found.append(self._caption(key, caption))
+        return found
+
+    def _caption(self, key: str, record: Any) -> _Caption:
+        if not isinstance(record, Mapping):
+            raise LeftOutError("caption_malformed")
+        text, label, kind = record.get("caption"), str(record.get("label")), record.get("type")
+        if not isinstance(text, str) or not text.strip() or label not in _LABELS or not isinstance(kind, str):
+            raise LeftOutError("caption_malformed")
+        return _Caption(
+            key=key,
+            text=text.strip(),
+            is_true=_LABELS[label],
+            kind=kind,
+            positive=str(record.get("cpt_p_id")),
+            replaced=record.get("replaced"),
+            objects=self._objects(record.get("bboxes")),
+        )
+
+    def _objects(self, boxes: Any) -> tuple[_Object, ...]:
+        things = []
+        for key, value in _keyed(boxes):
+            with counting(self._left_out):
+                things.append(_object(key, value))
+        return tuple(things)
+
+    def _regions(
+        self, things: Sequence[_Object], captions: Sequence[str], to_upright: BoxTransform, size: tuple[int, int]
+    ) -> dict[str, Region]:
+        """Regions by the key of their object."""
+        spans = _mentions({thing.name for thing in things}, captions)
+        regions = {}
+        for thing in things:
+            with counting(self._left_out):
+                box = clip_box(to_upright(_box(thing.box)), size)
+                regions[thing.key] = Region(thing.name, box, spans.get(thing.name, {}))
+        return regions
+
+    def _negatives(
+        self, taken: Sequence[_Caption], positives: Sequence[_Caption], regions: Sequence[str]
+    ) -> tuple[HardNegative, ...]:
+        """The wrong ones of `taken`; `regions` are the keys of the sample's regions."""
+        true = {caption.key: (number, caption) for number, caption in enumerate(positives)}
+        negatives = []
+        for caption in taken:
+            if not caption.is_true:
+                with counting(self._left_out):
+                    if caption.positive not in true:
+                        raise LeftOutError("negative_without_positive")
+                    number, positive = true[caption.positive]
+                    negatives.append(_negative(caption, positive, number, regions))
+        return tuple(negatives)
+
+
+def _negative(caption: _Caption, positive: _Caption, number: int, regions: Sequence[str]) -> HardNegative:
+    """The hard negative of a true caption, the sample's `number`-th."""
+    original, replacement = _replaced(caption.replaced)
+    named = {thing.key for thing in positive.objects if thing.name == original}
+    if len(named) != 1:
+        raise LeftOutError("negative_of_several_objects" if named else "negative_of_no_object")
+    (key,) = named
+    if key not in regions:
+        raise LeftOutError("negative_without_box")
+    true_span, span = _swapped(positive.text, original, caption.text, replacement)
+    return HardNegative(caption.text, span, number, true_span, regions.index(key))
+
+
+def _replaced(pair: Any) -> tuple[str, str]:
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise LeftOutError("negative_malformed")
+    original, replacement = (word.strip() if isinstance(word, str) else "" for word in pair)
+    if not original or not replacement or original == replacement:
+        raise LeftOutError("negative_malformed")
+    return original, replacement
+
+
+def _swapped(true: str, original: str, wrong: str, replacement: str) -> tuple[Span, Span]:
+    """Where the captions have the original and the replacement, if all else is the same but for "is" and "are".
+
+    >>> _swapped("The man is near the car.", "man", "The men are near the car.", "men")
+    ((4, 7), (4, 7))
+    """
+    for start, end in _places((original,), true):
+        for other_start, other_end in _places((replacement,), wrong):
+            before = _VERB.sub("is", true[:start]) == _VERB.sub("is", wrong[:other_start])
+            if before and _VERB.sub("is", true[end:]) == _VERB.sub("is", wrong[other_end:]):
+                return (start, end), (other_start, other_end)
+    raise LeftOutError("negative_differs_elsewhere")
+
+
+def _mentions(names: set[str], captions: Sequence[str]) -> dict[str, dict[int, tuple[Span, ...]]]:
+    """Where each name stands, by the index of the caption."""
+    found: dict[str, dict[int, tuple[Span, ...]]] = {}
+    if names:
+        for index, caption in enumerate(captions):
+            for start, end in _places(sorted(names, key=len, reverse=True), caption):
+                places = found.setdefault(caption[start:end], {})
+                places[index] = (*places.get(index, ()), (start, end))
+    return found
+
+
+def _places(names: Sequence[str], caption: str) -> list[Span]:
+    """Where one of the names stands in a caption, as whole words; of those that begin together, the one listed first.
+
+    >>> _places(("car door", "car"), "A car door, carpets and a car.")
+    [(2, 10), (26, 29)]
+    """
+    pattern = "|".join(re.escape(name) for name in names)
+    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", caption)]
+
+
+# Records
+
+
+def _captions_of(record: Any) -> Mapping[str, Any] | None:
+    captions = record.get("captions", record) if isinstance(record, Mapping) else None
+    return captions if isinstance(captions, Mapping) else None
+
+
+def _wanted_types(records: Mapping[str, Any], types: str, path: Path) -> frozenset[str]:
+    captions = (caption for record in records.values() for caption in (_captions_of(record) or {}).values())
+    kinds = (caption.get("type") for caption in captions if isinstance(caption, Mapping))
+    there = frozenset(kind for kind in kinds if isinstance(kind, str))
+    wanted = there if types == "all" else frozenset(types.split("+"))
+    missing = sorted(wanted - there)
+    if missing:
+        raise ValueError(
+            f"types: {path} has no captions of type {missing[0]!r}; its types are {sorted(there)}, which '+' joins "
+            "('all' takes every one). Is it HNC's file?"
+        )
+    return wanted
+
+
+def _keyed(boxes: Any) -> Sequence[tuple[str | None, Any]]:
+    if isinstance(boxes, Mapping):
+        return list(boxes.items())
+    if isinstance(boxes, list):
+        return [(None, value) for value in boxes]
+    return [] if boxes is None else [(None, boxes)]
+
+
+def _object(key: str | None, value: Any) -> _Object:
+    """An object from an entry of `bboxes`, or of a scene graph, where the box stands beside the name."""
+    if isinstance(value, Mapping) and "name" in value:
+        name, box = value["name"], value.get("bbox", value)
+    else:
+        name, box, key = key, value, None
+    if not isinstance(name, str) or not name.strip():
+        raise LeftOutError("object_malformed")
+    # Without an id, the same name and box are the same object.
+    return _Object(f"{name} {box}" if key is None else key, name.strip(), box)
+
+
+def _box(value: Any) -> Box:
+    if isinstance(value, Mapping):
+        value = [
+            value.get("x"),
+            value.get("y"),
+            value.get("w", value.get("width")),
+            value.get("h", value.get("height")),
+        ]
+    return parse_box(value)
+
+
+def _annotated_size(graph: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The size that a scene graph states; None where it states none."""
+    width, height = graph.get("width"), graph.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
