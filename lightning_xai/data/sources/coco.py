@@ -29,7 +29,7 @@ from lightning_xai.data.sample import Region, Sample, Span
 from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
-from lightning_xai.data.sources.files import check_file, check_folder, load_json, read_image_file
+from lightning_xai.data.sources.files import check_file, check_folder, listed_records, load_json, read_image_file
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 from lightning_xai.data.sources.left_out import LeftOutError, counting, kept_captions, usable_samples
 from lightning_xai.data.spans import MentionFinder
@@ -218,12 +218,7 @@ def _load_coco(path: Path, name: str, parts: tuple[str, ...]) -> COCO:
         "categories": ("id", "name"),
     }
     for part in parts:
-        if not isinstance(data.get(part), list):
-            raise ValueError(f"{name}: {path} has no list {part!r}; is it COCO's {name} file? It has {sorted(data)}")
-        for index, record in enumerate(data[part]):
-            missing = [key for key in needed[part] if not isinstance(record, dict) or key not in record]
-            if missing:
-                raise ValueError(f"{name}: {path}: {part}[{index}] has no {missing[0]!r}; is it COCO's {name} file?")
+        for record in listed_records(data, part, needed[part], origin=f"{name}: {path}", kind=f"COCO's {name} file"):
             # Outlines make up most of the file and are not used; 860,000 of them would fill memory.
             record.pop("segmentation", None)
     index = COCO()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -155,8 +155,33 @@ def load_json(path: Path, name: str) -> dict[str, Any]:
             f"{name}: {path} is broken JSON at line {error.lineno} column {error.colno} (character {error.pos}: "
             f"{error.msg}); download it again"
         ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: {path} is no JSON text ({error}); download it again") from error
     if not isinstance(data, dict):
         raise ValueError(f"{name}: {path} holds a {type(data).__name__}, expected an object; is it the right file?")
     return data
+
+
+def listed_records(
+    data: Mapping[str, Any], part: str, keys: Iterable[str], *, origin: str, kind: str
+) -> list[dict[str, Any]]:
+    """The list `part` of an object from `load_json`, where each record is an object that has all `keys`.
+
+    Args:
+        data: the object.
+        part: name of the list.
+        keys: what each record needs, of whatever type.
+        origin: option and file, for messages ("captions: captions_val2017.json").
+        kind: what file it should be ("COCO's captions file").
+
+    Raises:
+        ValueError: there is no such list, or a record lacks a key; the message says which.
+    """
+    records = data.get(part)
+    if not isinstance(records, list):
+        raise ValueError(f"{origin} has no list {part!r}; is it {kind}? It has {sorted(data)}")
+    for index, record in enumerate(records):
+        for key in keys:
+            if not isinstance(record, dict) or key not in record:
+                raise ValueError(f"{origin}: {part}[{index}] has no {key!r}; is it {kind}?")
+    return records

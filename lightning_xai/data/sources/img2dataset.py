@@ -1,0 +1,114 @@
+"""What img2dataset fetched: a folder of tar files whose records are an image, its caption and how it was fetched.
+
+`img2dataset --output_format webdataset` writes `00000.tar`, `00001.tar`, ... with `000000000.jpg` (or .png, .webp),
+`000000000.txt` and `000000000.json` for each image. The `.parquet` and `_stats.json` files beside them, which also list
+what could not be fetched, are not needed.
+
+Reasons for leaving out
+
+- a tar file from the place on where it cannot be read: `shard_damaged`;
+- an image: `image_not_fetched` (its .json says so), `image_missing`, `image_does_not_decode`, `image_without_caption`,
+  `image_twice`, `record_malformed` (a member comes twice, there are several images, or the .json is no JSON object);
+- a caption: `caption_empty`, `caption_not_utf8`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_xai.data.sample import IMAGE_MEMBERS, Sample
+from lightning_xai.data.sources.files import check_folder, decode_image_file
+from lightning_xai.data.sources.left_out import LeftOutError, kept_captions, key_from, usable_samples
+from lightning_xai.data.tar_records import TarRecord, TarRecords
+
+_MEMBERS = (*IMAGE_MEMBERS, "txt", "json")
+_FETCHED = "success"
+
+_log = logging.getLogger(__name__)
+
+
+def read_img2dataset(shards: Path, name: str, left_out: Counter[str] | None = None) -> Iterator[Sample]:
+    """Read the images of all tar files of a folder one after the other, in the order of the files' names.
+
+    The caption is the .txt member, or what the .json calls `caption` where there is none. Keys hold the tar file's
+    name: img2dataset's first versions began anew to count in each.
+
+    Args:
+        shards: folder with the tar files.
+        name: data set and split, used in `Sample.source` ("conceptual-captions/train").
+        left_out: filled while iterated: reason (see the module's text) -> count.
+
+    Returns:
+        An iterator of samples.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no tar file, or (at the end) no image could be used.
+    """
+    left_out = Counter() if left_out is None else left_out
+    check_folder(shards, "shards", "the tar files that img2dataset wrote")
+    files = sorted(shards.glob("*.tar"))
+    if not files:
+        raise ValueError(
+            f"shards: {shards} holds no .tar file; give the folder that img2dataset wrote with "
+            "--output_format webdataset"
+        )
+    return usable_samples(
+        _records(files, left_out),
+        partial(_sample, name=name, left_out=left_out),
+        left_out,
+        what=f"image in the tar files of {shards}",
+        advice="Check that img2dataset wrote them with --output_format webdataset and the column of the captions",
+    )
+
+
+def _records(files: Iterable[Path], left_out: Counter[str]) -> Iterator[tuple[str, TarRecord]]:
+    """Every record with the name of its tar file."""
+    for file in files:
+        records = TarRecords(file, _MEMBERS)
+        for record in records:
+            yield file.stem, record
+        if records.damage:
+            left_out["shard_damaged"] += 1
+            _log.warning("%s: only %d records could be read (%s); fetch it again", file, records.seen, records.damage)
+
+
+def _sample(entry: tuple[str, TarRecord], name: str, left_out: Counter[str]) -> Sample:
+    shard, record = entry
+    images = [record.members[extension] for extension in IMAGE_MEMBERS if extension in record.members]
+    if record.fault or len(images) > 1:
+        raise LeftOutError("record_malformed")
+    about = _parse(record.members.get("json", b"{}"))
+    if about.get("status", _FETCHED) != _FETCHED:
+        raise LeftOutError("image_not_fetched")
+    captions = kept_captions([_caption(record.members.get("txt"), about)], left_out)
+    if not images:
+        raise LeftOutError("image_missing")
+    key = key_from(f"{shard}-{record.key}")
+    file = decode_image_file(key, images[0])
+    return Sample(key, file.data, file.size, captions, source=f"{name}/{key}")
+
+
+def _parse(data: bytes) -> Mapping[str, Any]:
+    try:
+        about = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise LeftOutError("record_malformed") from error
+    if not isinstance(about, dict):
+        raise LeftOutError("record_malformed")
+    return about
+
+
+def _caption(text: bytes | None, about: Mapping[str, Any]) -> object:
+    if text is None:
+        return about.get("caption")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise LeftOutError("caption_not_utf8") from error

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from image_files import HTML, UNSAFE_NAMES, jpeg
+
+from lightning_xai.cli import main
+from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
+from lightning_xai.data.batch import EvaluationCollate
+from lightning_xai.data.sample import encode_sample
+from lightning_xai.data.shards import read_samples
+from lightning_xai.data.sources.ms_cxr import read_ms_cxr
+
+FINDINGS = ("Pneumonia", "Pneumothorax")
+HEADER = (
+    *("dicom_id", "category_name", "label_text", "path", "x", "y", "w", "h"),
+    *("image_width", "image_height", "split"),
+)
+FIRST, SECOND = "02aa804e-bde0afdd-112c0b34", "04564240-d4e9e69c-1dd70a83"
+
+
+class World:
+    """MS-CXR's two files and some images of MIMIC-CXR-JPG; tests change them before they are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "mimic-cxr-jpg"
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.findings: list[dict[str, Any]] = [
+            {"id": number, "name": name, "supercategory": "disease"} for number, name in enumerate(FINDINGS, 1)
+        ]
+        self.add_image(FIRST)
+        self.add_image(SECOND, size=(30, 40))
+        self.add(0, "Patchy opacities in both\n lower lobes", [2, 10, 8, 12], finding=1)
+        self.add(1, "large right apical pneumothorax", [0, 0, 10, 10], finding=2, split="test")
+        self.add(0, "Patchy opacities in both lower lobes", [25, 10, 10, 12], finding=1)
+        self.add(0, "left upper lobe pneumonia", [22, 1, 6, 6], finding=1)
+
+    def add_image(self, dicom: str, data: bytes | None = None, size: tuple[int, int] = (40, 30)) -> None:
+        path = f"files/p10/p10000{len(self.images)}/s5/{dicom}.jpg"
+        (self.root / path).parent.mkdir(parents=True)
+        (self.root / path).write_bytes(jpeg(size, mode="L") if data is None else data)
+        record = {"id": len(self.images) + 7, "file_name": f"{dicom}.jpg", "path": path}
+        self.images.append(record | {"width": size[0], "height": size[1], "num_annotations": 1})
+
+    def add(self, image: int, phrase: Any, box: Any, finding: Any = 1, split: str = "train") -> None:
+        self.annotations.append(
+            {
+                "id": len(self.annotations) + 1,
+                "image_id": self.images[image]["id"],
+                "category_id": finding,
+                "label_text": phrase,
+                "bbox": box,
+                "width": self.images[image]["width"],
+                "height": self.images[image]["height"],
+                "split": split,
+            }
+        )
+
+    def json_file(self) -> Path:
+        path = self.folder / "MS_CXR_Local_Alignment_v1.1.0.json"
+        content = {"info": {}, "licenses": [], "categories": self.findings}
+        path.write_text(json.dumps(content | {"images": self.images, "annotations": self.annotations}))
+        return path
+
+    def csv_file(self) -> Path:
+        """The same annotations as the publishers' script writes them."""
+        path = self.folder / "MS_CXR_Local_Alignment_v1.1.0.csv"
+        images = {image["id"]: image for image in self.images}
+        names = {finding["id"]: finding["name"] for finding in self.findings}
+        with path.open("w", encoding="utf-8", newline="") as file:
+            rows = csv.DictWriter(file, HEADER)
+            rows.writeheader()
+            for record in self.annotations:
+                image = images[record["image_id"]]
+                about = {
+                    "dicom_id": image["file_name"].removesuffix(".jpg"),
+                    "category_name": names[record["category_id"]],
+                    "label_text": record["label_text"],
+                    "path": image["path"],
+                    "image_width": image["width"],
+                    "image_height": image["height"],
+                    "split": record["split"],
+                }
+                rows.writerow(about | dict(zip("xywh", record["bbox"], strict=True)))
+        return path
+
+    def read(self, split: str | None = None, path: Path | None = None) -> tuple[list[Sample], dict[str, int]]:
+        left_out: Counter[str] = Counter()
+        samples = list(read_ms_cxr(self.root, path or self.json_file(), split, left_out))
+        for sample in samples:
+            encode_sample(sample)  # every sample keeps the contract
+        return samples, dict(+left_out)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_each_phrase_is_a_caption_whose_boxes_are_one_target(world: World) -> None:
+    (first, second), left_out = world.read()
+    assert left_out == {}
+    assert (first.key, second.key) == (FIRST, SECOND)
+    assert first.source == f"ms-cxr/files/p10/p100000/s5/{FIRST}.jpg"
+    assert first.captions == ("Patchy opacities in both lower lobes", "left upper lobe pneumonia")
+    assert [(region.label, region.box) for region in first.regions] == [
+        ("Pneumonia", (2.0, 10.0, 8.0, 12.0)),
+        ("Pneumonia", (25.0, 10.0, 10.0, 12.0)),
+        ("Pneumonia", (22.0, 1.0, 6.0, 6.0)),
+    ]
+    assert [region.spans for region in first.regions] == [{0: ((0, 36),)}, {0: ((0, 36),)}, {1: ((0, 25),)}]
+    assert first.size == (40, 30)
+    assert first.image == jpeg(mode="L")
+    assert (second.regions[0].label, second.captions) == ("Pneumothorax", ("large right apical pneumothorax",))
+
+
+def test_batches_get_all_boxes_of_a_phrase_and_measure_the_phrases_with_one(world: World) -> None:
+    (first, _), _ = world.read()
+    tokenizer = CaptionTokenizer(open_clip.SimpleTokenizer())
+    transform = ImageTransform((30, 40), mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="squash")
+    collate = EvaluationCollate(transform, tokenizer, ("Pneumonia",), captions_per_image=None)
+    batch = collate([(0, first)])
+    boxes = [[2, 10, 10, 22], [25, 10, 35, 22], [22, 1, 28, 7]]
+    assert batch.named is not None
+    assert batch.named.caption_row.tolist() == [0, 0, 1]
+    torch.testing.assert_close(batch.named.boxes, torch.tensor(boxes, dtype=torch.float32))
+    assert [LeftOut(reason).name for reason in batch.phrases.reason.tolist()] == ["SEVERAL_INSTANCES", "MEASURED"]
+    assert batch.phrases.text == ["Patchy opacities in both lower lobes", "left upper lobe pneumonia"]
+
+
+def test_both_files_give_the_same_samples(world: World) -> None:
+    world.add(1, 'quoted "opacity", with comma', [1.5, 2.25, 3, 4], finding=2)
+    assert world.read(path=world.csv_file()) == world.read()
+
+
+@pytest.mark.parametrize("split", ["train", "test", "test+train"])
+def test_a_split_of_the_publishers_is_taken(world: World, split: str) -> None:
+    samples, left_out = world.read(split)
+    assert [sample.key for sample in samples] == [
+        key for key, its in ((FIRST, "train"), (SECOND, "test")) if its in split
+    ]
+    assert samples[0].source.startswith(f"ms-cxr/{split}/files/")
+    assert left_out == {}
+    assert world.read(split, world.csv_file())[0] == samples
+
+
+def test_an_unknown_split_is_an_error_that_lists_those_there(world: World) -> None:
+    with pytest.raises(ValueError, match=r"no split 'val'; it has \['test', 'train'\]"):
+        world.read("test+val")
+    for record in world.annotations:
+        del record["split"]  # as in version 1.0.0
+    with pytest.raises(ValueError, match=r"versions before 1\.1\.0"):
+        world.read("test")
+    assert len(world.read()[0]) == 2
+
+
+def test_the_images_folder_may_be_files_itself(world: World) -> None:
+    expected, _ = world.read()
+    world.root = world.root / "files"
+    samples, left_out = world.read()
+    assert left_out == {}
+    assert [sample.image for sample in samples] == [sample.image for sample in expected]
+    assert [sample.key for sample in samples] == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ([5, 5, 0, 5], "box_without_area"),
+        ([40, 5, 5, 5], "box_outside_image"),
+        ([5, 5, "wide", 5], "box_malformed"),
+        ([5, 5, float("nan"), 5], "box_malformed"),
+    ],
+)
+def test_a_phrase_is_left_out_where_one_of_its_boxes_is_bad(world: World, box: Any, reason: str) -> None:
+    world.add(0, "Patchy opacities in both lower lobes", box)
+    for path in (world.json_file(), world.csv_file()):
+        (first, _), left_out = world.read(path=path)
+        assert first.captions == ("left upper lobe pneumonia",)
+        assert [region.spans for region in first.regions] == [{0: ((0, 25),)}]
+        assert left_out == {reason: 1, "phrase_incomplete": 1}
+
+
+@pytest.mark.parametrize("box", [None, 3, [5, 5, 5]])
+def test_a_box_of_another_form_is_malformed(world: World, box: Any) -> None:
+    world.add(0, "left upper lobe pneumonia", box)
+    assert world.read()[1] == {"box_malformed": 1, "phrase_incomplete": 1}
+
+
+@pytest.mark.parametrize("finding", [3, None, [1]])
+def test_an_unknown_finding_leaves_its_phrase_out(world: World, finding: Any) -> None:
+    world.add(0, "left upper lobe pneumonia", [1, 1, 5, 5], finding=finding)
+    (first, _), left_out = world.read()
+    assert len(first.captions) == 1
+    assert left_out == {"category_unknown": 1, "phrase_incomplete": 1}
+
+
+def test_bad_annotations_are_counted_and_the_rest_survives(world: World) -> None:
+    expected, _ = world.read()
+    world.add(0, " \n", [1, 1, 5, 5])
+    world.add(0, None, [1, 1, 5, 5])
+    world.add(0, "left  upper lobe pneumonia", [22, 1, 6, 6])
+    world.add(0, "of an image that is not there", [1, 1, 5, 5])
+    world.annotations[-1]["image_id"] = [4711]
+    samples, left_out = world.read()
+    assert samples == expected
+    assert left_out == {"phrase_empty": 2, "annotation_twice": 1, "annotation_of_unknown_image": 1}
+
+
+def test_an_image_without_a_usable_phrase_is_counted(world: World) -> None:
+    world.annotations[1]["bbox"] = [0, 0, -1, 10]
+    samples, left_out = world.read()
+    assert [sample.key for sample in samples] == [FIRST]
+    assert left_out == {"box_without_area": 1, "phrase_incomplete": 1, "image_without_caption": 1}
+
+
+def test_boxes_are_clipped_to_the_image(world: World) -> None:
+    world.annotations[1]["bbox"] = [-3, 5, 10, 99]
+    assert world.read()[0][1].regions[0].box == (0.0, 5.0, 7.0, 35.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "image_missing"),
+        (HTML, "image_does_not_decode"),
+        (jpeg((30, 40))[:300], "image_does_not_decode"),
+        (jpeg((15, 20)), "size_mismatch"),
+    ],
+)
+def test_bad_images_are_counted_and_the_rest_survives(world: World, data: bytes | None, reason: str) -> None:
+    path = world.root / world.images[1]["path"]
+    path.unlink() if data is None else path.write_bytes(data)
+    samples, left_out = world.read()
+    assert [sample.key for sample in samples] == [FIRST]
+    assert left_out == {reason: 1}
+
+
+@pytest.mark.parametrize("width", [None, "wide", 30.5, float("inf"), [30], 10**400])
+def test_a_size_that_is_none_is_counted(world: World, width: Any) -> None:
+    world.images[1]["width"] = width
+    assert world.read()[1] == {"size_malformed": 1}
+
+
+def test_rows_of_an_image_that_contradict_each_other_are_counted(world: World) -> None:
+    path = world.csv_file()
+    path.write_text(path.read_text().replace(",40,30,train", ",41,30,train", 1))
+    samples, left_out = world.read(path=path)
+    assert [sample.key for sample in samples] == [SECOND]
+    assert left_out == {"size_malformed": 1}
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+def test_a_path_that_leaves_the_images_folder_is_never_opened(world: World, name: str) -> None:
+    secret = world.root.parent / "secret.jpg"
+    secret.write_bytes(jpeg((30, 40)))
+    world.images[1]["path"] = name.format(absolute=secret)
+    samples, left_out = world.read()
+    assert [sample.key for sample in samples] == [FIRST]
+    assert left_out == {"image_name_unsafe": 1}
+
+
+def test_a_path_behind_files_that_leaves_the_folder_is_never_opened(world: World) -> None:
+    (world.folder / "secret.jpg").write_bytes(jpeg((30, 40)))
+    world.images[1]["path"] = f"files/{world.folder / 'secret.jpg'}"
+    assert world.read()[1] == {"image_name_unsafe": 1}
+
+
+def test_rows_of_another_length_are_counted(world: World) -> None:
+    expected, _ = world.read()
+    path = world.csv_file()
+    with path.open("a") as file:
+        file.write("02aa804e,Pneumonia,too short\n" + ",".join("x" * (len(HEADER) + 1)) + "\n")
+    samples, left_out = world.read(path=path)
+    assert samples == expected
+    assert left_out == {"annotation_malformed": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no column 'path'"),
+        (b"dicom_id,path,label_text\n", "has no column 'category_name'"),
+        (",".join(HEADER).encode() + b"\n\xff\xfe", "no CSV text"),
+        (",".join(HEADER).encode() + b'\n"never closed', "no CSV text"),
+        (",".join(HEADER).encode() + b"\n" + b"x" * 200_000, "no CSV text"),
+        (",".join(HEADER).encode() + b"\n", "no image of"),
+    ],
+)
+def test_a_broken_csv_file_is_an_error_that_names_it(world: World, content: bytes, message: str) -> None:
+    path = world.folder / "MS_CXR.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        world.read(path=path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"images": [', "line 1"),
+        (b'{"images": 3}', "no list 'images'"),
+        (b'{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] has no 'path'"),
+        (
+            b'{"images": [], "annotations": [{"image_id": 1}], "categories": []}',
+            r"annotations\[0\] has no 'category_id'",
+        ),
+        (b'{"images": [], "annotations": [], "categories": [7]}', r"categories\[0\] has no 'id'"),
+    ],
+)
+def test_a_broken_json_file_is_an_error_that_names_it(world: World, content: bytes, message: str) -> None:
+    path = world.json_file()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        world.read(path=path)
+    assert str(path) in str(caught.value)
+
+
+def test_nonsense_paths_are_errors_that_say_what_was_expected(world: World) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^images: .*nowhere.*MIMIC-CXR-JPG"):
+        read_ms_cxr(world.folder / "nowhere", world.json_file())
+    with pytest.raises(FileNotFoundError, match=r"^annotations: .*nowhere"):
+        read_ms_cxr(world.root, world.folder / "nowhere.json")
+    with pytest.raises(ValueError, match=r"neither a \.json nor a \.csv"):
+        read_ms_cxr(world.root, world.json_file().rename(world.folder / "annotations.txt"))
+
+
+def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
+    world.root = world.folder
+    with pytest.raises(ValueError, match=r"image_missing': 2.*original resolution"):
+        world.read()
+
+
+def test_shards_are_written_and_read_back(world: World) -> None:
+    world.add(1, "", [1, 1, 2, 2])
+    samples, _ = world.read("train+test")
+    out = world.folder / "out"
+    options = {"images": world.root, "annotations": world.json_file(), "split": "train+test", "out": out}
+    main(["prepare", "ms-cxr", *(f"--{option}={value}" for option, value in options.items())])
+    manifest = Manifest.load(out)
+    assert (manifest.name, manifest.labels, manifest.captions) == ("ms-cxr/train+test", FINDINGS, 3)
+    assert manifest.left_out == {"phrase_empty": 1}
+    assert [sample for _, sample in read_samples(out, manifest, [0], 0, 2)] == samples
