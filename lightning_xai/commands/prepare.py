@@ -153,15 +153,14 @@ def prepare_conceptual_captions_shards(
 ) -> None:
     """Convert Conceptual Captions after its images were fetched: one caption an image, no boxes; nothing is downloaded.
 
-    Give --captions with --images, or --shards alone.
-
     Args:
         split: name of the split: train or val.
         out: folder to make.
-        captions: TSV file without header, each line a caption, a tab and the path of the image below --images. Lines
-            with an address in place of the path were not fetched: they are counted.
-        images: folder that the paths start from.
-        shards: folder that `img2dataset --output_format webdataset` wrote: tar files with .jpg, .txt and .json members.
+        captions: TSV file without header, each line a caption, a tab and the path of the image below --images (which
+            has to be given, too). Lines with an address in place of the path were not fetched: they are counted.
+        images: folder that the paths in --captions start from.
+        shards: instead of both, the folder that `img2dataset --output_format webdataset` wrote: tar files with .jpg,
+            .txt and .json members.
         samples_per_shard: images in a shard.
         overwrite: replace a folder of shards that is there already.
     """

@@ -285,6 +285,7 @@ def _check(sample: Sample, where: str | None = None) -> None:
         raise RecordError(f"{where}: width and height have to be positive; got {sample.size}")
     if not sample.captions or not all(isinstance(text, str) and text.strip() for text in sample.captions):
         raise RecordError(f"{where}: at least one caption is needed and none may be empty; got {sample.captions!r}")
+    _check_text(sample, where)
     for region in sample.regions:
         _check_region(region, sample, where)
     for negative in sample.negatives:
@@ -292,6 +293,17 @@ def _check(sample: Sample, where: str | None = None) -> None:
     for caption, positions in sample.blanks.items():
         if not 0 <= caption < len(sample.captions) or min(positions, default=0) < 0:
             raise RecordError(f"{where}: blanks {list(positions)} of caption {caption} of {len(sample.captions)}")
+
+
+def _check_text(sample: Sample, where: str) -> None:
+    """Refuse halves of characters (lone surrogates), which JSON can hold but no tokenizer and no other file takes."""
+    names = (name for region in sample.regions for name in (region.label, region.entity))
+    texts = (*sample.captions, sample.source, *names, *(negative.text for negative in sample.negatives))
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        wrong = next(text for text in texts if any("\ud800" <= character <= "\udfff" for character in text))
+        raise RecordError(f"{where}: {wrong!r} is no text ({error.reason}); mend or drop it") from error
 
 
 def _check_negative(negative: HardNegative, sample: Sample, where: str) -> None:

@@ -185,11 +185,13 @@ def test_a_file_without_a_fetched_image_is_not_damaged(world: World) -> None:
 def test_shards_are_written_and_read_back(world: World) -> None:
     world.write("00001", [*triple("9"), *triple("8", status="failed_to_resize")])
     samples, _ = world.read()
+    half_a_character = about("7", caption="a bus \ud83d")
+    world.write("00002", [triple("7")[0], ("7.json", half_a_character)])
     out = world.folder.parent / "out"
     main(["prepare", "conceptual-captions", "--shards", str(world.folder), "--split", "val", "--out", str(out)])
     manifest = Manifest.load(out)
     assert manifest.name == "conceptual-captions/val"
-    assert manifest.left_out == {"image_not_fetched": 1}
+    assert manifest.left_out == {"image_not_fetched": 1, "broken record": 1}
     assert [sample for _, sample in read_samples(out, manifest, [0], 0, 2)] == samples
 
 
