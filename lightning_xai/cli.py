@@ -35,6 +35,7 @@ Data and models:
 Explanations:
   explain       draw which patches of an image and which words of a caption make their similarity
   sanity-check  see whether heat maps change while the model's weights are randomised, layer by layer
+  roar          see whether heat maps find what a model learns from: remove it, retrain, measure (ROAR+)
 
 Start here (3 minutes on a laptop, no download):
   python -m lightning_xai fit --config configs/demo.yaml
@@ -43,7 +44,8 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-_COMMANDS = ("prepare", "export", "explain", "sanity-check")
+_FLAGS = ("--list_cells", "--gather")  # of `roar`: given without a value, where the parser wants one
+_COMMANDS = ("prepare", "export", "explain", "sanity-check", "roar")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -111,6 +113,10 @@ def _command(name: str) -> Any:
         from lightning_xai.commands.explain import Explain
 
         return Explain
+    if name == "roar":
+        from lightning_xai.commands.roar import Roar
+
+        return Roar
     from lightning_xai.commands.sanity_check import SanityCheck
 
     return SanityCheck
@@ -150,8 +156,8 @@ def _as_parsed(arguments: Sequence[str]) -> list[str]:
     `--other-image` becomes `--other_image`. Of options two levels down, such as `--options.rise.seed 1`, the parser
     would keep only the last, so that those of one method are given to it as one.
 
-    >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2"])
-    ['--a_b=c-d', '--options.rise={"seed": "1", "cells": "2"}']
+    >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2", "--list-cells"])
+    ['--a_b=c-d', '--list_cells=true', '--options.rise={"seed": "1", "cells": "2"}']
     """
     parsed: list[str] = []
     nested: dict[str, dict[str, str]] = {}
@@ -162,6 +168,8 @@ def _as_parsed(arguments: Sequence[str]) -> list[str]:
             parsed.append(argument)
             continue
         option = "--" + option[2:].replace("-", "_")
+        if option in _FLAGS and not equals:
+            equals, value = "=", "true"
         if option.startswith("--options.") and option.count(".") == 2:
             group, _, key = option.rpartition(".")
             nested.setdefault(group, {})[key] = value if equals else next(rest, "")

@@ -1,0 +1,95 @@
+"""ROAR+ as tables to read: every method in both modalities, and the points of a grid as the M2IB paper's Table 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from lightning_xai.report.results import MODALITIES, Estimate, RoarResult
+
+_NOTHING = "-"
+
+
+def roar_table(result: RoarResult) -> Table:
+    """Mean and standard error over seeds of (l_c - l_o) / l_o in percent; the highest of each modality is bold."""
+    seeds = len(result.original)
+    table = Table(
+        title=f"ROAR+ in % (higher is better), mean ± standard error over up to {seeds} seeds",
+        caption=_losses(result),
+    )
+    table.add_column("method")
+    modalities = _modalities(result)
+    scores = {modality: {label: result.score(label, modality) for label in result.methods} for modality in modalities}
+    for modality in modalities:
+        table.add_column(modality, justify="right")
+    for label in result.methods:
+        table.add_row(label, *(_cell(label, scores[modality]) for modality in modalities))
+    return table
+
+
+def grid_tables(result: RoarResult) -> list[Table]:
+    """For each modality the mean score in percent of each point of the grid, the highest in bold.
+
+    The last option of the grid goes to the right, the others down. Empty where the result has no grid.
+    """
+    if not result.grid:
+        return []
+    return [_grid_table(result, modality) for modality in _modalities(result)]
+
+
+def _grid_table(result: RoarResult, modality: str) -> Table:
+    *down, right = result.grid
+    points = {
+        tuple(method.options.get(option) for option in result.grid): result.score(label, modality)
+        for label, method in result.methods.items()
+    }
+    best = _best(points)
+    table = Table(title=f"{modality}: ROAR+ in % (higher is better)")
+    for option in down:
+        table.add_column(option)
+    for value in result.grid[right]:
+        table.add_column(f"{right}={value}", justify="right")
+    for above in product(*(result.grid[option] for option in down)):
+        row = [(*above, value) for value in result.grid[right]]
+        table.add_row(*map(str, above), *(_percent(points.get(point), point == best, error=False) for point in row))
+    return table
+
+
+def _modalities(result: RoarResult) -> list[str]:
+    present = {modality for method in result.methods.values() for modality in method.losses}
+    return [modality for modality in MODALITIES if modality in present]
+
+
+def _cell(label: str, scores: Mapping[str, Estimate]) -> Text:
+    return _percent(scores[label], label == _best(scores))
+
+
+def _best(scores: Mapping[Any, Estimate]) -> Any:
+    """The key of the highest mean; None where there is no number."""
+    known = {key: score.mean for key, score in scores.items() if not math.isnan(score.mean)}
+    return max(known, key=lambda key: known[key]) if known else None
+
+
+def _percent(score: Estimate | None, bold: bool, error: bool = True) -> Text:
+    if score is None or math.isnan(score.mean):
+        return Text(_NOTHING)
+    text = f"{100 * score.mean:.2f}"
+    if error:
+        spread = _NOTHING if math.isnan(score.standard_error) else f"{100 * score.standard_error:.2f}"
+        text += f" ± {spread}"
+    return Text(text, style="bold" if bold else "")
+
+
+def _losses(result: RoarResult) -> str:
+    losses: Sequence[float] = list(result.original.values())
+    parts = [f"validation loss: base model {result.base_loss:.4f}"]
+    if losses:
+        parts.append(f"retrained on original data {Estimate(tuple(losses)).mean:.4f}")
+    if result.missing:
+        parts.append(f"{len(result.missing)} cells are missing")
+    return ", ".join(parts)
