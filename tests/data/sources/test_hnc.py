@@ -156,7 +156,7 @@ def test_shards_give_phrases_and_negatives_that_their_tokens_spell(world: World,
 
 def test_names_are_found_as_whole_words_and_the_longest_counts(world: World) -> None:
     door = ("7", "car door", (1, 1, 5, 5))
-    text = "The woman and the man are near the car door of the car, Man."
+    text = "The woman, the manager and the man are near the car door of the car, Man."
     world.add("2", caption(text, boxes(door, CAR, MAN)))
     samples, _ = world.read()
     sample = samples[1]
@@ -194,10 +194,12 @@ def graph(*objects: tuple[str, str, tuple[int, ...]], size: tuple[int, int] = (1
 
 
 def test_scene_graphs_add_the_objects_that_no_caption_mentions(world: World) -> None:
-    world.graphs = {"2370799": graph(MAN, CAR, ("8", "car", (0, 0, 3, 3)), ("9", "dog", (5, 5, 5, 5)))}
+    man = ("1001", "man", (11, 20, 30, 40))  # not as in the captions: the scene graph is what they were made from
+    world.graphs = {"2370799": graph(man, CAR, ("8", "car", (0, 0, 3, 3)), ("9", "dog", (5, 5, 5, 5)))}
     world.add("2", TRUE)
     samples, left_out = world.read()
     assert [region.label for region in samples[0].regions] == ["man", "car", "car", "dog", "tree"]
+    assert samples[0].regions[0].box == (11, 20, 30, 40)
     assert samples[0].negatives[0].region == 1
     assert left_out == {"scene_graph_missing": 1}
 
@@ -236,12 +238,15 @@ def test_the_verb_may_agree_with_what_is_replaced(world: World) -> None:
         {**caption("The men are near the car.", boxes(MAN, men, CAR), "relation_subj"), **swap("man", "men", 0)},
         caption("There are men near the car.", boxes(men, CAR)),
         {**caption("There is man near the car.", boxes(MAN, men)), **swap("men", "man", 2)},
+        caption("The men are near the car.", boxes(men, CAR), "relation_subj"),
+        {**caption("The man is near the car.", boxes(MAN, men, CAR), "relation_subj"), **swap("men", "man", 4)},
     )
     samples, left_out = world.read()
     assert left_out == {}
     assert replaced(samples[1]) == [
         ("man", "man", "men", "The man is near the car."),
         ("men", "men", "man", "There are men near the car."),
+        ("men", "men", "man", "The men are near the car."),
     ]
 
 
