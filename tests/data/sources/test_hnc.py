@@ -199,7 +199,7 @@ def test_scene_graphs_add_the_objects_that_no_caption_mentions(world: World) -> 
     world.add("2", TRUE)
     samples, left_out = world.read()
     assert [region.label for region in samples[0].regions] == ["man", "car", "car", "dog", "tree"]
-    assert samples[0].regions[0].box == (11, 20, 30, 40)
+    assert samples[0].regions[0].box == (11.0, 20.0, 30.0, 40.0)
     assert samples[0].negatives[0].region == 1
     assert left_out == {"scene_graph_missing": 1}
 
