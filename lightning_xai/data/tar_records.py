@@ -1,20 +1,21 @@
 """Records of tar files: members with one name and several extensions, as webdataset lays them out.
 
 A tar file may come from anywhere. So webdataset, which would run the URL `pipe:...` as a shell command, unpickle `.pyd`
-members and unpack compressed tars, never sees a name or a URL here: it is handed an open file, and it is asked for
-members with known extensions only, as bytes.
+members and unpack compressed tars, never sees a URL or a file here: it is handed members with known extensions only, as
+bytes, and groups them.
 """
 
 from __future__ import annotations
 
 import sys
+import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 _BLOCK = 512
 
@@ -73,30 +74,29 @@ class TarRecords:
         if not self._path.is_file():  # opening a pipe or a device could block for ever
             self.damage = "there is no such file"
             return
-        try:
-            with self._path.open("rb") as stream:
-                header = stream.read(_BLOCK)
-                if len(header) == _BLOCK and not any(header):
-                    return  # a tar file without members
-                if header[257:262] != b"ustar":
-                    self.damage = "it is not an uncompressed tar file"
-                    return
-                stream.seek(0)
-                members = tar_file_expander(
-                    [{"url": self._path.name, "stream": stream}],
-                    handler=self._stop_reading,
-                    select_files=self._selector,
-                )
-                yield from group_by_keys(members, handler=self._stop_reading)
-        except OSError as error:
-            self.damage = str(error) or type(error).__name__
+        with self._path.open("rb") as stream:
+            header = stream.read(_BLOCK)
+            if len(header) == _BLOCK and not any(header):
+                return  # a tar file without members
+            if header[257:262] != b"ustar":
+                self.damage = "it is not an uncompressed tar file"
+                return
+            stream.seek(0)
+            yield from group_by_keys(self._members(stream))
 
-    def _stop_reading(self, error: Exception) -> bool:
-        """For webdataset: do not go on behind an error."""
-        # webdataset adds the stream's repr to the message behind " @ "
-        reason = str(error.args[0]).split(" @ ")[0] if error.args else ""
-        self.damage = self.damage or reason or type(error).__name__
-        return False
+    def _members(self, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+        """The selected members in the form that webdataset groups."""
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for entry in tar:
+                    # Few bytes of a sparse member can stand for any number of zeros.
+                    if entry.isreg() and not entry.issparse() and self._selector(entry.name):
+                        file = tar.extractfile(entry)
+                        assert file is not None  # it is a regular one
+                        yield {"fname": entry.name, "data": file.read(), "__url__": self._path.name}
+                    tar.members.clear()  # type: ignore[attr-defined] # it would remember them all
+        except Exception as error:  # damaged headers make tarfile raise what they like
+            self.damage = str(error) or type(error).__name__
 
 
 class _Selector:

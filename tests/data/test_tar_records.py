@@ -61,3 +61,18 @@ def test_a_truncated_file_gives_what_is_whole_and_says_so(tmp_path: Path) -> Non
     records = TarRecords(path, ("txt",))
     assert [record.key for record in records] == ["a"]
     assert records.damage
+
+
+def test_a_sparse_member_that_stands_for_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"1"), ("b.txt", b"2")])
+    data = bytearray(path.read_bytes())
+    data[156:157] = b"S"  # GNU's sparse type: four pieces (begin, length), then the real size
+    data[386:482] = b"00000000000\0" * 8
+    data[483:495] = b"77777777777\0"
+    data[257:265] = b"ustar  \0"
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    with tarfile.open(path) as tar:
+        assert tar.getmember("a.txt").issparse()
+    assert [record.key for record in TarRecords(path, ("txt",))] == ["b"]
