@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ Explanations:
   explain       draw which patches of an image and which words of a caption make their similarity
   sanity-check  see whether heat maps change while the model's weights are randomised, layer by layer
   roar          see whether heat maps find what a model learns from: remove it, retrain, measure (ROAR+)
+  report        put what runs have found on one page, with the tables and figures of the papers
 
 Start here (3 minutes on a laptop, no download):
   python -m lightning_xai fit --config configs/demo.yaml
@@ -45,7 +47,7 @@ Start here (3 minutes on a laptop, no download):
 
 
 _FLAGS = ("--list_cells", "--gather")  # of `roar`: given without a value, where the parser wants one
-_COMMANDS = ("prepare", "export", "explain", "sanity-check", "roar")
+_COMMANDS = ("prepare", "export", "explain", "sanity-check", "roar", "report")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -117,6 +119,10 @@ def _command(name: str) -> Any:
         from lightning_xai.commands.roar import Roar
 
         return Roar
+    if name == "report":
+        from lightning_xai.commands.report import Report
+
+        return Report
     from lightning_xai.commands.sanity_check import SanityCheck
 
     return SanityCheck
@@ -139,6 +145,9 @@ def _run_command(name: str, arguments: list[str]) -> None:
         # Parsers show the first line of a docstring alone.
         description = (inspect.getdoc(command) or "").partition("\nAttributes:")[0]
         more = {"description": description, "formatter_class": KeepsLines}
+    if name == "report":
+        _run_report(command, arguments, more)
+        return
     result = auto_cli(
         command,
         args=_as_parsed(arguments),
@@ -148,6 +157,17 @@ def _run_command(name: str, arguments: list[str]) -> None:
     )
     if isinstance(command, type):
         result()  # more settings than a function should take: the parser has made the object that holds them
+
+
+def _run_report(command: type, arguments: list[str], more: dict[str, Any]) -> None:
+    """Run the one command that takes any number of folders by their place, which `auto_cli` does not offer."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lightning_xai report", **more)
+    parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run; several are compared")
+    parser.add_class_arguments(command, skip={"runs"}, as_group=False)
+    given = parser.parse_args(_as_parsed(arguments))
+    command(given.pop("run"), **given.as_dict())()
 
 
 def _as_parsed(arguments: Sequence[str]) -> list[str]:

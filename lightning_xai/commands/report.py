@@ -1,0 +1,80 @@
+"""`report`: what runs have found, as one page to read and show, and as tables and figures for a paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there.
+
+
+@dataclass
+class Report:
+    """Read the results of finished runs, and write them as one page to read, and as tables and figures for a paper.
+
+    A run is the folder of an evaluation (`test` of an AttributionEvaluation), of `roar`, or of a training (`fit`).
+    Several may be given; they are compared where they were measured by the same method on the same data. Writes
+    report.html (one file, which works without network), tables/ (CSV, Markdown, LaTeX) and figures/ (PNG, SVG).
+
+    What a training has learned to ground:
+      python -m lightning_xai report runs/demo/version_0 --out report
+    Two models before and after fine-tuning, with names for the tables:
+      python -m lightning_xai report runs/eval_openai runs/eval_tuned --names openai,fine-tuned --out report
+    Explanations and their retraining in one table:
+      python -m lightning_xai report runs/demo_evaluation runs/demo_roar --out report
+
+    Attributes:
+        runs: folders of results.
+        out: folder to write to.
+        names: of the runs, joined by commas, in their order; left out: as much of their paths as tells them apart.
+        title: of the page.
+        method: label of the method whose gamma tells about classes; left out: feature_pair, or else the first.
+        alpha: significance level of the comparisons of gamma.
+        epsilon: threshold of almost stochastic order; lower is stricter.
+        bootstrap_samples: of the comparisons.
+        seed: of the bootstrap.
+        min_pairs: how many measured pairs a class needs to be ranked.
+    """
+
+    runs: list[Path]
+    out: Path = Path("report")
+    names: str | None = None
+    title: str = "What the model matches with what"
+    method: str | None = None
+    alpha: float = 0.005
+    epsilon: float = 0.2
+    bootstrap_samples: int = 1000
+    seed: int = 0
+    min_pairs: int = 10
+
+    def __call__(self) -> None:
+        """Write the report.
+
+        Raises:
+            ValueError: a folder without results, files that are broken or of another version, options out of range, or
+                a folder that cannot be written.
+        """
+        from importlib.metadata import version
+
+        from rich.console import Console
+
+        from lightning_xai.report.comparison import OrderTest
+        from lightning_xai.report.composition import Composer, Options
+        from lightning_xai.report.report_files import write_report
+        from lightning_xai.report.report_summary import terminal_tables
+        from lightning_xai.report.runs import load_runs
+
+        names = [name.strip() for name in self.names.split(",")] if self.names is not None else []
+        runs = load_runs(self.runs, names)
+        test = OrderTest(self.epsilon, self.alpha, self.bootstrap_samples, self.seed)
+        composer = Composer(runs, Options(test, self.method, self.min_pairs))
+        sections = composer.sections()
+        subtitle = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(run.name for run in runs)}"
+        footer = f"Made by lightning_xai {version('lightning_xai')} from {sum(len(run.files) for run in runs)} files."
+        path = write_report(self.out, self.title, subtitle, sections, footer)
+        console = Console()
+        for table in terminal_tables(sections):
+            console.print(table)
+        told = [f"{comparison}." for comparison in composer.comparisons]
+        for line in (*told, f"Tables: {self.out / 'tables'}; figures: {self.out / 'figures'}", f"Open {path}"):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,342 @@
+"""The papers' figures from plain values: distributions of gamma and delta, signs, classes, ROAR+.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles and patterns tell them apart as
+well. Controls are grey and dashed. `svg_text` makes a chart for a page that follows the reader's light or dark mode.
+Nothing here needs torch, and nothing goes through pyplot.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lightning_xai.report.effect_size import ClassGrounding
+from lightning_xai.report.results import Estimate
+from lightning_xai.report.sheet import DPI, printable
+from lightning_xai.report.stochastic_order import survival_curve
+
+__all__ = ["Sample", "class_bars", "cumulative_gammas", "delta_distributions", "roar_bars", "sign_bars", "svg_text"]
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c564b")
+_CONTROL, _INK, _SOFT, _LINE, _PAPER = "#8a8f96", "#1b1f24", "#5b6470", "#d9dee4", "#ffffff"
+_DARK = {_INK: "#e6e9ed", _SOFT: "#a2abb6", _LINE: "#333a42", _PAPER: "#14171b"}
+_STYLES = ("-", "--", "-.", ":")
+_BINS = 41
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one run or method measured.
+
+    Attributes:
+        name: as the legend calls it.
+        values: [n], finite, at least one.
+        control: whether the method knows nothing of the model.
+    """
+
+    name: str
+    values: NDArray[np.float64]
+    control: bool = False
+
+
+def cumulative_gammas(samples: Sequence[Sample], title: str) -> Figure:
+    """The share of phrases with gamma above each value, after Figure 5 (left): the higher a curve, the better.
+
+    Args:
+        samples: gammas in [0, 1] of each.
+        title: stands above.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    figure, axes = _axes(samples, (8.0, 4.3), title)
+    points = np.linspace(0, 1, 401)
+    for sample, look in zip(samples, _looks(samples), strict=True):
+        share = 100 * survival_curve(sample.values, points)
+        axes.plot(points, share, linewidth=2, label=f"{printable(sample.name)}  (n = {len(sample.values):,})", **look)
+    for threshold in (0.5, 0.8):
+        axes.axvline(threshold, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("γ: share of the attribution inside the box")
+    axes.set_ylabel("phrases with a larger γ [%]")
+    _legend(axes)
+    return figure
+
+
+def delta_distributions(panels: Mapping[str, Sequence[Sample]], title: str) -> Figure:
+    """How delta is distributed, after Figure 5 (right): a panel for each method, whose maps have a scale of their own.
+
+    Args:
+        panels: method -> deltas of each run.
+        title: stands above.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    every = [sample for samples in panels.values() for sample in samples]
+    if not every:
+        raise ValueError("expected at least one sample of deltas, got none; leave the figure out instead")
+    across = min(len(panels), 3)
+    down = math.ceil(len(panels) / across)
+    figure = Figure(
+        figsize=(max(3.6 * across, 6.0) + 1, 3.1 * down + 0.4), dpi=DPI, layout="constrained", facecolor=_PAPER
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (method, samples) in zip(grid.flat, panels.items(), strict=False):
+        _dress(axes)
+        furthest = max(float(np.quantile(np.abs(sample.values), 0.995)) for sample in samples) or 1.0
+        edges = np.linspace(-furthest, furthest, _BINS)
+        for sample, look in zip(samples, _looks(samples), strict=True):
+            inside = np.clip(sample.values, -furthest, furthest)
+            share = 100 * np.histogram(inside, edges)[0] / len(inside)
+            axes.stairs(share, edges, linewidth=1.8, label=printable(sample.name), **_stairs(look))
+        axes.axvline(0, color=_INK, linewidth=0.9)
+        axes.set_title(printable(method), fontsize=10, color=_INK, parse_math=False)
+        axes.set_xlabel("δ   (below 0: noticed)")
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+        axes.set_ylim(bottom=0)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("pairs [%]")
+    if len({sample.name for sample in every}) > 1:
+        _legend(grid.flat[min(across, len(panels)) - 1])
+    figure.suptitle(printable(title), fontsize=11, color=_INK, parse_math=False)
+    return figure
+
+
+def sign_bars(rows: Sequence[tuple[str, float, float]], title: str) -> Figure:
+    """Signs of the attribution to the own and the other object, after Figure 12: negative to the left, positive right.
+
+    Args:
+        rows: name, and the shares in [0, 1] of pairs whose total is positive in the own and in the other object's box.
+        title: stands above.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    figure, axes = _axes(rows, (8.0, 1.4 + 0.62 * len(rows)), title)
+    for place, (_, own, other) in enumerate(rows):
+        for offset, share, colour, hatch in ((-0.19, own, _COLOURS[0], ""), (0.19, other, _COLOURS[1], "///")):
+            style: dict[str, Any] = {"height": 0.34, "color": colour, "edgecolor": _PAPER, "hatch": hatch}
+            axes.barh(place + offset, 100 * share, **style)
+            axes.barh(place + offset, -100 * (1 - share), **{**style, "alpha": 0.45})
+            axes.text(101, place + offset, f"{100 * share:.0f}", va="center", fontsize=8, color=_SOFT)
+            axes.text(
+                -101, place + offset, f"{100 * (1 - share):.0f}", va="center", ha="right", fontsize=8, color=_SOFT
+            )
+    axes.set_yticks(range(len(rows)), [printable(name) for name, *_ in rows], parse_math=False)
+    axes.invert_yaxis()
+    axes.axvline(0, color=_INK, linewidth=0.9)
+    axes.set_xlim(-112, 112)
+    axes.set_xticks([-100, -50, 0, 50, 100], ["100", "50", "0", "50", "100"])
+    axes.set_xlabel("← negative      pairs of objects [%]      positive →")
+    axes.grid(visible=False, axis="y")
+    handles = [axes.barh(0, 0, color=_COLOURS[0]), axes.barh(0, 0, color=_COLOURS[1], hatch="///", edgecolor=_PAPER)]
+    legend = axes.legend(
+        handles,
+        ["the phrase's own object", "another object"],
+        frameon=False,
+        ncols=2,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        fontsize=9,
+    )
+    _ink(legend)
+    axes.set_title("")
+    figure.suptitle(printable(title), fontsize=11, color=_INK, parse_math=False)
+    return figure
+
+
+def class_bars(runs: Mapping[str, Sequence[ClassGrounding]], title: str) -> Figure:
+    """Mean gamma and its standard deviation by class, after Figure 6: ordered by the first run, the best to the left.
+
+    Args:
+        runs: name -> its classes, in any order; classes of later runs that the first has not come last.
+        title: stands above.
+
+    Raises:
+        ValueError: there are no classes.
+    """
+    means = {name: {found.label: found for found in classes} for name, classes in runs.items()}
+    order = list(
+        dict.fromkeys(
+            found.label
+            for classes in runs.values()
+            for found in sorted(classes, key=lambda found: (-found.gamma_mean, found.label))
+        )
+    )
+    width = max(6.5, 1.6 + len(order) * (0.13 + 0.11 * len(runs)))
+    figure, axes = _axes(order, (width, 4.2), title)
+    thick = 0.8 / len(runs)
+    hatches = ("", "///", "...", "xxx")
+    for number, (name, found) in enumerate(means.items()):
+        there = [i for i, label in enumerate(order) if label in found]
+        heights = [found[order[i]].gamma_mean for i in there]
+        stds = [0.0 if math.isnan(found[order[i]].gamma_std) else found[order[i]].gamma_std for i in there]
+        places = np.array(there) + (number - (len(runs) - 1) / 2) * thick
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.bar(
+            places,
+            heights,
+            thick,
+            color=colour,
+            edgecolor=_PAPER,
+            linewidth=0.4,
+            hatch=hatches[number % len(hatches)],
+            label=printable(name),
+        )
+        axes.errorbar(places, heights, stds, fmt="none", ecolor=_SOFT, elinewidth=0.9)
+    axes.set_xticks(
+        range(len(order)),
+        [printable(label) for label in order],
+        rotation=60 if len(order) > 8 else 0,
+        ha="right" if len(order) > 8 else "center",
+        rotation_mode="anchor",
+        parse_math=False,
+    )
+    axes.set_xlim(-0.7, len(order) - 0.3)
+    axes.set_ylim(0, 1.05)
+    axes.set_ylabel("γ, mean ± standard deviation")
+    if len(runs) > 1:
+        _legend(axes, above=True)
+    return figure
+
+
+def roar_bars(scores: Mapping[str, Mapping[str, Estimate]], controls: Sequence[str], title: str) -> Figure:
+    """ROAR+ of each method in each modality, with standard errors over seeds; controls are grey.
+
+    Args:
+        scores: modality -> label -> score, a fraction.
+        controls: labels of methods that know nothing of the model.
+        title: stands above.
+
+    Raises:
+        ValueError: there are no scores.
+    """
+    labels = list(dict.fromkeys(label for found in scores.values() for label in found))
+    if not labels:
+        raise ValueError("expected at least one score, got none; leave the figure out instead")
+    figure = Figure(
+        figsize=(max(4.2 * len(scores), 5.5) + 0.8, 1.5 + 0.36 * len(labels)),
+        dpi=DPI,
+        layout="constrained",
+        facecolor=_PAPER,
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for axes, (modality, found) in zip(panels, scores.items(), strict=True):
+        _dress(axes)
+        for place, label in enumerate(labels):
+            if label not in found:
+                continue
+            mean, error = 100 * found[label].mean, 100 * found[label].standard_error
+            control = label in controls
+            axes.barh(
+                place,
+                mean,
+                0.68,
+                color=_CONTROL if control else _COLOURS[0],
+                hatch="///" if control else "",
+                edgecolor=_PAPER,
+            )
+            if not math.isnan(error):
+                axes.errorbar(mean, place, xerr=error, fmt="none", ecolor=_INK, elinewidth=1.4, capsize=3)
+        axes.axvline(0, color=_INK, linewidth=0.9)
+        axes.set_title(modality, fontsize=10, color=_INK)
+        axes.set_xlabel("rise of the loss [%]")
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=_LINE, linewidth=0.7)
+    panels[0].set_yticks(range(len(labels)), [printable(label) for label in labels], parse_math=False)
+    panels[0].invert_yaxis()
+    figure.suptitle(printable(title), fontsize=11, color=_INK, parse_math=False)
+    return figure
+
+
+def svg_text(figure: Figure, *, follows_reader: bool = False) -> str:
+    """A chart as SVG, the same text each time.
+
+    Args:
+        figure: the chart.
+        follows_reader: whether ink and ground change with the reader's light or dark mode. Only browsers know how;
+            leave it out for files that other programs open.
+    """
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "lightning_xai", "svg.fonttype": "path"}):
+        figure.savefig(stream, format="svg", dpi=figure.dpi, metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    if not follows_reader:
+        return svg
+    names = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
+    for colour, name in names.items():
+        svg = svg.replace(colour, f"var({name})")
+    light = "".join(f"{name}:{colour};" for colour, name in names.items())
+    dark = "".join(f"{names[colour]}:{replacement};" for colour, replacement in _DARK.items())
+    style = f"<style>:root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}</style>"
+    head, end, body = svg.partition("<defs>")
+    return f"{head}{style}{end}{body}"
+
+
+def _axes(shown: Sequence[Any], size: tuple[float, float], title: str) -> tuple[Figure, Any]:
+    """A figure with one pair of axes for what is shown, of which there has to be something."""
+    if not shown:
+        raise ValueError(f"{title}: expected something to show, got nothing; leave the figure out instead")
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _dress(axes)
+    axes.set_title(printable(title), fontsize=11, color=_INK, parse_math=False)
+    return figure, axes
+
+
+def _dress(axes: Any) -> None:
+    axes.set_facecolor(_PAPER)
+    axes.grid(axis="y", color=_LINE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_SOFT)
+    axes.tick_params(colors=_SOFT, labelcolor=_INK, labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(_INK)
+
+
+def _looks(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Colour and line style of each: those of methods in turn, controls grey."""
+    looks, number, controls = [], 0, 0
+    for sample in samples:
+        if sample.control:
+            controls += 1
+            looks.append({"color": _CONTROL, "linestyle": _STYLES[controls % len(_STYLES)]})
+            continue
+        colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        looks.append({"color": colour, "linestyle": style})
+        number += 1
+    return looks
+
+
+def _stairs(look: Mapping[str, Any]) -> dict[str, Any]:
+    return {"edgecolor": look["color"], "linestyle": look["linestyle"], "fill": False}
+
+
+def _legend(axes: Any, above: bool = False) -> None:
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    if above:
+        place = {"loc": "upper right", "ncols": 4}
+    _ink(axes.legend(frameon=False, fontsize=9, **place))
+
+
+def _ink(legend: Any) -> None:
+    for text in legend.get_texts():
+        text.set_color(_INK)
+        text.set_parse_math(False)

@@ -1,0 +1,147 @@
+"""Which runs ground better than which others; compared is what one method measured on the same phrases.
+
+The full distributions of gamma are compared by almost stochastic order, in both directions (`stochastic_order`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from lightning_xai.report.paper_table import Body, Column, PaperTable, count, number, words
+from lightning_xai.report.runs import Grounding, Run
+from lightning_xai.report.stochastic_order import StochasticOrder, almost_stochastic_order
+
+__all__ = ["Comparison", "OrderTest", "comparison_table", "pairs_to_compare", "why_not"]
+
+
+@dataclass(frozen=True)
+class OrderTest:
+    """How distributions are compared; see `almost_stochastic_order`."""
+
+    epsilon: float = 0.2
+    alpha: float = 0.005
+    bootstrap_samples: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two distributions of gamma.
+
+    Attributes:
+        first: the earlier one of the report.
+        second: the later one.
+        second_above: whether the second lies above the first.
+        first_above: whether the first lies above the second.
+    """
+
+    first: Grounding
+    second: Grounding
+    second_above: StochasticOrder
+    first_above: StochasticOrder
+
+    @classmethod
+    def of(cls, first: Grounding, second: Grounding, test: OrderTest) -> Comparison:
+        """Compare two that `why_not` has nothing against."""
+        options: dict[str, Any] = vars(test)
+        return cls(
+            first,
+            second,
+            almost_stochastic_order(second.gammas, first.gammas, **options),
+            almost_stochastic_order(first.gammas, second.gammas, **options),
+        )
+
+    @property
+    def better(self) -> Grounding | None:
+        """The one that dominates; None where neither does."""
+        if self.second_above.dominates:
+            return self.second
+        return self.first if self.first_above.dominates else None
+
+    def __str__(self) -> str:
+        """The verdict and what it rests on, in one line."""
+        one, other = (self.first, self.second) if self.better is self.first else (self.second, self.first)
+        order = self.first_above if self.better is self.first else self.second_above
+        verb = "grounds better than" if self.better else "is not shown to ground better or worse than"
+        bound = f"ε_min = {order.epsilon_min:.3f}, threshold {order.epsilon:g}"
+        return f"{one.name} {verb} {other.name} ({one.label}): {bound}"
+
+
+def why_not(first: Grounding, second: Grounding) -> str | None:
+    """Why two distributions are not to be compared, as a sentence; None where they may be."""
+    pair = f"{first.name} and {second.name}"
+    if first.label != second.label or first.method != second.method:
+        return f"{pair} are not compared: {first.label} and {second.label} are different methods."
+    known = first.fingerprint is not None and second.fingerprint is not None
+    if first.phrases != second.phrases or (known and first.fingerprint != second.fingerprint):
+        what = f"{first.data} and {second.data}" if first.data != second.data else f"two versions of {first.data}"
+        return (
+            f"{pair} are not compared by γ ({first.label}): they were measured on different data, {what}. Evaluate "
+            "both on the same shards with the same captions."
+        )
+    if not len(first.gammas) or not len(second.gammas):
+        return f"{pair} are not compared ({first.label}): one of them has no measured phrase."
+    return None
+
+
+def pairs_to_compare(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding]]:
+    """What a reader wants compared: in a training the first, second and last state; of two runs each method's.
+
+    A training takes part in comparisons with other runs with its last state. Controls are left out: between models
+    they differ by chance alone.
+    """
+    for run in runs:
+        if run.training is not None:
+            states = run.groundings
+            yield from combinations(dict.fromkeys((*states[:2], *states[-1:])), 2)
+    for one, other in combinations(runs, 2):
+        ends = [run.groundings[-1:] if run.training is not None else run.groundings for run in (one, other)]
+        labels = {grounding.label: grounding for grounding in ends[1]}
+        for first in ends[0]:
+            if first.label in labels and not first.is_control:
+                yield first, labels[first.label]
+
+
+def comparison_table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
+    """The verdicts, and what they rest on."""
+    columns = [Column("first", numeric=False), Column("second", numeric=False), Column("method", numeric=False)]
+    columns += [Column("verdict", numeric=False), Column("mean γ, first"), Column("mean γ, second")]
+    columns += [
+        Column(name, f"{which} above") for which in ("second", "first") for name in ("ε_min", "ε of the samples")
+    ]
+    columns += [Column("n, first"), Column("n, second")]
+    rows = []
+    for each in comparisons:
+        better = each.better
+        verdict = "undecided" if better is None else "second better" if better is each.second else "first better"
+        cells = [words(each.first.name), words(each.second.name), words(each.first.label), words(verdict)]
+        cells += [number(float(side.gammas.mean())) for side in (each.first, each.second)]
+        for order in (each.second_above, each.first_above):
+            cells += [number(order.epsilon_min), number(order.violation_ratio)]
+        cells += [count(len(side.gammas)) for side in (each.first, each.second)]
+        rows.append(tuple(cells))
+    note = (
+        f"Almost stochastic order of the full γ distributions. ε_min is the upper confidence bound, at level α = "
+        f"{test.alpha:g}, of how much the order is violated: 0 is order, 1 the opposite. One dominates where its "
+        f"ε_min < {test.epsilon:g}. {test.bootstrap_samples:,} bootstrap samples, phrases taken as independent."
+    )
+    if len(comparisons) > 1:
+        together = test.alpha / len(comparisons)
+        note += (
+            f" α holds for each of the {len(comparisons)} comparisons; for all of them, ask for --alpha {together:.2g}."
+        )
+    return PaperTable("significance", "Which run grounds better", note, tuple(columns), (Body("", tuple(rows)),))
+
+
+def options_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Names of the options in which two methods of one name differ, where both are known.
+
+    >>> options_differ({"steps": 10, "rule": "right"}, {"steps": 50, "rule": "right"})
+    ['steps']
+    """
+    if not first or not second:
+        return []
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))

@@ -1,0 +1,148 @@
+"""Heat maps of an evaluation's examples as sheets: methods or runs side by side, the worst, and those of some classes.
+
+The pictures are read here, each once. What cannot be drawn is counted, never shown as something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from lightning_xai.report.plots import Example, example_sheet, progress_sheet
+from lightning_xai.report.results import ExampleRecord
+from lightning_xai.report.runs import Run
+
+__all__ = ["Gallery"]
+
+_LARGEST_PICTURE = 4096 * 4096  # pixels; examples are what a model sees
+_LARGEST_MAP = 512
+
+Key = tuple[str, str, str, str]
+Chooser = Callable[[ExampleRecord], bool]
+
+
+class _Drawable(NamedTuple):
+    example: Example
+    heat: NDArray[np.float64]
+    record: ExampleRecord
+
+
+class Gallery:
+    """The examples of all runs.
+
+    Args:
+        runs: of the report.
+
+    Attributes:
+        faults: what could not be drawn, and why.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.faults: dict[str, str] = {}
+        self._images: dict[Path, NDArray[np.float32]] = {}
+        self._drawable = {
+            (run.name, label): {
+                _key(record): drawable
+                for record in records
+                if (drawable := self._draw(run.folder, label, record)) is not None
+            }
+            for run in runs
+            for label, records in run.examples.items()
+        }
+
+    def side_by_side(
+        self, columns: Mapping[str, tuple[str, str]], chosen: Chooser, title: str, most: int = 6
+    ) -> tuple[Figure, int] | None:
+        """One row for each example that all columns have, one column for each method or run.
+
+        Args:
+            columns: heading -> run and label.
+            chosen: which records take part.
+            title: stands above.
+            most: at most so many examples, the first ones.
+
+        Returns:
+            The sheet and the number of its rows; None where the columns share no example.
+        """
+        found = [self._drawable.get(where, {}) for where in columns.values()]
+        if not found:
+            return None
+        keys = [
+            key
+            for key, drawable in found[0].items()
+            if chosen(drawable.record) and all(key in other for other in found)
+        ][:most]
+        if not keys:
+            return None
+        sheet = progress_sheet(
+            [found[0][key].example for key in keys],
+            [[other[key].heat for key in keys] for other in found],
+            list(columns),
+            [[other[key].record.gamma for key in keys] for other in found],
+            title,
+            hits=[[other[key].record.hit for key in keys] for other in found],
+            columns=len(columns) + 1,
+            side=176,
+        )
+        return sheet, len(keys)
+
+    def worst(self, run: str, label: str, title: str, most: int = 12) -> tuple[Figure, int] | None:
+        """The failures of a method, the lowest gamma first, and how many; None where none were kept."""
+        found = [d for d in self._drawable.get((run, label), {}).values() if "failure" in d.record.why]
+        found.sort(key=lambda d: -1.0 if math.isnan(d.record.gamma) else d.record.gamma)
+        found = found[:most]
+        if not found:
+            return None
+        sheet = example_sheet(
+            [drawable.example for drawable in found],
+            [drawable.heat for drawable in found],
+            [drawable.record.gamma for drawable in found],
+            title,
+            hits=[drawable.record.hit for drawable in found],
+            columns=6,
+            side=224,
+        )
+        return sheet, len(found)
+
+    def _draw(self, folder: Path, label: str, record: ExampleRecord) -> _Drawable | None:
+        try:
+            image = self._image(folder / record.image)
+            heat = _checked_heat(record)
+            box = record.box
+            if not all(map(math.isfinite, box)):
+                raise ValueError(f"the box {box} is not finite")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            self.faults[f"{folder}, {label}, {record.key}, {record.phrase!r}"] = str(error)
+            return None
+        length = len(record.caption)
+        spans = tuple((max(start, 0), min(end, length)) for start, end in record.spans if start < min(end, length))
+        example = Example(image, record.phrase, record.caption, spans, box, record.key)
+        return _Drawable(example, heat, record)
+
+    def _image(self, path: Path) -> NDArray[np.float32]:
+        if path not in self._images:
+            with Image.open(path) as picture:
+                if picture.width * picture.height > _LARGEST_PICTURE:
+                    raise ValueError(f"the picture has {picture.width} x {picture.height} pixels, which is too many")
+                self._images[path] = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255)
+        return self._images[path]
+
+
+def _key(record: ExampleRecord) -> Key:
+    return record.key, record.caption, record.phrase, record.label
+
+
+def _checked_heat(record: ExampleRecord) -> NDArray[np.float64]:
+    widths = {len(row) for row in record.heat}
+    if len(widths) != 1 or not 0 < max(widths) <= _LARGEST_MAP or len(record.heat) > _LARGEST_MAP:
+        raise ValueError(
+            f"expected a map [h, w] of at most {_LARGEST_MAP} x {_LARGEST_MAP}, got rows of {sorted(widths)}"
+        )
+    return np.array(record.heat, dtype=np.float64)
