@@ -115,6 +115,6 @@ def _sample(row: tuple[str, str], images: Path, split: str, left_out: Counter[st
     if _ADDRESS.match(path):
         raise LeftOutError("image_not_fetched")
     captions = kept_captions([caption], left_out)
-    file = read_image_file(images, [str(PurePosixPath(path.strip()))])
+    file = read_image_file(images, [str(PurePosixPath(path))])
     key = key_from(file.name.removesuffix(".jpg"))
     return Sample(key, file.data, file.size, captions, source=f"{_NAME}/{split}/{file.name}")

@@ -90,7 +90,7 @@ def read_roco(folder: Path, split: str, left_out: Counter[str] | None = None) ->
 
 
 def _sample(row: tuple[str, str], images: Path, split: str, left_out: Counter[str]) -> Sample:
-    image, caption = row[0].strip(), row[1]
+    image, caption = row
     captions = kept_captions([caption], left_out)
     file = read_image_file(images, [f"{image}.jpg"])
     return Sample(key_from(image), file.data, file.size, captions, source=f"roco/{split}/{file.name}")

@@ -275,6 +275,17 @@ def test_a_path_behind_files_that_leaves_the_folder_is_never_opened(world: World
     assert world.read()[1] == {"image_name_unsafe": 1}
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_column(world: World) -> None:
+    path = world.csv_file()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, sorted(HEADER, reverse=True))  # a column that is needed comes first
+        writer.writeheader()
+        writer.writerows(rows)
+    assert world.read(path=path) == world.read()
+
+
 def test_rows_of_another_length_are_counted(world: World) -> None:
     expected, _ = world.read()
     path = world.csv_file()
