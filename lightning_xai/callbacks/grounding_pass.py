@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_xai.attribution.capture import InputCapture
-from lightning_xai.attribution.feature_pair import FeaturePairAttribution, HiddenStates, References
+from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.data.batch import Batch
 from lightning_xai.metrics.grounding import GroundingMetric, GroundingSummary
 from lightning_xai.report.plots import Example
-from lightning_xai.tasks.phrase_grounding import PhraseGrounding, ground_phrases, grounding_rows
+from lightning_xai.tasks.batch_maps import PairMapMaker, Wanted
+from lightning_xai.tasks.phrase_grounding import PhraseGrounding, ground_phrases, grounding_rows, places_of
 
 __all__ = ["Drawn", "GroundingPass", "Measured"]
 
@@ -67,24 +65,19 @@ class GroundingPass:
         self._attribution = attribution
         self._split = split
         self._most_drawn = examples
-        self._internal_batch_size = internal_batch_size
-        self._references: References | None = None
         self._metric: GroundingMetric | None = None
         self._pairs: list[dict[str, object]] = []
         self._drawn = Drawn()
-        self._captures = (InputCapture(attribution.image), InputCapture(attribution.text))
-        for capture in self._captures:
-            capture.open()
+        self._maker = PairMapMaker(attribution, internal_batch_size)
+        self._maker.listen()
 
     def forget(self) -> None:
         """Let go of hidden states from before the batch."""
-        for capture in self._captures:
-            capture.clear()
+        self._maker.forget()
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        for capture in self._captures:
-            capture.close()
+        self._maker.close()
 
     def add(self, batch: Batch) -> None:
         """Measure a batch whose forward pass has just run.
@@ -124,29 +117,8 @@ class GroundingPass:
 
     def _maps(self, batch: Batch, rows: Tensor) -> Tensor:
         """Span maps [R, H, W] of some of the batch's phrases."""
-        states, phrases = self._states(batch), batch.phrases
-        if self._references is None:
-            self._references = self._attribution.references()
-        maps = []
-        # Captions and images of several phrases are repeated only for so many phrases at a time.
-        for part in torch.split(rows, self._internal_batch_size):
-            image, caption = phrases.image_row[part], phrases.caption_row[part]
-            repeated = HiddenStates(states.image[image], states.text[caption], states.tokens[caption])
-            maps.append(self._attribution.span_map_of(repeated, phrases.span_mask[part], self._references))
-        return torch.cat(maps)
-
-    def _states(self, batch: Batch) -> HiddenStates:
-        """The captured hidden states where the forward pass was just images and captions, else those of an own pass."""
-        image, text = (capture.take() for capture in self._captures)
-        if image is None or len(image) != len(batch.images):
-            image = self._run(self._attribution.image.stem, batch.images)
-        if text is None or len(text) != len(batch.tokens):
-            text = self._run(self._attribution.text.stem, batch.tokens)
-        return HiddenStates(image, text, batch.tokens)
-
-    @torch.no_grad()
-    def _run(self, stem: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        return stem(inputs)
+        self._maker.take(batch)
+        return self._maker.maps(batch, Wanted(phrases=rows, negatives=rows[:0], captions=False)).phrases
 
     def _all_pairs(self) -> list[dict[str, object]]:
         pairs = self._pairs
@@ -176,19 +148,4 @@ class GroundingPass:
         pixels = self._attribution.encoder.pictures(batch.images[[image]].float().cpu())[0].permute(1, 2, 0).numpy()
         text, phrase = batch.captions[caption], batch.phrases.text[row]
         x0, y0, x1, y1 = batch.phrases.boxes[row].tolist()
-        return Example(np.asarray(pixels), phrase, text, _places(text, phrase), (x0, y0, x1, y1), batch.keys[image])
-
-
-def _places(caption: str, phrase: str) -> tuple[tuple[int, int], ...]:
-    """Where the words of a phrase (several mentions joined by a comma) stand in a caption, to highlight them.
-
-    >>> _places("a dog and a dog", "dog, dog")
-    ((2, 5), (12, 15))
-    """
-    places, start = [], 0
-    for words in phrase.split(", "):
-        at = caption.find(words, start)
-        if at >= 0:
-            places.append((at, at + len(words)))
-            start = at + len(words)
-    return tuple(places)
+        return Example(np.asarray(pixels), phrase, text, places_of(text, phrase), (x0, y0, x1, y1), batch.keys[image])

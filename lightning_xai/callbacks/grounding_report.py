@@ -12,6 +12,7 @@ from rich.console import Console
 from lightning_xai.callbacks.grounding_pass import Measured
 from lightning_xai.report.plots import curves, progress_sheet, save_figure
 from lightning_xai.report.tables import PAIR_COLUMNS, epoch_name, format_value, grounding_table, per_pair_csv
+from lightning_xai.tasks.phrase_grounding import class_rows
 
 __all__ = ["Row", "history_row", "show", "write"]
 
@@ -50,7 +51,7 @@ def write(folder: Path, rows: Sequence[Row], measured: Measured) -> Figure | Non
     name = f"epoch={epoch:03d}" if training else str(epoch)
     suffix = "" if training else f"-{epoch}"
     per_pair_csv(folder / f"pairs-{name}.csv", measured.pairs, _BOXED_PAIR_COLUMNS)
-    classes = [_flat({"epoch": epoch, "label": label, **vars(of)}) for label, of in measured.summary.per_class.items()]
+    classes = [{"epoch": epoch} | row for row in class_rows(measured.summary)]
     per_pair_csv(folder / f"classes-{name}.csv", classes, tuple(classes[0]) if classes else ("epoch", "label"))
     lines = [_flat(row) for row in rows]
     per_pair_csv(folder / f"summary{suffix}.csv", lines, tuple(dict.fromkeys(key for line in lines for key in line)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_xai.commands.inputs import InputError
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.explanation import Token
+from lightning_xai.report.results import package_versions
 from lightning_xai.report.tables import replaced_at_once
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 PICTURE = "explanation.png"
 """Never named after the image: written beside it, it would take its place."""
-_PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 _NEAR = 8  # characters that a tokenizer's cleaning may have dropped between two tokens
 
 
@@ -48,7 +46,7 @@ def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerE
             "context_length": encoder.tokenizer.context_length,
             "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": package_versions(),
     }
 
 

@@ -112,6 +112,11 @@ class Manifest:
         """Size of all shards."""
         return sum(entry.bytes for entry in self.shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stand for the content of all shards, in their order."""
+        return hashlib.sha256("\n".join(entry.sha256 for entry in self.shards).encode()).hexdigest()[:16]
+
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read and check `folder/manifest.json`, and that each shard is there with the size the manifest states.

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +39,7 @@ __all__ = [
     "RoarResult",
     "check_label",
     "load_result",
+    "package_versions",
     "read_examples",
     "write_examples",
     "write_json",
@@ -63,6 +66,7 @@ the other object's. hard_negatives: the attribution to the true object's box of 
 replacement (negative); delta is negative - positive. confidence: cosine similarity of the pair, and with only the
 important part of the image (text) kept. localization: IoU of the binarised map with the union of `boxes` boxes.
 """
+_PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 _LABEL = re.compile(r"[A-Za-z0-9_.,=+-]{1,120}")
 _R = TypeVar("_R", "EvaluationResult", "RoarResult")
 
@@ -302,6 +306,11 @@ def read_examples(folder: Path) -> list[ExampleRecord]:
         return [_example(item) for item in record["examples"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ResultError(f"{path}: field missing or of the wrong type ({error!r}); evaluate again") from error
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of what numbers depend on, of this process."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -14,9 +14,18 @@ from torch import Tensor
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import LeftOut
-from lightning_xai.metrics.grounding import gamma, measurable, patch_mask, rho
+from lightning_xai.metrics.grounding import GroundingSummary, gamma, measurable, patch_mask, rho
 
-__all__ = ["BOX", "PhraseGrounding", "ground_phrases", "grounding_rows", "measurable_rows"]
+__all__ = [
+    "BOX",
+    "PhraseGrounding",
+    "class_rows",
+    "ground_phrases",
+    "grounding_rows",
+    "image_size",
+    "measurable_rows",
+    "places_of",
+]
 
 BOX = ("x0", "y0", "x1", "y1")
 
@@ -111,3 +120,28 @@ def grounding_rows(batch: Batch, found: PhraseGrounding) -> list[dict[str, objec
             }
         )
     return rows
+
+
+def class_rows(summary: GroundingSummary) -> list[dict[str, object]]:
+    """One table row for each class: its grounding, and a column for each reason of what was left out."""
+    return [
+        {"label": label}
+        | {name: value for name, value in vars(found).items() if name != "left_out"}
+        | {f"left_out_{why}": count for why, count in found.left_out.items()}
+        for label, found in summary.per_class.items()
+    ]
+
+
+def places_of(caption: str, phrase: str) -> tuple[tuple[int, int], ...]:
+    """Where the words of a phrase (several mentions joined by a comma) stand in a caption, to highlight them.
+
+    >>> places_of("a dog and a dog", "dog, dog")
+    ((2, 5), (12, 15))
+    """
+    places, start = [], 0
+    for words in phrase.split(", "):
+        at = caption.find(words, start)
+        if at >= 0:
+            places.append((at, at + len(words)))
+            start = at + len(words)
+    return tuple(places)

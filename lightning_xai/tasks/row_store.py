@@ -1,0 +1,109 @@
+"""What has been computed, kept on disk item by item: a run that is killed goes on where it was.
+
+Every process writes a file of its own, a line for each item, and reads the files of all on opening: the next run may
+have another number of processes. A line that was cut off is as if it had never been written.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning_xai.report.results import write_json
+
+__all__ = ["RowStore", "StoreError"]
+
+_SETTINGS = "settings.json"
+
+
+class StoreError(ValueError):
+    """A folder of rows that belongs to other settings; the message says which, and what to do."""
+
+
+class RowStore:
+    """Records by the number of their item.
+
+    Args:
+        folder: of this store alone; made where it does not exist.
+        settings: all that the records depend on, as plain values.
+
+    Attributes:
+        damaged: lines that could not be read, and whose items are computed again.
+
+    Raises:
+        StoreError: the folder's records were made with other settings.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._file: TextIO | None = None
+        self._records: dict[int, dict[str, Any]] = {}
+        self.damaged = 0
+        self._check(json.loads(json.dumps(settings, default=str)))
+        for path in sorted(folder.glob("*.jsonl")):
+            self._load(path)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._records
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._records[index]
+
+    def put(self, index: int, record: Mapping[str, Any]) -> None:
+        """Keep a record of plain values; it is on disk after the next `flush`."""
+        # This run goes on with what a later one would read, lists for tuples included.
+        line = json.dumps({"index": index, "record": record}, ensure_ascii=True)
+        if self._file is None:
+            self._file = (self._folder / f"{uuid.uuid4().hex}.jsonl").open("w", encoding="ascii")
+        self._file.write(line + "\n")
+        self._records[index] = json.loads(line)["record"]
+
+    def flush(self) -> None:
+        """Hand what was put to the operating system: it then outlives the process."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        path = self._folder / _SETTINGS
+        if not path.is_file():
+            write_json(path, settings)
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise StoreError(f"{path}: broken JSON ({error}); delete {self._folder} to compute it again") from error
+        if not isinstance(found, dict):
+            found = {}
+        changed = [
+            f"{name} was {found.get(name)!r} and is {settings.get(name)!r}"
+            for name in sorted(found.keys() | settings.keys())
+            if found.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise StoreError(
+                f"{self._folder} holds results of other settings: {'; '.join(changed)}. Choose another folder, or "
+                "delete this one to have all of it computed again"
+            )
+
+    def _load(self, path: Path) -> None:
+        with path.open(encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                try:
+                    item = json.loads(line)
+                    self._records[int(item["index"])] = dict(item["record"])
+                except (ValueError, KeyError, TypeError):  # noqa: PERF203 - one cut-off line must not lose the others
+                    self.damaged += 1
