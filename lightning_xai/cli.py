@@ -46,7 +46,7 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-_FLAGS = ("--list_cells", "--gather")  # of `roar`: given without a value, where the parser wants one
+_FLAGS = ("--prepare", "--list_cells", "--gather")  # of `roar`: given without a value, where the parser wants one
 _COMMANDS = ("prepare", "export", "explain", "sanity-check", "roar", "report")
 
 

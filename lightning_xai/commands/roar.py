@@ -55,8 +55,8 @@ class Retraining:
 class Roar:
     """Remove what heat maps find important, retrain, and see how much worse the model gets (ROAR+).
 
-    A part of a split is explained once by each method. From its images the most important pixels are taken (the mean
-    color of the image takes their place), or from its captions the most important words (padding does). The model is
+    A part of a split is explained once by each method. From its images the most important pixels are taken (the mean of
+    each channel takes their place), or from its captions the most important words (padding does). The model is
     fine-tuned on what is left, and measured on another part of the split as it is: the score of a method is
     (l_c - l_o) / l_o, where l_c is that loss and l_o the loss after fine-tuning on the original data. The higher the
     better: the method has found what matters. Random maps and a Gaussian in the middle are the controls to beat.
@@ -68,7 +68,8 @@ class Roar:
       python -m lightning_xai roar --config configs/roar_demo.yaml
     Which cells there are, and which are done:
       python -m lightning_xai roar --config configs/roar_demo.yaml --list-cells
-    One cell a job on a Slurm cluster, then the table:
+    One cell a job on a Slurm cluster, and at last the table:
+      python -m lightning_xai roar --config configs/roar_demo.yaml --prepare
       sbatch --array=0-64 slurm/roar_array.sbatch configs/roar_demo.yaml
       python -m lightning_xai roar --config configs/roar_demo.yaml --gather
     The hyperparameters of a method (Table 2 of the M2IB paper):
@@ -90,11 +91,12 @@ class Roar:
         validation: share of the samples that is validated on.
         pixels: share of an image's pixels that is taken away.
         tokens: share of a caption's tokens that is taken away.
-        fill: what pixels are replaced by: image_mean, the mean of each channel over the image; or model_mean, the mean
-            that the model's normalisation subtracts.
+        fill: what pixels are replaced by: model_mean, the mean of each channel that the model's normalisation
+            subtracts; or image_mean, that over the image itself, which lets some of the color through that is taken.
         training: how a cell is trained.
         batch_size: pairs that are explained at a time; changes no number.
         cell: run this cell alone, by its number in --list-cells.
+        prepare: only explain, and write the data that cells need; where many jobs share the cells, one does so first.
         list_cells: only list the cells.
         gather: only put together what is done.
     """
@@ -113,10 +115,11 @@ class Roar:
     validation: float = 0.2
     pixels: float = 0.25
     tokens: float = 0.5
-    fill: Literal["image_mean", "model_mean"] = "image_mean"
+    fill: Literal["model_mean", "image_mean"] = "model_mean"
     training: Retraining = field(default_factory=Retraining)
     batch_size: int = 32
     cell: int | None = None
+    prepare: bool = False
     list_cells: bool = False
     gather: bool = False
 
@@ -133,18 +136,24 @@ class Roar:
             for number, cell in enumerate(cells):
                 print(number, cell, "done" if cell.path(self.out).is_file() else "to do")  # noqa: T201
             return
+        if (self.cell is not None) + self.prepare + self.gather > 1:
+            raise ValueError("--cell, --prepare and --gather are different things to do: give one of them at a time")
         if self.cell is not None and not 0 <= self.cell < len(cells):
             raise ValueError(f"--cell has to be 0 to {len(cells) - 1} (see --list-cells); got {self.cell}")
         if not self.gather:
             self._run(cells if self.cell is None else [cells[self.cell]], methods)
-        if self.cell is None:
+        if self.cell is None and not self.prepare:
             self._report(cells, methods)
 
     def _run(self, cells: list[Cell], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
         from lightning_xai.commands.roar_run import RoarRun
 
         _check_checkpoint(self.model.name)
-        RoarRun(self, methods).run(cells)
+        run = RoarRun(self, methods)
+        if self.prepare:
+            run.prepare()
+        else:
+            run.run(cells)
 
     def _report(self, cells: list[Cell], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
         result = gather(self.out, cells, methods, partial(recipe_settings, self), self.grid)

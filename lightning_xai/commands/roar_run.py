@@ -67,6 +67,13 @@ class RoarRun:
                 self._retrain(cell, train)
                 bar.advance(task)
 
+    def prepare(self) -> None:
+        """Only make the data that cells need: one job does so before many that share the cells."""
+        with _progress() as bar:
+            for label in (ORIGINAL, *self.chosen):
+                for modality in self.roar.modalities:
+                    self._training_data(Cell(label, modality, 0), bar)
+
     def _is_done(self, cell: Cell) -> bool:
         found = read_cell(self.roar.out, cell)
         if found is not None:
@@ -78,7 +85,7 @@ class RoarRun:
         method = self.chosen.get(cell.label)
         return {
             "model": {"architecture": self.encoder.architecture["model_cfg"], "weights": self.weights},
-            "data": {"name": self.manifest.name, "manifest": _digest(asdict(self.manifest))},
+            "data": {"shards": self.manifest.fingerprint},
             "method": {} if method is None else {"name": method.name, "options": _shown(method.options)},
             **recipe_settings(self.roar, cell),
         }
@@ -88,7 +95,7 @@ class RoarRun:
         """Folders of the training and the validation part."""
         parts, settings = self._partition, recipe_settings(self.roar, Cell(ORIGINAL, NOTHING, 0))["selection"]
         transform = self.encoder.architecture["preprocess_cfg"], self.encoder.image_transform.size
-        digest = _digest([asdict(self.manifest), settings, transform])
+        digest = _digest([self.manifest.fingerprint, settings, transform])
         folders = []
         for name, keys in (("training", parts.training), ("validation", parts.validation)):
             folder = self.roar.out / "data" / f"{name}-{digest}"
@@ -168,10 +175,10 @@ class RoarRun:
             "training": train.samples,
             "validation": validation.samples,
             "left_out": {reason: count for reason, count in left_out.items() if count},
-            "fingerprint": _digest(asdict(self.manifest)),
+            "fingerprint": self.manifest.fingerprint,
         }
         settings = asdict(roar)
-        for name in ("model", "data", "out", "methods", "cell", "list_cells", "gather"):
+        for name in ("model", "data", "out", "methods", "cell", "prepare", "list_cells", "gather"):
             settings.pop(name)
         return {
             "model": described["model"] | {"fingerprint": self.weights},

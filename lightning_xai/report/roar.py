@@ -45,8 +45,9 @@ def grid_tables(result: RoarResult) -> list[Table]:
 def _grid_table(result: RoarResult, modality: str) -> Table:
     *down, right = result.grid
     points = {
-        tuple(method.options.get(option) for option in result.grid): result.score(label, modality)
+        tuple(method.options[option] for option in result.grid): result.score(label, modality)
         for label, method in result.methods.items()
+        if method.options.keys() >= result.grid.keys()  # the controls are no points
     }
     best = _best(points)
     table = Table(title=f"{modality}: ROAR+ in % (higher is better)")

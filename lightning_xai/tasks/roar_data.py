@@ -41,7 +41,7 @@ from lightning_xai.models.dual_encoder import DualEncoder
 __all__ = ["Partition", "attribute_pairs", "partition", "read_keys", "write_degraded", "write_original"]
 
 Modality = Literal["image", "text"]
-Fill = Literal["image_mean", "model_mean"]
+Fill = Literal["model_mean", "image_mean"]
 
 NO_TOKENS = "caption without tokens"
 
@@ -169,7 +169,7 @@ def write_degraded(
     *,
     modality: Modality,
     fraction: float,
-    fill: Fill = "image_mean",
+    fill: Fill = "model_mean",
     name: str,
 ) -> Manifest:
     """Write a data set without what a method finds most important, in one modality.
@@ -183,8 +183,9 @@ def write_degraded(
         out: folder to make.
         modality: what is degraded; the other one stays as it is.
         fraction: of an image's pixels, or of a caption's own tokens.
-        fill: the color that pixels get: the mean of each channel over the image itself, or the mean that the model's
-            normalisation subtracts. Tokens become padding.
+        fill: the color that pixels get: the mean of each channel that the model's normalisation subtracts, which says
+            nothing; or that over the image itself, which takes on some of the color of what is removed. Tokens become
+            padding.
         name: of the data, for people.
 
     Raises:
