@@ -1,7 +1,7 @@
 """The papers' figures from plain values: distributions of gamma and delta, signs, classes, ROAR+.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles and patterns tell them apart as
-well. Controls are grey and dashed. `svg_text` makes a chart for a page that follows the reader's light or dark mode.
+well. Controls are grey and dashed. `follows_reader` makes a chart of a page follow the reader's light or dark mode.
 Nothing here needs torch, and nothing goes through pyplot.
 """
 
@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from lightning_xai.report.effect_size import ClassGrounding
@@ -24,11 +25,21 @@ from lightning_xai.report.results import Estimate
 from lightning_xai.report.sheet import DPI, printable
 from lightning_xai.report.stochastic_order import survival_curve
 
-__all__ = ["Sample", "class_bars", "cumulative_gammas", "delta_distributions", "roar_bars", "sign_bars", "svg_text"]
+__all__ = [
+    "Sample",
+    "class_bars",
+    "cumulative_gammas",
+    "delta_distributions",
+    "dressed",
+    "follows_reader",
+    "roar_bars",
+    "sign_bars",
+    "svg_text",
+]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c564b")
 _CONTROL, _INK, _SOFT, _LINE, _PAPER = "#8a8f96", "#1b1f24", "#5b6470", "#d9dee4", "#ffffff"
-_DARK = {_INK: "#e6e9ed", _SOFT: "#a2abb6", _LINE: "#333a42", _PAPER: "#14171b"}
+_DARK = {_INK: "#e6e9ed", _SOFT: "#a2abb6", _LINE: "#333a42", _PAPER: "#14171b", "#4d4d4d": "#b9bfc6"}
 _STYLES = ("-", "--", "-.", ":")
 _BINS = 41
 
@@ -48,28 +59,30 @@ class Sample:
     control: bool = False
 
 
-def cumulative_gammas(samples: Sequence[Sample], title: str) -> Figure:
+def cumulative_gammas(panels: Mapping[str, Sequence[Sample]], title: str) -> Figure:
     """The share of phrases with gamma above each value, after Figure 5 (left): the higher a curve, the better.
 
     Args:
-        samples: gammas in [0, 1] of each.
+        panels: heading -> gammas in [0, 1] of each run or method; a name has the same colour in all panels.
         title: stands above.
 
     Raises:
         ValueError: there are no samples.
     """
-    figure, axes = _axes(samples, (8.0, 4.3), title)
+    figure, pairs = _panels(panels, title)
     points = np.linspace(0, 1, 401)
-    for sample, look in zip(samples, _looks(samples), strict=True):
-        share = 100 * survival_curve(sample.values, points)
-        axes.plot(points, share, linewidth=2, label=f"{printable(sample.name)}  (n = {len(sample.values):,})", **look)
-    for threshold in (0.5, 0.8):
-        axes.axvline(threshold, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("γ: share of the attribution inside the box")
-    axes.set_ylabel("phrases with a larger γ [%]")
-    _legend(axes)
+    looks = _looks([sample for samples in panels.values() for sample in samples])
+    for axes, samples in pairs:
+        for sample in samples:
+            share = 100 * survival_curve(sample.values, points)
+            axes.plot(points, share, linewidth=2, label=printable(sample.name), **looks[sample.name])
+        for threshold in (0.5, 0.8):
+            axes.axvline(threshold, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("γ: share of the attribution inside the box" if len(panels) == 1 else "γ")
+    figure.axes[0].set_ylabel("phrases with a larger γ [%]")
+    _legend(figure, looks)
     return figure
 
 
@@ -77,42 +90,28 @@ def delta_distributions(panels: Mapping[str, Sequence[Sample]], title: str) -> F
     """How delta is distributed, after Figure 5 (right): a panel for each method, whose maps have a scale of their own.
 
     Args:
-        panels: method -> deltas of each run.
+        panels: method -> deltas of each run; a name has the same colour in all panels.
         title: stands above.
 
     Raises:
         ValueError: there are no samples.
     """
-    every = [sample for samples in panels.values() for sample in samples]
-    if not every:
-        raise ValueError("expected at least one sample of deltas, got none; leave the figure out instead")
-    across = min(len(panels), 3)
-    down = math.ceil(len(panels) / across)
-    figure = Figure(
-        figsize=(max(3.6 * across, 6.0) + 1, 3.1 * down + 0.4), dpi=DPI, layout="constrained", facecolor=_PAPER
-    )
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (method, samples) in zip(grid.flat, panels.items(), strict=False):
-        _dress(axes)
+    figure, pairs = _panels(panels, title)
+    looks = _looks([sample for samples in panels.values() for sample in samples])
+    for axes, samples in pairs:
         furthest = max(float(np.quantile(np.abs(sample.values), 0.995)) for sample in samples) or 1.0
         edges = np.linspace(-furthest, furthest, _BINS)
-        for sample, look in zip(samples, _looks(samples), strict=True):
-            inside = np.clip(sample.values, -furthest, furthest)
-            share = 100 * np.histogram(inside, edges)[0] / len(inside)
-            axes.stairs(share, edges, linewidth=1.8, label=printable(sample.name), **_stairs(look))
+        for sample in samples:
+            share = 100 * np.histogram(np.clip(sample.values, -furthest, furthest), edges)[0] / len(sample.values)
+            look = looks[sample.name]
+            style = {"edgecolor": look["color"], "linestyle": look["linestyle"], "fill": False, "linewidth": 1.8}
+            axes.stairs(share, edges, label=printable(sample.name), **style)
         axes.axvline(0, color=_INK, linewidth=0.9)
-        axes.set_title(printable(method), fontsize=10, color=_INK, parse_math=False)
         axes.set_xlabel("δ   (below 0: noticed)")
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
         axes.set_ylim(bottom=0)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("pairs [%]")
-    if len({sample.name for sample in every}) > 1:
-        _legend(grid.flat[min(across, len(panels)) - 1])
-    figure.suptitle(printable(title), fontsize=11, color=_INK, parse_math=False)
+    figure.axes[0].set_ylabel("pairs [%]")
+    _legend(figure, looks)
     return figure
 
 
@@ -126,7 +125,7 @@ def sign_bars(rows: Sequence[tuple[str, float, float]], title: str) -> Figure:
     Raises:
         ValueError: there are no rows.
     """
-    figure, axes = _axes(rows, (8.0, 1.4 + 0.62 * len(rows)), title)
+    figure, axes = _axes(rows, (6.4, 1.5 + 0.5 * len(rows)), title)
     for place, (_, own, other) in enumerate(rows):
         for offset, share, colour, hatch in ((-0.19, own, _COLOURS[0], ""), (0.19, other, _COLOURS[1], "///")):
             style: dict[str, Any] = {"height": 0.34, "color": colour, "edgecolor": _PAPER, "hatch": hatch}
@@ -137,7 +136,7 @@ def sign_bars(rows: Sequence[tuple[str, float, float]], title: str) -> Figure:
                 -101, place + offset, f"{100 * (1 - share):.0f}", va="center", ha="right", fontsize=8, color=_SOFT
             )
     axes.set_yticks(range(len(rows)), [printable(name) for name, *_ in rows], parse_math=False)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color=_INK, linewidth=0.9)
     axes.set_xlim(-112, 112)
     axes.set_xticks([-100, -50, 0, 50, 100], ["100", "50", "0", "50", "100"])
@@ -210,7 +209,7 @@ def class_bars(runs: Mapping[str, Sequence[ClassGrounding]], title: str) -> Figu
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("γ, mean ± standard deviation")
     if len(runs) > 1:
-        _legend(axes, above=True)
+        _ink(figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=min(len(runs), 4)))
     return figure
 
 
@@ -264,20 +263,28 @@ def roar_bars(scores: Mapping[str, Mapping[str, Estimate]], controls: Sequence[s
     return figure
 
 
-def svg_text(figure: Figure, *, follows_reader: bool = False) -> str:
-    """A chart as SVG, the same text each time.
+def dressed(figure: Figure) -> Figure:
+    """A figure of another room, which is changed, with this one's ink, so that it follows the reader as well."""
+    figure.set_facecolor(_PAPER)
+    for axes in figure.axes:
+        _dress(axes)
+        axes.title.set_color(_INK)
+        legend = axes.get_legend()
+        if legend is not None:
+            _ink(legend)
+    return figure
 
-    Args:
-        figure: the chart.
-        follows_reader: whether ink and ground change with the reader's light or dark mode. Only browsers know how;
-            leave it out for files that other programs open.
-    """
+
+def svg_text(figure: Figure) -> str:
+    """A chart as SVG, the same text each time."""
     stream = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "lightning_xai", "svg.fonttype": "path"}):
         figure.savefig(stream, format="svg", dpi=figure.dpi, metadata={"Date": None, "Creator": None})
-    svg = stream.getvalue()
-    if not follows_reader:
-        return svg
+    return stream.getvalue()
+
+
+def follows_reader(svg: str) -> str:
+    """The SVG of a chart, whose ink and ground now change with the reader's light or dark mode, as browsers know it."""
     names = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
     for colour, name in names.items():
         svg = svg.replace(colour, f"var({name})")
@@ -311,29 +318,54 @@ def _dress(axes: Any) -> None:
         label.set_color(_INK)
 
 
-def _looks(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Colour and line style of each: those of methods in turn, controls grey."""
-    looks, number, controls = [], 0, 0
+def _panels(panels: Mapping[str, Sequence[Sample]], title: str) -> tuple[Figure, list[tuple[Any, Sequence[Sample]]]]:
+    """A figure with axes for each panel, side by side in rows of at most three, and the samples that go there."""
+    if not any(panels.values()):
+        raise ValueError(f"{title}: expected at least one sample, got none; leave the figure out instead")
+    across = min(len(panels), 3)
+    down = math.ceil(len(panels) / across)
+    size = (6.4, 4.2) if len(panels) == 1 else (3.3 * across + 0.4, 2.7 * down + 0.9)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    every = figure.subplots(down, across, squeeze=False).flat
+    for axes, heading in zip(every, panels, strict=False):
+        _dress(axes)
+        axes.set_title(printable(heading) if len(panels) > 1 else "", fontsize=10, color=_INK, parse_math=False)
+    for axes in list(every[len(panels) :]):
+        axes.remove()
+    figure.suptitle(printable(title), fontsize=11, color=_INK, parse_math=False)
+    return figure, list(zip(figure.axes, panels.values(), strict=True))
+
+
+def _looks(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+    """Name -> colour and line style: those of methods in turn, controls grey."""
+    looks: dict[str, dict[str, Any]] = {}
+    controls = 0
     for sample in samples:
+        if sample.name in looks:
+            continue
         if sample.control:
             controls += 1
-            looks.append({"color": _CONTROL, "linestyle": _STYLES[controls % len(_STYLES)]})
+            looks[sample.name] = {"color": _CONTROL, "linestyle": _STYLES[controls % len(_STYLES)]}
             continue
+        number = len(looks) - controls
         colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        looks.append({"color": colour, "linestyle": style})
-        number += 1
+        looks[sample.name] = {"color": colour, "linestyle": style}
     return looks
 
 
-def _stairs(look: Mapping[str, Any]) -> dict[str, Any]:
-    return {"edgecolor": look["color"], "linestyle": look["linestyle"], "fill": False}
-
-
-def _legend(axes: Any, above: bool = False) -> None:
-    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-    if above:
-        place = {"loc": "upper right", "ncols": 4}
-    _ink(axes.legend(frameon=False, fontsize=9, **place))
+def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the lines are: within the only panel's empty corner, or below several."""
+    if len(looks) == 1:
+        return
+    lines = [Line2D([], [], linewidth=2, **look) for look in looks.values()]
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9}
+    names = [printable(name) for name in looks]
+    if len(figure.axes) == 1:
+        style |= {"frameon": True, "facecolor": _PAPER, "edgecolor": _PAPER, "framealpha": 1.0}
+        _ink(figure.axes[0].legend(lines, names, loc="upper right", **style))
+    else:
+        _ink(figure.legend(lines, names, loc="outside lower center", ncols=min(len(looks), 5), **style))
 
 
 def _ink(legend: Any) -> None:

@@ -75,8 +75,7 @@ def why_not(first: Grounding, second: Grounding) -> str | None:
     pair = f"{first.name} and {second.name}"
     if first.label != second.label or first.method != second.method:
         return f"{pair} are not compared: {first.label} and {second.label} are different methods."
-    known = first.fingerprint is not None and second.fingerprint is not None
-    if first.phrases != second.phrases or (known and first.fingerprint != second.fingerprint):
+    if not first.same_data(second):
         what = f"{first.data} and {second.data}" if first.data != second.data else f"two versions of {first.data}"
         return (
             f"{pair} are not compared by γ ({first.label}): they were measured on different data, {what}. Evaluate "
@@ -88,7 +87,7 @@ def why_not(first: Grounding, second: Grounding) -> str | None:
 
 
 def pairs_to_compare(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding]]:
-    """What a reader wants compared: in a training the first, second and last state; of two runs each method's.
+    """What a reader wants compared: in a training the first, last and second state; of two runs each method's.
 
     A training takes part in comparisons with other runs with its last state. Controls are left out: between models
     they differ by chance alone.
@@ -96,7 +95,7 @@ def pairs_to_compare(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding
     for run in runs:
         if run.training is not None:
             states = run.groundings
-            yield from combinations(dict.fromkeys((*states[:2], *states[-1:])), 2)
+            yield from combinations(dict.fromkeys((*states[:1], *states[-1:], *states[1:2])), 2)
     for one, other in combinations(runs, 2):
         ends = [run.groundings[-1:] if run.training is not None else run.groundings for run in (one, other)]
         labels = {grounding.label: grounding for grounding in ends[1]}
@@ -107,12 +106,12 @@ def pairs_to_compare(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding
 
 def comparison_table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
     """The verdicts, and what they rest on."""
-    columns = [Column("first", numeric=False), Column("second", numeric=False), Column("method", numeric=False)]
-    columns += [Column("verdict", numeric=False), Column("mean γ, first"), Column("mean γ, second")]
+    columns = [Column(name, numeric=False) for name in ("first", "second", "method", "verdict")]
+    columns += [Column("first", "mean γ"), Column("second", "mean γ")]
     columns += [
-        Column(name, f"{which} above") for which in ("second", "first") for name in ("ε_min", "ε of the samples")
+        Column(name, f"is the {which} larger?") for which in ("second", "first") for name in ("ε_min", "violation")
     ]
-    columns += [Column("n, first"), Column("n, second")]
+    columns += [Column("first", "phrases"), Column("second", "phrases")]
     rows = []
     for each in comparisons:
         better = each.better
@@ -125,8 +124,8 @@ def comparison_table(comparisons: Sequence[Comparison], test: OrderTest) -> Pape
         rows.append(tuple(cells))
     note = (
         f"Almost stochastic order of the full γ distributions. ε_min is the upper confidence bound, at level α = "
-        f"{test.alpha:g}, of how much the order is violated: 0 is order, 1 the opposite. One dominates where its "
-        f"ε_min < {test.epsilon:g}. {test.bootstrap_samples:,} bootstrap samples, phrases taken as independent."
+        f"{test.alpha:g}, of that order's violation: 0 is order, 1 the opposite. One dominates where its ε_min < "
+        f"{test.epsilon:g}. {test.bootstrap_samples:,} bootstrap samples, phrases taken as independent."
     )
     if len(comparisons) > 1:
         together = test.alpha / len(comparisons)

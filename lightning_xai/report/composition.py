@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from lightning_xai.report.charts import (
     class_bars,
     cumulative_gammas,
     delta_distributions,
+    dressed,
     roar_bars,
     sign_bars,
 )
@@ -37,7 +39,7 @@ from lightning_xai.report.html import Block, Chart, Code, Findings, Folded, Head
 from lightning_xai.report.paper_table import Body, Column, PaperTable, count, words
 from lightning_xai.report.plots import curves
 from lightning_xai.report.results import MODALITIES, ExampleRecord, ResultError
-from lightning_xai.report.runs import CONTROLS, Grounding, Run
+from lightning_xai.report.runs import CONTROLS, Grounding, Run, by_data
 from lightning_xai.report.summaries import (
     degradation_table,
     grid_tables,
@@ -53,6 +55,7 @@ __all__ = ["Composer", "Options"]
 
 _MOST_CHANGES = 5
 _MOST_COMPARED = 4  # bars beside each other for one class
+_MOST_FINDINGS = 3
 _WIDE_SHEET = 12
 
 
@@ -120,66 +123,77 @@ class Composer:
         return blocks
 
     def _findings(self) -> Iterator[tuple[str, str]]:
+        """A few of each kind: the overview has to fit a screen."""
+        yield from islice((found for run in self.runs for found in self._grounding_finding(run)), _MOST_FINDINGS)
+        told = [each for each in self.comparisons if self._tells_most(each)]
+        for each in told[:_MOST_FINDINGS]:
+            yield ("undecided" if each.better is None else f"{each.better.name} grounds better"), f"{each}."
+        yield from islice((found for run in self.runs for found in _roar_findings(run)), _MOST_FINDINGS)
+        for group in self._class_groups()[:_MOST_FINDINGS]:
+            worst = knowledge_gaps(group[-1].rows, min_pairs=self.options.min_pairs).classes[:3]
+            if worst:
+                text = f"are the classes of {group[-1].data} with the lowest mean γ ({group[-1].name})."
+                yield ", ".join(found.label for found in worst), text
+
+    def _tells_most(self, comparison: Comparison) -> bool:
+        """Whether it is by the method that tells about classes, and of a training from its begin to its end."""
         for run in self.runs:
-            shown = run.of_class(self.options.method)
-            if shown is not None and len(shown.gammas):
-                share = 100 * float(np.mean(shown.gammas > 0.5))
-                phrases = f"{len(shown.gammas):,} phrases on {shown.data}"
-                yield f"{share:.1f} %", f"of {phrases} have γ > 0.5 ({shown.name}, {shown.label})."
-            if run.roar is not None:
-                for modality in MODALITIES:
-                    scores = {label: run.roar.score(label, modality).mean for label in run.roar.methods}
-                    known = {label: score for label, score in scores.items() if score == score}
-                    if known:
-                        best = max(known, key=lambda label: known[label])
-                        text = f"finds what the model learns from in the {modality}: ROAR+ {100 * known[best]:.1f} %"
-                        yield best, f"{text} ({run.name})."
-        for each in self.comparisons[:4]:
-            verdict = "undecided" if each.better is None else each.better.name
-            yield verdict, f"{each}."
+            if run.name == comparison.first.run == comparison.second.run:
+                return {comparison.first, comparison.second} == {run.groundings[0], run.groundings[-1]}
+        shown = [run.of_class(self.options.method) for run in self.runs]
+        return comparison.first in shown and comparison.second in shown
+
+    def _grounding_finding(self, run: Run) -> Iterator[tuple[str, str]]:
+        shown = run.of_class(self.options.method)
+        if shown is None or not len(shown.gammas):
+            return
+        share = f"{100 * float(np.mean(shown.gammas > 0.5)):.1f} %"
+        where = f"of {len(shown.gammas):,} phrases on {shown.data} have γ > 0.5 ({run.name}"
+        first = run.groundings[0]
+        if run.training is not None and first is not shown and len(first.gammas):
+            before = f"{100 * float(np.mean(first.gammas > 0.5)):.1f}"
+            yield f"{before} → {share}", f"{where}, {first.state} and after {shown.state})."
+        else:
+            yield share, f"{where}, {shown.label})."
 
     def _grounding(self) -> list[Block]:
         table = grounding_table(self.runs)
         if table is None:
             return [Note("None of the runs measured grounding.", missing=True)]
         blocks: list[Block] = [table]
-        for title, groundings in self._curves():
-            samples = [_sample(each, groundings) for each in groundings]
-            shares = (f"{each.name} {100 * float(np.mean(each.values > 0.5)):.1f} %" for each in samples)
+        for title, panels in self._curves():
+            shares = (
+                f"{name} {each.name} {100 * float(np.mean(each.values > 0.5)):.1f} %"
+                for name, samples in panels.items()
+                for each in samples
+            )
             blocks.append(
                 Chart(
                     f"gamma-{title}",
-                    f"Cumulative distributions of γ: {title}",
-                    "The share of phrases whose γ is larger; the higher a curve, the better the grounding.",
+                    f"Cumulative distributions of γ, {title}",
+                    "The higher a curve, the better the grounding. Dotted: the thresholds of the table.",
                     f"Curves of the share of phrases above each γ. Above 0.5: {', '.join(shares)}.",
-                    cumulative_gammas(samples, title),
+                    cumulative_gammas(panels, title),
                 )
             )
         return blocks
 
-    def _curves(self) -> Iterator[tuple[str, list[Grounding]]]:
-        """Which groundings share a figure: a run's methods or states, and the runs of each method on the same data."""
+    def _curves(self) -> Iterator[tuple[str, dict[str, list[Sample]]]]:
+        """Which groundings share a figure: a run's methods or states, and for each data set the runs by method."""
+        ends: list[Grounding] = []
         for run in self.runs:
             there = [each for each in run.groundings if len(each.gammas)]
-            if there and (len(there) > 1 or len(self.runs) == 1 or not self._others(there[0])):
-                yield run.name, there
-        groups: dict[tuple[str, str], list[Grounding]] = {}
-        for run in self.runs:
-            ends = run.groundings[-1:] if run.training is not None else run.groundings
-            for each in ends:
-                if len(each.gammas) and not each.is_control:
-                    groups.setdefault((each.label, each.phrases), []).append(each)
-        for (label, _), group in groups.items():
-            if len(group) > 1:
-                yield f"{label} on {group[0].data}", group
-
-    def _others(self, grounding: Grounding) -> bool:
-        """Whether another run has the same method on the same data."""
-        return any(
-            (each.label, each.phrases) == (grounding.label, grounding.phrases) and each.run != grounding.run
-            for run in self.runs
-            for each in run.groundings
-        )
+            ends += there[-1:] if run.training is not None else [each for each in there if not each.is_control]
+            if len(there) > 1 or len(self.runs) == 1:
+                named = [Sample(each.state or each.label, each.gammas, each.is_control) for each in there]
+                yield f"{run.name} on {run.data}", {"": named}
+        for group in by_data(ends):
+            panels: dict[str, list[Sample]] = {}
+            for each in group:
+                panels.setdefault(each.label, []).append(Sample(each.name, each.gammas))
+            shared = {label: samples for label, samples in panels.items() if len(samples) > 1}
+            if shared:
+                yield f"runs side by side on {group[0].data}", shared
 
     def _training(self) -> list[Block]:
         blocks: list[Block] = []
@@ -194,7 +208,9 @@ class Composer:
                 alt = f"Curves over {len(measured)} measurements; γ above 0.5 goes from {first:.1f} to {last:.1f} %."
                 title = f"Grounding of {run.name} by epoch"
                 blocks.append(
-                    Chart(f"curves-{run.name}", title, "Measured on the validation split.", alt, curves(measured))
+                    Chart(
+                        f"curves-{run.name}", title, "Measured on the validation split.", alt, dressed(curves(measured))
+                    )
                 )
         return blocks
 
@@ -237,7 +253,7 @@ class Composer:
             roar = run.roar
             if roar.missing:
                 some = ", ".join(roar.missing[:6]) + (", …" if len(roar.missing) > 6 else "")
-                note = f"{run.name}: {len(roar.missing)} retrainings have not been run yet: {some}."
+                note = f"{run.name}: {len(roar.missing)} of the retrainings have not been run yet: {some}."
                 blocks.append(Note(note, missing=True))
             scores = {
                 modality: {
@@ -300,15 +316,12 @@ class Composer:
 
     def _class_groups(self) -> list[list[Grounding]]:
         """Groundings on the same phrases by the method that tells about classes, the first of each the one before."""
-        groups: dict[tuple[str, str], list[Grounding]] = {}
+        found: list[Grounding] = []
         for run in self.runs:
             shown = run.of_class(self.options.method)
-            if shown is None:
-                continue
-            both = [run.groundings[0], shown] if run.training is not None else [shown]
-            for each in dict.fromkeys(both):
-                groups.setdefault((each.label, each.phrases + (each.fingerprint or "")), []).append(each)
-        return list(groups.values())
+            if shown is not None:
+                found += dict.fromkeys([run.groundings[0], shown] if run.training is not None else [shown])
+        return _by_method_and_data(found)
 
     def _change(self, before: Grounding, after: Grounding) -> Iterator[Block]:
         yield Heading(f"From {before.name} to {after.name}")
@@ -372,7 +385,7 @@ class Composer:
     def _fixed_of_runs(self) -> Iterator[Block]:
         """The same examples in several runs, by the method that tells about classes."""
         shown = [each for run in self.runs if run.examples and (each := run.of_class(self.options.method)) is not None]
-        for first, *others in _by_phrases(shown):
+        for first, *others in _by_method_and_data(shown):
             group = [first, *others]
             columns = {each.name: (each.run, each.label) for each in group}
             found = self.gallery.side_by_side(columns, _is_fixed, "The same phrases in each run") if others else None
@@ -410,11 +423,14 @@ class Composer:
         return blocks
 
 
-def _sample(grounding: Grounding, together: Sequence[Grounding]) -> Sample:
-    """Named by what differs among those in the same figure."""
-    several = len({each.run for each in together}) > 1
-    name = grounding.name if several else grounding.state or grounding.label
-    return Sample(name, grounding.gammas, grounding.is_control)
+def _roar_findings(run: Run) -> Iterator[tuple[str, str]]:
+    for modality in MODALITIES if run.roar is not None and not run.roar.grid else ():
+        scores = {label: run.roar.score(label, modality).mean for label in run.roar.methods} if run.roar else {}
+        known = {label: score for label, score in scores.items() if score == score}
+        if known:
+            best = max(known, key=lambda label: known[label])
+            text = f"finds best what the model learns from in the {modality}: ROAR+ {100 * known[best]:.1f} %"
+            yield best, f"{text} ({run.name})."
 
 
 def _deltas(runs: Sequence[Run]) -> dict[str, list[Sample]]:
@@ -448,11 +464,9 @@ def _class_chart(ranked: Mapping[str, Any], about: str) -> Chart:
     return Chart(f"classes-{about}", title, note, alt, class_bars({n: g.classes for n, g in shown.items()}, title))
 
 
-def _by_phrases(groundings: Sequence[Grounding]) -> list[list[Grounding]]:
-    groups: dict[tuple[str, str], list[Grounding]] = {}
-    for each in groundings:
-        groups.setdefault((each.label, each.phrases), []).append(each)
-    return list(groups.values())
+def _by_method_and_data(groundings: Sequence[Grounding]) -> list[list[Grounding]]:
+    labels = dict.fromkeys(each.label for each in groundings)
+    return [group for label in labels for group in by_data(each for each in groundings if each.label == label)]
 
 
 def _training_sheet(run: Run) -> Iterator[Block]:

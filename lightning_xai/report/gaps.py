@@ -5,8 +5,8 @@ What is behind the numbers stands in `effect_size`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from lightning_xai.report.effect_size import ClassChange, ClassGaps, GroundingChange
 from lightning_xai.report.paper_table import Body, Cell, Column, PaperTable, count, number, percent, words
@@ -79,13 +79,17 @@ def change_table(
 def _change_row(change: ClassChange) -> tuple[Cell, ...]:
     pairs = change.pairs_after if change.pairs_before == change.pairs_after else None
     both = f"{change.pairs_before} → {change.pairs_after}"
-    signed = number(change.smd, 2)
     return (
         words(change.label),
-        Cell(f"{change.smd:+.2f}", change.smd) if not math.isnan(change.smd) else signed,
+        _signed(change.smd, 2),
         number(change.standard_error, 2),
         number(change.mean_before),
         number(change.mean_after),
-        Cell(f"{change.difference:+.3f}", change.difference),
+        _signed(change.difference, 3),
         count(pairs) if pairs is not None else Cell(both, min(change.pairs_before, change.pairs_after)),
     )
+
+
+def _signed(value: float, digits: int) -> Cell:
+    cell = number(value, digits)
+    return replace(cell, text=f"+{cell.text}") if value > 0 else cell

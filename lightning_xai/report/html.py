@@ -10,20 +10,25 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.charts import svg_text
+from lightning_xai.report.charts import follows_reader, svg_text
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.plots import rasterize
 from lightning_xai.report.table_formats import to_html
 
 __all__ = ["Block", "Chart", "Code", "Findings", "Folded", "Heading", "Note", "Section", "Sheet", "flat", "page"]
+
+
+_HALF = 700  # pixels across, up to which two charts stand side by side where there is room
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,16 @@ class Chart:
     alt: str
     figure: Figure
 
+    @property
+    def width(self) -> int:
+        """Pixels across in the page."""
+        return round(96 * self.figure.get_figwidth())
+
+    @cached_property
+    def svg(self) -> str:
+        """The figure as SVG."""
+        return svg_text(self.figure)
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -84,7 +99,7 @@ class Sheet:
     alt: str
     picture: Figure | NDArray[np.uint8]
 
-    @property
+    @cached_property
     def pixels(self) -> NDArray[np.uint8]:
         """[H, W, 3]."""
         return rasterize(self.picture) if isinstance(self.picture, Figure) else self.picture
@@ -187,7 +202,11 @@ class _Writer:
         self._tables = self._figures = 0
 
     def blocks(self, blocks: Sequence[Block]) -> str:
-        return "\n".join(map(self._block, blocks))
+        parts = []
+        for narrow, group in groupby(blocks, key=lambda block: isinstance(block, Chart) and block.width <= _HALF):
+            text = "\n".join(map(self._block, group))
+            parts.append(f'<div class="charts">\n{text}\n</div>' if narrow else text)
+        return "\n".join(parts)
 
     def _block(self, block: Block) -> str:
         if isinstance(block, Note):
@@ -210,18 +229,16 @@ class _Writer:
         self._figures += 1
         name, kind = escape(block.name), "chart" if isinstance(block, Chart) else "sheet"
         if isinstance(block, Chart):
-            source = _data_url("image/svg+xml", svg_text(block.figure, follows_reader=True).encode())
-            width = round(96 * block.figure.get_figwidth())
+            source = _data_url("image/svg+xml", follows_reader(block.svg).encode())
+            width = block.width
         else:
             pixels = block.pixels
             source, width = _data_url("image/webp", _webp(pixels)), round(pixels.shape[1] * 0.75)
         caption = f"<b>Figure {self._figures}.</b> {escape(block.title)}. <span class=note>{escape(block.note)}</span>"
         image = f'<img src="{source}" alt="{escape(block.alt)}" style="--width:{width}px">'
-        if kind == "sheet" or width > 960:
-            image = f'<div class="scroll" role="region" aria-labelledby="caption-{name}" tabindex="0">{image}</div>'
-        wide = " wide" if kind == "chart" and width > 960 else ""
+        image = f'<div class="scroll" role="region" aria-labelledby="caption-{name}" tabindex="0">{image}</div>'
         return (
-            f'<figure class="{kind}{wide}" id="figure-{name}"><figcaption id="caption-{name}">{caption}</figcaption>'
+            f'<figure class="{kind}" id="figure-{name}"><figcaption id="caption-{name}">{caption}</figcaption>'
             f"{image}</figure>"
         )
 

@@ -114,10 +114,13 @@ def count(number: int | None) -> Cell:
 def number(value: float, digits: int = 3) -> Cell:
     """A cell of a number as it is; NaN has no value.
 
-    >>> number(0.25).text, number(float("nan")).text
-    ('0.250', '–')
+    >>> [number(value).text for value in (0.25, -0.25, -0.0001, float("nan"))]
+    ['0.250', '−0.250', '0.000', '–']
     """
-    return Cell(NO_VALUE) if math.isnan(value) else Cell(f"{value:.{digits}f}", value)
+    if math.isnan(value):
+        return Cell(NO_VALUE)
+    text = f"{abs(value):.{digits}f}"
+    return Cell(f"−{text}" if value < 0 and float(text) else text, value)
 
 
 def percent(fraction: float, digits: int = 1) -> Cell:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from lightning_xai.report.results import (
 )
 from lightning_xai.report.tables import epoch_name, read_csv
 
-__all__ = ["CONTROLS", "FEATURE_PAIR", "Grounding", "Run", "Training", "load_runs"]
+__all__ = ["CONTROLS", "FEATURE_PAIR", "Grounding", "Run", "Training", "by_data", "load_runs"]
 
 CONTROLS = ("random", "gaussian")
 """Methods that know nothing of the model."""
@@ -51,6 +51,7 @@ class Grounding:
 
     Attributes:
         run: name of the run.
+        name: tells it apart from the other groundings by the same method: the run, the state, or both.
         label: of the method.
         method: its name.
         options: its options, where they are known.
@@ -62,6 +63,7 @@ class Grounding:
     """
 
     run: str
+    name: str
     label: str
     method: str
     options: Mapping[str, Any]
@@ -70,11 +72,6 @@ class Grounding:
     data: str
     fingerprint: str | None
     file: Path
-
-    @property
-    def name(self) -> str:
-        """The run, and the state where there is one."""
-        return f"{self.run}, {self.state}" if self.state else self.run
 
     @property
     def is_control(self) -> bool:
@@ -104,6 +101,23 @@ class Grounding:
             "\x1f".join((row["key"], row["caption_index"], row["phrase"], row["label"])) for row in self.rows
         )
         return hashlib.sha256("\x1e".join(asked).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def same_data(self, other: Grounding) -> bool:
+        """Whether both were asked for the same phrases, and nothing says that their data differ."""
+        known = {each.fingerprint for each in (self, other) if each.fingerprint is not None}
+        return self.phrases == other.phrases and len(known) < 2
+
+
+def by_data(groundings: Iterable[Grounding]) -> list[list[Grounding]]:
+    """Those on the same data together, in order of first appearance."""
+    groups: list[list[Grounding]] = []
+    for each in groundings:
+        group = next((group for group in groups if all(each.same_data(other) for other in group)), None)
+        if group is None:
+            groups.append([each])
+        else:
+            group.append(each)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,8 @@ def load_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
         raise ValueError(f"{twice[0]} is given twice; give each run once")
     if names and (len(names) != len(folders) or len(set(names)) != len(names) or not all(names)):
         raise ValueError(f"--names has to hold a different name for each of {len(folders)} runs; got {list(names)}")
-    return [load_run(folder, name) for folder, name in zip(folders, names or distinct_names(resolved), strict=True)]
+    named = zip(folders, names or distinct_names(resolved), strict=True)
+    return [load_run(folder, name, alone=len(folders) == 1) for folder, name in named]
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -216,8 +231,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
             depths[i] += 1
 
 
-def load_run(folder: Path, name: str) -> Run:
-    """Read one run.
+def load_run(folder: Path, name: str, *, alone: bool = False) -> Run:
+    """Read one run, which may be the only one.
 
     Raises:
         ResultError: the folder holds no results, or files that are broken, incomplete or of another version.
@@ -230,7 +245,7 @@ def load_run(folder: Path, name: str) -> Run:
             return Run(name, folder, roar=result, files=reader.files)
         return _evaluation_run(reader, name, result)
     if (folder / "grounding").is_dir():
-        return _training_run(_Reader(folder), name)
+        return _training_run(_Reader(folder), name, alone)
     if not folder.is_dir():
         raise ResultError(f"{folder} is not a folder; give those of finished runs")
     near = sorted(
@@ -304,6 +319,7 @@ def _evaluation_run(reader: _Reader, name: str, result: EvaluationResult) -> Run
             groundings.append(
                 Grounding(
                     run=name,
+                    name=name,
                     label=label,
                     method=method.method,
                     options=method.options,
@@ -329,7 +345,7 @@ def _evaluation_run(reader: _Reader, name: str, result: EvaluationResult) -> Run
     )
 
 
-def _training_run(reader: _Reader, name: str) -> Run:
+def _training_run(reader: _Reader, name: str, alone: bool) -> Run:
     folder = reader.folder / "grounding"
     config, settings = _config(reader)
     summary: list[Mapping[str, Any]] = []
@@ -347,7 +363,8 @@ def _training_run(reader: _Reader, name: str) -> Run:
             continue
         rows = tuple(reader.table(path, _GROUNDING))
         state, data = epoch_name(epoch), _training_data(settings)
-        groundings.append(Grounding(name, FEATURE_PAIR, FEATURE_PAIR, {}, state, rows, data, None, path))
+        shown = state if alone else f"{name}, {state}"
+        groundings.append(Grounding(name, shown, FEATURE_PAIR, FEATURE_PAIR, {}, state, rows, data, None, path))
     picture = next(
         (p for n in ("progress.png", "progress-validate.png", "progress-test.png") if (p := folder / n).is_file()), None
     )

@@ -26,8 +26,8 @@ from lightning_xai.report.paper_table import (
     percent,
     words,
 )
-from lightning_xai.report.results import MODALITIES, Estimate, MethodResult
-from lightning_xai.report.runs import CONTROLS, FEATURE_PAIR, Run
+from lightning_xai.report.results import MODALITIES, Estimate, MethodResult, RoarResult
+from lightning_xai.report.runs import CONTROLS, FEATURE_PAIR, Run, by_data
 from lightning_xai.report.tables import NO_VALUE, epoch_name, is_percent
 
 __all__ = [
@@ -90,10 +90,10 @@ def grounding_table(runs: Sequence[Run]) -> PaperTable | None:
 
     The results of one model on several data sets stand in one line.
     """
-    entries = [entry for run in runs for entry in _grounding_entries(run)]
+    keys, data = _data_sets(runs)
+    entries = [entry for run in runs for entry in _grounding_entries(run, keys)]
     if not entries:
         return None
-    data = _data_names(runs)
     sets = list(dict.fromkeys(entry.data for entry in entries))
     states = any(entry.state for entry in entries)
     lines: dict[tuple[str, str, str], dict[str, _Entry]] = defaultdict(dict)
@@ -214,36 +214,48 @@ def degradation_table(runs: Sequence[Run]) -> PaperTable | None:
 
 
 def grid_tables(runs: Sequence[Run]) -> list[PaperTable]:
-    """ROAR+ of the points of a grid, as in the M2IB paper's Table 2: one table for each run and modality."""
-    tables = []
-    for run in runs:
-        if run.roar is None or not run.roar.grid:
-            continue
-        *down, right = run.roar.grid
-        methods = run.roar.methods
-        points = {tuple(str(m.options.get(o)) for o in run.roar.grid): label for label, m in methods.items()}
-        for modality in MODALITIES:
-            if not any(modality in method.losses for method in methods.values()):
-                continue
-            heads = list(product(*(run.roar.grid[option] for option in down)))
-            cells = []
-            for above in heads:
-                for value in run.roar.grid[right]:
-                    label = points.get(tuple(map(str, (*above, value))))
-                    cells.append(Cell(NO_VALUE) if label is None else estimate(run.roar.score(label, modality)))
-            cells, width = mark_best(cells, "up"), len(run.roar.grid[right])
-            rows = [
-                (*(words(f"{value}") for value in above), *cells[place * width : (place + 1) * width])
-                for place, above in enumerate(heads)
-            ]
-            columns = [Column(_symbol(option), numeric=False) for option in down]
-            columns += [Column(f"{_symbol(right)} = {value}") for value in run.roar.grid[right]]
-            title = f"Hyperparameters by ROAR+ [%] on {run.data}, {modality} ({run.name})"
-            note = "Rise of the loss after retraining without what is important; higher is better, the best is bold."
-            tables.append(
-                PaperTable(f"grid-{run.name}-{modality}", title, note, tuple(columns), (Body("", tuple(rows)),))
-            )
-    return tables
+    """ROAR+ of the points of a grid, as in the M2IB paper's Table 2: one table for each run and modality.
+
+    The last option of the grid goes to the right, the others down, in groups by the first of three or more.
+    """
+    return [
+        _grid_table(run, run.roar, modality)
+        for run in runs
+        if run.roar is not None and run.roar.grid
+        for modality in MODALITIES
+        if any(modality in method.losses for method in run.roar.methods.values())
+    ]
+
+
+def _grid_table(run: Run, roar: RoarResult, modality: str) -> PaperTable:
+    *down, right = roar.grid
+    labels = {tuple(str(m.options.get(o)) for o in roar.grid): label for label, m in roar.methods.items()}
+    places = list(product(*(roar.grid[option] for option in down)))
+    cells = mark_best(
+        [
+            estimate(roar.score(label, modality))
+            if (label := labels.get(tuple(map(str, (*above, value)))))
+            else Cell(NO_VALUE)
+            for above in places
+            for value in roar.grid[right]
+        ],
+        "up",
+    )
+    grouped, width = len(down) > 1, len(roar.grid[right])
+    bodies: dict[str, list[tuple[Cell, ...]]] = {}
+    for place, above in enumerate(places):
+        heading = f"{_symbol(down[0])} = {above[0]}" if grouped else ""
+        row = (*map(words, map(str, above[grouped:])), *cells[place * width : (place + 1) * width])
+        bodies.setdefault(heading, []).append(row)
+    columns = [Column(_symbol(option), numeric=False) for option in down[grouped:]]
+    columns += [Column(f"{_symbol(right)} = {value}") for value in roar.grid[right]]
+    return PaperTable(
+        f"grid-{run.name}-{modality}",
+        f"Hyperparameters by ROAR+ [%] on {run.data}, {modality} ({run.name})",
+        "Rise of the loss after retraining without what is important; higher is better, the best is bold.",
+        tuple(columns),
+        tuple(Body(heading, tuple(rows)) for heading, rows in bodies.items()),
+    )
 
 
 def progress_table(run: Run) -> PaperTable | None:
@@ -303,20 +315,20 @@ def left_out_table(runs: Sequence[Run]) -> PaperTable | None:
     return PaperTable(
         name="left_out",
         title="What was measured, and what was left out and why",
-        note="Summed over the seeds of a method. A dash: the metric knows no such reason.",
+        note="Summed over the seeds of a method; of a training, the last measurement. A dash: the metric knows no "
+        "such reason.",
         columns=tuple(columns),
         bodies=(Body("", tuple(rows)),),
     )
 
 
-def _grounding_entries(run: Run) -> list[_Entry]:
-    keys = _data_keys(run)
+def _grounding_entries(run: Run, keys: Mapping[tuple[str, str], str]) -> list[_Entry]:
     entries = []
     if run.training is not None:
         for row in run.training.summary:
             state = epoch_name(row["epoch"])
             cells = [percent(_float(row, key)) for key in _GROUNDING]
-            key = keys.get(state, f"run {run.name}")
+            key = keys.get((run.name, state), _unknown(run))
             entries.append(_Entry(run.name, state, FEATURE_PAIR, False, key, [*cells, count(row["pairs"])], run.name))
     if run.evaluation is not None:
         model = str(run.evaluation.model.get("fingerprint") or run.name)
@@ -326,7 +338,9 @@ def _grounding_entries(run: Run) -> list[_Entry]:
             cells = [estimate(method.estimate(key), digits=1) for key in _GROUNDING]
             cells.append(count(_pairs(method, "grounding")))
             control = method.method in CONTROLS
-            entries.append(_Entry(run.name, "", label, control, keys.get(label, f"run {run.name}"), cells, model))
+            entries.append(
+                _Entry(run.name, "", label, control, keys.get((run.name, label), _unknown(run)), cells, model)
+            )
     return entries
 
 
@@ -398,20 +412,20 @@ def _place_of(run: Run, runs: Sequence[Run]) -> int:
     return next(i for i, other in enumerate(runs) if (other.model, other.data) == (run.model, run.data))
 
 
-def _data_keys(run: Run) -> dict[str, str]:
-    """Label or state -> what tells its data set from others: the phrases that it asks for."""
-    return {each.state or each.label: each.phrases + (each.fingerprint or "") for each in run.groundings}
-
-
-def _data_names(runs: Sequence[Run]) -> dict[str, str]:
-    """Key of a data set -> a name that no other one has."""
+def _data_sets(runs: Sequence[Run]) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
+    """Run and label, or state, -> key of its data set; and the key of each data set -> a name that no other one has."""
+    keys: dict[tuple[str, str], str] = {}
     names: dict[str, str] = {}
-    for run in runs:
-        for key in [*_data_keys(run).values(), f"run {run.name}"]:
-            if key not in names:
-                taken = run.data in names.values() and not key.startswith("run ")
-                names[key] = f"{run.data} ({run.name})" if taken else run.data
-    return names
+    for place, group in enumerate(by_data(each for run in runs for each in run.groundings)):
+        keys |= {(each.run, each.state or each.label): str(place) for each in group}
+        taken = group[0].data in names.values()
+        names[str(place)] = f"{group[0].data} ({group[0].run})" if taken else group[0].data
+    return keys, names | {_unknown(run): f"{run.data} ({run.name})" for run in runs}
+
+
+def _unknown(run: Run) -> str:
+    """Key of the data set of a run whose tables are not there."""
+    return f"run {run.name}"
 
 
 def _float(row: Mapping[str, Any], key: str) -> float:

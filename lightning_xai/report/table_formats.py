@@ -30,7 +30,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': '{"}',
     "-": "{-}",  # no ligatures of two or three
     "`": r"\textasciigrave{}",
     "'": "{'}",
@@ -49,6 +49,8 @@ _LATEX = {
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
     "–": "--",
+    "ℓ": r"$\ell$",
+    "²": r"$^{2}$",
     "−": "$-$",
     "·": r"$\cdot$",
     "×": r"$\times$",
