@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -43,10 +44,10 @@ def evaluation_table(result: EvaluationResult) -> list[Table]:
         there = [name for name in metrics if any(name in method.metrics for method in result.methods.values())]
         if not there:
             continue
-        table = Table(title=title)
+        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
         table.add_column("method", no_wrap=True)
         for name in there:
-            table.add_column(Text(metrics[name][0]), justify="right")
+            table.add_column(Text(metrics[name][0].replace(" [%]", "\n[%]")), justify="right")
         for label, method in result.methods.items():
             table.add_row(label, *(Text(estimate_text(method, name, metrics[name][1])) for name in there))
         tables.append(table)
