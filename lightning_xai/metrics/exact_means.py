@@ -73,16 +73,18 @@ class ExactMeans(Metric):
             ValueError: other names than those given, shapes that differ, or numbers that are infinite or too large.
         """
         shapes = {name: list(value.shape) for name, value in values.items()}
-        if shapes.keys() != set(self.names) or len({tuple(shape) for shape in shapes.values()}) != 1:
+        ranks = {len(shape) for shape in shapes.values()}
+        if shapes.keys() != set(self.names) or ranks != {1} or len({shape[0] for shape in shapes.values()}) != 1:
             raise ValueError(f"expected {', '.join(self.names)}, each [N]; got {shapes}")
-        stacked = torch.stack([values[name].detach().to(self.totals.device).double() for name in self.names])
+        # On the CPU, for Apple's GPUs have no float64.
+        stacked = torch.stack([values[name].detach().cpu().double() for name in self.names])
         there = ~stacked.isnan()
         numbers = stacked.masked_fill(~there, 0)
         if (numbers.abs() >= 2**20).any():
             raise ValueError(f"numbers have to be finite and below 2^20; got up to {numbers.abs().max()}")
         # Out of place: a state made under inference_mode could not be changed outside of it.
-        self.totals = self.totals + to_fixed(numbers).sum(dim=1)
-        self.items = self.items + there.sum(dim=1)
+        self.totals = self.totals + to_fixed(numbers).sum(dim=1).to(self.totals.device)
+        self.items = self.items + there.sum(dim=1).to(self.items.device)
 
     def compute(self) -> dict[str, float]:
         """The mean of each number over everything added since the last reset, on all ranks; NaN without an item."""
