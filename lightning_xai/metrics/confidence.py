@@ -65,13 +65,18 @@ class ConfidenceMetric(ExactMeans):
         """Add pairs.
 
         Args:
-            original: [N], similarity of each pair.
+            original: [N], similarity of each pair; finite.
             image_kept: [N], with only the important part of the image.
             text_kept: [N], with only the important tokens; NaN for a caption that has none.
 
         Raises:
-            ValueError: the shapes differ.
+            ValueError: the shapes differ, or a pair has no similarity.
         """
+        shapes = [list(part.shape) for part in (original, image_kept, text_kept)]
+        if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+            raise ValueError(f"expected similarities original, image_kept and text_kept, each [N]; got {shapes}")
+        if not original.isfinite().all():
+            raise ValueError(f"the similarity of a pair has to be finite; got {original.tolist()}")
         values = {}
         for name, kept in (("image", image_kept), ("text", text_kept)):
             missing = kept.isnan()
