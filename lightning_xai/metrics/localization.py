@@ -15,6 +15,8 @@ from lightning_xai.metrics.exact_means import ExactMeans
 
 __all__ = ["LocalizationMetric", "binarised", "box_union", "intersection_over_union"]
 
+_ROUNDING = 1e-9  # 0.07 * 100 is 7.000000000000001
+
 
 def binarised(maps: Tensor, quantile: float = 0.75) -> Tensor:
     """The places whose value is above a quantile of their own map.
@@ -41,7 +43,7 @@ def binarised(maps: Tensor, quantile: float = 0.75) -> Tensor:
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile has to be in [0, 1]; got {quantile}")
     flat = maps.flatten(1)
-    rank = max(math.ceil(quantile * flat.shape[1]), 1)
+    rank = max(math.ceil(quantile * flat.shape[1] - _ROUNDING), 1)
     return maps > flat.kthvalue(rank, dim=1).values[:, None, None]
 
 
