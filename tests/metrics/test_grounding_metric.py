@@ -16,6 +16,7 @@ from lightning_xai.metrics.grounding import (
     ClassGrounding,
     GroundingMetric,
     GroundingSummary,
+    box_attribution,
     gamma,
     larger_than_patch,
     measurable,
@@ -150,6 +151,29 @@ def test_gamma_and_rho_agree_with_a_plain_loop() -> None:
                     best, best_inside = entry, bool(masks[row, y, x])
         assert value == pytest.approx(inside / total, abs=1e-14)
         assert hit == best_inside
+
+
+def test_the_attribution_of_a_box_is_the_sum_of_both_signs_inside_it() -> None:
+    maps, masks = random_maps(40)
+    for row, value in enumerate(box_attribution(maps, masks).tolist()):
+        inside = [maps[row, y, x].item() for y in range(5) for x in range(7) if masks[row, y, x]]
+        assert value == pytest.approx(math.fsum(inside), abs=1e-13)
+    everything = box_attribution(maps, torch.ones_like(masks))
+    torch.testing.assert_close(box_attribution(maps, masks) + box_attribution(maps, ~masks), everything)
+
+
+def test_attributions_of_boxes_are_summed_in_double_precision_and_without_graph() -> None:
+    maps = torch.tensor([[[1.0, 2.0**-12], [2.0**-12, -1.0]]], dtype=torch.float16).requires_grad_()
+    total = box_attribution(maps, torch.ones(1, 2, 2).bool())
+    assert total.tolist() == [2.0**-11]
+    assert not total.requires_grad
+
+
+def test_attributions_of_boxes_refuse_what_is_no_map() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        box_attribution(torch.tensor([[[math.nan]]]), torch.ones(1, 1, 1).bool())
+    with pytest.raises(ValueError, match="bool masks"):
+        box_attribution(torch.zeros(1, 2, 2), torch.ones(1, 2, 2))
 
 
 def test_gamma_does_not_change_when_the_map_is_scaled() -> None:
