@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_xai.attribution.method_options import choose_methods
 from lightning_xai.callbacks import GroundingCallback
-from lightning_xai.cli import build_cli
+from lightning_xai.cli import build_cli, main
+from lightning_xai.commands.model_choice import ModelChoice
+from lightning_xai.commands.roar import Roar, all_methods
 from lightning_xai.data import ShapesDataModule, ShardDataModule
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.dual_encoder import tag_architecture
 from lightning_xai.tasks import ContrastiveFineTuning
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ROARS = sorted((ROOT / "configs").glob("roar_*.yaml"))  # of `roar`; all others are of Lightning's verbs
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(ROARS))
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
 # Name and activation of the models of the feature-pair paper's Tables 1 and 2; the M2IB paper's is openai_vit_b32.
 RELEASES = {
@@ -60,6 +66,7 @@ def cli(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_there_are_configs_to_test() -> None:
     assert {"demo.yaml", *PAPERS} <= {path.name for path in CONFIGS}
+    assert {path.name for path in ROARS} == {"roar_demo.yaml", "roar_grid.yaml", "roar_paper.yaml"}
     assert MODELS
 
 
@@ -84,6 +91,32 @@ def test_the_configs_of_the_papers_data_sets_hold_its_recipe(cli: Any) -> None:
     assert model.encoder.architecture["name"] == "ViT-B-16"
     assert (model.initial_lr, model.final_lr, model.weight_decay) == (1e-7, 1e-5, 1e-4)
     assert (cli.trainer.max_epochs, cli.datamodule.batch_size) == (5, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"), [("roar_demo.yaml", 5 + 6 * 2 * 5), ("roar_grid.yaml", 3 + 27 * 2 * 3), ("roar_paper.yaml", 95)]
+)
+def test_a_config_of_roar_plans_its_cells(
+    name: str, cells: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    main(["roar", "--config", f"configs/{name}", "--list-cells"])
+    assert len(capsys.readouterr().out.splitlines()) == cells
+
+
+@pytest.mark.parametrize("path", ROARS, ids=name_of)
+def test_the_methods_of_a_config_of_roar_can_be_made(path: Path, tmp_path: Path) -> None:
+    architecture = json.loads((ROOT / "configs" / "models" / "shapes_vit.json").read_text())
+    for tower in ("vision_cfg", "text_cfg"):  # as many blocks as the model has whose layers a grid names
+        architecture[tower] |= {"layers": 12, "width": 32}
+    architecture["text_cfg"]["heads"] = 1
+    (tmp_path / "deep.json").write_text(json.dumps(architecture))
+    encoder = load_dual_encoder(tmp_path / "deep.json")
+    settings = yaml.safe_load(path.read_text())
+    roar = Roar(ModelChoice("deep.json"), Path(), Path(), settings["methods"], grid=settings.get("grid", {}))
+    for method, options in all_methods(roar).values():
+        (chosen,), _ = choose_methods(encoder, method, options)
+        assert chosen.options.items() >= options.items()
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name_of)

@@ -130,7 +130,7 @@ class Roar:
             ValueError: settings that cannot be met, no such method, model or data, or results of other settings.
             RuntimeError: a loss is not finite.
         """
-        methods = self._methods()
+        methods = all_methods(self)
         cells = plan_cells(list(methods), self._modalities(), self._seeds())
         if self.list_cells:
             for number, cell in enumerate(cells):
@@ -166,19 +166,6 @@ class Roar:
             print(f"{len(result.missing)} of {len(cells)} cells are missing; see --list-cells")  # noqa: T201
         print(f"Written: {self.out / 'result.json'}; the losses of each epoch: {self.out / 'cells'}")  # noqa: T201
 
-    def _methods(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Label -> name and options of every method that takes part."""
-        given = {check_label(label): _named(label, entry) for label, entry in self.methods.items()}
-        if ORIGINAL in given:
-            raise ValueError(f"the label {ORIGINAL!r} stands for the data as they are; give the method another one")
-        if self.grid:
-            given = _grid_points(given, self.grid)
-        controls: dict[str, tuple[str, dict[str, Any]]] = {}
-        controls |= {name: (name, {}) for name in CONTROLS if self.controls and name not in given}
-        if not given | controls:
-            raise ValueError("no method takes part: give some as methods, or set controls to true")
-        return given | controls
-
     def _modalities(self) -> tuple[str, ...]:
         if not self.modalities or not set(self.modalities) <= set(MODALITIES):
             raise ValueError(f"modalities has to hold image, text or both; got {list(self.modalities)}")
@@ -188,6 +175,24 @@ class Roar:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds has to hold different numbers, at least one, none below 0; got {self.seeds}")
         return self.seeds
+
+
+def all_methods(roar: Roar) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Label -> name and options of every method that takes part, controls and points of a grid included.
+
+    Raises:
+        ValueError: a label or an entry that is none, a grid without its one method, or nobody takes part.
+    """
+    given = {check_label(label): _named(label, entry) for label, entry in roar.methods.items()}
+    if ORIGINAL in given:
+        raise ValueError(f"the label {ORIGINAL!r} stands for the data as they are; give the method another one")
+    if roar.grid:
+        given = _grid_points(given, roar.grid)
+    for name in CONTROLS if roar.controls else ():
+        given.setdefault(name, (name, {}))
+    if not given:
+        raise ValueError("no method takes part: give some as methods, or set controls to true")
+    return given
 
 
 def recipe_settings(roar: Roar, cell: Cell) -> dict[str, Any]:
