@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -100,10 +101,11 @@ def named_boxes(
     """
     rows: list[int] = []
     boxes = [torch.zeros(0, 4)]
+    most = math.inf if captions_per_image is None else captions_per_image
     for sample, first_row in samples:
         for region in sample.regions:
             box = transform.boxes(torch.tensor([region.box], dtype=torch.float64), sample.size)
-            named = [number for number in region.spans if captions_per_image is None or number < captions_per_image]
+            named = [number for number, spans in sorted(region.spans.items()) if spans and number < most]
             if named and bool((box[:, 2:] > box[:, :2]).all()):
                 rows += [first_row + number for number in named]
                 boxes += [box.float()] * len(named)
