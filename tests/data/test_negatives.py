@@ -1,0 +1,205 @@
+"""Hard negatives of a batch: which tokens and boxes they are about, and why some cannot be measured."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
+from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.negatives import NegativeRows, Negatives
+from lightning_xai.data.object_swaps import object_swaps
+from lightning_xai.data.phrases import LeftOut
+from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample
+from lightning_xai.data.spans import CaptionTokenizer
+
+LABELS = ("cat", "dog", "horse")
+TRANSFORM = ImageTransform(size=(32, 32))  # 64 x 48 becomes 42 x 32 and loses 5 pixels on each side
+CAPTIONS = ("A dog, and two Cats!", "the cat sleeps")
+DOG = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
+CAT = Region("cat", (30, 20, 10, 10), {0: ((11, 19),), 1: ((4, 7),)})
+ELEPHANT = HardNegative("A dog, and an Indian elephant!", (11, 29), 0, (11, 19), 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+
+
+def make_sample(
+    key: str = "a",
+    captions: tuple[str, ...] = CAPTIONS,
+    regions: tuple[Region, ...] = (DOG, CAT),
+    negatives: tuple[HardNegative, ...] = (),
+) -> Sample:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48), "grey").save(stream, "PNG")
+    return Sample(key, stream.getvalue(), (64, 48), captions, regions, negatives=negatives)
+
+
+def collated(
+    tokenizer: CaptionTokenizer, *samples: Sample, captions: int | None = None, swap: bool = False
+) -> tuple[Batch, Negatives]:
+    """The evaluation batch of some samples, an invalid row in front of them."""
+    collate = EvaluationCollate(TRANSFORM, tokenizer, LABELS, captions, swap_objects=swap)
+    batch = collate([(0, RecordError("gone")), *enumerate(samples, start=1)])
+    assert batch.negatives is not None
+    return batch, batch.negatives
+
+
+def words(tokenizer: CaptionTokenizer, tokens: Tensor, mask: Tensor) -> str:
+    return tokenizer.decode(tokens[mask])
+
+
+def test_masks_spell_the_true_words_and_what_stands_in_their_place(tokenizer: CaptionTokenizer) -> None:
+    plain, negative = make_sample("plain", ("nothing",), ()), make_sample("b", negatives=(ELEPHANT,))
+    batch, negatives = collated(tokenizer, plain, negative)
+    assert len(negatives) == 1
+    assert words(tokenizer, negatives.tokens[0], negatives.mask[0]) == "an indian elephant"
+    assert words(tokenizer, batch.tokens[negatives.caption_row[0]], negatives.true_mask[0]) == "two cats"
+    assert (negatives.text, negatives.replacement) == (["two Cats"], ["an Indian elephant"])
+    assert negatives.captions == [ELEPHANT.text]
+    assert torch.equal(negatives.tokens, tokenizer.encode([ELEPHANT.text]))
+    assert negatives.caption_row.tolist() == [1]  # behind the caption of the plain image
+    assert negatives.image_row.tolist() == [2]
+    assert [LABELS[label] for label in negatives.label.tolist()] == ["cat"]
+    assert negatives.reason.tolist() == [LeftOut.MEASURED]
+
+
+def test_boxes_are_those_of_the_true_objects_after_the_crop(tokenizer: CaptionTokenizer) -> None:
+    wide = Region("dog", (0, 12, 32, 24), {0: ((2, 5),)})
+    swap = HardNegative("A cow, and two Cats!", (2, 5), 0, (2, 5), 0)
+    _, negatives = collated(tokenizer, make_sample(regions=(wide, CAT), negatives=(swap, ELEPHANT)))
+    assert negatives.boxes.dtype == torch.float32
+    x0, y0, x1, y1 = negatives.boxes[0].tolist()
+    assert (x0, y0, y1) == (0, 8, 24)
+    assert x1 == pytest.approx(32 * 42 / 64 - 5, abs=1e-4)
+    assert torch.equal(negatives.boxes[1], TRANSFORM.boxes(torch.tensor([CAT.box]), (64, 48))[0])
+
+
+def test_stored_negatives_come_before_swaps_and_each_says_the_words_it_is_about(tokenizer: CaptionTokenizer) -> None:
+    sample = make_sample("b", negatives=(ELEPHANT,))
+    batch, negatives = collated(tokenizer, make_sample("a"), sample, swap=True)
+    swaps = [object_swaps(make_sample("a"), CAPTIONS, LABELS), object_swaps(sample, CAPTIONS, LABELS)]
+    assert [len(each) for each in swaps] == [3, 3]
+    assert negatives.captions == [
+        *(swap.text for swap in swaps[0]),
+        ELEPHANT.text,
+        *(swap.text for swap in swaps[1]),
+    ]
+    assert negatives.image_row.tolist() == [1] * 3 + [2] * 4
+    assert negatives.caption_row.tolist() == [0, 0, 1, 2, 2, 2, 3]
+    assert [LABELS[label] for label in negatives.label.tolist()] == ["dog", "cat", "cat", "cat", "dog", "cat", "cat"]
+    for row, caption in enumerate(negatives.caption_row.tolist()):
+        spelled = words(tokenizer, negatives.tokens[row], negatives.mask[row])
+        true = words(tokenizer, batch.tokens[caption], negatives.true_mask[row])
+        assert spelled == negatives.replacement[row].lower()
+        assert true == negatives.text[row].lower()
+        assert negatives.text[row] in batch.captions[caption]
+        assert negatives.replacement[row] in negatives.captions[row]
+        assert "horse" in spelled or spelled == "an indian elephant"
+    assert negatives.reason.tolist() == [LeftOut.MEASURED] * 7
+
+
+def test_without_swaps_there_are_only_stored_ones(tokenizer: CaptionTokenizer) -> None:
+    assert len(collated(tokenizer, make_sample("a"))[1]) == 0
+    assert len(collated(tokenizer, make_sample("a"), swap=True)[1]) == 3
+    assert collated(tokenizer, make_sample("a", negatives=(ELEPHANT,)))[1].captions == [ELEPHANT.text]
+
+
+def test_negatives_of_captions_that_take_no_part_are_left_out(tokenizer: CaptionTokenizer) -> None:
+    second = HardNegative("the cow sleeps", (4, 7), 1, (4, 7), 1)
+    sample = make_sample(negatives=(second, ELEPHANT))
+    _, everything = collated(tokenizer, sample, swap=True)
+    batch, first = collated(tokenizer, sample, captions=1, swap=True)
+    assert len(everything) == 5
+    assert batch.captions == [CAPTIONS[0]]
+    assert first.captions[0] == ELEPHANT.text
+    assert first.captions[1:] == [swap.text for swap in object_swaps(sample, CAPTIONS[:1], LABELS)]
+    assert first.caption_row.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("negative", "box", "reason"),
+    [
+        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (20, 10, 20, 16), LeftOut.MEASURED),
+        (HardNegative("a cow", (2, 4), 0, (2, 5), 0), (20, 10, 20, 16), LeftOut.SPAN_NOT_ALIGNED),
+        (HardNegative("a cow", (2, 5), 0, (2, 4), 0), (20, 10, 20, 16), LeftOut.SPAN_NOT_ALIGNED),
+        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 5), 0), (20, 10, 20, 16), LeftOut.SPAN_CUT_OFF),
+        (HardNegative("a cow", (2, 5), 1, (402, 405), 0), (20, 10, 20, 16), LeftOut.SPAN_CUT_OFF),
+        # The first reason that applies is the one that counts, and the wrong caption is looked at first.
+        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 4), 0), (20, 10, 20, 16), LeftOut.SPAN_CUT_OFF),
+        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (0, 0, 7, 48), LeftOut.OUTSIDE_CROP),
+        (HardNegative("a cow", (2, 4), 0, (2, 4), 0), (0, 0, 7, 48), LeftOut.OUTSIDE_CROP),
+    ],
+)
+def test_what_cannot_be_measured_has_a_reason(
+    tokenizer: CaptionTokenizer, negative: HardNegative, box: tuple[float, ...], reason: LeftOut
+) -> None:
+    captions = ("a dog", "a " + "very " * 80 + "dog")
+    x, y, width, height = box
+    sample = make_sample(captions=captions, regions=(Region("dog", (x, y, width, height)),), negatives=(negative,))
+    _, negatives = collated(tokenizer, sample)
+    assert [LeftOut(value) for value in negatives.reason.tolist()] == [reason]
+    assert len(negatives) == len(negatives.text) == len(negatives.mask) == 1
+    if reason is LeftOut.MEASURED:
+        assert negatives.mask.any()
+        assert negatives.true_mask.any()
+
+
+def test_a_batch_without_negatives_has_the_usual_shapes(tokenizer: CaptionTokenizer) -> None:
+    for batch in (
+        EvaluationCollate(TRANSFORM, tokenizer, LABELS, swap_objects=True)([(-1, None)]),
+        collated(tokenizer, make_sample(regions=()), swap=True)[0],
+    ):
+        negatives = batch.negatives
+        assert negatives is not None
+        assert len(negatives) == 0
+        assert negatives.tokens.shape == negatives.mask.shape == negatives.true_mask.shape == (0, 77)
+        assert negatives.boxes.shape == (0, 4)
+        numbers = (negatives.caption_row, negatives.image_row, negatives.label, negatives.reason)
+        assert {tuple(column.shape) for column in numbers} == {(0,)}
+        assert {column.dtype for column in (*numbers, negatives.tokens)} == {torch.int64}
+        assert negatives.mask.dtype == negatives.true_mask.dtype == torch.bool
+
+
+def test_columns_do_not_share_memory(tokenizer: CaptionTokenizer) -> None:
+    rows = NegativeRows(TRANSFORM, tokenizer, {label: row for row, label in enumerate(LABELS)})
+    rows.add(make_sample(), [ELEPHANT], 3, 7)
+    negatives = rows.negatives()
+    negatives.caption_row[0] = 99
+    negatives.mask[:] = False
+    assert (negatives.image_row.item(), negatives.reason.item()) == (3, LeftOut.MEASURED)
+    assert negatives.true_mask.any()
+
+
+def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer: CaptionTokenizer) -> None:
+    batch, negatives = collated(tokenizer, make_sample("a"), swap=True)
+    moved = batch.to("meta")
+    assert moved.negatives is not None
+    assert moved.named is not None
+    tensors = [value for part in (moved.negatives, moved.named) for value in vars(part).values() if _is_tensor(value)]
+    assert len(tensors) == 8 + 2
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.negatives.captions == negatives.captions
+    assert negatives.boxes.device.type == "cpu"
+    copy = pickle.loads(pickle.dumps(batch))
+    assert torch.equal(copy.negatives.true_mask, negatives.true_mask)
+    assert copy.negatives.replacement == negatives.replacement
+
+
+def test_training_batches_have_none_and_move_all_the_same(tokenizer: CaptionTokenizer) -> None:
+    batch = TrainingCollate(TRANSFORM, tokenizer)([(0, make_sample(negatives=(ELEPHANT,)))]).to("meta")
+    assert batch.negatives is None
+    assert batch.named is None
+    assert batch.tokens.device.type == "meta"
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
