@@ -18,12 +18,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from lightning_xai.report.effect_size import ClassGrounding
 from lightning_xai.report.results import Estimate
 from lightning_xai.report.sheet import DPI, printable
-from lightning_xai.report.stochastic_order import survival_curve
+from lightning_xai.report.stochastic_order import Values, survival_curve
 
 __all__ = [
     "Sample",
@@ -115,46 +116,36 @@ def delta_distributions(panels: Mapping[str, Sequence[Sample]], title: str) -> F
     return figure
 
 
-def sign_bars(rows: Sequence[tuple[str, float, float]], title: str) -> Figure:
+def sign_bars(rows: Mapping[str, tuple[Values, Values]], title: str) -> Figure:
     """Signs of the attribution to the own and the other object, after Figure 12: negative to the left, positive right.
 
     Args:
-        rows: name, and the shares in [0, 1] of pairs whose total is positive in the own and in the other object's box.
+        rows: name -> the total attributions [n] to the own and [m] to the other object's box; zeros have no bar.
         title: stands above.
 
     Raises:
         ValueError: there are no rows.
     """
-    figure, axes = _axes(rows, (6.4, 1.5 + 0.5 * len(rows)), title)
-    for place, (_, own, other) in enumerate(rows):
-        for offset, share, colour, hatch in ((-0.19, own, _COLOURS[0], ""), (0.19, other, _COLOURS[1], "///")):
-            style: dict[str, Any] = {"height": 0.34, "color": colour, "edgecolor": _PAPER, "hatch": hatch}
-            axes.barh(place + offset, 100 * share, **style)
-            axes.barh(place + offset, -100 * (1 - share), **{**style, "alpha": 0.45})
-            axes.text(101, place + offset, f"{100 * share:.0f}", va="center", fontsize=8, color=_SOFT)
-            axes.text(
-                -101, place + offset, f"{100 * (1 - share):.0f}", va="center", ha="right", fontsize=8, color=_SOFT
-            )
-    axes.set_yticks(range(len(rows)), [printable(name) for name, *_ in rows], parse_math=False)
+    figure, axes = _axes(list(rows), (6.4, 1.5 + 0.5 * len(rows)), title)
+    looks: list[dict[str, Any]] = [{"color": _COLOURS[0]}, {"color": _COLOURS[1], "hatch": "///"}]
+    for place, both in enumerate(rows.values()):
+        for offset, values, look in zip((-0.19, 0.19), both, looks, strict=True):
+            style = {"height": 0.34, "edgecolor": _PAPER, **look}
+            for side, alpha in ((1, 1.0), (-1, 0.45)):
+                share = float(np.mean(np.sign(values) == side))
+                axes.barh(place + offset, side * 100 * share, alpha=alpha, **style)
+                align = {"ha": "left" if side > 0 else "right", "va": "center"}
+                axes.text(side * 101, place + offset, f"{100 * share:.0f}", fontsize=8, color=_SOFT, **align)
+    axes.set_yticks(range(len(rows)), list(map(printable, rows)), parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color=_INK, linewidth=0.9)
     axes.set_xlim(-112, 112)
     axes.set_xticks([-100, -50, 0, 50, 100], ["100", "50", "0", "50", "100"])
     axes.set_xlabel("← negative      pairs of objects [%]      positive →")
     axes.grid(visible=False, axis="y")
-    handles = [axes.barh(0, 0, color=_COLOURS[0]), axes.barh(0, 0, color=_COLOURS[1], hatch="///", edgecolor=_PAPER)]
-    legend = axes.legend(
-        handles,
-        ["the phrase's own object", "another object"],
-        frameon=False,
-        ncols=2,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        fontsize=9,
-    )
-    _ink(legend)
-    axes.set_title("")
-    figure.suptitle(printable(title), fontsize=11, color=_INK, parse_math=False)
+    handles = [Patch(edgecolor=_PAPER, facecolor=look["color"], hatch=look.get("hatch")) for look in looks]
+    style = {"frameon": False, "fontsize": 9, "ncols": 2}
+    _ink(figure.legend(handles, ["the phrase's own object", "another object"], loc="outside lower center", **style))
     return figure
 
 

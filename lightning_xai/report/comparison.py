@@ -76,14 +76,23 @@ def why_not(first: Grounding, second: Grounding) -> str | None:
     if first.label != second.label or first.method != second.method:
         return f"{pair} are not compared: {first.label} and {second.label} are different methods."
     if not first.same_data(second):
-        what = f"{first.data} and {second.data}" if first.data != second.data else f"two versions of {first.data}"
-        return (
-            f"{pair} are not compared by γ ({first.label}): they were measured on different data, {what}. Evaluate "
-            "both on the same shards with the same captions."
-        )
+        return f"{pair} are not compared by γ ({first.label}): {_difference(first, second)}."
     if not len(first.gammas) or not len(second.gammas):
         return f"{pair} are not compared ({first.label}): one of them has no measured phrase."
     return None
+
+
+def _difference(first: Grounding, second: Grounding) -> str:
+    """In what the data of two differ."""
+    classes = [{row["label"] for row in each.rows} for each in (first, second)]
+    if classes[0] != classes[1]:
+        only = ", ".join(
+            f"{len(own - other)} only in {each.name}"
+            for own, other, each in zip(classes, reversed(classes), (first, second), strict=True)
+        )
+        return f"they were measured on different data, with other classes ({only})"
+    what = f"{first.data} and {second.data}" if first.data != second.data else f"two versions of {first.data}"
+    return f"they were measured on different data, {what}; evaluate both on the same shards with the same captions"
 
 
 def pairs_to_compare(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding]]:

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.plots import Example, example_sheet, progress_sheet
+from lightning_xai.report.explanation import scaled
+from lightning_xai.report.plots import Example, example_sheet, heat_fault, progress_sheet
 from lightning_xai.report.results import ExampleRecord
 from lightning_xai.report.runs import Run
 
@@ -30,7 +31,7 @@ Chooser = Callable[[ExampleRecord], bool]
 
 class _Drawable(NamedTuple):
     example: Example
-    heat: NDArray[np.float64]
+    heat: NDArray[np.floating]
     record: ExampleRecord
 
 
@@ -49,9 +50,7 @@ class Gallery:
         self._images: dict[Path, NDArray[np.float32]] = {}
         self._drawable = {
             (run.name, label): {
-                _key(record): drawable
-                for record in records
-                if (drawable := self._draw(run.folder, label, record)) is not None
+                _key(record): drawable for record in records if (drawable := self._draw(run, label, record)) is not None
             }
             for run in runs
             for label, records in run.examples.items()
@@ -111,15 +110,17 @@ class Gallery:
         )
         return sheet, len(found)
 
-    def _draw(self, folder: Path, label: str, record: ExampleRecord) -> _Drawable | None:
+    def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
         try:
-            image = self._image(folder / record.image)
+            image = self._image(run.folder / record.image)
             heat = _checked_heat(record)
+            if run.evaluation is not None and not run.evaluation.methods[label].signed and heat_fault(heat) is None:
+                heat = scaled(heat, "range")  # what is nowhere zero would be red all over
             box = record.box
             if not all(map(math.isfinite, box)):
                 raise ValueError(f"the box {box} is not finite")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            self.faults[f"{folder}, {label}, {record.key}, {record.phrase!r}"] = str(error)
+            self.faults[f"{run.folder}, {label}, {record.key}, {record.phrase!r}"] = str(error)
             return None
         length = len(record.caption)
         spans = tuple((max(start, 0), min(end, length)) for start, end in record.spans if start < min(end, length))
@@ -139,7 +140,7 @@ def _key(record: ExampleRecord) -> Key:
     return record.key, record.caption, record.phrase, record.label
 
 
-def _checked_heat(record: ExampleRecord) -> NDArray[np.float64]:
+def _checked_heat(record: ExampleRecord) -> NDArray[np.floating]:
     widths = {len(row) for row in record.heat}
     if len(widths) != 1 or not 0 < max(widths) <= _LARGEST_MAP or len(record.heat) > _LARGEST_MAP:
         raise ValueError(

@@ -126,8 +126,8 @@ def number(value: float, digits: int = 3) -> Cell:
 def percent(fraction: float, digits: int = 1) -> Cell:
     """A cell of a fraction, in percent.
 
-    >>> percent(0.5512)
-    Cell(text='55.1', value=55.12, error=nan, best=False)
+    >>> percent(0.5512).text
+    '55.1'
     """
     return number(100 * fraction, digits)
 

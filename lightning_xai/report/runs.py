@@ -1,4 +1,4 @@
-"""The runs that a report is about: what lies in their folders, read once, with names that tell them apart.
+"""The runs that a report is about, as data; `run_folders` reads them.
 
 A run is the folder of an evaluation or of ROAR+ (`results`), or that of a training with grounding measured in it, as
 `GroundingCallback` writes it.
@@ -7,9 +7,6 @@ A run is the folder of an evaluation or of ROAR+ (`results`), or that of a train
 from __future__ import annotations
 
 import hashlib
-import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,22 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
-from lightning_xai.report.results import (
-    RESULT_NAME,
-    TABLES,
-    EvaluationResult,
-    ExampleRecord,
-    ResultError,
-    RoarResult,
-    load_result,
-    read_examples,
-)
-from lightning_xai.report.tables import epoch_name, read_csv
+from lightning_xai.report.results import EvaluationResult, ExampleRecord, RoarResult
 
-__all__ = ["CONTROLS", "FEATURE_PAIR", "Grounding", "Run", "Training", "by_data", "load_runs"]
+__all__ = [
+    "CONTROLS",
+    "FEATURE_PAIR",
+    "MEASURED",
+    "Grounding",
+    "Row",
+    "Run",
+    "Training",
+    "by_data",
+    "by_method_and_data",
+    "model_name",
+    "training_data",
+]
 
 CONTROLS = ("random", "gaussian")
 """Methods that know nothing of the model."""
@@ -41,8 +39,8 @@ FEATURE_PAIR = "feature_pair"
 
 Row = dict[str, str]
 
-_LARGEST_CONFIG = 2**20
-_GROUNDING = ("key", "caption_index", "caption", "phrase", "label", "reason", "gamma", "hit")
+MEASURED = "measured"
+"""The reason of a phrase that was."""
 
 
 @dataclass(frozen=True, eq=False)  # each is itself; tables are long to compare
@@ -59,7 +57,6 @@ class Grounding:
         rows: one for each phrase, measured or not; of the first seed.
         data: name of the data set.
         fingerprint: of the data set, where it is known.
-        file: where the rows were read.
     """
 
     run: str
@@ -71,7 +68,6 @@ class Grounding:
     rows: tuple[Row, ...]
     data: str
     fingerprint: str | None
-    file: Path
 
     @property
     def is_control(self) -> bool:
@@ -80,19 +76,13 @@ class Grounding:
 
     @cached_property
     def gammas(self) -> NDArray[np.float64]:
-        """Of all measured phrases.
+        """Of all measured phrases, in [0, 1]."""
+        return np.array([float(row["gamma"]) for row in self.rows if row["reason"] == MEASURED], dtype=np.float64)
 
-        Raises:
-            ResultError: one of them is no number in [0, 1].
-        """
-        texts = [row["gamma"] for row in self.rows if row["reason"] == "measured"]
-        try:
-            gammas = np.array([float(text) for text in texts], dtype=np.float64)
-        except ValueError as error:
-            raise ResultError(f"{self.file}: gamma is not a number ({error}); evaluate again") from error
-        if not ((gammas >= 0) & (gammas <= 1)).all():
-            raise ResultError(f"{self.file}: expected gamma in [0, 1] where measured; evaluate again")
-        return gammas
+    @property
+    def measured_classes(self) -> set[str]:
+        """Names of the classes of which a phrase was measured."""
+        return {row["label"] for row in self.rows if row["reason"] == MEASURED}
 
     @cached_property
     def phrases(self) -> str:
@@ -118,6 +108,12 @@ def by_data(groundings: Iterable[Grounding]) -> list[list[Grounding]]:
         else:
             group.append(each)
     return groups
+
+
+def by_method_and_data(groundings: Sequence[Grounding]) -> list[list[Grounding]]:
+    """Those by the same method on the same data together."""
+    labels = dict.fromkeys(each.label for each in groundings)
+    return [group for label in labels for group in by_data(each for each in groundings if each.label == label)]
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,7 @@ class Run:
     def data(self) -> str:
         """What the data set is called, as far as the results say."""
         if self.training is not None:
-            return _training_data(self.training.settings)
+            return training_data(self.training.settings)
         result = self.evaluation or self.roar
         return str(result.data.get("name") or "unnamed data") if result is not None else ""
 
@@ -189,74 +185,6 @@ class Run:
         if self.training is not None or not own:
             return own[-1] if own else None
         return own[0]
-
-
-def load_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
-    """Read the runs of these folders.
-
-    Args:
-        folders: at least one; none twice.
-        names: one for each folder; without any, each is called by as much of its path as tells it from the others.
-
-    Raises:
-        ResultError: a folder holds no results, or files that are broken, incomplete or of another version.
-        ValueError: no folder, one twice, or other names than one different name for each.
-    """
-    if not folders:
-        raise ValueError("give at least one folder of results")
-    resolved = [folder.resolve() for folder in folders]
-    twice = [str(folder) for folder, number in Counter(resolved).items() if number > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} is given twice; give each run once")
-    if names and (len(names) != len(folders) or len(set(names)) != len(names) or not all(names)):
-        raise ValueError(f"--names has to hold a different name for each of {len(folders)} runs; got {list(names)}")
-    named = zip(folders, names or distinct_names(resolved), strict=True)
-    return [load_run(folder, name, alone=len(folders) == 1) for folder, name in named]
-
-
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parts before it as tell them apart; `version_0` alone says nothing.
-
-    >>> distinct_names([Path("/a/x/one"), Path("/b/y/one"), Path("/b/two"), Path("/runs/demo/version_0")])
-    ['x/one', 'y/one', 'two', 'demo/version_0']
-    """
-    depths = [2 if re.fullmatch(r"version_\d+", folder.name) else 1 for folder in folders]
-    while True:
-        names = [_tail(folder, depth) for folder, depth in zip(folders, depths, strict=True)]
-        counts = Counter(names)
-        again = [i for i, name in enumerate(names) if counts[name] > 1 and depths[i] < len(folders[i].parts)]
-        if not again:
-            return names
-        for i in again:
-            depths[i] += 1
-
-
-def load_run(folder: Path, name: str, *, alone: bool = False) -> Run:
-    """Read one run, which may be the only one.
-
-    Raises:
-        ResultError: the folder holds no results, or files that are broken, incomplete or of another version.
-    """
-    if (folder / RESULT_NAME).is_file():
-        reader = _Reader(folder)
-        result = load_result(folder)
-        reader.note(folder / RESULT_NAME)
-        if isinstance(result, RoarResult):
-            return Run(name, folder, roar=result, files=reader.files)
-        return _evaluation_run(reader, name, result)
-    if (folder / "grounding").is_dir():
-        return _training_run(_Reader(folder), name, alone)
-    if not folder.is_dir():
-        raise ResultError(f"{folder} is not a folder; give those of finished runs")
-    near = sorted(
-        {found.parent for found in folder.glob(f"*/{RESULT_NAME}")} | {g.parent for g in folder.glob("*/grounding")}
-    )
-    near = near or sorted(found.parent for found in folder.glob("*/*/grounding"))
-    hint = f"; did you mean {', '.join(map(str, near[:3]))}?" if near else ""
-    raise ResultError(
-        f"{folder} holds no results: expected {RESULT_NAME} (of `test` with AttributionEvaluation, or of `roar`) or "
-        f"grounding/ (of `fit` with GroundingCallback){hint}"
-    )
 
 
 def model_name(model: Mapping[str, Any]) -> str:
@@ -276,140 +204,8 @@ def model_name(model: Mapping[str, Any]) -> str:
     return f"{short}, {Path(str(pretrained)).name}" if pretrained else short
 
 
-class _Reader:
-    """Reads tables of a run, and keeps account of the files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[Path, int] = {}
-
-    def note(self, path: Path) -> None:
-        self.files[path] = path.stat().st_size
-
-    def table(self, path: Path, columns: Sequence[str]) -> list[Row]:
-        """The rows of a table that has to have these columns."""
-        rows = read_csv(path)
-        self.note(path)
-        missing = [column for column in columns if rows and column not in rows[0]]
-        if missing:
-            raise ResultError(f"{path}: the columns {', '.join(missing)} are missing; evaluate again")
-        return rows
-
-
-def _evaluation_run(reader: _Reader, name: str, result: EvaluationResult) -> Run:
-    groundings: list[Grounding] = []
-    tables: dict[str, dict[str, list[Row]]] = {}
-    examples: dict[str, list[ExampleRecord]] = {}
-    missing: list[str] = []
-    for label, method in result.methods.items():
-        folder = reader.folder / label
-        tables[label] = {}
-        for metric in method.counts:
-            path = folder / f"{metric}.csv"
-            if metric not in TABLES or not path.is_file():
-                missing.append(f"{label}: {metric} was measured, but its table {path} is not there.")
-                continue
-            rows = reader.table(path, TABLES[metric])
-            if metric != "grounding":
-                tables[label][metric] = rows
-                continue
-            first = rows[0]["seed"] if rows else ""
-            own = tuple(row for row in rows if row["seed"] == first)
-            fingerprint = result.data.get("fingerprint")
-            groundings.append(
-                Grounding(
-                    run=name,
-                    name=name,
-                    label=label,
-                    method=method.method,
-                    options=method.options,
-                    state="",
-                    rows=own,
-                    data=str(result.data.get("name") or "unnamed data"),
-                    fingerprint=None if fingerprint is None else str(fingerprint),
-                    file=path,
-                )
-            )
-        examples[label] = read_examples(folder)
-        if (folder / "examples.json").is_file():
-            reader.note(folder / "examples.json")
-    return Run(
-        name,
-        reader.folder,
-        evaluation=result,
-        groundings=tuple(groundings),
-        tables=tables,
-        examples=examples,
-        files=reader.files,
-        missing=tuple(missing),
-    )
-
-
-def _training_run(reader: _Reader, name: str, alone: bool) -> Run:
-    folder = reader.folder / "grounding"
-    config, settings = _config(reader)
-    summary: list[Mapping[str, Any]] = []
-    for path in (folder / "summary.csv", folder / "summary-validate.csv", folder / "summary-test.csv"):
-        if path.is_file():
-            summary += [_measurement(row, path) for row in reader.table(path, ("epoch", "pairs"))]
-    if not summary:
-        raise ResultError(f"{folder}: no measurement; expected summary.csv, which GroundingCallback writes")
-    groundings, missing = [], []
-    for row in summary:
-        epoch = row["epoch"]
-        path = folder / f"pairs-{f'epoch={epoch:03d}' if isinstance(epoch, int) else epoch}.csv"
-        if not path.is_file():
-            missing.append(f"{epoch_name(epoch)}: the table of its phrases {path} is not there.")
-            continue
-        rows = tuple(reader.table(path, _GROUNDING))
-        state, data = epoch_name(epoch), _training_data(settings)
-        shown = state if alone else f"{name}, {state}"
-        groundings.append(Grounding(name, shown, FEATURE_PAIR, FEATURE_PAIR, {}, state, rows, data, None, path))
-    picture = next(
-        (p for n in ("progress.png", "progress-validate.png", "progress-test.png") if (p := folder / n).is_file()), None
-    )
-    if picture is not None:
-        reader.note(picture)
-    training = Training(tuple(summary), config, settings, picture)
-    return Run(
-        name,
-        reader.folder,
-        training=training,
-        groundings=tuple(groundings),
-        files=reader.files,
-        missing=tuple(missing),
-    )
-
-
-def _config(reader: _Reader) -> tuple[str, dict[str, Any]]:
-    """Lightning's config as text and as plain values; both empty where there is none."""
-    path = reader.folder / "config.yaml"
-    if not path.is_file():
-        return "", {}
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ResultError(f"{path}: larger than {_LARGEST_CONFIG} bytes, which no config is; check the folder")
-    try:
-        text = path.read_text(encoding="utf-8")
-        settings = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ResultError(f"{path}: no YAML that can be read ({error}); restore it, or delete it") from error
-    reader.note(path)
-    return text, settings if isinstance(settings, dict) else {}
-
-
-def _measurement(row: Row, path: Path) -> dict[str, Any]:
-    """A line of a summary with its numbers as numbers."""
-    epoch: int | str = int(row["epoch"]) if row["epoch"].isdecimal() else row["epoch"]
-    if not isinstance(epoch, int) and epoch not in ("validate", "test"):
-        raise ResultError(f"{path}: expected an epoch, or validate or test; got {epoch!r}")
-    try:
-        numbers = {key: float(value) if value else math.nan for key, value in row.items() if key != "epoch"}
-        return {"epoch": epoch, **numbers, "pairs": int(row["pairs"])}
-    except ValueError as error:
-        raise ResultError(f"{path}: a number cannot be read ({error}); measure again") from error
-
-
-def _training_data(settings: Mapping[str, Any]) -> str:
+def training_data(settings: Mapping[str, Any]) -> str:
+    """What the data set of a training is called, from Lightning's config."""
     given = _section(settings, "data")
     place = next((str(given[key]) for key in ("val", "root", "test") if given.get(key)), "")
     path = Path(place)
@@ -421,7 +217,3 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = settings.get(name)
     given = section.get("init_args") if isinstance(section, Mapping) else None
     return given if isinstance(given, Mapping) else {}
-
-
-def _tail(folder: Path, depth: int) -> str:
-    return "/".join(folder.parts[-depth:])

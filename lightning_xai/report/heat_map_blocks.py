@@ -1,0 +1,94 @@
+"""Heat maps as a part of the page: fixed examples by method and by run, what a training drew, and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from lightning_xai.report.gallery import Gallery
+from lightning_xai.report.html import Block, Folded, Note, Sheet
+from lightning_xai.report.results import ExampleRecord
+from lightning_xai.report.runs import CONTROLS, Run, by_method_and_data
+
+__all__ = ["heat_map_blocks"]
+
+_WIDE_SHEET = 12  # methods beside each other
+
+
+def heat_map_blocks(runs: Sequence[Run], gallery: Gallery, method: str | None) -> list[Block]:
+    """All sheets, and how many examples could not be drawn.
+
+    Args:
+        runs: of the report.
+        gallery: their examples.
+        method: label of the method by which runs are shown beside each other; None: feature pairs, or else the first.
+    """
+    blocks: list[Block] = []
+    for run in runs:
+        blocks += [*_fixed(gallery, run), *_training_sheet(run), *_failures(gallery, run, method)]
+    blocks += _fixed_of_runs(gallery, runs, method)
+    if gallery.faults:
+        where, why = next(iter(gallery.faults.items()))
+        told = f"{len(gallery.faults)} examples cannot be drawn, the first of them {where}: {why}."
+        blocks.append(Note(told, missing=True))
+    return blocks
+
+
+def _fixed(gallery: Gallery, run: Run) -> Iterator[Block]:
+    labels = [label for label, records in run.examples.items() if any("fixed" in record.why for record in records)]
+    found = gallery.side_by_side(
+        {label: (run.name, label) for label in labels[:_WIDE_SHEET]}, _is_fixed, f"{run.name}: fixed examples"
+    )
+    if found is not None:
+        sheet, rows = found
+        note = "The first phrases of the split, whatever the model. Maps without a sign go from their lowest value."
+        alt = f"Heat maps of {rows} phrases by {', '.join(labels[:_WIDE_SHEET])}."
+        yield Sheet(f"fixed-{run.name}", f"Heat maps of {run.name} by method", note, alt, sheet)
+
+
+def _fixed_of_runs(gallery: Gallery, runs: Sequence[Run], method: str | None) -> Iterator[Block]:
+    """The same examples in several runs, by the method that tells about classes."""
+    shown = [each for run in runs if run.examples and (each := run.of_class(method)) is not None]
+    for first, *others in by_method_and_data(shown):
+        group = [first, *others]
+        columns = {each.name: (each.run, each.label) for each in group}
+        found = gallery.side_by_side(columns, _is_fixed, "The same phrases in each run") if others else None
+        if found is not None:
+            title = f"The same phrases in each run ({first.label} on {first.data})"
+            alt = f"Heat maps of {found[1]} phrases in {', '.join(columns)}."
+            yield Sheet(f"fixed-runs-{first.data}", title, "The first phrases of the split.", alt, found[0])
+
+
+def _failures(gallery: Gallery, run: Run, method: str | None) -> Iterator[Block]:
+    own = [label for label in run.examples if run.evaluation and run.evaluation.methods[label].method not in CONTROLS]
+    shown = run.of_class(method)
+    own.sort(key=lambda label: shown is None or label != shown.label)
+    for place, label in enumerate(own):
+        title = f"Lowest γ in {run.name} by {label}"
+        found = gallery.worst(run.name, label, title)
+        if found is None:
+            continue
+        alt = f"{found[1]} phrases with the lowest γ, with their heat maps."
+        sheet = Sheet(f"failures-{run.name}-{label}", title, "Each of another image.", alt, found[0])
+        yield Folded(f"Failures of {label} ({run.name})", (sheet,)) if place else sheet
+
+
+def _training_sheet(run: Run) -> Iterator[Block]:
+    picture = run.training.picture if run.training is not None else None
+    if picture is None:
+        return
+    try:
+        with Image.open(picture) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        yield Note(f"{picture} cannot be shown: {error}.", missing=True)
+        return
+    note = "Each phrase before training and after each epoch, as the run drew it."
+    alt = f"Heat maps of the fixed examples of {run.name}, a column for each measurement."
+    yield Sheet(f"progress-{run.name}", f"What {run.name} learned to look at", note, alt, pixels)
+
+
+def _is_fixed(record: ExampleRecord) -> bool:
+    return "fixed" in record.why
