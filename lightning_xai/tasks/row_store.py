@@ -34,7 +34,7 @@ class RowStore:
         damaged: lines that could not be read, and whose items are computed again.
 
     Raises:
-        StoreError: the folder's records were made with other settings.
+        StoreError: the folder's records were made with other settings, or nothing says with which.
         OSError: the folder cannot be written.
     """
 
@@ -44,8 +44,10 @@ class RowStore:
         self._file: TextIO | None = None
         self._records: dict[int, dict[str, Any]] = {}
         self.damaged = 0
-        self._check(json.loads(json.dumps(settings, default=str)))
-        for path in sorted(folder.glob("*.jsonl")):
+        paths = sorted(folder.glob("*.jsonl"))
+        # NaN, which equals nothing, as text.
+        self._check(json.loads(json.dumps(settings, default=str), parse_constant=str), empty=not paths)
+        for path in paths:
             self._load(path)
 
     def __len__(self) -> int:
@@ -77,15 +79,15 @@ class RowStore:
             self._file.close()
             self._file = None
 
-    def _check(self, settings: dict[str, Any]) -> None:
+    def _check(self, settings: dict[str, Any], *, empty: bool) -> None:
         path = self._folder / _SETTINGS
-        if not path.is_file():
+        if empty and not path.is_file():
             write_json(path, settings)
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StoreError(f"{path}: broken JSON ({error}); delete {self._folder} to compute it again") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise StoreError(f"{path}: cannot be read ({error}); delete {self._folder} to compute it again") from error
         if not isinstance(found, dict):
             found = {}
         changed = [
@@ -103,7 +105,13 @@ class RowStore:
         with path.open(encoding="ascii", errors="replace") as lines:
             for line in lines:
                 try:
-                    item = json.loads(line)
-                    self._records[int(item["index"])] = dict(item["record"])
-                except (ValueError, KeyError, TypeError):  # noqa: PERF203 - one cut-off line must not lose the others
+                    self._take(json.loads(line))
+                # One cut-off line must not lose the others.
+                except (ValueError, KeyError, TypeError, RecursionError):  # noqa: PERF203
                     self.damaged += 1
+
+    def _take(self, item: Any) -> None:
+        index, record = item["index"], item["record"]
+        if type(index) is not int or not isinstance(record, dict):
+            raise TypeError(f"expected the number and the record of an item; got {index!r} and {type(record)}")
+        self._records[index] = record
