@@ -65,7 +65,10 @@ class ExampleGallery:
             candidates: of some samples.
             pixels: the index of one of these samples to its picture [H, W, 3]; called for what is kept only.
         """
-        everything = {**self._kept, **{candidate.place: candidate for candidate in candidates}}
+        everything: dict[tuple[int, int, str], Candidate] = {}
+        for candidate in sorted([*self._kept.values(), *candidates], key=_badness):
+            # Of several phrases at one place (things of one class in one caption) the worst stands for all.
+            everything.setdefault(candidate.place, candidate)
         chosen = self.choose(everything.values())
         self._kept = {place: everything[place] for place in chosen}
         indices = {candidate.index for candidate in self._kept.values()}
@@ -85,7 +88,7 @@ class ExampleGallery:
         fixed, per_class, failures = self._numbers
         in_order = sorted(candidates, key=lambda candidate: candidate.place)
         labels = dict.fromkeys(candidate.label for candidate in in_order)
-        worst = sorted(in_order, key=lambda candidate: -1.0 if math.isnan(candidate.gamma) else candidate.gamma)
+        worst = sorted(in_order, key=_badness)
         groups = [("fixed", _first_of_each_image(in_order, fixed))]
         for label in labels:
             own = [candidate for candidate in in_order if candidate.label == label]
@@ -96,6 +99,11 @@ class ExampleGallery:
             for candidate in group:
                 reasons[candidate.place] = (*reasons.get(candidate.place, ()), why)
         return dict(sorted(reasons.items()))
+
+
+def _badness(candidate: Candidate) -> float:
+    """Smaller is worse."""
+    return -1.0 if math.isnan(candidate.gamma) else candidate.gamma
 
 
 def _first_of_each_image(candidates: Iterable[Candidate], most: int) -> list[Candidate]:
