@@ -23,8 +23,16 @@ from lightning_xai.commands.roar_cells import NOTHING, ORIGINAL, Cell, CellResul
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
+from lightning_xai.report.results import write_json
 from lightning_xai.tasks.roar import retrain
-from lightning_xai.tasks.roar_data import attribute_pairs, partition, read_keys, write_degraded, write_original
+from lightning_xai.tasks.roar_data import (
+    attribute_pairs,
+    count_ties,
+    partition,
+    read_keys,
+    write_degraded,
+    write_original,
+)
 
 _CHANGES_NO_NUMBER = ("internal_batch_size",)
 
@@ -148,7 +156,14 @@ class RoarRun:
         )
         seconds = time.perf_counter() - start
         bar.remove_task(task)
-        bar.console.print(f"{label}: explained {pairs} pairs in {seconds:.1f} s, {pairs / seconds:.1f} pairs/s")
+        ties = count_ties(self.encoder, source, maps, pixels=self.roar.pixels, tokens=self.roar.tokens)
+        bar.console.print(
+            f"{label}: explained {pairs} pairs in {seconds:.1f} s, {pairs / seconds:.1f} pairs/s; the cut runs through "
+            f"equal values in {ties['image']} images and {ties['text']} captions",
+            soft_wrap=True,
+        )
+        speed = {"pairs": pairs, "seconds": seconds, "pairs_per_second": pairs / seconds}
+        write_json(self.roar.out / "degraded" / f"{label}.json", {**speed, "cut_through_ties": ties})
         return maps
 
     def _retrain(self, cell: Cell, train: Path) -> None:

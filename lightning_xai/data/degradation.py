@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["degrade_image", "important_pixels", "important_tokens"]
+__all__ = ["cut_through_ties", "degrade_image", "important_pixels", "important_tokens"]
 
 _ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
@@ -51,6 +51,31 @@ def important_tokens(scores: Tensor, content_mask: Tensor, fraction: float, *, r
     counts = (counts - _ROUNDING).ceil() if round_up else (counts + _ROUNDING).floor()
     order = scores.masked_fill(~content_mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return order.argsort(dim=-1) < counts
+
+
+def cut_through_ties(scores: Tensor, content_mask: Tensor, fraction: float) -> Tensor:
+    """Whether a token that `important_tokens` leaves scores as high as one that it takes: place decides, not the score.
+
+    Args:
+        scores: [..., L] float.
+        content_mask: [..., L] bool, the caption's own tokens (or, of a flattened map, every pixel).
+        fraction: in [0, 1].
+
+    Returns:
+        [...] bool.
+
+    Raises:
+        ValueError: see `important_tokens`.
+
+    Example:
+        >>> own = torch.ones(2, 4, dtype=torch.bool)
+        >>> cut_through_ties(torch.tensor([[3.0, 0.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]]), own, 0.5).tolist()
+        [True, False]
+    """
+    chosen = important_tokens(scores, content_mask, fraction)
+    lowest_taken = scores.masked_fill(~chosen, torch.inf).amin(dim=-1)
+    highest_left = scores.masked_fill(chosen | ~content_mask, -torch.inf).amax(dim=-1)
+    return lowest_taken == highest_left
 
 
 def important_pixels(heat: Tensor, fraction: float) -> Tensor:

@@ -180,7 +180,7 @@ def retrain(  # noqa: PLR0913 - the signature is the configuration
         seed=seed,
         max_fault_fraction=0.0,
     )
-    with _quiet():
+    with _quiet(), _deterministic_only_here():
         _trainer(next(encoder.parameters()).device, epochs, precision).fit(module, datamodule=data)
     if len(module.curve) != epochs + 1:
         raise RuntimeError(f"cell {cell} stopped after {len(module.curve) - 1} of {epochs} epochs; run it again")
@@ -202,6 +202,18 @@ def _trainer(device: torch.device, epochs: int, precision: str) -> L.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+@contextmanager
+def _deterministic_only_here() -> Iterator[None]:
+    """On leaving, what a deterministic trainer sets for the whole process is as before."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lightning_xai.attribution import Attribution, ConstantMapWarning, Method
 from lightning_xai.attribution.base import upsample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.dataset import EvaluationDataset
-from lightning_xai.data.degradation import degrade_image, important_tokens
+from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_tokens
 from lightning_xai.data.sample import RecordError, Sample, read_image
 from lightning_xai.data.shards import (
     BROKEN_RECORD,
@@ -38,7 +38,7 @@ from lightning_xai.data.shards import (
 from lightning_xai.data.stable_hash import stable_hash
 from lightning_xai.models.dual_encoder import DualEncoder
 
-__all__ = ["Partition", "attribute_pairs", "partition", "read_keys", "write_degraded", "write_original"]
+__all__ = ["Partition", "attribute_pairs", "count_ties", "partition", "read_keys", "write_degraded", "write_original"]
 
 Modality = Literal["image", "text"]
 Fill = Literal["model_mean", "image_mean"]
@@ -159,6 +159,33 @@ def attribute_pairs(
             parts.append(Attribution(result.image.cpu(), result.text.cpu(), result.similarity.cpu()))
             on_progress(len(batch.images))
     return Attribution.concatenate(parts)
+
+
+def count_ties(
+    encoder: DualEncoder, source: Path, maps: Attribution, *, pixels: float, tokens: float
+) -> dict[str, int]:
+    """In how many images, and in how many captions, the cut runs through equal values of the map.
+
+    There the map does not say which of them to take: those further up, or earlier, are. Maps that are zero for most of
+    an image give many.
+
+    Args:
+        encoder: the model.
+        source: shards that `write_original` made.
+        maps: of their N pairs, in order.
+        pixels: share of an image's pixels that is taken.
+        tokens: share of a caption's own tokens that is taken.
+
+    Returns:
+        Modality -> pairs.
+    """
+    captions = [sample.captions[0] for sample in _intact(source, Manifest.load(source))]
+    own = encoder.tokenizer.content_mask(encoder.tokenizer.encode(captions))
+    images = 0
+    for heat in maps.image:
+        flat = upsample(heat, encoder.image_transform.size).flatten()
+        images += int(cut_through_ties(flat, torch.ones_like(flat, dtype=torch.bool), pixels))
+    return {"image": images, "text": int(cut_through_ties(maps.text, own, tokens).sum())}
 
 
 def write_degraded(

@@ -78,7 +78,10 @@ def test_every_method_and_modality_gets_a_score_and_settings_are_kept(
     assert result.missing == ()
     shown = capsys.readouterr()
     assert "higher is better" in shown.out
-    assert re.search(r"cam: explained 16 pairs in .* pairs/s", shown.err)
+    assert re.search(
+        r"cam: explained 16 pairs in .* pairs/s; .* equal values in \d+ images and \d+ captions", shown.err
+    )
+    assert set(json.loads((roar.out / "degraded" / "cam.json").read_text())["cut_through_ties"]) == {"image", "text"}
 
 
 def test_what_is_done_is_not_done_again_and_what_is_missing_is(roar: Roar) -> None:
@@ -249,7 +252,7 @@ def test_settings_that_cannot_be_met_are_refused(roar: Roar, changes: dict[str, 
 def test_data_are_made_once_for_all_seeds_by_prepare(roar: Roar, monkeypatch: pytest.MonkeyPatch) -> None:
     replace(roar, prepare=True)()
     assert not (roar.out / "cells").exists()
-    assert sorted(path.name.rpartition("--")[0] for path in (roar.out / "degraded").iterdir()) == [
+    assert sorted(path.name.rpartition("--")[0] for path in (roar.out / "degraded").glob("*--*")) == [
         "cam--image", "cam--text", "random--image", "random--text",
     ]  # fmt: skip
     monkeypatch.setattr(roar_run, "attribute_pairs", None)  # nobody asks for it again
@@ -271,7 +274,7 @@ def test_jobs_that_make_the_same_data_at_once_both_end_well(roar: Roar) -> None:
         job.join(timeout=120)
     assert [job.exitcode for job in jobs] == [0, 0]
     assert set(cell_files(roar.out)) == {"cam--image--4", "cam--text--4"}
-    for folder in [*(roar.out / "data").iterdir(), *(roar.out / "degraded").iterdir()]:
+    for folder in [*(roar.out / "data").iterdir(), *(roar.out / "degraded").glob("*--*")]:
         assert not folder.name.startswith(".")
         Manifest.load(folder).verify(folder)
 

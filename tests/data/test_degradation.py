@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_xai.data.degradation import degrade_image, important_pixels, important_tokens
+from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_pixels, important_tokens
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
@@ -51,6 +51,21 @@ def test_of_equal_scores_the_first_are_taken() -> None:
     chosen = important_tokens(torch.zeros(1000), own, 0.25)  # long enough for a sort that is not stable to show
     assert chosen[:250].all()
     assert not chosen[250:].any()
+
+
+@pytest.mark.parametrize(
+    ("scores", "own", "fraction", "tied"),
+    [
+        ([1.0, 2.0, 2.0, 3.0], [1, 1, 1, 1], 0.5, True),
+        ([1.0, 2.0, 2.0, 3.0], [1, 1, 1, 1], 0.75, False),
+        ([1.0, 2.0, 2.0, 3.0], [1, 1, 0, 1], 0.7, False),  # the other one is no token of the caption's own
+        ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], 0.0, False),  # nothing is taken
+        ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], 1.0, False),  # nothing is left
+        ([0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], 0.5, False),
+    ],
+)
+def test_a_cut_through_equal_scores_is_told(scores: list[float], own: list[int], fraction: float, tied: bool) -> None:
+    assert bool(cut_through_ties(torch.tensor(scores), torch.tensor(own, dtype=torch.bool), fraction)) == tied
 
 
 def test_a_constant_map_loses_as_many_pixels_as_any_other_from_the_top() -> None:

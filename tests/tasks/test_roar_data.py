@@ -19,7 +19,14 @@ from lightning_xai.data.degradation import degrade_image
 from lightning_xai.data.sample import RecordError, Sample, read_image
 from lightning_xai.data.shards import Manifest, read_samples, write_shards
 from lightning_xai.models import DualEncoder
-from lightning_xai.tasks.roar_data import attribute_pairs, partition, read_keys, write_degraded, write_original
+from lightning_xai.tasks.roar_data import (
+    attribute_pairs,
+    count_ties,
+    partition,
+    read_keys,
+    write_degraded,
+    write_original,
+)
 
 KEYS = [f"key{i}" for i in range(50)]
 
@@ -176,6 +183,14 @@ def test_captions_lose_half_of_their_own_tokens_and_images_stay(
         ranked = sorted(own, key=lambda place: -maps.text[row, place])
         assert set(after.blanks[0]) == set(ranked[: len(own) // 2])
         assert replace(after, blanks={}) == before
+
+
+def test_pairs_whose_cut_the_map_does_not_decide_are_counted(encoder: DualEncoder, original: Path) -> None:
+    maps = maps_of(original, encoder)
+    maps.image[:] = torch.tensor([1.0, 0.0, 0.0, 0.0])[:, None]  # a quarter of the rows, all at the top
+    assert count_ties(encoder, original, maps, pixels=0.25, tokens=0.5) == {"image": 0, "text": 0}
+    maps.image[1], maps.image[4], maps.text[2] = 0.5, 0.0, 0.0
+    assert count_ties(encoder, original, maps, pixels=0.25, tokens=0.5) == {"image": 2, "text": 1}
 
 
 def test_what_is_there_is_taken_and_nothing_is_left_half_made(
