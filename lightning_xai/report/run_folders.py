@@ -248,4 +248,4 @@ def _measurement(row: Row, path: Path) -> dict[str, Any]:
 
 
 def _tail(folder: Path, depth: int) -> str:
-    return "/".join(folder.parts[-depth:])
+    return Path(*folder.parts[-depth:]).as_posix()
