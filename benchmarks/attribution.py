@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,8 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kept_table import keep
+
 CAPTION = "a brown dog is lying on a red mat next to a small cat"  # 15 tokens with BOS and EOT
-RESULTS = Path(__file__).parent / "results"
 BATCH = 8
 
 
@@ -206,17 +206,8 @@ def main() -> None:
     if options.measure:
         print(json.dumps(MEASUREMENTS[options.measure](options.model, options.device)))
         return
-    import torch
-
     measured = table(options.device, not options.without_exclip)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    heading = (
-        f"# Feature-pair attribution on {where}\n\ntorch {torch.__version__}, Python {platform.python_version()}\n\n"
-    )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"attribution-{options.device}.md"
-    path.write_text(heading + measured + "\n")
-    print(f"{heading}{measured}\n\nKept in {path}")
+    keep("attribution", "Feature-pair attribution", options.device, measured)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ differ from machine to machine: read the ratios.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 import warnings
@@ -21,18 +20,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
 # torch is imported where it is used: a process starts with the peak memory of the one that it was started by.
 from attribution import peak_gigabytes
+from kept_table import keep
 
 MODEL = "ViT-B-32"
 CAPTION = "a brown dog lies on a red mat next to a cat"  # 13 tokens with start and end, as captions of COCO have
 PAIRS = 8  # that M2IB optimises at a time
 MASKED = 64  # masked inputs that pass through a tower at a time
-RESULTS = Path(__file__).parent / "results"
 
 _R = TypeVar("_R")
 
@@ -301,15 +299,7 @@ def main() -> None:
         print("\n".join(SECTIONS[options.only](options.device)))
         return
     tables = "\n\n".join("\n".join(section(options.device)) for section in SECTIONS.values())
-    import torch
-
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    heading = f"# Attribution methods on {where}\n\n{MODEL}, {versions}\n\n"
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"methods-{options.device}.md"
-    path.write_text(heading + tables + "\n")
-    print(f"{heading}{tables}\n\nKept in {path}")
+    keep("methods", "Attribution methods", options.device, tables, MODEL)
 
 
 if __name__ == "__main__":

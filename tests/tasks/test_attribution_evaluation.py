@@ -377,7 +377,7 @@ def test_broken_records_are_counted(architecture_file: Callable[[str], Path], wo
 def test_it_only_tests(architecture_file: Callable[[str], Path], world: Path, tmp_path: Path) -> None:
     task = AttributionEvaluation(str(architecture_file("vit")), None, out=tmp_path)
     trainer = L.Trainer(accelerator="cpu", logger=False, inference_mode=False, default_root_dir=tmp_path)
-    task.validation_step = lambda batch, index: None  # type: ignore[method-assign]
+    task.validation_step = lambda batch, index: None  # type: ignore[method-assign, misc]
     with pytest.raises(ValueError, match="measures a model in `test`"):
         trainer.validate(task, ShardDataModule(val=world, num_workers=0), verbose=False)
 
