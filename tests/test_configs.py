@@ -20,11 +20,12 @@ from lightning_xai.commands.roar import Roar, all_methods
 from lightning_xai.data import ShapesDataModule, ShardDataModule
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.dual_encoder import tag_architecture
-from lightning_xai.tasks import ContrastiveFineTuning
+from lightning_xai.tasks import AttributionEvaluation, ContrastiveFineTuning
 
 ROOT = Path(__file__).resolve().parents[1]
 ROARS = sorted((ROOT / "configs").glob("roar_*.yaml"))  # of `roar`; all others are of Lightning's verbs
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(ROARS))
+EVALUATIONS = sorted((ROOT / "configs").glob("eval_*.yaml"))  # of `test`
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(ROARS) - set(EVALUATIONS))
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
 # Name and activation of the models of the feature-pair paper's Tables 1 and 2; the M2IB paper's is openai_vit_b32.
 RELEASES = {
@@ -66,6 +67,7 @@ def cli(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_there_are_configs_to_test() -> None:
     assert {"demo.yaml", *PAPERS} <= {path.name for path in CONFIGS}
+    assert {path.name for path in EVALUATIONS} == {"eval_demo.yaml", "eval_coco.yaml", "eval_m2ib.yaml"}
     assert {path.name for path in ROARS} == {"roar_demo.yaml", "roar_grid.yaml", "roar_paper.yaml"}
     assert MODELS
 
@@ -91,6 +93,34 @@ def test_the_configs_of_the_papers_data_sets_hold_its_recipe(cli: Any) -> None:
     assert model.encoder.architecture["name"] == "ViT-B-16"
     assert (model.initial_lr, model.final_lr, model.weight_decay) == (1e-7, 1e-5, 1e-4)
     assert (cli.trainer.max_epochs, cli.datamodule.batch_size) == (5, 64)
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=name_of)
+def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = ROOT / "configs" / "models" / "shapes_vit.json"
+    if path.stem != "eval_demo":  # as many blocks as the model has whose layers are named
+        deep = json.loads(architecture.read_text())
+        for tower in ("vision_cfg", "text_cfg"):
+            deep[tower] |= {"layers": 12, "width": 32, "head_width": 8, "heads": 4}
+        deep["vision_cfg"].pop("heads")
+        deep["text_cfg"].pop("head_width")
+        architecture = tmp_path / "deep.json"
+        architecture.write_text(json.dumps(deep))
+    monkeypatch.chdir(ROOT)
+    changes = [f"--model.init_args.model={architecture}", "--model.init_args.pretrained=null"]
+    changes += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--trainer.default_root_dir={tmp_path}"]
+    made: Any = build_cli(["--config", str(path), *changes], run=False)
+    assert isinstance(made.model, AttributionEvaluation)
+    assert isinstance(made.datamodule, ShardDataModule)
+    assert not made.trainer.test_loop.inference_mode
+    assert not made.trainer.loggers
+    for label, options in made.model.methods.items():
+        chosen, missing = choose_methods(made.model.encoder, label, options)
+        assert [each.name for each in chosen] == [label]
+        assert not missing
+    assert made.model.out.parts[0] == "runs"
 
 
 @pytest.mark.parametrize(
