@@ -236,9 +236,9 @@ class _Writer:
             source, width = _data_url("image/webp", _webp(pixels)), round(pixels.shape[1] * 0.75)
         caption = f"<b>Figure {self._figures}.</b> {escape(block.title)}. <span class=note>{escape(block.note)}</span>"
         image = f'<img src="{source}" alt="{escape(block.alt)}" style="--width:{width}px">'
-        image = f'<div class="scroll" role="region" aria-labelledby="caption-{name}" tabindex="0">{image}</div>'
+        image = f'<div class="scroll" role="region" aria-labelledby="caption-figure-{name}" tabindex="0">{image}</div>'
         return (
-            f'<figure class="{kind}" id="figure-{name}"><figcaption id="caption-{name}">{caption}</figcaption>'
+            f'<figure class="{kind}" id="figure-{name}"><figcaption id="caption-figure-{name}">{caption}</figcaption>'
             f"{image}</figure>"
         )
 

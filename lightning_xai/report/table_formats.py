@@ -147,10 +147,10 @@ def to_html(table: PaperTable, number: int) -> str:
     )
     parts = [
         f'<figure class="table" id="table-{name}">',
-        f'<figcaption id="caption-{name}"><b>Table {number}.</b> {escape(table.title)}.'
+        f'<figcaption id="caption-table-{name}"><b>Table {number}.</b> {escape(table.title)}.'
         f' <span class="note">{escape(table.note)}</span></figcaption>',
-        f'<div class="scroll" role="region" aria-labelledby="caption-{name}" tabindex="0">',
-        f'<table aria-labelledby="caption-{name}">\n<thead>\n{head}<tr>{"".join(headings)}</tr>\n</thead>',
+        f'<div class="scroll" role="region" aria-labelledby="caption-table-{name}" tabindex="0">',
+        f'<table aria-labelledby="caption-table-{name}">\n<thead>\n{head}<tr>{"".join(headings)}</tr>\n</thead>',
     ]
     for body in table.bodies:
         parts.append("<tbody>")
