@@ -212,12 +212,14 @@ class RoarResult:
     def score(self, label: str, modality: str) -> Estimate:
         """(l_c - l_o) / l_o for each seed of which both losses are there, a fraction; higher is better.
 
+        NaN where retraining diverged, or left no loss to compare with.
+
         Raises:
             KeyError: there is no such method.
         """
         losses = self.methods[label].losses.get(modality, {})
-        both = sorted(losses.keys() & self.original.keys())
-        return Estimate(tuple((losses[seed] - self.original[seed]) / self.original[seed] for seed in both))
+        pairs = [(losses[seed], self.original[seed]) for seed in sorted(losses.keys() & self.original.keys())]
+        return Estimate(tuple((degraded - loss) / loss if loss else math.nan for degraded, loss in pairs))
 
     def save(self, folder: Path) -> None:
         """Write `folder/result.json`."""
@@ -304,7 +306,7 @@ def read_examples(folder: Path) -> list[ExampleRecord]:
     _check_version(record, path)
     try:
         return [_example(item) for item in record["examples"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ResultError(f"{path}: field missing or of the wrong type ({error!r}); evaluate again") from error
 
 
@@ -321,13 +323,14 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _example(item: Mapping[str, Any]) -> ExampleRecord:
-    image = Path(str(item["image"]))
-    if image.is_absolute() or ".." in image.parts or "\\" in str(image):
-        raise ValueError(f"the image {str(image)!r} lies outside of the evaluation's folder")
+    image = str(item["image"])
+    # Windows takes backslashes and drives as well, and no system a NUL.
+    if image.startswith("/") or ".." in image.split("/") or not set(image).isdisjoint("\\:\0"):
+        raise ValueError(f"the image {image!r} lies outside of the evaluation's folder")
     x0, y0, x1, y1 = (float(value) for value in item["box"])
     return ExampleRecord(
         why=tuple(map(str, item["why"])),
-        image=str(image),
+        image=image,
         key=str(item["key"]),
         caption=str(item["caption"]),
         phrase=str(item["phrase"]),
@@ -353,7 +356,7 @@ def _load(cls: type[_R], folder: Path) -> _R:
     _check_version(record, path)
     try:
         result: Any = _parse_roar(record) if cls is RoarResult else _parse_evaluation(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ResultError(f"{path}: field missing or of the wrong type ({error!r}); run it again") from error
     return result  # type: ignore[no-any-return]
 
@@ -373,7 +376,7 @@ def _parse_evaluation(record: Mapping[str, Any]) -> EvaluationResult:
         for label, item in record["methods"].items()
     }
     return EvaluationResult(
-        **_described(record), methods=methods, speed={key: float(value) for key, value in record["speed"].items()}
+        **_described(record), methods=methods, speed={key: _number(value) for key, value in record["speed"].items()}
     )
 
 
@@ -401,7 +404,7 @@ def _described(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _losses(record: Mapping[str, Any]) -> dict[int, float]:
-    return {int(seed): float(loss) for seed, loss in record.items()}
+    return {int(seed): _number(loss) for seed, loss in record.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -411,7 +414,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ResultError(
             f"{path}: not found; give the folder of a finished run (`test` of an AttributionEvaluation, or `roar`)"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(f"{path}: broken JSON ({error}); run it again") from error
     if not isinstance(record, dict):
         raise ResultError(f"{path}: holds a {type(record).__name__}, expected an object; check the path")
