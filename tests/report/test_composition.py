@@ -1,0 +1,227 @@
+"""Which parts a report has, what it says where something is missing, and that pictures are what their data are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from result_folders import CLASSES, grounding_rows, write_evaluation, write_grid, write_roar, write_training
+
+from lightning_xai.report.comparison import OrderTest
+from lightning_xai.report.composition import Composer, Options
+from lightning_xai.report.effect_size import grounding_change
+from lightning_xai.report.gallery import Gallery
+from lightning_xai.report.html import Chart, Findings, Folded, Note, Section, Sheet, flat
+from lightning_xai.report.paper_table import PaperTable
+from lightning_xai.report.results import ResultError
+from lightning_xai.report.run_folders import load_runs
+from lightning_xai.report.runs import Run
+from lightning_xai.report.tables import per_pair_csv
+
+SKILLS = {"feature_pair": 0.4, "m2ib": 0.5, "random": 0.1}
+OPTIONS = Options(OrderTest(bootstrap_samples=20))
+B = TypeVar("B")
+
+
+def compose(folders: Iterable[Path], options: Options = OPTIONS) -> dict[str, Section]:
+    return {section.name: section for section in Composer(load_runs(list(folders)), options).sections()}
+
+
+def blocks(sections: Iterable[Section], kind: type[B]) -> list[B]:
+    return [block for section in sections for block in flat(section.blocks) if isinstance(block, kind)]
+
+
+def tables(sections: dict[str, Section]) -> dict[str, PaperTable]:
+    return {table.name: table for table in blocks(sections.values(), PaperTable)}
+
+
+def missing(sections: dict[str, Section]) -> str:
+    return "\n".join(note.text for note in blocks(sections.values(), Note) if note.missing)
+
+
+def findings(sections: dict[str, Section]) -> dict[str, str]:
+    (found,) = blocks(sections.values(), Findings)
+    return {text: big for big, text in found.items}
+
+
+def test_a_training_alone_has_its_course_its_verdicts_and_its_classes(tmp_path: Path) -> None:
+    every = write_training(tmp_path / "t", [0.1, 0.3, 0.6])
+    sections = compose([tmp_path / "t"])
+    assert list(sections) == ["overview", "grounding", "training", "significance", "gaps", "heat-maps", "appendix"]
+    gammas = [[row["gamma"] for row in rows if row["reason"] == "measured"] for rows in (every[0], every[-1])]
+    shares = [100 * sum(gamma > 0.5 for gamma in values) / len(values) for values in gammas]
+    assert f"{shares[0]:.1f} → {shares[1]:.1f} %" in findings(sections).values()
+    assert "epoch 2 grounds better" in findings(sections).values()
+    assert len(tables(sections)["significance"].rows) == 3
+    assert [sheet.title for sheet in blocks(sections.values(), Sheet)] == ["What t learned to look at"]
+    change = grounding_change(every[0], every[-1])
+    rows = tables(sections)["change-before-epoch-2"].bodies[0].rows
+    assert [row[0].text for row in rows] == [each.label for each in change.gains(5)]
+    assert [row[1].value for row in rows] == [each.smd for each in change.gains(5)]
+
+
+def test_roar_alone_has_its_bars_and_says_what_is_still_to_run(tmp_path: Path) -> None:
+    write_roar(tmp_path / "r", SKILLS, missing=("m2ib/text/2",))
+    sections = compose([tmp_path / "r"])
+    assert list(sections) == ["overview", "grounding", "degradation", "appendix"]
+    assert "None of the runs measured grounding" in missing(sections)
+    assert "r: 1 of the retrainings have not been run yet: m2ib/text/2." in missing(sections)
+    assert [chart.name for chart in blocks(sections.values(), Chart)] == ["roar-r"]
+    assert "m2ib" in findings(sections).values()
+
+
+def test_a_grid_has_its_two_tables_and_no_bars(tmp_path: Path) -> None:
+    write_grid(tmp_path / "g")
+    sections = compose([tmp_path / "g"])
+    assert {"grid-g-image", "grid-g-text"} <= tables(sections).keys()
+    assert blocks(sections.values(), Chart) == []
+
+
+def test_two_evaluations_have_all_parts_with_examples_of_what_changed(tmp_path: Path) -> None:
+    for name, gain in (("before", 0.0), ("after", 0.4)):
+        write_evaluation(tmp_path / name, {label: skill + gain for label, skill in SKILLS.items()})
+    sections = compose([tmp_path / "before", tmp_path / "after"])
+    expected = ["overview", "grounding", "signs", "degradation", "significance", "gaps", "heat-maps", "appendix"]
+    assert list(sections) == expected
+    names = [sheet.name for sheet in blocks(sections.values(), Sheet)]
+    assert "examples-gained-after" in names
+    assert {"fixed-before", "fixed-after", "fixed-runs-shapes", "failures-before-feature_pair"} <= set(names)
+    assert not any("random" in name for name in names if name.startswith("failures"))
+    verdicts = {(row[2].text, row[3].text) for row in tables(sections)["significance"].rows}
+    assert verdicts == {("feature_pair", "second better"), ("m2ib", "second better")}
+    folded = [fold.summary for fold in blocks(sections.values(), Folded)]
+    assert "Failures of m2ib (before)" in folded
+    assert "Settings and versions of after" in folded
+
+
+def test_other_data_are_refused_in_a_sentence_and_nothing_is_compared(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "a", {"feature_pair": 0.4})
+    write_evaluation(tmp_path / "b", {"feature_pair": 0.4}, data="coco", images=90)
+    sections = compose([tmp_path / "a", tmp_path / "b"])
+    assert "a and b are not compared by γ (feature_pair): they were measured on different data" in missing(sections)
+    assert "significance" not in tables(sections)
+    assert not any(name.startswith("change") for name in tables(sections))
+
+
+def test_one_evaluation_says_that_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "a", {"m2ib": 0.4})
+    sections = compose([tmp_path / "a"])
+    assert "Give two runs, or a training, to have them compared." in missing(sections)
+    assert "No run has signed methods" in missing(sections)
+
+
+def test_options_of_a_method_that_differ_between_runs_are_said(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, {"feature_pair": 0.4})
+    record = json.loads((tmp_path / "b" / "result.json").read_text())
+    record["methods"]["feature_pair"]["options"]["steps"] = 50
+    (tmp_path / "b" / "result.json").write_text(json.dumps(record))
+    assert "a and b: options of feature_pair differ (steps)." in missing(compose([tmp_path / "a", tmp_path / "b"]))
+
+
+def test_the_method_that_tells_about_classes_can_be_chosen(tmp_path: Path) -> None:
+    written = write_evaluation(tmp_path / "a", SKILLS)
+    sections = compose([tmp_path / "a"], replace(OPTIONS, method="m2ib"))
+    table = tables(sections)["classes-m2ib-on-shapes"]
+    rows = [row for row in written["m2ib"][0]["grounding"] if row["reason"] == "measured"]
+    for row in table.rows:
+        own = [each["gamma"] for each in rows if each["label"] == row[0].text]
+        assert row[1].value == pytest.approx(np.mean(own))
+        assert row[2].value == pytest.approx(np.std(own, ddof=1))
+        assert row[5].value == len(own)
+    values = [row[1].value for row in table.rows]
+    assert values == sorted(values, key=lambda value: float(value or 0))
+    with pytest.raises(
+        ValueError, match="--method rise: none of the runs has it; they have feature_pair, m2ib, random"
+    ):
+        compose([tmp_path / "a"], replace(OPTIONS, method="rise"))
+
+
+def test_classes_with_few_pairs_are_not_ranked_and_named(tmp_path: Path) -> None:
+    write_training(tmp_path / "t", [0.5], labels=CLASSES, images=24)
+    rows = grounding_rows(0.5, images=24)
+    per_pair_csv(tmp_path / "t" / "grounding" / "pairs-epoch=000.csv", rows, tuple(rows[0]))
+    sections = compose([tmp_path / "t"])
+    assert "no class has 10 measured pairs; see --min-pairs" in missing(sections)
+    few = tables(compose([tmp_path / "t"], replace(OPTIONS, min_pairs=6)))["classes-feature_pair-on-shapes"]
+    assert 0 < len(few.rows) < len(CLASSES)
+    assert "Not ranked for fewer than 6 measured pairs:" in few.note
+
+
+def test_a_delta_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, {"feature_pair": 0.4})
+    path = tmp_path / "feature_pair" / "hard_negatives.csv"
+    first, row, *rest = path.read_text().splitlines()
+    for wrong in ("much", "nan"):
+        path.write_text("\n".join([first, row.rpartition(",")[0] + f",{wrong}", *rest]) + "\n")
+        with pytest.raises(ResultError, match="feature_pair, delta: "):
+            compose([tmp_path])
+
+
+# --- pictures ---
+
+
+def change_examples(folder: Path, **changes: Any) -> list[Run]:
+    """The runs of a folder whose first example is broken."""
+    path = folder / "feature_pair" / "examples.json"
+    record = json.loads(path.read_text())
+    record["examples"][0] |= changes
+    path.write_text(json.dumps(record))
+    return load_runs([folder])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "examples/gone.jpg"}, "No such file"),
+        ({"image": "result.json"}, "cannot identify image file"),
+        ({"heat": [[1.0, 2.0], [1.0]]}, "expected a map"),
+        ({"heat": []}, "expected a map"),
+        ({"box": [0, 0, 1e999, 3]}, "not finite"),
+    ],
+)
+def test_an_example_that_cannot_be_drawn_is_counted_with_its_reason(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_evaluation(tmp_path, {"feature_pair": 0.4})
+    gallery = Gallery(change_examples(tmp_path, **changes))
+    (reason,) = gallery.faults.values()
+    assert message in reason
+    assert "1 examples cannot be drawn" in missing(compose([tmp_path]))
+
+
+def test_a_map_that_is_not_finite_and_spans_beyond_the_caption_are_drawn_as_such(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, {"feature_pair": 0.4})
+    gallery = Gallery(change_examples(tmp_path, heat=[[None, 1.0]], spans=[[-5, 3], [4, 10**9], [7, 2]]))
+    assert gallery.faults == {}
+    found = gallery.side_by_side({"one": (tmp_path.name, "feature_pair")}, lambda record: True, "t")
+    assert found is not None
+
+
+def test_an_image_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, {"feature_pair": 0.4})
+    with pytest.raises(ResultError, match="lies outside of the evaluation's folder"):
+        change_examples(tmp_path, image="../secret.png")
+
+
+def test_only_examples_that_all_have_stand_side_by_side(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "a", SKILLS)
+    write_evaluation(tmp_path / "b", SKILLS, data="coco", labels=("cat", "dog"))
+    gallery = Gallery(load_runs([tmp_path / "a", tmp_path / "b"]))
+    both = {"a": ("a", "feature_pair"), "b": ("b", "feature_pair")}
+    assert gallery.side_by_side(both, lambda record: True, "t") is None
+    found = gallery.side_by_side({"x": ("a", "feature_pair"), "y": ("a", "m2ib")}, lambda r: "fixed" in r.why, "t")
+    assert found is not None
+    assert found[1] == 4
+    assert gallery.worst("a", "gone", "t") is None
+
+
+def test_a_trainings_picture_that_is_broken_is_said(tmp_path: Path) -> None:
+    write_training(tmp_path / "t", [0.5])
+    (tmp_path / "t" / "grounding" / "progress.png").write_bytes(b"no picture")
+    assert "progress.png cannot be shown" in missing(compose([tmp_path / "t"]))
