@@ -49,19 +49,20 @@ class TableMetrics:
         self._grounding = GroundingMetric(label_names).to(device) if "grounding" in (names := list(tables)) else None
         self._means = {name: _CLASSES[name]().to(device) for name in names if name in _CLASSES}
         self.device = device
+        # Else torchmetrics warns of those of which there is no item; their numbers are NaN, and say so.
+        self.update({})
 
     def update(self, tables: Mapping[str, Sequence[Row]]) -> None:
         """Add the rows of an item, or of several."""
-        rows = tables.get("grounding", ())
-        if self._grounding is not None and rows:
-            hits = torch.tensor([bool(row["hit"]) for row in rows])
-            labels = torch.tensor([self._labels[row["label"]] for row in rows])
-            reasons = torch.tensor([int(LeftOut[row["reason"].upper()]) for row in rows])
+        if self._grounding is not None:
+            rows = tables.get("grounding", ())
+            hits = torch.tensor([bool(row["hit"]) for row in rows], dtype=torch.bool)
+            labels = torch.tensor([self._labels[row["label"]] for row in rows], dtype=torch.int64)
+            reasons = torch.tensor([int(LeftOut[row["reason"].upper()]) for row in rows], dtype=torch.int64)
             self._grounding.update(self._column(rows, "gamma"), hits, labels, reasons)
         for name, metric in self._means.items():
             rows = tables.get(name, ())
-            if rows:
-                metric.update(*(self._column(rows, column) for column in _COLUMNS[name]))
+            metric.update(*(self._column(rows, column) for column in _COLUMNS[name]))
 
     def compute(self) -> tuple[dict[str, float], GroundingSummary | None]:
         """All numbers by name, and the grounding by class, over all ranks; every rank has to call this.
