@@ -57,23 +57,28 @@ def write_evaluation(
         if label in classes:
             by_class = class_rows(classes[label])
             per_pair_csv(out / label / "classes.csv", by_class, tuple(by_class[0]) if by_class else ("label",))
-        write_examples(out / label, [_example(out, example) for example in shown.get(label, ())])
+        write_examples(out / label, [_record(example) for example in shown.get(label, ())])
+    # Written anew in any case: an earlier run in this folder may have been of a model that sees another size.
+    pictures = {_picture(example): example.pixels for examples in shown.values() for example in examples}
+    for name, pixels in pictures.items():
+        _save_picture(pixels, out / name)
     result.save(out)
 
 
-def _example(out: Path, example: Shown) -> ExampleRecord:
+def _record(example: Shown) -> ExampleRecord:
     candidate = example.candidate
-    # A key holds letters, digits, '_' and '-' only; what a model of another size sees is another picture.
-    name = f"examples/{re.sub(r'[^A-Za-z0-9_-]', '_', candidate.record['key'])}.jpg"
-    if not (out / name).exists():
-        _save_picture(example.pixels, out / name)
     return ExampleRecord(
         why=example.why,
-        image=name,
+        image=_picture(example),
         label=candidate.label,
         gamma=candidate.gamma,
         **{**candidate.record, "heat": tuple(map(tuple, candidate.record["heat"]))},
     )
+
+
+def _picture(example: Shown) -> str:
+    """The file of a sample's picture, whose key holds letters, digits, '_' and '-' only."""
+    return f"examples/{re.sub(r'[^A-Za-z0-9_-]', '_', example.candidate.record['key'])}.jpg"
 
 
 def _save_picture(pixels: Pixels, path: Path) -> None:
