@@ -65,13 +65,16 @@ class Report:
         from lightning_xai.report.run_folders import load_runs
 
         names = [name.strip() for name in self.names.split(",")] if self.names is not None else []
-        runs = load_runs(self.runs, names)
         test = OrderTest(self.epsilon, self.alpha, self.bootstrap_samples, self.seed)
-        composer = Composer(runs, Options(test, self.method, self.min_pairs))
-        sections = composer.sections()
-        subtitle = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(run.name for run in runs)}"
-        footer = f"Made by lightning_xai {version('lightning_xai')} from {sum(len(run.files) for run in runs)} files."
-        path = write_report(self.out, self.title, subtitle, sections, footer)
+        with Console(stderr=True).status("Reading results, comparing, drawing ..."):
+            runs = load_runs(self.runs, names)
+            composer = Composer(runs, Options(test, self.method, self.min_pairs))
+            sections = composer.sections()
+            subtitle = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(run.name for run in runs)}"
+            footer = (
+                f"Made by lightning_xai {version('lightning_xai')} from {sum(len(run.files) for run in runs)} files."
+            )
+            path = write_report(self.out, self.title, subtitle, sections, footer)
         console = Console()
         for table in terminal_tables(sections):
             console.print(table)

@@ -43,6 +43,7 @@ _CONTROL, _INK, _SOFT, _LINE, _PAPER = "#8a8f96", "#1b1f24", "#5b6470", "#d9dee4
 _DARK = {_INK: "#e6e9ed", _SOFT: "#a2abb6", _LINE: "#333a42", _PAPER: "#14171b", "#4d4d4d": "#b9bfc6"}
 _STYLES = ("-", "--", "-.", ":")
 _BINS = 41
+_MOST_HATCHED = 30  # classes; patterns of more and thinner bars would be noise
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,10 @@ def class_bars(runs: Mapping[str, Sequence[ClassGrounding]], title: str) -> Figu
             for found in sorted(classes, key=lambda found: (-found.gamma_mean, found.label))
         )
     )
-    width = max(6.5, 1.6 + len(order) * (0.13 + 0.11 * len(runs)))
+    width = max(6.5, 1.6 + len(order) * (0.09 + 0.09 * len(runs)))
     figure, axes = _axes(order, (width, 4.2), title)
     thick = 0.8 / len(runs)
-    hatches = ("", "///", "...", "xxx")
+    hatches = ("", "///", "...", "xxx") if len(order) <= _MOST_HATCHED else ("",)
     for number, (name, found) in enumerate(means.items()):
         there = [i for i, label in enumerate(order) if label in found]
         heights = [found[order[i]].gamma_mean for i in there]
@@ -200,7 +201,7 @@ def class_bars(runs: Mapping[str, Sequence[ClassGrounding]], title: str) -> Figu
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("γ, mean ± standard deviation")
     if len(runs) > 1:
-        _ink(figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=min(len(runs), 4)))
+        _ink(figure.legend(frameon=False, fontsize=9, loc="outside lower left", ncols=min(len(runs), 4)))
     return figure
 
 
@@ -294,7 +295,7 @@ def _axes(shown: Sequence[Any], size: tuple[float, float], title: str) -> tuple[
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _dress(axes)
-    axes.set_title(printable(title), fontsize=11, color=_INK, parse_math=False)
+    axes.set_title(printable(title), fontsize=11, color=_INK, loc="left", parse_math=False)
     return figure, axes
 
 
@@ -321,7 +322,7 @@ def _panels(panels: Mapping[str, Sequence[Sample]], title: str) -> tuple[Figure,
     every = figure.subplots(down, across, squeeze=False).flat
     for axes, heading in zip(every, panels, strict=False):
         _dress(axes)
-        axes.set_title(printable(heading) if len(panels) > 1 else "", fontsize=10, color=_INK, parse_math=False)
+        axes.set_title(printable(heading), fontsize=10, color=_INK, parse_math=False)
     for axes in list(every[len(panels) :]):
         axes.remove()
     figure.suptitle(printable(title), fontsize=11, color=_INK, parse_math=False)

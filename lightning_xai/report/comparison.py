@@ -61,13 +61,17 @@ class Comparison:
             return self.second
         return self.first if self.first_above.dominates else None
 
+    @property
+    def basis(self) -> str:
+        """What the verdict is against, and what it rests on."""
+        other, order = (self.second, self.first_above) if self.better is self.first else (self.first, self.second_above)
+        return f"{other.name} ({other.label}): ε_min = {order.epsilon_min:.3f}, threshold {order.epsilon:g}"
+
     def __str__(self) -> str:
         """The verdict and what it rests on, in one line."""
-        one, other = (self.first, self.second) if self.better is self.first else (self.second, self.first)
-        order = self.first_above if self.better is self.first else self.second_above
-        verb = "grounds better than" if self.better else "is not shown to ground better or worse than"
-        bound = f"ε_min = {order.epsilon_min:.3f}, threshold {order.epsilon:g}"
-        return f"{one.name} {verb} {other.name} ({one.label}): {bound}"
+        if self.better is None:
+            return f"{self.second.name} is not shown to ground better or worse than {self.basis}"
+        return f"{self.better.name} grounds better than {self.basis}"
 
 
 def why_not(first: Grounding, second: Grounding) -> str | None:

@@ -109,7 +109,10 @@ class Composer:
         yield from islice((found for run in self.runs for found in self._grounding_finding(run)), _MOST_FINDINGS)
         told = [each for each in self.comparisons if self._tells_most(each)]
         for each in told[:_MOST_FINDINGS]:
-            yield ("undecided" if each.better is None else f"{each.better.name} grounds better"), f"{each}."
+            if each.better is None:
+                yield "undecided", f"{each}."
+            else:
+                yield f"{each.better.name} grounds better", f"than {each.basis}."
         yield from islice((found for run in self.runs for found in _roar_findings(run)), _MOST_FINDINGS)
         for group in class_groups(self.runs, self.options.method)[:_MOST_FINDINGS]:
             worst = knowledge_gaps(group[-1].rows, min_pairs=self.options.min_pairs).classes[:3]

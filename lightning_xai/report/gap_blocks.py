@@ -75,7 +75,12 @@ def _change(gallery: Gallery, before: Grounding, after: Grounding, min_pairs: in
         yield Note(f"No class has {min_pairs} measured pairs on both sides.", missing=True)
         return
     yield table
-    if before.run != after.run:
+    if before.run == after.run:
+        note = (
+            "A training keeps no pictures by class: evaluate two of its checkpoints, and report on these, to see some."
+        )
+        yield Note(note, missing=True)
+    else:
         yield from _changed_examples(gallery, change, before, after)
 
 

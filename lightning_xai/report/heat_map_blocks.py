@@ -31,7 +31,7 @@ def heat_map_blocks(runs: Sequence[Run], gallery: Gallery, method: str | None) -
     blocks += _fixed_of_runs(gallery, runs, method)
     if gallery.faults:
         where, why = next(iter(gallery.faults.items()))
-        told = f"{len(gallery.faults)} examples cannot be drawn, the first of them {where}: {why}."
+        told = f"{len(gallery.faults)} of the examples cannot be drawn, the first of them {where}: {why}."
         blocks.append(Note(told, missing=True))
     return blocks
 

@@ -29,6 +29,7 @@ __all__ = ["Block", "Chart", "Code", "Findings", "Folded", "Heading", "Note", "S
 
 
 _HALF = 700  # pixels across, up to which two charts stand side by side where there is room
+_WIDE = 1200  # from which a chart keeps its size, and scrolls
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,9 @@ class _Writer:
         caption = f"<b>Figure {self._figures}.</b> {escape(block.title)}. <span class=note>{escape(block.note)}</span>"
         image = f'<img src="{source}" alt="{escape(block.alt)}" style="--width:{width}px">'
         image = f'<div class="scroll" role="region" aria-labelledby="caption-figure-{name}" tabindex="0">{image}</div>'
-        return (
-            f'<figure class="{kind}" id="figure-{name}"><figcaption id="caption-figure-{name}">{caption}</figcaption>'
-            f"{image}</figure>"
-        )
+        wide = " wide" if kind == "chart" and width > _WIDE else ""
+        caption = f'<figcaption id="caption-figure-{name}">{caption}</figcaption>'
+        return f'<figure class="{kind}{wide}" id="figure-{name}">{caption}{image}</figure>'
 
 
 def _data_url(kind: str, content: bytes) -> str:

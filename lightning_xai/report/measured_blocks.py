@@ -145,7 +145,7 @@ def _curves(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, list[Sample]]]
     for run in runs:
         there = [each for each in run.groundings if len(each.gammas)]
         ends += there[-1:] if run.training is not None else [each for each in there if not each.is_control]
-        if len(there) > 1 or len(runs) == 1:
+        if len(there) > 1 or (there and len(runs) == 1):
             named = [Sample(each.state or each.label, each.gammas, each.is_control) for each in there]
             yield f"{run.name} on {run.data}", {"": named}
     for group in by_data(ends):

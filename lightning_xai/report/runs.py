@@ -181,7 +181,8 @@ class Run:
     def of_class(self, method: str | None = None) -> Grounding | None:
         """What tells about classes: by a method, or by feature pairs, or else the first; of a training the last."""
         found = [each for each in self.groundings if method is None or each.label == method]
-        own = [each for each in found if each.label == FEATURE_PAIR] or [each for each in found if not each.is_control]
+        own = [each for each in found if each.label == FEATURE_PAIR]
+        own = own or [each for each in found if method is not None or not each.is_control]
         if self.training is not None or not own:
             return own[-1] if own else None
         return own[0]

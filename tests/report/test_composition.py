@@ -21,7 +21,7 @@ from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.results import ResultError
 from lightning_xai.report.run_folders import load_runs
 from lightning_xai.report.runs import Run
-from lightning_xai.report.tables import per_pair_csv
+from lightning_xai.report.tables import per_pair_csv, read_csv
 
 SKILLS = {"feature_pair": 0.4, "m2ib": 0.5, "random": 0.1}
 OPTIONS = Options(OrderTest(bootstrap_samples=20))
@@ -153,6 +153,16 @@ def test_classes_with_few_pairs_are_not_ranked_and_named(tmp_path: Path) -> None
     assert "Not ranked for fewer than 6 measured pairs:" in few.note
 
 
+def test_an_evaluation_in_which_nothing_could_be_measured_has_its_counts_and_no_curve(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, {"feature_pair": 0.4}, images=8, labels=("ring",))
+    path = tmp_path / "feature_pair" / "grounding.csv"
+    rows = [row | {"reason": "no_positive", "gamma": "", "hit": ""} for row in read_csv(path)]
+    per_pair_csv(path, rows, tuple(rows[0]))
+    sections = compose([tmp_path])
+    assert "no class has 10 measured pairs" in missing(sections)
+    assert not any(chart.name.startswith("gamma") for chart in blocks(sections.values(), Chart))
+
+
 def test_a_delta_that_is_no_number_is_refused(tmp_path: Path) -> None:
     write_evaluation(tmp_path, {"feature_pair": 0.4})
     path = tmp_path / "feature_pair" / "hard_negatives.csv"
@@ -192,7 +202,7 @@ def test_an_example_that_cannot_be_drawn_is_counted_with_its_reason(
     gallery = Gallery(change_examples(tmp_path, **changes))
     (reason,) = gallery.faults.values()
     assert message in reason
-    assert "1 examples cannot be drawn" in missing(compose([tmp_path]))
+    assert "1 of the examples cannot be drawn" in missing(compose([tmp_path]))
 
 
 def test_a_map_that_is_not_finite_and_spans_beyond_the_caption_are_drawn_as_such(tmp_path: Path) -> None:
