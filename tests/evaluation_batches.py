@@ -17,7 +17,11 @@ from lightning_xai.data.spans import CaptionTokenizer
 LABELS = ("cat", "dog", "horse")
 CAPTIONS = (("a dog bites a cat", "the small dog"), ("nothing",), ("a cat", "one horse near a cat and the horse"))
 # Class -> box in quarters of the width and halves of the height.
-BOXES = ({"dog": (0, 0, 2, 2), "cat": (1, 1, 3, 1)}, {}, {"cat": (2, 0, 2, 2), "horse": (0, 0, 3, 1)})
+BOXES: tuple[dict[str, tuple[int, int, int, int]], ...] = (
+    {"dog": (0, 0, 2, 2), "cat": (1, 1, 3, 1)},
+    {},
+    {"cat": (2, 0, 2, 2), "horse": (0, 0, 3, 1)},
+)
 
 
 def evaluation_batch(size: tuple[int, int], tokenizer: CaptionTokenizer, dtype: torch.dtype = torch.float64) -> Batch:

@@ -5,6 +5,7 @@ Shape suffixes: C captions, M phrases, N hard negatives, P pairs of phrases, L t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -187,7 +188,8 @@ class ItemMeasures:
             truth = box_union(batch.named.boxes[here], owner[here] - rows.start, len(predicted), size)
             ious += intersection_over_union(predicted, truth).tolist()
         return [
-            self._where(batch, row) | {"boxes": count, "iou": iou if count else None}
+            # NaN: a constant map, and boxes between the centres of pixels.
+            self._where(batch, row) | {"boxes": count, "iou": None if not count or math.isnan(iou) else iou}
             for row, (count, iou) in enumerate(zip(boxes, ious, strict=True))
         ]
 
