@@ -117,7 +117,7 @@ def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
     assert not made.trainer.test_loop.inference_mode
     assert not made.trainer.loggers
     for label, options in made.model.methods.items():
-        chosen, missing = choose_methods(made.model.encoder, label, options)
+        chosen, missing = choose_methods(made.model.encoder, label, options or {})
         assert [each.name for each in chosen] == [label]
         assert not missing
     assert made.model.out.parts[0] == "runs"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.roar_cells import ORIGINAL, Cell, gather, plan_cells
-from lightning_xai.report.results import MODALITIES, check_label
+from lightning_xai.report.results import MODALITIES, check_label, method_of
 from lightning_xai.report.roar import grid_tables, roar_table
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
@@ -79,8 +79,8 @@ class Roar:
         model: the base model, which is explained and then retrained.
         data: folder of shards of one split, as prepare writes them.
         out: folder to write to: cells/, the degraded data, and result.json.
-        methods: label -> method and options, as {ib: {method: m2ib, options: {beta: 0.01}}}; a label that is a
-            method's name needs none: {m2ib: {}}.
+        methods: name, or any label, of each method -> its options, as {m2ib: {beta: 0.01}}; one that goes by another
+            label is named among them: {tight: {method: m2ib, beta: 1.0}}.
         controls: random and gaussian take part as well.
         grid: option -> values; the one method given takes part with each combination of them.
         modalities: what is degraded: image, text.
@@ -104,7 +104,7 @@ class Roar:
     model: ModelChoice
     data: Path
     out: Path
-    methods: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any] | None]
     controls: bool = True
     grid: dict[str, list[Any]] = field(default_factory=dict)
     modalities: tuple[str, ...] = MODALITIES
@@ -183,7 +183,7 @@ def all_methods(roar: Roar) -> dict[str, tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: a label or an entry that is none, a grid without its one method, or nobody takes part.
     """
-    given = {check_label(label): _named(label, entry) for label, entry in roar.methods.items()}
+    given = {label: method_of(label, options) for label, options in roar.methods.items()}
     if ORIGINAL in given:
         raise ValueError(f"the label {ORIGINAL!r} stands for the data as they are; give the method another one")
     if roar.grid:
@@ -204,15 +204,6 @@ def recipe_settings(roar: Roar, cell: Cell) -> dict[str, Any]:
         "degradation": taken.get(cell.modality, {}),
         "training": {name: value for name, value in training.items() if name not in _CHANGES_NO_NUMBER},
     }
-
-
-def _named(label: str, entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A method's name and options, of an entry of `Roar.methods`."""
-    unknown = entry.keys() - {"method", "options"}
-    options = entry.get("options") or {}
-    if unknown or not isinstance(options, Mapping):
-        raise ValueError(f"methods: {label!r} has method and options (a mapping); got {dict(entry)}")
-    return str(entry.get("method", label)), dict(options)
 
 
 def _grid_points(

@@ -39,6 +39,7 @@ __all__ = [
     "RoarResult",
     "check_label",
     "load_result",
+    "method_of",
     "package_versions",
     "read_examples",
     "write_examples",
@@ -276,6 +277,19 @@ def check_label(label: str) -> str:
     if not _LABEL.fullmatch(label) or not label.strip("."):
         raise ValueError(f"a label has 1 to 120 letters, digits and characters of '_.,=+-'; got {label!r}")
     return label
+
+
+def method_of(label: str, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """A method's name and options, as settings give them under its label.
+
+    The label is the method's name, unless `method` among the options says otherwise.
+
+    >>> method_of("m2ib", None), method_of("tight", {"method": "m2ib", "beta": 1.0})
+    (('m2ib', {}), ('m2ib', {'beta': 1.0}))
+    """
+    own = dict(options or {})
+    check_label(label)
+    return str(own.pop("method", label)), own
 
 
 def load_result(folder: Path) -> EvaluationResult | RoarResult:

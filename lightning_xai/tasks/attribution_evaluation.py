@@ -29,7 +29,13 @@ from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.models.dual_encoder import load_dual_encoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.report.evaluation_table import evaluation_table
-from lightning_xai.report.results import TABLES, EvaluationResult, MethodResult, check_label, package_versions
+from lightning_xai.report.results import (
+    TABLES,
+    EvaluationResult,
+    MethodResult,
+    method_of,
+    package_versions,
+)
 from lightning_xai.tasks.evaluation_cell import EvaluationCell, Rows, picture_of
 from lightning_xai.tasks.evaluation_files import Shown, write_evaluation
 from lightning_xai.tasks.example_gallery import ExampleGallery
@@ -121,9 +127,9 @@ class AttributionEvaluation(L.LightningModule):
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name} has to be in [0, 1]; got {share}")
         self.out = Path(out)
-        self.methods = {label: dict(options or {}) for label, options in (methods or {"feature_pair": None}).items()}
+        self.methods = methods or {"feature_pair": None}
         for label, options in self.methods.items():
-            check_method(str(options.get("method", check_label(label))))
+            check_method(method_of(label, options)[0])
         self.metrics = None if metrics is None else tuple(dict.fromkeys(metrics))
         self.seeds = seeds
         self.options = MeasureOptions(
@@ -246,8 +252,7 @@ class AttributionEvaluation(L.LightningModule):
 
     def _build(self, label: str, options: MeasureOptions, settings: Mapping[str, Any]) -> Iterator[EvaluationCell]:
         """The cells of a method: one, or one for each seed where it draws random numbers."""
-        own = dict(self.methods[label])
-        name = str(own.pop("method", label))
+        name, own = method_of(label, self.methods[label])
         (chosen,), _ = choose_methods(self.encoder, name, own)
         first = int(chosen.options.get("seed", 0))
         for number in range(self.seeds if "seed" in chosen.options else 1):

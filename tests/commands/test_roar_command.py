@@ -38,7 +38,7 @@ def roar(
         ModelChoice(str(architecture_file("vit")), str(weights), "cpu"),
         shapes / "val",
         tmp_path / "out",
-        methods={"cam": {"method": "grad_cam"}, "random": {"options": {"seed": 3}}},
+        methods={"cam": {"method": "grad_cam"}, "random": {"seed": 3}},
         controls=False,
         seeds=(4,),
         samples=20,
@@ -158,7 +158,7 @@ def test_a_cell_of_other_settings_weights_or_data_is_refused_and_stays(
 
 def test_costs_may_change_between_cells(roar: Roar) -> None:
     replace(roar, cell=0)()
-    more = {"cam": {"method": "grad_cam", "options": {"internal_batch_size": 2}}, "random": roar.methods["random"]}
+    more = {"cam": {"method": "grad_cam", "internal_batch_size": 2}, "random": roar.methods["random"]}
     replace(roar, methods=more, batch_size=3, training=replace(TRAINING, eval_batch_size=2))()
     assert set(cell_files(roar.out)) == set(NAMES)
 
@@ -206,9 +206,7 @@ def test_a_broken_file_of_a_cell_is_named(roar: Roar, content: str) -> None:
 def test_a_grid_is_a_method_for_each_point_and_a_table(roar: Roar, capsys: pytest.CaptureFixture[str]) -> None:
     grid: dict[str, list[Any]] = {"layer": [0, 1], "beta": [1.0, 0.1]}
     options = {"steps": 1, "samples": 1}
-    roar = replace(
-        roar, methods={"m2ib": {"options": options}}, grid=grid, modalities=("image",), controls=True, samples=15
-    )
+    roar = replace(roar, methods={"m2ib": options}, grid=grid, modalities=("image",), controls=True, samples=15)
     roar()
     result = RoarResult.load(roar.out)
     labels = [f"m2ib,layer={layer},beta={beta}" for layer in (0, 1) for beta in (1.0, 0.1)]
@@ -226,10 +224,9 @@ def test_a_grid_is_a_method_for_each_point_and_a_table(roar: Roar, capsys: pytes
     [
         ({"methods": {"a b": {}}}, "a label has"),
         ({"methods": {"original": {"method": "rise"}}}, "stands for the data as they are"),
-        ({"methods": {"m2ib": {"beta": 1}}}, "'m2ib' has method and options"),
-        ({"methods": {"m2ib": {"options": [1]}}}, "'m2ib' has method and options"),
+        ({"methods": {"m2ib": {"options": {"beta": 1}}}}, "methods: m2ib: m2ib has no option options"),
         ({"methods": {"lime": {}}}, "unknown method 'lime'"),
-        ({"methods": {"x": {"method": "m2ib", "options": {"gamma": 1}}}}, "methods: x: m2ib has no option gamma"),
+        ({"methods": {"x": {"method": "m2ib", "gamma": 1}}}, "methods: x: m2ib has no option gamma"),
         ({"methods": {}}, "no method takes part"),
         ({"grid": {"beta": [1]}}, "exactly one method"),
         ({"methods": {"m2ib": {}}, "grid": {"beta": []}}, "at least one value"),
