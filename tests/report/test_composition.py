@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,16 @@ def test_two_evaluations_have_all_parts_with_examples_of_what_changed(tmp_path: 
     assert "Settings and versions of after" in folded
 
 
+def test_the_overview_tells_of_the_method_for_classes_and_of_a_trainings_begin_and_end_only(tmp_path: Path) -> None:
+    for name, gain in (("a", 0.0), ("b", 0.4)):
+        write_evaluation(tmp_path / name, {label: skill + gain for label, skill in SKILLS.items()}, examples=False)
+    write_training(tmp_path / "t", [0.1, 0.3, 0.6])
+    two = findings(compose([tmp_path / "a", tmp_path / "b"]))
+    assert [text.partition(":")[0] for text, big in two.items() if "grounds better" in big] == ["than a (feature_pair)"]
+    one = findings(compose([tmp_path / "t"]))
+    assert [text.partition(":")[0] for text, big in one.items() if "better" in big] == ["than before (feature_pair)"]
+
+
 def test_other_data_are_refused_in_a_sentence_and_nothing_is_compared(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", {"feature_pair": 0.4})
     write_evaluation(tmp_path / "b", {"feature_pair": 0.4}, data="coco", images=90)
@@ -151,6 +162,26 @@ def test_classes_with_few_pairs_are_not_ranked_and_named(tmp_path: Path) -> None
     few = tables(compose([tmp_path / "t"], replace(OPTIONS, min_pairs=6)))["classes-feature_pair-on-shapes"]
     assert 0 < len(few.rows) < len(CLASSES)
     assert "Not ranked for fewer than 6 measured pairs:" in few.note
+
+
+def test_what_changed_is_told_of_classes_with_enough_pairs(tmp_path: Path) -> None:
+    every = write_training(tmp_path / "t", [0.1, 0.6], images=24)
+    found = tables(compose([tmp_path / "t"], replace(OPTIONS, min_pairs=6)))["change-before-epoch-1"]
+    pairs = Counter(row["label"] for row in every[0] if row["reason"] == "measured")
+    assert min(pairs.values()) < 6
+    assert all(pairs[row[0].text] >= 6 for row in found.rows)
+
+
+def test_distributions_are_of_the_first_seed(tmp_path: Path) -> None:
+    written = write_evaluation(tmp_path / "a", {"rise": 0.4}, seeds=3)
+    charts = {chart.name: chart for chart in blocks(compose([tmp_path / "a"]).values(), Chart)}
+    first = written["rise"][0]
+    negative = [row["delta"] < 0 for row in first["hard_negatives"]]
+    assert charts["delta"].alt == f"rise, a: {100 * sum(negative) / len(negative):.1f} % below 0."
+    own, other = ([row[name] for row in first["other_objects"]] for name in ("own", "other"))
+    shares = [100 * sum(value > 0 for value in own) / len(own), 100 * sum(value < 0 for value in other) / len(other)]
+    expected = f"rise: own object {shares[0]:.1f} % positive, other object {shares[1]:.1f} % negative."
+    assert charts["signs"].alt == expected
 
 
 def test_an_evaluation_in_which_nothing_could_be_measured_has_its_counts_and_no_curve(tmp_path: Path) -> None:
@@ -229,6 +260,28 @@ def test_only_examples_that_all_have_stand_side_by_side(tmp_path: Path) -> None:
     assert found is not None
     assert found[1] == 4
     assert gallery.worst("a", "gone", "t") is None
+
+
+def test_maps_without_a_sign_are_drawn_from_their_lowest_value_and_failures_from_the_worst(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_evaluation(tmp_path / "a", SKILLS)
+    drawn: list[Any] = []
+    for name in ("progress_sheet", "example_sheet"):
+        monkeypatch.setattr(f"lightning_xai.report.gallery.{name}", lambda *args, **options: drawn.append(args))
+    runs = load_runs([tmp_path / "a"])
+    gallery = Gallery(runs)
+    gallery.side_by_side({label: ("a", label) for label in ("feature_pair", "m2ib")}, lambda r: "fixed" in r.why, "t")
+    signed, unsigned = drawn[0][1]
+    records = [record for record in runs[0].examples["m2ib"] if "fixed" in record.why]
+    for heat, record in zip(unsigned, records, strict=True):
+        raw = np.array(record.heat)
+        np.testing.assert_allclose(heat, (raw - raw.min()) / np.ptp(raw))
+    assert min(heat.min() for heat in signed) < 0
+    gallery.worst("a", "feature_pair", "t")
+    gammas = drawn[1][2]
+    assert len(gammas) == 12
+    assert gammas == sorted(record.gamma for record in runs[0].examples["feature_pair"] if "failure" in record.why)
 
 
 def test_a_trainings_picture_that_is_broken_is_said(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lightning_xai.report.run_folders import load_runs
 from lightning_xai.report.tables import per_pair_csv, read_csv
 
 HOSTILE = "<script>document.title = 'broken into'</script><img src=x onerror=alert(1)>"
+LONG = "word" * 60
 SKILLS = {"feature_pair": 0.4, "m2ib": 0.5, "random": 0.1}
 OPTIONS = Options(OrderTest(bootstrap_samples=20))
 
@@ -56,7 +57,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_training(folder / "training", [0.1, 0.5], images=60)
     runs = load_runs([folder / name for name in ("before", "after", "roar", "grid", "training")])
     composed = Composer(runs, OPTIONS).sections()
-    return write_report(folder / "out", f"Title {HOSTILE}", HOSTILE, composed, HOSTILE)
+    return write_report(folder / "out", f"Title {HOSTILE} {LONG}", f"{HOSTILE} {LONG}", composed, f"{HOSTILE} {LONG}")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,9 @@ def test_the_files_of_an_earlier_report_go_and_no_others(tmp_path: Path) -> None
     found = {str(path.relative_to(out)) for path in out.glob("*/*")} - {"tables/mine.csv"}
     assert sorted(found) == sorted(listed)
     (tmp_path / "precious.csv").write_text("kept")
-    (out / "report.json").write_text(json.dumps({"files": ["tables/../../precious.csv", "/etc/hosts", 3]}))
+    (out / "report.json").write_text(
+        json.dumps({"files": ["tables/../../precious.csv", str(tmp_path / "precious.csv"), 3]})
+    )
     write_report(out, "t", "", Composer(load_runs([tmp_path / "roar"]), OPTIONS).sections(), "")
     assert (tmp_path / "precious.csv").read_text() == "kept"
 

@@ -144,6 +144,18 @@ def test_degradation_has_methods_side_by_side_and_the_best_of_each_row_bold(tmp_
         assert not any(cell.best for heading, cell in row.items() if heading != best)
 
 
+def test_a_control_that_gets_more_than_any_method_is_not_called_the_best(tmp_path: Path) -> None:
+    skills = {"feature_pair": 0.2, "m2ib": 0.3, "random": 0.9}
+    write_evaluation(tmp_path / "a", skills)
+    write_roar(tmp_path / "r", skills)
+    runs = load_runs([tmp_path / "a", tmp_path / "r"])
+    for row in rows_of(degradation_table(runs)):
+        assert any(cell.best for cell in row.values())
+        assert not row["controls|random"].best
+    for table in (grounding_table(runs), signs_table(runs), hard_negatives_table(runs)):
+        assert not any(cell.best for row in rows_of(table) if row["method"].text == "random" for cell in row.values())
+
+
 def test_the_grid_is_the_papers_with_its_one_best_point(tmp_path: Path) -> None:
     result = write_grid(tmp_path / "g")
     image, text = grid_tables(load_runs([tmp_path / "g"]))

@@ -149,6 +149,16 @@ def test_the_html_has_the_same_cells_sortable_headings_and_no_tag_from_a_cell() 
     assert cells.tags.count("strong") == 1
 
 
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_in_bold_stays_text_as_well(text: str) -> None:
+    one = PaperTable("t", "", "", COLUMNS[:1], (Body("", ((Cell(text, text, best=True),),)),))
+    cells = Cells(to_html(one, 1))
+    assert cells.rows[1][0][0] == text
+    assert "script" not in cells.tags
+    assert f"\\textbf{{{latex_escaped(text)}}}" in to_latex(one)
+    assert f"**{markdown_escaped(text)}**" in to_markdown(one)
+
+
 def test_ties_as_printed_share_the_bold_and_others_than_those_in_question_never_get_it() -> None:
     cells = [number(1.001, 2), number(1.004, 2), number(0.5, 2), number(9, 2), number(math.nan)]
     assert [cell.best for cell in mark_best(cells, "up", among=[0, 1, 2, 4])] == [True, True, False, False, False]
