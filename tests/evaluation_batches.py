@@ -11,9 +11,11 @@ from PIL import Image
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.sample import RecordError, Region, Sample
+from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample
 from lightning_xai.data.spans import CaptionTokenizer
 
+# The replaced words stand at other places than the true ones.
+NEGATIVE = HardNegative("see the old dog bite a big rat", (23, 30), 0, (14, 17), 1)
 LABELS = ("cat", "dog", "horse")
 CAPTIONS = (("a dog bites a cat", "the small dog"), ("nothing",), ("a cat", "one horse near a cat and the horse"))
 # Class -> box in quarters of the width and halves of the height.
@@ -25,7 +27,7 @@ BOXES: tuple[dict[str, tuple[int, int, int, int]], ...] = (
 
 
 def evaluation_batch(size: tuple[int, int], tokenizer: CaptionTokenizer, dtype: torch.dtype = torch.float64) -> Batch:
-    """Three images of noise of `size` (height, width) with a broken record among them, 5 captions, and swaps."""
+    """Three images of noise of `size` (height, width) behind a broken record, 5 captions, a hard negative and swaps."""
     height, width = size
     records: list[Record] = [(4, RecordError("broken"))]
     for number, (captions, boxes) in enumerate(zip(CAPTIONS, BOXES, strict=True)):

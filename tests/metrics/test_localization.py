@@ -79,7 +79,7 @@ def test_maps_and_quantiles_that_make_no_sense_are_refused(maps: Tensor, quantil
 def test_the_union_of_boxes_agrees_with_a_plain_loop_over_pixels() -> None:
     generator = torch.Generator().manual_seed(1)
     corners = torch.rand(9, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([11.0, 7.0])
-    corners[3] = torch.tensor([[2.0, 1.5], [4.5, 3.0]])  # edges on pixels' edges and centres
+    corners[3] = torch.tensor([[2.5, 1.5], [4.5, 3.5]])  # edges on the centres of pixels
     corners[4] = torch.tensor([[-5.0, -5.0], [3.0, 99.0]])  # sticks out
     boxes, owner = corners.flatten(1), torch.tensor([0, 3, 0, 1, 1, 3, 3, 0, 1])
     union = box_union(boxes, owner, 4, (7, 11))

@@ -230,17 +230,23 @@ def test_own_stems_are_run_where_the_forward_pass_was_another(
     assert_captions_agree(maps, method, batch)
 
 
-def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other(make_encoder: MakeEncoder) -> None:
+def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder, batch = encoder_and_batch(make_encoder, "vit")
     method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch, captions=False)
     maker, other = map_maker(method, 64), replace(batch, images=batch.images.flip(3))
+    sizes = stems_run(method, monkeypatch)
     maker.listen()
     forward(encoder, other.images, other.tokens)  # a sanity check, say
     for current in (batch, other, batch):
         maker.forget()
         forward(encoder, current.images, current.tokens)
         maker.take(current)
+        assert sizes == {"image": [], "text": []}
         assert_spans_agree(maker.maps(current, wanted), method, current, wanted)
+        sizes["image"].clear()
+        sizes["text"].clear()
     maker.close()
 
 

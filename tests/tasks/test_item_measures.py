@@ -313,6 +313,28 @@ def test_as_many_tokens_are_kept_as_asked_for_rounded_up(batch: Batch, share: fl
         assert row["text_kept"] == pytest.approx(whole * float(terms[best].sum()), abs=1e-12)
 
 
+def test_marks_and_kept_tokens_stay_where_they_are_and_padding_takes_the_others_place(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, given = Given(batch), []
+    encoder = maker.method.encoder
+    assert isinstance(encoder, LinearEncoder)
+    plain = encoder.encode_text
+
+    def recorded(tokens: Tensor) -> Tensor:
+        given.append(tokens)
+        return plain(tokens)
+
+    monkeypatch.setattr(encoder, "encode_text", recorded)
+    table(batch, maker, "confidence")
+    whole, kept = given
+    assert torch.equal(whole, batch.tokens)
+    own = encoder.tokenizer.content_mask(whole)
+    assert torch.equal(kept[~own], whole[~own])
+    assert ((kept == whole) | (kept == encoder.tokenizer.padding_id)).all()
+    assert (kept != whole).sum(dim=1).tolist() == [count // 2 for count in own.sum(dim=1).tolist()]
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [
