@@ -370,8 +370,9 @@ def _joined(parts: Iterable[Mapping[str, Rows]]) -> dict[str, Rows]:
     joined: dict[str, Rows] = {}
     for part in parts:
         for label, tables in part.items():
+            own = joined.setdefault(label, {})  # also of a method that has no table: its sign says nothing
             for table, rows in tables.items():
-                joined.setdefault(label, {}).setdefault(table, []).extend(rows)
+                own.setdefault(table, []).extend(rows)
     return joined
 
 

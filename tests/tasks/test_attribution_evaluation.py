@@ -363,6 +363,21 @@ def test_a_metric_that_was_asked_for_and_has_no_item_is_an_error_after_all_is_wr
     assert "gamma_mean" in EvaluationResult.load(tmp_path).methods["feature_pair"].metrics
 
 
+def test_a_method_without_a_sign_has_nothing_where_only_signs_are_asked_for(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    both: dict[str, Any] = {"saliency": {}, "feature_pair": {}}
+    task = evaluate(architecture_file("vit"), data_of(world), tmp_path, methods=both, metrics=["hard_negatives"])
+    assert task.result is not None
+    assert task.result.methods["saliency"].metrics == {}
+    assert "delta_mean" in task.result.methods["feature_pair"].metrics
+    with pytest.raises(ValueError, match=r"no item was left to measure hard_negatives.*a signed method"):
+        evaluate(
+            architecture_file("vit"), data_of(world), tmp_path / "unsigned", methods={"saliency": {}},
+            metrics=["hard_negatives"],
+        )  # fmt: skip
+
+
 def test_broken_records_are_counted(architecture_file: Callable[[str], Path], world: Path, tmp_path: Path) -> None:
     samples = samples_of(world)[:6]
     torn = [Sample(s.key, s.image[:-60], s.size, s.captions, s.regions) if i == 2 else s for i, s in enumerate(samples)]
