@@ -173,6 +173,9 @@ class AttributionEvaluation(L.LightningModule):
         options = replace(self.options, metrics=self._tables(data.manifest("test").labels))
         settings = {
             "weights": weights_fingerprint(self.encoder),
+            # The same weights are another function with another activation, and see other images.
+            "architecture": self.encoder.architecture["model_cfg"],
+            "preprocessing": self.encoder.architecture["preprocess_cfg"],
             "data": data.manifest("test").fingerprint,
             "captions_per_image": data.captions_per_image,
             "swap_objects": data.swap_objects,

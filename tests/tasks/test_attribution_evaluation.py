@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ARCHITECTURES
 from distributed import run_distributed
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -299,6 +300,23 @@ def test_what_is_there_is_never_computed_again_and_other_settings_are_refused(
         evaluate(architecture_file("vit"), data_of(world), done.out, keep_tokens=0.25)
     with pytest.raises(StoreError, match="captions_per_image was None and is 1"):
         evaluate(architecture_file("vit"), data_of(world, captions_per_image=1), done.out)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_cfg": ARCHITECTURES["vit"] | {"quick_gelu": True}}, "architecture was .* and is .*'quick_gelu': True"),
+        ({"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}, r"preprocessing was .* and is .*\[0.1, 0.2, 0.3\]"),
+    ],
+)
+def test_the_same_weights_with_another_activation_or_other_images_are_another_model(
+    done: Done, changed: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"model_cfg": ARCHITECTURES["vit"]} | changed))
+    with pytest.raises(StoreError, match=message) as refused:
+        evaluate(path, data_of(world), done.out)
+    assert "weights was" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
