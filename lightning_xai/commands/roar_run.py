@@ -90,9 +90,13 @@ class RoarRun:
 
     def _recipe(self, cell: Cell) -> dict[str, Any]:
         """All that a cell's losses depend on."""
-        method = self.chosen.get(cell.label)
+        method, architecture = self.chosen.get(cell.label), self.encoder.architecture
         return {
-            "model": {"architecture": self.encoder.architecture["model_cfg"], "weights": self.weights},
+            "model": {
+                "architecture": architecture["model_cfg"],
+                "preprocessing": architecture["preprocess_cfg"],
+                "weights": self.weights,
+            },
             "data": {"shards": self.manifest.fingerprint},
             "method": {} if method is None else {"name": method.name, "options": _shown(method.options)},
             **recipe_settings(self.roar, cell),

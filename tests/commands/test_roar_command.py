@@ -156,6 +156,19 @@ def test_a_cell_of_other_settings_weights_or_data_is_refused_and_stays(
     assert {path: path.read_bytes() for path in cell_files(roar.out).values()} == before
 
 
+def test_a_cell_of_other_images_is_refused(roar: Roar, tmp_path: Path) -> None:
+    """The same weights, which the model's seed draws, fed with images of another mean."""
+    roar = replace(roar, model=replace(roar.model, pretrained=None), cell=1)
+    roar()
+    model = json.loads(Path(roar.model.name).read_text())
+    other = tmp_path / "other" / Path(roar.model.name).name
+    other.parent.mkdir()
+    other.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}))
+    with pytest.raises(ValueError, match=r"model.preprocessing.mean was .* and is \[0.1, 0.2, 0.3\]") as refused:
+        replace(roar, model=replace(roar.model, name=str(other)))()
+    assert "weights" not in str(refused.value)
+
+
 def test_costs_may_change_between_cells(roar: Roar) -> None:
     replace(roar, cell=0)()
     more = {"cam": {"method": "grad_cam", "internal_batch_size": 2}, "random": roar.methods["random"]}
