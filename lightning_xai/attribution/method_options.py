@@ -52,10 +52,8 @@ def choose_methods(
     from lightning_xai.attribution import METHODS
     from lightning_xai.models import UnsupportedTowerError
 
-    check_method(name)
     if name != ALL:
-        values = _resolved(name, options)
-        return [ChosenMethod(name, METHODS[name](encoder, **values), values)], {}
+        return [choose_method(encoder, name, options)], {}
     chosen, missing = [], {}
     for each, own in _shared_out(options).items():
         values = _resolved(each, own)
@@ -64,6 +62,27 @@ def choose_methods(
         except UnsupportedTowerError as error:
             missing[each] = str(error)
     return chosen, missing
+
+
+def choose_method(encoder: TwoTowerEncoder, name: str, options: Mapping[str, Any]) -> ChosenMethod:
+    """Build one method by its name.
+
+    Args:
+        encoder: the model to explain.
+        name: of the method.
+        options: of the method.
+
+    Raises:
+        ValueError: an unknown method (all methods together are none) or option, a value of another type, or a method
+            that cannot serve the model.
+    """
+    from lightning_xai.attribution import METHODS
+
+    check_method(name)
+    if name == ALL:
+        raise ValueError(f"expected one method, got {ALL!r}; give each by its name: {', '.join(METHODS)}")
+    values = _resolved(name, options)
+    return ChosenMethod(name, METHODS[name](encoder, **values), values)
 
 
 def check_method(name: str, *, pairs: str | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_xai.attribution.method_options import ChosenMethod, choose_methods
+from lightning_xai.attribution.method_options import ChosenMethod, choose_method
 from lightning_xai.commands.inputs import load_model
 from lightning_xai.commands.outputs import describe
 from lightning_xai.commands.roar import Roar, recipe_settings
@@ -209,10 +209,9 @@ class RoarRun:
 
 def _choose(encoder: DualEncoder, label: str, name: str, options: dict[str, Any]) -> ChosenMethod:
     try:
-        chosen, _ = choose_methods(encoder, name, options)
+        return choose_method(encoder, name, options)
     except ValueError as error:
         raise ValueError(f"methods: {label}: {error}") from error
-    return chosen[0]
 
 
 def _shown(options: Mapping[str, Any]) -> dict[str, Any]:

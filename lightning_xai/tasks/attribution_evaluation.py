@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from lightning_xai.attribution.base import ConstantMapWarning
-from lightning_xai.attribution.method_options import check_method, choose_methods
+from lightning_xai.attribution.method_options import check_method, choose_method
 from lightning_xai.attribution.reference import ImageReference
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
@@ -256,11 +256,11 @@ class AttributionEvaluation(L.LightningModule):
     def _build(self, label: str, options: MeasureOptions, settings: Mapping[str, Any]) -> Iterator[EvaluationCell]:
         """The cells of a method: one, or one for each seed where it draws random numbers."""
         name, own = method_of(label, self.methods[label])
-        (chosen,), _ = choose_methods(self.encoder, name, own)
+        chosen = choose_method(self.encoder, name, own)
         first = int(chosen.options.get("seed", 0))
         for number in range(self.seeds if "seed" in chosen.options else 1):
             if number:
-                (chosen,), _ = choose_methods(self.encoder, name, own | {"seed": first + number})
+                chosen = choose_method(self.encoder, name, own | {"seed": first + number})
             gallery = ExampleGallery(*self.shown) if not number and "grounding" in options.metrics else None
             yield EvaluationCell(label, first + number, chosen, self.encoder, options, self.out, settings, gallery)
 

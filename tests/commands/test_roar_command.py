@@ -239,6 +239,7 @@ def test_a_grid_is_a_method_for_each_point_and_a_table(roar: Roar, capsys: pytes
         ({"methods": {"original": {"method": "rise"}}}, "stands for the data as they are"),
         ({"methods": {"m2ib": {"options": {"beta": 1}}}}, "methods: m2ib: m2ib has no option options"),
         ({"methods": {"lime": {}}}, "unknown method 'lime'"),
+        ({"methods": {"all": {}}}, "methods: all: expected one method"),
         ({"methods": {"x": {"method": "m2ib", "gamma": 1}}}, "methods: x: m2ib has no option gamma"),
         ({"methods": {}}, "no method takes part"),
         ({"grid": {"beta": [1]}}, "exactly one method"),

@@ -324,6 +324,7 @@ def test_the_same_weights_with_another_activation_or_other_images_are_another_mo
     [
         ({}, {"inference_mode": True}, "inference_mode=False"),
         ({"methods": {"nonsense": {}}}, {}, "unknown method 'nonsense'"),
+        ({"methods": {"all": {}}}, {}, "expected one method, got 'all'"),
         ({"methods": {"../up": {"method": "m2ib"}}}, {}, "a label has"),
         ({"methods": {"m2ib": {"colour": 1}}}, {}, "m2ib has no option colour"),
         ({"keep_tokens": 1.5}, {}, "keep_tokens has to be in"),
