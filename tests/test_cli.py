@@ -97,7 +97,8 @@ def config_in(folder: Path, architecture: Path, train: Path, val: Path) -> Path:
 def test_the_overview_lists_every_command(tmp_path: Path) -> None:
     asked, bare = (done(result) for result in together(tmp_path, ["--help"], []))
     assert asked.out == bare.out
-    for command in ("fit", "validate", "test", "predict", "prepare", "export", "explain", "sanity-check", "roar", "report"):
+    commands = ("prepare", "export", "explain", "sanity-check", "roar", "report")
+    for command in ("fit", "validate", "test", "predict", *commands):
         assert f"\n  {command} " in asked.out
     assert "fit --config configs/demo.yaml" in asked.out
 
