@@ -43,9 +43,8 @@ def evaluation_batch(size: tuple[int, int], tokenizer: CaptionTokenizer, dtype: 
                     spans[row] = tuple((start, start + len(label)) for start in starts)
             box = (x * width / 4, y * height / 2, across * width / 4, down * height / 2)
             regions.append(Region(label, box, spans))
-        records.append(
-            (10 + number, Sample(f"k{number}", stream.getvalue(), (width, height), captions, tuple(regions)))
-        )
+        sample = Sample(f"k{number}", stream.getvalue(), (width, height), captions, tuple(regions))
+        records.append((10 + number, sample if number else replace(sample, negatives=(NEGATIVE,))))
     collate = EvaluationCollate(ImageTransform(size=size), tokenizer, LABELS, swap_objects=True)
     batch = collate(records)
     return replace(batch, images=batch.images.to(dtype))
