@@ -16,6 +16,7 @@ from typing import Any
 from lightning_xai.report.results import RoarMethod, RoarResult, write_json
 
 _MEASURED = ("model", "data")  # parts of a recipe that settings do not tell
+_CHANGES_NO_NUMBER = ("internal_batch_size",)
 ORIGINAL = "original"
 """Label of the cells that give l_o, where nothing is degraded."""
 NOTHING = "none"
@@ -99,7 +100,7 @@ def read_cell(folder: Path, cell: Cell) -> CellResult | None:
         found = CellResult(
             cell=Cell(**record["cell"]),
             curve=tuple(float(loss) for loss in record["curve"]),
-            recipe=dict(record["recipe"]),
+            recipe={**record["recipe"], **{name: dict(record["recipe"][name]) for name in (*_MEASURED, "method")}},
             about={name: dict(record["about"][name]) for name in ("model", "data", "settings", "versions")},
             seconds=float(record["seconds"]),
         )
@@ -120,6 +121,11 @@ def check_recipe(found: CellResult, recipe: Mapping[str, Any], folder: Path) -> 
         )
 
 
+def options_that_count(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method that change its maps."""
+    return {name: value for name, value in options.items() if name not in _CHANGES_NO_NUMBER}
+
+
 def gather(
     folder: Path,
     cells: Sequence[Cell],
@@ -137,14 +143,19 @@ def gather(
         grid: option -> values, where the methods are the points of a grid.
 
     Raises:
-        ValueError: no cell is done, a file is broken, or a cell is of other settings, weights or data than the others.
+        ValueError: no cell is done, a file is broken, or a cell is of other settings, weights or data than the others,
+            or of another method or options than its label now stands for.
     """
     done = [found for cell in cells if (found := read_cell(folder, cell)) is not None]
     if not done:
         raise ValueError(f"{folder}: not one of the {len(cells)} cells is done; run some of them first")
-    first = done[0]
+    first, of_label = done[0], {found.cell.label: found for found in reversed(done)}
     for found in done:
         expected = {**found.recipe, **{name: first.recipe[name] for name in _MEASURED}, **settings(found.cell)}
+        if found.cell.label in methods:
+            name, options = methods[found.cell.label]
+            recorded = of_label[found.cell.label].recipe["method"].get("options", {})
+            expected["method"] = {"name": name, "options": {**recorded, **options_that_count(options)}}
         check_recipe(found, expected, folder)
     return RoarResult(
         model=first.about["model"],

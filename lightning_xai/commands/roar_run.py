@@ -19,7 +19,15 @@ from lightning_xai.attribution.method_options import ChosenMethod, choose_method
 from lightning_xai.commands.inputs import load_model
 from lightning_xai.commands.outputs import describe
 from lightning_xai.commands.roar import Roar, recipe_settings
-from lightning_xai.commands.roar_cells import NOTHING, ORIGINAL, Cell, CellResult, check_recipe, read_cell
+from lightning_xai.commands.roar_cells import (
+    NOTHING,
+    ORIGINAL,
+    Cell,
+    CellResult,
+    check_recipe,
+    options_that_count,
+    read_cell,
+)
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
@@ -33,8 +41,6 @@ from lightning_xai.tasks.roar_data import (
     write_degraded,
     write_original,
 )
-
-_CHANGES_NO_NUMBER = ("internal_batch_size",)
 
 
 class RoarRun:
@@ -98,7 +104,7 @@ class RoarRun:
                 "weights": self.weights,
             },
             "data": {"shards": self.manifest.fingerprint},
-            "method": {} if method is None else {"name": method.name, "options": _shown(method.options)},
+            "method": {} if method is None else {"name": method.name, "options": options_that_count(method.options)},
             **recipe_settings(self.roar, cell),
         }
 
@@ -212,11 +218,6 @@ def _choose(encoder: DualEncoder, label: str, name: str, options: dict[str, Any]
         return choose_method(encoder, name, options)
     except ValueError as error:
         raise ValueError(f"methods: {label}: {error}") from error
-
-
-def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a method that change its maps."""
-    return {name: value for name, value in options.items() if name not in _CHANGES_NO_NUMBER}
 
 
 def _digest(value: Any) -> str:

@@ -207,6 +207,22 @@ def test_cells_of_two_experiments_are_not_gathered(roar: Roar, tmp_path: Path) -
         replace(roar, gather=True, training=replace(TRAINING, epochs=2))()
 
 
+def test_cells_of_two_methods_under_one_label_are_not_gathered(roar: Roar) -> None:
+    def with_seed(*options: int, **changes: Any) -> Roar:
+        methods = {"noise": {"method": "random", **({"seed": options[0]} if options else {})}}
+        return replace(roar, methods=methods, seeds=(0, 1), modalities=("text",), **changes)
+
+    with_seed(3, cell=2)()
+    with_seed(gather=True)()
+    with pytest.raises(ValueError, match=r"noise--text--0.json was made .* method.options.seed was 3 and is 4"):
+        with_seed(4, gather=True)()
+    with_seed(4, cell=3)()  # alone, it does not see the other
+    with pytest.raises(ValueError, match=r"noise--text--1.json was made .* method.options.seed was 4 and is 3"):
+        with_seed(gather=True)()
+    with pytest.raises(ValueError, match=r"method.name was 'random' and is 'gaussian'"):
+        replace(with_seed(gather=True), methods={"noise": {"method": "gaussian"}})()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 9}', "null", '"x"'])
 def test_a_broken_file_of_a_cell_is_named(roar: Roar, content: str) -> None:
     path = roar.out / "cells" / "original--none--4.json"
