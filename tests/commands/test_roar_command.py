@@ -209,7 +209,7 @@ def test_cells_of_two_experiments_are_not_gathered(roar: Roar, tmp_path: Path) -
 
 def test_cells_of_two_methods_under_one_label_are_not_gathered(roar: Roar) -> None:
     def with_seed(*options: int, **changes: Any) -> Roar:
-        methods = {"noise": {"method": "random", **({"seed": options[0]} if options else {})}}
+        methods: dict[str, Any] = {"noise": {"method": "random", **({"seed": options[0]} if options else {})}}
         return replace(roar, methods=methods, seeds=(0, 1), modalities=("text",), **changes)
 
     with_seed(3, cell=2)()
