@@ -13,6 +13,7 @@ from lightning_xai.report.tables import NO_VALUE
 
 __all__ = ["GROUPS", "estimate_text", "evaluation_table"]
 
+_DIGITS = {"delta_mean": 5}  # attributions are in units of the similarity, and a phrase adds little of it
 GROUPS: dict[str, dict[str, tuple[str, bool]]] = {
     "Grounding": {
         "gamma_mean": ("γ mean ↑", False),
@@ -64,7 +65,7 @@ def estimate_text(method: MethodResult, metric: str, percent: bool) -> str:
     estimate = method.estimate(metric)
     if math.isnan(estimate.mean):
         return NO_VALUE
-    scale, digits = (100, 1) if percent else (1, 3)
+    scale, digits = (100, 1) if percent else (1, _DIGITS.get(metric, 3))
     text = f"{scale * estimate.mean:.{digits}f}"
     error = estimate.standard_error
     return text if math.isnan(error) else f"{text} ± {scale * error:.{digits}f}"

@@ -170,7 +170,8 @@ class AttributionEvaluation(L.LightningModule):
     def on_test_start(self) -> None:
         """Build the methods, and take up what an earlier run has computed."""
         data = self._data()
-        options = replace(self.options, metrics=self._tables(data.manifest("test").labels))
+        labels = data.manifest("test").labels
+        options = replace(self.options, metrics=self._tables(labels))
         settings = {
             "weights": weights_fingerprint(self.encoder),
             # The same weights are another function with another activation, and see other images.
@@ -180,7 +181,7 @@ class AttributionEvaluation(L.LightningModule):
             "captions_per_image": data.captions_per_image,
             "swap_objects": data.swap_objects,
         }
-        self._cells = [cell for label in self.methods for cell in self._build(label, options, settings)]
+        self._cells = [cell for label in self.methods for cell in self._build(label, labels, options, settings)]
         for cell in self._cells:
             cell.maker.listen()
         self._broken = self._pairs = 0
@@ -202,14 +203,14 @@ class AttributionEvaluation(L.LightningModule):
                 self._compute(batch, todo)
         pixels = picture_of(self.encoder, batch)
         for cell in self._cells:
-            cell.collect(indices, batch, pixels)
+            cell.collect(indices, pixels)
 
     def on_test_epoch_end(self) -> None:
         """Put the ranks' numbers together, log and write them."""
         seconds = time.perf_counter() - self._started
         self._close()
         cells, self._cells = self._cells, []
-        computed = {(cell.label, cell.seed): cell.metrics.compute() for cell in cells if cell.metrics is not None}
+        computed = {(cell.label, cell.seed): cell.metrics.compute() for cell in cells}
         for (label, seed), (numbers, _) in computed.items():
             repeated = sum(cell.label == label for cell in cells) > 1
             for name, value in numbers.items():
@@ -253,7 +254,9 @@ class AttributionEvaluation(L.LightningModule):
             )
         return frozenset({"confidence"})
 
-    def _build(self, label: str, options: MeasureOptions, settings: Mapping[str, Any]) -> Iterator[EvaluationCell]:
+    def _build(
+        self, label: str, label_names: Sequence[str], options: MeasureOptions, settings: Mapping[str, Any]
+    ) -> Iterator[EvaluationCell]:
         """The cells of a method: one, or one for each seed where it draws random numbers."""
         name, own = method_of(label, self.methods[label])
         chosen = choose_method(self.encoder, name, own)
@@ -262,7 +265,7 @@ class AttributionEvaluation(L.LightningModule):
             if number:
                 chosen = choose_method(self.encoder, name, own | {"seed": first + number})
             gallery = ExampleGallery(*self.shown) if not number and "grounding" in options.metrics else None
-            yield EvaluationCell(label, first + number, chosen, self.encoder, options, self.out, settings, gallery)
+            yield EvaluationCell(label, chosen, self.encoder, label_names, options, self.out, settings, gallery)
 
     def _compute(self, batch: Batch, cells: Sequence[EvaluationCell]) -> None:
         """One forward pass of the model, and what each of the methods makes of it."""

@@ -31,15 +31,16 @@ class EvaluationCell:
 
     Args:
         label: of the method.
-        seed: of the method.
         chosen: the method and its options.
         encoder: the model.
+        label_names: the split's classes.
         options: what is measured, and how; metrics that need a sign are left out for methods without.
         folder: of the evaluation.
         settings: all that the records depend on, beside the method and the options.
         gallery: keeps examples to look at; None for none.
 
     Attributes:
+        seed: of the method; 0 for one that draws no random numbers.
         tables: the tables that the cell fills.
         rows: table -> rows of this process, without their maps.
         metrics: the numbers.
@@ -51,9 +52,9 @@ class EvaluationCell:
     def __init__(
         self,
         label: str,
-        seed: int,
         chosen: ChosenMethod,
         encoder: TwoTowerEncoder,
+        label_names: Sequence[str],
         options: MeasureOptions,
         folder: Path,
         settings: Mapping[str, Any],
@@ -62,11 +63,11 @@ class EvaluationCell:
         left_out = frozenset() if chosen.method.signed else _NEED_SIGN
         options = replace(options, metrics=options.metrics - left_out)
         self.label = label
-        self.seed = seed
+        self.seed = int(chosen.options.get("seed", 0))
         self.chosen = chosen
         self.tables = tuple(sorted(options.metrics))
         self.rows: Rows = {table: [] for table in self.tables}
-        self.metrics: TableMetrics | None = None
+        self.metrics = TableMetrics(self.tables, label_names, next(encoder.parameters()).device)
         self.gallery = gallery
         self.maker: MapMaker = map_maker(chosen.method, options.batch_size)
         self._measures = ItemMeasures(encoder, self.maker, options)
@@ -74,7 +75,7 @@ class EvaluationCell:
         how = {name: value for name, value in asdict(options).items() if name not in ("metrics", "batch_size")}
         own = {key: value for key, value in chosen.options.items() if key != "internal_batch_size"}
         self._store = RowStore(
-            folder / "rows" / f"{label},seed={seed}",
+            folder / "rows" / f"{label},seed={self.seed}",
             {**settings, **how, "metrics": self.tables, "method": chosen.name, "options": own},
         )
 
@@ -93,16 +94,13 @@ class EvaluationCell:
             self._store.put(index, record)
         self._store.flush()
 
-    def collect(self, indices: Sequence[int], batch: Batch, pixels: Callable[[int], Pixels]) -> None:
+    def collect(self, indices: Sequence[int], pixels: Callable[[int], Pixels]) -> None:
         """Add the records of some items up.
 
         Args:
             indices: of the items.
-            batch: they lie in.
             pixels: index to picture, for those that are kept to look at.
         """
-        if self.metrics is None:
-            self.metrics = TableMetrics(self.tables, batch.label_names, batch.images.device)
         candidates: list[Candidate] = []
         for index in indices:
             tables: Rows = self._store[index]["tables"]
