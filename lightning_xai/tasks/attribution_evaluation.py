@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,12 +52,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank has done: broken records, pairs attributed, time taken, and rows by label and table."""
+    """What one rank has done: broken records, pairs attributed, time taken, rows and what has none, by label."""
 
     broken: int
     pairs: int
     seconds: float
     rows: dict[str, Rows]
+    left_out: Counter[tuple[str, str, str]]
 
 
 class AttributionEvaluation(L.LightningModule):
@@ -189,6 +191,9 @@ class AttributionEvaluation(L.LightningModule):
         restored = sum(cell.stored for cell in self._cells)
         if restored:
             rank_zero_info(f"{self.out}: {restored:,} items are there already and are taken as they are")
+        damaged = sum(cell.damaged for cell in self._cells)
+        if damaged:
+            rank_zero_info(f"{self.out}: {damaged:,} stored lines are damaged, their items are computed again")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Attribute what is not there yet; the numbers are computed at the end."""
@@ -216,7 +221,8 @@ class AttributionEvaluation(L.LightningModule):
             for name, value in numbers.items():
                 # Every rank holds the same number already.
                 self.log(f"test/{label}/{name}" + (f"/seed={seed}" if repeated else ""), value)
-        parts = _of_all_ranks(_Part(self._broken, self._pairs, seconds, _rows_by_label(cells)))
+        left_out = Counter({(cell.label, *what): n for cell in cells for what, n in cell.left_out.items()})
+        parts = _of_all_ranks(_Part(self._broken, self._pairs, seconds, _rows_by_label(cells), left_out))
         shown = {cell.label: _shown(cell.gallery) for cell in cells if cell.gallery is not None}
         if self.trainer.is_global_zero:
             rows = _joined(part.rows for part in parts)
@@ -289,6 +295,7 @@ class AttributionEvaluation(L.LightningModule):
         data = self._data()
         manifest = data.manifest("test")
         pairs, seconds = sum(part.pairs for part in parts), max(part.seconds for part in parts)
+        left_out = sum((part.left_out for part in parts), Counter[tuple[str, str, str]]())
         settings = asdict(self.options) | {"metrics": self.metrics, "seeds": self.seeds, "shown": self.shown}
         return EvaluationResult(
             model={
@@ -308,7 +315,12 @@ class AttributionEvaluation(L.LightningModule):
             },
             settings=settings,
             versions=package_versions(),
-            methods={label: _method_result(label, cells, numbers, rows[label]) for label in self.methods},
+            methods={
+                label: _method_result(
+                    label, cells, numbers, rows[label], sum((part.left_out for part in parts), Counter())
+                )
+                for label in self.methods
+            },
             speed={"pairs": float(pairs), "seconds": seconds, "pairs_per_second": pairs / max(seconds, 1e-9)},
         )
 
@@ -351,6 +363,7 @@ def _method_result(
     cells: Sequence[EvaluationCell],
     numbers: Mapping[tuple[str, int], Mapping[str, float]],
     rows: Rows,
+    left_out: Mapping[tuple[str, str, str], int],
 ) -> MethodResult:
     own = [cell for cell in cells if cell.label == label]
     found = [numbers.get((label, cell.seed), {}) for cell in own]
@@ -363,7 +376,11 @@ def _method_result(
         seeds=tuple(cell.seed for cell in own),
         # A metric of which there was no item at all is left out rather than shown as a dash everywhere.
         metrics={name: values for name, values in metrics.items() if not all(map(math.isnan, values))},
-        counts={table: counts_of(table, rows[table]) for table in own[0].tables},
+        counts={
+            table: counts_of(table, rows[table])
+            | {why: n for (whose, of, why), n in sorted(left_out.items()) if (whose, of) == (label, table)}
+            for table in own[0].tables
+        },
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class EvaluationCell:
         seed: of the method; 0 for one that draws no random numbers.
         tables: the tables that the cell fills.
         rows: table -> rows of this process, without their maps.
+        left_out: (table, reason) -> things of this process that have no row.
         metrics: the numbers.
 
     Raises:
@@ -67,6 +69,7 @@ class EvaluationCell:
         self.chosen = chosen
         self.tables = tuple(sorted(options.metrics))
         self.rows: Rows = {table: [] for table in self.tables}
+        self.left_out: Counter[tuple[str, str]] = Counter()
         self.metrics = TableMetrics(self.tables, label_names, next(encoder.parameters()).device)
         self.gallery = gallery
         self.maker: MapMaker = map_maker(chosen.method, options.batch_size)
@@ -78,6 +81,11 @@ class EvaluationCell:
             folder / "rows" / f"{label},seed={self.seed}",
             {**settings, **how, "metrics": self.tables, "method": chosen.name, "options": own},
         )
+
+    @property
+    def damaged(self) -> int:
+        """Stored lines that could not be read; their items are computed again."""
+        return self._store.damaged
 
     @property
     def stored(self) -> int:
@@ -103,7 +111,10 @@ class EvaluationCell:
         """
         candidates: list[Candidate] = []
         for index in indices:
-            tables: Rows = self._store[index]["tables"]
+            record = self._store[index]
+            tables: Rows = record["tables"]
+            for table, reasons in record["left_out"].items():
+                self.left_out.update({(table, reason): count for reason, count in reasons.items()})
             self.metrics.update(tables)
             for table, rows in tables.items():
                 self.rows[table] += [

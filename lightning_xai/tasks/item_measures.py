@@ -82,7 +82,7 @@ class ItemMeasures:
 
         Returns:
             For the index of each valid sample: `tables`, metric -> rows (columns of `report.results.TABLES` but seed; a
-            measured row of grounding also has its `heat`).
+            measured row of grounding also has its `heat`); and `left_out`, metric -> reason -> what has no row.
 
         Raises:
             ValueError: an attribution is not finite.
@@ -91,20 +91,38 @@ class ItemMeasures:
         maps = self._maker.maps(batch, wanted)
         tables = {name: self._table(name, batch, embeddings, wanted, maps) for name in sorted(self._options.metrics)}
         records: dict[int, Row] = {
-            index: {"tables": {name: [] for name in tables}} for index in batch.index.tolist() if index >= 0
+            index: {"tables": {name: [] for name in tables}, "left_out": {}}
+            for index in batch.index.tolist()
+            if index >= 0
         }
         for name, rows in tables.items():
             for row in rows:
                 records[row["index"]]["tables"][name].append(row)
+        if "hard_negatives" in tables:
+            self._count_negatives_left_out(batch, records)
         return records
+
+    def _count_negatives_left_out(self, batch: Batch, records: dict[int, Row]) -> None:
+        if batch.negatives is None:
+            return
+        reasons = self._negative_reasons(batch).tolist()
+        for image, reason in zip(batch.negatives.image_row.tolist(), reasons, strict=True):
+            if reason != LeftOut.MEASURED:
+                counts = records[int(batch.index[image])]["left_out"].setdefault("hard_negatives", {})
+                name = LeftOut(reason).name.lower()
+                counts[name] = counts.get(name, 0) + 1
+
+    def _negative_reasons(self, batch: Batch) -> Tensor:
+        """[N] int64, `LeftOut` of each hard negative, with the size of its box considered."""
+        assert batch.negatives is not None
+        return measurable(batch.negatives.reason, batch.negatives.boxes, self._maker.grid, image_size(batch))
 
     def _wanted(self, batch: Batch) -> Wanted:
         metrics = self._options.metrics
         _, phrases = measurable_rows(batch, self._maker.grid)
         negatives = phrases[:0]
         if "hard_negatives" in metrics and batch.negatives is not None:
-            reason = measurable(batch.negatives.reason, batch.negatives.boxes, self._maker.grid, image_size(batch))
-            negatives = (reason == LeftOut.MEASURED).nonzero()[:, 0]
+            negatives = (self._negative_reasons(batch) == LeftOut.MEASURED).nonzero()[:, 0]
         if not metrics & {"grounding", "other_objects"}:
             phrases = phrases[:0]
         return Wanted(phrases, negatives, bool(metrics & {"confidence", "localization"}))

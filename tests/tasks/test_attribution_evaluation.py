@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution import FeaturePairAttribution, Saliency
 from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
-from lightning_xai.data.sample import read_image
+from lightning_xai.data.sample import HardNegative, Region, read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shards import read_samples
 from lightning_xai.metrics import gamma, patch_mask
@@ -369,6 +370,31 @@ def test_data_without_boxes_have_confidence_and_nothing_that_needs_boxes(
     assert task.result.methods["saliency"].metrics.keys() == {
         "image_drop", "image_increase", "text_drop", "text_increase",
     }  # fmt: skip
+
+
+def test_hard_negatives_that_cannot_be_measured_are_counted_by_reason(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    first, second = samples_of(world)[:2]
+    start, end = 0, len(first.captions[0])
+    tiny = Region("dot", (0.0, 0.0, 3.0, 3.0))  # smaller than a patch of 16 pixels
+    regions = (*first.regions, tiny)
+    stored = (
+        HardNegative("a dot", (2, 5), 0, (start, end), len(regions) - 1),
+        HardNegative("and " * 30 + "a dot", (122, 125), 0, (start, end), 0),  # behind the context length
+    )
+    write_shards(
+        [replace(first, regions=regions, negatives=stored), second], tmp_path / "data", name="x", progress=False
+    )
+    task = evaluate(
+        architecture_file("vit"), data_of(tmp_path / "data"), tmp_path / "out", methods={"feature_pair": None},
+        metrics=["hard_negatives"],
+    )  # fmt: skip
+    assert task.result is not None
+    counts = task.result.methods["feature_pair"].counts["hard_negatives"]
+    rows = rows_of(tmp_path / "out" / "feature_pair" / "hard_negatives.csv")
+    assert counts == {"measured": len(rows), "smaller_than_patch": 1, "span_cut_off": 1}
+    assert rows
 
 
 def test_a_metric_that_was_asked_for_and_has_no_item_is_an_error_after_all_is_written(
