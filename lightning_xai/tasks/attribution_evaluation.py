@@ -315,12 +315,7 @@ class AttributionEvaluation(L.LightningModule):
             },
             settings=settings,
             versions=package_versions(),
-            methods={
-                label: _method_result(
-                    label, cells, numbers, rows[label], sum((part.left_out for part in parts), Counter())
-                )
-                for label in self.methods
-            },
+            methods={label: _method_result(label, cells, numbers, rows[label], left_out) for label in self.methods},
             speed={"pairs": float(pairs), "seconds": seconds, "pairs_per_second": pairs / max(seconds, 1e-9)},
         )
 
