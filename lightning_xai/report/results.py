@@ -222,6 +222,19 @@ class RoarResult:
         pairs = [(losses[seed], self.original[seed]) for seed in sorted(losses.keys() & self.original.keys())]
         return Estimate(tuple((degraded - loss) / loss if loss else math.nan for degraded, loss in pairs))
 
+    def label_at(self, point: Mapping[str, Any]) -> str | None:
+        """The label of the first method with these options, compared as values: 1 is 1.0; None where there is none.
+
+        >>> methods = {"m2ib,beta=1": RoarMethod("m2ib", {"beta": 1.0, "steps": 10}, {})}
+        >>> RoarResult({}, {}, {}, {}, {}, methods).label_at({"beta": 1})
+        'm2ib,beta=1'
+        """
+        wanted = _plain(point)
+        for label, method in self.methods.items():
+            if wanted.keys() <= method.options.keys() and _plain({o: method.options[o] for o in wanted}) == wanted:
+                return label
+        return None
+
     def save(self, folder: Path) -> None:
         """Write `folder/result.json`."""
         _save(self, folder)

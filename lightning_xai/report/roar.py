@@ -44,20 +44,22 @@ def grid_tables(result: RoarResult) -> list[Table]:
 
 def _grid_table(result: RoarResult, modality: str) -> Table:
     *down, right = result.grid
-    points = {
-        tuple(method.options[option] for option in result.grid): result.score(label, modality)
-        for label, method in result.methods.items()
-        if method.options.keys() >= result.grid.keys()  # the controls are no points
+    rows = [
+        [result.label_at(dict(zip(result.grid, (*above, value), strict=True))) for value in result.grid[right]]
+        for above in product(*(result.grid[option] for option in down))
+    ]
+    scores: dict[str | None, Estimate] = {
+        label: result.score(label, modality) for row in rows for label in row if label is not None
     }
-    best = _best(points)
+    best = _best(scores)
     table = Table(title=f"{modality}: ROAR+ in % (higher is better)")
     for option in down:
         table.add_column(option)
     for value in result.grid[right]:
         table.add_column(f"{right}={value}", justify="right")
-    for above in product(*(result.grid[option] for option in down)):
-        row = [(*above, value) for value in result.grid[right]]
-        table.add_row(*map(str, above), *(_percent(points.get(point), point == best, error=False) for point in row))
+    for above, row in zip(product(*(result.grid[option] for option in down)), rows, strict=True):
+        cells = (_percent(scores.get(label), label == best, error=False) for label in row)
+        table.add_row(*map(str, above), *cells)
     return table
 
 

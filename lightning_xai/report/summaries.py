@@ -229,12 +229,11 @@ def grid_tables(runs: Sequence[Run]) -> list[PaperTable]:
 
 def _grid_table(run: Run, roar: RoarResult, modality: str) -> PaperTable:
     *down, right = roar.grid
-    labels = {tuple(str(m.options.get(o)) for o in roar.grid): label for label, m in roar.methods.items()}
     places = list(product(*(roar.grid[option] for option in down)))
     cells = mark_best(
         [
             estimate(roar.score(label, modality))
-            if (label := labels.get(tuple(map(str, (*above, value)))))
+            if (label := roar.label_at(dict(zip(roar.grid, (*above, value), strict=True))))
             else Cell(NO_VALUE)
             for above in places
             for value in roar.grid[right]

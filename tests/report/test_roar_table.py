@@ -80,5 +80,17 @@ def test_a_grid_has_its_last_option_to_the_right_the_others_down_and_gaps_where_
     assert bold(table) == ["50.00"]
 
 
+def test_the_points_of_a_grid_are_found_by_value_whatever_their_options_look_like() -> None:
+    scores = {(1.0, (7, 8)): 2.2, (0.1, (7, 8)): 3.0}
+    methods = {
+        f"m2ib,beta={beta}": RoarMethod("m2ib", {"beta": beta, "layers": layers}, {"image": {0: loss}})
+        for (beta, layers), loss in scores.items()
+    }
+    methods["random"] = RoarMethod("random", {"beta": 0.1, "layers": [7, 8]}, {"image": {0: 9.0}})
+    (table,) = grid_tables(result_of(methods, grid={"layers": ([7, 8],), "beta": (1, 0.1)}))
+    assert cells(table) == [["[7, 8]", "10.00", "50.00"]]
+    assert bold(table) == ["50.00"]
+
+
 def test_without_a_grid_there_is_no_table_of_it() -> None:
     assert grid_tables(result_of(METHODS)) == []

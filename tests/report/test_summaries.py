@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,19 @@ def test_the_grid_is_the_papers_with_its_one_best_point(tmp_path: Path) -> None:
                     scores[layer, beta, variance] = (expected, cell.best)
         best = max(scores, key=lambda point: scores[point][0])
         assert [point for point, (_, marked) in scores.items() if marked] == [best]
+
+
+def test_the_points_of_a_grid_are_found_by_number(tmp_path: Path) -> None:
+    result = write_grid(tmp_path / "g")
+    resolved = {
+        label: replace(m, options={name: float(value) for name, value in m.options.items()})
+        for label, m in result.methods.items()
+    }
+    replace(result, methods=resolved).save(tmp_path / "g")
+    write_grid(tmp_path / "h")
+    as_asked, other = (grid_tables(load_runs([tmp_path / name])) for name in "hg")
+    assert [table.bodies for table in other] == [table.bodies for table in as_asked]
+    assert all(isinstance(cell.value, float) for table in other for row in table.rows for cell in row[1:])
 
 
 def test_a_training_shows_its_epochs_and_the_lowest_loss(tmp_path: Path) -> None:
