@@ -43,6 +43,7 @@ __all__ = [
 
 _CONTROLS_HEADING = "Controls, which know nothing of the model"
 _GROUNDING = {"gamma_above_50": "γ > 0.5 [%] ↑", "gamma_above_80": "γ > 0.8 [%] ↑", "rho": "ρ [%] ↑"}
+_SAYS_NO_DATA = ("folder", "broken_records")
 _MEASURES: dict[str, dict[str, tuple[str, Better]]] = {
     "image": {
         "image_drop": ("Conf. drop [%] ↓", "down"),
@@ -149,7 +150,7 @@ def signs_table(runs: Sequence[Run]) -> PaperTable | None:
             "other_objects",
             "Attribution to a phrase's own object and to another object that the caption names",
             "Share of pairs of objects with a positive total in the own box, and with a negative one in the other's. "
-            "For methods that know a sign.",
+            "For methods that know a sign. The best on each data set is bold, controls aside.",
             (),
             (),
         ),
@@ -170,7 +171,8 @@ def hard_negatives_table(runs: Sequence[Run]) -> PaperTable | None:
             "hard_negatives",
             "Hard negative captions",
             "δ: attribution of the wrong object's name to the true object's box minus that of the true name. Below "
-            "0 the model has noticed. The mean has the scale of the method's maps.",
+            "0 the model has noticed. The mean has the scale of the method's maps. The best on each data set is bold, "
+            "controls aside.",
             (),
             (),
         ),
@@ -348,6 +350,7 @@ def _methods_table(
 ) -> PaperTable | None:
     """A line for each run and method with these measures; `empty` with columns and rows."""
     own: list[list[Cell]] = []
+    data: list[str] = []  # of each of these lines: the best is that of one data set
     controls: list[list[Cell]] = []
     for run in runs:
         for label, method in run.evaluation.methods.items() if run.evaluation else ():
@@ -355,11 +358,19 @@ def _methods_table(
                 continue
             cells = [_metric_cell(method.estimate(name), heading) for name, (heading, _) in measures.items()]
             row = [words(run.name), words(run.data), words(label), *cells, count(_pairs(method, metric))]
-            (controls if method.method in CONTROLS else own).append(row)
+            if method.method in CONTROLS:
+                controls.append(row)
+            else:
+                own.append(row)
+                data.append(_evaluated_data(run))
     if not own and not controls:
         return None
     best = {3 + i: better for i, (_, better) in enumerate(measures.values()) if better is not None}
-    groups = [("", _best_of_columns(own, best)), (_CONTROLS_HEADING, controls)]
+    for each in dict.fromkeys(data):
+        lines = [i for i, key in enumerate(data) if key == each]
+        for i, row in zip(lines, _best_of_columns([own[i] for i in lines], best), strict=True):
+            own[i] = row
+    groups = [("", own), (_CONTROLS_HEADING, controls)]
     columns = [Column(name, numeric=False) for name in ("run", "data", "method")]
     columns += [Column(heading) for heading, _ in measures.values()]
     return PaperTable(
@@ -369,6 +380,12 @@ def _methods_table(
         (*columns, Column("pairs")),
         tuple(Body(heading, tuple(map(tuple, rows))) for heading, rows in groups if rows),
     )
+
+
+def _evaluated_data(run: Run) -> str:
+    """What tells the data of an evaluation from those of another one: all that is known, but where they lie."""
+    data = run.evaluation.data if run.evaluation is not None else {}
+    return repr(sorted((name, str(value)) for name, value in data.items() if name not in _SAYS_NO_DATA))
 
 
 def _metric_cell(measured: Estimate, heading: str) -> Cell:

@@ -11,6 +11,7 @@ import pytest
 from result_folders import metrics_of, write_evaluation, write_grid, write_roar, write_training
 
 from lightning_xai.report.paper_table import Cell, PaperTable
+from lightning_xai.report.results import EvaluationResult
 from lightning_xai.report.run_folders import load_runs
 from lightning_xai.report.summaries import (
     degradation_table,
@@ -108,6 +109,33 @@ def test_signs_and_hard_negatives_are_those_of_the_rows_for_methods_with_a_sign(
         assert negative["δ < 0 [%] ↑"].value == pytest.approx(100 * mean["delta_negative"])
         assert negative["mean δ ↓"].value == pytest.approx(mean["delta_mean"])
         assert negative["pairs"].value == 120
+
+
+def test_signs_and_hard_negatives_have_a_best_on_each_data_set(tmp_path: Path) -> None:
+    skills = {"feature_pair": 0.9, "integrated": 0.1}
+    write_evaluation(tmp_path / "a", skills, data="coco", fingerprint="1")
+    write_evaluation(tmp_path / "b", {label: skill / 9 for label, skill in skills.items()}, fingerprint="2")
+    write_evaluation(tmp_path / "c", {"feature_pair": 0.5}, data="coco", fingerprint="1", weights="bb")
+    write_evaluation(tmp_path / "d", {"feature_pair": 0.99}, data="coco", fingerprint="3")  # another coco
+    moved = EvaluationResult.load(tmp_path / "c")
+    replace(moved, data={**moved.data, "folder": "elsewhere", "broken_records": 1}).save(tmp_path / "c")
+    runs = load_runs([tmp_path / name for name in "abcd"])
+    for table, heading in (
+        (signs_table(runs), "own box positive [%] ↑"),
+        (hard_negatives_table(runs), "δ < 0 [%] ↑"),
+    ):
+        values = {(row["run"].text, row["method"].text): row[heading] for row in rows_of(table)}
+        assert [key for key in values if key[0] in "ac"] == [
+            *((("a", label)) for label in skills),
+            ("c", "feature_pair"),
+        ]
+        for names in ("ac", "b"):
+            there = {key: cell for key, cell in values.items() if key[0] in names}
+            best = max(float(cell.value or 0) for cell in there.values())
+            assert {key for key, cell in there.items() if cell.best} == {
+                key for key, cell in there.items() if cell.value == best
+            }
+        assert not values["d", "feature_pair"].best, "it is the only one on its data"
 
 
 def test_degradation_has_methods_side_by_side_and_the_best_of_each_row_bold(tmp_path: Path) -> None:
