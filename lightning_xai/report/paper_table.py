@@ -50,6 +50,15 @@ class Column:
     group: str = ""
     numeric: bool = True
 
+    @property
+    def full_heading(self) -> str:
+        """The heading with its group before it, for where nothing stands above.
+
+        >>> Column("pairs", "coco").full_heading, Column("pairs").full_heading
+        ('coco: pairs', 'pairs')
+        """
+        return f"{self.group}: {self.heading}" if self.group else self.heading
+
 
 @dataclass(frozen=True)
 class Body:

@@ -39,7 +39,7 @@ def terminal_table(table: PaperTable) -> Table:
         for row in rows:
             shown.add_column(Text("\n".join(row[i].text for i in words)), justify="right")
         for i in numbers:
-            shown.add_row(Text(table.columns[i].heading), *(_styled(row[i]) for row in rows))
+            shown.add_row(Text(table.columns[i].full_heading), *(_styled(row[i]) for row in rows))
         return shown
     kept = sorted(words + numbers)
     for column in (table.columns[i] for i in kept):

@@ -68,7 +68,7 @@ def to_csv(table: PaperTable) -> str:
     errors = [any(not math.isnan(row[i].error) for row in table.rows) for i in range(len(table.columns))]
     header = ["group"] if grouped else []
     for column, has_errors in zip(table.columns, errors, strict=True):
-        name = f"{column.group}: {column.heading}" if column.group else column.heading
+        name = column.full_heading
         header += [name, f"{name} standard error"] if has_errors else [name]
     lines = io.StringIO(newline="")
     writer = csv.writer(lines, lineterminator="\n")
@@ -86,11 +86,10 @@ def to_csv(table: PaperTable) -> str:
 
 def to_markdown(table: PaperTable) -> str:
     """A pipe table of GitHub's kind; the best is bold, and groups of columns stand before the headings."""
-    headings = [f"{column.group}: {column.heading}" if column.group else column.heading for column in table.columns]
     lines = [
         f"**{markdown_escaped(table.title)}**",
         "",
-        _pipes([markdown_escaped(heading) for heading in headings]),
+        _pipes([markdown_escaped(column.full_heading) for column in table.columns]),
         _pipes(["---:" if column.numeric else ":---" for column in table.columns]),
     ]
     for body in table.bodies:
