@@ -30,6 +30,8 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "[": "{[}",  # after the end of a row it would be taken for its options, and so would a star
+    "*": "{*}",
     '"': '{"}',
     "-": "{-}",  # no ligatures of two or three
     "`": r"\textasciigrave{}",
