@@ -33,7 +33,7 @@ from lightning_xai.report.measured_blocks import (
     training_blocks,
 )
 from lightning_xai.report.paper_table import PaperTable
-from lightning_xai.report.results import MODALITIES
+from lightning_xai.report.results import CONTROLS, MODALITIES
 from lightning_xai.report.runs import Run
 from lightning_xai.report.summaries import runs_table
 
@@ -164,10 +164,15 @@ class Composer:
 
 
 def _roar_findings(run: Run) -> Iterator[tuple[str, str]]:
-    for modality in MODALITIES if run.roar is not None and not run.roar.grid else ():
-        scores = {label: run.roar.score(label, modality).mean for label in run.roar.methods} if run.roar else {}
+    """The best method for each modality, where there are two to choose from, controls aside."""
+    roar = run.roar
+    if roar is None or roar.grid:
+        return
+    own = [label for label, method in roar.methods.items() if method.method not in CONTROLS]
+    for modality in MODALITIES:
+        scores = {label: roar.score(label, modality).mean for label in own}
         known = {label: score for label, score in scores.items() if score == score}
-        if known:
+        if len(known) > 1:
             best = max(known, key=lambda label: known[label])
             text = f"finds best what the model learns from in the {modality}: ROAR+ {100 * known[best]:.1f} %"
             yield best, f"{text} ({run.name})."

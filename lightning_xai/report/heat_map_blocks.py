@@ -9,8 +9,8 @@ from PIL import Image
 
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.html import Block, Folded, Note, Sheet
-from lightning_xai.report.results import ExampleRecord
-from lightning_xai.report.runs import CONTROLS, Run, by_method_and_data
+from lightning_xai.report.results import CONTROLS, ExampleRecord
+from lightning_xai.report.runs import Run, by_method_and_data
 
 __all__ = ["heat_map_blocks"]
 

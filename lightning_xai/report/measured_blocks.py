@@ -17,8 +17,8 @@ from lightning_xai.report.charts import (
 )
 from lightning_xai.report.html import Block, Chart, Note
 from lightning_xai.report.plots import curves
-from lightning_xai.report.results import MODALITIES, ResultError
-from lightning_xai.report.runs import CONTROLS, Grounding, Row, Run, by_data
+from lightning_xai.report.results import CONTROLS, MODALITIES, ResultError
+from lightning_xai.report.runs import Grounding, Row, Run, by_data
 from lightning_xai.report.summaries import (
     degradation_table,
     grid_tables,

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from lightning_xai.report.tables import replaced_at_once
 
 __all__ = [
+    "CONTROLS",
     "MODALITIES",
     "RESULT_NAME",
     "TABLES",
@@ -50,6 +51,8 @@ VERSION = 1
 RESULT_NAME = "result.json"
 EXAMPLES_NAME = "examples.json"
 MODALITIES = ("image", "text")
+CONTROLS = ("random", "gaussian")
+"""Methods that know nothing of the model."""
 _WHERE = ("seed", "index", "key", "caption_index", "caption")
 _BOX = ("x0", "y0", "x1", "y1")
 TABLES: dict[str, tuple[str, ...]] = {

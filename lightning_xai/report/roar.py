@@ -10,13 +10,16 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.report.results import MODALITIES, Estimate, RoarResult
+from lightning_xai.report.results import CONTROLS, MODALITIES, Estimate, RoarResult
 
 _NOTHING = "-"
 
 
 def roar_table(result: RoarResult) -> Table:
-    """Mean and standard error over seeds of (l_c - l_o) / l_o in percent; the highest of each modality is bold."""
+    """Mean and standard error over seeds of (l_c - l_o) / l_o in percent; the highest of each modality is bold.
+
+    Controls are left aside, and where only one other method has a score nothing is bold, as on the page.
+    """
     seeds = len(result.original)
     table = Table(
         title=f"ROAR+ in % (higher is better), mean ± standard error over up to {seeds} seeds",
@@ -24,11 +27,13 @@ def roar_table(result: RoarResult) -> Table:
     )
     table.add_column("method")
     modalities = _modalities(result)
-    scores = {modality: {label: result.score(label, modality) for label in result.methods} for modality in modalities}
+    own = [label for label, method in result.methods.items() if method.method not in CONTROLS]
+    best = {modality: _best({label: result.score(label, modality) for label in own}) for modality in modalities}
     for modality in modalities:
         table.add_column(modality, justify="right")
     for label in result.methods:
-        table.add_row(label, *(_cell(label, scores[modality]) for modality in modalities))
+        cells = (_percent(result.score(label, each), label == best[each]) for each in modalities)
+        table.add_row(label, *cells)
     return table
 
 
@@ -68,14 +73,10 @@ def _modalities(result: RoarResult) -> list[str]:
     return [modality for modality in MODALITIES if modality in present]
 
 
-def _cell(label: str, scores: Mapping[str, Estimate]) -> Text:
-    return _percent(scores[label], label == _best(scores))
-
-
 def _best(scores: Mapping[Any, Estimate]) -> Any:
-    """The key of the highest mean; None where there is no number."""
+    """The key of the highest mean; None where there are no two to tell apart."""
     known = {key: score.mean for key, score in scores.items() if not math.isnan(score.mean)}
-    return max(known, key=lambda key: known[key]) if known else None
+    return max(known, key=lambda key: known[key]) if len(known) > 1 else None
 
 
 def _percent(score: Estimate | None, bold: bool, error: bool = True) -> Text:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_xai.report.results import EvaluationResult, ExampleRecord, RoarResult
+from lightning_xai.report.results import CONTROLS, EvaluationResult, ExampleRecord, RoarResult
 
 __all__ = [
-    "CONTROLS",
     "FEATURE_PAIR",
     "MEASURED",
     "Grounding",
@@ -32,8 +31,6 @@ __all__ = [
     "training_data",
 ]
 
-CONTROLS = ("random", "gaussian")
-"""Methods that know nothing of the model."""
 FEATURE_PAIR = "feature_pair"
 """What training measures grounding with."""
 

@@ -26,8 +26,8 @@ from lightning_xai.report.paper_table import (
     percent,
     words,
 )
-from lightning_xai.report.results import MODALITIES, Estimate, MethodResult, RoarResult
-from lightning_xai.report.runs import CONTROLS, FEATURE_PAIR, Run, by_data
+from lightning_xai.report.results import CONTROLS, MODALITIES, Estimate, MethodResult, RoarResult
+from lightning_xai.report.runs import FEATURE_PAIR, Run, by_data
 from lightning_xai.report.tables import NO_VALUE, epoch_name, is_percent
 
 __all__ = [

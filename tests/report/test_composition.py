@@ -76,6 +76,13 @@ def test_roar_alone_has_its_bars_and_says_what_is_still_to_run(tmp_path: Path) -
     assert "m2ib" in findings(sections).values()
 
 
+def test_a_control_or_a_method_alone_is_never_said_to_find_best_what_the_model_learns_from(tmp_path: Path) -> None:
+    write_roar(tmp_path / "two", {"feature_pair": 0.2, "m2ib": 0.5, "random": 0.9, "gaussian": 0.8})
+    write_roar(tmp_path / "one", {"m2ib": 0.5, "random": 0.1})
+    assert set(findings(compose([tmp_path / "two"])).values()) == {"m2ib"}
+    assert findings(compose([tmp_path / "one"])) == {}
+
+
 def test_a_grid_has_its_two_tables_and_no_bars(tmp_path: Path) -> None:
     write_grid(tmp_path / "g")
     sections = compose([tmp_path / "g"])

@@ -21,7 +21,7 @@ def result_of(methods: dict[str, RoarMethod], **more: Any) -> RoarResult:
 
 METHODS = {
     "m2ib": RoarMethod("m2ib", {}, {"image": {0: 3.0, 1: 4.0}, "text": {0: 2.2}}),
-    "random": RoarMethod("random", {}, {"image": {0: 2.0, 1: 5.0}, "text": {1: 5.0}}),
+    "integrated": RoarMethod("integrated_gradients", {}, {"image": {0: 2.0, 1: 5.0}, "text": {1: 5.0}}),
     "none yet": RoarMethod("rise", {}, {}),
 }
 
@@ -42,10 +42,10 @@ def bold(table: Table) -> list[str]:
 
 def test_scores_are_percent_with_the_standard_error_over_seeds_and_the_best_is_bold() -> None:
     table = roar_table(result_of(METHODS, missing=("none yet/image/0",)))
-    # image: m2ib 50 % and 0 %, random 0 % and 25 %; s / sqrt(2) of two numbers is half of their distance
+    # image: m2ib 50 % and 0 %, integrated 0 % and 25 %; s / sqrt(2) of two numbers is half of their distance
     assert cells(table) == [
         ["m2ib", "25.00 ± 25.00", "10.00 ± -"],
-        ["random", "12.50 ± 12.50", "25.00 ± -"],
+        ["integrated", "12.50 ± 12.50", "25.00 ± -"],
         ["none yet", "-", "-"],
     ]
     assert bold(table) == ["25.00 ± 25.00", "25.00 ± -"]
@@ -54,6 +54,17 @@ def test_scores_are_percent_with_the_standard_error_over_seeds_and_the_best_is_b
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "higher is better" in shown
     assert "base model 2.5000, retrained on original data 3.0000, 1 cells are missing" in shown
+
+
+def test_controls_and_a_method_alone_are_not_called_the_best() -> None:
+    controls = {
+        "random": RoarMethod("random", {}, {"image": {0: 8.0}, "text": {0: 8.0}}),
+        "noise": RoarMethod("gaussian", {}, {"image": {0: 9.0}}),
+    }
+    table = roar_table(result_of(METHODS | controls))
+    assert cells(table)[3:] == [["random", "300.00 ± -", "300.00 ± -"], ["noise", "350.00 ± -", "-"]]
+    assert bold(table) == ["25.00 ± 25.00", "25.00 ± -"]
+    assert bold(roar_table(result_of({"m2ib": METHODS["m2ib"]} | controls))) == []
 
 
 def test_a_modality_that_nobody_measured_has_no_column() -> None:
