@@ -43,6 +43,7 @@ _CONTROL, _INK, _SOFT, _LINE, _PAPER = "#8a8f96", "#1b1f24", "#5b6470", "#d9dee4
 _DARK = {_INK: "#e6e9ed", _SOFT: "#a2abb6", _LINE: "#333a42", _PAPER: "#14171b", "#4d4d4d": "#b9bfc6"}
 _STYLES = ("-", "--", "-.", ":")
 _BINS = 41
+_IN_THE_CORNER = 6  # names of a legend; more would cover the lines
 _MOST_HATCHED = 30  # classes; patterns of more and thinner bars would be noise
 
 
@@ -347,13 +348,13 @@ def _looks(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
 
 
 def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """What the lines are: within the only panel's empty corner, or below several."""
+    """What the lines are: in the only panel's empty corner where few fit there, else below."""
     if len(looks) == 1:
         return
     lines = [Line2D([], [], linewidth=2, **look) for look in looks.values()]
     style: dict[str, Any] = {"frameon": False, "fontsize": 9}
     names = [printable(name) for name in looks]
-    if len(figure.axes) == 1:
+    if len(figure.axes) == 1 and len(looks) <= _IN_THE_CORNER:
         style |= {"frameon": True, "facecolor": _PAPER, "edgecolor": _PAPER, "framealpha": 1.0}
         _ink(figure.axes[0].legend(lines, names, loc="upper right", **style))
     else:
