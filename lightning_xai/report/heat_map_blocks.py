@@ -10,7 +10,7 @@ from PIL import Image
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.html import Block, Folded, Note, Sheet
 from lightning_xai.report.results import CONTROLS, ExampleRecord
-from lightning_xai.report.runs import Run, by_method_and_data
+from lightning_xai.report.runs import FEATURE_PAIR, Run, by_method_and_data
 
 __all__ = ["heat_map_blocks"]
 
@@ -85,8 +85,11 @@ def _training_sheet(run: Run) -> Iterator[Block]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         yield Note(f"{picture} cannot be shown: {error}.", missing=True)
         return
-    note = "Each phrase before training and after each epoch, as the run drew it."
-    alt = f"Heat maps of the fixed examples of {run.name}, a column for each measurement."
+    note = (
+        f"{picture.name} of the run: heat maps by {FEATURE_PAIR} of a few fixed phrases, from the first measurement "
+        "to the last."
+    )
+    alt = f"Heat maps of the fixed examples of {run.name}, from its first measurement to its last."
     yield Sheet(f"progress-{run.name}", f"What {run.name} learned to look at", note, alt, pixels)
 
 

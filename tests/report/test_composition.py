@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from PIL import Image
 from result_folders import CLASSES, grounding_rows, write_evaluation, write_grid, write_roar, write_training
 
 from lightning_xai.report.comparison import OrderTest
@@ -289,6 +290,20 @@ def test_maps_without_a_sign_are_drawn_from_their_lowest_value_and_failures_from
     gammas = drawn[1][2]
     assert len(gammas) == 12
     assert gammas == sorted(record.gamma for record in runs[0].examples["feature_pair"] if "failure" in record.why)
+
+
+@pytest.mark.parametrize("name", ["progress.png", "progress-test.png"])
+def test_a_trainings_picture_is_shown_as_it_is_and_its_caption_says_what_it_is(tmp_path: Path, name: str) -> None:
+    write_training(tmp_path / "t", [0.1, 0.5])
+    grounding = tmp_path / "t" / "grounding"
+    (grounding / "progress.png").rename(grounding / name)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(grounding / name)
+    (sheet,) = blocks([compose([tmp_path / "t"])["heat-maps"]], Sheet)
+    np.testing.assert_array_equal(sheet.pixels, pixels)
+    assert sheet.title == "What t learned to look at"
+    expected = "of the run: heat maps by feature_pair of a few fixed phrases, from the first measurement to the last."
+    assert sheet.note == f"{name} {expected}"
 
 
 def test_a_trainings_picture_that_is_broken_is_said(tmp_path: Path) -> None:
