@@ -72,7 +72,9 @@ def _change(gallery: Gallery, before: Grounding, after: Grounding, min_pairs: in
         most=_MOST_CHANGES,
     )
     if table is None:
-        yield Note(f"No class has {min_pairs} measured pairs on both sides.", missing=True)
+        enough = "None of the classes has gained or lost anything."
+        few = f"No class has {min_pairs} measured pairs on both sides."
+        yield Note(enough if change.classes else few, missing=True)
         return
     yield table
     if before.run == after.run:

@@ -180,6 +180,16 @@ def test_what_changed_is_told_of_classes_with_enough_pairs(tmp_path: Path) -> No
     assert all(pairs[row[0].text] >= 6 for row in found.rows)
 
 
+def test_runs_of_the_same_numbers_are_not_said_to_have_too_few_pairs(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        write_evaluation(tmp_path / name, SKILLS)
+    told = missing(compose([tmp_path / "one", tmp_path / "other"], replace(OPTIONS, min_pairs=2)))
+    assert "None of the classes has gained or lost anything." in told
+    assert "measured pairs on both sides" not in told
+    few = missing(compose([tmp_path / "one", tmp_path / "other"], replace(OPTIONS, min_pairs=10_000)))
+    assert "No class has 10000 measured pairs on both sides." in few
+
+
 def test_distributions_are_of_the_first_seed(tmp_path: Path) -> None:
     written = write_evaluation(tmp_path / "a", {"rise": 0.4}, seeds=3)
     charts = {chart.name: chart for chart in blocks(compose([tmp_path / "a"]).values(), Chart)}
