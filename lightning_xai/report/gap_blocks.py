@@ -72,9 +72,9 @@ def _change(gallery: Gallery, before: Grounding, after: Grounding, min_pairs: in
         most=_MOST_CHANGES,
     )
     if table is None:
-        enough = "None of the classes has gained or lost anything."
+        same = "None of the classes has gained or lost anything."
         few = f"No class has {min_pairs} measured pairs on both sides."
-        yield Note(enough if change.classes else few, missing=True)
+        yield Note(same if change.classes else few, missing=True)
         return
     yield table
     if before.run == after.run:

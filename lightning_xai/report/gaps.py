@@ -53,7 +53,7 @@ def class_table(runs: Mapping[str, ClassGaps], *, name: str, title: str, min_pai
 def change_table(
     change: GroundingChange, *, name: str, title: str, before: str, after: str, most: int
 ) -> PaperTable | None:
-    """The classes that gained and lost most by effect size; None where no class has enough pairs in both."""
+    """The classes that gained and lost most by effect size; None where no class with enough pairs in both did."""
     bodies = [
         Body(heading, tuple(map(_change_row, changes)))
         for heading, changes in (("Largest gains", change.gains(most)), ("Largest losses", change.losses(most)))
