@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -14,10 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessException, spawn
+from torch.multiprocessing.spawn import ProcessException, start_processes
+
+# Importing these takes a process seconds; a server does so once, and every process is a fork of it.
+_PRELOADED = ["lightning_xai.callbacks", "lightning_xai.tasks", "pytest"]
 
 
-def run_distributed(function: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 120) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any],
+    *args: Any,
+    world_size: int = 2,
+    timeout: float = 120,
+    collective_timeout: float | None = None,
+) -> list[Any]:
     """Call `function(*args)` on each of `world_size` fresh processes and return what they return, by rank.
 
     Inside, torch.distributed is initialised: `dist.get_rank()` tells the processes apart. `function` stands at the top
@@ -25,16 +36,21 @@ def run_distributed(function: Callable[..., Any], *args: Any, world_size: int = 
     another process cannot import. Arguments go through pickle; results have to load with `weights_only=True`
     (tensors, numbers, strings, and lists, tuples and dicts of these).
 
+    `collective_timeout` is how many seconds a process waits for the others in a collective before it fails; by default
+    as long as the processes may run at all.
+
     Raises:
         RuntimeError: a process raised or died; the message holds the tracebacks, the first to happen first.
         TimeoutError: the processes did not end in `timeout` seconds (a deadlock, usually); they are killed.
     """
     if "." in function.__qualname__:
         raise ValueError(f"{function.__qualname__} has to stand at the top level of its file")
+    multiprocessing.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        job = (world_size, inspect.getfile(function), function.__name__, args, folder, timeout)
-        start: Any = spawn  # torch leaves it untyped
-        context = start(_work, job, nprocs=world_size, join=False)
+        waits = timeout if collective_timeout is None else collective_timeout
+        job = (world_size, inspect.getfile(function), function.__name__, args, folder, waits, dict(os.environ))
+        start: Any = start_processes  # torch leaves it untyped
+        context = start(_work, job, nprocs=world_size, join=False, start_method="forkserver")
         deadline = time.monotonic() + timeout
         try:
             while not context.join(timeout=0.5):
@@ -52,7 +68,27 @@ def run_distributed(function: Callable[..., Any], *args: Any, world_size: int = 
         return [torch.load(_result(folder, rank), weights_only=True) for rank in range(world_size)]
 
 
-def _work(rank: int, world_size: int, file: str, name: str, args: tuple[Any, ...], folder: str, timeout: float) -> None:
+def join_lightning() -> dict[str, Any]:
+    """The Trainer's options with which it takes the processes that are there already."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+    os.environ |= {name: str(value) for name, value in zip(names, (rank, rank, world, world, 0), strict=True)}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    return {"devices": world, "strategy": "ddp"}
+
+
+def _work(
+    rank: int,
+    world_size: int,
+    file: str,
+    name: str,
+    args: tuple[Any, ...],
+    folder: str,
+    collective_timeout: float,
+    environment: dict[str, str],
+) -> None:
+    os.environ.clear()  # the server's, of when it was started
+    os.environ.update(environment)
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
@@ -60,7 +96,7 @@ def _work(rank: int, world_size: int, file: str, name: str, args: tuple[Any, ...
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     store = f"file://{folder}/store"
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=collective_timeout)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
     try:
         torch.save(getattr(module, name)(*args), _result(folder, rank))
