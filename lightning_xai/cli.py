@@ -78,22 +78,21 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
         run: False makes trainer, model and data of a config without running anything; `args` then has no verb.
     """
     from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningCLI
 
-    from lightning_xai.callbacks import EmbeddingWriter
+    from lightning_xai.commands.training import TrainingCLI
 
     # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
     # Configs and the command line may use the bare names of classes that are loaded.
     for classes in ("data", "tasks"):
         import_module(f"lightning_xai.{classes}")
-    return LightningCLI(
+    return TrainingCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"inference_mode": False, "callbacks": [EmbeddingWriter()]},
+        trainer_defaults={"inference_mode": False},
         seed_everything_default=0,
         parser_kwargs={"prog": "lightning_xai", "description": "Train and evaluate dual encoders."},
         args=None if args is None else list(args),

@@ -19,7 +19,8 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
-from lightning_xai.data.shards import Manifest, read_samples
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest
 from lightning_xai.data.stable_hash import stable_hash
 
 __all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader"]

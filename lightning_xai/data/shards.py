@@ -14,9 +14,8 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,8 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from webdataset.writer import TarWriter
 
-from lightning_xai.data.sample import IMAGE_MEMBERS, RecordError, Sample, decode_sample, encode_sample
-from lightning_xai.data.tar_records import TarRecord, TarRecords
+from lightning_xai.data.sample import RecordError, Sample, encode_sample
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -36,7 +34,6 @@ BROKEN_RECORD = "broken record"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MEMBERS = frozenset((*IMAGE_MEMBERS, "json"))
 _LOGGED_RECORDS = 10
 _BLOCK = 1 << 20
 
@@ -255,74 +252,6 @@ def write_shards(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
-
-
-def read_samples(
-    folder: Path, manifest: Manifest, order: Sequence[int], start: int, stop: int
-) -> Iterator[tuple[int, Sample | RecordError]]:
-    """Stream the positions `start` to `stop` (exclusive) of the shards laid end to end in `order`.
-
-    Only shards that overlap the slice are opened, and records before it are passed over unread. A record that cannot be
-    used, or that a damaged shard no longer holds, comes as the `RecordError` that says why, so that exactly
-    `stop - start` items come whatever the files hold.
-
-    Args:
-        folder: where the shards lie.
-        manifest: their manifest.
-        order: indices into `manifest.shards`.
-        start: first position, from 0.
-        stop: position after the last.
-
-    Returns:
-        Pairs of the sample's global index in manifest order (independent of `order`) and the sample or its error.
-
-    Raises:
-        ValueError: `order` names a shard that does not exist, or the slice leaves the shards.
-    """
-    if any(not 0 <= shard < len(manifest.shards) for shard in order):
-        raise ValueError(f"order has to hold shard indices from 0 to {len(manifest.shards) - 1}; got {list(order)}")
-    total = sum(manifest.shards[shard].samples for shard in order)
-    if not 0 <= start <= stop <= total:
-        raise ValueError(f"expected 0 <= start <= stop <= {total}; got start {start} and stop {stop}")
-    return _read_slice(folder, manifest, tuple(order), start, stop)
-
-
-def _read_slice(
-    folder: Path, manifest: Manifest, order: tuple[int, ...], start: int, stop: int
-) -> Iterator[tuple[int, Sample | RecordError]]:
-    first_index = list(accumulate((entry.samples for entry in manifest.shards), initial=0))
-    begin = 0
-    for shard in order:
-        entry = manifest.shards[shard]
-        lower, upper = max(start - begin, 0), min(stop - begin, entry.samples)
-        if lower < upper:
-            records = _read_shard(folder / entry.name, lower, upper)
-            yield from enumerate(records, first_index[shard] + lower)
-        begin += entry.samples
-
-
-def _read_shard(path: Path, start: int, stop: int) -> Iterator[Sample | RecordError]:
-    """The records `start` to `stop` of one shard; always `stop - start` items."""
-    records = TarRecords(path, _MEMBERS, start, stop)
-    position = start
-    for record in records:
-        yield _decode(path, record)
-        position += 1
-    reason = records.damage or f"the shard ends after {records.seen} records"
-    for missing in range(position, stop):
-        yield RecordError(
-            f"{path}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or prepare it "
-            "again"
-        )
-
-
-def _decode(path: Path, record: TarRecord) -> Sample | RecordError:
-    if record.fault:
-        return RecordError(f"{path}, record {record.key}: {record.fault}; prepare the shard again")
-    try:
-        return decode_sample(record.key, record.members, str(path))
-    except RecordError as error:
-        return error
 
 
 class _HashingFile:

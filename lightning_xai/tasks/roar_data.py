@@ -27,12 +27,12 @@ from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.dataset import EvaluationDataset
 from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_tokens
 from lightning_xai.data.sample import RecordError, Sample, read_image
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import (
     BROKEN_RECORD,
     MANIFEST_NAME,
     Manifest,
     ShardsExistError,
-    read_samples,
     write_shards,
 )
 from lightning_xai.data.stable_hash import stable_hash

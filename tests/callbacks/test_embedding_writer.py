@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_xai.callbacks import EmbeddingWriter
 from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
 from lightning_xai.data.sample import read_image
-from lightning_xai.data.shards import read_samples
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.tasks import ContrastiveFineTuning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")

@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +16,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import run_distributed
+from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
@@ -30,7 +28,7 @@ from lightning_xai.callbacks import EmbeddingWriter, GroundingCallback
 from lightning_xai.data import Batch, Manifest, RecordError, Sample, ShardDataModule, write_shards
 from lightning_xai.data.sample import read_image
 from lightning_xai.data.shapes import prepare_shapes
-from lightning_xai.data.shards import read_samples
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.tasks import ContrastiveFineTuning
 
@@ -758,20 +756,11 @@ def test_broken_records_are_left_out_and_the_other_pairs_stay(make: Make, world:
 # --- two processes ---
 
 
-def join_lightning() -> None:
-    """Let Lightning's trainer take the processes that are there already."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    os.environ |= {name: str(value) for name, value in zip(names, (rank, rank, world, world, 0), strict=True)}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-
-
 SPLITS = {"odd": 5, "fewer": 16, "three": 1, "one": 4}  # name of a validation split -> batch size
 
 
-def evaluate_all(config: str, world: str, splits: str, out: str, devices: int) -> dict[str, Any]:
+def evaluate_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> dict[str, Any]:
     """Validate on every split, and fit for an epoch; what is logged on this rank."""
-    parallel: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {"devices": 1}
     found: dict[str, Any] = {}
     for name, size in SPLITS.items():
         data = data_of(Path(world), val=Path(splits) / name, eval_batch_size=size)
@@ -791,20 +780,18 @@ def evaluate_all(config: str, world: str, splits: str, out: str, devices: int) -
     return found
 
 
-def predict_all(config: str, world: str, splits: str, out: str) -> None:
+def predict_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> None:
     """Write the embeddings of splits of which a rank has fewer samples than the other, or none."""
     for name in ("three", "one"):
         data = data_of(Path(world), val=Path(splits) / name, test=None)
-        trainer = trainer_in(
-            Path(out) / f"predict-{name}", EmbeddingWriter(), devices=dist.get_world_size(), strategy="ddp"
-        )
+        trainer = trainer_in(Path(out) / f"predict-{name}", EmbeddingWriter(), **parallel)
         trainer.predict(task_of(Path(config)), data)
 
 
 def evaluate_on_this_rank(config: str, world: str, splits: str, out: str) -> dict[str, Any]:
-    join_lightning()
-    predict_all(config, world, splits, out)
-    return evaluate_all(config, world, splits, out, dist.get_world_size())
+    parallel = join_lightning()
+    predict_all(config, world, splits, out, **parallel)
+    return evaluate_all(config, world, splits, out, **parallel)
 
 
 class Two(NamedTuple):

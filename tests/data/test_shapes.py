@@ -29,7 +29,8 @@ from lightning_xai.data.shapes import (
     render_caption,
     split_pairs,
 )
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardError, read_samples
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardError
 
 COUNT = 600
 

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from lightning_xai.data.sample import RecordError, Region, Sample, encode_sample
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import (
     BROKEN_RECORD,
     MANIFEST_NAME,
@@ -31,7 +32,6 @@ from lightning_xai.data.shards import (
     ShardError,
     ShardsExistError,
     describe,
-    read_samples,
     write_shards,
 )
 

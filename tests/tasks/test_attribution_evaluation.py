@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ARCHITECTURES
-from distributed import run_distributed
+from distributed import join_lightning, run_distributed
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -24,7 +22,7 @@ from lightning_xai.attribution import FeaturePairAttribution, Saliency
 from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
 from lightning_xai.data.sample import HardNegative, Region, read_image
 from lightning_xai.data.shapes import prepare_shapes
-from lightning_xai.data.shards import read_samples
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.metrics import gamma, patch_mask
 from lightning_xai.models import DualEncoder
 from lightning_xai.report.results import TABLES, EvaluationResult, read_examples
@@ -446,12 +444,7 @@ def test_it_only_tests(architecture_file: Callable[[str], Path], world: Path, tm
 
 
 def evaluate_on_this_rank(config: str, world: str, out: str) -> dict[str, float]:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    os.environ |= {name: str(value) for name, value in zip(names, (rank, rank, size, size, 0), strict=True)}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    parallel = {"devices": size, "strategy": "ddp"}
-    task = evaluate(Path(config), data_of(Path(world)), Path(out), trainer=parallel)
+    task = evaluate(Path(config), data_of(Path(world)), Path(out), trainer=join_lightning())
     return {name: float(value) for name, value in task.trainer.callback_metrics.items()}
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_xai.data import Batch, Manifest, RecordError, ShardDataModule
 from lightning_xai.data.batch import Record, TrainingCollate
-from lightning_xai.data.shards import read_samples
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY
 from lightning_xai.tasks import ContrastiveFineTuning

@@ -16,7 +16,8 @@ from lightning_xai.attribution import Attribution
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.dataset import EvaluationDataset
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.shards import Manifest, read_samples, write_shards
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.models.loss import contrastive_loss

@@ -17,7 +17,8 @@ from PIL import Image
 from lightning_xai.attribution import Attribution, GradCAM
 from lightning_xai.data.degradation import degrade_image
 from lightning_xai.data.sample import RecordError, Sample, read_image
-from lightning_xai.data.shards import Manifest, read_samples, write_shards
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.models import DualEncoder
 from lightning_xai.tasks.roar_data import (
     attribute_pairs,

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from lightning_xai.data.sample import Sample, encode_sample, read_image
-from lightning_xai.data.shards import Manifest, read_samples
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest
 from lightning_xai.data.sources.coco import prepare_coco, read_coco
 from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
 from lightning_xai.data.spans import MentionFinder

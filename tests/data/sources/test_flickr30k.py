@@ -15,7 +15,7 @@ from lightning_xai.cli import main
 from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sample import encode_sample
-from lightning_xai.data.shards import read_samples
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.sources.flickr30k import parse_sentence, prepare_flickr30k, read_flickr30k
 
 BOY = "[/EN#283585/people A young white boy]"

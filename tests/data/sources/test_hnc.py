@@ -15,7 +15,7 @@ from lightning_xai.cli import main
 from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sample import HardNegative, encode_sample
-from lightning_xai.data.shards import read_samples
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.sources.hnc import prepare_hnc, read_hnc
 
 MAN = ("1001", "man", (10, 20, 30, 40))

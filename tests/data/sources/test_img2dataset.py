@@ -12,7 +12,8 @@ from image_files import HTML, jpeg
 
 from lightning_xai.cli import main
 from lightning_xai.data.sample import Sample, encode_sample
-from lightning_xai.data.shards import Manifest, read_samples
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest
 from lightning_xai.data.sources.img2dataset import read_img2dataset
 
 Members = list[tuple[str, bytes]]

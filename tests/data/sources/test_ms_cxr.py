@@ -15,7 +15,7 @@ from lightning_xai.cli import main
 from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sample import encode_sample
-from lightning_xai.data.shards import read_samples
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.sources.ms_cxr import read_ms_cxr
 
 FINDINGS = ("Pneumonia", "Pneumothorax")

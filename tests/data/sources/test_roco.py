@@ -8,7 +8,8 @@ from image_files import HTML, UNSAFE_NAMES, jpeg
 
 from lightning_xai.cli import main
 from lightning_xai.data.sample import Sample, encode_sample
-from lightning_xai.data.shards import Manifest, read_samples
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest
 from lightning_xai.data.sources.roco import read_roco
 
 
