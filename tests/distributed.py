@@ -6,13 +6,14 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,13 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 
 # Importing these takes a process seconds; a server does so once, and every process is a fork of it.
 _PRELOADED = ["lightning_xai.callbacks", "lightning_xai.tasks", "pytest"]
+
+
+class _Here(NamedTuple):
+    """What processes would take over from the one that starts them, were there no server in between."""
+
+    environment: dict[str, str]
+    start_method: str
 
 
 def run_distributed(
@@ -48,7 +56,8 @@ def run_distributed(
     multiprocessing.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         waits = timeout if collective_timeout is None else collective_timeout
-        job = (world_size, inspect.getfile(function), function.__name__, args, folder, waits, dict(os.environ))
+        here = _Here(dict(os.environ), multiprocessing.get_start_method())
+        job = (world_size, inspect.getfile(function), function.__name__, args, folder, waits, here)
         start: Any = start_processes  # torch leaves it untyped
         context = start(_work, job, nprocs=world_size, join=False, start_method="forkserver")
         deadline = time.monotonic() + timeout
@@ -85,15 +94,16 @@ def _work(
     args: tuple[Any, ...],
     folder: str,
     collective_timeout: float,
-    environment: dict[str, str],
+    here: _Here,
 ) -> None:
     os.environ.clear()  # the server's, of when it was started
-    os.environ.update(environment)
+    os.environ.update(here.environment)
+    multiprocessing.set_start_method(here.start_method, force=True)  # of data workers, not the server's
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # data classes look there
     spec.loader.exec_module(module)
     store = f"file://{folder}/store"
     limit = timedelta(seconds=collective_timeout)
