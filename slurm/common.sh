@@ -24,7 +24,8 @@ start_job() {
   export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
   # Since Slurm 22.05 srun no longer takes --cpus-per-task over from the job: all workers would share one core.
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-  echo "$(date '+%F %T') job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST: $(command -v python)"
+  local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  echo "$(date '+%F %T') job ${job:-$SLURM_JOB_ID} (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST: $(command -v python)"
 }
 
 activate() {
@@ -38,9 +39,9 @@ activate() {
     # shellcheck source=/dev/null
     . .venv/bin/activate
   fi
-  python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lightning") is None)' ||
-    refuse "$(command -v python || echo 'no python'): not an environment with this package; make the README's .venv," \
-      "or name a file that activates yours with ACTIVATE=FILE"
+  python -c 'import importlib.metadata; importlib.metadata.version("lightning_xai")' 2>/dev/null ||
+    refuse "lightning_xai is not installed for $(command -v python || echo 'any python'): make the README's .venv, or name a" \
+      "file that activates your environment, ACTIVATE=FILE"
 }
 
 # take_config [CONFIG] [OPTION...]: what to call a command with stands in `arguments` afterwards.
