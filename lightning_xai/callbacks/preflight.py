@@ -1,0 +1,106 @@
+"""Says at the start what a run is about to do, and refuses what could not work before any time is spent on it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+__all__ = ["Preflight", "check_allocation"]
+
+
+class Preflight(Callback):
+    """Shows, before training, how many samples make a step and how many steps make a run.
+
+    The global batch is what the contrastive loss sees: all processes' samples are negatives of each other.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show it."""
+        text = describe(trainer, pl_module)
+        if trainer.is_global_zero:
+            print(text, flush=True)  # noqa: T201 - what is about to happen is what the user waits for
+
+
+def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
+    """What is about to be trained, on what, in which steps."""
+    world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    device = trainer.strategy.root_device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    lines = [
+        f"{parameters / 1e6:.1f} M parameters in {trainer.precision} on {world} x {where}"
+        + (f" ({trainer.num_nodes} nodes)" if trainer.num_nodes > 1 else "")
+    ]
+    size = getattr(trainer.datamodule, "batch_size", None)
+    if isinstance(size, int):
+        line = f"batch: {size:,} on each device, {size * world:,} in all, which are each other's negatives"
+        chunk = getattr(module, "chunk_size", None)
+        if chunk:
+            line += f"; encoded {chunk} at a time"
+        if accumulate > 1:
+            line += f"; {accumulate} batches ({size * world * accumulate:,} samples) make a step"
+        lines.append(line)
+    total = trainer.estimated_stepping_batches
+    if total != float("inf"):
+        epochs = "" if trainer.max_epochs in (None, -1) else f", {trainer.max_epochs} epochs"
+        each = -(-int(trainer.num_training_batches) // accumulate)
+        lines.append(f"steps: {each:,} an epoch{epochs}, {int(total):,} in all")
+    return "\n".join(lines)
+
+
+def check_allocation(devices: Any, num_nodes: Any) -> None:
+    """Compare what a run wants with what Slurm has given it; does nothing outside a Slurm job step.
+
+    Args:
+        devices: the trainer's, as configured: a number (or its text), a list, `"auto"`.
+        num_nodes: the trainer's.
+
+    Raises:
+        ValueError: they do not fit; or the first node's name cannot be resolved.
+    """
+    if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"} <= os.environ.keys():
+        return
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return  # as Lightning does: an allocation to try things in
+    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    each = os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
+    if each.isdecimal() and int(each) * nodes != tasks:
+        raise ValueError(
+            f"Slurm has started {tasks} tasks on {nodes} nodes with {each} a node: ask for --nodes=N and "
+            "--ntasks-per-node=DEVICES, not for --ntasks"
+        )
+    wanted = _count(devices)
+    if wanted is not None and each.isdecimal() and wanted != int(each):
+        raise ValueError(
+            f"trainer.devices={devices}, but Slurm has started {each} task(s) on each node, and every task takes one "
+            f"device: submit with --ntasks-per-node={wanted}, or set --trainer.devices={each}"
+        )
+    if int(num_nodes) != nodes:
+        raise ValueError(
+            f"trainer.num_nodes={num_nodes}, but the job has {nodes} node(s): submit with --nodes={num_nodes}, or set "
+            f"--trainer.num_nodes={nodes}"
+        )
+    address = os.environ.get("MASTER_ADDR")
+    if address:
+        try:
+            socket.getaddrinfo(address, None)
+        except OSError as error:
+            raise ValueError(
+                f"MASTER_ADDR={address} cannot be resolved on {socket.gethostname()} ({error}): set it to the first "
+                "node's name or address as the other nodes know it"
+            ) from error
+
+
+def _count(devices: Any) -> int | None:
+    """How many devices a setting names; None for `"auto"` and all."""
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    text = str(devices)
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    return int(text) if text.isdecimal() else None

@@ -1,0 +1,180 @@
+"""Lightning's verbs, with what this project adds: a run's folder, exact resuming, and checks before the start."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from lightning_xai.callbacks import AtomicCheckpointIO, EmbeddingWriter, Preflight, Resume
+from lightning_xai.callbacks.preflight import check_allocation
+from lightning_xai.callbacks.run_folder import RunFolder
+
+__all__ = ["TrainingCLI"]
+
+# What may differ when a run goes on: where things lie, what is shown, and what cannot change a number.
+_FREE = {
+    "": {"run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only"},
+    "trainer": {
+        "accelerator", "devices", "num_nodes", "default_root_dir", "logger", "enable_progress_bar", "profiler",
+        "enable_model_summary", "log_every_n_steps", "max_time", "detect_anomaly", "plugins",
+    },
+    "data": {
+        "train", "val", "test", "root", "pin_memory", "persistent_workers", "max_fault_fraction", "verify", "retries",
+    },
+}  # fmt: skip
+
+
+class TrainingCLI(LightningCLI):
+    """The LightningCLI behind `fit`, `validate`, `test` and `predict`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to a run as a whole."""
+        parser.add_argument(
+            "--run",
+            type=Path | None,
+            default=None,
+            help="folder for everything of a training run. Where it holds a run that was stopped, `fit` goes on with "
+            "it, exactly; where it holds none, a new one begins. Default: a new folder for each start; inside a Slurm "
+            "job, slurm-JOBID in trainer.default_root_dir, so that a requeued job goes on",
+        )
+        parser.add_argument(
+            "--save_every_minutes", type=float, default=10.0, help="most time between two checkpoints to go on from"
+        )
+        parser.add_argument(
+            "--collective_timeout",
+            type=float,
+            default=600.0,
+            help="seconds after which processes that wait for one that has died or hangs give up",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Find the run's folder and its newest checkpoint, before anything that takes time."""
+        self._folder: RunFolder | None = None
+        self._checkpoint: Path | None = None
+        self._settings: dict[str, Any] = {}
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        check_allocation(config.trainer.devices, config.trainer.num_nodes)
+        _refuse_strangers(config)
+        if self.subcommand == "fit":
+            self._settings = self._deciding_settings()
+            run = config.run or _job_folder(config)
+            if run is not None:
+                self._enter(run)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with the callbacks and plugins that every run has."""
+        given = self._get(self.config_init, "trainer", default={})
+        plugins = given.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        callbacks = list(given.get("callbacks") or [])
+        for kind in (EmbeddingWriter, Preflight):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(kind())
+        if (
+            self.subcommand is not None
+            and self.subcommand != "predict"
+            and given.get("enable_checkpointing") is not False
+        ):
+            # Last, so that its checkpoints hold what all others have done in a step.
+            chosen = None if self._checkpoint is None else self._checkpoint.name
+            minutes = self._get(self.config, "save_every_minutes")
+            callbacks.append(Resume(self._folder, minutes=minutes, settings=self._settings, chosen=chosen))
+        trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+        if isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
+            trainer.strategy._timeout = timedelta(seconds=self._get(self.config, "collective_timeout"))
+        return trainer
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Train, from the newest checkpoint of the run where there is one."""
+        if self._checkpoint is not None:
+            kwargs["ckpt_path"] = self._checkpoint
+        self.trainer.fit(model, **kwargs)
+
+    def _enter(self, run: Path) -> None:
+        """Lock a run's folder, put all that the run writes there, and look what it holds."""
+        self._folder = RunFolder(run)
+        if rank_zero_only.rank == 0:
+            self._folder.lock()
+        record = self._folder.read()
+        if record is not None:
+            self._folder.check(record, self._settings)
+            if record.finished:
+                _say(f"The run in {run} is finished; another folder starts a new one.")
+                raise SystemExit(0)
+            self._checkpoint = self._folder.newest(record)
+            for name, reason in self._folder.passed_over.items():
+                _say(f"Passing over {name} in {self._folder.checkpoints}: {reason}")
+            _say(f"Going on with the run in {run} from {self._checkpoint or 'its beginning: it has no checkpoint yet'}")
+        trainer = self.config[self.subcommand].trainer
+        trainer.default_root_dir = str(run)
+        trainer.logger = _inside(trainer.logger, run)
+
+    def _deciding_settings(self) -> dict[str, Any]:
+        """The configuration without what cannot change a number; nested plain values."""
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        settings: dict[str, Any] = json.loads(parser.dump(config, skip_none=False, format="json"))
+        for group, names in _FREE.items():
+            at = settings.get(group) or {} if group else settings
+            at = at.get("init_args", at)
+            for name in names:
+                at.pop(name, None)
+        return settings
+
+
+def _job_folder(config: Any) -> Path | None:
+    """The folder of this Slurm job's run; the job keeps its number when it is requeued."""
+    if not {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys() or os.environ.get("SLURM_JOB_NAME") in (
+        "bash",
+        "interactive",
+    ):
+        return None
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    name = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ["SLURM_JOB_ID"]
+    return Path(config.trainer.default_root_dir or ".") / f"slurm-{name}"
+
+
+def _refuse_strangers(config: Any) -> None:
+    """Refuse checkpoints that Lightning would start from inside a Slurm job, whoever has left them there."""
+    root = Path(config.trainer.default_root_dir or ".")
+    strangers = sorted(root.glob("hpc_ckpt_*")) if "SLURM_JOB_ID" in os.environ and not config.get("ckpt_path") else []
+    if strangers:
+        raise ValueError(
+            f"{strangers[-1]} is a checkpoint of an earlier job, and Lightning would start from it: move it away, or "
+            f"name it with --ckpt_path={strangers[-1]} if you mean it"
+        )
+
+
+def _inside(logger: Any, run: Path) -> Any:
+    """Loggers, as configured, that write into the run's folder itself."""
+    if logger is False:
+        return False
+    loggers = logger if isinstance(logger, list) else [logger]
+    placed = []
+    for one in loggers:
+        if one in (None, True):
+            one = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {}}
+        else:
+            one = one.as_dict() if hasattr(one, "as_dict") else dict(one)
+        arguments = {**(one.get("init_args") or {}), "save_dir": str(run)}
+        if one["class_path"].rpartition(".")[2] == "TensorBoardLogger":
+            arguments |= {"name": "", "version": ""}
+        placed.append({**one, "init_args": arguments})
+    return placed
+
+
+def _say(text: str) -> None:
+    if rank_zero_only.rank == 0:
+        print(text, flush=True)  # noqa: T201 - where a run goes on is what its user wants to know first
