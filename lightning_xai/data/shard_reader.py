@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 from lightning_xai.data.sample import IMAGE_MEMBERS, RecordError, Sample, decode_sample
 from lightning_xai.data.shards import Manifest
-from lightning_xai.data.tar_records import TarRecord, TarRecords
+from lightning_xai.data.tar_records import TarRecord, TarRecords, open_file
 
 _MEMBERS = frozenset((*IMAGE_MEMBERS, "json"))
 
 
 def read_samples(
-    folder: Path, manifest: Manifest, order: Sequence[int], start: int, stop: int
+    folder: Path, manifest: Manifest, order: Sequence[int], start: int, stop: int, passed_over: Collection[int] = ()
 ) -> Iterator[tuple[int, Sample | RecordError]]:
     """Stream the positions `start` to `stop` (exclusive) of the shards laid end to end in `order`.
 
-    Only shards that overlap the slice are opened, and records before it are passed over unread. A record that cannot be
-    used, or that a damaged shard no longer holds, comes as the `RecordError` that says why, so that exactly
-    `stop - start` items come whatever the files hold.
+    Only shards that hold a position to read are opened, and other records are passed over by the headers of their
+    members alone. A record that cannot be used, or that a damaged shard no longer holds, comes as the `RecordError`
+    that says why, so that exactly as many items come as were asked for, whatever the files hold.
 
     Args:
         folder: where the shards lie.
@@ -28,6 +30,7 @@ def read_samples(
         order: indices into `manifest.shards`.
         start: first position, from 0.
         stop: position after the last.
+        passed_over: positions between that are not read.
 
     Returns:
         Pairs of the sample's global index in manifest order (independent of `order`) and the sample or its error.
@@ -40,35 +43,39 @@ def read_samples(
     total = sum(manifest.shards[shard].samples for shard in order)
     if not 0 <= start <= stop <= total:
         raise ValueError(f"expected 0 <= start <= stop <= {total}; got start {start} and stop {stop}")
-    return _read_slice(folder, manifest, tuple(order), start, stop)
+    return _read_slice(folder, manifest, tuple(order), range(start, stop), sorted(passed_over))
 
 
 def _read_slice(
-    folder: Path, manifest: Manifest, order: tuple[int, ...], start: int, stop: int
+    folder: Path, manifest: Manifest, order: tuple[int, ...], positions: range, passed_over: list[int]
 ) -> Iterator[tuple[int, Sample | RecordError]]:
     first_index = list(accumulate((entry.samples for entry in manifest.shards), initial=0))
     begin = 0
     for shard in order:
         entry = manifest.shards[shard]
-        lower, upper = max(start - begin, 0), min(stop - begin, entry.samples)
-        if lower < upper:
-            records = _read_shard(folder / entry.name, lower, upper)
-            yield from enumerate(records, first_index[shard] + lower)
+        wanted = range(max(positions.start - begin, 0), min(positions.stop - begin, entry.samples))
+        passed = passed_over[bisect_left(passed_over, begin) : bisect_left(passed_over, begin + entry.samples)]
+        own = frozenset(position - begin for position in passed if position - begin in wanted)
+        if len(own) < len(wanted):
+            for record, item in _read_shard(folder / entry.name, wanted, own):
+                yield first_index[shard] + record, item
         begin += entry.samples
 
 
-def _read_shard(path: Path, start: int, stop: int) -> Iterator[Sample | RecordError]:
-    """The records `start` to `stop` of one shard; always `stop - start` items."""
-    records = TarRecords(path, _MEMBERS, start, stop)
-    position = start
+def _read_shard(path: Path, wanted: range, passed_over: Collection[int]) -> Iterator[tuple[int, Sample | RecordError]]:
+    """Number and content of the records of one shard that are wanted and not passed over; always all of them."""
+    records = TarRecords(partial(open_file, path), _MEMBERS, wanted.start, wanted.stop, passed_over)
+    positions = (position for position in wanted if position not in passed_over)
     for record in records:
-        yield _decode(path, record)
-        position += 1
+        yield next(positions), _decode(path, record)
     reason = records.damage or f"the shard ends after {records.seen} records"
-    for missing in range(position, stop):
-        yield RecordError(
-            f"{path}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or prepare it "
-            "again"
+    for missing in positions:
+        yield (
+            missing,
+            RecordError(
+                f"{path}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or prepare "
+                "it again"
+            ),
         )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from lightning_xai.data.sample import IMAGE_MEMBERS, Sample
 from lightning_xai.data.sources.files import check_folder, decode_image_file
 from lightning_xai.data.sources.left_out import LeftOutError, kept_captions, key_from, usable_samples
-from lightning_xai.data.tar_records import TarRecord, TarRecords
+from lightning_xai.data.tar_records import TarRecord, TarRecords, open_file
 
 _MEMBERS = (*IMAGE_MEMBERS, "txt", "json")
 _FETCHED = "success"
@@ -71,7 +71,7 @@ def read_img2dataset(shards: Path, name: str, left_out: Counter[str] | None = No
 def _records(files: Iterable[Path], left_out: Counter[str]) -> Iterator[tuple[str, TarRecord]]:
     """Every record with the name of its tar file."""
     for file in files:
-        records = TarRecords(file, _MEMBERS)
+        records = TarRecords(partial(open_file, file), _MEMBERS)
         for record in records:
             yield file.stem, record
         if records.damage:

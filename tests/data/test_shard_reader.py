@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import gzip
+import lzma
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_files import make_sample, make_samples, members_of, read, write, write_by_hand
+
+from lightning_xai.data.sample import RecordError, Sample
+from lightning_xai.data.shard_reader import read_samples
+
+
+def test_every_slice_of_every_order_is_the_whole_exactly_once(tmp_path: Path) -> None:
+    samples = make_samples(11)
+    manifest = write(tmp_path / "out", samples)
+    for order in ([0, 1, 2], [2, 0, 1], manifest.order(3, 1)):
+        whole = list(read_samples(tmp_path / "out", manifest, order, 0, 11))
+        assert sorted(index for index, _ in whole) == list(range(11))
+        assert all(item == samples[index] for index, item in whole)
+        for start in range(12):
+            for stop in range(start, 12):
+                assert list(read_samples(tmp_path / "out", manifest, order, start, stop)) == whole[start:stop]
+
+
+def test_shards_outside_the_slice_are_not_opened(tmp_path: Path) -> None:
+    samples = make_samples(12)
+    manifest = write(tmp_path / "out", samples)
+    (tmp_path / "out" / "shard-000000.tar").unlink()
+    (tmp_path / "out" / "shard-000002.tar").unlink()
+    assert [item for _, item in read_samples(tmp_path / "out", manifest, [0, 1, 2], 4, 8)] == samples[4:8]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="needs Linux' count of bytes read")
+def test_a_slice_at_the_beginning_does_not_read_the_rest_of_the_shard(tmp_path: Path) -> None:
+    padding = b"\0" * 100_000  # behind the image's end, where decoders do not look
+    samples = [dataclasses.replace(sample, image=sample.image + padding) for sample in make_samples(50)]
+    manifest = write(tmp_path, samples, samples_per_shard=50)
+    before = _bytes_read()
+    items = [item for _, item in read_samples(tmp_path, manifest, [0], 2, 5)]
+    assert _bytes_read() - before < 0.2 * manifest.bytes
+    assert items == samples[2:5]
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize(
+    ("order", "start", "stop"), [([0], 0, 5), ([0], -1, 2), ([0], 3, 2), ([1], 0, 1), ([-1], 0, 1)]
+)
+def test_a_slice_that_leaves_the_shards_is_refused_at_once(
+    tmp_path: Path, order: list[int], start: int, stop: int
+) -> None:
+    manifest = write(tmp_path / "out", make_samples(4))
+    with pytest.raises(ValueError, match=r"expected 0 <= start|shard indices from 0 to 0"):
+        read_samples(tmp_path / "out", manifest, order, start, stop)
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_members_are_never_opened(tmp_path: Path) -> None:
+    first, second = make_samples(2)
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    hostile = [(f"{first.key}.{extension}", bomb) for extension in ("pyd", "pickle", "pkl", "pth", "npy", "mask.json")]
+    alone = [("sample_9999.pickle", bomb), ("__meta__", bomb), ("noextension", bomb)]
+    members = [*hostile, *members_of(first), *alone, *members_of(second)]
+    manifest = write_by_hand(tmp_path / "out", members, samples=2)
+    assert read(tmp_path / "out", manifest) == [first, second]
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb)
+    assert (tmp_path / "exploded").exists()  # the bomb would have worked
+
+
+def test_a_broken_record_is_an_error_and_the_rest_survives(tmp_path: Path) -> None:
+    a, b, c, d = make_samples(4)
+    members = [
+        *members_of(a),
+        (f"{b.key}.jpg", b.image),
+        (f"{b.key}.json", b"{broken"),
+        (f"{c.key}.jpg", c.image),
+        *members_of(d),
+    ]
+    manifest = write_by_hand(tmp_path / "out", members, samples=4)
+    items = read(tmp_path / "out", manifest)
+    assert (items[0], items[3]) == (a, d)
+    assert isinstance(items[1], RecordError)
+    assert isinstance(items[2], RecordError)
+    assert "shard-000000.tar, record sample_0001: broken JSON" in str(items[1])
+    assert "shard-000000.tar, record sample_0002: the .json member is missing" in str(items[2])
+
+
+def test_a_member_or_a_key_that_comes_twice_is_an_error_and_the_rest_survives(tmp_path: Path) -> None:
+    a, b, c = make_samples(3)
+    members = [*members_of(a), *members_of(b), (f"{b.key}.JSON", b"{}"), *members_of(a), *members_of(c)]
+    manifest = write_by_hand(tmp_path / "out", members, samples=4)
+    items = read(tmp_path / "out", manifest)
+    assert (items[0], items[3]) == (a, c)
+    assert "record sample_0001: its .json member comes twice" in str(items[1])
+    assert "record sample_0000: its key comes twice in the shard" in str(items[2])
+    assert [str(item) for _, item in read_samples(tmp_path / "out", manifest, [0], 2, 3)] == [str(items[2])]
+
+
+def test_records_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) -> None:
+    samples = make_samples(3)
+    members = [member for sample in samples for member in members_of(sample)]
+    assert read(tmp_path / "out", write_by_hand(tmp_path / "out", members, samples=2)) == samples[:2]
+
+
+def test_missing_records_are_errors_so_that_the_count_is_right(tmp_path: Path) -> None:
+    a, b = make_samples(2)
+    manifest = write_by_hand(tmp_path / "out", [*members_of(a), *members_of(b)], samples=5)
+    items = read(tmp_path / "out", manifest)
+    assert items[:2] == [a, b]
+    assert len(items) == 5
+    assert all("cannot be read (the shard ends after 2 records)" in str(item) for item in items[2:])
+    later = list(read_samples(tmp_path / "out", manifest, [0], 3, 5))
+    assert [index for index, _ in later] == [3, 4]
+    assert [str(item) for _, item in later] == [str(item) for item in items[3:]]
+
+
+def test_a_truncated_shard_gives_what_is_whole_and_the_exact_count(tmp_path: Path) -> None:
+    samples = make_samples(6)
+    manifest = write(tmp_path, samples, samples_per_shard=3)
+    shard = tmp_path / "shard-000000.tar"
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        ends = [member.offset_data + member.size for member in tar][1::2]
+    for length in range(0, len(whole), 97):
+        shard.write_bytes(whole[:length])
+        items = [item for _, item in read_samples(tmp_path, manifest, [0, 1], 0, 6)]
+        intact = sum(end <= length for end in ends)
+        assert items[:intact] == samples[:intact]
+        assert all(isinstance(item, RecordError) for item in items[intact:3])
+        assert items[3:] == samples[3:]
+
+
+def test_random_damage_never_crashes_and_never_changes_the_count(tmp_path: Path) -> None:
+    samples = make_samples(6)
+    manifest = write(tmp_path, samples, samples_per_shard=6)
+    shard = tmp_path / "shard-000000.tar"
+    whole = np.frombuffer(shard.read_bytes(), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    errors = 0
+    for _ in range(150):
+        damaged = whole.copy()
+        where = 512 * rng.integers(len(whole) // 512, size=3)  # headers lie on multiples of 512
+        for begin in where:
+            area = slice(begin + rng.integers(512), begin + 512)
+            damaged[area] = rng.integers(0, 256, size=len(damaged[area]))
+        shard.write_bytes(damaged.tobytes())
+        items = read(tmp_path, manifest)
+        assert len(items) == 6
+        errors += sum(isinstance(item, RecordError) for item in items)
+    assert errors > 100
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_file_is_not_unpacked(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    manifest = write_by_hand(tmp_path / "out", members_of(make_sample(0)), samples=1)
+    path = tmp_path / "out" / "shard-000000.tar"
+    path.write_bytes(compress(path.read_bytes()))
+    (item,) = read(tmp_path / "out", manifest)
+    assert "shard-000000.tar: record 0 (counted from 0) cannot be read (it is not an uncompressed tar" in str(item)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_shard_that_vanished_or_is_a_pipe_gives_errors_and_no_hang(tmp_path: Path) -> None:
+    manifest = write(tmp_path, make_samples(3))
+    (tmp_path / "shard-000000.tar").unlink()
+    os.mkfifo(tmp_path / "shard-000000.tar")
+    items = read(tmp_path, manifest)
+    assert len(items) == 3
+    assert all("there is no such file" in str(item) for item in items)
+
+
+def test_files_are_closed_when_a_reader_stops_early(tmp_path: Path) -> None:
+    manifest = write(tmp_path, make_samples(8))
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        pytest.skip("needs /proc")
+    before = len(list(descriptors.iterdir()))
+    reader = read_samples(tmp_path, manifest, [0, 1], 0, 8)
+    next(reader)
+    assert len(list(descriptors.iterdir())) == before + 1
+    del reader
+    assert len(list(descriptors.iterdir())) == before
+
+
+def test_any_positions_of_damaged_shards_are_those_of_a_full_read(tmp_path: Path) -> None:
+    manifest = write(tmp_path, make_samples(14))
+    shards = [tmp_path / entry.name for entry in manifest.shards]
+    whole = [np.frombuffer(shard.read_bytes(), dtype=np.uint8) for shard in shards]
+    rng = np.random.default_rng(0)
+    broken = 0
+    for turn in range(60):
+        for shard, data in zip(shards, whole, strict=True):
+            damaged = data[: rng.integers(len(data))] if turn % 3 == 0 else data.copy()
+            if turn % 3 == 1:
+                begin = rng.integers(len(data) - 8)
+                damaged[begin : begin + 8] = rng.integers(0, 256, size=8)
+            shard.write_bytes(damaged.tobytes())
+        order = manifest.order(0, turn)
+        full = [(index, _shown(item)) for index, item in read_samples(tmp_path, manifest, order, 0, 14)]
+        start, stop = sorted(int(position) for position in rng.integers(0, 15, size=2))
+        passed_over = {position for position in range(14) if rng.random() < 0.5}
+        some = read_samples(tmp_path, manifest, order, start, stop, passed_over)
+        expected = [full[position] for position in range(start, stop) if position not in passed_over]
+        assert [(index, _shown(item)) for index, item in some] == expected
+        broken += sum(isinstance(item, str) for _, item in expected)
+    assert broken > 25
+
+
+def _shown(item: Sample | RecordError) -> Sample | str:
+    return str(item) if isinstance(item, RecordError) else item
+
+
+def test_shards_whose_positions_are_all_passed_over_are_not_opened(tmp_path: Path) -> None:
+    samples = make_samples(12)
+    manifest = write(tmp_path, samples)
+    (tmp_path / "shard-000001.tar").unlink()
+    items = list(read_samples(tmp_path, manifest, [0, 1, 2], 2, 12, {3, 4, 5, 6, 7, 11}))
+    assert items == [(index, samples[index]) for index in (2, 8, 9, 10)]
