@@ -121,6 +121,8 @@ class ShardDataModule(LightningDataModule):
         self._bound: tuple[ImageTransform, CaptionTokenizer] | None = None
         self._faults: dict[str, _FaultCount] = {}
         self._reported: set[str] = set()
+        self._train_loader: TrainingLoader | None = None
+        self._position: dict[str, Any] | None = None
 
     def bind(self, image_transform: ImageTransform, tokenizer: CaptionTokenizer) -> None:
         """Set transform and tokenizer by hand, for use without a trainer; they go before the model's."""
@@ -196,7 +198,10 @@ class ShardDataModule(LightningDataModule):
             world=world,
         )
         loader = TrainingLoader(dataset, current_epoch=self._current_epoch, **self._options(len(dataset)))
+        if self._position is not None:
+            loader.load_state_dict(self._position)
         self._begin("train", len(dataset) * self.batch_size, loader, world)
+        self._train_loader = loader
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -210,6 +215,18 @@ class ShardDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """As `test_dataloader`, or the validation split where no test split is given."""
         return self._evaluation_loader(self._predict_split)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training has come in its epoch.
+
+        Lightning keeps this of the loader, too, but does not give it back where the loader was made before a checkpoint
+        is restored: as it is where the learning rate's schedule asks for the number of steps.
+        """
+        return {} if self._train_loader is None else {"position": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the batches that a checkpoint has seen."""
+        self._position = state_dict.get("position")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count and show the batch's broken records.
