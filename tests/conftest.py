@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from captioned_shards import make_shards
 
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.models import DualEncoder, load_dual_encoder
@@ -111,3 +112,15 @@ def coco_mini() -> Path:
     if not path or not Path(path).is_dir():
         pytest.skip("LIGHTNING_XAI_COCO names no folder with COCO files (annotations/, train2017/, val2017/)")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """57 small captioned images in 6 shards."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "s57", 57)
+
+
+@pytest.fixture(scope="session")
+def one_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 small captioned images in 1 shard."""
+    return make_shards(tmp_path_factory.mktemp("shards") / "s23", 23, per_shard=100)

@@ -7,10 +7,11 @@ for a batch that does not come. The split is by sample, not by shard, and is wor
 from __future__ import annotations
 
 import random
-import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,22 @@ from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import Manifest
 from lightning_xai.data.stable_hash import stable_hash
 
-__all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader"]
+__all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader", "count_batches"]
+
+
+def count_batches(folder: Path, manifest: Manifest, batch_size: int, world: int) -> int:
+    """How many whole training batches each of `world` ranks gets in an epoch.
+
+    Raises:
+        ValueError: not one.
+    """
+    batches = manifest.samples // world // batch_size
+    if batches == 0:
+        raise ValueError(
+            f"{folder}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world} ranks; "
+            f"lower batch_size to at most {manifest.samples // world}, use fewer devices, or prepare more samples"
+        )
+    return batches
 
 
 class TrainingDataset(IterableDataset[Batch]):
@@ -66,12 +82,7 @@ class TrainingDataset(IterableDataset[Batch]):
         self.shuffle_buffer = shuffle_buffer
         self.rank = rank
         self.world = world
-        self._batches = manifest.samples // world // batch_size
-        if self._batches == 0:
-            raise ValueError(
-                f"{folder}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world} ranks; "
-                f"lower batch_size to at most {manifest.samples // world}, use fewer devices, or prepare more samples"
-            )
+        self._batches = count_batches(folder, manifest, batch_size, world)
         # Epoch and first batch are in shared memory: persistent workers keep the copy of the dataset they started with.
         share: Callable[[], torch.Tensor] = torch.zeros(2, dtype=torch.int64).share_memory_
         self._position = share()
@@ -94,26 +105,87 @@ class TrainingDataset(IterableDataset[Batch]):
         worker = (worker + consumed) % workers
         first, stop = _share(len(self), worker, workers)
         passed = len(range(worker, consumed, workers))
-        stages: list[Any] = [partial(self._records, epoch, first * self.batch_size, stop * self.batch_size)]
-        if self.shuffle_buffer > 1:
-            seed = stable_hash("shuffle", self.collate.seed, epoch, self.rank, worker)
-            rng = random.Random(seed)
-            stages.append(wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng))
-        stages.append(wds.slice(passed * self.batch_size, None))
-        stages.append(wds.batched(self.batch_size, collation_fn=partial(self.collate, epoch=epoch)))
-        yield from wds.DataPipeline(*stages)
+        seed = stable_hash("shuffle", self.collate.seed, epoch, self.rank, worker)
+        order = _ShuffledOrder((stop - first) * self.batch_size, self.shuffle_buffer, seed)
+        order.skip(passed * self.batch_size)
+        records = partial(self._records, epoch, first * self.batch_size, order)
+        yield from wds.DataPipeline(
+            records, wds.batched(self.batch_size, collation_fn=partial(self.collate, epoch=epoch))
+        )
 
-    def _records(self, epoch: int, start: int, stop: int) -> Iterator[Record]:
-        """The samples from `start` to `stop` of this rank's part of the epoch's ring."""
+    def _records(self, epoch: int, begin: int, order: _ShuffledOrder) -> Iterator[Record]:
+        """The samples from `begin` on of this rank's part of the epoch's ring, in that order of their positions."""
+        begin += stable_hash("entry", self.collate.seed, epoch) % self.manifest.samples
+        begin += self.rank * self._batches * self.batch_size
+        unread = order.to_come()
+        records = self._read(epoch, begin, unread)
+        positions = (position for position in unread.span if position not in unread.passed_over)
+        waiting: dict[int, Record] = {}  # read, as they lie before one that was to be given out first
+        for position in order:
+            while position not in waiting:
+                waiting[next(positions)] = next(records)
+            yield waiting.pop(position)
+
+    def _read(self, epoch: int, begin: int, unread: _Unread) -> Iterator[Record]:
+        """The samples at those positions behind `begin`, in turn."""
         samples = self.manifest.samples
-        order = self.manifest.order(self.collate.seed, epoch)
-        entry = stable_hash("entry", self.collate.seed, epoch) % samples
-        begin = entry + self.rank * self._batches * self.batch_size
-        start, stop = begin + start, begin + stop
+        shards = self.manifest.order(self.collate.seed, epoch)
         for turn in (0, samples):  # a part may run over the end of the line into its beginning
-            lower, upper = max(start - turn, 0), min(stop - turn, samples)
+            shift = begin - turn
+            lower, upper = max(unread.span.start + shift, 0), min(unread.span.stop + shift, samples)
             if lower < upper:
-                yield from read_samples(self.folder, self.manifest, order, lower, upper)
+                passed_over = [position + shift for position in unread.passed_over]
+                yield from read_samples(self.folder, self.manifest, shards, lower, upper, passed_over)
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Positions of samples that are still to be read: those of `span` without those that are passed over."""
+
+    span: range
+    passed_over: frozenset[int]
+
+
+class _ShuffledOrder:
+    """The positions from 0 to `count` (exclusive) as a shuffle buffer gives them out; iterate once.
+
+    It is the positions that go through webdataset's shuffle, not the samples: so the order is known before a sample is
+    read, and what was given out before a run stopped need not be read again.
+
+    Args:
+        count: number of positions.
+        buffer: positions held to choose from; 0 or 1: in their order.
+        seed: of the choice.
+    """
+
+    def __init__(self, count: int, buffer: int, seed: int) -> None:
+        self._count = count
+        self._drawn = 0
+        self._held: set[int] = set()
+        self._shuffled = self._draw()
+        if buffer > 1:
+            shuffle = wds.shuffle(buffer, initial=buffer, rng=random.Random(seed))
+            self._shuffled = shuffle(self._shuffled)
+
+    def __iter__(self) -> Iterator[int]:
+        for position in self._shuffled:
+            self._held.remove(position)
+            yield position
+
+    def skip(self, count: int) -> None:
+        """Pass over that many positions."""
+        deque(islice(self, count), maxlen=0)
+
+    def to_come(self) -> _Unread:
+        """The positions that were not yet given out."""
+        first = min(self._held, default=self._drawn)
+        return _Unread(range(first, self._count), frozenset(range(first, self._drawn)) - self._held)
+
+    def _draw(self) -> Iterator[int]:
+        for position in range(self._count):
+            self._drawn = position + 1
+            self._held.add(position)
+            yield position
 
 
 class EvaluationDataset(IterableDataset[Batch]):
@@ -202,40 +274,14 @@ class TrainingLoader(DataLoader[Batch]):
             self._progress = (epoch, consumed)
             yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """Epoch and batches given out so far, with all that decides which samples they held; Lightning stores it."""
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batches given out so far; Lightning stores it."""
         epoch, consumed = self._progress
-        return {"epoch": epoch, "batches": consumed, "plan": self._plan()}
+        return {"epoch": epoch, "batches": consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the batches that `state` counts, if the next epoch asked for is still the same.
-
-        Warns where the samples are now dealt out differently, so that some may come twice or not in this epoch.
-        """
-        plan = self._plan()
-        changes = [
-            f"{name} was {state['plan'].get(name)} and is {value}"
-            for name, value in plan.items()
-            if value != state["plan"].get(name)
-        ]
-        if changes and state["batches"]:
-            warnings.warn(
-                f"Resuming in epoch {state['epoch']} behind {state['batches']} batches, but {'; '.join(changes)}: some "
-                "samples may come twice or not at all in this epoch. Resume with the former values to avoid this.",
-                stacklevel=2,
-            )
+        """Continue behind the batches that `state` counts, if the next epoch asked for is still the same."""
         self._resume = (state["epoch"], state["batches"])
-
-    def _plan(self) -> dict[str, int]:
-        dataset = self._batches_dataset
-        return {
-            "samples": dataset.manifest.samples,
-            "seed": dataset.collate.seed,
-            "world": dataset.world,
-            "batch_size": dataset.batch_size,
-            "shuffle_buffer": dataset.shuffle_buffer,
-            "num_workers": self.num_workers,
-        }
 
 
 def _worker() -> tuple[int, int]:

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import pickle
+import random
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import webdataset as wds
+from captioned_shards import TRANSFORM, keys, make_shards
+from torch.utils.data import DataLoader
+
+from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
+from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest
+from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.data.stable_hash import stable_hash
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+
+
+def training(
+    folder: Path, tokenizer: CaptionTokenizer, rank: int = 0, world: int = 1, seed: int = 0, **options: Any
+) -> TrainingDataset:
+    collate = TrainingCollate(TRANSFORM, tokenizer, seed=seed)
+    options = {"batch_size": 4, "shuffle_buffer": 5} | options
+    return TrainingDataset(folder, Manifest.load(folder), collate, rank=rank, world=world, **options)
+
+
+def evaluation(
+    folder: Path, tokenizer: CaptionTokenizer, batch_size: int, rank: int = 0, world: int = 1
+) -> EvaluationDataset:
+    manifest = Manifest.load(folder)
+    collate = EvaluationCollate(TRANSFORM, tokenizer, manifest.labels)
+    return EvaluationDataset(folder, manifest, collate, batch_size=batch_size, rank=rank, world=world)
+
+
+def load(dataset: TrainingDataset | EvaluationDataset, workers: int) -> list[Batch]:
+    return list(DataLoader(dataset, batch_size=None, num_workers=workers))
+
+
+# --- evaluation: every sample exactly once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_evaluation_has_every_sample_exactly_once(
+    one_shard: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int
+) -> None:
+    ranks = [list(evaluation(one_shard, tokenizer, batch_size, rank, world)) for rank in range(world)]
+    index = [i for batches in ranks for batch in batches for i in batch.index[batch.valid].tolist()]
+    assert index == list(range(23))
+    assert {tuple(len(batch.valid) for batch in batches) for batches in ranks} == {
+        tuple(len(batch.valid) for batch in ranks[0])
+    }
+    assert {len(batches) for batches in ranks} == {len(evaluation(one_shard, tokenizer, batch_size, 0, world))}
+    padded = sum(int((~batch.valid).sum()) for batches in ranks for batch in batches)
+    assert padded == -(-23 // world) * world - 23
+    assert not any(batch.faults for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("world", "batch_size", "workers"),
+    [(1, 4, 2), (2, 3, 3), (3, 4, 2), (1, 100, 2)],  # the last: more workers than batches
+)
+def test_evaluation_has_every_sample_exactly_once_with_workers(
+    shards: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int, workers: int
+) -> None:
+    counts: Counter[int] = Counter()
+    for rank in range(world):
+        dataset = evaluation(shards, tokenizer, batch_size, rank, world)
+        batches = load(dataset, workers)
+        assert len(batches) == len(dataset)
+        counts.update(i for batch in batches for i in batch.index[batch.valid].tolist())
+    assert counts == Counter(range(57))
+
+
+def test_evaluation_keeps_captions_and_phrases_with_their_image(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    for batch in load(evaluation(shards, tokenizer, 10), 2):
+        for caption, row in zip(batch.captions, batch.caption_image.tolist(), strict=True):
+            assert caption.endswith(f" {batch.index[row]}")
+        assert len(batch.captions) == 3 * len(batch.keys)
+        assert sorted(batch.phrases.text) == ["cat"] * len(batch.keys) + ["dog"] * len(batch.keys)
+        assert batch.label_names == ("cat", "dog")
+
+
+# --- training: equal counts, no repetition, shuffled, the same again -------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (3, 5), (8, 7), (5, 11)])
+def test_training_ranks_have_equally_many_full_batches_of_different_samples(
+    shards: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int
+) -> None:
+    for epoch in range(3):
+        seen: list[str] = []
+        for rank in range(world):
+            dataset = training(shards, tokenizer, rank, world, batch_size=batch_size)
+            dataset.seek(epoch)
+            batches = list(dataset)
+            assert len(batches) == len(dataset) == 57 // world // batch_size
+            assert {len(batch.keys) for batch in batches} == {batch_size}
+            seen += keys(batches)
+        assert len(set(seen)) == len(seen)
+        assert len(seen) == world * (57 // world // batch_size) * batch_size
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_training_workers_share_the_work_without_overlap(
+    one_shard: Path, tokenizer: CaptionTokenizer, workers: int
+) -> None:
+    # one shard for 2 ranks x workers
+    batches = [load(training(one_shard, tokenizer, rank, 2, batch_size=2), workers) for rank in range(2)]
+    assert [len(part) for part in batches] == [5, 5]
+    assert len(set(keys(batches[0] + batches[1]))) == 20
+
+
+def test_the_samples_of_an_epoch_do_not_depend_on_ranks_and_workers(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    # 56 of 57 samples for any of these splits
+    whole = set(keys(training(shards, tokenizer, batch_size=7)))
+    halves = {key for rank in range(2) for key in keys(load(training(shards, tokenizer, rank, 2, batch_size=7), 2))}
+    assert halves == whole
+
+
+def test_epochs_differ_and_runs_agree(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    def run(seed: int, epoch: int) -> list[str]:
+        dataset = training(shards, tokenizer, seed=seed)
+        dataset.seek(epoch)
+        return keys(dataset)
+
+    assert run(0, 0) == run(0, 0)
+    assert run(0, 0) != run(0, 1)
+    assert run(0, 0) != run(1, 0)
+    assert run(0, 5) == run(0, 5)
+
+
+def test_every_sample_gets_its_turn_though_some_sit_out_each_epoch(
+    one_shard: Path, tokenizer: CaptionTokenizer
+) -> None:
+    dataset = training(one_shard, tokenizer, batch_size=8)  # 16 of 23
+    seen: set[str] = set()
+    for epoch in range(20):
+        dataset.seek(epoch)
+        epoch_keys = keys(dataset)
+        assert len(epoch_keys) == len(set(epoch_keys)) == 16
+        seen.update(epoch_keys)
+    assert len(seen) == 23
+
+
+def test_the_shuffle_buffer_shuffles_within_a_shard(one_shard: Path, tokenizer: CaptionTokenizer) -> None:
+    numbers = [int(key[1:]) for key in keys(training(one_shard, tokenizer, batch_size=23, shuffle_buffer=1000))]
+    plain = [int(key[1:]) for key in keys(training(one_shard, tokenizer, batch_size=23, shuffle_buffer=0))]
+    steps = {(b - a) % 23 for a, b in pairwise(plain)}
+    assert sorted(numbers) == list(range(23))
+    assert steps == {1}  # a ring entered somewhere
+    assert numbers != plain
+    assert sum((b - a) % 23 == 1 for a, b in pairwise(numbers)) < 6
+
+
+def test_less_than_a_batch_per_rank_is_an_error_with_the_numbers(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"57 samples do not fill one batch of 20 on each of 3 ranks; .*at most 19"):
+        training(shards, tokenizer, 0, 3, batch_size=20)
+
+
+def test_datasets_pickle_for_spawned_workers(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    dataset = training(shards, tokenizer)
+    dataset.seek(2)
+    assert keys(pickle.loads(pickle.dumps(dataset))) == keys(dataset)
+
+
+@pytest.mark.slow
+def test_spawned_workers_give_what_the_main_process_gives(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    dataset = training(shards, tokenizer, batch_size=28)
+    loader = TrainingLoader(dataset, current_epoch=lambda: 3, num_workers=1, multiprocessing_context="spawn")
+    spawned = keys(loader)
+    dataset.seek(3)
+    assert spawned == keys(dataset)
+
+
+# --- the loader: epochs and resuming ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("batch_size", "shuffle_buffer"), [(4, 5), (4, 1000), (4, 0), (28, 10)], ids=["small", "large", "off", "2 batches"]
+)
+def test_resuming_at_any_batch_gives_the_batches_still_to_come(
+    shards: Path, tokenizer: CaptionTokenizer, workers: int, batch_size: int, shuffle_buffer: int
+) -> None:
+    def make() -> TrainingLoader:
+        dataset = training(shards, tokenizer, batch_size=batch_size, shuffle_buffer=shuffle_buffer)
+        return TrainingLoader(dataset, current_epoch=lambda: 1, num_workers=workers)
+
+    first = make()
+    states, whole = [first.state_dict()], []
+    for batch in first:
+        whole.append(batch.keys)
+        states.append(pickle.loads(pickle.dumps(first.state_dict())))
+    assert len(whole) == 57 // batch_size
+    assert states[1:] == [{"epoch": 1, "batches": count} for count in range(1, len(whole) + 1)]
+    for consumed in range(1, len(whole) + 1, 1 if workers == 0 else 3):
+        second = make()
+        second.load_state_dict(states[consumed])
+        assert [batch.keys for batch in second] == whole[consumed:]
+    assert [batch.keys for batch in second] == whole  # a second pass is not resumed again
+
+
+def test_persistent_workers_resume_and_go_on_with_the_next_epoch(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    def make(first_epoch: int) -> TrainingLoader:
+        epochs = iter(range(first_epoch, 4))
+        options: dict[str, Any] = {"num_workers": 2, "persistent_workers": True}
+        return TrainingLoader(training(shards, tokenizer), current_epoch=lambda: next(epochs), **options)
+
+    loader = make(0)
+    whole = [[batch.keys for batch in loader] for _ in range(4)]
+    for consumed in (1, 4, 13):
+        resumed = make(2)
+        resumed.load_state_dict({"epoch": 2, "batches": consumed})
+        assert [batch.keys for batch in resumed] == whole[2][consumed:]
+        assert [batch.keys for batch in resumed] == whole[3]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 2, 5, 20, 1000])
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_order_is_that_of_a_shuffle_buffer_full_of_samples(
+    shards: Path, tokenizer: CaptionTokenizer, shuffle_buffer: int, world: int
+) -> None:
+    manifest = Manifest.load(shards)
+    part = 57 // world // 4 * 4
+    for epoch in range(3):
+        order = manifest.order(0, epoch)
+        ring = [index for index, _ in read_samples(shards, manifest, order, 0, 57)] * 2
+        entry = stable_hash("entry", 0, epoch) % 57
+        for rank in range(world):
+            dataset = training(shards, tokenizer, rank, world, shuffle_buffer=shuffle_buffer)
+            dataset.seek(epoch)
+            samples = iter(ring[entry + rank * part :][:part])
+            if shuffle_buffer > 1:
+                rng = random.Random(stable_hash("shuffle", 0, epoch, rank, 0))
+                samples = wds.shuffle(shuffle_buffer, initial=shuffle_buffer, rng=rng)(samples)
+            assert [index for batch in dataset for index in batch.index.tolist()] == list(samples)
+
+
+def test_each_sample_still_to_come_is_read_once_and_no_more_are_held_than_the_buffer(
+    shards: Path, tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def noted(*args: Any) -> Iterator[Record]:
+        for record in read_samples(*args):
+            read.append(record[0])
+            yield record
+
+    monkeypatch.setattr("lightning_xai.data.dataset.read_samples", noted)
+    dataset = training(shards, tokenizer, shuffle_buffer=9)
+    for consumed in range(15):
+        read.clear()
+        dataset.seek(0, consumed)
+        given: list[int] = []
+        for batch in dataset:
+            given += batch.index.tolist()
+            assert len(read) - len(given) <= 9
+        assert sorted(read) == sorted(given)
+        assert len(given) == 4 * (14 - consumed)
+
+
+def test_a_damaged_shard_has_the_same_faults_in_a_resumed_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    folder = make_shards(tmp_path / "s", 40, per_shard=20)
+    manifest = Manifest.load(folder)
+    shard = folder / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[: manifest.shards[1].bytes // 2])
+    collate = TrainingCollate(TRANSFORM, tokenizer)
+    dataset = TrainingDataset(folder, manifest, collate, batch_size=4, shuffle_buffer=15)
+    whole = [(batch.keys, batch.faults) for batch in dataset]
+    assert sum(len(faults) for _, faults in whole) > 5
+    for consumed in range(11):
+        dataset.seek(0, consumed)
+        assert [(batch.keys, batch.faults) for batch in dataset] == whole[consumed:]
+
+
+def test_passed_over_batches_are_not_decoded(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    folder = make_shards(tmp_path / "s", 20, broken=range(20))
+    dataset = training(folder, tokenizer)
+    dataset.seek(0, 4)
+    assert [len(batch.faults) for batch in dataset] == [4]
+
+
+def test_a_state_of_another_epoch_changes_nothing(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    loader = TrainingLoader(training(shards, tokenizer), current_epoch=lambda: 1)
+    whole = keys(loader)
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0})
+    assert keys(loader) == whole
+
+
+def test_persistent_workers_follow_the_epoch(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    data = training(shards, tokenizer)
+    epochs = iter(range(3))
+    loader = TrainingLoader(data, current_epoch=lambda: next(epochs), num_workers=2, persistent_workers=True)
+    kept = [keys(loader) for _ in range(3)]
+    fresh = [keys(TrainingLoader(data, current_epoch=partial(int, epoch), num_workers=2)) for epoch in range(3)]
+    assert kept == fresh
+    assert kept[0] != kept[1] != kept[2]
