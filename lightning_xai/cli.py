@@ -67,7 +67,8 @@ def main(args: Sequence[str] | None = None) -> None:
         told = _meant_for_the_user(error)
         if told is None:
             raise
-        sys.exit(f"lightning_xai {arguments[0]}: {told}")
+        print(f"lightning_xai {arguments[0]}: {told}", file=sys.stderr)  # noqa: T201
+        sys.exit(getattr(told, "code", 1))  # a run that a signal has stopped has a status of its own
 
 
 def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningCLI:
