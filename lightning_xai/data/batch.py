@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_xai.data.faults import Fault
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.negatives import NegativeRows, Negatives
 from lightning_xai.data.object_swaps import object_swaps
@@ -41,7 +42,7 @@ class Batch(TensorFields):
         named: see `NamedBoxes`; None in training.
         negatives: see `Negatives`; None in training.
         label_names: the split's classes, that `Phrases.label` counts; empty in training.
-        faults: one message per broken record; padding is none.
+        faults: one per broken record; padding is none.
     """
 
     images: Tensor
@@ -54,7 +55,7 @@ class Batch(TensorFields):
     keys: list[str]
     phrases: Phrases
     label_names: tuple[str, ...] = ()
-    faults: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
     named: NamedBoxes | None = None
     negatives: Negatives | None = None
 
@@ -195,7 +196,7 @@ class _Images:
     index: Tensor
     samples: list[Sample | None]
     keys: list[str]
-    faults: list[str]
+    faults: list[Fault]
 
 
 def _read_images(records: Sequence[Record], transform: ImageTransform, context_length: int) -> _Images:
@@ -203,11 +204,11 @@ def _read_images(records: Sequence[Record], transform: ImageTransform, context_l
     index = torch.full((len(records),), -1, dtype=torch.int64)
     samples: list[Sample | None] = []
     keys: list[str] = []
-    faults: list[str] = []
+    faults: list[Fault] = []
     for row, (global_index, record) in enumerate(records):
         sample: Sample | None = None
         if isinstance(record, RecordError):
-            faults.append(f"sample {global_index}: {record}")
+            faults.append(Fault(global_index, record.kind, str(record)))
         elif record is not None:
             try:
                 _check_blanks(record, context_length)
@@ -215,7 +216,7 @@ def _read_images(records: Sequence[Record], transform: ImageTransform, context_l
                 index[row] = global_index
                 sample = record
             except RecordError as error:
-                faults.append(f"sample {global_index}: {error}")
+                faults.append(Fault(global_index, error.kind, str(error)))
         keys.append(record.key if isinstance(record, Sample) else "")
         samples.append(sample)
     return _Images(pixels, index >= 0, index, samples, keys, faults)
@@ -232,7 +233,7 @@ def _read_pixels(sample: Sample, transform: ImageTransform) -> Tensor:
     try:
         return transform(image)
     except RecordError as error:
-        raise RecordError(f"{where}: {error}") from error
+        raise RecordError(f"{where}: {error}", kind=error.kind) from error
 
 
 def _check_blanks(sample: Sample, context_length: int) -> None:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
-from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader
+from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader, count_batches
+from lightning_xai.data.fault_counter import FaultCounter
+from lightning_xai.data.faults import FaultCounts
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.data.verification import find_wrong_checksums
 
-__all__ = ["BrokenRecordWarning", "ShardDataModule", "TooManyBrokenRecordsError"]
+__all__ = ["ShardDataModule"]
 
-_SHOWN_FAULTS = 10
+_T = TypeVar("_T")
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-
-
-class BrokenRecordWarning(UserWarning):
-    """A record of a shard could not be used and is left out."""
-
-
-class TooManyBrokenRecordsError(RuntimeError):
-    """More records are broken than `max_fault_fraction` allows."""
 
 
 @runtime_checkable
@@ -48,10 +45,14 @@ class ShardDataModule(LightningDataModule):
     `bind(...)` where there is no trainer. All ranks get the same number of batches; see `TrainingDataset` and
     `EvaluationDataset` for how the samples are dealt out, and `Batch` for what a batch holds.
 
-    A record that cannot be used becomes an invalid row of its batch, is warned about once, and is counted in
-    `fault_counts`. As soon as the broken records that a rank has met in an epoch are more than `max_fault_fraction` of
-    all the records it has to read in that epoch, it raises: then the share is known to be too high, however the broken
-    records are spread. One broken record alone never stops a run, unless the fraction is 0.
+    A record that cannot be used becomes an invalid row of its batch, is warned about once, and is counted by shard and
+    kind (`fault_counts`, `gather_faults`). As soon as the broken records that one rank has met in an epoch are more
+    than `max_fault_fraction` of all the records that are to be read in it, that rank raises: then the share is known to
+    be too high. Whether all ranks together have met too many is decided at the epoch's end, where the callback
+    `DataFaults` asks for it. One broken record alone never stops a run, unless the fraction is 0.
+
+    A checkpoint holds what decides which samples an epoch's batches hold. Training goes on from it only where that is
+    the same, so that no sample comes twice or is lost without notice.
 
     Args:
         train: folder of training shards, as `python -m lightning_xai prepare` makes it.
@@ -68,6 +69,8 @@ class ShardDataModule(LightningDataModule):
         swap_objects: give evaluation hard negatives made from the captions, see `lightning_xai.data.object_swaps`,
             beside those that the data set has.
         max_fault_fraction: share of broken records, 0 to 1, above which a run stops.
+        verify: before a run, compare every shard's SHA-256 with the manifest. All bytes are read once, each shard by
+            one of the ranks.
         persistent_workers: keep workers from epoch to epoch, which costs their memory between epochs, too.
         pin_memory: batches in page-locked memory; by default where the trainer's device is a CUDA device.
 
@@ -92,6 +95,7 @@ class ShardDataModule(LightningDataModule):
         captions_per_image: int | None = None,
         swap_objects: bool = False,
         max_fault_fraction: float = 0.01,
+        verify: bool = False,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
     ) -> None:
@@ -114,15 +118,17 @@ class ShardDataModule(LightningDataModule):
         self.captions_per_image = captions_per_image
         self.swap_objects = swap_objects
         self.max_fault_fraction = max_fault_fraction
+        self.verify = verify
         self.persistent_workers = persistent_workers
         self.pin_memory = pin_memory
         self.epoch = 0
         self._manifests: dict[str, Manifest] = {}
         self._bound: tuple[ImageTransform, CaptionTokenizer] | None = None
-        self._faults: dict[str, _FaultCount] = {}
+        self._faults: dict[str, FaultCounter] = {}
+        self._verified: set[str] = set()
         self._reported: set[str] = set()
         self._train_loader: TrainingLoader | None = None
-        self._position: dict[str, Any] | None = None
+        self._restored: dict[str, Any] | None = None
 
     def bind(self, image_transform: ImageTransform, tokenizer: CaptionTokenizer) -> None:
         """Set transform and tokenizer by hand, for use without a trainer; they go before the model's."""
@@ -132,7 +138,8 @@ class ShardDataModule(LightningDataModule):
         """Load the manifests that a stage (`"fit"`, `"validate"`, `"test"`, `"predict"`; None: all given) needs.
 
         Raises:
-            ValueError: a folder that the stage needs is not given.
+            ValueError: a folder that the stage needs is not given, or training samples do not fill one batch for each
+                rank.
             FileNotFoundError: a folder holds no manifest.
             ShardError: a manifest is broken or does not fit its shards.
         """
@@ -143,7 +150,12 @@ class ShardDataModule(LightningDataModule):
         for split in needed:
             if stage == "fit" and split == "val" and self.folders["val"] is None:
                 continue
-            self.manifest(split)
+            manifest = self.manifest(split)
+            if stage == "fit" and split == "train":
+                count_batches(self._folder(split), manifest, self.batch_size, self._place()[1])
+            if self.verify and split not in self._verified:
+                self._verify(split)
+                self._verified.add(split)
 
     def manifest(self, split: str) -> Manifest:
         """The manifest of `"train"`, `"val"` or `"test"`.
@@ -176,8 +188,24 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def fault_counts(self) -> dict[str, int]:
-        """Broken records that this rank has met, by split; in training in the latest epoch."""
-        return {split: len(count.current) for split, count in self._faults.items()}
+        """Broken records that this rank has met, by split; each in the latest epoch or evaluation."""
+        return {split: counter.counts.total() for split, counter in self._faults.items()}
+
+    def gather_faults(self, split: str) -> FaultCounts:
+        """Broken records of all ranks in the latest epoch or evaluation of a split; to be called on all ranks.
+
+        Raises:
+            TooManyBrokenRecordsError: they are more than `max_fault_fraction` of the records that were read.
+        """
+        counter = self._faults.get(split)
+        if counter is None:
+            return Counter()
+        parts = self._gather((counter.counts, counter.read))
+        counts: FaultCounts = Counter()
+        for part, _ in parts:
+            counts.update(part)
+        counter.check_sum(counts, sum(read for _, read in parts))
+        return counts
 
     def train_dataloader(self) -> TrainingLoader:
         """Batches with one caption per image, shuffled anew in each epoch.
@@ -198,10 +226,9 @@ class ShardDataModule(LightningDataModule):
             world=world,
         )
         loader = TrainingLoader(dataset, current_epoch=self._current_epoch, **self._options(len(dataset)))
-        if self._position is not None:
-            loader.load_state_dict(self._position)
         self._begin("train", len(dataset) * self.batch_size, loader, world)
         self._train_loader = loader
+        self._go_on()
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -217,16 +244,39 @@ class ShardDataModule(LightningDataModule):
         return self._evaluation_loader(self._predict_split)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has come in its epoch.
+        """How far training has come in its epoch, the faults in it so far, and all that decides what its batches hold.
 
-        Lightning keeps this of the loader, too, but does not give it back where the loader was made before a checkpoint
-        is restored: as it is where the learning rate's schedule asks for the number of steps.
+        To be called on all ranks, as Lightning does for a checkpoint.
+
+        Lightning keeps the position of the loader, too, but does not give it back where the loader was made before a
+        checkpoint is restored: as it is where the learning rate's schedule asks for the number of steps.
         """
-        return {} if self._train_loader is None else {"position": self._train_loader.state_dict()}
+        if self._train_loader is None:
+            return {}
+        return {
+            "plan": self._plan(),
+            "position": self._train_loader.state_dict(),
+            "faults": self._gather(self._faults["train"].state()),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the batches that a checkpoint has seen."""
-        self._position = state_dict.get("position")
+        """Go on with training where a checkpoint leaves off; evaluation takes any checkpoint.
+
+        Raises:
+            ValueError: the batches would hold other samples than those of the run that has written it.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        changes = _differences(state_dict["plan"], self._plan())
+        if changes:
+            checkpoint = (self.trainer and self.trainer.ckpt_path) or "CHECKPOINT"
+            raise ValueError(
+                "training cannot go on from this checkpoint, since its batches would hold other samples: "
+                f"{'; '.join(changes)}. Restore the former values; or, to start a new run from its weights, leave out "
+                f"ckpt_path and give --model.init_args.model={checkpoint} --model.init_args.pretrained=null"
+            )
+        self._restored = state_dict
+        self._go_on()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count and show the batch's broken records.
@@ -234,10 +284,21 @@ class ShardDataModule(LightningDataModule):
         Raises:
             TooManyBrokenRecordsError: there are more than `max_fault_fraction` allows; see the class.
         """
-        if isinstance(batch, Batch) and batch.faults:
+        if isinstance(batch, Batch):
             split = self._running_split()
-            self._faults[split].add(batch.faults, self._current_epoch() if split == "train" else 0)
+            if split == "train":
+                # Not _current_epoch(): a run that overfits reads the same batches in each epoch.
+                self._faults[split].continue_in(self.epoch if self.trainer is None else self.trainer.current_epoch)
+            self._faults[split].add(batch.faults, int(batch.valid.sum()) + len(batch.faults))
         return batch
+
+    def _go_on(self) -> None:
+        """Take up what a checkpoint says of the epoch: strategies restore before the loader is made, or after."""
+        if self._restored is None or self._train_loader is None:
+            return
+        self._train_loader.load_state_dict(self._restored["position"])
+        self._faults["train"].load_state(self._restored["faults"][self._place()[0]])
+        self._restored = None
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         manifest = self.manifest(split)
@@ -251,18 +312,21 @@ class ShardDataModule(LightningDataModule):
             rank=rank,
             world=world,
         )
-        loader: DataLoader[Batch] = DataLoader(dataset, batch_size=None, **self._options(len(dataset)))
+        loader = _EvaluationLoader(dataset, batch_size=None, **self._options(len(dataset)))
         self._begin(split, -(-manifest.samples // world), loader, world)
+        loader.on_start = self._faults[split].begin
         return loader
 
     def _begin(self, split: str, records: int, loader: DataLoader[Batch], world: int) -> None:
-        """Start counting faults, and say once what there is to read."""
+        """Get ready to count faults, and say once what there is to read: `records` on each rank."""
+        manifest = self.manifest(split)
         if split not in self._faults:
-            self._faults[split] = _FaultCount(split, self._folder(split), records, self.max_fault_fraction)
+            total = min(world * records, manifest.samples)  # the last rank may have padding
+            counter = FaultCounter(split, self._folder(split), manifest, total, self.max_fault_fraction)
+            self._faults[split] = counter
         if split in self._reported:
             return
         self._reported.add(split)
-        manifest = self.manifest(split)
         size = self.batch_size if split == "train" else self.eval_batch_size
         line = (
             f"{split}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({self._folder(split)}); "
@@ -272,8 +336,42 @@ class ShardDataModule(LightningDataModule):
             line += f"; {manifest.samples - world * records:,} samples sit out each epoch, others each time"
         rank_zero_info(line)
 
+    def _verify(self, split: str) -> None:
+        folder, manifest = self._folder(split), self.manifest(split)
+        rank, world = self._place()
+        parts = self._gather(find_wrong_checksums(folder, manifest.shards[rank::world]))
+        refuse_faults(folder, manifest, [fault for part in parts for fault in part])
+
+    def _plan(self) -> dict[str, Any]:
+        """All that decides which samples the training batches of an epoch hold."""
+        manifest = self.manifest("train")
+        world = self._place()[1]
+        batches = count_batches(self._folder("train"), manifest, self.batch_size, world)
+        return {
+            "samples": manifest.samples,
+            "fingerprint": manifest.fingerprint,
+            "seed": self.seed,
+            "world": world,
+            "batch_size": self.batch_size,
+            "shuffle_buffer": self.shuffle_buffer,
+            # One worker and none, where the main process reads, give the same order.
+            "num_workers": max(1, self._workers(batches)),
+            "captions_per_image": self.captions_per_image,
+        }
+
+    def _gather(self, value: _T) -> list[_T]:
+        """The values of all ranks, by rank."""
+        world = self._place()[1]
+        values: list[Any] = [value] * world
+        if world > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _workers(self, batches: int) -> int:
+        return min(self.num_workers, batches)
+
     def _options(self, batches: int) -> dict[str, Any]:
-        workers = min(self.num_workers, batches)
+        workers = self._workers(batches)
         pin_memory = self.pin_memory
         if pin_memory is None:
             pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -336,34 +434,23 @@ class ShardDataModule(LightningDataModule):
         return folder
 
 
-@dataclass
-class _FaultCount:
-    """Broken records of one split on this rank."""
+class _EvaluationLoader(DataLoader[Batch]):
+    """Tells when an evaluation starts; Lightning tells a data module nothing of it."""
 
-    split: str
-    folder: Path
-    records: int
-    fraction: float
-    epoch: int = 0
-    current: set[str] = field(default_factory=set)
-    shown: set[str] = field(default_factory=set)
+    on_start: Callable[[], None] | None = None
 
-    def add(self, messages: list[str], epoch: int) -> None:
-        if epoch != self.epoch:
-            self.epoch, self.current = epoch, set()
-        for message in messages:
-            self.current.add(message)
-            if message not in self.shown and len(self.shown) < _SHOWN_FAULTS:
-                self.shown.add(message)
-                more = "; further ones are counted, not shown" if len(self.shown) == _SHOWN_FAULTS else ""
-                warnings.warn(f"{self.split}: left out {message}{more}", BrokenRecordWarning, stacklevel=2)
-        allowed = max(1, int(self.fraction * self.records)) if self.fraction else 0
-        if len(self.current) > allowed:
-            raise TooManyBrokenRecordsError(
-                f"{self.split} ({self.folder}): {len(self.current)} of the {self.records} records that this rank reads "
-                f"in an epoch are broken already, and max_fault_fraction={self.fraction} allows {allowed}. Prepare the "
-                f"shards again, or raise max_fault_fraction to go on without these records. Latest: {messages[-1]}"
-            )
+    def __iter__(self) -> Any:
+        if self.on_start is not None:
+            self.on_start()
+        return super().__iter__()
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a plan says otherwise than a former one, in words."""
+    changes = [f"{name} was {was.get(name)} and is {value}" for name, value in now.items() if was.get(name) != value]
+    if was.get("fingerprint") != now["fingerprint"]:
+        changes.insert(0, "the shard list or the content of a shard has changed since the checkpoint was written")
+    return changes
 
 
 def _at_least(least: int, name: str, value: int) -> int:

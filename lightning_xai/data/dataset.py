@@ -35,9 +35,11 @@ def count_batches(folder: Path, manifest: Manifest, batch_size: int, world: int)
     """
     batches = manifest.samples // world // batch_size
     if batches == 0:
+        each = manifest.samples // world
         raise ValueError(
             f"{folder}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world} ranks; "
-            f"lower batch_size to at most {manifest.samples // world}, use fewer devices, or prepare more samples"
+            + (f"lower batch_size to at most {each}, " if each else "")
+            + "use fewer devices, or prepare more samples"
         )
     return batches
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from lightning_xai.data.faults import BROKEN_RECORD, DAMAGED_IMAGE, UNPAIRED_MEMBER
+
 SCHEMA_VERSION = 1
 # MPO is what Pillow calls a JPEG file that holds further pictures, as some phones and cameras write it.
 IMAGE_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -41,7 +43,16 @@ Span = tuple[int, int]
 
 
 class RecordError(ValueError):
-    """A record that cannot be used; the message names the record, what is wrong and what to do about it."""
+    """A record that cannot be used; the message names the record, what is wrong and what to do about it.
+
+    Args:
+        message: the message.
+        kind: of the fault, for counting; see `lightning_xai.data.faults`.
+    """
+
+    def __init__(self, message: str, *, kind: str = BROKEN_RECORD) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ def read_image(data: bytes, origin: str) -> Image.Image:
         # Pillow would name the buffer that the bytes lie in.
         reason = "no JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else error
         raise RecordError(
-            f"{origin}: the image does not decode ({reason}); replace the file or drop the record"
+            f"{origin}: the image does not decode ({reason}); replace the file or drop the record", kind=DAMAGED_IMAGE
         ) from error
 
 
@@ -205,10 +216,11 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
     images = [members[extension] for extension in IMAGE_MEMBERS if extension in members]
     if len(images) != 1:
         raise RecordError(
-            f"{where}: expected one image member of {IMAGE_MEMBERS}, found {len(images)}; rebuild the shard"
+            f"{where}: expected one image member of {IMAGE_MEMBERS}, found {len(images)}; rebuild the shard",
+            kind=BROKEN_RECORD if images else UNPAIRED_MEMBER,
         )
     if "json" not in members:
-        raise RecordError(f"{where}: the .json member is missing; rebuild the shard")
+        raise RecordError(f"{where}: the .json member is missing; rebuild the shard", kind=UNPAIRED_MEMBER)
     try:
         record = json.loads(members["json"])
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

@@ -28,6 +28,7 @@ class ShapesDataModule(ShardDataModule):
         captions_per_image: only the first so many captions of an image are used.
         swap_objects: give evaluation hard negatives made from the captions.
         max_fault_fraction: share of broken records above which a run stops.
+        verify: before a run, compare every shard's SHA-256 with the manifest.
         persistent_workers: keep workers from epoch to epoch.
         pin_memory: batches in page-locked memory.
 
@@ -50,6 +51,7 @@ class ShapesDataModule(ShardDataModule):
         captions_per_image: int | None = None,
         swap_objects: bool = False,
         max_fault_fraction: float = 0.01,
+        verify: bool = False,
         persistent_workers: bool = False,
         pin_memory: bool | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class ShapesDataModule(ShardDataModule):
             captions_per_image=captions_per_image,
             swap_objects=swap_objects,
             max_fault_fraction=max_fault_fraction,
+            verify=verify,
             persistent_workers=persistent_workers,
             pin_memory=pin_memory,
         )

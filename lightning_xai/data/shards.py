@@ -26,16 +26,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from webdataset.writer import TarWriter
 
+from lightning_xai.data.faults import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
 from lightning_xai.data.sample import RecordError, Sample, encode_sample
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
-BROKEN_RECORD = "broken record"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOGGED_RECORDS = 10
-_BLOCK = 1 << 20
+_SHOWN_FAULTS = 10
 
 _log = logging.getLogger(__name__)
 
@@ -116,11 +116,22 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read and check `folder/manifest.json`, and that each shard is there with the size the manifest states.
+        """`read` a manifest, and check that each shard is there with the size that the manifest states.
 
         Raises:
-            ShardError: manifest or shard missing, broken JSON, another schema version, a field that is missing or of
-                the wrong type, a shard name that leaves the folder, a shard of another size.
+            ShardError: of `read`; or shards are missing or of another size, of which it names the first ten.
+        """
+        manifest = cls.read(folder)
+        refuse_faults(folder, manifest, [find_file_fault(folder, entry) for entry in manifest.shards])
+        return manifest
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check `folder/manifest.json` alone.
+
+        Raises:
+            ShardError: it is missing; broken JSON, another schema version, a field that is missing or of the wrong
+                type, a shard name that leaves the folder.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
@@ -131,10 +142,7 @@ class Manifest:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ShardError(f"{path}: broken JSON ({error}); restore the file or prepare the shards again") from error
-        manifest = _parse_manifest(record, path)
-        for entry in manifest.shards:
-            _check_size(folder / entry.name, entry)
-        return manifest
+        return _parse_manifest(record, path)
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json`; the same manifest gives the same bytes."""
@@ -142,28 +150,35 @@ class Manifest:
         text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
-    def verify(self, folder: Path) -> None:
-        """Compare every shard's SHA-256 with the manifest; reads all bytes once.
-
-        Raises:
-            ShardError: a shard is missing, or its content is not what was written.
-        """
-        for entry in self.shards:
-            path = folder / entry.name
-            _check_size(path, entry)
-            digest = hashlib.sha256()
-            with path.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
-            if digest.hexdigest() != entry.sha256:
-                raise ShardError(
-                    f"{path}: SHA-256 is {digest.hexdigest()}, the manifest says {entry.sha256}; the file has changed: "
-                    "copy it again or prepare the shards again"
-                )
-
     def order(self, seed: int, epoch: int) -> list[int]:
         """The permutation of the shards for an epoch; the same wherever seed and epoch are the same (both >= 0)."""
         return [int(shard) for shard in np.random.default_rng((seed, epoch)).permutation(len(self.shards))]
+
+
+def refuse_faults(folder: Path, manifest: Manifest, faults: Iterable[Fault | None]) -> None:
+    """Refuse a folder of which shards have faults; None is no fault.
+
+    Raises:
+        ShardError: there are some; it names the first ten.
+    """
+    found = sorted(fault.message for fault in faults if fault is not None)
+    if found:
+        more = f"; and {len(found) - _SHOWN_FAULTS:,} more" if len(found) > _SHOWN_FAULTS else ""
+        raise ShardError(
+            f"{folder}: {len(found):,} of {len(manifest.shards):,} shards are not as {MANIFEST_NAME} says: "
+            f"{'; '.join(found[:_SHOWN_FAULTS])}{more}. Copy them again, or prepare the shards again"
+        )
+
+
+def find_file_fault(folder: Path, entry: ShardEntry) -> Fault | None:
+    """What is wrong with a shard's file at first sight: it is missing, or has another size than the manifest states."""
+    path = folder / entry.name
+    if not path.is_file():
+        return Fault(-1, MISSING_SHARD, f"{entry.name} is missing")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        return Fault(-1, WRONG_SIZE, f"{entry.name} has {size:,} bytes, not {entry.bytes:,}")
+    return None
 
 
 def describe(manifest: Manifest) -> str:
@@ -235,7 +250,7 @@ def write_shards(
     partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     try:
-        with _ShardWriter(partial, samples_per_shard) as writer, _progress_bar(progress) as bar:
+        with _ShardWriter(partial, samples_per_shard) as writer, progress_bar(progress) as bar:
             for sample in bar.track(samples, total=total, description=escape(name)):
                 _write_sample(writer, sample, left_out)
         if not writer.shards:
@@ -352,7 +367,8 @@ def _write_sample(writer: _ShardWriter, sample: Sample, left_out: Counter[str]) 
     writer.write(sample, members)
 
 
-def _progress_bar(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
+    """A bar on stderr that counts and tells the time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -396,16 +412,6 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
 
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check_size(path: Path, entry: ShardEntry) -> None:
-    if not path.is_file():
-        raise ShardError(f"{path}: the shard is missing; copy it again or prepare the shards again")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise ShardError(
-            f"{path}: has {size} bytes, the manifest says {entry.bytes}; copy it again or prepare the shards again"
-        )
 
 
 def _parse_manifest(record: Any, path: Path) -> Manifest:

@@ -26,15 +26,10 @@ from lightning_xai.attribution.base import upsample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.dataset import EvaluationDataset
 from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_tokens
+from lightning_xai.data.faults import BROKEN_RECORD
 from lightning_xai.data.sample import RecordError, Sample, read_image
 from lightning_xai.data.shard_reader import read_samples
-from lightning_xai.data.shards import (
-    BROKEN_RECORD,
-    MANIFEST_NAME,
-    Manifest,
-    ShardsExistError,
-    write_shards,
-)
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardsExistError, write_shards
 from lightning_xai.data.stable_hash import stable_hash
 from lightning_xai.models.dual_encoder import DualEncoder
 
@@ -153,7 +148,7 @@ def attribute_pairs(
         warnings.simplefilter("ignore", ConstantMapWarning)
         for batch in EvaluationDataset(folder, manifest, collate, batch_size=batch_size):
             if batch.faults:
-                raise ValueError(f"{folder}: {batch.faults[0]}; delete the folder and run again")
+                raise ValueError(f"{folder}: {batch.faults[0].message}; delete the folder and run again")
             batch = batch.to(device)
             result = method.attribute(batch.images, batch.tokens)
             parts.append(Attribution(result.image.cpu(), result.text.cpu(), result.similarity.cpu()))

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
+from lightning_xai.data.faults import BROKEN_RECORD, DAMAGED_IMAGE, UNPAIRED_MEMBER, Fault
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.phrases import LeftOut, Phrases
 from lightning_xai.data.sample import RecordError, Region, Sample, Span
@@ -206,7 +207,8 @@ def test_broken_images_and_padding_are_invalid_rows_in_evaluation(evaluation: Ev
     good = make_sample("good", ("a dog",), (region,))
     image = good.image[: len(good.image) // 2]
     broken = Sample("broken", image, (64, 48), ("a dog",), (region,), source="test/broken.png")
-    records: list[Record] = [(0, broken), (1, RecordError("shard-7.tar, record x: no json")), (2, good), (-1, None)]
+    no_json = RecordError("shard-7.tar, record x: no json", kind=UNPAIRED_MEMBER)
+    records: list[Record] = [(0, broken), (1, no_json), (2, good), (-1, None)]
     batch = evaluation(records)
     assert batch.valid.tolist() == [False, False, True, False]
     assert batch.index.tolist() == [-1, -1, 2, -1]
@@ -216,10 +218,10 @@ def test_broken_images_and_padding_are_invalid_rows_in_evaluation(evaluation: Ev
     assert batch.phrases.caption_row.tolist() == [0]
     assert batch.phrases.image_row.tolist() == [2]
     assert batch.images[[0, 1, 3]].abs().sum() == 0
-    assert len(batch.faults) == 2
-    assert "broken" in batch.faults[0]
-    assert "test/broken.png" in batch.faults[0]
-    assert batch.faults[1] == "sample 1: shard-7.tar, record x: no json"
+    image_fault, record_fault = batch.faults
+    assert (image_fault.index, image_fault.kind) == (0, DAMAGED_IMAGE)
+    assert "record 'broken' (test/broken.png): the image does not decode" in image_fault.message
+    assert record_fault == Fault(1, UNPAIRED_MEMBER, "shard-7.tar, record x: no json")
 
 
 def test_a_batch_of_padding_alone_has_empty_tensors_of_the_usual_shapes(evaluation: EvaluationCollate) -> None:
@@ -238,8 +240,10 @@ def test_an_annotation_of_another_size_is_a_fault(evaluation: EvaluationCollate)
     sample = Sample("a", encode(noise((64, 48))), (48, 64), ("a dog",), (Region("dog", (1, 1, 30, 30)),))
     batch = evaluation([(3, sample)])
     assert not batch.valid.any()
-    assert "(64, 48)" in batch.faults[0]
-    assert "(48, 64)" in batch.faults[0]
+    (fault,) = batch.faults
+    assert (fault.index, fault.kind) == (3, BROKEN_RECORD)
+    assert "(64, 48)" in fault.message
+    assert "(48, 64)" in fault.message
 
 
 def test_a_greyscale_image_is_three_equal_channels(evaluation: EvaluationCollate) -> None:
@@ -311,7 +315,7 @@ def test_an_invalid_training_row_keeps_its_place_with_an_empty_caption(tokenizer
     assert torch.equal(batch.tokens[[0, 2]], tokenizer.encode(["a photo", "a photo"]))
     assert batch.caption_index.tolist() == [0, -1, 0]
     assert batch.caption_image.tolist() == [0, 1, 2]
-    assert batch.faults == ["sample 5: gone"]
+    assert batch.faults == [Fault(5, BROKEN_RECORD, "gone")]
 
 
 def test_lightning_moves_every_tensor(evaluation: EvaluationCollate) -> None:

@@ -84,5 +84,5 @@ def test_blanks_that_this_tokenizer_has_no_place_for_break_their_record_alone(co
     batch = collate([(0, make_sample("a", {})), (1, make_sample("b", {0: (77,)}))])
     assert batch.valid.tolist() == [True, False]
     (fault,) = batch.faults
-    assert "token 77 is to be blanked, the tokenizer gives 77" in fault
-    assert "degraded for another model" in fault
+    assert "token 77 is to be blanked, the tokenizer gives 77" in fault.message
+    assert "degraded for another model" in fault.message

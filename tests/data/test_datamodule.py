@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch
-from lightning_xai.data.datamodule import BrokenRecordWarning, ShardDataModule, TooManyBrokenRecordsError
+from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.fault_counter import BrokenRecordWarning, TooManyBrokenRecordsError
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
 from lightning_xai.data.shapes_datamodule import ShapesDataModule
