@@ -6,17 +6,17 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 from lightning_xai.data.sample import IMAGE_MEMBERS, RecordError, Sample, decode_sample
-from lightning_xai.data.shards import Manifest
-from lightning_xai.data.tar_records import TarRecord, TarRecords, open_file
+from lightning_xai.data.shard_store import Place, ShardStore, open_store
+from lightning_xai.data.shards import Manifest, ShardEntry
+from lightning_xai.data.tar_records import TarRecord, TarRecords
 
 _MEMBERS = frozenset((*IMAGE_MEMBERS, "json"))
 
 
 def read_samples(
-    folder: Path, manifest: Manifest, order: Sequence[int], start: int, stop: int, passed_over: Collection[int] = ()
+    place: Place, manifest: Manifest, order: Sequence[int], start: int, stop: int, passed_over: Collection[int] = ()
 ) -> Iterator[tuple[int, Sample | RecordError]]:
     """Stream the positions `start` to `stop` (exclusive) of the shards laid end to end in `order`.
 
@@ -25,7 +25,7 @@ def read_samples(
     that says why, so that exactly as many items come as were asked for, whatever the files hold.
 
     Args:
-        folder: where the shards lie.
+        place: where the shards lie, see `open_store`.
         manifest: their manifest.
         order: indices into `manifest.shards`.
         start: first position, from 0.
@@ -43,11 +43,11 @@ def read_samples(
     total = sum(manifest.shards[shard].samples for shard in order)
     if not 0 <= start <= stop <= total:
         raise ValueError(f"expected 0 <= start <= stop <= {total}; got start {start} and stop {stop}")
-    return _read_slice(folder, manifest, tuple(order), range(start, stop), sorted(passed_over))
+    return _read_slice(open_store(place), manifest, tuple(order), range(start, stop), sorted(passed_over))
 
 
 def _read_slice(
-    folder: Path, manifest: Manifest, order: tuple[int, ...], positions: range, passed_over: list[int]
+    store: ShardStore, manifest: Manifest, order: tuple[int, ...], positions: range, passed_over: list[int]
 ) -> Iterator[tuple[int, Sample | RecordError]]:
     first_index = list(accumulate((entry.samples for entry in manifest.shards), initial=0))
     begin = 0
@@ -57,32 +57,35 @@ def _read_slice(
         passed = passed_over[bisect_left(passed_over, begin) : bisect_left(passed_over, begin + entry.samples)]
         own = frozenset(position - begin for position in passed if position - begin in wanted)
         if len(own) < len(wanted):
-            for record, item in _read_shard(folder / entry.name, wanted, own):
+            for record, item in _read_shard(store, entry, wanted, own):
                 yield first_index[shard] + record, item
         begin += entry.samples
 
 
-def _read_shard(path: Path, wanted: range, passed_over: Collection[int]) -> Iterator[tuple[int, Sample | RecordError]]:
+def _read_shard(
+    store: ShardStore, entry: ShardEntry, wanted: range, passed_over: Collection[int]
+) -> Iterator[tuple[int, Sample | RecordError]]:
     """Number and content of the records of one shard that are wanted and not passed over; always all of them."""
-    records = TarRecords(partial(open_file, path), _MEMBERS, wanted.start, wanted.stop, passed_over)
+    origin = store.locate(entry.name)
+    records = TarRecords(partial(store.open, entry.name, entry.bytes), _MEMBERS, wanted.start, wanted.stop, passed_over)
     positions = (position for position in wanted if position not in passed_over)
     for record in records:
-        yield next(positions), _decode(path, record)
+        yield next(positions), _decode(origin, record)
     reason = records.damage or f"the shard ends after {records.seen} records"
     for missing in positions:
         yield (
             missing,
             RecordError(
-                f"{path}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or prepare "
-                "it again"
+                f"{origin}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or "
+                "prepare it again"
             ),
         )
 
 
-def _decode(path: Path, record: TarRecord) -> Sample | RecordError:
+def _decode(origin: str, record: TarRecord) -> Sample | RecordError:
     if record.fault:
-        return RecordError(f"{path}, record {record.key}: {record.fault}; prepare the shard again")
+        return RecordError(f"{origin}, record {record.key}: {record.fault}; prepare the shard again")
     try:
-        return decode_sample(record.key, record.members, str(path))
+        return decode_sample(record.key, record.members, origin)
     except RecordError as error:
         return error
