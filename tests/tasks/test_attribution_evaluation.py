@@ -440,11 +440,11 @@ def test_it_only_tests(architecture_file: Callable[[str], Path], world: Path, tm
         trainer.validate(task, ShardDataModule(val=world, num_workers=0), verbose=False)
 
 
-# --- two processes ---
+# --- several processes ---
 
 
-def evaluate_on_this_rank(config: str, world: str, out: str) -> dict[str, float]:
-    task = evaluate(Path(config), data_of(Path(world)), Path(out), trainer=join_lightning())
+def evaluate_on_this_rank(config: str, world: str, out: str, options: dict[str, Any]) -> dict[str, float]:
+    task = evaluate(Path(config), data_of(Path(world), **options), Path(out), trainer=join_lightning())
     return {name: float(value) for name, value in task.trainer.callback_metrics.items()}
 
 
@@ -452,7 +452,7 @@ def evaluate_on_this_rank(config: str, world: str, out: str) -> dict[str, float]
 def test_two_processes_find_what_one_finds_item_by_item(
     done: Done, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:
-    one, other = run_distributed(evaluate_on_this_rank, str(architecture_file("vit")), str(world), str(tmp_path))
+    one, other = run_distributed(evaluate_on_this_rank, str(architecture_file("vit")), str(world), str(tmp_path), {})
     assert one == other
     assert one["test/feature_pair/gamma_mean"] == pytest.approx(
         done.result.methods["feature_pair"].metrics["gamma_mean"][0], abs=1e-5
@@ -467,3 +467,49 @@ def test_two_processes_find_what_one_finds_item_by_item(
         assert [(example.key, example.phrase, example.why) for example in mine] == [
             (example.key, example.phrase, example.why) for example in alone
         ]
+
+
+class Torn(NamedTuple):
+    shards: Path
+    alone: Path
+
+
+@pytest.fixture(scope="module")
+def torn(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Torn:
+    """Six samples, one of them broken, in two shards, and what one process finds, a sample at a time."""
+    root = tmp_path_factory.mktemp("torn")
+    samples = [replace(s, image=s.image[:-60]) if i == 3 else s for i, s in enumerate(samples_of(world)[:6])]
+    write_shards(samples, root / "shards", name="torn", samples_per_shard=4, progress=False)
+    evaluate(architecture_file("vit"), data_of(root / "shards", **ONE_AT_A_TIME), root / "alone")
+    return Torn(root / "shards", root / "alone")
+
+
+ONE_AT_A_TIME = {"eval_batch_size": 1, "max_fault_fraction": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])  # of four, one has padding only
+def test_with_one_sample_a_batch_any_number_of_processes_writes_the_very_same_files(
+    torn: Torn, architecture_file: Callable[[str], Path], tmp_path: Path, size: int
+) -> None:
+    where = (str(architecture_file("vit")), str(torn.shards), str(tmp_path))
+    run_distributed(evaluate_on_this_rank, *where, ONE_AT_A_TIME | {"num_workers": 1}, world_size=size)
+    expected, found = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if is_result(path.relative_to(root))}
+        for root in (torn.alone, tmp_path)
+    )
+    assert found.keys() == expected.keys()
+    assert {Path(label, name) for label in METHODS for name in ("grounding.csv", "examples.json")} <= expected.keys()
+    for path, content in expected.items():
+        if path.name != "result.json":
+            assert found[path] == content, path
+    mine, alone = (json.loads(files[Path("result.json")]) for files in (found, expected))
+    assert mine["data"]["broken_records"] == 1
+    assert mine["speed"]["pairs"] == alone["speed"]["pairs"] > 0
+    assert {name: part for name, part in mine.items() if name != "speed"} == {
+        name: part for name, part in alone.items() if name != "speed"
+    }
+
+
+def is_result(path: Path) -> bool:
+    return path.suffix != "" and path.parts[0] != "rows"
