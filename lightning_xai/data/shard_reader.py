@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 
+from lightning_xai.data.faults import DUPLICATE_KEY, MISSING_SHARD, UNREADABLE_SHARD
 from lightning_xai.data.sample import IMAGE_MEMBERS, RecordError, Sample, decode_sample
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest, ShardEntry
 from lightning_xai.data.tar_records import TarRecord, TarRecords
 
-_MEMBERS = frozenset((*IMAGE_MEMBERS, "json"))
+RECORD_MEMBERS = frozenset((*IMAGE_MEMBERS, "json"))
 
 
 def read_samples(
@@ -67,24 +68,34 @@ def _read_shard(
 ) -> Iterator[tuple[int, Sample | RecordError]]:
     """Number and content of the records of one shard that are wanted and not passed over; always all of them."""
     origin = store.locate(entry.name)
-    records = TarRecords(partial(store.open, entry.name, entry.bytes), _MEMBERS, wanted.start, wanted.stop, passed_over)
+    records = TarRecords(
+        partial(store.open, entry.name, entry.bytes), RECORD_MEMBERS, wanted.start, wanted.stop, passed_over
+    )
     positions = (position for position in wanted if position not in passed_over)
     for record in records:
-        yield next(positions), _decode(origin, record)
+        yield next(positions), decode_record(origin, record)
     reason = records.damage or f"the shard ends after {records.seen} records"
     for missing in positions:
         yield (
             missing,
             RecordError(
                 f"{origin}: record {missing} (counted from 0) cannot be read ({reason}); copy the shard again or "
-                "prepare it again"
+                "prepare it again",
+                kind=MISSING_SHARD if records.missing else UNREADABLE_SHARD,
             ),
         )
 
 
-def _decode(origin: str, record: TarRecord) -> Sample | RecordError:
+def decode_record(origin: str, record: TarRecord) -> Sample | RecordError:
+    """The sample that a shard's record holds, its image not decoded, or what is wrong with it.
+
+    Args:
+        origin: the shard, for messages.
+        record: the record.
+    """
     if record.fault:
-        return RecordError(f"{origin}, record {record.key}: {record.fault}; prepare the shard again")
+        message = f"{origin}, record {record.key}: {record.fault}; prepare the shard again"
+        return RecordError(message, kind=DUPLICATE_KEY)
     try:
         return decode_sample(record.key, record.members, origin)
     except RecordError as error:

@@ -58,6 +58,7 @@ class TarRecords:
 
     Attributes:
         damage: once it was iterated: why nothing more can be read; empty where the file ended as it should.
+        missing: whether that is because there is no such file.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TarRecords:
         passed_over: Collection[int] = frozenset(),
     ) -> None:
         self.damage = ""
+        self.missing = False
         self._opened = opened
         self._extensions = frozenset(extensions)
         self._wanted = range(start, sys.maxsize if stop is None else stop)
@@ -98,6 +100,7 @@ class TarRecords:
                 yield from _members(stream, self._selector)
         except Exception as error:  # damaged headers make tarfile raise what they like
             self.damage = str(error) or type(error).__name__
+            self.missing = isinstance(error, FileNotFoundError)
 
 
 def open_file(path: Path) -> BinaryIO:
