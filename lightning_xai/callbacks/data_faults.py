@@ -1,0 +1,43 @@
+"""Says at the end of every epoch which shards held records that could not be used."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.faults import fault_table
+
+__all__ = ["DataFaults"]
+
+
+class DataFaults(Callback):
+    """Logs how many records were broken, and shows the shards and kinds where there were any.
+
+    Logs `train/broken_records`, `val/broken_records` and `test/broken_records`, each at the end of its epoch, summed
+    over all ranks; 0 where nothing was wrong. Where they are more than the data module's `max_fault_fraction` allows,
+    all ranks raise its `TooManyBrokenRecordsError`. With other data modules than `ShardDataModule` it does nothing.
+    """
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the epoch's."""
+        self._report(trainer, pl_module, "train")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log those of a whole validation; the few batches that only try out the code say nothing."""
+        if not trainer.sanity_checking:
+            self._report(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log those of the test."""
+        self._report(trainer, pl_module, "test")
+
+    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ShardDataModule):
+            return
+        counts = data.gather_faults(split)
+        pl_module.log(f"{split}/broken_records", float(counts.total()), on_step=False, on_epoch=True)
+        if counts and trainer.is_global_zero:
+            epoch = f" of epoch {trainer.current_epoch}" if split == "train" else ""
+            print(f"\nBroken records in {split}{epoch}, left out:\n{fault_table(counts)}", flush=True)  # noqa: T201
