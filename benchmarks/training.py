@@ -1,0 +1,364 @@
+"""Times fine-tuning through Trainer and ShardDataModule against plain PyTorch loops, in turn; keeps a table.
+
+    python benchmarks/training.py                 # ViT-B-32, float32: about ten minutes on 2 idle cores
+    python benchmarks/training.py --train DIR     # on prepared shards, instead of synthetic photographs
+    python benchmarks/training.py --device cuda   # ViT-B-16 in bf16-mixed, 256 pairs a step, with FLOP utilisation
+
+Random weights. All contestants train the same model on the same batches with the same optimizer, schedule and bound on
+the logit scale (a test shows that they end with the same model). Each round runs every one of them for some steps,
+and begins with another one than the round before. What else the machine does touches all alike: read the ratios, which
+are medians over the rounds. The plain loops differ in what they are fed with:
+
+* batches that lie in memory, text cut at the batch's last end-of-text token: what the model itself costs;
+* the batches of the same DataLoader with as many workers: on a CPU, decoding takes from the cores that train;
+* batches that lie in memory, text at its full 77 tokens, as open_clip's own training runs it.
+
+The data wait is the share of our own steps that the trainer waits for the next batch. On CUDA, model FLOP utilisation
+is the floating-point operations of one forward and backward pass (counted by torch.utils.flop_counter: matrix products,
+convolutions and attention, no recomputation), divided by the step's time and by the device's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kept_table import keep
+from photo_shards import write_photo_shards
+from scaling_formulas import GPUS
+
+WARM = 3  # steps before the clock starts: a worker is two batches ahead, which would hide how fast it is
+OURS, PLAIN, LOADED, PADDED = (
+    "lightning_xai: Trainer, ShardDataModule",
+    "plain loop, batches in memory",
+    "plain loop, batches of the same DataLoader",
+    "plain loop, batches in memory, text of 77 tokens",
+)
+
+
+@dataclass
+class Setting:
+    """What all contestants share."""
+
+    model: str
+    device: str
+    precision: str
+    train: Path
+    folder: Path
+    batch_size: int
+    workers: int
+    steps: int
+    learning_rates: tuple[float, float] = (1e-7, 1e-5)
+
+    @property
+    def total(self) -> int:
+        """Steps of one contestant in a round, those before the clock starts included."""
+        return WARM + self.steps
+
+    def now(self) -> float:
+        """Seconds, once all that was asked of the device is done."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass
+class Measured:
+    """What a round of ours tells beside its time; shares are of the time of its steps."""
+
+    seconds: float = 0.0
+    waiting: float = 0.0
+    callbacks: float = 0.0
+    reading_cpu: float = 0.0
+
+
+def data_module(setting: Setting) -> Any:
+    """The shards, streamed."""
+    from lightning_xai.data import ShardDataModule
+
+    return ShardDataModule(train=setting.train, batch_size=setting.batch_size, num_workers=setting.workers)
+
+
+def fit(module: Any, setting: Setting) -> Measured:
+    """Train through the Trainer, with its progress bar and TensorBoard, as a user does."""
+    import lightning as L
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.profilers import SimpleProfiler
+
+    measured = Measured()
+
+    class Clock(Callback):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            if arguments[-1] == WARM - 1:
+                self.begin = setting.now()
+            elif arguments[-1] == setting.total - 1:
+                measured.seconds = setting.now() - self.begin
+
+    profiler = SimpleProfiler(dirpath=setting.folder, filename="profile")  # a file, not the terminal
+    trainer = L.Trainer(
+        accelerator="gpu" if setting.device == "cuda" else setting.device,
+        devices=1,
+        precision=setting.precision,  # type: ignore[arg-type] # Lightning lists them, this file passes one on
+        max_epochs=1,
+        limit_train_batches=setting.total,
+        callbacks=[Clock()],
+        profiler=profiler,
+        default_root_dir=setting.folder,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+    trainer.fit(module, data_module(setting))
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    measured.reading_cpu = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
+    recorded = profiler.recorded_durations
+    waits = recorded["[_TrainingEpochLoop].train_dataloader_next"][WARM : setting.total]
+    measured.waiting = sum(waits) / measured.seconds
+    hooks = (times for name, times in recorded.items() if name.startswith("[Callback]") and "train_batch_" in name)
+    measured.callbacks = sum(sum(times[WARM : setting.total]) for times in hooks) / measured.seconds
+    return measured
+
+
+def plain_loop(
+    encoder: Any, setting: Setting, batches: Iterable[Any], encode_text: Callable[[Any], Any]
+) -> tuple[float, list[float]]:
+    """The loop that a reader would write.
+
+    Returns:
+        Seconds of the steps behind the first `WARM`, and the loss of each step.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy, normalize
+
+    first, last = setting.learning_rates
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=first, weight_decay=1e-4)
+    rate = torch.optim.lr_scheduler.ExponentialLR(optimizer, (last / first) ** (1 / max(setting.total - 1, 1)))
+    autocast = torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16-mixed")
+    encoder.train()
+    losses = []
+    for number, batch in enumerate(batches):
+        batch = batch.to(setting.device)
+        with autocast:
+            image = normalize(encoder.model.encode_image(batch.images), dim=1)
+            text = normalize(encode_text(batch.tokens), dim=1)
+            logits = encoder.logit_scale.exp() * image @ text.T
+            own = torch.arange(len(logits), device=logits.device)
+            loss = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        rate.step()
+        with torch.no_grad():
+            encoder.logit_scale.clamp_(0.0, math.log(100.0))
+        losses.append(loss.detach())
+        if number == WARM - 1:
+            begin = setting.now()
+    return setting.now() - begin, [float(loss) for loss in losses]
+
+
+class Contest:
+    """The contestants on one model; each call runs one of them for a round and gives its seconds."""
+
+    def __init__(self, setting: Setting) -> None:
+        import torch
+
+        from lightning_xai.tasks import ContrastiveFineTuning
+
+        torch.manual_seed(0)
+        first, last = setting.learning_rates
+        self.setting = setting
+        self.module = ContrastiveFineTuning(setting.model, None, initial_lr=first, final_lr=last)
+        self.encoder = self.module.encoder
+        self.batches = list(self._loader())
+        self.ours: list[Measured] = []
+        self.runs: dict[str, Callable[[], float]] = {
+            OURS: self._fit,
+            PLAIN: lambda: self._plain(self.batches, self.encoder.encode_text),
+            LOADED: lambda: self._plain(self._loader(), self.encoder.encode_text),
+            PADDED: lambda: self._plain(self.batches, self.encoder.model.encode_text),
+        }
+
+    def _loader(self) -> Iterable[Any]:
+        """The batches of epoch 0, the very ones that a fit begins with."""
+        data = data_module(self.setting)
+        data.bind(self.encoder.image_transform, self.encoder.tokenizer)
+        data.setup("fit")
+        return islice(data.train_dataloader(), self.setting.total)
+
+    def _fit(self) -> float:
+        self.ours.append(fit(self.module, self.setting))
+        return self.ours[-1].seconds
+
+    def _plain(self, batches: Iterable[Any], encode_text: Callable[[Any], Any]) -> float:
+        self.encoder.to(self.setting.device)  # the Trainer leaves it on the CPU
+        return plain_loop(self.encoder, self.setting, batches, encode_text)[0]
+
+    def rounds(self, count: int) -> list[dict[str, float]]:
+        """Seconds of each contestant in each round; a first round is not counted."""
+        names = list(self.runs)
+        seconds = []
+        for number in range(count + 1):
+            start = number % len(names)
+            measured = {name: self.runs[name]() for name in names[start:] + names[:start]}
+            seconds.append(measured)
+            print(f"round {number}:", {name: round(value, 2) for name, value in measured.items()}, flush=True)
+        self.ours = self.ours[1:]
+        return seconds[1:]
+
+    def flops(self) -> float:
+        """Floating-point operations of one forward and backward pass over a batch, text cut."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        batch = self.batches[-1].to(self.setting.device)
+        self.encoder.to(self.setting.device)
+        with FlopCounterMode(display=False) as counter:
+            image, text = self.encoder.encode_image(batch.images), self.encoder.encode_text(batch.tokens)
+            (image @ text.T).sum().backward()  # type: ignore[no-untyped-call]
+        self.encoder.zero_grad()
+        return float(counter.get_total_flops())
+
+
+def rates_table(contest: Contest, rounds: list[dict[str, float]]) -> list[str]:
+    """Samples per second of each contestant, and how many times ours is as fast: median, least, most."""
+    samples = contest.setting.steps * contest.setting.batch_size
+    lines = ["| | samples/s | rate of ours, divided by it | over the rounds |", "|---|---|---|---|"]
+    for name in contest.runs:
+        rate = statistics.median(samples / seconds[name] for seconds in rounds)
+        ratios = [seconds[name] / seconds[OURS] for seconds in rounds]
+        compared = f"{statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
+        lines.append(f"| {name} | {rate:.2f} | {'1 | ' if name == OURS else compared} |")
+    return lines
+
+
+def details(contest: Contest, rounds: list[dict[str, float]]) -> list[str]:
+    """What the rates were measured on, and where the rest of our step goes."""
+    setting, batches = contest.setting, contest.batches
+    lengths = [int((batch.tokens != 0).sum(dim=1).max()) for batch in batches[WARM:]]
+    waits, callbacks, cpu = (
+        statistics.median(getattr(measured, name) for measured in contest.ours)
+        for name in ("waiting", "callbacks", "reading_cpu")
+    )
+    pairs = setting.total * setting.batch_size
+    load = os.getloadavg()
+    return [
+        f"{setting.batch_size} pairs a step, {setting.precision}, {setting.workers} worker(s), {len(rounds)} rounds of "
+        f"{setting.steps} counted steps each; images of {_bytes_per_sample(setting):,.0f} bytes, captions cut to "
+        f"{min(lengths)} to {max(lengths)} tokens by batch. Load average at the end: {load[0]:.1f} (1 minute), "
+        f"{load[2]:.1f} (15 minutes), {os.cpu_count()} cores.",
+        "",
+        f"Data wait: {waits:.2%} of our step. Hooks of callbacks (progress bar, clock): {callbacks:.2%}. The workers "
+        f"take at most {1e3 * cpu / pairs:.1f} ms of a core for each pair (what they read ahead counts, too).",
+    ]
+
+
+def _bytes_per_sample(setting: Setting) -> float:
+    from lightning_xai.data import Manifest
+
+    manifest = Manifest.load(setting.train)
+    return manifest.bytes / manifest.samples
+
+
+def utilisation(contest: Contest, rounds: list[dict[str, float]], peak: float | None) -> str:
+    """Model FLOP utilisation of ours, in words.
+
+    Args:
+        contest: the contestants.
+        rounds: their seconds.
+        peak: floating-point operations per second of the device, if known.
+    """
+    setting, flops = contest.setting, contest.flops()
+    second = statistics.median(flops * setting.steps / seconds[OURS] for seconds in rounds)
+    told = f"{flops / setting.batch_size / 1e9:.1f} GFLOP a pair, {second / 1e12:.2f} TFLOP/s"
+    return told + (f": {second / peak:.1%} of the device's peak of {peak / 1e12:.0f} TFLOP/s." if peak else ".")
+
+
+def grounding_cost(setting: Setting) -> str:
+    """What GroundingCallback adds to a validation epoch on this device, in words."""
+    from attribution import measure_callback
+
+    cost = measure_callback(setting.model, setting.device)
+    return (
+        f"A validation epoch (128 images, 256 captions, float32) takes {cost['plain']:.2f} s without and "
+        f"{cost['measured']:.2f} s with GroundingCallback, tables and pictures included: {cost['ratio']:.2f} times as "
+        "long."
+    )
+
+
+def peak_of(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by CUDA's name for it; None if it is not one that `scaling_formulas.GPUS` lists."""
+    found = [gpu for gpu in GPUS.values() if all(part in name for part in gpu.cuda_name)]
+    return found[0].flops if len(found) == 1 else None
+
+
+def measure(setting: Setting, rounds: int, peak: float | None) -> str:
+    """All measurements as Markdown."""
+    contest = Contest(setting)
+    seconds = contest.rounds(rounds)
+    lines = [*rates_table(contest, seconds), "", *details(contest, seconds), ""]
+    lines.append(f"One forward and backward pass: {utilisation(contest, seconds, peak)}")
+    if setting.device == "cuda":
+        return "\n".join([*lines, "", grounding_cost(setting)])
+    lines += ["", "Not measured here, for want of a GPU: utilisation in bf16, and the cost of grounding on a GPU."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and keep the table under benchmarks/results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--model", help="an open_clip name or a model config; ViT-B-32, on CUDA ViT-B-16")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="32-true, on CUDA bf16-mixed")
+    parser.add_argument("--batch-size", type=int, help="16, on CUDA 256")
+    parser.add_argument("--workers", type=int, help="1, on CUDA 12")
+    parser.add_argument("--train", type=Path, help="a folder of prepared shards; without it, synthetic photographs")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="counted steps of a contestant in a round: 4, on CUDA 30")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="the device's dense peak; by default as benchmarks/scaling.py"
+    )
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import torch
+
+    cuda = options.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is there, so nothing was measured")
+    steps = options.steps or (30 if cuda else 4)
+    batch_size = options.batch_size or (256 if cuda else 16)
+    peak = 1e12 * options.peak_tflops if options.peak_tflops else None
+    if cuda and peak is None:
+        peak = peak_of(torch.cuda.get_device_name())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.train is None:
+            # More than a round takes, so that workers are as busy in its last step as in its first.
+            write_photo_shards(folder / "train", (WARM + steps + 4) * batch_size)
+        setting = Setting(
+            model=options.model or ("ViT-B-16" if cuda else "ViT-B-32"),
+            device=options.device,
+            precision=options.precision or ("bf16-mixed" if cuda else "32-true"),
+            train=options.train or folder / "train",
+            folder=folder,
+            batch_size=batch_size,
+            workers=options.workers or (12 if cuda else 1),
+            steps=steps,
+        )
+        measured = measure(setting, options.rounds, peak)
+    keep("training", "Fine-tuning", options.device, measured, setting.model)
+
+
+if __name__ == "__main__":
+    main()
