@@ -24,7 +24,7 @@ FaultCounts = Counter[tuple[str, str]]
 """(name of a shard, kind of fault) -> how many."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: Lightning sets the fields of a copy where it converts a batch's precision
 class Fault:
     """One thing that is wrong with the data.
 
