@@ -20,6 +20,7 @@ from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, Train
 from lightning_xai.data.fault_counter import FaultCounter
 from lightning_xai.data.faults import FaultCounts
 from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.data.verification import find_wrong_checksums
@@ -55,9 +56,12 @@ class ShardDataModule(LightningDataModule):
     the same, so that no sample comes twice or is lost without notice.
 
     Args:
-        train: folder of training shards, as `python -m lightning_xai prepare` makes it.
-        val: folder of validation shards; without it, training runs without validation.
-        test: folder of test shards.
+        train: folder of training shards, as `python -m lightning_xai prepare` makes it; or the address of one, or a
+            command that fetches a shard, `pipe:aws s3 cp s3://BUCKET/FOLDER/{} -`: see
+            `lightning_xai.data.shard_store.open_store`.
+        val: folder (or address, or command) of validation shards; without it, training runs without validation.
+        test: folder (or address, or command) of test shards.
+        retries: how often a shard from elsewhere is opened again where its stream breaks off.
         batch_size: images per training batch and rank.
         eval_batch_size: images per evaluation batch and rank; by default `batch_size`.
         num_workers: processes per rank that read and decode, for each split; 0 reads in the main process. Never more
@@ -84,9 +88,10 @@ class ShardDataModule(LightningDataModule):
     def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         *,
-        train: Path | None = None,
-        val: Path | None = None,
-        test: Path | None = None,
+        train: str | Path | None = None,
+        val: str | Path | None = None,
+        test: str | Path | None = None,
+        retries: int = 3,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int = 2,
@@ -100,9 +105,10 @@ class ShardDataModule(LightningDataModule):
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
-        self.folders = {
-            split: None if folder is None else Path(folder)
-            for split, folder in (("train", train), ("val", val), ("test", test))
+        _at_least(0, "retries", retries)
+        self.stores = {
+            split: None if place is None else open_store(place, retries)
+            for split, place in (("train", train), ("val", val), ("test", test))
         }
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.eval_batch_size = _at_least(
@@ -145,14 +151,14 @@ class ShardDataModule(LightningDataModule):
         """
         # Lightning warns that a dataset's length may be wrong with several workers; here it is exact with any number.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-        given = tuple(split for split, folder in self.folders.items() if folder is not None)
+        given = tuple(split for split, store in self.stores.items() if store is not None)
         needed = (self._predict_split,) if stage == "predict" else _STAGE_SPLITS.get(stage or "", given)
         for split in needed:
-            if stage == "fit" and split == "val" and self.folders["val"] is None:
+            if stage == "fit" and split == "val" and self.stores["val"] is None:
                 continue
             manifest = self.manifest(split)
             if stage == "fit" and split == "train":
-                count_batches(self._folder(split), manifest, self.batch_size, self._place()[1])
+                count_batches(self._store(split), manifest, self.batch_size, self._place()[1])
             if self.verify and split not in self._verified:
                 self._verify(split)
                 self._verified.add(split)
@@ -166,14 +172,14 @@ class ShardDataModule(LightningDataModule):
             ShardError: the manifest is broken or does not fit its shards.
         """
         if split not in self._manifests:
-            folder = self._folder(split)
-            if not (folder / MANIFEST_NAME).is_file():
+            store = self._store(split)
+            if isinstance(store, LocalStore) and not ((folder := store.folder) / MANIFEST_NAME).is_file():
                 raise FileNotFoundError(
                     f"{split}={folder}: {'no manifest.json there' if folder.is_dir() else 'no such folder'}; make the "
                     f"shards with `python -m lightning_xai prepare DATASET ... --out {folder}` or correct the argument "
                     f"{split!r}"
                 )
-            self._manifests[split] = Manifest.load(folder)
+            self._manifests[split] = Manifest.load(store)
         return self._manifests[split]
 
     @property
@@ -183,7 +189,7 @@ class ShardDataModule(LightningDataModule):
         While the trainer tests, those of the test shards. Each `Batch` carries its own split's names, too.
         """
         testing = self.trainer is not None and self.trainer.testing
-        split = "test" if testing or self.folders["val"] is None else "val"
+        split = "test" if testing or self.stores["val"] is None else "val"
         return self.manifest(split).labels
 
     @property
@@ -217,7 +223,7 @@ class ShardDataModule(LightningDataModule):
         transform, tokenizer = self._encoding()
         rank, world = self._place()
         dataset = TrainingDataset(
-            self._folder("train"),
+            self._store("train"),
             manifest,
             TrainingCollate(transform, tokenizer, self.seed, self.captions_per_image),
             batch_size=self.batch_size,
@@ -233,7 +239,7 @@ class ShardDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """All captions and phrases of the validation split, in order; an empty list where it is not given."""
-        return [] if self.folders["val"] is None else self._evaluation_loader("val")
+        return [] if self.stores["val"] is None else self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """All captions and phrases of the test split, in order."""
@@ -305,7 +311,7 @@ class ShardDataModule(LightningDataModule):
         transform, tokenizer = self._encoding()
         rank, world = self._place()
         dataset = EvaluationDataset(
-            self._folder(split),
+            self._store(split),
             manifest,
             EvaluationCollate(transform, tokenizer, manifest.labels, self.captions_per_image, self.swap_objects),
             batch_size=self.eval_batch_size,
@@ -322,14 +328,14 @@ class ShardDataModule(LightningDataModule):
         manifest = self.manifest(split)
         if split not in self._faults:
             total = min(world * records, manifest.samples)  # the last rank may have padding
-            counter = FaultCounter(split, self._folder(split), manifest, total, self.max_fault_fraction)
+            counter = FaultCounter(split, self._store(split), manifest, total, self.max_fault_fraction)
             self._faults[split] = counter
         if split in self._reported:
             return
         self._reported.add(split)
         size = self.batch_size if split == "train" else self.eval_batch_size
         line = (
-            f"{split}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({self._folder(split)}); "
+            f"{split}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({self._store(split)}); "
             f"{len(loader):,} batches of {size} on each of {world} ranks, {loader.num_workers} workers each"
         )
         if split == "train":
@@ -337,16 +343,16 @@ class ShardDataModule(LightningDataModule):
         rank_zero_info(line)
 
     def _verify(self, split: str) -> None:
-        folder, manifest = self._folder(split), self.manifest(split)
+        store, manifest = self._store(split), self.manifest(split)
         rank, world = self._place()
-        parts = self._gather(find_wrong_checksums(folder, manifest.shards[rank::world]))
-        refuse_faults(folder, manifest, [fault for part in parts for fault in part])
+        parts = self._gather(find_wrong_checksums(store, manifest.shards[rank::world]))
+        refuse_faults(store, manifest, [fault for part in parts for fault in part])
 
     def _plan(self) -> dict[str, Any]:
         """All that decides which samples the training batches of an epoch hold."""
         manifest = self.manifest("train")
         world = self._place()[1]
-        batches = count_batches(self._folder("train"), manifest, self.batch_size, world)
+        batches = count_batches(self._store("train"), manifest, self.batch_size, world)
         return {
             "samples": manifest.samples,
             "fingerprint": manifest.fingerprint,
@@ -422,16 +428,16 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def _predict_split(self) -> str:
-        return "val" if self.folders["test"] is None else "test"
+        return "val" if self.stores["test"] is None else "test"
 
-    def _folder(self, split: str) -> Path:
-        folder = self.folders[split]
-        if folder is None:
+    def _store(self, split: str) -> ShardStore:
+        store = self.stores[split]
+        if store is None:
             raise ValueError(
                 f"no {split} shards are given: set {split!r} to a folder that "
                 "`python -m lightning_xai prepare DATASET ... --out FOLDER` has made"
             )
-        return folder
+        return store
 
 
 class _EvaluationLoader(DataLoader[Batch]):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +20,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest
 from lightning_xai.data.stable_hash import stable_hash
 
 __all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader", "count_batches"]
 
 
-def count_batches(folder: Path, manifest: Manifest, batch_size: int, world: int) -> int:
+def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world: int) -> int:
     """How many whole training batches each of `world` ranks gets in an epoch.
 
     Raises:
@@ -37,7 +37,7 @@ def count_batches(folder: Path, manifest: Manifest, batch_size: int, world: int)
     if batches == 0:
         each = manifest.samples // world
         raise ValueError(
-            f"{folder}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world} ranks; "
+            f"{store}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world} ranks; "
             + (f"lower batch_size to at most {each}, " if each else "")
             + "use fewer devices, or prepare more samples"
         )
@@ -53,7 +53,7 @@ class TrainingDataset(IterableDataset[Batch]):
     A worker takes a contiguous part of its rank's batches and shuffles it through a buffer of undecoded samples.
 
     Args:
-        folder: where the shards lie.
+        place: where the shards lie, as `open_store` takes it.
         manifest: their manifest.
         collate: makes a batch; its seed is the seed of the order, too.
         batch_size: images per batch and rank.
@@ -67,7 +67,7 @@ class TrainingDataset(IterableDataset[Batch]):
 
     def __init__(
         self,
-        folder: Path,
+        place: Place,
         manifest: Manifest,
         collate: TrainingCollate,
         *,
@@ -77,14 +77,14 @@ class TrainingDataset(IterableDataset[Batch]):
         world: int = 1,
     ) -> None:
         super().__init__()
-        self.folder = folder
+        self.store = open_store(place)
         self.manifest = manifest
         self.collate = collate
         self.batch_size = batch_size
         self.shuffle_buffer = shuffle_buffer
         self.rank = rank
         self.world = world
-        self._batches = count_batches(folder, manifest, batch_size, world)
+        self._batches = count_batches(self.store, manifest, batch_size, world)
         # Epoch and first batch are in shared memory: persistent workers keep the copy of the dataset they started with.
         share: Callable[[], torch.Tensor] = torch.zeros(2, dtype=torch.int64).share_memory_
         self._position = share()
@@ -137,7 +137,7 @@ class TrainingDataset(IterableDataset[Batch]):
             lower, upper = max(unread.span.start + shift, 0), min(unread.span.stop + shift, samples)
             if lower < upper:
                 passed_over = [position + shift for position in unread.passed_over]
-                yield from read_samples(self.folder, self.manifest, shards, lower, upper, passed_over)
+                yield from read_samples(self.store, self.manifest, shards, lower, upper, passed_over)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class EvaluationDataset(IterableDataset[Batch]):
     several workers the batches come in turn from contiguous parts of the rank's part: `Batch.index` tells the place.
 
     Args:
-        folder: where the shards lie.
+        place: where the shards lie, as `open_store` takes it.
         manifest: their manifest.
         collate: makes a batch.
         batch_size: images per batch and rank.
@@ -208,7 +208,7 @@ class EvaluationDataset(IterableDataset[Batch]):
 
     def __init__(
         self,
-        folder: Path,
+        place: Place,
         manifest: Manifest,
         collate: EvaluationCollate,
         *,
@@ -217,7 +217,7 @@ class EvaluationDataset(IterableDataset[Batch]):
         world: int = 1,
     ) -> None:
         super().__init__()
-        self.folder = folder
+        self.store = open_store(place)
         self.manifest = manifest
         self.collate = collate
         self.batch_size = batch_size
@@ -241,7 +241,7 @@ class EvaluationDataset(IterableDataset[Batch]):
         order = range(len(self.manifest.shards))
         padding: Record = (-1, None)
         missing = (stop - start) - (upper - lower)
-        return chain(read_samples(self.folder, self.manifest, order, lower, upper), repeat(padding, missing))
+        return chain(read_samples(self.store, self.manifest, order, lower, upper), repeat(padding, missing))
 
 
 class TrainingLoader(DataLoader[Batch]):

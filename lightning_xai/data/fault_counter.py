@@ -7,10 +7,10 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from lightning_xai.data.faults import Fault, FaultCounts, worst_shards
+from lightning_xai.data.shard_store import ShardStore
 from lightning_xai.data.shards import Manifest
 
 __all__ = ["BrokenRecordWarning", "FaultCounter", "TooManyBrokenRecordsError"]
@@ -31,7 +31,7 @@ class FaultCounter:
 
     Args:
         split: its name, for messages.
-        folder: its shards, for messages.
+        store: where its shards lie, for messages.
         manifest: tells which shard a record is of.
         records: how many records a pass reads, over all ranks.
         fraction: share of broken records, 0 to 1, that is allowed; one record always is, unless it is 0.
@@ -41,10 +41,10 @@ class FaultCounter:
         read: records so far, broken ones included.
     """
 
-    def __init__(self, split: str, folder: Path, manifest: Manifest, records: int, fraction: float) -> None:
+    def __init__(self, split: str, store: ShardStore, manifest: Manifest, records: int, fraction: float) -> None:
         self.counts: FaultCounts = Counter()
         self.read = 0
-        self._where = f"{split} ({folder})"
+        self._where = f"{split} ({store})"
         self._split = split
         self._shards = [entry.name for entry in manifest.shards]
         self._stops = list(accumulate(entry.samples for entry in manifest.shards))

@@ -153,7 +153,7 @@ class RemoteStore:
         handler = gopen_schemes.get(self.pattern.partition(":")[0])
         program = _PROGRAMS.get(handler, "sh")
         if shutil.which(program) is None:
-            raise FileNotFoundError(
+            raise OSError(
                 f"webdataset opens such addresses with the program {program}, which is not on the PATH: install it, or "
                 "give a command instead, 'pipe:COMMAND' with {} for a file's name"
             )
@@ -232,7 +232,7 @@ class _RetriedStream(io.RawIOBase):
         self._leave()
         self._failures += 1
         if self._failures > self._store.retries:
-            raise OSError(f"{error}; given up after {self._failures} attempts") from error
+            raise OSError(f"{error}; attempt {self._failures} of {self._failures}") from error
         delay = self._store.delay * 2 ** (self._failures - 1)
         _log.warning(
             "%s broke off after %s bytes: %s. Retry %d of %d in %g s",

@@ -28,11 +28,12 @@ from webdataset.writer import TarWriter
 
 from lightning_xai.data.faults import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
 from lightning_xai.data.sample import RecordError, Sample, encode_sample
+from lightning_xai.data.shard_store import Place, ShardStore, open_store
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.tar")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*\.tar")  # commands take a leading "-" for an option
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOGGED_RECORDS = 10
 _SHOWN_FAULTS = 10
@@ -53,7 +54,8 @@ class ShardEntry:
     """One shard as the manifest lists it.
 
     Attributes:
-        name: file name inside the manifest's folder; letters, digits, `.`, `_` and `-` only, ending in `.tar`.
+        name: file name inside the manifest's folder; letters, digits, `.`, `_` and `-` only, not beginning
+            with `-`, ending in `.tar`.
         samples: records in the shard, at least one.
         bytes: size of the file.
         sha256: hash of the file, 64 lower-case hexadecimal digits.
@@ -70,8 +72,9 @@ class ShardEntry:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
             raise ShardError(
-                f"shard name {self.name!r} is not allowed (letters, digits, '.', '_', '-', ending in '.tar', in the "
-                "manifest's own folder); do not use this manifest unless you know where it comes from"
+                f"shard name {self.name!r} is not allowed (letters, digits, '.', '_', '-', not beginning with '-', "
+                "ending in '.tar', in the manifest's own folder); do not use this manifest unless you know where it "
+                "comes from"
             )
         if not _is_count(self.samples, 1) or not _is_count(self.bytes, 0):
             raise ShardError(f"shard {self.name}: samples and bytes have to be positive integers; prepare it again")
@@ -115,32 +118,39 @@ class Manifest:
         return hashlib.sha256("\n".join(entry.sha256 for entry in self.shards).encode()).hexdigest()[:16]
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, place: Place) -> Manifest:
         """`read` a manifest, and check that each shard is there with the size that the manifest states.
+
+        What a store does not tell before a shard is read, is not checked.
 
         Raises:
             ShardError: of `read`; or shards are missing or of another size, of which it names the first ten.
         """
-        manifest = cls.read(folder)
-        refuse_faults(folder, manifest, [find_file_fault(folder, entry) for entry in manifest.shards])
+        store = open_store(place)
+        manifest = cls.read(store)
+        refuse_faults(store, manifest, [find_file_fault(store, entry) for entry in manifest.shards])
         return manifest
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read and check `folder/manifest.json` alone.
+    def read(cls, place: Place) -> Manifest:
+        """Read and check `manifest.json` alone; `place` as `open_store` takes it.
 
         Raises:
-            ShardError: it is missing; broken JSON, another schema version, a field that is missing or of the wrong
-                type, a shard name that leaves the folder.
+            ShardError: it is missing or cannot be read; broken JSON, another schema version, a field that is missing
+                or of the wrong type, a shard name that leaves the folder.
         """
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
+        store = open_store(place)
+        path = store.locate(MANIFEST_NAME)
+        try:
+            with store.open(MANIFEST_NAME) as stream:
+                record = json.loads(stream.read().decode())
+        except FileNotFoundError as error:
             raise ShardError(
                 f"{path}: not found; check the path, or make the shards with `python -m lightning_xai prepare`"
-            )
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            ) from error
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error}); check the path, and your access to it") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ShardError(f"{path}: broken JSON ({error}); restore the file or prepare the shards again") from error
         return _parse_manifest(record, path)
 
@@ -155,8 +165,8 @@ class Manifest:
         return [int(shard) for shard in np.random.default_rng((seed, epoch)).permutation(len(self.shards))]
 
 
-def refuse_faults(folder: Path, manifest: Manifest, faults: Iterable[Fault | None]) -> None:
-    """Refuse a folder of which shards have faults; None is no fault.
+def refuse_faults(store: ShardStore, manifest: Manifest, faults: Iterable[Fault | None]) -> None:
+    """Refuse a store of which shards have faults; None is no fault.
 
     Raises:
         ShardError: there are some; it names the first ten.
@@ -165,18 +175,18 @@ def refuse_faults(folder: Path, manifest: Manifest, faults: Iterable[Fault | Non
     if found:
         more = f"; and {len(found) - _SHOWN_FAULTS:,} more" if len(found) > _SHOWN_FAULTS else ""
         raise ShardError(
-            f"{folder}: {len(found):,} of {len(manifest.shards):,} shards are not as {MANIFEST_NAME} says: "
+            f"{store}: {len(found):,} of {len(manifest.shards):,} shards are not as {MANIFEST_NAME} says: "
             f"{'; '.join(found[:_SHOWN_FAULTS])}{more}. Copy them again, or prepare the shards again"
         )
 
 
-def find_file_fault(folder: Path, entry: ShardEntry) -> Fault | None:
+def find_file_fault(store: ShardStore, entry: ShardEntry) -> Fault | None:
     """What is wrong with a shard's file at first sight: it is missing, or has another size than the manifest states."""
-    path = folder / entry.name
-    if not path.is_file():
+    try:
+        size = store.size(entry.name)
+    except FileNotFoundError:
         return Fault(-1, MISSING_SHARD, f"{entry.name} is missing")
-    size = path.stat().st_size
-    if size != entry.bytes:
+    if size is not None and size != entry.bytes:
         return Fault(-1, WRONG_SIZE, f"{entry.name} has {size:,} bytes, not {entry.bytes:,}")
     return None
 
@@ -414,7 +424,7 @@ def _is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _parse_manifest(record: Any, path: Path) -> Manifest:
+def _parse_manifest(record: Any, path: str) -> Manifest:
     version = record.get("version") if isinstance(record, dict) else None
     if version != MANIFEST_VERSION:
         raise ShardError(

@@ -306,7 +306,7 @@ class AttributionEvaluation(L.LightningModule):
             },
             data={
                 "name": manifest.name,
-                "folder": str(data.folders["test"]),
+                "folder": str(data.stores["test"]),
                 "fingerprint": manifest.fingerprint,
                 "samples": manifest.samples,
                 "captions_per_image": data.captions_per_image,

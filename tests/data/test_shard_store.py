@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import socket
@@ -11,13 +12,17 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
+from captioned_shards import TRANSFORM, make_shards
 from shard_files import make_samples, write
 
+from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.sample import RecordError, Sample
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import LocalStore, RemoteStore, open_store
-from lightning_xai.data.shards import Manifest
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardError
+from lightning_xai.data.spans import CaptionTokenizer
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -141,7 +146,7 @@ def test_what_is_whole_is_given_out_where_the_retries_are_used_up(
     assert [isinstance(item, Sample) for item in items] == [isinstance(item, Sample) for item in local]
     assert [item for item in items if isinstance(item, Sample)] == [item for item in local if isinstance(item, Sample)]
     assert 0 < sum(isinstance(item, RecordError) for item in items) < 4
-    assert "(the command that opens it ended with status 18 (the connection was cut); given up after 4" in str(items[3])
+    assert "(the command that opens it ended with status 18 (the connection was cut); attempt 4 of 4)" in str(items[3])
 
 
 def test_a_server_that_is_busy_for_a_moment_is_asked_again(
@@ -202,3 +207,55 @@ def test_a_program_that_is_missing_is_named(
     monkeypatch.setenv("PATH", str(tmp_path))
     items = read_all(RemoteStore("https://127.0.0.1/{}"), manifest)
     assert all("with the program curl, which is not on the PATH: install it" in str(item) for item in items)
+
+
+# --- manifests and whole runs ----------------------------------------------------------------------------------------
+
+
+def test_a_manifest_comes_from_where_its_shards_are(server: Server, manifest: Manifest, tmp_path: Path) -> None:
+    assert Manifest.load(server.address) == manifest
+    assert Manifest.load(f"pipe:cat {tmp_path}/out/{{}}") == manifest
+    server.cut, server.cut_at = 1, 50
+    assert Manifest.load(RemoteStore(f"{server.address}/{{}}", delay=0.01)) == manifest
+
+
+def test_a_manifest_that_is_not_there_says_what_was_tried(server: Server, manifest: Manifest) -> None:
+    with pytest.raises(ShardError, match=r"/nowhere/manifest\.json: cannot be read \(.*404.*attempt 1 of 1"):
+        Manifest.load(RemoteStore(f"{server.address}/nowhere/{{}}", retries=0))
+
+
+@pytest.mark.parametrize(
+    "name", ["x; touch owned #.tar", "$(touch owned).tar", "`touch owned`.tar", "-x.tar", "a/../b.tar"]
+)
+def test_no_hostile_name_of_a_manifest_gets_into_a_command(
+    tmp_path: Path, manifest: Manifest, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "out" / MANIFEST_NAME
+    record = json.loads(path.read_text())
+    record["shards"][0]["name"] = name
+    path.write_text(json.dumps(record))
+    commands = tmp_path / "commands"
+    with pytest.raises(ShardError, match="is not allowed"):
+        Manifest.load(f"pipe:echo run >> {commands}; cat out/{{}}")
+    assert commands.read_text() == "run\n"  # for the manifest
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_reads_from_a_server_as_from_a_folder(tmp_path: Path, workers: int) -> None:
+    folder = make_shards(tmp_path / "out", 23)
+    with Server(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+        batches: list[list[str]] = []
+        for place in (folder, server.address):
+            data = ShardDataModule(train=place, val=place, batch_size=4, num_workers=workers, verify=True)
+            data.bind(TRANSFORM, tokenizer)
+            data.setup("fit")
+            loader = data.train_dataloader()
+            loader.load_state_dict({"epoch": 0, "batches": 2})
+            batches.append([key for batch in loader for key in batch.keys])
+            assert len(batches[-1]) == 12
+        server.shutdown()
+    assert batches[0] == batches[1]

@@ -204,6 +204,7 @@ HOSTILE_NAMES = [
     "a/b.tar",
     "x.tar\n",
     "x.tgz",
+    "-x.tar",
     "",
 ]
 
