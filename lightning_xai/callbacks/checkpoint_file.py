@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             partial.replace(target)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # what stopped the writing may stop this, too
+                partial.unlink(missing_ok=True)
             raise CheckpointWriteError(
                 f"checkpoint {target} could not be written ({error}); earlier checkpoints are untouched: make room or "
                 "mend the permissions of the folder, and start the same command again"

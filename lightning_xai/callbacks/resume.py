@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,12 +85,12 @@ class Resume(Checkpoint):
         self.minutes = minutes
         self.every_n_batches = every_n_batches
         self._folder = folder
+        self._named = folder is not None
         self._settings = settings or {}
         self._chosen = chosen
         self._record: RunRecord | None = None
         self._seed = 0
         self._received: set[int] = set()
-        self._handlers: dict[int, Any] = {}
         self._group: Any = None
         self._saved_at = 0.0
         self._pending: int | None = None
@@ -104,7 +105,6 @@ class Resume(Checkpoint):
         """Take the run's folder, and make sure that all ranks go on from the same checkpoint."""
         self._received.clear()
         self._pending = self._stopping = None
-        self._listen()
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
             # Whether to stop is agreed on by numbers in the host's memory: no step has to wait for its device.
             self._group = dist.new_group(backend="gloo")
@@ -204,12 +204,13 @@ class Resume(Checkpoint):
             self._folder.finish(self._record)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back, and let others into the folder."""
-        self._leave()
+        """Let others into the folder."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back, and let others into the folder."""
-        self._leave()
+        """Let others into the folder."""
+        if self._folder is not None:
+            self._folder.release()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say in every checkpoint which run it belongs to."""
@@ -217,10 +218,9 @@ class Resume(Checkpoint):
             checkpoint[CHECKPOINT_KEY] = {"id": self._record.id}
 
     def _listen(self) -> None:
-        for signum in _SIGNALS:
-            current = signal.getsignal(signum)
-            if current != self._receive:
-                self._handlers.setdefault(signum, current)
+        # Lightning has noted whose the signals were before, and gives them back when it is torn down.
+        if threading.current_thread() is threading.main_thread():
+            for signum in _SIGNALS:
                 signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -273,15 +273,8 @@ class Resume(Checkpoint):
             if not requeued:
                 raise RunStoppedError(f"{step}; the job is back in the queue and will go on from there", 0)
             raise RunStoppedError(f"{step}, but the job could not be requeued ({requeued}): submit it again", 1)
-        where = "" if self._folder is None else f", in {self._folder.path}"
-        raise RunStoppedError(f"{step}; start the same command again to go on{where}", 128 + signum)
-
-    def _leave(self) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers.clear()
-        if self._folder is not None:
-            self._folder.release()
+        how = "" if self._named or self._folder is None else f" with --run={self._folder.path}"
+        raise RunStoppedError(f"{step}; start the same command again{how} to go on", 128 + signum)
 
 
 def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:

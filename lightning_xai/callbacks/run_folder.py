@@ -26,7 +26,7 @@ CHECKPOINT_KEY = "run"
 """Where a checkpoint says which run it belongs to."""
 
 _CHECKPOINT = re.compile(r"step=(\d{1,18})\.ckpt")
-_LEFT_BEHIND = re.compile(r"\.step=\d{1,18}\.ckpt\..+")
+_LEFT_BEHIND = re.compile(r"\.{1,2}step=\d{1,18}\.ckpt\..+")
 _SHOWN = 12
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_xai.callbacks import AtomicCheckpointIO, EmbeddingWriter, Preflight, Resume
+from lightning_xai.callbacks import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
 from lightning_xai.callbacks.preflight import check_allocation
 from lightning_xai.callbacks.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ class TrainingCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         callbacks = list(given.get("callbacks") or [])
-        for kind in (EmbeddingWriter, Preflight):
+        for kind in (EmbeddingWriter, DataFaults, Preflight):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
         if (
