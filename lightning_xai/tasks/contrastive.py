@@ -64,7 +64,7 @@ class ContrastiveModule(L.LightningModule):
         self.max_logit_scale = max_logit_scale
         self.retrieval = RetrievalMetric(ks=recall_at, group_size=val_group_size)
         self._batch_started = 0.0
-        self._broken = 0
+        self._last_step: float | None = None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit-length embeddings of a batch's images [B, K] and captions [C, K]."""
@@ -86,30 +86,32 @@ class ContrastiveModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Start the clock of samples per second; loading counts from the second batch on."""
-        self._batch_started = self._batch_started or time.perf_counter()
+        """Take the time that passed since the step before began, loading this batch included."""
+        now = time.perf_counter()
+        self._last_step = now - self._batch_started if self._batch_started else None
+        self._batch_started = now
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The contrastive loss of the global batch, the same on every rank."""
         image, text = self(batch)
         image, text, valid = gather_features(image, text, batch.valid)
-        loss, accuracy = contrastive_loss(image, text, self.encoder.logit_scale.exp(), valid)
+        scale = self.encoder.logit_scale.exp()
+        loss, accuracy = contrastive_loss(image, text, scale, valid)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, prog_bar=True)
-        self._log_broken("train", len(batch.faults))
-        # Here, since the scheduler has moved on to the next step's rate when the batch ends.
+        self.log("train/logit_scale", scale.detach())
+        # All of it here: a checkpoint is written in a callback's on_train_batch_end, before the module's, and holds
+        # what was logged by then; and the scheduler has moved on to the next step's rate when the batch ends.
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self._last_step is not None:
+            self.log("train/samples_per_second", len(batch.images) * self.trainer.world_size / self._last_step)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Clamp the logit scale, and log what describes the step."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and clamp the logit scale: whoever looks at the model after a step sees it clamped."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.encoder.logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
-        now = time.perf_counter()
-        samples = len(batch.images) * self.trainer.world_size
-        self.log("train/samples_per_second", samples / max(now - self._batch_started, 1e-9))
-        self._batch_started = now
-        self.log("train/logit_scale", self.encoder.logit_scale.detach().exp())
 
     def on_train_epoch_end(self) -> None:
         """Stop the clock: validation is no training time."""
@@ -172,12 +174,8 @@ class ContrastiveModule(L.LightningModule):
             for buffer in self.encoder.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def _log_broken(self, split: str, count: int) -> None:
-        self.log(f"{split}/broken_records", float(count), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
-
     def _evaluate(self, batch: Batch) -> None:
         image, text = self(batch)
-        self._broken += len(batch.faults)
         self.retrieval.update(
             image, text, batch.index, batch.caption_image, batch.caption_index, self.encoder.logit_scale.exp()
         )
@@ -185,8 +183,6 @@ class ContrastiveModule(L.LightningModule):
     def _log_retrieval(self, split: str) -> None:
         results = self.retrieval.compute()
         self.retrieval.reset()
-        self._log_broken(split, self._broken)
-        self._broken = 0
         results[f"{split}/loss"] = results.pop("contrastive_loss")
         results[f"{split}/accuracy"] = results.pop("accuracy")
         for name, value in results.items():
@@ -197,10 +193,11 @@ class ContrastiveModule(L.LightningModule):
 class ContrastiveFineTuning(ContrastiveModule):
     """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
 
-    Logs `train/loss`, `train/accuracy`, `train/learning_rate`, `train/logit_scale`, `train/samples_per_second`, and in
-    validation `val/loss`, `val/accuracy` and recall at k in both directions, and in both how many records were broken
-    (`train/broken_records`, `val/broken_records`). Validation counts all captions of an image
-    as its own; its loss is over fixed groups of images, so that it does not depend on the number of processes.
+    Logs `train/loss`, `train/accuracy`, `train/learning_rate` and `train/logit_scale` as the step was taken with them,
+    and `train/samples_per_second`, all ranks together, from the beginning of the step before to that of this one,
+    loading included; the first step of an epoch and the one after a validation have none. In validation: `val/loss`,
+    `val/accuracy` and recall at k in both directions. Validation counts all captions of an image as its own; its loss
+    is over fixed groups of images, so that it does not depend on the number of processes.
 
     Args:
         model: an open_clip name, the path of a JSON model config, or a checkpoint of this project (`.ckpt`).

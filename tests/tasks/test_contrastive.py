@@ -177,15 +177,24 @@ def test_options_outside_their_range_are_refused(make: Make, options: dict[str, 
 
 
 @pytest.mark.parametrize(("start", "end"), [(math.log(100) + 1, math.log(20)), (-0.5, 0.0)])
-def test_the_logit_scale_is_clamped_after_each_step(
+def test_the_logit_scale_is_clamped_before_callbacks_see_the_step(
     make: Make, shapes: Path, tmp_path: Path, start: float, end: float
 ) -> None:
-    task, trainer = make(max_logit_scale=20.0), trainer_in(tmp_path)
+    class Scale(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+            self.seen.append(pl_module.encoder.logit_scale.item())
+
+    task, scale, recorder = make(max_logit_scale=20.0, final_lr=1e-7), Scale(), Recorder()
     with torch.no_grad():
         task.encoder.logit_scale.fill_(start)
-    trainer.fit(task, batches_of(task, shapes / "train", 1, 4))
-    assert task.encoder.logit_scale.item() == pytest.approx(end, abs=1e-6)
-    assert float(trainer.callback_metrics["train/logit_scale"]) == pytest.approx(math.exp(end), rel=1e-6)
+    trainer = trainer_in(tmp_path, scale, recorder, accumulate_grad_batches=2)
+    trainer.fit(task, batches_of(task, shapes / "train", 3, 4))
+    assert scale.seen == pytest.approx([start, end, end], abs=1e-6)  # the first batch takes no step
+    logged = [row["train/logit_scale"] for row in recorder.logged]
+    assert logged == pytest.approx([math.exp(start), math.exp(start), math.exp(end)], rel=1e-5)
 
 
 def test_a_logit_scale_inside_its_range_is_learned_freely(make: Make, shapes: Path, tmp_path: Path) -> None:
@@ -267,33 +276,51 @@ def test_training_and_validation_log_all_their_numbers(make: Make, shapes: Path,
     trainer.fit(task, data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     recalls = {f"val/{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
-    training = {"loss", "accuracy", "learning_rate", "logit_scale", "samples_per_second", "broken_records"}
-    assert set(logged) == {f"train/{name}" for name in training} | recalls | {
-        "val/loss",
-        "val/accuracy",
-        "val/broken_records",
-    }
+    training = {"loss", "accuracy", "learning_rate", "logit_scale", "samples_per_second"}
+    assert set(logged) == {f"train/{name}" for name in training} | recalls | {"val/loss", "val/accuracy"}
     assert all(math.isfinite(value) for value in logged.values())
     assert all(0 <= logged[name] <= 1 for name in recalls | {"val/accuracy", "train/accuracy"})
     assert logged["train/samples_per_second"] > 1
 
 
-def test_samples_per_second_counts_the_whole_time_between_batches(make: Make, shapes: Path, tmp_path: Path) -> None:
+def test_a_callback_at_the_end_of_a_batch_finds_all_that_its_step_logged(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    recorder, task = Recorder(), make(initial_lr=1e-3, final_lr=1e-2)
+    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 3, 4))
+    step = {"train/loss", "train/accuracy", "train/learning_rate", "train/logit_scale"}
+    speed = {"train/samples_per_second"}
+    assert [set(row) for row in recorder.logged] == [step, step | speed, step | speed]
+    for name in step - {"train/accuracy"}:
+        assert len({row[name] for row in recorder.logged}) == 3, f"{name} is that of another step"
+
+
+def test_samples_per_second_counts_the_whole_time_from_step_to_step_but_no_validation(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
     class Clock(Callback):
         def __init__(self) -> None:
             self.times: list[float] = []
+            self.logged: list[float | None] = []
 
         def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
             time.sleep(0.3)  # waiting for data, say
-
-        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
             self.times.append(time.perf_counter())
 
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+            speed = trainer.logged_metrics.get("train/samples_per_second")
+            self.logged.append(None if speed is None else float(speed))
+
+        def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(2)
+
     task, clock = make(), Clock()
-    trainer = trainer_in(tmp_path, clock)
-    trainer.fit(task, batches_of(task, shapes / "train", 3, 4))
-    expected = 4 / (clock.times[-1] - clock.times[-2])
-    assert float(trainer.callback_metrics["train/samples_per_second"]) == pytest.approx(expected, rel=0.1)
+    data = ShardDataModule(train=shapes / "train", val=shapes / "val", batch_size=24, num_workers=0)
+    trainer_in(tmp_path, clock, val_check_interval=2).fit(task, data)
+    first, second, third, fourth = clock.times
+    assert clock.logged[0] is None
+    assert clock.logged[1] == pytest.approx(24 / (second - first), rel=0.1)
+    assert clock.logged[3] == pytest.approx(24 / (fourth - third), rel=0.1)
 
 
 def test_validation_numbers_are_those_of_a_plain_computation_over_the_whole_split(
