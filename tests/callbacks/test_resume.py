@@ -71,6 +71,9 @@ def fit(run: Path, model: Path, world: Path, *callbacks: Callback, **options: An
         train=world / "train", val=world / "val", batch_size=4, num_workers=0, shuffle_buffer=6, max_fault_fraction=1.0
     )
     best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1, "inference_mode": False,
+    }  # fmt: skip
     trainer = L.Trainer(
         callbacks=[
             GroundingCallback(examples=0),
@@ -80,7 +83,7 @@ def fit(run: Path, model: Path, world: Path, *callbacks: Callback, **options: An
         ],
         plugins=[AtomicCheckpointIO()],
         logger=TensorBoardLogger(run, name="", version=""),
-        **({"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1, "inference_mode": False} | options),
+        **defaults | options,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
