@@ -23,7 +23,8 @@ lightning_xai trains CLIP-like models and shows which words they match with whic
 usage: python -m lightning_xai COMMAND ...
 
 Training and evaluation (Lightning's Trainer; every option can stand in a YAML file given with --config):
-  fit         train, and measure grounding (gamma, rho) before training and after each epoch
+  fit         train, and measure grounding (gamma, rho) before training and after each epoch; with --run=FOLDER it
+              goes on where it was stopped
   validate    measure a model on the validation shards
   test        measure a model on the test shards
   predict     write the embeddings of a split's images and captions
@@ -31,6 +32,7 @@ Training and evaluation (Lightning's Trainer; every option can stand in a YAML f
 Data and models:
   prepare     convert a data set to shards: `prepare shapes` (made here, no download), or coco, flickr30k, hnc,
               conceptual-captions, ms-cxr, roco, rsicd as their publishers ship them
+  verify      see whether prepared shards are whole, every byte and every image
   export      turn a checkpoint into weights that open_clip loads
 
 Explanations:
@@ -46,8 +48,13 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-_FLAGS = ("--prepare", "--list_cells", "--gather")  # of `roar`: given without a value, where the parser wants one
-_COMMANDS = ("prepare", "export", "explain", "sanity-check", "roar", "report")
+_FLAGS = ("--prepare", "--list_cells", "--gather", "--quick")  # given without a value, where the parser wants one
+_COMMANDS = ("prepare", "verify", "export", "explain", "sanity-check", "roar", "report")
+# Commands that take any number of things by their place, which `auto_cli` does not offer: field, type, help.
+_SEVERAL: dict[str, tuple[str, type, str]] = {
+    "report": ("runs", Path, "folder of a finished run; several are compared"),
+    "verify": ("sets", str, "folder of shards, folder of such folders, or address as the data module takes it"),
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -123,6 +130,10 @@ def _command(name: str) -> Any:
         from lightning_xai.commands.report import Report
 
         return Report
+    if name == "verify":
+        from lightning_xai.commands.verify import Verify
+
+        return Verify
     from lightning_xai.commands.sanity_check import SanityCheck
 
     return SanityCheck
@@ -145,8 +156,8 @@ def _run_command(name: str, arguments: list[str]) -> None:
         # Parsers show the first line of a docstring alone.
         description = (inspect.getdoc(command) or "").partition("\nAttributes:")[0]
         more = {"description": description, "formatter_class": KeepsLines}
-    if name == "report":
-        _run_report(command, arguments, more)
+    if name in _SEVERAL:
+        _run_on_several(name, command, arguments, more)
         return
     result = auto_cli(
         command,
@@ -159,15 +170,16 @@ def _run_command(name: str, arguments: list[str]) -> None:
         result()  # more settings than a function should take: the parser has made the object that holds them
 
 
-def _run_report(command: type, arguments: list[str], more: dict[str, Any]) -> None:
-    """Run the one command that takes any number of folders by their place, which `auto_cli` does not offer."""
+def _run_on_several(name: str, command: type, arguments: list[str], more: dict[str, Any]) -> None:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="lightning_xai report", **more)
-    parser.add_argument("run", nargs="+", type=Path, help="folder of a finished run; several are compared")
-    parser.add_class_arguments(command, skip={"runs"}, as_group=False)
+    field, kind, text = _SEVERAL[name]
+    one = field.removesuffix("s")
+    parser = ArgumentParser(prog=f"lightning_xai {name}", **more)
+    parser.add_argument(one, nargs="+", type=kind, help=text)
+    parser.add_class_arguments(command, skip={field}, as_group=False)
     given = parser.parse_args(_as_parsed(arguments))
-    command(given.pop("run"), **given.as_dict())()
+    command(given.pop(one), **given.as_dict())()
 
 
 def _as_parsed(arguments: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -104,11 +103,14 @@ def _run(arguments: list[str], log: str, environment: dict[str, str], start_meth
 
 def finish(arguments: Sequence[str], log: Path, timeout: float = 240) -> int:
     """Run to the end; the exit status."""
-    process = start(arguments, log)
+    return _end_of(start(arguments, log), log, timeout)
+
+
+def _end_of(process: BaseProcess, log: Path, timeout: float) -> int:
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"{arguments} did not end in {timeout} s: {log.read_text()[-3000:]}")
+        raise TimeoutError(f"it did not end in {timeout} s: {log.read_text()[-3000:]}")
     return process.exitcode
 
 
@@ -130,11 +132,7 @@ def stop_at_random(
         return None
     signum = rng.choice(list(signals))
     os.kill(process.pid or 0, signum)
-    process.join(120)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"{signal.Signals(signum).name} did not end {arguments}: {log.read_text()[-3000:]}")
-    return Stopped(signum, process.exitcode)
+    return Stopped(signum, _end_of(process, log, 120))
 
 
 def left_by(run: Path) -> Left:

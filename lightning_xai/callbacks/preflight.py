@@ -36,7 +36,7 @@ def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
         f"{parameters / 1e6:.1f} M parameters in {trainer.precision} on {world} x {where}"
         + (f" ({trainer.num_nodes} nodes)" if trainer.num_nodes > 1 else "")
     ]
-    size = getattr(trainer.datamodule, "batch_size", None)
+    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if isinstance(size, int):
         line = f"batch: {size:,} on each device, {size * world:,} in all, which are each other's negatives"
         chunk = getattr(module, "chunk_size", None)

@@ -96,11 +96,6 @@ class Resume(Checkpoint):
         self._pending: int | None = None
         self._stopping: int | None = None
 
-    @property
-    def folder(self) -> Path | None:
-        """The run's folder, once it is known."""
-        return None if self._folder is None else self._folder.path
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the run's folder, and make sure that all ranks go on from the same checkpoint."""
         self._received.clear()

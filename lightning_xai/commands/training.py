@@ -106,7 +106,7 @@ class TrainingCLI(LightningCLI):
     def _enter(self, run: Path) -> None:
         """Lock a run's folder, put all that the run writes there, and look what it holds."""
         self._folder = RunFolder(run)
-        if rank_zero_only.rank == 0:
+        if _is_first():
             self._folder.lock()
         record = self._folder.read()
         if record is not None:
@@ -176,5 +176,10 @@ def _inside(logger: Any, run: Path) -> Any:
 
 
 def _say(text: str) -> None:
-    if rank_zero_only.rank == 0:
+    if _is_first():
         print(text, flush=True)  # noqa: T201 - where a run goes on is what its user wants to know first
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0; Lightning has worked that out from the environment when it was imported."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0

@@ -4,6 +4,7 @@ import multiprocessing
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from lightning_xai.callbacks import AtomicCheckpointIO
 from lightning_xai.callbacks.checkpoint_file import CheckpointWriteError, damage
 
-STATE = {"weights": torch.arange(1000.0), "step": 3}
+STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "step": 3}
 
 
 def written(path: Path) -> Path:
