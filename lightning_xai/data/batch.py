@@ -13,7 +13,7 @@ from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.negatives import NegativeRows, Negatives
 from lightning_xai.data.object_swaps import object_swaps
 from lightning_xai.data.phrases import NamedBoxes, PhraseRows, Phrases, named_boxes
-from lightning_xai.data.sample import HardNegative, RecordError, Sample, read_image
+from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.data.stable_hash import stable_hash
 from lightning_xai.data.tensor_fields import TensorFields
@@ -223,17 +223,11 @@ def _read_images(records: Sequence[Record], transform: ImageTransform, context_l
 
 
 def _read_pixels(sample: Sample, transform: ImageTransform) -> Tensor:
-    where = f"record {sample.key!r} ({sample.source})"
-    image = read_image(sample.image, where)
-    if image.size != sample.size:
-        raise RecordError(
-            f"{where}: the image has {image.size} pixels, its annotation is for {sample.size}, so the boxes do not "
-            "fit; annotate the image at its own size and prepare the shards again"
-        )
+    image = decode_image(sample)
     try:
         return transform(image)
     except RecordError as error:
-        raise RecordError(f"{where}: {error}", kind=error.kind) from error
+        raise RecordError(f"record {sample.key!r} ({sample.source}): {error}", kind=error.kind) from error
 
 
 def _check_blanks(sample: Sample, context_length: int) -> None:

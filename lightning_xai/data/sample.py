@@ -150,6 +150,22 @@ def read_image(data: bytes, origin: str) -> Image.Image:
         ) from error
 
 
+def decode_image(sample: Sample) -> Image.Image:
+    """A sample's image, see `read_image`.
+
+    Raises:
+        RecordError: it cannot be decoded, or is not of the size that its regions are given for.
+    """
+    where = f"record {sample.key!r} ({sample.source})"
+    image = read_image(sample.image, where)
+    if image.size != sample.size:
+        raise RecordError(
+            f"{where}: the image has {image.size} pixels, its annotation is for {sample.size}, so the boxes do not "
+            "fit; annotate the image at its own size and prepare the shards again"
+        )
+    return image
+
+
 def exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation (1 to 8) of an opened image file; 1, upright, where it has none that can be read."""
     try:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 
-from lightning_xai.data.faults import DUPLICATE_KEY, MISSING_SHARD, UNREADABLE_SHARD
+from lightning_xai.data.faults import DUPLICATE_KEY, MISSING_SHARD, UNPAIRED_MEMBER, UNREADABLE_SHARD
 from lightning_xai.data.sample import IMAGE_MEMBERS, RecordError, Sample, decode_sample
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest, ShardEntry
@@ -72,8 +72,8 @@ def _read_shard(
         partial(store.open, entry.name, entry.bytes), RECORD_MEMBERS, wanted.start, wanted.stop, passed_over
     )
     positions = (position for position in wanted if position not in passed_over)
-    for record in records:
-        yield next(positions), decode_record(origin, record)
+    for _, item in decode_records(origin, records):
+        yield next(positions), item
     reason = records.damage or f"the shard ends after {records.seen} records"
     for missing in positions:
         yield (
@@ -86,13 +86,21 @@ def _read_shard(
         )
 
 
-def decode_record(origin: str, record: TarRecord) -> Sample | RecordError:
-    """The sample that a shard's record holds, its image not decoded, or what is wrong with it.
+def decode_records(origin: str, records: TarRecords) -> Iterator[tuple[str, Sample | RecordError]]:
+    """Key and sample of each of a shard's records, or what is wrong with it; images are not decoded.
 
     Args:
         origin: the shard, for messages.
-        record: the record.
+        records: its records; the last one is left out where only a part of it lies before damage.
     """
+    for record in records:
+        item = _decode(origin, record)
+        if records.damage and isinstance(item, RecordError) and item.kind == UNPAIRED_MEMBER:
+            return
+        yield record.key, item
+
+
+def _decode(origin: str, record: TarRecord) -> Sample | RecordError:
     if record.fault:
         message = f"{origin}, record {record.key}: {record.fault}; prepare the shard again"
         return RecordError(message, kind=DUPLICATE_KEY)

@@ -1,17 +1,139 @@
-"""Checks whether a folder of shards holds what its manifest says."""
+"""Checks whether a set of shards holds what its manifest says."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, BinaryIO
 
-from lightning_xai.data.faults import UNREADABLE_SHARD, WRONG_CHECKSUM, Fault
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_xai.data.faults import (
+    DUPLICATE_KEY,
+    MISSING_SHARD,
+    UNREADABLE_SHARD,
+    WRONG_CHECKSUM,
+    WRONG_COUNT,
+    Fault,
+    FaultCounts,
+)
+from lightning_xai.data.sample import RecordError, Sample, decode_image
+from lightning_xai.data.shard_reader import RECORD_MEMBERS, decode_records
 from lightning_xai.data.shard_store import ShardStore
-from lightning_xai.data.shards import ShardEntry
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardEntry, find_file_fault
+from lightning_xai.data.tar_records import TarRecords
 
-__all__ = ["find_wrong_checksums"]
+__all__ = ["ShardReport", "Verification", "find_wrong_checksums", "read_reports"]
 
 _BLOCK = 1 << 20
+_KEPT_MESSAGES = 10
+_KEY_BYTES = 16
+
+
+@dataclass
+class ShardReport:
+    """What is in one shard, and what is wrong with it.
+
+    Attributes:
+        entry: the shard, as the manifest lists it.
+        kinds: kind of fault -> how often.
+        findings: what was found, one for each message there could be; lost records are one.
+        messages: of the first findings.
+        captions: of its usable samples.
+        labels: of its usable samples' regions.
+        keys: hashes of the keys of all its records, in order, [N] bytes.
+    """
+
+    entry: ShardEntry
+    kinds: Counter[str] = field(default_factory=Counter)
+    findings: int = 0
+    messages: list[str] = field(default_factory=list)
+    captions: int = 0
+    labels: set[str] = field(default_factory=set)
+    keys: NDArray[np.bytes_] = field(default_factory=lambda: np.empty(0, dtype=f"S{_KEY_BYTES}"))
+
+    def add(self, kind: str, message: str, count: int = 1) -> None:
+        """Note a fault."""
+        self.kinds[kind] += count
+        self.findings += 1
+        if len(self.messages) < _KEPT_MESSAGES:
+            self.messages.append(message)
+
+
+class Verification:
+    """Sums up the reports of all shards of a set, and adds what is wrong between shards.
+
+    Args:
+        manifest: of the set.
+
+    Attributes:
+        counts: faults by shard and kind.
+        findings: what was found, in as many messages.
+        messages: of the first findings.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.counts: FaultCounts = Counter()
+        self.findings = 0
+        self.messages: list[str] = []
+        self._manifest = manifest
+        self._captions = 0
+        self._labels: set[str] = set()
+        self._keys: list[NDArray[np.bytes_]] = []
+
+    def add(self, report: ShardReport) -> None:
+        """Take up the next shard's report; in the order of the manifest."""
+        for kind, count in report.kinds.items():
+            self.counts[report.entry.name, kind] += count
+        self._say(report.messages, report.findings)
+        self._captions += report.captions
+        self._labels |= report.labels
+        self._keys.append(report.keys)
+
+    def compare(self) -> None:
+        """Behind the last report of whole reading: look for keys in several shards, and check the manifest's counts."""
+        names = [entry.name for entry in self._manifest.shards]
+        for shard, record, other, first in _repeated_keys(self._keys):
+            self.counts[names[shard], DUPLICATE_KEY] += 1
+            self._say([f"{names[shard]}: record {record} has the key of record {first} of {names[other]} (from 0)"])
+        if self.counts:
+            return  # what could not be read is missing in the sums
+        for name, stated, found in (
+            ("captions", self._manifest.captions, self._captions),
+            ("labels", self._manifest.labels, tuple(sorted(self._labels))),
+        ):
+            if stated != found:
+                self.counts[MANIFEST_NAME, WRONG_COUNT] += 1
+                self._say([f"{MANIFEST_NAME} says {name}: {stated}, the shards hold {found}"])
+
+    def _say(self, messages: Iterable[str], findings: int = 1) -> None:
+        self.findings += findings
+        self.messages.extend(messages)
+        del self.messages[_KEPT_MESSAGES:]
+
+
+def read_reports(
+    store: ShardStore, manifest: Manifest, *, quick: bool = False, workers: int = 0
+) -> Iterator[ShardReport]:
+    """Check each shard by itself; reads everything once.
+
+    Args:
+        store: where the shards lie.
+        manifest: what they should hold.
+        quick: sizes and checksums only; records are not decoded.
+        workers: processes that read; 0: this one. They start at once.
+
+    Returns:
+        One report per shard, in the manifest's order.
+    """
+    workers = min(workers, len(manifest.shards))
+    return iter(DataLoader(_Reports(store, manifest, quick), batch_size=None, num_workers=workers))
 
 
 def find_wrong_checksums(store: ShardStore, shards: Iterable[ShardEntry]) -> list[Fault]:
@@ -19,15 +141,127 @@ def find_wrong_checksums(store: ShardStore, shards: Iterable[ShardEntry]) -> lis
     return [fault for entry in shards if (fault := _find_wrong_checksum(store, entry)) is not None]
 
 
-def _find_wrong_checksum(store: ShardStore, entry: ShardEntry) -> Fault | None:
-    digest = hashlib.sha256()
+@dataclass
+class _Reports(Dataset[ShardReport]):
+    store: ShardStore
+    manifest: Manifest
+    quick: bool
+
+    def __len__(self) -> int:
+        return len(self.manifest.shards)
+
+    def __getitem__(self, shard: int) -> ShardReport:
+        report = ShardReport(self.manifest.shards[shard])
+        fault = find_file_fault(self.store, report.entry)
+        if fault is not None:
+            report.add(fault.kind, fault.message)
+        if fault is None and self.quick:
+            fault = _find_wrong_checksum(self.store, report.entry)
+            if fault is not None:
+                report.add(fault.kind, fault.message)
+        elif not self.quick and (fault is None or fault.kind != MISSING_SHARD):
+            _read_records(self.store, report, same_size=fault is None)
+        return report
+
+
+def _read_records(store: ShardStore, report: ShardReport, same_size: bool) -> None:
+    """Decode all records of a shard, and hash its bytes on the way."""
+    entry = report.entry
+    stream = _HashedStream(partial(store.open, entry.name, entry.bytes))
+    records = TarRecords(lambda: io.BufferedReader(stream, _BLOCK), RECORD_MEMBERS)
+    keys = []
+    for key, item in decode_records(entry.name, records):
+        keys.append(hashlib.blake2b(key.encode(), digest_size=_KEY_BYTES).digest())
+        _look_at(item, report)
+    report.keys = np.array(keys, dtype=f"S{_KEY_BYTES}")
+    if records.damage or len(keys) < entry.samples:
+        reason = records.damage or f"it ends after {len(keys)} records"
+        lost = max(entry.samples - len(keys), 1)
+        report.add(UNREADABLE_SHARD, f"{entry.name}: {lost:,} of {entry.samples:,} records are lost ({reason})", lost)
+    elif len(keys) > entry.samples:
+        message = f"{entry.name} holds {len(keys):,} records, the manifest says {entry.samples:,}"
+        report.add(WRONG_COUNT, message, len(keys) - entry.samples)
+    if same_size and stream.ended and (fault := _compare(stream, entry)) is not None:
+        report.add(fault.kind, fault.message)
+
+
+def _look_at(item: Sample | RecordError, report: ShardReport) -> None:
     try:
-        with store.open(entry.name, entry.bytes) as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
+        if isinstance(item, RecordError):
+            raise item
+        decode_image(item)
+    except RecordError as error:
+        message = str(error)
+        report.add(error.kind, message if report.entry.name in message else f"{report.entry.name}, {message}")
+    else:
+        report.captions += len(item.captions)
+        report.labels.update(region.label for region in item.regions)
+
+
+def _find_wrong_checksum(store: ShardStore, entry: ShardEntry) -> Fault | None:
+    stream = _HashedStream(partial(store.open, entry.name, entry.bytes))
+    try:
+        stream.close()
     except OSError as error:
         return Fault(-1, UNREADABLE_SHARD, f"{entry.name} cannot be read ({error})")
-    if digest.hexdigest() == entry.sha256:
+    return _compare(stream, entry)
+
+
+def _compare(stream: _HashedStream, entry: ShardEntry) -> Fault | None:
+    found = stream.sha256.hexdigest()
+    if found == entry.sha256:
         return None
-    message = f"{entry.name} has the SHA-256 {digest.hexdigest()[:16]}..., not {entry.sha256[:16]}..."
-    return Fault(-1, WRONG_CHECKSUM, message)
+    return Fault(-1, WRONG_CHECKSUM, f"{entry.name} has the SHA-256 {found[:16]}..., not {entry.sha256[:16]}...")
+
+
+class _HashedStream(io.RawIOBase):
+    """The bytes of a file, which are hashed on the way; closing it reads what is left.
+
+    Attributes:
+        sha256: of the bytes so far.
+        ended: whether these are all.
+    """
+
+    def __init__(self, opened: Callable[[], BinaryIO]) -> None:
+        self.sha256 = hashlib.sha256()
+        self.ended = False
+        self._opened = opened
+        self._source: BinaryIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._take(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            while not self.ended:
+                self._take(_BLOCK)
+        finally:
+            super().close()
+            if self._source is not None:
+                self._source.close()
+
+    def _take(self, size: int) -> bytes:
+        if self._source is None:
+            self._source = self._opened()
+        data = self._source.read(size)
+        self.sha256.update(data)
+        self.ended = self.ended or not data
+        return data
+
+
+def _repeated_keys(keys: list[NDArray[np.bytes_]]) -> Iterator[tuple[int, int, int, int]]:
+    """Shard and record of each key that another shard before had, and that shard and record."""
+    begins = np.cumsum([0, *(len(part) for part in keys)])
+    _, first, rank = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
+    first = first[rank]
+    for place in np.flatnonzero(first != np.arange(len(first))):
+        shard, other = np.searchsorted(begins, [place, first[place]], side="right") - 1
+        if shard != other:  # otherwise it was found in the shard itself
+            yield int(shard), int(place - begins[shard]), int(other), int(first[place] - begins[other])

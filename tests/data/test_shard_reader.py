@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from shard_files import make_sample, make_samples, members_of, read, write, write_by_hand
 
+from lightning_xai.data.faults import UNREADABLE_SHARD
 from lightning_xai.data.sample import RecordError, Sample
 from lightning_xai.data.shard_reader import read_samples
 
@@ -148,6 +149,16 @@ def test_a_truncated_shard_gives_what_is_whole_and_the_exact_count(tmp_path: Pat
         assert items[:intact] == samples[:intact]
         assert all(isinstance(item, RecordError) for item in items[intact:3])
         assert items[3:] == samples[3:]
+
+
+def test_a_record_cut_in_two_is_lost_as_those_behind_it_are(tmp_path: Path) -> None:
+    manifest = write(tmp_path, make_samples(4), samples_per_shard=4)
+    shard = tmp_path / "shard-000000.tar"
+    with tarfile.open(shard) as tar:
+        second = tar.getmembers()[3]  # of the second record, whose first member is whole
+    shard.write_bytes(shard.read_bytes()[: second.offset_data + 10])
+    kinds = [item.kind for item in read(tmp_path, manifest) if isinstance(item, RecordError)]
+    assert kinds == [UNREADABLE_SHARD] * 3
 
 
 def test_random_damage_never_crashes_and_never_changes_the_count(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""`verify`: whether prepared shards hold what their manifest says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich.markup import escape
+
+# No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there.
+
+
+@dataclass
+class Verify:
+    """Read sets of shards once as a whole, and say which of them are damaged.
+
+    Compares sizes and SHA-256 with the manifest, decodes every record and image, and looks for records without their
+    image or text, for keys that come twice, and for wrong counts. Ends with status 1 where anything is wrong.
+
+    A prepared set, or all the sets in a folder:
+      python -m lightning_xai verify data/coco/train data/coco/val
+      python -m lightning_xai verify data/coco
+    After copying to another machine:
+      python -m lightning_xai verify data/coco --quick
+
+    Attributes:
+        sets: folders of shards, or folders of such; or addresses and commands as the data module takes them.
+        quick: compare sizes and SHA-256 only, without decoding.
+        workers: processes that read; left out: as many as there are CPU cores.
+        retries: how often a shard from elsewhere is opened again where its stream breaks off.
+    """
+
+    sets: list[str]
+    quick: bool = False
+    workers: int | None = None
+    retries: int = 3
+
+    def __call__(self) -> None:
+        """Check them, with a progress bar.
+
+        Raises:
+            ValueError: something is wrong with one of them; the message names the shards.
+        """
+        workers = (os.cpu_count() or 1) if self.workers is None else self.workers
+        if workers < 0:
+            raise ValueError(f"workers has to be at least 0; got {workers}")
+        found = [_verify(place, self, workers) for given in self.sets for place in _sets_in(given)]
+        wrong = [result.wrong for result in found if result.wrong]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        samples, shards = sum(result.samples for result in found), sum(result.shards for result in found)
+        how = "; sizes and SHA-256 only, --quick decodes nothing" if self.quick else ""
+        print(f"ok: {samples:,} samples in {shards:,} shards{how}")  # noqa: T201 - this is what was asked
+
+
+class _Result(NamedTuple):
+    """How large a set is, and what is wrong with it."""
+
+    samples: int
+    shards: int
+    wrong: str
+
+
+def _sets_in(given: str) -> list[str]:
+    """A set itself, or the sets in a folder that is none."""
+    from pathlib import Path
+
+    from lightning_xai.data.shards import MANIFEST_NAME
+
+    folder = Path(given)
+    if (folder / MANIFEST_NAME).exists():
+        return [given]
+    return sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_NAME}")) or [given]
+
+
+def _verify(place: str, options: Verify, workers: int) -> _Result:
+    """Check one set, and show the faults of its shards."""
+    from lightning_xai.data.faults import fault_table, worst_shards
+    from lightning_xai.data.shard_store import open_store
+    from lightning_xai.data.shards import Manifest, ShardError, progress_bar
+    from lightning_xai.data.verification import Verification, read_reports
+
+    store = open_store(place, options.retries)
+    try:
+        manifest = Manifest.read(store)
+    except ShardError as error:
+        return _Result(0, 0, str(error))
+    verification = Verification(manifest)
+    # Workers start here, before the bar, whose thread must not be forked.
+    reports = read_reports(store, manifest, quick=options.quick, workers=workers)
+    with progress_bar(True) as bar:
+        task = bar.add_task(escape(str(store)), total=manifest.samples)
+        for report in reports:
+            verification.add(report)
+            bar.advance(task, report.entry.samples)
+    if not options.quick:
+        verification.compare()
+    counts = verification.counts
+    wrong = ""
+    if counts:
+        more = verification.findings - len(verification.messages)
+        lines = [f"{store}:", fault_table(counts), *verification.messages, *([f"and {more:,} more"] if more else [])]
+        print("\n".join(lines))  # noqa: T201 - this is what was asked
+        faults = "fault" if counts.total() == 1 else "faults"
+        wrong = (
+            f"{store}: {counts.total():,} {faults} in {worst_shards(counts)}. Copy these shards again from where they "
+            "are whole, or prepare the data again"
+        )
+    return _Result(manifest.samples, len(manifest.shards), wrong)
