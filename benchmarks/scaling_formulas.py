@@ -91,11 +91,11 @@ class DataMeasures:
         manifest_memory: bytes of a process that holds a manifest, for each shard.
     """
 
-    bytes_per_sample: float = 162_000
-    reader_rate: float = 100
+    bytes_per_sample: float = 164_500
+    reader_rate: float = 147
     manifest_bytes: float = 179
-    manifest_seconds: float = 30e-6
-    manifest_memory: float = 360
+    manifest_seconds: float = 14e-6
+    manifest_memory: float = 346
 
 
 @dataclass(frozen=True)
@@ -310,9 +310,9 @@ def read_rate(cluster: Cluster, data: DataMeasures, world: int) -> float:
 RESOURCES = {
     "readers": "more `num_workers` and cores; images stored at the size they are trained at",
     "storage": "shards copied to the nodes' own disks; images stored at the size they are trained at",
-    "GPU memory": "`gradient_checkpointing`, `chunk_size`, FSDP2; against logits only a smaller global batch",
-    "loss": "a smaller `batch_size`: its time grows with the square of the global batch",
-    "network": "a larger `batch_size` with `chunk_size`, so that gradients are exchanged more rarely",
+    "GPU memory": "activations: `gradient_checkpointing`, `chunk_size`; weights: FSDP2; logits: a smaller `batch_size`",
+    "loss": "a smaller `batch_size`: the time of the loss grows with the square of the global batch",
+    "network": "gradients: a larger `batch_size`, if need be with `chunk_size`; features: a smaller one",
     "pairs": "a smaller `batch_size`: an epoch needs one batch for each rank",
 }
 """What can run out, and the setting that moves it."""
