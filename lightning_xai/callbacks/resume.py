@@ -103,7 +103,7 @@ class Resume(Checkpoint):
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
             # Whether to stop is agreed on by numbers in the host's memory: no step has to wait for its device.
             self._group = dist.new_group(backend="gloo")
-        if stage != "fit":
+        if stage != "fit" or trainer.fast_dev_run:
             return
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._folder is None:
@@ -234,7 +234,8 @@ class Resume(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         """Write a checkpoint under a name that nobody takes for one, until what belongs to it is logged."""
-        assert self._folder is not None, "Lightning calls setup first"
+        if self._folder is None or self._record is None:
+            return  # a dry run (fast_dev_run) leaves nothing
         self._commit(trainer)
         step = trainer.global_step
         trainer.save_checkpoint(self._folder.pending(step), weights_only=False)

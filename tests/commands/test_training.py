@@ -224,3 +224,13 @@ def test_too_few_samples_for_a_batch_are_refused_before_the_first_validation(con
     )
     assert "96 samples do not fill one batch of 97" in told
     assert "val:" not in told
+
+
+def test_a_dry_run_leaves_nothing(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "runs"
+    options = [f"--config={config}", f"--trainer.default_root_dir={root}", "--trainer.fast_dev_run=true"]
+    log = tmp_path / "log"
+    assert finish(["fit", *options], log) == 0, log.read_text()[-3000:]
+    assert not list(root.glob("**/*.ckpt"))
+    assert not list(root.glob("**/run.json"))
