@@ -20,7 +20,8 @@ from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shards import Manifest
 from lightning_xai.report.results import EvaluationResult
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+WHY_NOT = why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 TRAIN, VAL, EPOCHS, BATCH = 256, 48, 2, 8
 STEPS = EPOCHS * TRAIN // (2 * BATCH)
