@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             build_cli(args)
     except Exception as error:
-        told = _meant_for_the_user(error)
+        told = _meant_for_the_user(error) or _lost_process(error)
         if told is None:
             raise
         print(f"lightning_xai {arguments[0]}: {told}", file=sys.stderr)  # noqa: T201
@@ -208,6 +208,23 @@ def _as_parsed(arguments: Sequence[str]) -> list[str]:
         else:
             parsed.append(option + equals + value)
     return parsed + [f"{group}={json.dumps(values)}" for group, values in nested.items()]
+
+
+def _lost_process(error: BaseException) -> str | None:
+    """What to do where a process waits in vain for another one, if that is what an error means.
+
+    Example:
+        >>> _lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer"))[:41]
+        'lost another process of the same run, or '
+    """
+    kinds = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+    text = str(error).partition("\n")[0]
+    if type(error).__name__ in kinds or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)):
+        return (
+            "lost another process of the same run, or waited for it in vain: its own message, on its node, says why. "
+            f"Start the same command again to go on from the last checkpoint ({text[:200]})"
+        )
+    return None
 
 
 def _meant_for_the_user(error: BaseException | None) -> BaseException | None:

@@ -103,7 +103,7 @@ class Resume(Checkpoint):
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
             # Whether to stop is agreed on by numbers in the host's memory: no step has to wait for its device.
             self._group = dist.new_group(backend="gloo")
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._folder is None:
