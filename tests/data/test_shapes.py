@@ -30,7 +30,9 @@ from lightning_xai.data.shapes import (
     split_pairs,
 )
 from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shard_store import LocalStore
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardError
+from lightning_xai.data.verification import find_wrong_checksums
 
 COUNT = 600
 
@@ -282,7 +284,7 @@ def test_prepared_shards_hold_the_world_and_are_made_once(tmp_path: Path) -> Non
     prepare_shapes(tmp_path, train=150, val=30, seed=2, progress=False)
     for split, count in (("train", 150), ("val", 30)):
         manifest = Manifest.load(tmp_path / split)
-        manifest.verify(tmp_path / split)
+        assert find_wrong_checksums(LocalStore(tmp_path / split), manifest.shards) == []
         assert manifest.labels == tuple(sorted(SHAPES))
         items = [item for _, item in read_samples(tmp_path / split, manifest, range(len(manifest.shards)), 0, count)]
         assert items == list(read_shapes(split, count, seed=2))
@@ -329,7 +331,8 @@ def test_several_that_prepare_at_once_all_succeed(tmp_path: Path) -> None:
         for done in [pool.submit(prepare) for _ in range(3)]:
             done.result(timeout=60)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
-    Manifest.load(tmp_path / "out" / "train").verify(tmp_path / "out" / "train")
+    folder = tmp_path / "out" / "train"
+    assert find_wrong_checksums(LocalStore(folder), Manifest.load(folder).shards) == []
 
 
 def test_reading_is_lazy() -> None:

@@ -1,0 +1,219 @@
+"""What the data module refuses before a run starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from captioned_shards import make_shards
+from damaged_shards import Reader, damage_image, shard_path
+from distributed import join_lightning, run_distributed
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_xai.data.batch import Batch
+from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.shards import ShardError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*smaller than the logging interval",
+    "ignore:.*LeafSpec",
+    "ignore:.*worker processes in total",
+    "ignore:.*`srun` command is available",
+    "ignore:.*callbacks used to create the checkpoint",
+)
+
+
+class CountingReader(Reader):
+    """Counts its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.batches += 1
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.batches += 1
+
+
+def trainer_in(folder: Path, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+    }
+    return Trainer(**(defaults | options))
+
+
+def data_of(folder: Path, **options: Any) -> ShardDataModule:
+    defaults: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "shuffle_buffer": 5}
+    return ShardDataModule(train=folder, val=folder, **(defaults | options))
+
+
+# --- going on from a checkpoint ---
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, shards: Path) -> Path:
+    """Written in the middle of an epoch of 14 batches."""
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    trainer = trainer_in(tmp_path, callbacks=[saver], enable_checkpointing=True, limit_val_batches=0)
+    trainer.fit(CountingReader(), data_of(shards))
+    return tmp_path / "step=5.ckpt"
+
+
+def go_on(checkpoint: Path, data: ShardDataModule) -> CountingReader:
+    module = CountingReader()
+    trainer_in(checkpoint.parent, limit_val_batches=0).fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"batch_size": 5}, "batch_size was 4 and is 5"),
+        ({"seed": 3}, "seed was 0 and is 3"),
+        ({"shuffle_buffer": 6}, "shuffle_buffer was 5 and is 6"),
+        ({"num_workers": 2}, "num_workers was 1 and is 2"),
+        ({"captions_per_image": 1}, "captions_per_image was None and is 1"),
+        ({"seed": 3, "num_workers": 2}, "seed was 0 and is 3; num_workers was 1 and is 2"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_batches(
+    checkpoint: Path, shards: Path, options: dict[str, Any], change: str
+) -> None:
+    data = data_of(shards, **options)
+    module = CountingReader()
+    with pytest.raises(ValueError, match="cannot go on from this checkpoint") as caught:
+        trainer_in(checkpoint.parent).fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    assert f"would hold other samples: {change}. Restore the former values; or, to start a new run" in str(caught.value)
+    assert f"--model.init_args.model={checkpoint} --model.init_args.pretrained=null" in str(caught.value)
+    assert module.batches == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_workers": 1},  # the same order as without a worker
+        {"eval_batch_size": 3},
+        {"max_fault_fraction": 0.5},
+        {"persistent_workers": True, "num_workers": 1},
+        {"swap_objects": True},
+    ],
+)
+def test_a_run_goes_on_where_the_batches_are_the_same(checkpoint: Path, shards: Path, options: dict[str, Any]) -> None:
+    assert go_on(checkpoint, data_of(shards, **options)).batches == 14 - 5
+
+
+def test_changed_shards_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    other = make_shards(tmp_path / "other", 57, broken=[2])
+    with pytest.raises(ValueError, match="the shard list or the content of a shard has changed") as caught:
+        go_on(checkpoint, data_of(other))
+    assert "samples was" not in str(caught.value)
+    assert "fingerprint was " in str(caught.value)
+    fewer = make_shards(tmp_path / "fewer", 47)
+    with pytest.raises(ValueError, match="has changed since the checkpoint was written; samples was 57 and is 47"):
+        go_on(checkpoint, data_of(fewer))
+
+
+def test_evaluation_takes_a_checkpoint_of_any_training_data(checkpoint: Path, one_shard: Path, tmp_path: Path) -> None:
+    data = data_of(one_shard, batch_size=3)
+    trainer_in(tmp_path).validate(CountingReader(), data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    data = ShardDataModule(test=one_shard, batch_size=3, num_workers=0)
+    trainer_in(tmp_path).test(CountingReader(), data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+
+
+def go_on_with_others(checkpoint: str, shards: str, out: str) -> str:
+    trainer = trainer_in(Path(out), **join_lightning())
+    try:
+        trainer.fit(CountingReader(), data_of(Path(shards)), ckpt_path=checkpoint, weights_only=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_another_number_of_processes_is_refused_by_all(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    for told in run_distributed(go_on_with_others, str(checkpoint), str(shards), str(tmp_path)):
+        assert "would hold other samples: world was 1 and is 2. Restore" in told
+
+
+# --- before a run ---
+
+
+def test_too_few_samples_are_refused_before_anything_runs(tmp_path: Path, one_shard: Path) -> None:
+    module = CountingReader()
+    with pytest.raises(ValueError, match="23 samples do not fill one batch of 24 on each of 1 ranks; lower batch_size"):
+        trainer_in(tmp_path).fit(module, data_of(one_shard, batch_size=24))
+    assert module.batches == 0
+    data_of(one_shard, batch_size=24).setup("validate")
+
+
+def test_with_more_ranks_than_samples_no_batch_size_is_advised(tmp_path: Path) -> None:
+    data = data_of(make_shards(tmp_path / "s", 3), batch_size=1)
+    data.trainer = trainer_in(tmp_path, devices=4, strategy="ddp")
+    with pytest.raises(ValueError, match="3 samples do not fill one batch of 1 on each of 4 ranks; use fewer devices"):
+        data.setup("fit")
+
+
+@pytest.fixture
+def two_changed(tmp_path: Path) -> Path:
+    folder = make_shards(tmp_path / "changed", 50)
+    for shard in (1, 4):
+        damage_image(folder, shard, 0)
+    return folder
+
+
+def test_checksums_are_compared_where_asked(two_changed: Path, tmp_path: Path) -> None:
+    data_of(two_changed).setup("fit")
+    told = r"2 of 5 shards are not as manifest\.json says: shard-000001\.tar has the SHA-256 .*; shard-000004\.tar has "
+    module = CountingReader()
+    with pytest.raises(ShardError, match=told):
+        trainer_in(tmp_path).fit(module, data_of(two_changed, verify=True))
+    assert module.batches == 0
+    sound = make_shards(tmp_path / "sound", 20)
+    data_of(sound, verify=True).setup("fit")
+
+
+def test_checksums_are_compared_once(tmp_path: Path) -> None:
+    data = data_of(make_shards(tmp_path / "s", 20), verify=True)
+    data.setup("validate")
+    damage_image(tmp_path / "s", 0, 0)
+    data.setup("validate")
+    with pytest.raises(ShardError, match="1 of 2 shards"):
+        data.setup("fit")  # the training shards, of which nothing was compared yet
+
+
+def verify_on_this_rank(folder: str, out: str) -> str:
+    trainer = trainer_in(Path(out), **join_lightning())
+    try:
+        trainer.validate(CountingReader(), data_of(Path(folder), verify=True), verbose=False)
+    except ShardError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_tell_what_each_of_them_has_found(two_changed: Path, tmp_path: Path) -> None:
+    first, second = run_distributed(verify_on_this_rank, str(two_changed), str(tmp_path))
+    assert first == second
+    assert "2 of 5 shards" in first
+    sound = make_shards(tmp_path / "sound", 20)
+    assert run_distributed(verify_on_this_rank, str(sound), str(tmp_path)) == ["", ""]
+
+
+def test_a_shard_that_vanishes_is_refused_by_the_next_run(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", 20)
+    shard_path(folder, 1).unlink()
+    with pytest.raises(ShardError, match=r"1 of 2 shards are not as manifest\.json says: shard-000001\.tar is missing"):
+        data_of(folder).setup("fit")
