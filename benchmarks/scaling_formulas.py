@@ -228,7 +228,12 @@ class Shape:
 
 def passes(plan: Plan) -> int:
     """Passes through the towers in a step, counted in forward passes."""
-    return 1 + BACKWARD + plan.gradient_checkpointing + (plan.chunk_size is not None)
+    return 1 + BACKWARD + plan.gradient_checkpointing + (chunks(plan) > 1)
+
+
+def chunks(plan: Plan) -> int:
+    """Parts in which a rank embeds its batch."""
+    return -(-plan.batch_size // plan.chunk_size) if plan.chunk_size else 1
 
 
 def towers_seconds(shape: Shape, plan: Plan, cluster: Cluster) -> float:
@@ -248,13 +253,14 @@ def exchange_bytes(shape: Shape, plan: Plan, world: int) -> tuple[float, float]:
 
     Features: `gather_features` gathers rows of 2 K + 1 float32 (both towers, valid or not), which sends W - 1 times the
     rank's own rows; its backward pass sums the gradient of all W * B rows, which sends 2 (W - 1) / W times those.
-    Gradients: DDP sums P float32; FSDP2 gathers P float32 twice, for the forward and for the backward pass, and
-    scatters the sum of their gradients.
+    Gradients: DDP sums P float32. FSDP2 gathers P float32 for the forward and for the backward pass and scatters the
+    sum of their gradients; of several chunks it does so for each, and gathers once more where one is embedded again.
     """
     rows = plan.batch_size * (2 * shape.embedding + 1) * FLOAT32
     ring = (world - 1) / world
     features = (world - 1) * rows + 2 * ring * world * rows
-    gradients = (3 if plan.fsdp else 2) * ring * shape.parameters * FLOAT32
+    times = (3 if chunks(plan) == 1 else 4 * chunks(plan)) if plan.fsdp else 2
+    gradients = times * ring * shape.parameters * FLOAT32
     return features, gradients
 
 
@@ -265,13 +271,14 @@ def step_seconds(shape: Shape, plan: Plan, cluster: Cluster, world: int) -> floa
 
 
 def waiting_seconds(shape: Shape, plan: Plan, cluster: Cluster, world: int) -> float:
-    """What a rank waits for others: for their features, and for what the backward pass does not hide of gradients.
+    """What a rank waits for others: for their features, and for what computing does not hide of gradients.
 
-    The backward pass of the towers takes two of the three (or more) passes' time.
+    DDP sends a gradient once it is whole: while the last chunk's backward pass goes on, which is two of the three (or
+    more) passes. FSDP2 gathers and scatters all the time.
     """
     features, gradients = exchange_bytes(shape, plan, world)
-    link = cluster.link(world)
-    hidden = towers_seconds(shape, plan, cluster) * BACKWARD / passes(plan)
+    link, towers = cluster.link(world), towers_seconds(shape, plan, cluster)
+    hidden = towers if plan.fsdp else towers * BACKWARD / passes(plan) / chunks(plan)
     return features / link + max(0.0, gradients / link - hidden)
 
 

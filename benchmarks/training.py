@@ -1,6 +1,6 @@
 """Times fine-tuning through Trainer and ShardDataModule against plain PyTorch loops, in turn; keeps a table.
 
-    python benchmarks/training.py                 # ViT-B-32, float32: about ten minutes on 2 idle cores
+    python benchmarks/training.py                 # ViT-B-32, float32: some minutes on 2 idle cores
     python benchmarks/training.py --train DIR     # on prepared shards, instead of synthetic photographs
     python benchmarks/training.py --device cuda   # ViT-B-16 in bf16-mixed, 256 pairs a step, with FLOP utilisation
 
@@ -207,16 +207,15 @@ class Contest:
         return plain_loop(self.encoder, self.setting, batches, encode_text)[0]
 
     def rounds(self, count: int) -> list[dict[str, float]]:
-        """Seconds of each contestant in each round; a first round is not counted."""
+        """Seconds of each contestant in each round."""
         names = list(self.runs)
         seconds = []
-        for number in range(count + 1):
+        for number in range(count):
             start = number % len(names)
             measured = {name: self.runs[name]() for name in names[start:] + names[:start]}
             seconds.append(measured)
             print(f"round {number}:", {name: round(value, 2) for name, value in measured.items()}, flush=True)
-        self.ours = self.ours[1:]
-        return seconds[1:]
+        return seconds
 
     def flops(self) -> float:
         """Floating-point operations of one forward and backward pass over a batch, text cut."""
@@ -324,7 +323,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="16, on CUDA 256")
     parser.add_argument("--workers", type=int, help="1, on CUDA 12")
     parser.add_argument("--train", type=Path, help="a folder of prepared shards; without it, synthetic photographs")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="counted steps of a contestant in a round: 4, on CUDA 30")
     parser.add_argument(
         "--peak-tflops", type=float, help="the device's dense peak; by default as benchmarks/scaling.py"

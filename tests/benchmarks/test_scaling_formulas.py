@@ -200,6 +200,10 @@ def test_gradients_of_ddp_are_sent_twice_and_fsdp_sends_half_as_much_again(shape
     _, fsdp = exchange_bytes(shape, replace(PLAN, fsdp=True), 4)
     assert ddp == 2 * 3 / 4 * 4 * shape.parameters
     assert fsdp == 1.5 * ddp
+    # Two chunks: each is gathered to be embedded, embedded again and differentiated, and its gradients are scattered.
+    _, chunked = exchange_bytes(shape, replace(PLAN, fsdp=True, chunk_size=128), 4)
+    assert chunked == 8 / 2 * ddp
+    assert exchange_bytes(shape, replace(PLAN, chunk_size=128), 4)[1] == ddp
 
 
 def test_a_step_is_its_parts_and_gradients_hide_behind_the_backward_pass(shape: Shape) -> None:
@@ -213,6 +217,9 @@ def test_a_step_is_its_parts_and_gradients_hide_behind_the_backward_pass(shape: 
     assert waiting_seconds(shape, PLAN, slow, 64) == pytest.approx(features / rate)
     slower = replace(slow, network=rate / 2)
     assert waiting_seconds(shape, PLAN, slower, 64) == pytest.approx(2 * features / rate + towers * 2 / 3)
+    # In chunks, gradients are whole in the backward pass of the last one only.
+    chunked = replace(PLAN, chunk_size=64)
+    assert waiting_seconds(shape, chunked, slow, 64) == pytest.approx(features / rate + towers * 2 / 3 * 3 / 4)
 
 
 def test_collectives_run_at_the_speed_of_the_slowest_link() -> None:
@@ -222,7 +229,7 @@ def test_collectives_run_at_the_speed_of_the_slowest_link() -> None:
 
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 3), ({"gradient_checkpointing": True}, 4), ({"chunk_size": 8}, 4)],
+    [({}, 3), ({"gradient_checkpointing": True}, 4), ({"chunk_size": 8}, 4), ({"chunk_size": 256}, 3)],
 )
 def test_saving_memory_costs_a_forward_pass(options: dict[str, Any], count: int, shape: Shape) -> None:
     plan = replace(PLAN, **options)
