@@ -7,6 +7,7 @@ import pytest
 from captioned_shards import make_samples, make_shards
 from damaged_shards import damage_image, make_damaged, rewrite, shard_path
 
+from lightning_xai.cli import main
 from lightning_xai.commands.verify import Verify
 from lightning_xai.data.shards import write_shards
 
@@ -140,3 +141,14 @@ def test_many_faults_are_counted_and_ten_are_told(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert printed.count("does not decode") == 10
     assert printed.endswith("and 2 more\n")
+
+
+def test_the_command_line_ends_with_status_one_and_the_reason(
+    damaged: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["verify", str(shards), "--workers", "0"])
+    assert capsys.readouterr().out == "ok: 57 samples in 6 shards\n"
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", str(shards), str(damaged), "--quick", "--workers=0"])
+    assert str(caught.value.code).startswith(f"lightning_xai verify: {damaged}: 3 faults in shard-000001.tar (1 wrong")
+    assert "ok" not in capsys.readouterr().out
