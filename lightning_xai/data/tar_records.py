@@ -91,10 +91,19 @@ class TarRecords:
 
     def _groups(self) -> Iterator[Mapping[str, Any]]:
         """Selected members by record, through webdataset; ends early, with the reason, where the file is damaged."""
-        members = ({"fname": name, "data": data, "__url__": ""} for name, data in self._members())
-        yield from group_by_keys(members)
+        yield from group_by_keys(self._marked_members())
 
-    def _members(self) -> Iterator[tuple[str, bytes]]:
+    def _marked_members(self) -> Iterator[dict[str, Any]]:
+        """The selected members in webdataset's form, with its mark, `{}`, at the end of each record."""
+        record = 0
+        for name, data in self._members():
+            if self._selector.records > record:
+                record = self._selector.records
+                yield {}
+            if data is not None:
+                yield {"fname": name, "data": data, "__url__": ""}
+
+    def _members(self) -> Iterator[tuple[str, bytes | None]]:
         try:
             with self._opened() as stream:
                 yield from _members(stream, self._selector)
@@ -125,8 +134,7 @@ class _Selector:
         self.faults: dict[int, str] = {}
         self.records = 0
         self._known = extensions
-        # One record more: it tells webdataset that the last wanted one is whole.
-        self._wanted = range(wanted.start, wanted.stop + 1)
+        self._wanted = wanted
         self._passed_over = passed_over
         self._key: str | None = None
         self._extensions: set[str] = set()
@@ -153,8 +161,8 @@ class _Selector:
         self._keys.add(key)
 
 
-def _members(stream: BinaryIO, selected: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of the selected regular members."""
+def _members(stream: BinaryIO, selected: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
+    """Name and bytes of the regular members; None in place of the bytes where they are not selected."""
     plain = _PlainMembers(stream)
     first = True
     while (header := plain.next_header()) is not None:
@@ -164,6 +172,7 @@ def _members(stream: BinaryIO, selected: Callable[[str], bool]) -> Iterator[tupl
             yield name, plain.read(size)
         else:
             plain.pass_over(size)
+            yield name, None
     if first:
         if len(plain.unread) == _BLOCK and not any(plain.unread):
             return  # a tar file without members
@@ -176,10 +185,9 @@ def _members(stream: BinaryIO, selected: Callable[[str], bool]) -> Iterator[tupl
     with tarfile.open(fileobj=rest, mode="r|") as tar:
         for entry in tar:
             # Few bytes of a sparse member can stand for any number of zeros.
-            if entry.isreg() and not entry.issparse() and selected(entry.name):
-                file = tar.extractfile(entry)
-                assert file is not None  # it is a regular one
-                yield entry.name, file.read()
+            if entry.isreg() and not entry.issparse():
+                file = tar.extractfile(entry) if selected(entry.name) else None
+                yield entry.name, None if file is None else file.read()
             tar.members.clear()  # type: ignore[attr-defined] # it would remember them all
 
 

@@ -96,17 +96,19 @@ def by_tarfile(data: bytes) -> tuple[list[dict[str, Any]], str]:
     damage: list[str] = []
 
     def members() -> Iterator[dict[str, Any]]:
-        seen: set[str] = set()
+        seen: list[str] = []
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as tar:
                 for entry in tar:
                     key, extension = base_plus_ext(entry.name)
                     if entry.isreg() and not entry.issparse() and extension in ("txt", "json"):
-                        if f"{key}.{extension}" not in seen:
+                        if not seen or seen[0] != key:
+                            seen = [key]
+                        if extension not in seen[1:]:
                             file = tar.extractfile(entry)
                             assert file is not None
                             yield {"fname": entry.name, "data": file.read(), "__url__": ""}
-                        seen.add(f"{key}.{extension}")
+                        seen.append(extension)
         except Exception as error:
             damage.append(str(error))
 
@@ -122,8 +124,9 @@ def make_tar(rng: random.Random) -> bytes:
             name = rng.choice(("{}", "{}", "deep/{}", "ä{}", "{}" + "x" * 98, "{}" + "y" * 140, "a" * 99 + "/{}"))
             if kind == tarfile.USTAR_FORMAT and len(name) > 90 and "/" not in name:
                 name = "{}"  # it has no place for such names
+            key = number if rng.random() < 0.8 else number % 2
             for extension in rng.sample(("txt", "json", "other", "TXT"), rng.randrange(1, 4)):
-                entry = tarfile.TarInfo(f"{name.format(number)}.{extension.lower()}")
+                entry = tarfile.TarInfo(f"{name.format(key)}.{extension.lower()}")
                 if kind == tarfile.PAX_FORMAT and rng.random() < 0.2:
                     entry.mtime = 0.5  # makes a header of its own
                 entry.size = rng.choice((0, 1, 100, 512, 513, 3000))
@@ -206,7 +209,7 @@ def test_only_the_headers_of_passed_over_records_are_read_and_tarfile_parses_non
     monkeypatch.setattr(tarfile, "open", None)
     records = TarRecords(lambda: stream, ("txt",), 20, 30, set(range(21, 29)))
     assert [int(record.key) for record in records] == [20, 29]
-    assert stream.taken <= 3 * 50_000 + 31 * 3 * 512
+    assert stream.taken <= 2 * 50_000 + 31 * 3 * 512
 
 
 def test_a_member_that_promises_gigabytes_takes_no_memory_for_them() -> None:
