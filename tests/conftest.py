@@ -16,7 +16,26 @@ from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.models import DualEncoder, load_dual_encoder
 
 # Many short tests run best without threads that wait for each other, most of all where something else runs as well.
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Under `pytest -n`, a worker takes whole files, since the tests of a file share what takes long to make."""
+    if config.getoption("dist", "no") == "load":
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Workers of `pytest -n auto`: each takes up to 4 GB, and a few long tests leave more than four nothing to do."""
+    return min(os.cpu_count() or 1, 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests go first, and their files: the last would otherwise run alone while all other workers have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
 ARCHITECTURES: dict[str, dict[str, Any]] = {

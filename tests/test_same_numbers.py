@@ -20,15 +20,16 @@ import torch
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from lightning_xai.callbacks import GroundingCallback
+from lightning_xai.callbacks import DataFaults, GroundingCallback
 from lightning_xai.data import Batch, Sample, ShardDataModule, write_shards
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.data.shapes import read_shapes
 from lightning_xai.tasks import ContrastiveFineTuning
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch")]
 
 WORLDS = (2, 4)
 RECALLS = tuple(f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 3))
@@ -152,7 +153,7 @@ def evaluate_all(config: str, splits: str, out: str, **parallel: Any) -> dict[st
         data = ShardDataModule(
             val=split, test=split, eval_batch_size=case.batch, num_workers=workers, max_fault_fraction=1
         )
-        trainer = trainer_in(Path(out, name), GroundingCallback(examples=0), seen, **parallel)
+        trainer = trainer_in(Path(out, name), DataFaults(), GroundingCallback(examples=0), seen, **parallel)
         run = trainer.test if case.verb == "test" else trainer.validate
         (logged,) = run(task_of(config), data, verbose=False)
         numbers = {number.removeprefix("test/").removeprefix("val/"): value for number, value in logged.items()}
@@ -183,7 +184,6 @@ def validated(architecture_file: Callable[[str], Path], folder: Path) -> dict[in
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, *WORLDS])
 @pytest.mark.parametrize("name", CASES)
 def test_each_sample_is_seen_once_and_no_process_has_more_batches_than_another(
@@ -197,7 +197,6 @@ def test_each_sample_is_seen_once_and_no_process_has_more_batches_than_another(
     assert sum(rank["faults"] for rank in ranks) == len(case.broken)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_numbers_of_an_evaluation_are_those_of_one_process(
@@ -216,7 +215,6 @@ def test_the_numbers_of_an_evaluation_are_those_of_one_process(
         assert logged == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("table", ["pairs", "classes", "summary"])
@@ -238,7 +236,6 @@ def test_the_files_of_an_evaluation_are_those_of_one_process(
                 assert value == other[column], column
 
 
-@pytest.mark.slow
 def test_the_cases_measure_pairs_of_many_classes_and_leave_some_out(
     validated: dict[int, list[dict[str, Any]]], folder: Path
 ) -> None:
@@ -298,6 +295,8 @@ def train_on_this_rank(config: str, shards: str, out: str) -> dict[str, Any]:
 
 def joint_batch(parts: list[dict[str, Tensor]]) -> Batch:
     """The rows of all ranks as one batch."""
+    longest = max(part["tokens"].shape[1] for part in parts)
+    parts = [part | {"tokens": pad(part["tokens"], (0, longest - part["tokens"].shape[1]))} for part in parts]
     rows = {name: torch.cat([part[name] for part in parts]) for name in ROWS}
     nothing = [""] * len(rows["valid"])
     return Batch(
@@ -336,7 +335,6 @@ def trained(
     return ranks, steps, dict(task.state_dict())
 
 
-@pytest.mark.slow
 def test_the_batches_differ_in_length_hold_broken_records_and_share_no_sample(trained: Trained) -> None:
     ranks, _, _ = trained
     steps = 26 // len(ranks) // BATCH
@@ -361,7 +359,6 @@ def by_step(ranks: list[dict[str, Any]]) -> list[tuple[dict[str, Tensor], ...]]:
     return list(zip(*(rank["batches"] for rank in ranks), strict=True))
 
 
-@pytest.mark.slow
 def test_losses_and_gradients_of_every_step_are_those_of_one_process_with_the_joint_batch(trained: Trained) -> None:
     ranks, alone, _ = trained
     assert len(alone.losses) == len(by_step(ranks))
@@ -376,7 +373,6 @@ def test_losses_and_gradients_of_every_step_are_those_of_one_process_with_the_jo
                 torch.testing.assert_close(found, gradient, rtol=0, atol=1e-9 * max(float(gradient.abs().max()), 1))
 
 
-@pytest.mark.slow
 def test_after_two_epochs_all_processes_have_the_same_weights_to_the_last_bit(trained: Trained) -> None:
     ranks, _, alone = trained
     for name, value in ranks[0]["weights"].items():
