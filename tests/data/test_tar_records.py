@@ -223,3 +223,17 @@ def test_a_member_that_promises_gigabytes_takes_no_memory_for_them() -> None:
         assert records.damage == "unexpected end of data"
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
         tracemalloc.stop()
+
+
+def test_a_record_ends_where_the_next_one_begins_also_where_that_is_passed_over(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in ("a.txt", "b.txt", "a.txt", "b.json")])
+    records = list(opened(path, ("txt", "json"), start=0, stop=3, passed_over={1}))
+    assert [(record.key, record.members, bool(record.fault)) for record in records] == [
+        ("a", {"txt": b"a.txt"}, False),
+        ("a", {"txt": b"a.txt"}, True),
+    ]
+    path.write_bytes(path.read_bytes()[: 2 * 1024 + 512])  # ends behind the header of the third record
+    for passed_over in ((), (1,)):
+        cut = opened(path, ("txt", "json"), stop=2, passed_over=passed_over)
+        assert next(iter(cut)).key == "a"
+        assert cut.damage == ""
