@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -61,6 +62,11 @@ def test_a_job_that_is_requeued_keeps_what_it_has_printed(path: Path) -> None:
     assert "#SBATCH --open-mode=append" in lines
 
 
+@pytest.mark.parametrize(("script", "signal"), [("fit", "SIGUSR1@90"), ("test", "B:SIGUSR1@90")])
+def test_who_has_to_act_is_told_before_the_time_runs_out(script: str, signal: str) -> None:
+    assert f"#SBATCH --signal={signal}" in (ROOT / "slurm" / f"{script}.sbatch").read_text().splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
@@ -92,3 +98,68 @@ def test_the_environment_is_the_file_named_even_if_another_one_is_active(tmp_pat
     refused = run(ROOT / "slurm" / "fit.sbatch", ["missing.yaml"], JOB | {"ACTIVATE": str(activate)})
     assert refused.stdout.startswith("loaded \n")
     assert "The config missing.yaml" in refused.stderr
+
+
+@pytest.fixture
+def srun(tmp_path: Path) -> Path:
+    """A folder with an srun that notes how it was called, a line for each word, and fails with 7."""
+    script = tmp_path / "srun"
+    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "cores=$SRUN_CPUS_PER_TASK" >{tmp_path / "called"}\nexit 7\n')
+    script.chmod(0o755)
+    return tmp_path
+
+
+def called(srun: Path, script: str, arguments: Sequence[str], **variables: str) -> list[str]:
+    """What a script has its tasks run; that they fail is the job's failure."""
+    path = f"{srun}{os.pathsep}{environment()['PATH']}"
+    done = run(ROOT / "slurm" / script, arguments, JOB | {"PATH": path, "SLURM_CPUS_PER_TASK": "3"} | variables)
+    assert done.returncode == 7, done.stderr
+    words = (srun / "called").read_text().splitlines()
+    # No task may wait for one that has died.
+    assert words[:2] == ["--kill-on-bad-exit=1", "--wait=600"]
+    assert words[-1] == "cores=3"
+    return words[2:-1]
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_training_and_evaluation_take_all_nodes_and_tasks_of_the_job(srun: Path, verb: str) -> None:
+    options = ["--trainer.max_epochs=1", "--a", "two words"]
+    size = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
+    expected = ["python", "-m", "lightning_xai", verb, "--config", "configs/demo.yaml", *options]
+    expected += ["--trainer.num_nodes=2", "--trainer.devices=4"]
+    assert called(srun, f"{verb}.sbatch", ["configs/demo.yaml", *options], **size) == expected
+    assert called(srun, f"{verb}.sbatch", options, CONFIG="configs/demo.yaml", **size) == expected
+
+
+def test_a_fit_goes_on_in_the_folder_that_run_names(srun: Path) -> None:
+    assert called(srun, "fit.sbatch", ["configs/demo.yaml"], RUN="my runs/1")[-2:] == ["--run", "my runs/1"]
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "last"),
+    [
+        ("roar_prepare.sbatch", {}, ["--prepare"]),
+        ("roar_array.sbatch", {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "12"}, ["--cell", "12"]),
+        ("roar_gather.sbatch", {}, ["--gather"]),
+    ],
+)
+def test_each_job_of_roar_does_its_part(srun: Path, script: str, variables: dict[str, str], last: list[str]) -> None:
+    words = called(srun, script, ["configs/roar_demo.yaml", "--seeds=[0]"], **variables)
+    assert words == [
+        "python",
+        "-m",
+        "lightning_xai",
+        "roar",
+        "--config",
+        "configs/roar_demo.yaml",
+        "--seeds=[0]",
+        *last,
+    ]
+
+
+def test_preparation_gets_its_arguments_as_they_are_and_at_least_one(srun: Path) -> None:
+    words = ["coco", "--images", "my images", "--out", "data/coco"]
+    assert called(srun, "prepare.sbatch", words) == ["python", "-m", "lightning_xai", "prepare", *words]
+    refused = run(ROOT / "slurm" / "prepare.sbatch")
+    assert refused.returncode == 2
+    assert "Nothing to prepare" in refused.stderr
