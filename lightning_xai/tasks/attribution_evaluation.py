@@ -184,6 +184,8 @@ class AttributionEvaluation(L.LightningModule):
             "swap_objects": data.swap_objects,
         }
         self._cells = [cell for label in self.methods for cell in self._build(label, labels, options, settings)]
+        # A process that comes late would take what others have just written for an earlier run's.
+        self.trainer.strategy.barrier()
         for cell in self._cells:
             cell.maker.listen()
         self._broken = self._pairs = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ARCHITECTURES
 from distributed import join_lightning, run_distributed
 from torch import Tensor, nn
@@ -26,8 +28,8 @@ from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.metrics import gamma, patch_mask
 from lightning_xai.models import DualEncoder
 from lightning_xai.report.results import TABLES, EvaluationResult, read_examples
-from lightning_xai.tasks import AttributionEvaluation
-from lightning_xai.tasks.row_store import StoreError
+from lightning_xai.tasks import AttributionEvaluation, evaluation_cell
+from lightning_xai.tasks.row_store import RowStore, StoreError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch")
 
@@ -509,6 +511,29 @@ def test_with_one_sample_a_batch_any_number_of_processes_writes_the_very_same_fi
     assert {name: part for name, part in mine.items() if name != "speed"} == {
         name: part for name, part in alone.items() if name != "speed"
     }
+
+
+def items_found_on_opening(config: str, world: str, out: str) -> list[int]:
+    found: list[int] = []
+
+    class LateStore(RowStore):
+        def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+            time.sleep(dist.get_rank())
+            super().__init__(folder, settings)
+            found.append(len(self))
+
+    evaluation_cell.RowStore = LateStore  # type: ignore[misc]
+    options = join_lightning() | {"limit_test_batches": 1}
+    evaluate(Path(config), data_of(Path(world)), Path(out), trainer=options, methods={"saliency": {}})
+    return found
+
+
+@pytest.mark.slow
+def test_a_process_that_comes_late_takes_nothing_of_the_others_for_an_earlier_run(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    where = (str(architecture_file("vit")), str(world), str(tmp_path))
+    assert run_distributed(items_found_on_opening, *where) == [[0], [0]]
 
 
 def is_result(path: Path) -> bool:
