@@ -522,7 +522,7 @@ def items_found_on_opening(config: str, world: str, out: str) -> list[int]:
             super().__init__(folder, settings)
             found.append(len(self))
 
-    evaluation_cell.RowStore = LateStore  # type: ignore[misc]
+    evaluation_cell.RowStore = LateStore  # type: ignore[attr-defined]
     options = join_lightning() | {"limit_test_batches": 1}
     evaluate(Path(config), data_of(Path(world)), Path(out), trainer=options, methods={"saliency": {}})
     return found
