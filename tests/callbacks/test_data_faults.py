@@ -157,9 +157,9 @@ def test_too_many_in_what_a_short_epoch_reads_stop_the_run(tmp_path: Path) -> No
     trainer_in(tmp_path).validate(Reader(), data_of(folder, max_fault_fraction=0.1), verbose=False)
 
 
-def too_many_together(folder: str, broken: int) -> list[Any]:
-    """Validation over this and the other ranks; the error's text, and what was read."""
-    data = data_of(Path(folder), max_fault_fraction=0.05)
+def too_many_together(folder: str, fraction: float) -> list[Any]:
+    """Validation over this and the other ranks; the error's text, and how many broken records this one has met."""
+    data = data_of(Path(folder), max_fault_fraction=fraction)
     trainer = trainer_in(Path(folder), **join_lightning())
     try:
         trainer.validate(Reader(), data, verbose=False)
@@ -172,13 +172,21 @@ def test_all_ranks_fail_with_one_message_where_only_their_sum_is_too_much(tmp_pa
     folder = make_shards(tmp_path / "s", 60)  # 3 broken ones are allowed
     for shard, record in ((0, 1), (1, 2), (4, 3)):
         damage_image(folder, shard, record)
-    assert run_distributed(too_many_together, str(folder), 3) == [["", 2], ["", 1]]
+    assert run_distributed(too_many_together, str(folder), 0.05) == [["", 2], ["", 1]]
     damage_image(folder, 4, 7)
-    first, second = run_distributed(too_many_together, str(folder), 4)
+    first, second = run_distributed(too_many_together, str(folder), 0.05)
     assert first == second
     assert first[1] == 2
     told = "4 of 60 records are broken, and max_fault_fraction=0.05 allows 3. They are in shard-000004.tar (2 damaged "
     assert told in first[0]
+
+
+def test_padding_is_no_record_that_was_read(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", 21)  # 0.091 of them are one, and would be two of 22
+    for shard in (0, 2):
+        damage_image(folder, shard, 0)
+    for told, _ in run_distributed(too_many_together, str(folder), 0.091):
+        assert "2 of 21 records are broken, and max_fault_fraction=0.091 allows 1." in told
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
