@@ -67,9 +67,11 @@ class Roar:
       python -m lightning_xai roar --config configs/roar_demo.yaml
     Which cells there are, and which are done:
       python -m lightning_xai roar --config configs/roar_demo.yaml --list-cells
-    One cell a job on a Slurm cluster, and at last the table:
+    On a Slurm cluster, one cell a job, and the table at last:
+      slurm/roar.sh configs/roar_paper.yaml
+    The same by hand:
       python -m lightning_xai roar --config configs/roar_demo.yaml --prepare
-      sbatch --array=0-64 slurm/roar_array.sbatch configs/roar_demo.yaml
+      python -m lightning_xai roar --config configs/roar_demo.yaml --cell 0
       python -m lightning_xai roar --config configs/roar_demo.yaml --gather
     The hyperparameters of a method (Table 2 of the M2IB paper):
       python -m lightning_xai roar --config configs/roar_grid.yaml
