@@ -199,8 +199,11 @@ class Resume(Checkpoint):
             self._folder.finish(self._record)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let others into the folder."""
+        """Let others into the folder, and end the processes that Lightning has started itself: it would leave them."""
         self.teardown(trainer, pl_module, "fit")
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if kill is not None and not isinstance(exception, RunStoppedError):
+            kill(signal.SIGTERM)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let others into the folder."""
