@@ -166,7 +166,10 @@ def test_a_shard_that_the_server_does_not_have_is_said_to_be_so(
     assert server.requests.count("/shard-000001.tar") == 2
 
 
-def test_a_command_may_write_the_shards(tmp_path: Path, manifest: Manifest, samples: list[Sample]) -> None:
+def test_a_command_may_write_the_shards(
+    tmp_path: Path, manifest: Manifest, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_xai.data.shard_store._PATIENCE", 100)  # for commands that do not heed to be ended
     assert read_all(RemoteStore(f"pipe:cat {tmp_path}/out/{{}}"), manifest) == samples
     # what comes behind the bytes that the manifest states is not waited for
     begin = time.perf_counter()
