@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +19,22 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import read_image
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError
-from lightning_xai.models.towers import TextTower, split_image_tower, split_text_tower
+from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating
+from lightning_xai.models.towers import TextTower, checkpoint_blocks, split_image_tower, split_text_tower
 
 CHECKPOINT_KEY = "dual_encoder"
 """Where a Lightning checkpoint of this project keeps the architecture, and the metadata key of exported weights."""
 _STATE_PREFIX = "encoder.model."
 # What only OpenAI's own state dicts hold beside the weights; all of OpenAI's models compute with QuickGELU.
 _OPENAI_ONLY = frozenset({"input_resolution", "context_length", "vocab_size"})
+# Takes the encoder as an argument, so that the copy of an encoder runs its own weights, compiled or not.
+Tower = Callable[["DualEncoder", Tensor], Tensor]
 
 
 class DualEncoder(TwoTowerEncoder):
@@ -56,6 +59,7 @@ class DualEncoder(TwoTowerEncoder):
         except UnsupportedTowerError:
             # Such a model trains as usual; what needs its text tower split says so when asked.
             self._text_tower = None
+        self._towers: tuple[Tower, Tower] = (_embed_images, _embed_tokens)
         self.check_towers()
 
     @property
@@ -67,7 +71,8 @@ class DualEncoder(TwoTowerEncoder):
     def logit_scale(self) -> Tensor:
         """The learned logarithm of the factor on cosine similarities, a scalar parameter."""
         scale: Tensor = self.model.logit_scale
-        return scale
+        local = getattr(scale, "to_local", None)  # of the DTensor that it is where the encoder is sharded
+        return scale if local is None else local()
 
     @property
     def embedding_width(self) -> int:
@@ -107,10 +112,72 @@ class DualEncoder(TwoTowerEncoder):
         """Token ids [B, L] -> embeddings [B, K], not normalised; only as many tokens are run as are needed."""
         if len(tokens) == 0:
             return self.logit_scale.new_zeros(0, self.embedding_width)
-        if self._text_tower is not None:
-            return self._text_tower.encode(tokens)
-        embedding: Tensor = self.model.encode_text(tokens, normalize=False)
-        return embedding
+        return _embed_tokens(self, self.cut_tokens(tokens))
+
+    def cut_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens [B, T] of [B, L] that this batch's embeddings depend on, where that can be told; else all.
+
+        Finding them waits for the tokens' device, so that training cuts them while they are on the CPU.
+        """
+        return tokens if self._text_tower is None else self._text_tower.cut(tokens)
+
+    def forward(self, images: Tensor, tokens: Tensor, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """Both embeddings of B pairs, each [B, K], not normalised: what a training step runs.
+
+        Args:
+            images: [B, 3, H, W].
+            tokens: [B, T], all of which are run: what `cut_tokens` has left.
+            chunk_size: pairs that are embedded at a time. Only their embeddings are kept, and each chunk is run again
+                in the backward pass, with the same random numbers, so that the activations of one chunk are in memory
+                at a time. For what depends on all of a batch's embeddings this is GradCache (Gao et al. 2021), and
+                exact. None: all at once.
+        """
+        if chunk_size is None or len(images) <= chunk_size:
+            return self._embed(images, tokens)
+        chunks = zip(torch.split(images, chunk_size), torch.split(tokens, chunk_size), strict=True)
+        parts = [checkpoint(self._embed, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat([image for image, _ in parts]), torch.cat([text for _, text in parts])
+
+    def _embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        embed_images, embed_tokens = self._towers
+        return embed_images(self, images), embed_tokens(self, tokens)
+
+    def checkpoint_blocks(self) -> None:
+        """Keep only the inputs of blocks for the backward pass, and run each block again there.
+
+        Raises:
+            UnsupportedTowerError: a tower cannot do so.
+        """
+        checkpoint_blocks(self.model)
+        image, tokens = self.black_image()[None].to(self.logit_scale), self.tokenizer.encode(["a probe"])
+        try:
+            with evaluating(self):  # draws no random numbers
+                self(image, tokens.to(image.device))
+        except TypeError as error:  # blocks that take other arguments than open_clip 3.3 then gives them
+            raise UnsupportedTowerError(
+                f"{self._maker} cannot run the blocks of {self.name} with gradient checkpointing ({error}): set "
+                "gradient_checkpointing to false; chunk_size saves more memory than it does"
+            ) from error
+
+    def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Let `forward` run compiled towers; all other methods run the modules as they are, whose hooks work."""
+        embed_images = torch.compile(_embed_images, backend=backend)
+        embed_tokens = torch.compile(_embed_tokens, backend=backend)
+
+        def embed_any_length(encoder: DualEncoder, tokens: Tensor) -> Tensor:
+            # Else the first batch would be compiled for captions of its own length alone.
+            torch._dynamo.maybe_mark_dynamic(tokens, 1)
+            return embed_tokens(encoder, tokens)
+
+        self._towers = embed_images, embed_any_length
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of both towers, image tower first; none of a tower that cannot be cut into blocks."""
+        found: list[nn.Module] = []
+        for cut in (self._cut_image, self._cut_text):
+            with suppress(UnsupportedTowerError):
+                found += [block for layer in cut(-1).layers if (block := cut(layer).block) is not None]
+        return found
 
     def _cut_image(self, layer: int) -> Split:
         return split_image_tower(self.model, layer)
@@ -144,6 +211,17 @@ class DualEncoder(TwoTowerEncoder):
                 cut()
                 continue
             self._probe(tower)
+
+
+def _embed_images(encoder: DualEncoder, images: Tensor) -> Tensor:
+    return encoder.encode_image(images)
+
+
+def _embed_tokens(encoder: DualEncoder, tokens: Tensor) -> Tensor:
+    if encoder._text_tower is not None:
+        return encoder._text_tower.encode(tokens)
+    embedding: Tensor = encoder.model.encode_text(tokens, normalize=False)
+    return embedding
 
 
 def load_dual_encoder(

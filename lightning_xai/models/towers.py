@@ -137,11 +137,13 @@ class TextTower:
             return tokens_BL.eq(self._eos_id).int().argmax(dim=1)
         return torch.full_like(tokens_BL[:, 0], 0 if self._pool_type == "first" else tokens_BL.shape[1] - 1)
 
+    def cut(self, tokens_BL: Tensor) -> Tensor:
+        """The tokens [B, T] of [B, L] that are needed: up to where the last embedding of the batch is read."""
+        return tokens_BL[:, : int(self.pool_positions(tokens_BL).max()) + 1] if self.causal else tokens_BL
+
     def embed(self, tokens_BL: Tensor, length: int | None = None) -> Tensor:
         """Token and position embeddings [B, T, D] of the first `length` tokens, or of those that are needed."""
-        if length is None and self.causal:
-            length = int(self.pool_positions(tokens_BL).max()) + 1
-        tokens_BL = tokens_BL[:, :length]
+        tokens_BL = self.cut(tokens_BL) if length is None else tokens_BL[:, :length]
         dtype = self.transformer.get_cast_dtype()
         embedding: Tensor = self._text.token_embedding(tokens_BL).to(dtype)
         positions: Tensor = self._text.positional_embedding[: tokens_BL.shape[1]].to(dtype)
@@ -163,8 +165,8 @@ class TextTower:
         return embedding
 
     def encode(self, tokens_BL: Tensor) -> Tensor:
-        """Token ids [B, L] -> embeddings [B, K], not normalised."""
-        hidden = self.embed(tokens_BL)
+        """Token ids [B, L] -> embeddings [B, K], not normalised; all tokens are run, so `cut` them before."""
+        hidden = self.embed(tokens_BL, tokens_BL.shape[1])
         hidden = self.transformer(hidden, attn_mask=self.mask(hidden))
         rows = torch.arange(len(hidden), device=hidden.device)
         return self.head(hidden[rows, self.pool_positions(tokens_BL)])
@@ -218,6 +220,28 @@ class TextTransformerSplit(TextSplit):
         if inputs is None:
             raise ValueError("text is read at a caption's own position: give its token ids as inputs")
         return self._tower.pool_positions(inputs)
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Let both towers keep the inputs of their blocks only, and run each block again in the backward pass.
+
+    Raises:
+        UnsupportedTowerError: a tower cannot do so.
+    """
+    towers = {"image": model.visual, "text": getattr(model, "text", getattr(model, "transformer", model))}
+    model.set_grad_checkpointing(True)
+    if isinstance(towers["text"], HFTextEncoder):
+        # Before version 5 its own default is the reentrant kind, which does not go with DistributedDataParallel.
+        towers["text"].transformer.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, tower in towers.items():
+        # open_clip passes over towers that cannot, without an error.
+        flags = ("grad_checkpointing", "gradient_checkpointing")
+        if not any(getattr(child, flag, False) for child in tower.modules() for flag in flags):
+            kind = type(getattr(tower, "trunk", tower)).__name__
+            raise UnsupportedTowerError(
+                f"the {name} tower, a {kind}, has no gradient checkpointing: set gradient_checkpointing to false; "
+                "transformers have it, and chunk_size saves more memory than it does"
+            )
 
 
 def split_image_tower(model: Any, layer: int) -> Split:

@@ -253,3 +253,32 @@ def test_a_model_without_a_list_of_layers_is_named(tmp_path: Path) -> None:
     encoder.model.text.transformer.encoder = nn.Identity()
     with pytest.raises(UnsupportedTowerError, match="type RobertaModel cannot be split: it has no list of layers"):
         encoder.split_text()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("name", ["roberta", "nllb", "mt5"])
+def test_gradient_checkpointing_and_chunks_give_the_same_gradients(name: str, tmp_path: Path) -> None:
+    encoder = build(name, tmp_path).train()
+    images, tokens = images_of(encoder, 3), encoder.tokenizer.encode(CAPTIONS)
+
+    def gradients(chunk_size: int | None = None) -> dict[str, Tensor]:
+        encoder.zero_grad()
+        torch.manual_seed(2)  # of dropout
+        image, text = encoder(images, tokens, chunk_size)
+        torch.autograd.backward((image * text).sum())
+        return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    encoder.checkpoint_blocks()
+    runs: list[int] = []
+    layer = next(module for module in blocks_of(encoder, name)[0].modules() if isinstance(module, nn.Linear))
+    handle = layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    checkpointed = gradients()
+    handle.remove()
+    assert len(runs) == 2
+    for key, gradient in plain.items():
+        assert_same(checkpointed[key], gradient)
+    encoder.eval()  # in training, chunks draw other numbers than the batch
+    whole, chunked = gradients(), gradients(2)
+    for key, gradient in whole.items():
+        assert_same(chunked[key], gradient)
