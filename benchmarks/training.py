@@ -7,7 +7,8 @@
 Random weights. All contestants train the same model on the same batches with the same optimizer, schedule and bound on
 the logit scale (a test shows that they end with the same model). Each round runs every one of them for some steps,
 and begins with another one than the round before. What else the machine does touches all alike: read the ratios, which
-are medians over the rounds. The plain loops differ in what they are fed with:
+are medians over the rounds. Where other programs want the cores, rates are noise; what cores have worked for the
+process that trains, workers not counted, is less so. The plain loops differ in what they are fed with:
 
 * batches that lie in memory, text cut at the batch's last end-of-text token: what the model itself costs;
 * the batches of the same DataLoader with as many workers: on a CPU, decoding takes from the cores that train;
@@ -47,6 +48,17 @@ OURS, PLAIN, LOADED, PADDED = (
 )
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What steps took: wall time, and the time that cores worked for the process that trains (not for workers)."""
+
+    seconds: float
+    core_seconds: float
+
+    def __sub__(self, begin: Spent) -> Spent:
+        return Spent(self.seconds - begin.seconds, self.core_seconds - begin.core_seconds)
+
+
 @dataclass
 class Setting:
     """What all contestants share."""
@@ -66,20 +78,20 @@ class Setting:
         """Steps of one contestant in a round, those before the clock starts included."""
         return WARM + self.steps
 
-    def now(self) -> float:
-        """Seconds, once all that was asked of the device is done."""
+    def now(self) -> Spent:
+        """What was spent since some moment in the past, once all that was asked of the device is done."""
         import torch
 
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return Spent(time.perf_counter(), time.process_time())
 
 
 @dataclass
 class Measured:
-    """What a round of ours tells beside its time; shares are of the time of its steps."""
+    """What a round of ours tells; shares are of the wall time of its steps."""
 
-    seconds: float = 0.0
+    spent: Spent = Spent(0.0, 0.0)
     waiting: float = 0.0
     callbacks: float = 0.0
     reading_cpu: float = 0.0
@@ -105,7 +117,7 @@ def fit(module: Any, setting: Setting) -> Measured:
             if arguments[-1] == WARM - 1:
                 self.begin = setting.now()
             elif arguments[-1] == setting.total - 1:
-                measured.seconds = setting.now() - self.begin
+                measured.spent = setting.now() - self.begin
 
     profiler = SimpleProfiler(dirpath=setting.folder, filename="profile")  # a file, not the terminal
     trainer = L.Trainer(
@@ -126,20 +138,14 @@ def fit(module: Any, setting: Setting) -> Measured:
     measured.reading_cpu = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
     recorded = profiler.recorded_durations
     waits = recorded["[_TrainingEpochLoop].train_dataloader_next"][WARM : setting.total]
-    measured.waiting = sum(waits) / measured.seconds
+    measured.waiting = sum(waits) / measured.spent.seconds
     hooks = (times for name, times in recorded.items() if name.startswith("[Callback]") and "train_batch_" in name)
-    measured.callbacks = sum(sum(times[WARM : setting.total]) for times in hooks) / measured.seconds
+    measured.callbacks = sum(sum(times[WARM : setting.total]) for times in hooks) / measured.spent.seconds
     return measured
 
 
-def plain_loop(
-    encoder: Any, setting: Setting, batches: Iterable[Any], encode_text: Callable[[Any], Any]
-) -> tuple[float, list[float]]:
-    """The loop that a reader would write.
-
-    Returns:
-        Seconds of the steps behind the first `WARM`, and the loss of each step.
-    """
+def plain_loop(encoder: Any, setting: Setting, batches: Iterable[Any], encode_text: Callable[[Any], Any]) -> Spent:
+    """The loop that a reader would write; what its steps behind the first `WARM` took."""
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
@@ -148,7 +154,6 @@ def plain_loop(
     rate = torch.optim.lr_scheduler.ExponentialLR(optimizer, (last / first) ** (1 / max(setting.total - 1, 1)))
     autocast = torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16-mixed")
     encoder.train()
-    losses = []
     for number, batch in enumerate(batches):
         batch = batch.to(setting.device)
         with autocast:
@@ -163,14 +168,13 @@ def plain_loop(
         rate.step()
         with torch.no_grad():
             encoder.logit_scale.clamp_(0.0, math.log(100.0))
-        losses.append(loss.detach())
         if number == WARM - 1:
             begin = setting.now()
-    return setting.now() - begin, [float(loss) for loss in losses]
+    return setting.now() - begin
 
 
 class Contest:
-    """The contestants on one model; each call runs one of them for a round and gives its seconds."""
+    """The contestants on one model; each call runs one of them for a round and gives what it took."""
 
     def __init__(self, setting: Setting) -> None:
         import torch
@@ -184,7 +188,7 @@ class Contest:
         self.encoder = self.module.encoder
         self.batches = list(self._loader())
         self.ours: list[Measured] = []
-        self.runs: dict[str, Callable[[], float]] = {
+        self.runs: dict[str, Callable[[], Spent]] = {
             OURS: self._fit,
             PLAIN: lambda: self._plain(self.batches, self.encoder.encode_text),
             LOADED: lambda: self._plain(self._loader(), self.encoder.encode_text),
@@ -198,24 +202,24 @@ class Contest:
         data.setup("fit")
         return islice(data.train_dataloader(), self.setting.total)
 
-    def _fit(self) -> float:
+    def _fit(self) -> Spent:
         self.ours.append(fit(self.module, self.setting))
-        return self.ours[-1].seconds
+        return self.ours[-1].spent
 
-    def _plain(self, batches: Iterable[Any], encode_text: Callable[[Any], Any]) -> float:
+    def _plain(self, batches: Iterable[Any], encode_text: Callable[[Any], Any]) -> Spent:
         self.encoder.to(self.setting.device)  # the Trainer leaves it on the CPU
-        return plain_loop(self.encoder, self.setting, batches, encode_text)[0]
+        return plain_loop(self.encoder, self.setting, batches, encode_text)
 
-    def rounds(self, count: int) -> list[dict[str, float]]:
-        """Seconds of each contestant in each round."""
+    def rounds(self, count: int) -> list[dict[str, Spent]]:
+        """What each contestant took in each round."""
         names = list(self.runs)
-        seconds = []
+        rounds = []
         for number in range(count):
             start = number % len(names)
-            measured = {name: self.runs[name]() for name in names[start:] + names[:start]}
-            seconds.append(measured)
-            print(f"round {number}:", {name: round(value, 2) for name, value in measured.items()}, flush=True)
-        return seconds
+            rounds.append({name: self.runs[name]() for name in names[start:] + names[:start]})
+            told = {name: f"{spent.seconds:.2f} s, {spent.core_seconds:.2f}" for name, spent in rounds[-1].items()}
+            print(f"round {number}, with core seconds: {told}", flush=True)
+        return rounds
 
     def flops(self) -> float:
         """Floating-point operations of one forward and backward pass over a batch, text cut."""
@@ -230,19 +234,27 @@ class Contest:
         return float(counter.get_total_flops())
 
 
-def rates_table(contest: Contest, rounds: list[dict[str, float]]) -> list[str]:
-    """Samples per second of each contestant, and how many times ours is as fast: median, least, most."""
+def rates_table(contest: Contest, rounds: list[dict[str, Spent]]) -> list[str]:
+    """Samples per second of each contestant, and how many times ours is as fast, or takes as long of the cores."""
     samples = contest.setting.steps * contest.setting.batch_size
-    lines = ["| | samples/s | rate of ours, divided by it | over the rounds |", "|---|---|---|---|"]
+    lines = [
+        "| | samples/s | rate of ours, divided by it | over the rounds | core-ms a sample | of ours, divided by it |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in contest.runs:
-        rate = statistics.median(samples / seconds[name] for seconds in rounds)
-        ratios = [seconds[name] / seconds[OURS] for seconds in rounds]
-        compared = f"{statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f}"
-        lines.append(f"| {name} | {rate:.2f} | {'1 | ' if name == OURS else compared} |")
+        spent, ours = ([seconds[who] for seconds in rounds] for who in (name, OURS))
+        rate = statistics.median(samples / one.seconds for one in spent)
+        core = statistics.median(1e3 * one.core_seconds / samples for one in spent)
+        ratios = [one.seconds / own.seconds for one, own in zip(spent, ours, strict=True)]
+        cores = statistics.median(own.core_seconds / one.core_seconds for one, own in zip(spent, ours, strict=True))
+        lines.append(
+            f"| {name} | {rate:.2f} | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | "
+            f"{core:.1f} | {cores:.3f} |"
+        )
     return lines
 
 
-def details(contest: Contest, rounds: list[dict[str, float]]) -> list[str]:
+def details(contest: Contest, rounds: list[dict[str, Spent]]) -> list[str]:
     """What the rates were measured on, and where the rest of our step goes."""
     setting, batches = contest.setting, contest.batches
     lengths = [int((batch.tokens != 0).sum(dim=1).max()) for batch in batches[WARM:]]
@@ -270,16 +282,16 @@ def _bytes_per_sample(setting: Setting) -> float:
     return manifest.bytes / manifest.samples
 
 
-def utilisation(contest: Contest, rounds: list[dict[str, float]], peak: float | None) -> str:
+def utilisation(contest: Contest, rounds: list[dict[str, Spent]], peak: float | None) -> str:
     """Model FLOP utilisation of ours, in words.
 
     Args:
         contest: the contestants.
-        rounds: their seconds.
+        rounds: what they took.
         peak: floating-point operations per second of the device, if known.
     """
     setting, flops = contest.setting, contest.flops()
-    second = statistics.median(flops * setting.steps / seconds[OURS] for seconds in rounds)
+    second = statistics.median(flops * setting.steps / spent[OURS].seconds for spent in rounds)
     told = f"{flops / setting.batch_size / 1e9:.1f} GFLOP a pair, {second / 1e12:.2f} TFLOP/s"
     return told + (f": {second / peak:.1%} of the device's peak of {peak / 1e12:.0f} TFLOP/s." if peak else ".")
 
@@ -305,9 +317,9 @@ def peak_of(name: str) -> float | None:
 def measure(setting: Setting, rounds: int, peak: float | None) -> str:
     """All measurements as Markdown."""
     contest = Contest(setting)
-    seconds = contest.rounds(rounds)
-    lines = [*rates_table(contest, seconds), "", *details(contest, seconds), ""]
-    lines.append(f"One forward and backward pass: {utilisation(contest, seconds, peak)}")
+    spent = contest.rounds(rounds)
+    lines = [*rates_table(contest, spent), "", *details(contest, spent), ""]
+    lines.append(f"One forward and backward pass: {utilisation(contest, spent, peak)}")
     if setting.device == "cuda":
         return "\n".join([*lines, "", grounding_cost(setting)])
     lines += ["", "Not measured here, for want of a GPU: utilisation in bf16, and the cost of grounding on a GPU."]

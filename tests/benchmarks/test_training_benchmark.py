@@ -52,7 +52,7 @@ def test_every_contestant_trains_the_same_model(setting: training.Setting) -> No
     results = {}
     for name, run in contest.runs.items():
         encoder.load_state_dict(start)
-        assert run() > 0
+        assert run().seconds > 0
         results[name] = trained()
     moved = float((results[training.OURS] - before).norm())
     assert moved > 0.1
@@ -64,7 +64,8 @@ def test_what_is_told_of_our_own_steps_are_shares_of_them(setting: training.Sett
     contest = training.Contest(setting)
     contest.runs[training.OURS]()
     (measured,) = contest.ours
-    assert measured.seconds > 0
+    assert measured.spent.seconds > 0
+    assert measured.spent.core_seconds > 0
     assert 0 <= measured.waiting < 1
     assert 0 < measured.callbacks < 1
     assert measured.reading_cpu > 0
@@ -75,11 +76,12 @@ def test_rates_and_ratios_are_medians_over_the_rounds(setting: training.Setting)
     names = list(contest.runs)
     # Eight pairs in 2, 4 and 8 seconds of ours; the others need half as long, as long, and three times as long.
     rounds = [
-        dict.fromkeys(names, ours * factor) | {training.OURS: ours} for ours, factor in ((2, 0.5), (4, 1), (8, 3))
+        dict.fromkeys(names, training.Spent(ours * factor, 4.0)) | {training.OURS: training.Spent(ours, 5.0)}
+        for ours, factor in ((2, 0.5), (4, 1), (8, 3))
     ]
     table = training.rates_table(contest, rounds)
-    assert table[2] == f"| {training.OURS} | 2.00 | 1 |  |"
-    assert table[3] == f"| {training.PLAIN} | 2.00 | 1.000 | 0.500 to 3.000 |"
+    assert table[2] == f"| {training.OURS} | 2.00 | 1.000 | 1.000 to 1.000 | 625.0 | 1.000 |"
+    assert table[3] == f"| {training.PLAIN} | 2.00 | 1.000 | 0.500 to 3.000 | 500.0 | 1.250 |"
 
 
 def test_flops_are_counted_forward_and_backward(setting: training.Setting) -> None:
