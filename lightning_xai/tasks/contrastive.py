@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -13,11 +15,19 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.metrics.retrieval import RetrievalMetric
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder, load_dual_encoder
 from lightning_xai.models.loss import contrastive_loss, gather_features
+from lightning_xai.models.sharding import (
+    gather_parameters,
+    is_sharded,
+    mend_optimizer_state,
+    release_parameters,
+    shard_encoder,
+)
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
 
@@ -34,12 +44,16 @@ class ContrastiveModule(L.LightningModule):
         max_logit_scale: upper bound of the learned factor on similarities.
         recall_at: k of the validation's recall.
         val_group_size: images that are each other's negatives in the validation loss.
+        gradient_checkpointing: run blocks again in the backward pass.
+        chunk_size: pairs that are embedded at a time in training.
+        compile: compile the towers for training.
 
     Raises:
-        ValueError: learning rates that are not positive, or a bound below 1.
+        ValueError: learning rates that are not positive, a bound or a chunk size below 1, or an encoder that an option
+            does not suit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         encoder: DualEncoder,
         *,
@@ -50,12 +64,21 @@ class ContrastiveModule(L.LightningModule):
         max_logit_scale: float,
         recall_at: Sequence[int],
         val_group_size: int,
+        gradient_checkpointing: bool = False,
+        chunk_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
+        # Said of every module that has this hook and gets a data module, which has its own only rarely.
+        warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device` in `LightningModule`")
         if not (initial_lr > 0 and final_lr > 0):
             raise ValueError(f"initial_lr and final_lr have to be positive; got {initial_lr} and {final_lr}")
         if max_logit_scale < 1:
             raise ValueError(f"max_logit_scale has to be at least 1; got {max_logit_scale}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size has to be at least 1, or null for no chunks; got {chunk_size}")
+        if gradient_checkpointing or chunk_size is not None:
+            _refuse_batch_statistics(encoder)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
@@ -65,6 +88,42 @@ class ContrastiveModule(L.LightningModule):
         self.retrieval = RetrievalMetric(ks=recall_at, group_size=val_group_size)
         self._batch_started = 0.0
         self._last_step: float | None = None
+        self.chunk_size = chunk_size
+        self._compiled = compile
+        if gradient_checkpointing:
+            encoder.checkpoint_blocks()
+        if compile:
+            encoder.compile_towers()
+
+    def configure_model(self) -> None:
+        """Under `ModelParallelStrategy`, spread the encoder over all processes.
+
+        Raises:
+            ValueError: a strategy that also splits single layers, or that the options do not go with.
+        """
+        mesh = self.device_mesh
+        if mesh is None or is_sharded(self.encoder):
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "this model is sharded over whole processes, not within a layer: give ModelParallelStrategy "
+                f"tensor_parallel_size: 1 and data_parallel_size: {mesh.size()}; got tensor_parallel_size "
+                f"{mesh['tensor_parallel'].size()}"
+            )
+        if self._compiled:
+            raise ValueError("compile does not go with ModelParallelStrategy: set compile to false, or take ddp")
+        loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.fit_loop.epoch_loop.val_loop)
+        if any(loop.inference_mode for loop in loops):
+            raise ValueError(
+                "parameters that are gathered in inference mode cannot be trained: set inference_mode=False"
+            )
+        shard_encoder(self.encoder, mesh["data_parallel"])
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Cut a training batch's captions behind its longest, while it takes no waiting for the device to find it."""
+        if isinstance(batch, Batch) and self.trainer.training:
+            batch = replace(batch, tokens=self.encoder.cut_tokens(batch.tokens).contiguous())
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit-length embeddings of a batch's images [B, K] and captions [C, K]."""
@@ -85,6 +144,10 @@ class ContrastiveModule(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: ratio ** (min(step, last) / last))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Make the optimizer fit to go on, where it comes from a checkpoint."""
+        mend_optimizer_state(self.encoder, self.trainer.optimizers[0])
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Take the time that passed since the step before began, loading this batch included."""
         now = time.perf_counter()
@@ -93,7 +156,10 @@ class ContrastiveModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The contrastive loss of the global batch, the same on every rank."""
-        image, text = self(batch)
+        # In float32, as the loss: half precision has no number as small as the bound that keeps zeros from being NaN.
+        image, text = (
+            normalize(x.to(_wide(x)), dim=1) for x in self.encoder(batch.images, batch.tokens, self.chunk_size)
+        )
         image, text, valid = gather_features(image, text, batch.valid)
         scale = self.encoder.logit_scale.exp()
         loss, accuracy = contrastive_loss(image, text, scale, valid)
@@ -121,10 +187,28 @@ class ContrastiveModule(L.LightningModule):
         """Stop the clock where validation interrupts an epoch, and evaluate one and the same model on all ranks."""
         self._batch_started = 0.0
         self._share_buffers()
+        gather_parameters(self.encoder)
+
+    def on_validation_end(self) -> None:
+        """Let go of what `on_validation_start` has gathered."""
+        release_parameters(self.encoder)
 
     def on_test_start(self) -> None:
         """Evaluate one and the same model on all ranks."""
         self._share_buffers()
+        gather_parameters(self.encoder)
+
+    def on_test_end(self) -> None:
+        """Let go of what `on_test_start` has gathered."""
+        release_parameters(self.encoder)
+
+    def on_predict_start(self) -> None:
+        """Put the parameters together where they are spread over ranks."""
+        gather_parameters(self.encoder)
+
+    def on_predict_end(self) -> None:
+        """Let go of what `on_predict_start` has gathered."""
+        release_parameters(self.encoder)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Embed images and all their captions; the numbers are computed at the end of the epoch."""
@@ -190,6 +274,20 @@ class ContrastiveModule(L.LightningModule):
             self.log(name if "/" in name else f"{split}/{name}", value, prog_bar=name == f"{split}/loss")
 
 
+def _wide(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def _refuse_batch_statistics(encoder: DualEncoder) -> None:
+    found = next((name for name, child in encoder.model.named_modules() if isinstance(child, _BatchNorm)), None)
+    if found is not None:
+        raise ValueError(
+            f"{encoder.name} has batch statistics ({found}), which are others in a chunk than in the batch, and "
+            "would be counted twice where layers are run again: set chunk_size to null and gradient_checkpointing to "
+            "false, or take a model without BatchNorm, such as a ViT"
+        )
+
+
 class ContrastiveFineTuning(ContrastiveModule):
     """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
 
@@ -209,9 +307,18 @@ class ContrastiveFineTuning(ContrastiveModule):
         max_logit_scale: the learned factor on similarities is kept between 1 and this.
         recall_at: k of the validation's recall.
         val_group_size: images that are each other's negatives in the validation loss.
+        gradient_checkpointing: keep only the inputs of the towers' blocks for the backward pass, and run each block
+            again there: less memory for a third more computing, the same numbers.
+        chunk_size: pairs that are embedded at a time in training, where a batch's activations do not fit in memory
+            (GradCache). All pairs of the batch, over all ranks, stay each other's negatives; the gradient is the same,
+            for a third more computing. Null embeds the whole batch at once. Where both are given, memory is that of a
+            chunk with gradient checkpointing, and computing two thirds more.
+        compile: run the towers of the training step through torch.compile; validation and attribution run them as
+            they are. Checkpoints are the same with and without.
 
     Raises:
-        ValueError: unknown model or weights, learning rates that are not positive.
+        ValueError: unknown model or weights, learning rates that are not positive, or a model that an option does not
+            suit: one with batch statistics cannot be run in chunks or again.
     """
 
     def __init__(  # noqa: PLR0913 - the signature is the configuration
@@ -226,6 +333,9 @@ class ContrastiveFineTuning(ContrastiveModule):
         max_logit_scale: float = 100.0,
         recall_at: Sequence[int] = (1, 5, 10),
         val_group_size: int = 64,
+        gradient_checkpointing: bool = False,
+        chunk_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             load_dual_encoder(model, pretrained),
@@ -236,4 +346,7 @@ class ContrastiveFineTuning(ContrastiveModule):
             max_logit_scale=max_logit_scale,
             recall_at=recall_at,
             val_group_size=val_group_size,
+            gradient_checkpointing=gradient_checkpointing,
+            chunk_size=chunk_size,
+            compile=compile,
         )

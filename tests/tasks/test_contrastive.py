@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,16 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_distributed
+from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
-from torch.utils.data import DataLoader
+from training_runs import Recorder, batches_of, loader_of, records_of, trainer_in
 
-from lightning_xai.data import Batch, Manifest, RecordError, ShardDataModule
+from lightning_xai.data import Batch, RecordError, ShardDataModule
 from lightning_xai.data.batch import Record, TrainingCollate
-from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY
 from lightning_xai.tasks import ContrastiveFineTuning
@@ -43,57 +41,6 @@ def make(architecture_file: Callable[[str], Path]) -> Make:
         return ContrastiveFineTuning(str(architecture_file(name)), None, **options)
 
     return build
-
-
-def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder,
-        "callbacks": list(callbacks),
-    }
-    return L.Trainer(**(defaults | options))
-
-
-def records_of(folder: Path, count: int) -> list[Record]:
-    manifest = Manifest.load(folder)
-    return list(read_samples(folder, manifest, range(len(manifest.shards)), 0, count))
-
-
-def loader_of(batches: list[Batch]) -> DataLoader[Batch]:
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a data set
-
-
-def batches_of(task: ContrastiveFineTuning, folder: Path, count: int, size: int) -> DataLoader[Batch]:
-    """Training batches of consecutive samples."""
-    collate = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer)
-    records = records_of(folder, count * size)
-    return loader_of([collate(records[start : start + size]) for start in range(0, count * size, size)])
-
-
-class Recorder(Callback):
-    """What a run does at each optimizer step and logs at each batch."""
-
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-        self.gradients: list[dict[str, Tensor]] = []
-        self.logged: list[dict[str, float]] = []
-        self.optimizer: Any = None
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self.optimizer = optimizer
-        self.rates.append(optimizer.param_groups[0]["lr"])
-        self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 # --- learning rate and optimizer ---
@@ -462,14 +409,6 @@ def test_resuming_from_an_epochs_checkpoint_ends_at_exactly_the_same_weights(
 # --- two processes ---
 
 
-def join_lightning() -> None:
-    """Let Lightning's trainer take the processes that are there already."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    os.environ |= {name: str(value) for name, value in zip(names, (rank, rank, world, world, 0), strict=True)}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-
-
 def train_by_hand(config: str, shards: str, folder: str, precision: str, rank: int, world: int) -> dict[str, Any]:
     """Three steps whose global batches are the same samples in the same order at any number of ranks."""
     torch.manual_seed(0)
@@ -480,7 +419,7 @@ def train_by_hand(config: str, shards: str, folder: str, precision: str, rank: i
     share = 8 // world
     parts = [records[start + rank * share : start + (rank + 1) * share] for start in (0, 8, 16)]
     recorder = Recorder()
-    parallel = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}
+    parallel = join_lightning() if world > 1 else {"devices": 1}
     trainer = trainer_in(Path(folder), recorder, precision=precision, **parallel)
     trainer.fit(task, loader_of([collate(part) for part in parts]))
     return {
@@ -492,7 +431,6 @@ def train_by_hand(config: str, shards: str, folder: str, precision: str, rank: i
 
 
 def train_on_this_rank(config: str, shards: str, folder: str) -> list[dict[str, Any]]:
-    join_lightning()
     rank, world = dist.get_rank(), dist.get_world_size()
     return [train_by_hand(config, shards, folder, precision, rank, world) for precision in ("32-true", "64-true")]
 
