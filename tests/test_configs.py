@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_xai.attribution.method_options import choose_methods
 from lightning_xai.callbacks import GroundingCallback
@@ -39,6 +40,7 @@ RELEASES = {
     "metaclip_vit_b16": "ViT-B-16-quickgelu",
 }
 PAPERS = ("coco_vit_b16.yaml", "flickr30k_vit_b16.yaml")
+SHARDED = "coco_vit_h14_sharded.yaml"
 LOGGED = {"val/loss", "val/accuracy"} | {
     f"val/{name}" for name in ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
 }
@@ -56,6 +58,8 @@ def cli(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     path, folder = request.param, tmp_path_factory.mktemp("config")
     changes = ["--model.init_args.pretrained=null", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     changes.append(f"--trainer.default_root_dir={folder}")
+    if path.name == SHARDED:  # its own model would take gigabytes
+        changes.append("--model.init_args.model=configs/models/shapes_vit.json")
     splits = ("root",) if "ShapesDataModule" in path.read_text() else ("train", "val", "test")
     changes += [f"--data.init_args.{split}={folder / split}" for split in splits]
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +70,7 @@ def cli(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_there_are_configs_to_test() -> None:
-    assert {"demo.yaml", *PAPERS} <= {path.name for path in CONFIGS}
+    assert {"demo.yaml", SHARDED, *PAPERS} <= {path.name for path in CONFIGS}
     assert {path.name for path in EVALUATIONS} == {"eval_demo.yaml", "eval_coco.yaml", "eval_m2ib.yaml"}
     assert {path.name for path in ROARS} == {"roar_demo.yaml", "roar_grid.yaml", "roar_paper.yaml"}
     assert MODELS
@@ -93,6 +97,20 @@ def test_the_configs_of_the_papers_data_sets_hold_its_recipe(cli: Any) -> None:
     assert model.encoder.architecture["name"] == "ViT-B-16"
     assert (model.initial_lr, model.final_lr, model.weight_decay) == (1e-7, 1e-5, 1e-4)
     assert (cli.trainer.max_epochs, cli.datamodule.batch_size) == (5, 64)
+
+
+def test_the_config_of_a_large_model_saves_memory_and_shares_it_among_all_its_gpus(cli: Any) -> None:
+    if cli.source != SHARDED:
+        pytest.skip("a model that fits")
+    written = yaml.safe_load((ROOT / "configs" / SHARDED).read_text())
+    model, trainer = written["model"]["init_args"], written["trainer"]
+    assert model["pretrained"] in open_clip.list_pretrained_tags_by_model(model["model"])
+    assert isinstance(cli.trainer.strategy, ModelParallelStrategy)
+    sizes = trainer["strategy"]["init_args"]
+    assert sizes["data_parallel_size"] == trainer["devices"] * trainer["num_nodes"]
+    assert (sizes["tensor_parallel_size"], sizes["save_distributed_checkpoint"]) == (1, False)
+    assert 0 < cli.model.chunk_size < cli.datamodule.batch_size
+    assert cli.model.encoder.model.transformer.grad_checkpointing
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=name_of)

@@ -207,7 +207,7 @@ def test_a_compiled_run_has_the_plain_ones_losses_grounding_and_checkpoint(
 ) -> None:
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     torch._dynamo.reset()
-    config = str(architecture_file("vit_layer_scale_quick_gelu"))
+    config = str(architecture_file("vit"))
     runs: list[list[dict[str, Any]]] = []
     for compiled in (False, True):
         task, recorder, grounding = fine_tuning(config, compile=compiled), Recorder(), GroundingCallback(examples=0)
