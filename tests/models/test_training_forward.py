@@ -255,3 +255,15 @@ def test_hooks_see_a_compiled_encoder_evaluated_and_a_copy_runs_its_own_weights(
         other.model.visual.proj.mul_(2)
     torch.testing.assert_close(other(images, tokens)[0], 2 * compiled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encoder(images, tokens)[0], compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_towers_whose_blocks_run_again_in_chunks_give_the_same_numbers(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit_layer_scale_quick_gelu").train()
+    images, tokens = batch_of(encoder, 8)
+    plain = step(encoder, images, tokens)
+    encoder.checkpoint_blocks()
+    encoder.compile_towers("aot_eager")
+    assert_same(step(encoder, images, tokens), plain, 1e-5)
+    assert_same(step(encoder, images, tokens, 4), plain, 1e-5)
