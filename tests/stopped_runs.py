@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,6 +133,11 @@ def stop_at_random(
     if process.exitcode is not None:
         return None
     signum = rng.choice(list(signals))
+    # As `scancel` and Ctrl-C do, to the data loader's workers as well; the kernel's own killer takes one process.
+    if signum != signal.SIGKILL:
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signum)
     os.kill(process.pid or 0, signum)
     return Stopped(signum, _end_of(process, log, 120))
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-__all__ = ["AtomicCheckpointIO", "CheckpointWriteError", "damage"]
+__all__ = ["AtomicCheckpointIO", "CheckpointWriteError", "damage", "put_in_place"]
 
 
 class CheckpointWriteError(RuntimeError):
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(target)
+            put_in_place(partial, target)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
             with suppress(OSError):  # what stopped the writing may stop this, too
                 partial.unlink(missing_ok=True)
@@ -72,6 +72,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}); give another one"
             ) from error
         return checkpoint
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a file that is complete, so that it has its new name also after a power cut."""
+    partial.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def damage(path: Path) -> str:

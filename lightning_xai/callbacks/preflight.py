@@ -46,10 +46,11 @@ def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
             line += f"; {accumulate} batches ({size * world * accumulate:,} samples) make a step"
         lines.append(line)
     total = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
     if total != float("inf"):
         epochs = "" if trainer.max_epochs in (None, -1) else f", {trainer.max_epochs} epochs"
-        each = -(-int(trainer.num_training_batches) // accumulate)
-        lines.append(f"steps: {each:,} an epoch{epochs}, {int(total):,} in all")
+        each = "" if batches == float("inf") else f"{-(-int(batches) // accumulate):,} an epoch{epochs}, "
+        lines.append(f"steps: {each}{int(total):,} in all")
     return "\n".join(lines)
 
 

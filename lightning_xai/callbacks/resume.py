@@ -18,16 +18,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_xai.callbacks.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
 from lightning_xai.data.stable_hash import stable_hash
 
 __all__ = ["Resume", "RunStoppedError"]
 
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _KEPT = 2  # the newest, and one more in case a disk damages it
 
 
@@ -49,9 +50,9 @@ class Resume(Checkpoint):
     Checkpoints are written into the run's folder at the end of a batch: every `minutes`, before the last batch of an
     epoch, after each validation and epoch, and when the process is told to stop. One whose writing is interrupted is
     never seen, see `RunFolder`. SIGUSR1, which Slurm sends before the time limit, means: save, put the job back into
-    the queue, end. SIGTERM (preemption, `scancel`, `kill`) means: save, end. All ranks do either at the same batch,
-    whichever was told. In evaluation a signal ends the run between two batches; nothing is saved, since results that
-    can be resumed are stored by whoever computes them.
+    the queue, end. SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C; a second one ends at once) mean: save,
+    end. All ranks do either at the same batch, whichever was told. In evaluation a signal ends the run between two
+    batches; nothing is saved, since results that can be resumed are stored by whoever computes them.
 
     So that a resumed run repeats what it would have done, the random numbers of each training batch depend on nothing
     but the seed, the epoch, the batch and the rank. A checkpoint gets its name only when all that was logged before is
@@ -95,14 +96,16 @@ class Resume(Checkpoint):
         self._saved_at = 0.0
         self._pending: int | None = None
         self._stopping: int | None = None
+        self._cut_short = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the run's folder, and make sure that all ranks go on from the same checkpoint."""
         self._received.clear()
         self._pending = self._stopping = None
+        self._cut_short = False
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
             # Whether to stop is agreed on by numbers in the host's memory: no step has to wait for its device.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
@@ -112,7 +115,8 @@ class Resume(Checkpoint):
         if trainer.is_global_zero:
             try:
                 self._folder.lock()
-                self._record = self._folder.begin(self._settings)
+                known = self._folder.read() if self._chosen is not None else None
+                self._record = known or self._folder.begin(self._settings)
             except RunFolderError as error:
                 failure = str(error)
         failure, self._record, first = trainer.strategy.broadcast((failure, self._record, self._chosen))
@@ -166,11 +170,15 @@ class Resume(Checkpoint):
             return  # gradients that are still being summed up are in no checkpoint
         due, signum = self._agree(trainer)
         due |= bool(self.every_n_batches) and (batch_idx + 1) % self.every_n_batches == 0
-        # A stop inside the validation that follows the next batch then costs one batch only.
-        due |= batch_idx + 2 == trainer.num_training_batches or _validation_follows(trainer, batch_idx + 1)
+        # A stop inside the validation that follows the next step then costs that step only.
+        upcoming = range(batch_idx + 1, batch_idx + 1 + trainer.accumulate_grad_batches)
+        due |= any(i + 1 == trainer.num_training_batches or _validation_follows(trainer, i) for i in upcoming)
         if last or _validation_follows(trainer, batch_idx):
             self._stop(trainer, signum)
-        elif due or signum is not None:
+            return
+        # Lightning ends an epoch that `max_time` cuts short with a validation, as if it were over; we go on inside.
+        self._cut_short = trainer.should_stop
+        if due or signum is not None or self._cut_short:
             self._stopping = signum
             self._save(trainer)
 
@@ -182,12 +190,14 @@ class Resume(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save behind a validation inside an epoch; behind one at its end, the epoch's end follows."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.is_last_batch:
+        inside = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.is_last_batch
+        if inside and not self._cut_short:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save."""
-        self._save(trainer)
+        """Save, where the epoch is over."""
+        if not self._cut_short:
+            self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Complete the last checkpoint."""
@@ -195,8 +205,15 @@ class Resume(Checkpoint):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note that the run is finished."""
-        if trainer.is_global_zero and self._folder is not None and self._record is not None:
-            self._folder.finish(self._record)
+        if self._folder is None or self._record is None or not trainer.is_global_zero:
+            return
+        if _out_of_time(trainer):
+            rank_zero_warn(
+                f"max_time is over, the run in {self._folder.path} is not finished: --run={self._folder.path} with a "
+                "longer max_time goes on with it"
+            )
+            return
+        self._folder.finish(self._record)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let others into the folder, and end the processes that Lightning has started itself: it would leave them."""
@@ -222,6 +239,8 @@ class Resume(Checkpoint):
                 signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in self._received:
+            raise KeyboardInterrupt
         # Nothing else can be done safely here: a collective operation may be under way.
         self._received.add(signum)
 
@@ -286,6 +305,12 @@ def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
     elif (trainer.current_epoch + 1) % epochs:
         return False
     return bool((batch_idx + 1) % every == 0)
+
+
+def _out_of_time(trainer: L.Trainer) -> bool:
+    """Whether the trainer's `max_time` has stopped it."""
+    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
 
 
 def _may_requeue(trainer: L.Trainer) -> bool:

@@ -10,13 +10,14 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from lightning_xai.callbacks.checkpoint_file import damage
+from lightning_xai.callbacks.checkpoint_file import damage, put_in_place
 
 __all__ = ["RunFolder", "RunFolderError", "RunRecord"]
 
@@ -87,14 +88,15 @@ class RunFolder:
             file = (self.path / "lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise RunFolderError(
-                f"the run's folder {self.path} cannot be written to ({error.strerror}): choose another one"
+                f"the run's folder {self.path} cannot be written to ({error.strerror}): choose another, --run=FOLDER"
             ) from error
         _take(file, self.path)
+        self._lock = file
         file.seek(0)
         file.truncate()
-        file.write(_this_process())
-        file.flush()
-        self._lock = file
+        with suppress(OSError):  # only a text for others; a full disk is told where it matters
+            file.write(_this_process())
+            file.flush()
         for path in self.checkpoints.iterdir():
             if _LEFT_BEHIND.fullmatch(path.name):
                 path.unlink()
@@ -130,17 +132,9 @@ class RunFolder:
         return known
 
     def begin(self, settings: Mapping[str, Any]) -> RunRecord:
-        """The run that the folder holds, or a new one; hold the lock.
-
-        Raises:
-            RunFolderError: the folder holds a run of other settings, or `run.json` is broken.
-        """
-        record = self.read()
-        if record is None:
-            record = RunRecord(uuid.uuid4().hex, settings)
-            self._write(record)
-        elif settings:
-            self.check(record, settings)
+        """Write down a new run; hold the lock. Checkpoints of a run that was here before are strangers from now on."""
+        record = RunRecord(uuid.uuid4().hex, settings)
+        self._write(record)
         return record
 
     def check(self, record: RunRecord, settings: Mapping[str, Any]) -> None:
@@ -154,7 +148,7 @@ class RunFolder:
             more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
             raise RunFolderError(
                 f"{self.path} holds a run that was started with other settings: {'; '.join(changes[:_SHOWN])}{more}. "
-                "Give it the former ones to go on with it, or choose another folder for a new run"
+                "Give it the former ones to go on with it, or begin a new run with --run=ANOTHER_FOLDER"
             )
 
     def finish(self, record: RunRecord) -> None:
@@ -188,9 +182,13 @@ class RunFolder:
         return self.checkpoints / f".step={step:08d}.ckpt.pending"
 
     def commit(self, step: int, keep: int) -> None:
-        """Give a pending checkpoint its name, and remove all but the newest `keep`."""
-        self.pending(step).replace(self.place(step))
-        for path in self.files()[keep:]:
+        """Give a pending checkpoint its name, and of those up to its step remove all but the newest `keep`.
+
+        A run only goes forward: what lies beyond its step is damaged or of another run, and does not count.
+        """
+        put_in_place(self.pending(step), self.place(step))
+        files = self.files()
+        for path in files[files.index(self.place(step)) + keep :]:
             path.unlink()
 
     def _write(self, record: RunRecord) -> None:
@@ -200,8 +198,11 @@ class RunFolder:
             "version": RECORD_VERSION, "id": record.id, "finished": record.finished, "settings": record.settings,
         }  # fmt: skip
         try:
-            partial.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-            partial.replace(path)
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(partial, path)
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written ({error.strerror}): choose another folder") from error
 
@@ -221,7 +222,7 @@ def _take(file: IO[str], folder: Path) -> None:
         owner = file.read(500).strip() or "another process"
         file.close()
         raise RunFolderError(
-            f"the run's folder {folder} is in use by {owner}: wait until that has ended, or choose another folder"
+            f"the run's folder {folder} is in use by {owner}: wait until that ends, or choose another, --run=FOLDER"
         ) from error
     except OSError as error:  # file systems without locks
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -65,12 +67,12 @@ class TrainingCLI(LightningCLI):
             return
         config = self.config[self.subcommand]
         check_allocation(config.trainer.devices, config.trainer.num_nodes)
-        _refuse_strangers(config)
         if self.subcommand == "fit":
             self._settings = self._deciding_settings()
             run = config.run or _job_folder(config)
             if run is not None:
                 self._enter(run)
+        _refuse_strangers(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks and plugins that every run has."""
@@ -91,10 +93,17 @@ class TrainingCLI(LightningCLI):
             # Last, so that its checkpoints hold what all others have done in a step.
             chosen = None if self._checkpoint is None else self._checkpoint.name
             minutes = self._get(self.config, "save_every_minutes")
+            if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+                callbacks.append(ModelCheckpoint(enable_version_counter=False))  # as Lightning would if there were none
             callbacks.append(Resume(self._folder, minutes=minutes, settings=self._settings, chosen=chosen))
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         if isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
             trainer.strategy._timeout = timedelta(seconds=self._get(self.config, "collective_timeout"))
+        if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.strategy._save_distributed_checkpoint:
+            raise ValueError(
+                "checkpoints in pieces cannot be written all or nothing: give ModelParallelStrategy "
+                "save_distributed_checkpoint: false (configs/strategies/fsdp2.yaml has it)"
+            )
         return trainer
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
@@ -110,14 +119,19 @@ class TrainingCLI(LightningCLI):
             self._folder.lock()
         record = self._folder.read()
         if record is not None:
-            self._folder.check(record, self._settings)
-            if record.finished:
-                _say(f"The run in {run} is finished; another folder starts a new one.")
-                raise SystemExit(0)
             self._checkpoint = self._folder.newest(record)
             for name, reason in self._folder.passed_over.items():
                 _say(f"Passing over {name} in {self._folder.checkpoints}: {reason}")
-            _say(f"Going on with the run in {run} from {self._checkpoint or 'its beginning: it has no checkpoint yet'}")
+            if self._checkpoint is None and not record.finished:
+                _say(f"The run in {run} was stopped before its first checkpoint; it begins anew.")
+            else:
+                self._folder.check(record, self._settings)
+                if record.finished:
+                    _say(f"The run in {run} is finished; --run=ANOTHER_FOLDER starts a new one.")
+                    raise SystemExit(0)
+                _say(f"Going on with the run in {run} from {self._checkpoint}")
+            if _is_first():
+                _set_aside(run / "metrics.csv")
         trainer = self.config[self.subcommand].trainer
         trainer.default_root_dir = str(run)
         trainer.logger = _inside(trainer.logger, run)
@@ -169,10 +183,17 @@ def _inside(logger: Any, run: Path) -> Any:
         else:
             one = one.as_dict() if hasattr(one, "as_dict") else dict(one)
         arguments = {**(one.get("init_args") or {}), "save_dir": str(run)}
-        if one["class_path"].rpartition(".")[2] == "TensorBoardLogger":
+        if one["class_path"].rpartition(".")[2] in ("TensorBoardLogger", "CSVLogger"):
             arguments |= {"name": "", "version": ""}
         placed.append({**one, "init_args": arguments})
     return placed
+
+
+def _set_aside(table: Path) -> None:
+    """Keep the rows that a run had logged before it was stopped: CSVLogger begins by deleting its table."""
+    if table.exists():
+        number = next(i for i in itertools.count(1) if not table.with_name(f"{table.stem}-{i}.csv").exists())
+        table.rename(table.with_name(f"{table.stem}-{number}.csv"))
 
 
 def _say(text: str) -> None:
@@ -182,4 +203,5 @@ def _say(text: str) -> None:
 
 def _is_first() -> bool:
     """Whether this is rank 0; Lightning has worked that out from the environment when it was imported."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
+    first_node = all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "GROUP_RANK"))
+    return first_node and int(getattr(rank_zero_only, "rank", 0)) == 0

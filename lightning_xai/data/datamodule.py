@@ -16,7 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
-from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader, count_batches
+from lightning_xai.data.dataset import (
+    EvaluationDataset,
+    TrainingDataset,
+    TrainingLoader,
+    count_batches,
+    heed_parent_only,
+)
 from lightning_xai.data.fault_counter import FaultCounter
 from lightning_xai.data.faults import FaultCounts
 from lightning_xai.data.image_transform import ImageTransform
@@ -384,6 +390,7 @@ class ShardDataModule(LightningDataModule):
         return {
             "num_workers": workers,
             "persistent_workers": self.persistent_workers and workers > 0,
+            "worker_init_fn": heed_parent_only,
             "pin_memory": pin_memory,
             # DataLoader seeds its workers from here; without it, each epoch would move the global generator on.
             "generator": torch.Generator().manual_seed(self.seed),

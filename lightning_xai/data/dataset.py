@@ -6,7 +6,10 @@ for a batch that does not come. The split is by sample, not by shard, and is wor
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest
 from lightning_xai.data.stable_hash import stable_hash
 
-__all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader", "count_batches"]
+__all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader", "count_batches", "heed_parent_only"]
 
 
 def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world: int) -> int:
@@ -284,6 +287,26 @@ class TrainingLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the batches that `state` counts, if the next epoch asked for is still the same."""
         self._resume = (state["epoch"], state["batches"])
+
+
+def heed_parent_only(worker: int) -> None:
+    """Make a worker deaf to signals that are meant for the whole job, so that its rank can still save.
+
+    `scancel`, preemption and Ctrl-C reach every process. A rank finishes its batch and saves, for which it needs its
+    workers; it ends them itself, which is the one SIGTERM that counts.
+    """
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS cannot tell who has sent a signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _worker() -> tuple[int, int]:

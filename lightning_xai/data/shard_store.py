@@ -100,6 +100,8 @@ def open_store(place: Place, retries: int = 3) -> ShardStore:
             f"{_shown(place)}: webdataset opens {', '.join(known)}, not {scheme}; give a folder's path without a "
             f"scheme, or a command that writes a file to its standard output: {_EXAMPLE}"
         )
+    if urlsplit(place).query and _NAME not in place:
+        raise ValueError(f"{_shown(place)}: an address with a query has to hold {_NAME} where a file's name goes")
     return RemoteStore(place if _NAME in place else f"{place.rstrip('/')}/{_NAME}", retries)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,41 @@ def test_a_stop_inside_a_validation_costs_no_more_than_the_batch_before_it(
     assert differences(left_by(run), left_by(tmp_path / "whole")) == []
 
 
+def test_where_gradients_are_summed_up_a_stop_at_an_epochs_end_costs_no_more_than_a_step(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    # 6 batches, of which 4 make a step and the last 2 another one.
+    assert not fit(tmp_path, model, world, StopAt(5, signal.SIGTERM), accumulate_grad_batches=4)
+    assert [path.name for path in RunFolder(tmp_path).files()] == ["step=00000001.ckpt"]
+
+
+def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert fit(tmp_path / "whole", model, world)
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="max_time is over"):
+        assert fit(run, model, world, Slow(1.0), max_time={"seconds": 1})
+    record = RunFolder(run).read()
+    assert record is not None
+    assert not record.finished
+    assert fit(run, model, world, max_time={"hours": 1})
+    whole, gone_on = left_by(tmp_path / "whole"), left_by(run)
+    # What was measured where the time was over has been logged in addition.
+    logged = {key: value for key, value in gone_on.logged.items() if key in whole.logged}
+    assert differences(gone_on._replace(logged=logged), whole) == []
+
+
+class Slow(Callback):
+    """Takes its time in the third batch."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.seconds if batch_idx == 2 else 0)
+
+
 def test_stopped_before_the_first_checkpoint_a_run_begins_anew(model: Path, world: Path, tmp_path: Path) -> None:
     assert fit(tmp_path / "whole", model, world)
     run = tmp_path / "stopped"
@@ -153,12 +189,15 @@ def test_two_processes_stop_at_the_same_batch_whichever_was_told_and_go_on_as_if
     run = str(tmp_path / "stopped")
     assert run_distributed(fit_together, run, str(model), str(world), 1) == [False, False]
     assert [path.name for path in RunFolder(Path(run)).files()] == ["step=00000002.ckpt"]
+    # Now one of them is killed, in the second epoch.
+    with pytest.raises(RuntimeError):
+        run_distributed(fit_together, run, str(model), str(world), 2, int(signal.SIGKILL))
     assert run_distributed(fit_together, run, str(model), str(world), None) == [True, True]
     assert differences(left_by(Path(run)), left_by(tmp_path / "whole")) == []
 
 
-def fit_together(run: str, model: str, world: str, stop_at: int | None) -> bool:
-    stop = StopAt(stop_at, signal.SIGTERM, rank=1)
+def fit_together(run: str, model: str, world: str, stop_at: int | None, signum: int = signal.SIGTERM) -> bool:
+    stop = StopAt(stop_at, signum, rank=1)
     return fit(Path(run), Path(model), Path(world), stop, **join_lightning())
 
 

@@ -37,17 +37,17 @@ def test_a_new_run_is_written_down_and_found_again(tmp_path: Path) -> None:
     folder.lock()
     record = folder.begin(SETTINGS)
     assert RunFolder(tmp_path / "run").read() == record
-    assert RunFolder(tmp_path / "run").begin(SETTINGS) == record
+    RunFolder(tmp_path / "run").check(record, SETTINGS)
     folder.finish(record)
     assert RunFolder(tmp_path / "run").read() == RunRecord(record.id, SETTINGS, finished=True)
 
 
 def test_other_settings_are_named_one_by_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.begin(SETTINGS)
+    record = folder.begin(SETTINGS)
     other = {"model": {"init_args": {"initial_lr": 1e-4}}, "trainer": {"max_epochs": 2, "precision": "bf16-mixed"}}
     with pytest.raises(RunFolderError) as error:
-        RunFolder(tmp_path).begin(other)
+        folder.check(record, other)
     assert "model.init_args.initial_lr was 0.001, is 0.0001" in str(error.value)
     assert "trainer.precision was None, is bf16-mixed" in str(error.value)
     assert "max_epochs" not in str(error.value)
@@ -94,6 +94,20 @@ def test_a_checkpoint_gets_its_name_when_it_is_complete_and_old_ones_go(tmp_path
         assert folder.place(step) not in folder.files()
         folder.commit(step, keep=2)
     assert folder.files() == [folder.place(3), folder.place(2)]
+
+
+def test_what_lies_beyond_a_runs_step_is_never_taken_for_its_newest(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    old = folder.begin(SETTINGS)
+    for step in (400, 500):
+        checkpoint(folder, step, old.id)
+    record = folder.begin(SETTINGS)
+    for step in (10, 20, 30):
+        checkpoint(folder, step, record.id).rename(folder.pending(step))
+        folder.commit(step, keep=2)
+    assert folder.newest(record) == folder.place(30)
+    assert folder.files() == [folder.place(step) for step in (500, 400, 30, 20)]
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away_and_nothing_else(tmp_path: Path) -> None:

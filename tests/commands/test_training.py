@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from stopped_runs import config_of, differences, finish, left_by, start, stop_at
 
 from lightning_xai.callbacks.run_folder import RunFolder
 
-ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL)
+ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def test_runs_stopped_at_20_random_moments_end_as_one_that_never_was(
         while stops < 20 and (stopped := stop_at_random(arguments, log, run, rng, ALL, seconds=1.2)):
             stops += 1
             # A signal that comes before training has begun to listen ends the process in the usual way.
-            assert stopped.code in (-stopped.signum, 128 + stopped.signum), (stopped, log.read_text()[-3000:])
+            usual = 1 if stopped.signum == signal.SIGINT else -stopped.signum
+            assert stopped.code in (usual, 128 + stopped.signum), (stopped, log.read_text()[-3000:])
         assert finish(arguments, log) == 0, log.read_text()[-3000:]
         assert differences(left_by(run), expected) == []
     assert runs < 15  # else they ended before they could be stopped
@@ -151,8 +153,8 @@ def test_a_stale_checkpoint_that_lightning_would_take_inside_a_job_is_refused(
     root = tmp_path / "runs"
     root.mkdir()
     (root / "hpc_ckpt_3.ckpt").write_text("")
-    options = (f"--config={config}", f"--trainer.default_root_dir={root}")
-    for verb in ("fit", "test"):
+    for verb, option in (("fit", f"--run={root}"), ("test", f"--trainer.default_root_dir={root}")):
+        options = (f"--config={config}", option)
         assert "hpc_ckpt_3.ckpt is a checkpoint of an earlier job" in refusal(tmp_path / "log", verb, *options)
 
 
@@ -234,3 +236,31 @@ def test_a_dry_run_leaves_nothing(config: Path, tmp_path: Path, monkeypatch: pyt
     assert finish(["fit", *options], log) == 0, log.read_text()[-3000:]
     assert not list(root.glob("**/*.ckpt"))
     assert not list(root.glob("**/run.json"))
+
+
+def test_a_run_without_a_checkpoint_begins_anew_with_any_settings(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    RunFolder(run).lock()
+    RunFolder(run).begin({"model": "one that did not fit into memory"})
+    assert finish(["fit", f"--config={config}", f"--run={run}", "--trainer.max_epochs=1"], log) == 0
+    assert "was stopped before its first checkpoint; it begins anew" in log.read_text()
+
+
+def test_a_table_of_csv_keeps_the_rows_from_before_a_stop(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["fit", f"--config={config}", f"--run={run}", "--save_every_minutes=0.0001"]
+    arguments.append("--trainer.logger=lightning.pytorch.loggers.CSVLogger")
+    arguments.append("--trainer.logger.save_dir=.")
+    process = start(arguments, log)
+    while not (run / "resume").is_dir() or not list((run / "resume").glob("step=*")):
+        assert process.exitcode is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(60)
+    assert finish(arguments, log) == 0
+    steps = [set(), set()]  # type: list[set[str]]
+    for rows, name in zip(steps, ("metrics-1.csv", "metrics.csv"), strict=True):
+        with (run / name).open(newline="") as file:
+            rows |= {row["step"] for row in csv.DictReader(file) if row["train/loss"]}
+    assert steps[0]
+    assert steps[0] | steps[1] == {str(step) for step in range(12)}

@@ -77,7 +77,7 @@ def config(world: Path, place: Path) -> Path:
     demo: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     demo["data"]["init_args"] |= {
         "root": str(world), "train_samples": TRAIN, "val_samples": VAL, "batch_size": BATCH, "eval_batch_size": 24,
-        "num_workers": 0,
+        "num_workers": 1,
     }  # fmt: skip
     demo["trainer"] |= {
         "max_epochs": EPOCHS, "default_root_dir": str(place / "runs"), "enable_progress_bar": False,
