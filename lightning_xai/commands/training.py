@@ -102,7 +102,7 @@ class TrainingCLI(LightningCLI):
         if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.strategy._save_distributed_checkpoint:
             raise ValueError(
                 "checkpoints in pieces cannot be written all or nothing: give ModelParallelStrategy "
-                "save_distributed_checkpoint: false (configs/strategies/fsdp2.yaml has it)"
+                "save_distributed_checkpoint: false (configs/coco_vit_h14_sharded.yaml has it)"
             )
         return trainer
 
