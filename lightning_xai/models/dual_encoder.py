@@ -15,6 +15,7 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.distributed as dist
 from open_clip.tokenizer import HFTokenizer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -71,8 +72,13 @@ class DualEncoder(TwoTowerEncoder):
     def logit_scale(self) -> Tensor:
         """The learned logarithm of the factor on cosine similarities, a scalar parameter."""
         scale: Tensor = self.model.logit_scale
-        local = getattr(scale, "to_local", None)  # of the DTensor that it is where the encoder is sharded
-        return scale if local is None else local()
+        if not hasattr(scale, "to_local"):
+            return scale
+        # A DTensor, since the encoder is sharded; every process has all of it.
+        local: Tensor = scale.to_local()
+        if local.requires_grad:
+            local.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
+        return local
 
     @property
     def embedding_width(self) -> int:
@@ -211,6 +217,13 @@ class DualEncoder(TwoTowerEncoder):
                 cut()
                 continue
             self._probe(tower)
+
+
+def _mean_over_processes(gradient: Tensor) -> Tensor:
+    """Of gradients that should be equal: where they differ in the last digit, the processes would drift apart."""
+    mean = gradient / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean
 
 
 def _embed_images(encoder: DualEncoder, images: Tensor) -> Tensor:

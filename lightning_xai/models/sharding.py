@@ -40,10 +40,12 @@ def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
 
     known = inspect.signature(fully_shard).parameters
     if not hasattr(FSDPModule, "set_reshard_after_forward") or "ignored_params" not in known:
-        raise RuntimeError(f"sharding an encoder needs torch 2.8 or newer; this is {torch.__version__}")
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot shard an encoder: its fully_shard lacks ignored_params, or its modules "
+            "set_reshard_after_forward; install a newer torch, or take strategy ddp"
+        )
     scale = encoder.model.logit_scale
-    # It has no dimension that could be cut. What every process has whole gets the same gradient on all of them, since
-    # all compute the loss of the whole batch.
+    # It has no dimension that could be cut, so FSDP leaves it alone; `DualEncoder.logit_scale` averages its gradient.
     encoder.model.logit_scale = whole = nn.Parameter(
         distribute_tensor(scale.detach().to(mesh.device_type), mesh, [Replicate()]), requires_grad=scale.requires_grad
     )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from conftest import ARCHITECTURES, randomised
 from distributed import run_distributed
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.sharding import gather_parameters, is_sharded, release_parameters, shard_encoder
@@ -56,9 +57,18 @@ def shard_on_this_rank(name: str, folder: str) -> dict[str, Any]:
     found["share"] = share(encoder)
     found["state"] = {key: x.full_tensor() if hasattr(x, "full_tensor") else x for key, x in state.items()}
     found["scale"] = encoder.logit_scale.detach().clone()
+    torch.autograd.backward((1.0 + dist.get_rank()) * encoder.logit_scale)
+    gradient: Any = encoder.model.logit_scale.grad
+    found["gradient"] = gradient.to_local().item()
     return found
 
 
+needs_recent_torch = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reshard_after_forward"), reason="this torch cannot shard an encoder"
+)
+
+
+@needs_recent_torch
 @pytest.mark.parametrize("name", ["vit", "vit_custom_block", "resnet"])
 def test_an_encoder_shared_by_two_processes_is_the_first_ones(name: str, tmp_path: Path) -> None:
     plain = encoder_of(name, str(tmp_path))
@@ -75,6 +85,7 @@ def test_an_encoder_shared_by_two_processes_is_the_first_ones(name: str, tmp_pat
             assert torch.equal(rank["state"][key], value), key
         assert torch.equal(rank["scale"], plain.logit_scale)
         assert rank["scale"].shape == ()
+        assert rank["gradient"] == 1.5  # the mean of 1 and 2
     assert sum(rank["share"] for rank in ranks) == total + 1, "only the scalar is held twice"
     assert min(rank["share"] for rank in ranks) > 0.4 * total
 
@@ -86,3 +97,15 @@ def test_an_encoder_that_is_not_sharded_stays_as_it_is(make_encoder: Callable[..
     release_parameters(encoder)
     assert not is_sharded(encoder)
     assert {name: id(p) for name, p in encoder.named_parameters()} == before
+
+
+def test_a_torch_that_cannot_keep_the_scale_whole_is_refused(
+    make_encoder: Callable[..., DualEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(module: Any, *, mesh: Any = None) -> None:
+        raise AssertionError("nothing is to be sharded")
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", older)
+    mesh: Any = None
+    with pytest.raises(RuntimeError, match="install a newer torch, or take strategy ddp"):
+        shard_encoder(make_encoder("vit"), mesh)

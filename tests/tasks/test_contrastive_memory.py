@@ -16,6 +16,7 @@ from distributed import join_lightning, run_distributed
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from training_runs import Recorder, loader_of, records_of, trainer_in
 
 from lightning_xai.callbacks import GroundingCallback
@@ -229,6 +230,10 @@ def test_a_compiled_run_has_the_plain_ones_losses_grounding_and_checkpoint(
 
 # --- two processes ---
 
+needs_recent_torch = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reshard_after_forward"), reason="this torch cannot shard an encoder"
+)
+
 
 def train_on_two_processes(config: str, shards: str, folder: str) -> dict[str, dict[str, Any]]:
     """Runs by name, each on its own folder; every rank returns what it has."""
@@ -252,6 +257,7 @@ def fsdp(tensor_parallel_size: int = 1) -> ModelParallelStrategy:
 
 
 @pytest.mark.slow
+@needs_recent_torch
 def test_two_processes_that_save_memory_or_share_a_model_have_the_numbers_of_one(
     where: tuple[str, str, str], tmp_path: Path
 ) -> None:
@@ -316,6 +322,7 @@ def ground_on_this_rank(config: str, train_shards: str, val_shards: str, folder:
 
 
 @pytest.mark.slow
+@needs_recent_torch
 def test_a_model_shared_by_two_processes_is_grounded_saved_and_resumed_like_one_that_is_not(
     architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path
 ) -> None:
@@ -377,6 +384,7 @@ def refuse_on_this_rank(config: str, shards: str, folder: str) -> list[str]:
 
 
 @pytest.mark.slow
+@needs_recent_torch
 def test_what_sharding_does_not_go_with_is_refused_before_training(where: tuple[str, str, str]) -> None:
     for messages in run_distributed(refuse_on_this_rank, *where):
         tensor_parallel, compiled, inference_mode = messages
