@@ -74,8 +74,12 @@ def main(args: Sequence[str] | None = None) -> None:
         told = _meant_for_the_user(error) or _lost_process(error)
         if told is None:
             raise
-        print(f"lightning_xai {arguments[0]}: {told}", file=sys.stderr)  # noqa: T201
-        sys.exit(getattr(told, "code", 1))  # a run that a signal has stopped has a status of its own
+        text = f"lightning_xai {arguments[0]}: {told}"
+        status = getattr(told, "code", None)
+        if status is None:
+            sys.exit(text)
+        print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has a status of its own
+        sys.exit(status)
 
 
 def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningCLI:
