@@ -347,11 +347,11 @@ def test_the_command_line_reads_a_config_and_flags(
         main(["roar", "--config", str(config), "--cell", "9"])
 
 
-def test_the_help_shows_the_array_job_and_loads_no_torch() -> None:
+def test_the_help_shows_how_to_submit_it_and_loads_no_torch() -> None:
     code = (
         "import sys\nfrom lightning_xai.cli import main\n"
         "try:\n    main(['roar', '--help'])\nfinally:\n    assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "sbatch --array=0-64 slurm/roar_array.sbatch configs/roar_demo.yaml" in done.stdout
+    assert "slurm/roar.sh configs/roar_paper.yaml" in done.stdout
