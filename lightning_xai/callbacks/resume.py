@@ -61,13 +61,12 @@ class Resume(Checkpoint):
     Args:
         folder: of the run; None: that of the trainer's logger.
         minutes: most time between two checkpoints, above 0.
-        every_n_batches: additionally a checkpoint after each n-th batch of an epoch; 0: none.
-        settings: all that decides the run's numbers; a folder that holds a run of others is refused.
+        settings: all that decides the run's numbers; written down, to be compared when the run goes on.
         chosen: the file name of the checkpoint that this process has been told to start from; all ranks have to agree.
 
     Raises:
-        ValueError: an option outside its range.
-        RunFolderError: at set-up: the folder is in use, cannot be written to, or holds another run.
+        ValueError: `minutes` is not positive.
+        RunFolderError: at set-up: the folder is in use or cannot be written to, or ranks would start differently.
     """
 
     def __init__(
@@ -75,16 +74,12 @@ class Resume(Checkpoint):
         folder: RunFolder | None = None,
         *,
         minutes: float = 10.0,
-        every_n_batches: int = 0,
         settings: Mapping[str, Any] | None = None,
         chosen: str | None = None,
     ) -> None:
         if not minutes > 0:
             raise ValueError(f"minutes has to be positive; got {minutes}")
-        if every_n_batches < 0:
-            raise ValueError(f"every_n_batches has to be at least 0; got {every_n_batches}")
         self.minutes = minutes
-        self.every_n_batches = every_n_batches
         self._folder = folder
         self._named = folder is not None
         self._settings = settings or {}
@@ -169,7 +164,6 @@ class Resume(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
             return  # gradients that are still being summed up are in no checkpoint
         due, signum = self._agree(trainer)
-        due |= bool(self.every_n_batches) and (batch_idx + 1) % self.every_n_batches == 0
         # A stop inside the validation that follows the next step then costs that step only.
         upcoming = range(batch_idx + 1, batch_idx + 1 + trainer.accumulate_grad_batches)
         due |= any(i + 1 == trainer.num_training_batches or _validation_follows(trainer, i) for i in upcoming)

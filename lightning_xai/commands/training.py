@@ -139,7 +139,7 @@ class TrainingCLI(LightningCLI):
     def _deciding_settings(self) -> dict[str, Any]:
         """The configuration without what cannot change a number; nested plain values."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
-        settings: dict[str, Any] = json.loads(parser.dump(config, skip_none=False, format="json"))
+        settings: dict[str, Any] = json.loads(parser.dump(config, format="json"))
         for group, names in _FREE.items():
             at = settings.get(group) or {} if group else settings
             at = at.get("init_args", at)
