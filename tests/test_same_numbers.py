@@ -19,6 +19,7 @@ import pytest
 import torch
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback
+from quiet_trainer import quiet_trainer
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
@@ -37,20 +38,8 @@ GROUNDING = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding
 
 
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "inference_mode": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": folder,
-        "callbacks": list(callbacks),
-    }
-    return L.Trainer(**(defaults | options))
+    steps = {"inference_mode": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+    return quiet_trainer(folder, *callbacks, **(steps | options))
 
 
 def task_of(config: str, **options: Any) -> ContrastiveFineTuning:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
+from quiet_trainer import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,20 +18,8 @@ from lightning_xai.tasks import ContrastiveFineTuning
 
 
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder,
-        "callbacks": list(callbacks),
-    }
-    return L.Trainer(**(defaults | options))
+    steps = {"num_sanity_val_steps": 0, "use_distributed_sampler": False, "log_every_n_steps": 1}
+    return quiet_trainer(folder, *callbacks, **(steps | options))
 
 
 def records_of(folder: Path, count: int) -> list[Record]:

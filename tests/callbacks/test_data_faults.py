@@ -12,6 +12,7 @@ from captioned_shards import make_shards
 from damaged_shards import DAMAGE, Reader, damage_image, make_damaged, shard_path
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 from lightning_xai.callbacks.data_faults import DataFaults
 from lightning_xai.data.datamodule import ShardDataModule
@@ -31,17 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "default_root_dir": folder,
-    }
-    return L.Trainer(callbacks=[DataFaults(), *callbacks], **(defaults | options))
+    return quiet_trainer(folder, DataFaults(), *callbacks, **options)
 
 
 class Watcher(Callback):

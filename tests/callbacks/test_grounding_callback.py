@@ -20,6 +20,7 @@ from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from quiet_trainer import quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
 from torch import Tensor, nn
 
@@ -69,19 +70,7 @@ def data_of(world: Path, **options: Any) -> ShardDataModule:
 
 
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "inference_mode": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder,
-        "callbacks": list(callbacks),
-    }
-    return L.Trainer(**(defaults | options))
+    return quiet_trainer(folder, *callbacks, **({"inference_mode": False, "log_every_n_steps": 1} | options))
 
 
 def samples_of(folder: Path) -> list[Sample]:

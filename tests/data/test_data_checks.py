@@ -10,8 +10,8 @@ import torch
 from captioned_shards import make_shards
 from damaged_shards import Reader, damage_image, shard_path
 from distributed import join_lightning, run_distributed
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
@@ -42,20 +42,6 @@ class CountingReader(Reader):
         self.batches += 1
 
 
-def trainer_in(folder: Path, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": folder,
-    }
-    return Trainer(**(defaults | options))
-
-
 def data_of(folder: Path, **options: Any) -> ShardDataModule:
     defaults: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "shuffle_buffer": 5}
     return ShardDataModule(train=folder, val=folder, **(defaults | options))
@@ -68,14 +54,14 @@ def data_of(folder: Path, **options: Any) -> ShardDataModule:
 def checkpoint(tmp_path: Path, shards: Path) -> Path:
     """Written in the middle of an epoch of 14 batches."""
     saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    trainer = trainer_in(tmp_path, callbacks=[saver], enable_checkpointing=True, limit_val_batches=0)
+    trainer = quiet_trainer(tmp_path, saver, enable_checkpointing=True, limit_val_batches=0)
     trainer.fit(CountingReader(), data_of(shards))
     return tmp_path / "step=5.ckpt"
 
 
 def go_on(checkpoint: Path, data: ShardDataModule) -> CountingReader:
     module = CountingReader()
-    trainer_in(checkpoint.parent, limit_val_batches=0).fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    quiet_trainer(checkpoint.parent, limit_val_batches=0).fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return module
 
 
@@ -96,7 +82,7 @@ def test_a_run_does_not_go_on_with_other_batches(
     data = data_of(shards, **options)
     module = CountingReader()
     with pytest.raises(ValueError, match="cannot go on from this checkpoint") as caught:
-        trainer_in(checkpoint.parent).fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        quiet_trainer(checkpoint.parent).fit(module, data, ckpt_path=checkpoint, weights_only=True)
     assert f"would hold other samples: {change}. Restore the former values; or, to start a new run" in str(caught.value)
     assert f"--model.init_args.model={checkpoint} --model.init_args.pretrained=null" in str(caught.value)
     assert module.batches == 0
@@ -129,14 +115,19 @@ def test_changed_shards_are_told(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_evaluation_takes_a_checkpoint_of_any_training_data(checkpoint: Path, one_shard: Path, tmp_path: Path) -> None:
-    data = data_of(one_shard, batch_size=3)
-    trainer_in(tmp_path).validate(CountingReader(), data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    data = ShardDataModule(test=one_shard, batch_size=3, num_workers=0)
-    trainer_in(tmp_path).test(CountingReader(), data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    learned = torch.load(checkpoint, weights_only=True)["state_dict"]["weight"]
+    assert not torch.equal(learned, CountingReader().weight)
+    for verb, data in (
+        ("validate", data_of(one_shard, batch_size=3)),
+        ("test", ShardDataModule(test=one_shard, batch_size=3, num_workers=0)),
+    ):
+        reader = CountingReader()
+        getattr(quiet_trainer(tmp_path), verb)(reader, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        assert torch.equal(reader.weight, learned), verb
 
 
 def go_on_with_others(checkpoint: str, shards: str, out: str) -> str:
-    trainer = trainer_in(Path(out), **join_lightning())
+    trainer = quiet_trainer(Path(out), **join_lightning())
     try:
         trainer.fit(CountingReader(), data_of(Path(shards)), ckpt_path=checkpoint, weights_only=True)
     except ValueError as error:
@@ -155,14 +146,14 @@ def test_another_number_of_processes_is_refused_by_all(checkpoint: Path, shards:
 def test_too_few_samples_are_refused_before_anything_runs(tmp_path: Path, one_shard: Path) -> None:
     module = CountingReader()
     with pytest.raises(ValueError, match="23 samples do not fill one batch of 24 on each of 1 ranks; lower batch_size"):
-        trainer_in(tmp_path).fit(module, data_of(one_shard, batch_size=24))
+        quiet_trainer(tmp_path).fit(module, data_of(one_shard, batch_size=24))
     assert module.batches == 0
     data_of(one_shard, batch_size=24).setup("validate")
 
 
 def test_with_more_ranks_than_samples_no_batch_size_is_advised(tmp_path: Path) -> None:
     data = data_of(make_shards(tmp_path / "s", 3), batch_size=1)
-    data.trainer = trainer_in(tmp_path, devices=4, strategy="ddp")
+    data.trainer = quiet_trainer(tmp_path, devices=4, strategy="ddp")
     with pytest.raises(ValueError, match="3 samples do not fill one batch of 1 on each of 4 ranks; use fewer devices"):
         data.setup("fit")
 
@@ -180,7 +171,7 @@ def test_checksums_are_compared_where_asked(two_changed: Path, tmp_path: Path) -
     told = r"2 of 5 shards are not as manifest\.json says: shard-000001\.tar has the SHA-256 .*; shard-000004\.tar has "
     module = CountingReader()
     with pytest.raises(ShardError, match=told):
-        trainer_in(tmp_path).fit(module, data_of(two_changed, verify=True))
+        quiet_trainer(tmp_path).fit(module, data_of(two_changed, verify=True))
     assert module.batches == 0
     sound = make_shards(tmp_path / "sound", 20)
     data_of(sound, verify=True).setup("fit")
@@ -196,7 +187,7 @@ def test_checksums_are_compared_once(tmp_path: Path) -> None:
 
 
 def verify_on_this_rank(folder: str, out: str) -> str:
-    trainer = trainer_in(Path(out), **join_lightning())
+    trainer = quiet_trainer(Path(out), **join_lightning())
     try:
         trainer.validate(CountingReader(), data_of(Path(folder), verify=True), verbose=False)
     except ShardError as error:
