@@ -108,6 +108,23 @@ def finish(arguments: Sequence[str], log: Path, timeout: float = 240) -> int:
     return _end_of(start(arguments, log), log, timeout)
 
 
+def time_of(arguments: Sequence[str], log: Path, run: Path) -> float:
+    """Run to the end; the seconds since the run's folder was locked."""
+    process = _start_until_locked(arguments, log, run)
+    begun = time.monotonic()
+    assert _end_of(process, log, 240) == 0, log.read_text()[-3000:]
+    return time.monotonic() - begun
+
+
+def _start_until_locked(arguments: Sequence[str], log: Path, run: Path) -> BaseProcess:
+    (run / "lock").unlink(missing_ok=True)
+    process = start(arguments, log)
+    deadline = time.monotonic() + 120
+    while not (run / "lock").exists() and process.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process
+
+
 def _end_of(process: BaseProcess, log: Path, timeout: float) -> int:
     process.join(timeout)
     if process.exitcode is None:
@@ -124,21 +141,18 @@ def stop_at_random(
     Returns:
         The signal and the exit status; None if the run had ended before.
     """
-    (run / "lock").unlink(missing_ok=True)
-    process = start(arguments, log)
-    deadline = time.monotonic() + 120
-    while not (run / "lock").exists() and process.exitcode is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = _start_until_locked(arguments, log, run)
     process.join(rng.uniform(0, seconds))
     if process.exitcode is not None:
         return None
     signum = rng.choice(list(signals))
-    # As `scancel` and Ctrl-C do, to the data loader's workers as well; the kernel's own killer takes one process.
-    if signum != signal.SIGKILL:
-        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            with suppress(ProcessLookupError):
-                os.kill(int(child), signum)
-    os.kill(process.pid or 0, signum)
+    with suppress(ProcessLookupError, FileNotFoundError):  # it may have ended in this very moment
+        # As `scancel` and Ctrl-C do, to the data loader's workers as well; the kernel's own killer takes one process.
+        if signum != signal.SIGKILL:
+            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(child), signum)
+        os.kill(process.pid or 0, signum)
     return Stopped(signum, _end_of(process, log, 120))
 
 

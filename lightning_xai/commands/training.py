@@ -44,12 +44,15 @@ class TrainingCLI(LightningCLI):
             "--run",
             type=Path | None,
             default=None,
-            help="of `fit`: folder for everything of a training run. Where it holds a run that was stopped, `fit` goes on with "
-            "it, exactly; where it holds none, a new one begins. Default: a new folder for each start; inside a Slurm "
-            "job, slurm-JOBID in trainer.default_root_dir, so that a requeued job goes on",
+            help="of `fit`: folder for everything of a training run. Where it holds a run that was stopped, `fit` goes "
+            "on with it, exactly; where it holds none, a new one begins. Default: a new folder for each start; inside "
+            "a Slurm job, slurm-JOBID in trainer.default_root_dir, so that a requeued job goes on",
         )
         parser.add_argument(
-            "--save_every_minutes", type=float, default=10.0, help="of `fit`: most time between two checkpoints to go on from"
+            "--save_every_minutes",
+            type=float,
+            default=10.0,
+            help="of `fit`: most time between two checkpoints to go on from",
         )
         parser.add_argument(
             "--collective_timeout",
