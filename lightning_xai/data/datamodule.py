@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -16,13 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
-from lightning_xai.data.dataset import (
-    EvaluationDataset,
-    TrainingDataset,
-    TrainingLoader,
-    count_batches,
-    heed_parent_only,
-)
+from lightning_xai.data.dataset import EvaluationDataset, ShardLoader, TrainingDataset, TrainingLoader, count_batches
 from lightning_xai.data.fault_counter import FaultCounter
 from lightning_xai.data.faults import FaultCounts
 from lightning_xai.data.image_transform import ImageTransform
@@ -324,7 +318,7 @@ class ShardDataModule(LightningDataModule):
             rank=rank,
             world=world,
         )
-        loader = _EvaluationLoader(dataset, batch_size=None, **self._options(len(dataset)))
+        loader = _EvaluationLoader(dataset, **self._options(len(dataset)))
         self._begin(split, -(-manifest.samples // world), loader, world)
         loader.on_start = self._faults[split].begin
         return loader
@@ -390,7 +384,6 @@ class ShardDataModule(LightningDataModule):
         return {
             "num_workers": workers,
             "persistent_workers": self.persistent_workers and workers > 0,
-            "worker_init_fn": heed_parent_only,
             "pin_memory": pin_memory,
             # DataLoader seeds its workers from here; without it, each epoch would move the global generator on.
             "generator": torch.Generator().manual_seed(self.seed),
@@ -447,12 +440,12 @@ class ShardDataModule(LightningDataModule):
         return store
 
 
-class _EvaluationLoader(DataLoader[Batch]):
+class _EvaluationLoader(ShardLoader):
     """Tells when an evaluation starts; Lightning tells a data module nothing of it."""
 
     on_start: Callable[[], None] | None = None
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as ShardLoader's
         if self.on_start is not None:
             self.on_start()
         return super().__iter__()

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
@@ -27,7 +28,7 @@ from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest
 from lightning_xai.data.stable_hash import stable_hash
 
-__all__ = ["EvaluationDataset", "TrainingDataset", "TrainingLoader", "count_batches", "heed_parent_only"]
+__all__ = ["EvaluationDataset", "ShardLoader", "TrainingDataset", "TrainingLoader", "count_batches"]
 
 
 def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world: int) -> int:
@@ -247,8 +248,28 @@ class EvaluationDataset(IterableDataset[Batch]):
         return chain(read_samples(self.store, self.manifest, order, lower, upper), repeat(padding, missing))
 
 
-class TrainingLoader(DataLoader[Batch]):
-    """A DataLoader that starts each epoch's workers with the number of that epoch, and resumes inside an epoch.
+class ShardLoader(DataLoader[Batch]):
+    """A DataLoader of whole batches whose workers outlive a signal that is meant for the whole job.
+
+    `scancel`, preemption and Ctrl-C reach every process. A rank finishes its batch and saves, for which it needs its
+    workers; it ends them itself, and that SIGTERM is the one that counts.
+
+    Args:
+        dataset: the batches.
+        **options: of DataLoader.
+    """
+
+    def __init__(self, dataset: IterableDataset[Batch], **options: Any) -> None:
+        super().__init__(dataset, **(options | {"batch_size": None, "worker_init_fn": _heed_parent_only}))
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch names a private class of its own
+        """The batches."""
+        with _held_signals():  # else one could catch a worker before it listens to its parent only
+            return super().__iter__()
+
+
+class TrainingLoader(ShardLoader):
+    """A loader that starts each epoch's workers with the number of that epoch, and resumes inside an epoch.
 
     Lightning makes an iterator before it has worked out where a checkpoint leaves off, and then keeps that iterator:
     there the epoch's number can still be one behind. So the number is read, and workers are started, when the first
@@ -257,11 +278,11 @@ class TrainingLoader(DataLoader[Batch]):
     Args:
         dataset: the batches; this loader seeks in it.
         current_epoch: tells the epoch.
-        **options: of DataLoader; `batch_size` is the dataset's.
+        **options: of DataLoader.
     """
 
     def __init__(self, dataset: TrainingDataset, *, current_epoch: Callable[[], int], **options: Any) -> None:
-        super().__init__(dataset, **(options | {"batch_size": None}))
+        super().__init__(dataset, **options)
         self.current_epoch = current_epoch
         self._batches_dataset = dataset
         self._progress = (0, 0)
@@ -289,16 +310,27 @@ class TrainingLoader(DataLoader[Batch]):
         self._resume = (state["epoch"], state["batches"])
 
 
-def heed_parent_only(worker: int) -> None:
-    """Make a worker deaf to signals that are meant for the whole job, so that its rank can still save.
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Processes that are started meanwhile begin with the job's signals held back; this one gets them afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    `scancel`, preemption and Ctrl-C reach every process. A rank finishes its batch and saves, for which it needs its
-    workers; it ends them itself, which is the one SIGTERM that counts.
-    """
+
+def _heed_parent_only(worker: int) -> None:
+    """Make a worker deaf to all but its parent's SIGTERM."""
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
-        return  # macOS cannot tell who has sent a signal
+        if hasattr(signal, "pthread_sigmask"):  # macOS cannot tell who has sent a signal: any SIGTERM counts
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ __all__ = ["LocalStore", "Place", "RemoteStore", "ShardStore", "open_store"]
 _NAME = "{}"
 _EXAMPLE = "pipe:aws s3 cp s3://BUCKET/FOLDER/{} -"
 _BUFFER = 1 << 16
-_PATIENCE = 5.0
 # What gopen runs to open an address.
 _PROGRAMS = {gopen_curl: "curl", gopen_htgs: "curl", gopen_hf: "curl", gopen_gsutil: "gsutil", gopen_ais: "ais"}
 _CURL_REASONS = {
@@ -255,13 +253,10 @@ class _RetriedStream(io.RawIOBase):
                 source.close()
             return
         # Not Pipe.close: that waits two hours for a command that hangs, and takes an early end for an error.
+        # Not terminate: workers hold SIGTERM back, and so do the commands that they start.
         source.stream.close()
-        source.proc.terminate()
-        try:
-            source.proc.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            source.proc.kill()
-            source.proc.wait()
+        source.proc.kill()
+        source.proc.wait()
 
 
 def _shown(address: str) -> str:

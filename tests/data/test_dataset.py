@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -176,6 +178,27 @@ def test_datasets_pickle_for_spawned_workers(shards: Path, tokenizer: CaptionTok
     dataset = training(shards, tokenizer)
     dataset.seek(2)
     assert keys(pickle.loads(pickle.dumps(dataset))) == keys(dataset)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_workers_outlive_a_signal_to_the_whole_job_in_the_moment_in_which_they_start(name: str) -> None:
+    # Of its own process, since nothing takes back what is to be done in each child.
+    script = f"""
+import os, signal
+from torch.utils.data import IterableDataset
+from lightning_xai.data.dataset import ShardLoader
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.{name}))
+loader = ShardLoader(Numbers(), num_workers=2, multiprocessing_context="fork")
+assert sorted(loader) == [0, 0, 1, 1, 2, 2]
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import signal
 import socket
 import threading
 import time
@@ -166,10 +167,18 @@ def test_a_shard_that_the_server_does_not_have_is_said_to_be_so(
     assert server.requests.count("/shard-000001.tar") == 2
 
 
+@pytest.mark.parametrize("held", [set(), {signal.SIGTERM}], ids=["main process", "worker"])
 def test_a_command_may_write_the_shards(
-    tmp_path: Path, manifest: Manifest, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, manifest: Manifest, samples: list[Sample], held: set[signal.Signals]
 ) -> None:
-    monkeypatch.setattr("lightning_xai.data.shard_store._PATIENCE", 100)  # for commands that do not heed to be ended
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)  # as loaders' workers do; commands inherit it
+    try:
+        check_commands(tmp_path, manifest, samples)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def check_commands(tmp_path: Path, manifest: Manifest, samples: list[Sample]) -> None:
     assert read_all(RemoteStore(f"pipe:cat {tmp_path}/out/{{}}"), manifest) == samples
     # what comes behind the bytes that the manifest states is not waited for
     begin = time.perf_counter()
