@@ -14,9 +14,14 @@ from typing import Any
 
 BF16, FLOAT32 = 2, 4
 BACKWARD = 2  # times the forward pass: gradients of inputs and of weights
-LOSS_MATRICES = 6.5
-"""Matrices [G, G] of float32 that `contrastive_loss` holds at its peak: product, logits, both with invalid columns
-hidden, both log-softmaxes, and two of bool. `tests/benchmarks/test_scaling.py` counts them."""
+LOSS_MATRICES = 5.5
+"""Matrices [B, B] of float32 that `contrastive_loss` holds at its peak on one rank: product, logits, one with invalid
+columns hidden, both log-softmaxes, and two of bool. `tests/benchmarks/test_scaling_formulas.py` counts these."""
+OWN_ROWS_MATRICES = 4.25
+"""Matrices [B, G] of float32 that `global_contrastive_loss` holds at its peak on each of several ranks: both
+log-softmaxes, two on their way back, and one of bool."""
+FEATURE_MATRICES = 3
+"""Matrices [G, 2 K + 1] of float32 that it holds besides: the features of all, and two of their gradients."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +248,13 @@ def towers_seconds(shape: Shape, plan: Plan, cluster: Cluster) -> float:
 
 
 def loss_seconds(shape: Shape, plan: Plan, cluster: Cluster, world: int) -> float:
-    """The loss of the global batch, which every rank computes in full: three products [G, K] x [K, G] in float32."""
-    flops = (1 + BACKWARD) * 2 * (world * plan.batch_size) ** 2 * shape.embedding
+    """The loss, in float32: products of [B, K] and [K, G].
+
+    One rank has a matrix of logits for both directions: one product, and two for the gradients. Each of several ranks
+    compares its images with all captions, and its captions with all images: twice as many.
+    """
+    products = (1 + BACKWARD) * (1 if world == 1 else 2)
+    flops = products * 2 * plan.batch_size * world * plan.batch_size * shape.embedding
     return flops / (cluster.gpu.float32_flops * cluster.float32_utilisation)
 
 
@@ -300,8 +310,11 @@ def memory(shape: Shape, plan: Plan, world: int) -> dict[str, float]:
         for tower, tokens in ((shape.image, shape.image_tokens), (shape.text, plan.caption_tokens))
     )
     images = plan.batch_size * 3 * shape.image_size**2 * FLOAT32
-    logits = LOSS_MATRICES * (world * plan.batch_size) ** 2 * FLOAT32
-    return {"weights and states": states, "activations": activations, "images": float(images), "logits": logits}
+    everyone = world * plan.batch_size
+    loss = plan.batch_size * everyone * (LOSS_MATRICES if world == 1 else OWN_ROWS_MATRICES) * FLOAT32
+    if world > 1:
+        loss += FEATURE_MATRICES * everyone * (2 * shape.embedding + 1) * FLOAT32
+    return {"weights and states": states, "activations": activations, "images": float(images), "loss": loss}
 
 
 def _tower_bytes(tower: Tower, tokens: int, checkpointing: bool) -> float:
@@ -317,8 +330,8 @@ def read_rate(cluster: Cluster, data: DataMeasures, world: int) -> float:
 RESOURCES = {
     "readers": "more `num_workers` and cores; images stored at the size they are trained at",
     "storage": "shards copied to the nodes' own disks; images stored at the size they are trained at",
-    "GPU memory": "activations: `gradient_checkpointing`, `chunk_size`; weights: FSDP2; logits: a smaller `batch_size`",
-    "loss": "a smaller `batch_size`: the time of the loss grows with the square of the global batch",
+    "GPU memory": "activations: `gradient_checkpointing`, `chunk_size`; weights: FSDP2; loss: a smaller `batch_size`",
+    "loss": "a smaller `batch_size`: the time of the loss grows with it and with the global batch",
     "network": "gradients: a larger `batch_size`, if need be with `chunk_size`; features: a smaller one",
     "pairs": "a smaller `batch_size`: an epoch needs one batch for each rank",
 }

@@ -1,6 +1,6 @@
 from lightning_xai.models.clap import ClapEncoder, load_clap, read_sound
 from lightning_xai.models.dual_encoder import DualEncoder, load_dual_encoder, save_open_clip
-from lightning_xai.models.loss import contrastive_loss
+from lightning_xai.models.loss import contrastive_loss, global_contrastive_loss
 from lightning_xai.models.split import UnsupportedTowerError
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "DualEncoder",
     "UnsupportedTowerError",
     "contrastive_loss",
+    "global_contrastive_loss",
     "load_clap",
     "load_dual_encoder",
     "read_sound",

@@ -1,10 +1,11 @@
-"""The symmetric contrastive loss of CLIP, and the gathering of features over ranks that keeps its gradient exact.
+"""The symmetric contrastive loss of CLIP, on one process and over all ranks, whose gradient is the same.
 
 Shapes: B rows on this rank, W ranks, K embedding width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-__all__ = ["contrastive_loss", "gather_features"]
+__all__ = ["contrastive_loss", "gather_features", "global_contrastive_loss"]
 
 
 def contrastive_loss(
@@ -48,6 +49,52 @@ def contrastive_loss(
         >>> contrastive_loss(features, swapped, torch.tensor(10.0), torch.tensor([True, False, False]))
         (tensor(0.), tensor(1.))
     """
+    valid = _checked(image_features, text_features, valid)
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text = _known(image_features, valid), _known(text_features, valid)
+        logits = logit_scale.to(image.dtype) * (image @ text.T)
+        loss, right = _sums((logits if images else logits.T for images in (True, False)), valid, valid)
+        count = valid.sum()
+        return loss / (2 * count.clamp(min=1)), right / (2 * count)
+
+
+def global_contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`contrastive_loss` of the rows of all ranks, of which each rank compares its own with everyone's.
+
+    Memory and time of a rank grow with B x W * B, not with the square of the global batch. DistributedDataParallel and
+    FSDP2 average gradients: they then are those of one process that has all rows.
+
+    Args:
+        image_features: [B, K], unit length; the same B on every rank (pad with invalid rows).
+        text_features: [B, K], of the images' dtype.
+        logit_scale: as for `contrastive_loss`.
+        valid: [B] bool.
+
+    Returns:
+        Loss and accuracy of `contrastive_loss` for all W * B rows, the same on every rank.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or the dtypes of images and texts differ.
+    """
+    valid = _checked(image_features, text_features, valid)
+    if _world() == 1:
+        return contrastive_loss(image_features, text_features, logit_scale, valid)
+    with torch.autocast(image_features.device.type, enabled=False):
+        image, text = _known(image_features, valid), _known(text_features, valid)
+        images, texts, everyone = gather_features(image, text, valid)
+        # The scale goes to the features, which are few: with the matrix, its gradient would keep one more. And a matrix
+        # is made only when the one before has been used up.
+        directions = ((logit_scale.to(own.dtype) * own) @ others.T for own, others in ((image, texts), (text, images)))
+        sums = torch.stack(_sums(directions, valid, everyone, dist.get_rank() * len(valid)))
+        loss, right = cast(Tensor, _SumOverRanks.apply(sums))
+        count = everyone.sum()
+        return loss / (2 * count.clamp(min=1)), right.detach() / (2 * count)
+
+
+def _checked(image_features: Tensor, text_features: Tensor, valid: Tensor | None) -> Tensor:
+    """`valid`, or all rows where it is left out."""
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             "contrastive_loss expects image and text features of one shape [B, K], row by row a pair; got "
@@ -58,37 +105,46 @@ def contrastive_loss(
         valid = torch.ones(batch, dtype=torch.bool, device=image_features.device)
     if valid.shape != (batch,) or valid.dtype != torch.bool:
         raise ValueError(f"valid has to be [{batch}] bool; got {tuple(valid.shape)} {valid.dtype}")
-    with torch.autocast(image_features.device.type, enabled=False):
-        dtype = torch.promote_types(image_features.dtype, torch.float32)
-        # Filled before the product: a NaN in a padding row would otherwise reach the gradient of the others.
-        image = image_features.to(dtype).masked_fill(~valid[:, None], 0)
-        text = text_features.to(dtype).masked_fill(~valid[:, None], 0)
-        logits = logit_scale.to(dtype) * (image @ text.T)
+    return valid
+
+
+def _known(features: Tensor, valid: Tensor) -> Tensor:
+    """At least float32, and zero in invalid rows: a NaN in one would otherwise reach the gradient of the others."""
+    return features.to(torch.promote_types(features.dtype, torch.float32)).masked_fill(~valid[:, None], 0)
+
+
+def _sums(directions: Iterable[Tensor], valid: Tensor, everyone: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Cross entropy and hits, summed over valid rows and over directions: in each, row i belongs to column `first` + i.
+
+    Args:
+        directions: logits [B, G] of this rank's rows with those of all ranks.
+        valid: [B] bool.
+        everyone: [G] bool, `valid` of all ranks.
+        first: this rank's first row among all.
+    """
+    hidden = valid[:, None] & ~everyone[None, :]
+    own = torch.arange(first, first + len(valid), device=valid.device)
+    losses, right = [], []
+    for logits in directions:
         # Invalid rows keep finite logits (their loss is dropped below): all -inf would put NaN into the graph.
-        hidden = valid[:, None] & ~valid[None, :]
-        per_image = logits.masked_fill(hidden, -torch.inf)
-        per_text = logits.T.masked_fill(hidden, -torch.inf)
-        own = torch.arange(batch, device=logits.device)
-        losses = cross_entropy(per_image, own, reduction="none") + cross_entropy(per_text, own, reduction="none")
-        count = valid.sum()
-        loss = losses.masked_fill(~valid, 0).sum() / (2 * count.clamp(min=1))
-        right = (_own_is_largest(per_image) & valid).sum() + (_own_is_largest(per_text) & valid).sum()
-        return loss, right.to(dtype) / (2 * count)
+        logits = logits.masked_fill(hidden, -torch.inf)
+        losses.append(cross_entropy(logits, own, reduction="none"))
+        right.append(_own_is_largest(logits.detach(), own) & valid)
+    loss = torch.stack(losses).sum(dim=0).masked_fill(~valid, 0).sum()
+    return loss, torch.stack(right).sum().to(loss.dtype)
 
 
-def _own_is_largest(logits: Tensor) -> Tensor:
-    """[B, B] logits -> [B] bool: the diagonal entry exceeds every other one of its row (never where it is NaN)."""
-    smaller = logits.detach() < logits.detach().diagonal()[:, None]
-    return smaller.sum(dim=1) == logits.shape[0] - 1
+def _own_is_largest(logits: Tensor, own: Tensor) -> Tensor:
+    """[B, G] logits -> [B] bool: column `own` exceeds every other one of its row (never where it is NaN)."""
+    smaller = logits < logits.gather(1, own[:, None])
+    return smaller.sum(dim=1) == logits.shape[1] - 1
 
 
 def gather_features(image_features: Tensor, text_features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The features of all ranks in rank order, with the gradient flowing back to the rank that made them.
 
-    When every rank takes the same loss of what this returns and DistributedDataParallel averages the gradients, the
-    parameters get exactly the gradient of one process with the whole batch: a rank receives the sum of the W ranks'
-    gradients of its rows, and the average takes the factor W out again. One collective carries both towers, so that
-    its order in the backward pass is the same on all ranks.
+    A rank receives the sum of the W ranks' gradients of its rows. One collective carries both towers, so that its order
+    in the backward pass is the same on all ranks.
 
     Args:
         image_features: [B, K], the same B on every rank (pad with invalid rows).
@@ -113,12 +169,16 @@ def gather_features(image_features: Tensor, text_features: Tensor, valid: Tensor
             f"{tuple(image_features.shape)} {image_features.dtype} and "
             f"{tuple(text_features.shape)} {text_features.dtype}"
         )
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _world() == 1:
         return image_features, text_features, valid
     width = image_features.shape[1]
     rows = torch.cat([image_features, text_features, valid[:, None].to(image_features.dtype)], dim=1)
     gathered = cast(Tensor, _GatherRows.apply(rows))
     return gathered[:, :width], gathered[:, width : 2 * width], gathered[:, -1] > 0.5
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _GatherRows(torch.autograd.Function):
@@ -135,3 +195,20 @@ class _GatherRows(torch.autograd.Function):
         summed = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed)
         return summed.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """[N] -> [N], the same on all ranks. All go on alike with it, so that the sum of their gradients is W times each.
+
+    DistributedDataParallel's average takes the factor W out again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * dist.get_world_size()

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_xai.data.batch import Batch
 from lightning_xai.metrics.retrieval import RetrievalMetric
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder, load_dual_encoder
-from lightning_xai.models.loss import contrastive_loss, gather_features
+from lightning_xai.models.loss import global_contrastive_loss
 from lightning_xai.models.sharding import (
     gather_parameters,
     is_sharded,
@@ -160,9 +160,8 @@ class ContrastiveModule(L.LightningModule):
         image, text = (
             normalize(x.to(_wide(x)), dim=1) for x in self.encoder(batch.images, batch.tokens, self.chunk_size)
         )
-        image, text, valid = gather_features(image, text, batch.valid)
         scale = self.encoder.logit_scale.exp()
-        loss, accuracy = contrastive_loss(image, text, scale, valid)
+        loss, accuracy = global_contrastive_loss(image, text, scale, batch.valid)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, prog_bar=True)
         self.log("train/logit_scale", scale.detach())

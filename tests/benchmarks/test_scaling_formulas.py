@@ -18,8 +18,10 @@ import torch.distributed as dist
 from distributed import run_distributed
 from scaling_formulas import (
     BF16,
+    FEATURE_MATRICES,
     FLOAT32,
     LOSS_MATRICES,
+    OWN_ROWS_MATRICES,
     Cluster,
     DataMeasures,
     Plan,
@@ -44,7 +46,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_xai.models import load_dual_encoder
-from lightning_xai.models.loss import contrastive_loss, gather_features
+from lightning_xai.models.loss import gather_features, global_contrastive_loss
 
 PLAN, CLUSTER, DATA = Plan(), Cluster(), DataMeasures()
 
@@ -149,22 +151,52 @@ class LargestLive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, forget)
 
 
-def test_the_loss_holds_as_many_matrices_as_the_formula_says() -> None:
-    rows = 1024
-    image, text = (normalize(torch.randn(rows, 4), dim=1).requires_grad_() for _ in range(2))
+def _loss_of(rows: int, width: int) -> Tensor:
+    """Of normalised features that nothing else holds; on several ranks, of all of theirs."""
+    image, text = (normalize(torch.randn(rows, width), dim=1).requires_grad_() for _ in range(2))
+    scale = torch.tensor(10.0, requires_grad=True)
+    return global_contrastive_loss(image, text, scale, torch.ones(rows, dtype=torch.bool))[0]
+
+
+def _loss_peak(rows: int, width: int) -> int:
+    """Bytes."""
     with LargestLive() as counted:
-        loss, _ = contrastive_loss(image, text, torch.tensor(10.0, requires_grad=True))
-        loss.backward()  # type: ignore[no-untyped-call]
-    assert counted.largest / (FLOAT32 * rows**2) == pytest.approx(LOSS_MATRICES, rel=0.02)
+        _loss_of(rows, width).backward()  # type: ignore[no-untyped-call]
+    return int(counted.largest)
+
+
+def _loss_flops(rows: int, width: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        _loss_of(rows, width).backward()  # type: ignore[no-untyped-call]
+    return int(counter.get_total_flops())
+
+
+def test_the_loss_holds_as_many_matrices_as_the_formula_says() -> None:
+    assert _loss_peak(1024, 4) / (FLOAT32 * 1024**2) == pytest.approx(LOSS_MATRICES, rel=0.02)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_loss_of_several_ranks_holds_as_many_matrices_as_the_formula_says(world: int) -> None:
+    rows = 512
+    for peak in run_distributed(_loss_peak, rows, 4, world_size=world):
+        assert peak / (FLOAT32 * world * rows**2) == pytest.approx(OWN_ROWS_MATRICES, rel=0.02)
+    rows, width = 8, 2048
+    matrix = FLOAT32 * world * rows * (2 * width + 1)
+    for peak in run_distributed(_loss_peak, rows, width, world_size=world):
+        # And up to two of this rank's own rows, which on many ranks are nothing.
+        assert 0 < peak / matrix - FEATURE_MATRICES < 2.1 / world
 
 
 def test_the_loss_computes_what_the_formula_says(shape: Shape) -> None:
-    rows = 64
-    image, text = (torch.randn(rows, shape.embedding, requires_grad=True) for _ in range(2))
-    with FlopCounterMode(display=False) as counter:
-        contrastive_loss(image, text, torch.tensor(10.0))[0].backward()  # type: ignore[no-untyped-call]
-    seconds = loss_seconds(shape, replace(PLAN, batch_size=rows // 2), CLUSTER, world=2)
-    assert counter.get_total_flops() == pytest.approx(seconds * 67e12 * 0.7)
+    plan = replace(PLAN, batch_size=32)
+    for world in (1, 2, 4):
+        counts = (
+            [_loss_flops(32, shape.embedding)]
+            if world == 1
+            else run_distributed(_loss_flops, 32, shape.embedding, world_size=world)
+        )
+        seconds = loss_seconds(shape, plan, CLUSTER, world)
+        assert counts == pytest.approx([seconds * 67e12 * 0.7] * world)
 
 
 def _count_exchange() -> list[int]:
@@ -251,10 +283,11 @@ def test_chunks_and_checkpointing_and_sharding_save_the_memory_they_are_for(shap
         assert saving | {part: 0} == plain | {part: 0}
 
 
-def test_logits_grow_with_the_square_of_the_global_batch(shape: Shape) -> None:
-    small, large = (memory(shape, PLAN, world)["logits"] for world in (8, 64))
-    assert large == 64 * small
-    assert small == LOSS_MATRICES * FLOAT32 * 2048**2
+def test_the_memory_of_the_loss_grows_with_the_global_batch(shape: Shape) -> None:
+    small, large = (memory(shape, PLAN, world)["loss"] for world in (8, 64))
+    assert large == 8 * small
+    assert small == FLOAT32 * (OWN_ROWS_MATRICES * 256 * 2048 + FEATURE_MATRICES * 2048 * (2 * shape.embedding + 1))
+    assert memory(shape, PLAN, 1)["loss"] == FLOAT32 * LOSS_MATRICES * 256**2
 
 
 def test_reading_is_as_fast_as_cores_or_storage_allow() -> None:
