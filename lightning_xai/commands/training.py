@@ -44,9 +44,10 @@ class TrainingCLI(LightningCLI):
             "--run",
             type=Path | None,
             default=None,
-            help="of `fit`: folder for everything of a training run. Where it holds a run that was stopped, `fit` goes "
-            "on with it, exactly; where it holds none, a new one begins. Default: a new folder for each start; inside "
-            "a Slurm job, slurm-JOBID in trainer.default_root_dir, so that a requeued job goes on",
+            help="folder for everything of a training run. Where it holds a run that was stopped, `fit` goes on with "
+            "it, exactly; where it holds none, a new one begins; the other verbs write into a folder of their name in "
+            "it. Default: a new folder for each start; for `fit` inside a Slurm job, slurm-JOBID in "
+            "trainer.default_root_dir, so that a requeued job goes on",
         )
         parser.add_argument(
             "--save_every_minutes",
@@ -75,6 +76,8 @@ class TrainingCLI(LightningCLI):
             run = config.run or _job_folder(config)
             if run is not None:
                 self._enter(run)
+        elif config.run is not None:  # as a run's own config.yaml says, which is not to be overwritten
+            self._write_into(config.run / self.subcommand, version=None)
         _refuse_strangers(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -135,9 +138,12 @@ class TrainingCLI(LightningCLI):
                 _say(f"Going on with the run in {run} from {self._checkpoint}")
             if _is_first():
                 _set_aside(run / "metrics.csv")
+        self._write_into(run, version="")
+
+    def _write_into(self, folder: Path, version: str | None) -> None:
         trainer = self.config[self.subcommand].trainer
-        trainer.default_root_dir = str(run)
-        trainer.logger = _inside(trainer.logger, run)
+        trainer.default_root_dir = str(folder)
+        trainer.logger = _inside(trainer.logger, folder, version)
 
     def _deciding_settings(self) -> dict[str, Any]:
         """The configuration without what cannot change a number; nested plain values."""
@@ -174,8 +180,8 @@ def _refuse_strangers(config: Any) -> None:
         )
 
 
-def _inside(logger: Any, run: Path) -> Any:
-    """Loggers, as configured, that write into the run's folder itself."""
+def _inside(logger: Any, folder: Path, version: str | None) -> Any:
+    """Loggers, as configured, that write into a folder itself (version ""), or into a new one of its own (None)."""
     if logger is False:
         return False
     loggers = logger if isinstance(logger, list) else [logger]
@@ -185,9 +191,9 @@ def _inside(logger: Any, run: Path) -> Any:
             one = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {}}
         else:
             one = one.as_dict() if hasattr(one, "as_dict") else dict(one)
-        arguments = {**(one.get("init_args") or {}), "save_dir": str(run)}
+        arguments = {**(one.get("init_args") or {}), "save_dir": str(folder)}
         if one["class_path"].rpartition(".")[2] in ("TensorBoardLogger", "CSVLogger"):
-            arguments |= {"name": "", "version": ""}
+            arguments |= {"name": "", "version": version}
         placed.append({**one, "init_args": arguments})
     return placed
 

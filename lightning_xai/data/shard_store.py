@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +123,10 @@ class LocalStore:
 
     def size(self, name: str) -> int:
         """See `ShardStore`."""
-        if not (self.folder / name).is_file():
-            raise FileNotFoundError("there is no such file")
-        return (self.folder / name).stat().st_size
+        status = (self.folder / name).stat()  # one question for each shard: servers of large file systems answer few
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError("it is no file")
+        return status.st_size
 
     def locate(self, name: str) -> str:
         """See `ShardStore`."""

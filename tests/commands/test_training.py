@@ -94,6 +94,20 @@ def test_a_finished_run_says_so_and_changes_nothing(config: Path, whole: Path, t
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_other_verbs_with_a_runs_config_leave_the_run_as_it_is(whole: Path, tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", f"--run={tmp_path / 'run'}"
+    shutil.copytree(whole, run)
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for verb in ("test", "validate", "test"):
+        arguments = [verb, f"--config={run / 'config.yaml'}", moved]
+        assert finish(arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()[-3000:]
+    after = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before
+    written = {path.parts[:2] for path in after.keys() - before.keys()}
+    assert written == {("test", "version_0"), ("test", "version_1"), ("validate", "version_0")}
+    assert (run / "test/version_1/config.yaml").is_file()
+
+
 def test_a_run_goes_on_only_with_the_settings_it_was_started_with(config: Path, stopped: Path, tmp_path: Path) -> None:
     told = refusal(
         tmp_path / "log", "fit", f"--config={config}", f"--run={stopped}", "--model.init_args.initial_lr=0.5",
