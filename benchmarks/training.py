@@ -1,6 +1,7 @@
 """Times fine-tuning through Trainer and ShardDataModule against plain PyTorch loops, in turn; keeps a table.
 
     python benchmarks/training.py                 # ViT-B-32, float32: some minutes on 2 idle cores
+    python benchmarks/training.py --threads 1     # where a core is left for the worker, as beside a GPU
     python benchmarks/training.py --train DIR     # on prepared shards, instead of synthetic photographs
     python benchmarks/training.py --device cuda   # ViT-B-16 in bf16-mixed, 256 pairs a step, with FLOP utilisation
 
@@ -334,6 +335,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="32-true, on CUDA bf16-mixed")
     parser.add_argument("--batch-size", type=int, help="16, on CUDA 256")
     parser.add_argument("--workers", type=int, help="1, on CUDA 12")
+    parser.add_argument("--threads", type=int, help="CPU threads of the process that trains; torch's own number")
     parser.add_argument("--train", type=Path, help="a folder of prepared shards; without it, synthetic photographs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="counted steps of a contestant in a round: 4, on CUDA 30")
@@ -347,13 +349,15 @@ def main() -> None:
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is there, so nothing was measured")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     steps = options.steps or (30 if cuda else 4)
     batch_size = options.batch_size or (256 if cuda else 16)
     peak = 1e12 * options.peak_tflops if options.peak_tflops else None
     if cuda and peak is None:
         peak = peak_of(torch.cuda.get_device_name())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if options.train is None:
             # More than a round takes, so that workers are as busy in its last step as in its first.
             write_photo_shards(folder / "train", (WARM + steps + 4) * batch_size)
@@ -368,7 +372,8 @@ def main() -> None:
             steps=steps,
         )
         measured = measure(setting, options.rounds, peak)
-    keep("training", "Fine-tuning", options.device, measured, setting.model)
+    name = f"training-threads={options.threads}" if options.threads else "training"
+    keep(name, "Fine-tuning", options.device, measured, setting.model)
 
 
 if __name__ == "__main__":
