@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +70,8 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     try:
         if arguments[0] in _COMMANDS:
-            _run_command(arguments[0], arguments[1:])
+            with _ended_in_order():
+                _run_command(arguments[0], arguments[1:])
         else:
             build_cli(args)
     except Exception as error:
@@ -80,6 +84,23 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(text)
         print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has a status of its own
         sys.exit(status)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM (preemption, `scancel`) ends the process as an error would: what is half written is cleared away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # nobody else may handle signals
+        return
+
+    def end(signum: int, frame: object) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningCLI:

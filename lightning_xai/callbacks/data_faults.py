@@ -15,8 +15,9 @@ class DataFaults(Callback):
     """Logs how many records were broken, and shows the shards and kinds where there were any.
 
     Logs `train/broken_records`, `val/broken_records` and `test/broken_records`, each at the end of its epoch, summed
-    over all ranks; 0 where nothing was wrong. Where they are more than the data module's `max_fault_fraction` allows,
-    all ranks raise its `TooManyBrokenRecordsError`. With other data modules than `ShardDataModule` it does nothing.
+    over all ranks; 0 where nothing was wrong. Predicting shows, but logs nothing, as always. Where they are more than
+    the data module's `max_fault_fraction` allows, all ranks raise its `TooManyBrokenRecordsError`. With other data
+    modules than `ShardDataModule` it does nothing.
     """
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -32,12 +33,18 @@ class DataFaults(Callback):
         """Log those of the test."""
         self._report(trainer, pl_module, "test")
 
-    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show those of the split that was embedded."""
+        self._report(trainer, pl_module, None)
+
+    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, logged: str | None) -> None:
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, ShardDataModule):
             return
+        split = logged or data.predict_split
         counts = data.gather_faults(split)
-        pl_module.log(f"{split}/broken_records", float(counts.total()), on_step=False, on_epoch=True)
+        if logged:
+            pl_module.log(f"{split}/broken_records", float(counts.total()), on_step=False, on_epoch=True)
         if counts and trainer.is_global_zero:
             epoch = f" of epoch {trainer.current_epoch}" if split == "train" else ""
             print(f"\nBroken records in {split}{epoch}, left out:\n{fault_table(counts)}", flush=True)  # noqa: T201

@@ -54,15 +54,17 @@ def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
     return "\n".join(lines)
 
 
-def check_allocation(devices: Any, num_nodes: Any) -> None:
+def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") -> None:
     """Compare what a run wants with what Slurm has given it; does nothing outside a Slurm job step.
 
     Args:
         devices: the trainer's, as configured: a number (or its text), a list, `"auto"`.
         num_nodes: the trainer's.
+        accelerator: the trainer's, as configured.
 
     Raises:
-        ValueError: they do not fit; or the first node's name cannot be resolved.
+        ValueError: they do not fit, GPUs would lie idle, or tasks would have none; or the first node's name cannot be
+            resolved.
     """
     if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"} <= os.environ.keys():
         return
@@ -85,6 +87,13 @@ def check_allocation(devices: Any, num_nodes: Any) -> None:
         raise ValueError(
             f"trainer.num_nodes={num_nodes}, but the job has {nodes} node(s): submit with --nodes={num_nodes}, or set "
             f"--trainer.num_nodes={nodes}"
+        )
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    trains_on_gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    if trains_on_gpus and gpus.isdecimal() and each.isdecimal() and int(gpus) != int(each):
+        raise ValueError(
+            f"Slurm has given this node {gpus} GPU(s) and started {each} task(s) on it, and every task takes one: "
+            f"submit with --ntasks-per-node={gpus}, or with --gpus-per-node={each}"
         )
     address = os.environ.get("MASTER_ADDR")
     if address:

@@ -26,6 +26,7 @@ RECORD_VERSION = 1
 CHECKPOINT_KEY = "run"
 """Where a checkpoint says which run it belongs to."""
 
+_ANOTHER_RUN = "it belongs to another run"
 _CHECKPOINT = re.compile(r"step=(\d{1,18})\.ckpt")
 _LEFT_BEHIND = re.compile(r"\.{1,2}step=\d{1,18}\.ckpt\..+")
 _SHOWN = 12
@@ -165,6 +166,20 @@ class RunFolder:
             self.passed_over[path.name] = reason
         return None
 
+    def refuse_unreadable(self) -> None:
+        """Refuse to begin anew where `newest` found checkpoints that may be this run's, but none that can be read.
+
+        Raises:
+            RunFolderError: there are some. A file system may give them back; a new run would make strangers of them.
+        """
+        broken = [name for name, reason in self.passed_over.items() if reason != _ANOTHER_RUN]
+        if broken:
+            raise RunFolderError(
+                f"none of the run's checkpoints in {self.checkpoints} can be read ({', '.join(broken[:_SHOWN])}): try "
+                "again when the file system is well, put copies in their place, or begin anew with "
+                "--run=ANOTHER_FOLDER"
+            )
+
     def files(self) -> list[Path]:
         """All files with a checkpoint's name, that of the highest step first."""
         if not self.checkpoints.is_dir():
@@ -242,7 +257,7 @@ def _stranger(path: Path, record: RunRecord) -> str:
         owner = content[CHECKPOINT_KEY]["id"]
     except Exception as error:  # the unpickler raises what it likes; whatever it is, this is no checkpoint of ours
         return f"it is no checkpoint of a run ({type(error).__name__})"
-    return "" if owner == record.id else "it belongs to another run"
+    return "" if owner == record.id else _ANOTHER_RUN
 
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -70,12 +70,12 @@ class TrainingCLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
-        check_allocation(config.trainer.devices, config.trainer.num_nodes)
+        check_allocation(config.trainer.devices, config.trainer.num_nodes, config.trainer.accelerator)
         if self.subcommand == "fit":
             self._settings = self._deciding_settings()
-            run = config.run or _job_folder(config)
-            if run is not None:
-                self._enter(run)
+            config.run = config.run or _job_folder(config)
+            if config.run is not None:
+                self._enter(config.run)
         elif config.run is not None:  # as a run's own config.yaml says, which is not to be overwritten
             self._write_into(config.run / self.subcommand, version=None)
         _refuse_strangers(config)
@@ -128,6 +128,8 @@ class TrainingCLI(LightningCLI):
             self._checkpoint = self._folder.newest(record)
             for name, reason in self._folder.passed_over.items():
                 _say(f"Passing over {name} in {self._folder.checkpoints}: {reason}")
+            if self._checkpoint is None:
+                self._folder.refuse_unreadable()
             if self._checkpoint is None and not record.finished:
                 _say(f"The run in {run} was stopped before its first checkpoint; it begins anew.")
             else:

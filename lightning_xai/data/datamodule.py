@@ -152,7 +152,7 @@ class ShardDataModule(LightningDataModule):
         # Lightning warns that a dataset's length may be wrong with several workers; here it is exact with any number.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         given = tuple(split for split, store in self.stores.items() if store is not None)
-        needed = (self._predict_split,) if stage == "predict" else _STAGE_SPLITS.get(stage or "", given)
+        needed = (self.predict_split,) if stage == "predict" else _STAGE_SPLITS.get(stage or "", given)
         for split in needed:
             if stage == "fit" and split == "val" and self.stores["val"] is None:
                 continue
@@ -247,7 +247,7 @@ class ShardDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """As `test_dataloader`, or the validation split where no test split is given."""
-        return self._evaluation_loader(self._predict_split)
+        return self._evaluation_loader(self.predict_split)
 
     def state_dict(self) -> dict[str, Any]:
         """How far training has come in its epoch, the faults in it so far, and all that decides what its batches hold.
@@ -423,11 +423,12 @@ class ShardDataModule(LightningDataModule):
         if trainer is None or trainer.training:
             return "train"
         if trainer.predicting:
-            return self._predict_split
+            return self.predict_split
         return "test" if trainer.testing else "val"
 
     @property
-    def _predict_split(self) -> str:
+    def predict_split(self) -> str:
+        """The split that `predict` reads: `"test"`, or `"val"` where no test split is given."""
         return "val" if self.stores["test"] is None else "test"
 
     def _store(self, split: str) -> ShardStore:

@@ -6,6 +6,7 @@ for a batch that does not come. The split is by sample, not by shard, and is wor
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -264,7 +266,9 @@ class ShardLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch names a private class of its own
         """The batches."""
-        with _held_signals():  # else one could catch a worker before it listens to its parent only
+        if self._iterator is not None:  # persistent workers are there already
+            return super().__iter__()
+        with _held_signals(self.multiprocessing_context):  # else one could catch a worker that does not listen yet
             return super().__iter__()
 
 
@@ -311,11 +315,17 @@ class TrainingLoader(ShardLoader):
 
 
 @contextmanager
-def _held_signals() -> Iterator[None]:
+def _held_signals(context: Any) -> Iterator[None]:
     """Processes that are started meanwhile begin with the job's signals held back; this one gets them afterwards."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    # Python's own helpers let signals in when they are started, or would hold them back for ever: start them before.
+    method = multiprocessing.get_start_method() if context is None else context.get_start_method()
+    if method == "forkserver":
+        forkserver.ensure_running()
+    elif method == "spawn":
+        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         yield
@@ -332,10 +342,12 @@ def _heed_parent_only(worker: int) -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+    parent = multiprocessing.parent_process()  # not os.getppid(): a server of forks is nobody's trainer
+    assert parent is not None
+    threading.Thread(target=_end_for_parent, args=(parent.pid,), daemon=True).start()
 
 
-def _end_for_parent(parent: int) -> None:
+def _end_for_parent(parent: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

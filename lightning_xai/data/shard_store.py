@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import select
 import shutil
 import stat
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ __all__ = ["LocalStore", "Place", "RemoteStore", "ShardStore", "open_store"]
 _NAME = "{}"
 _EXAMPLE = "pipe:aws s3 cp s3://BUCKET/FOLDER/{} -"
 _BUFFER = 1 << 16
+_SILENCE = 120.0  # seconds without a byte after which a stream is opened again
 # What gopen runs to open an address.
 _PROGRAMS = {gopen_curl: "curl", gopen_htgs: "curl", gopen_hf: "curl", gopen_gsutil: "gsutil", gopen_ais: "ais"}
 _CURL_REASONS = {
@@ -217,18 +221,17 @@ class _RetriedStream(io.RawIOBase):
 
     def _take(self, size: int, may_end: bool = False) -> bytes:
         # Not Pipe.read: that throws away the last bytes of a command that fails.
-        stream = self._source.stream if isinstance(self._source, Pipe) else self._source
-        data: bytes = stream.read(size)
+        data = _read_from(self._source.stream, size) if isinstance(self._source, Pipe) else self._source.read(size)
         if data:
-            return data
-        status = self._source.proc.wait() if isinstance(self._source, Pipe) else 0
+            return bytes(data)
+        status = _status_of(self._source.proc) if isinstance(self._source, Pipe) else 0
         if status:
             curl = not self._store.pattern.startswith("pipe:")
             reason = f" ({_CURL_REASONS[status]})" if curl and status in _CURL_REASONS else ""
             raise OSError(f"the command that opens it ended with status {status}{reason}")
         if not may_end:
             raise OSError(f"the stream ended early, the file has {self._size:,} bytes")
-        return data
+        return b""
 
     def _prepare_retry(self, error: OSError) -> None:
         self._leave()
@@ -248,7 +251,7 @@ class _RetriedStream(io.RawIOBase):
         time.sleep(delay)
 
     def _leave(self) -> None:
-        """Close what is open; a command that still writes is ended."""
+        """Close what is open, and end the command; what it has started itself ends when it writes the next time."""
         source, self._source = self._source, None
         if not isinstance(source, Pipe):
             if source is not None:
@@ -259,6 +262,24 @@ class _RetriedStream(io.RawIOBase):
         source.stream.close()
         source.proc.kill()
         source.proc.wait()
+
+
+def _read_from(pipe: BinaryIO, size: int) -> bytes:
+    """At least one byte of what a command writes; none where it has ended."""
+    if hasattr(select, "poll"):  # Windows cannot wait for a pipe
+        waiting = select.poll()
+        waiting.register(pipe, select.POLLIN)
+        if not waiting.poll(1e3 * _SILENCE):
+            raise OSError(f"no byte came in {_SILENCE:g} s")
+    return os.read(pipe.fileno(), size)  # past Python's buffer, which could not be waited for
+
+
+def _status_of(command: subprocess.Popen[bytes]) -> int:
+    """How a command ended that has closed its output."""
+    try:
+        return command.wait(_SILENCE)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"the command that opens it does not end, {_SILENCE:g} s after its last byte") from error
 
 
 def _shown(address: str) -> str:

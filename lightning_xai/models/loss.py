@@ -51,7 +51,7 @@ def contrastive_loss(
     """
     valid = _checked(image_features, text_features, valid)
     with torch.autocast(image_features.device.type, enabled=False):
-        image, text = _known(image_features, valid), _known(text_features, valid)
+        image, text = _known(image_features, text_features, valid)
         logits = logit_scale.to(image.dtype) * (image @ text.T)
         loss, right = _sums((logits if images else logits.T for images in (True, False)), valid, valid)
         count = valid.sum()
@@ -68,7 +68,7 @@ def global_contrastive_loss(
 
     Args:
         image_features: [B, K], unit length; the same B on every rank (pad with invalid rows).
-        text_features: [B, K], of the images' dtype.
+        text_features: [B, K], unit length.
         logit_scale: as for `contrastive_loss`.
         valid: [B] bool.
 
@@ -76,13 +76,13 @@ def global_contrastive_loss(
         Loss and accuracy of `contrastive_loss` for all W * B rows, the same on every rank.
 
     Raises:
-        ValueError: the shapes do not fit each other, or the dtypes of images and texts differ.
+        ValueError: the shapes do not fit each other.
     """
     valid = _checked(image_features, text_features, valid)
     if _world() == 1:
         return contrastive_loss(image_features, text_features, logit_scale, valid)
     with torch.autocast(image_features.device.type, enabled=False):
-        image, text = _known(image_features, valid), _known(text_features, valid)
+        image, text = _known(image_features, text_features, valid)
         images, texts, everyone = gather_features(image, text, valid)
         # The scale goes to the features, which are few: with the matrix, its gradient would keep one more. And a matrix
         # is made only when the one before has been used up.
@@ -108,9 +108,10 @@ def _checked(image_features: Tensor, text_features: Tensor, valid: Tensor | None
     return valid
 
 
-def _known(features: Tensor, valid: Tensor) -> Tensor:
+def _known(images: Tensor, texts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """At least float32, and zero in invalid rows: a NaN in one would otherwise reach the gradient of the others."""
-    return features.to(torch.promote_types(features.dtype, torch.float32)).masked_fill(~valid[:, None], 0)
+    dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
+    return images.to(dtype).masked_fill(~valid[:, None], 0), texts.to(dtype).masked_fill(~valid[:, None], 0)
 
 
 def _sums(directions: Iterable[Tensor], valid: Tensor, everyone: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:

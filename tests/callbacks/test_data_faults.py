@@ -100,11 +100,14 @@ def test_testing_logs_its_own_number(tmp_path: Path, damaged: Path) -> None:
     assert not any(name.startswith(("val/", "train/")) for name in trainer.callback_metrics)
 
 
-def test_predicting_counts_each_pass_anew(tmp_path: Path, damaged: Path) -> None:
+def test_predicting_counts_each_pass_anew_and_shows_it(
+    tmp_path: Path, damaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, trainer = data_that_vanish(damaged), trainer_in(tmp_path)
     for _ in range(2):
         trainer.predict(Reader(), data)
         assert data.fault_counts == {"test": 17}
+        assert "Broken records in test, left out:" in capsys.readouterr().out
 
 
 def test_sound_data_log_zero_and_show_nothing(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,23 @@ def test_checkpoints_of_another_run_are_passed_over_and_named(
     assert differences(left_by(run)._replace(step=0), left_by(whole)._replace(step=0)) == []
 
 
+def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(
+    config: Path, stopped: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    files = RunFolder(run).files()
+    for path in files:
+        path.write_bytes(path.read_bytes()[:1000])
+    before = (run / "run.json").read_bytes()
+    told = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={run}")
+    assert f"none of the run's checkpoints in {run / 'resume'} can be read ({files[0].name}" in told
+    assert (run / "run.json").read_bytes() == before
+    for path in files:
+        shutil.copy(stopped / "resume" / path.name, path)  # what the refused start has left can go on
+    assert finish(["fit", f"--config={config}", f"--run={run}"], tmp_path / "log") == 0
+
+
 def test_a_stale_checkpoint_that_lightning_would_take_inside_a_job_is_refused(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +200,11 @@ def test_a_stale_checkpoint_that_lightning_would_take_inside_a_job_is_refused(
         ({"tasks": 2, "nodes": 2}, [], "trainer.num_nodes=1, but the job has 2 node(s)"),
         ({"tasks": 3, "nodes": 2, "each": 2}, [], "3 tasks on 2 nodes with 2 a node"),
         ({"tasks": 1, "nodes": 1, "address": "no-such-host.invalid"}, [], "MASTER_ADDR=no-such-host.invalid cannot be"),
+        (
+            {"tasks": 1, "nodes": 1, "gpus": 4},
+            ["--trainer.accelerator=gpu"],
+            "4 GPU(s) and started 1 task(s) on it, and every task takes one: submit with --ntasks-per-node=4",
+        ),
     ],
 )
 def test_devices_that_do_not_match_the_allocation_are_refused_before_anything_is_loaded(
@@ -199,7 +221,13 @@ def test_devices_that_do_not_match_the_allocation_are_refused_before_anything_is
 
 
 def in_job(
-    monkeypatch: pytest.MonkeyPatch, *, tasks: int, nodes: int, each: int | None = None, address: str = ""
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    tasks: int,
+    nodes: int,
+    each: int | None = None,
+    address: str = "",
+    gpus: int | None = None,
 ) -> None:
     """Make the environment that of one of Slurm's tasks."""
     variables = {
@@ -208,6 +236,8 @@ def in_job(
     }  # fmt: skip
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
+    if gpus is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(gpus))
     if address:
         monkeypatch.setenv("MASTER_ADDR", address)
 
@@ -223,6 +253,10 @@ def test_inside_a_job_the_job_is_the_run(config: Path, tmp_path: Path, monkeypat
         == 0
     )
     assert [path.name for path in root.iterdir()] == ["slurm-7"]
+    saved = root / "slurm-7/config.yaml"
+    before = saved.read_bytes()
+    assert finish(["validate", f"--config={saved}"], tmp_path / "log") == 0
+    assert (saved.read_bytes(), (root / "slurm-7/validate/version_0").is_dir()) == (before, True)
     assert {"run.json", "resume", "grounding", "config.yaml", "checkpoints"} <= {
         path.name for path in (root / "slurm-7").iterdir()
     }

@@ -192,6 +192,7 @@ class Numbers(IterableDataset):
     def __iter__(self):
         return iter(range(3))
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler raises where nobody hears it
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.{name}))
 loader = ShardLoader(Numbers(), num_workers=2, multiprocessing_context="fork")
 assert sorted(loader) == [0, 0, 1, 1, 2, 2]
@@ -199,6 +200,23 @@ assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_when_their_own_process_tells_them_and_not_when_others_do(
+    method: str, shards: Path, tokenizer: CaptionTokenizer
+) -> None:
+    options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": method}
+    loader = TrainingLoader(training(shards, tokenizer), current_epoch=lambda: 0, **options)
+    assert keys(loader)
+    (worker,) = loader._iterator._workers  # type: ignore[union-attr] # there is no other way to it
+    subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}; kill -INT {worker.pid}"], check=True)
+    worker.join(1)
+    assert worker.exitcode is None
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ class Handler(SimpleHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data[: self.server.cut_at])
             self.wfile.flush()
+            if self.server.silent:
+                self.server.released.wait(60)
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         else:
@@ -54,11 +56,16 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Attributes: `refused` requests are answered with 503, then `cut` ones are cut off behind `cut_at` bytes."""
+    """Attributes: `refused` requests are answered with 503, then `cut` ones are cut off behind `cut_at` bytes.
+
+    Where it is `silent`, nothing tells that they were, until it is `released`.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.refused = self.cut = self.cut_at = 0
+        self.silent = False
+        self.released = threading.Event()
         self.requests: list[str] = []
 
     @property
@@ -81,6 +88,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "out") as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.released.set()
         server.shutdown()
 
 
@@ -155,6 +163,29 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(
 ) -> None:
     server.refused = 1
     assert read_all(RemoteStore(f"{server.address}/{{}}", retries=0), manifest) == samples
+
+
+def test_a_stream_that_falls_silent_is_opened_again(
+    server: Server, manifest: Manifest, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("lightning_xai.data.shard_store._SILENCE", 1.0)
+    server.cut, server.cut_at, server.silent = 1, 3000, True
+    with caplog.at_level(logging.WARNING):
+        assert read_all(RemoteStore(f"{server.address}/{{}}", retries=1, delay=0.01), manifest) == samples
+    assert "no byte came in 1 s" in caplog.text
+
+
+def test_a_command_that_does_not_end_is_run_again(
+    tmp_path: Path, manifest: Manifest, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_xai.data.shard_store._SILENCE", 0.5)
+    shard = manifest.shards[0].name
+    # Of the first one half the bytes, and then an output that is closed, but no end.
+    command = (
+        f"cd {tmp_path}; if [ {{}} = {shard} ] && mkdir once 2>/dev/null; "
+        "then head -c 3000 out/{}; exec >&-; sleep 60; else cat out/{}; fi"
+    )
+    assert read_all(RemoteStore(f"pipe:{command}", retries=1, delay=0.01), manifest) == samples
 
 
 def test_a_shard_that_the_server_does_not_have_is_said_to_be_so(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from shard_files import make_sample, make_samples, read, write
+from stopped_runs import start
 
 from lightning_xai.data.faults import BROKEN_RECORD
 from lightning_xai.data.sample import Sample
@@ -123,6 +124,18 @@ def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the disk of the source failed"):
         write_shards(source(), tmp_path / "out", name="made", samples_per_shard=4, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_preparing_that_is_told_to_end_clears_away_what_is_half_made(tmp_path: Path) -> None:
+    arguments = ["prepare", "shapes", f"--out={tmp_path / 'out'}", "--train=1000000"]
+    process = start(arguments, tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("*.tar")) and process.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    assert [path for path in tmp_path.rglob("*") if path.name not in ("log", "out")] == []
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
