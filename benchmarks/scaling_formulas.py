@@ -97,9 +97,9 @@ class DataMeasures:
     """
 
     bytes_per_sample: float = 164_500
-    reader_rate: float = 147
+    reader_rate: float = 156
     manifest_bytes: float = 179
-    manifest_seconds: float = 14e-6
+    manifest_seconds: float = 8.7e-6
     manifest_memory: float = 346
 
 
