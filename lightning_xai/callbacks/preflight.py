@@ -90,7 +90,7 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
         )
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     trains_on_gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    if trains_on_gpus and gpus.isdecimal() and each.isdecimal() and int(gpus) != int(each):
+    if trains_on_gpus and gpus.isdecimal() and each.isdecimal() and 0 < int(gpus) != int(each):
         raise ValueError(
             f"Slurm has given this node {gpus} GPU(s) and started {each} task(s) on it, and every task takes one: "
             f"submit with --ntasks-per-node={gpus}, or with --gpus-per-node={each}"

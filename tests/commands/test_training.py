@@ -16,6 +16,7 @@ import pytest
 import torch
 from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
 
+from lightning_xai.callbacks.preflight import check_allocation
 from lightning_xai.callbacks.run_folder import RunFolder
 
 ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
@@ -218,6 +219,15 @@ def test_devices_that_do_not_match_the_allocation_are_refused_before_anything_is
     in_job(monkeypatch, **job)
     told = refusal(tmp_path / "log", "fit", f"--config={config}", "--trainer.devices=1", *options)
     assert expected in told
+
+
+@pytest.mark.parametrize(("gpus", "accelerator"), [(None, "gpu"), (0, "gpu"), (2, "gpu"), (4, "cpu")])
+def test_devices_that_match_the_allocation_are_accepted(
+    gpus: int | None, accelerator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, tasks=4, nodes=2, gpus=gpus)
+    for devices in (2, "2", "auto", [0, 1]):
+        check_allocation(devices, 2, accelerator)
 
 
 def in_job(
