@@ -128,9 +128,8 @@ class TrainingCLI(LightningCLI):
             self._checkpoint = self._folder.newest(record)
             for name, reason in self._folder.passed_over.items():
                 _say(f"Passing over {name} in {self._folder.checkpoints}: {reason}")
-            if self._checkpoint is None:
-                self._folder.refuse_unreadable()
             if self._checkpoint is None and not record.finished:
+                self._folder.refuse_unreadable()
                 _say(f"The run in {run} was stopped before its first checkpoint; it begins anew.")
             else:
                 self._folder.check(record, self._settings)

@@ -266,7 +266,7 @@ class ShardLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch names a private class of its own
         """The batches."""
-        if self._iterator is not None:  # persistent workers are there already
+        if self.num_workers == 0 or self._iterator is not None:  # nobody is started: persistent workers are there
             return super().__iter__()
         with _held_signals(self.multiprocessing_context):  # else one could catch a worker that does not listen yet
             return super().__iter__()

@@ -228,6 +228,8 @@ def test_devices_that_match_the_allocation_are_accepted(
     in_job(monkeypatch, tasks=4, nodes=2, gpus=gpus)
     for devices in (2, "2", "auto", [0, 1]):
         check_allocation(devices, 2, accelerator)
+    with pytest.raises(ValueError, match=r"trainer\.devices=3, but Slurm has started 2"):  # so they were looked at
+        check_allocation(3, 2, accelerator)
 
 
 def in_job(
