@@ -108,10 +108,9 @@ def measure_callback(model: str, device: str) -> dict[str, float]:
     import lightning as L
     from lightning.pytorch.callbacks import Callback
 
-    from lightning_xai.callbacks import GroundingCallback
     from lightning_xai.data import ShardDataModule, write_shards
     from lightning_xai.data.shapes import read_shapes
-    from lightning_xai.tasks import ContrastiveFineTuning
+    from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
 
     module = ContrastiveFineTuning(model, None)
 

@@ -39,7 +39,7 @@ class Bench:
     def __init__(self, model: str, device: str, images: int, folder: Path) -> None:
         from lightning_xai.data import write_shards
         from lightning_xai.data.shapes import read_shapes
-        from lightning_xai.tasks import ContrastiveFineTuning
+        from lightning_xai.training import ContrastiveFineTuning
 
         self.model, self.device, self.folder = model, device, folder
         self.plain = ContrastiveFineTuning(model, None)
@@ -56,7 +56,7 @@ class Bench:
 
     def evaluation(self, methods: dict[str, Any], metrics: list[str]) -> float:
         """Seconds of an evaluation of the split; counts what passes through the towers' `encode_*` in `encoded`."""
-        from lightning_xai.tasks import AttributionEvaluation
+        from lightning_xai.evaluation import AttributionEvaluation
 
         out = self.folder / "out"
         shutil.rmtree(out, ignore_errors=True)

@@ -180,7 +180,7 @@ class Contest:
     def __init__(self, setting: Setting) -> None:
         import torch
 
-        from lightning_xai.tasks import ContrastiveFineTuning
+        from lightning_xai.training import ContrastiveFineTuning
 
         torch.manual_seed(0)
         first, last = setting.learning_rates

@@ -1,7 +1,7 @@
 """Train CLIP-like dual encoders and watch which words they match with which image regions.
 
 Importing the package loads no torch: public names live in its subpackages, from `lightning_xai.data` to
-`lightning_xai.callbacks`.
+`lightning_xai.training`.
 """
 
 from importlib.metadata import version

@@ -117,7 +117,7 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
     # Configs and the command line may use the bare names of classes that are loaded.
-    for classes in ("data", "tasks"):
+    for classes in ("data", "evaluation", "training"):
         import_module(f"lightning_xai.{classes}")
     return TrainingCLI(
         LightningModule,
@@ -242,7 +242,7 @@ def _lost_process(error: BaseException) -> str | None:
         >>> _lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer"))[:41]
         'lost another process of the same run, or '
     """
-    kinds = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+    kinds = {"DistBackendError", "DistNetworkError", "DistCacheError"}
     text = str(error).partition("\n")[0]
     if type(error).__name__ in kinds or (isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)):
         return (

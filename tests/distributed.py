@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 # Importing these takes a process seconds; a server does so once, and every process is a fork of it.
-_PRELOADED = ["lightning_xai.callbacks", "lightning_xai.tasks", "pytest"]
+_PRELOADED = ["lightning_xai.training", "lightning_xai.evaluation", "pytest"]
 
 
 class _Here(NamedTuple):

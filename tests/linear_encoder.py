@@ -13,36 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, TextSplit
 
 
-class _ImageSplit(Split):
+class _ImageAtLayer(TowerAtLayer):
     layer = 0
     block = None
 
     def __init__(self, encoder: LinearEncoder) -> None:
         self.grid = encoder.grid
 
-    def stem(self, inputs: Tensor) -> Tensor:
+    def features_before(self, inputs: Tensor) -> Tensor:
         return inputs
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
 
-class _TextSplit(TextSplit):
+class _TextAtLayer(TextTowerAtLayer):
     layer = 0
     block = None
 
     def __init__(self, encoder: LinearEncoder) -> None:
         self._encoder = encoder
 
-    def stem(self, inputs: Tensor, length: int | None = None) -> Tensor:
+    def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         hidden: Tensor = self._encoder.token_embedding(inputs[:, :length])
         return hidden
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         assert inputs is not None
         return self._encoder.embed_caption(hidden, inputs)
 
@@ -112,14 +112,14 @@ class LinearEncoder(TwoTowerEncoder):
         t = ((hidden * self.text_weight).sum(dim=2) * content).sum(dim=1)
         return torch.stack([t, torch.zeros_like(t), (1 - t**2).sqrt()], dim=1)
 
-    def _cut_image(self, layer: int) -> Split:
-        return _ImageSplit(self)
+    def _image_at_layer(self, layer: int) -> TowerAtLayer:
+        return _ImageAtLayer(self)
 
-    def _check(self, tower: str, split: Split) -> None:
+    def _check(self, tower: str, split: TowerAtLayer) -> None:
         """The similarity is defined for small inputs only, which the probe of a tower is not."""
 
-    def _cut_text(self, layer: int) -> TextSplit:
-        return _TextSplit(self)
+    def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
+        return _TextAtLayer(self)
 
     def image_terms(self, images: Tensor) -> Tensor:
         """Each pixel's part of s [B, 3, height, width]."""

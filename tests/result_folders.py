@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.results import (
+from lightning_xai.report.tables import per_pair_csv
+from lightning_xai.results.schema import (
     TABLES,
     EvaluationResult,
     ExampleRecord,
@@ -21,7 +22,6 @@ from lightning_xai.report.results import (
     RoarResult,
     write_examples,
 )
-from lightning_xai.report.tables import per_pair_csv
 
 CLASSES = ("circle", "cross", "diamond", "heart", "ring", "square", "star", "triangle")
 COLOURS = ("red", "blue", "green", "yellow")

@@ -19,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
 
 # Importing these takes seconds; a server does so once, and every process is a fork of it.
-_PRELOADED = ["lightning_xai.cli", "lightning_xai.commands.training", "lightning_xai.tasks", "pytest"]
+_PRELOADED = ["lightning_xai.cli", "lightning_xai.commands.training", "lightning_xai.training", "pytest"]
 _UNREPEATABLE = {"train/samples_per_second"}
 
 
@@ -53,7 +53,7 @@ def config_of(folder: Path, model: Path, shapes: Path, **trainer: Any) -> Path:
     config = {
         "seed_everything": 3,
         "model": {
-            "class_path": "lightning_xai.tasks.ContrastiveFineTuning",
+            "class_path": "lightning_xai.training.ContrastiveFineTuning",
             "init_args": {"model": str(model), "pretrained": None, "initial_lr": 1e-3, "final_lr": 1e-4},
         },
         "data": {
@@ -67,7 +67,7 @@ def config_of(folder: Path, model: Path, shapes: Path, **trainer: Any) -> Path:
             "accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1, "enable_progress_bar": False,
             "enable_model_summary": False, "default_root_dir": str(folder / "runs"),
             "callbacks": [
-                {"class_path": "lightning_xai.callbacks.GroundingCallback", "init_args": {"examples": 0}},
+                {"class_path": "lightning_xai.training.GroundingCallback", "init_args": {"examples": 0}},
                 {**checkpoint, "init_args": best},
             ],
             **trainer,

@@ -103,7 +103,7 @@ def test_each_module_imports_only_leftwards(path: Path) -> None:
         ("lightning_xai.report.plots", "from lightning_xai.data import sample", ["lightning_xai.data.sample"]),
         ("lightning_xai.metrics.rho", "from lightning_xai.report import plots", ["lightning_xai.report.plots"]),
         ("lightning_xai.demo", "from lightning_xai.data import sample", ["lightning_xai.data.sample"]),
-        ("lightning_xai.callbacks.g", "from lightning_xai.report import plots\nimport torch", []),
+        ("lightning_xai.training.g", "from lightning_xai.report import plots\nimport torch", []),
         ("lightning_xai.cli", "from lightning_xai import __version__\nfrom lightning_xai.tasks import x", []),
         ("lightning_xai.report.plots", "import numpy\nfrom lightning_xai.report import tables", []),
         ("lightning_xai", "from lightning_xai.cli import main", []),

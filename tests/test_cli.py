@@ -20,7 +20,7 @@ from lightning_xai.cli import main
 from lightning_xai.commands.prepare import SOURCES
 from lightning_xai.data import Manifest
 from lightning_xai.models import load_dual_encoder
-from lightning_xai.tasks import ContrastiveFineTuning
+from lightning_xai.training import ContrastiveFineTuning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 

@@ -22,7 +22,7 @@ def test_a_random_vit_b_32_is_fine_tuned_and_measured_on_coco(coco_mini: Path, t
     data += ["--data.batch_size=8", "--data.num_workers=0"]
     trainer = ["--accelerator=cpu", "--max_epochs=1", "--limit_train_batches=2", "--limit_val_batches=2"]
     trainer += ["--enable_checkpointing=false", f"--default_root_dir={tmp_path / 'run'}"]
-    trainer += ["--callbacks+=lightning_xai.callbacks.GroundingCallback"]
+    trainer += ["--callbacks+=lightning_xai.training.GroundingCallback"]
     cli.main(["fit", *model, *data, *(option.replace("--", "--trainer.", 1) for option in trainer)])
     (folder,) = (tmp_path / "run").rglob("grounding")
     before, after = read_csv(folder / "summary.csv")

@@ -14,14 +14,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_xai.attribution.method_options import choose_methods
-from lightning_xai.callbacks import GroundingCallback
 from lightning_xai.cli import build_cli, main
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.roar import Roar, all_methods
 from lightning_xai.data import ShapesDataModule, ShardDataModule
+from lightning_xai.evaluation import AttributionEvaluation
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.dual_encoder import tag_architecture
-from lightning_xai.tasks import AttributionEvaluation, ContrastiveFineTuning
+from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
 
 ROOT = Path(__file__).resolve().parents[1]
 ROARS = sorted((ROOT / "configs").glob("roar_*.yaml"))  # of `roar`; all others are of Lightning's verbs
@@ -191,7 +191,7 @@ def test_a_model_of_the_papers_replaces_the_model_of_a_recipe_and_nothing_else(
         asked.append((model, pretrained))
         return small  # the released weights would be downloaded
 
-    monkeypatch.setattr("lightning_xai.tasks.contrastive.load_dual_encoder", load)
+    monkeypatch.setattr("lightning_xai.training.contrastive.load_dual_encoder", load)
     monkeypatch.chdir(ROOT)
     recipe = ["--config", "configs/coco_vit_b16.yaml", f"--trainer.default_root_dir={tmp_path}"]
     recipe += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32"]

@@ -17,10 +17,9 @@ import torch.distributed as dist
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback
 
-from lightning_xai.callbacks import GroundingCallback
 from lightning_xai.data import ShardDataModule, write_shards
 from lightning_xai.data.shapes import read_shapes
-from lightning_xai.tasks import ContrastiveFineTuning
+from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch")]
 

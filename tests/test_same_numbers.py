@@ -24,11 +24,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from lightning_xai.callbacks import DataFaults, GroundingCallback
 from lightning_xai.data import Batch, Sample, ShardDataModule, write_shards
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.data.shapes import read_shapes
-from lightning_xai.tasks import ContrastiveFineTuning
+from lightning_xai.training import ContrastiveFineTuning, DataFaults, GroundingCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch")]
 

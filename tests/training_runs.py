@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_xai.data import Batch, Manifest
 from lightning_xai.data.batch import Record, TrainingCollate
 from lightning_xai.data.shard_reader import read_samples
-from lightning_xai.tasks import ContrastiveFineTuning
+from lightning_xai.training import ContrastiveFineTuning
 
 
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:

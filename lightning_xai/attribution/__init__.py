@@ -1,13 +1,13 @@
 from lightning_xai.attribution.attention_relevance import AttentionRelevance
 from lightning_xai.attribution.base import (
     Attribution,
+    AttributionMethod,
     ConstantMapWarning,
-    Method,
     PairAttribution,
     min_max,
     upsample,
 )
-from lightning_xai.attribution.controls import CentredGaussian, RandomMap
+from lightning_xai.attribution.baselines import CentredGaussian, RandomMap
 from lightning_xai.attribution.feature_pair import (
     FeaturePairAttribution,
     HiddenStates,
@@ -23,7 +23,7 @@ from lightning_xai.attribution.path_integral import quadrature
 from lightning_xai.attribution.rise import RISE
 from lightning_xai.attribution.saliency import Saliency
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[AttributionMethod]] = {
     "feature_pair": FeaturePairAttribution,
     "m2ib": M2IB,
     "grad_cam": GradCAM,
@@ -44,6 +44,7 @@ __all__ = [
     "RISE",
     "AttentionRelevance",
     "Attribution",
+    "AttributionMethod",
     "CentredGaussian",
     "ConstantMapWarning",
     "FeaturePairAttribution",
@@ -52,7 +53,6 @@ __all__ = [
     "IntegratedGradients",
     "IntraModalAttribution",
     "KernelSHAP",
-    "Method",
     "PairAttribution",
     "RandomMap",
     "References",

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, UnsupportedTowerError, differentiable
 
 OTHER_METHODS = "FeaturePairAttribution, M2IB, GradCAM, Saliency, IntegratedGradients, KernelSHAP or RISE"
 
 
-class AttentionRelevance(Method):
+class AttentionRelevance(AttributionMethod):
     """Relevance of patches and tokens by attention times its gradient (Chefer et al. 2021, Eqs. 5 and 6).
 
     The image map is the row of R of the position that the embedding is read from (CLS), without CLS and registers;
@@ -55,9 +55,9 @@ class AttentionRelevance(Method):
         self, encoder: TwoTowerEncoder, *, start_layer: int = -1, internal_batch_size: int | None = None
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._image_split, self._text_split = encoder.split_image(start_layer), encoder.split_text(start_layer)
-        self._image = _Tower("image", self._image_split, encoder.split_image(-1))
-        self._text = _Tower("text", self._text_split, encoder.split_text(-1))
+        self._image_split, self._text_split = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
+        self._image = _Tower("image", self._image_split, encoder.image_at_layer(-1))
+        self._text = _Tower("text", self._text_split, encoder.text_at_layer(-1))
         weight = next(encoder.parameters())
         with differentiable(encoder):
             # Refuse what cannot be served now, not after an hour of other methods.
@@ -106,7 +106,7 @@ class _Forward:
 class _Tower:
     """One tower from the first block of the product on; `last` is the same tower, cut at its last block."""
 
-    def __init__(self, name: str, split: Split, last: Split) -> None:
+    def __init__(self, name: str, split: TowerAtLayer, last: TowerAtLayer) -> None:
         self._name, self._split, self._last = name, split, last
         self._blocks = last.layer - split.layer + 1
 
@@ -117,7 +117,7 @@ class _Tower:
             UnsupportedTowerError: its blocks do not attend over one sequence of tokens, or not so that it can be seen.
         """
         with torch.no_grad():
-            hidden = self._split.stem(inputs)
+            hidden = self._split.features_before(inputs)
         if hidden.ndim == 4:
             raise self._unsupported("passes on feature maps, without self-attention over one sequence of tokens")
         attentions: list[Tensor] = []
@@ -127,7 +127,7 @@ class _Tower:
         handle = self._last.block.register_forward_hook(lambda *_: in_blocks.append(len(attentions)))
         try:
             with _AttentionReplaced(_recording(attentions)):
-                embedding_BK = self._split.tail(hidden, inputs)
+                embedding_BK = self._split.embed_from(hidden, inputs)
         finally:
             handle.remove()
         if (in_blocks or [len(attentions)]) != [self._blocks]:
@@ -166,7 +166,7 @@ class _Tower:
         hidden = forward.hidden_BTD.detach().requires_grad_()
         with _AttentionReplaced(constant):
             # One number of the embedding is enough; their sum may be constant behind a layer norm.
-            component_B = self._last.tail(hidden, forward.inputs)[:, 0]
+            component_B = self._last.embed_from(hidden, forward.inputs)[:, 0]
         (gradient_BTD,) = torch.autograd.grad(component_B.sum(), hidden)
         return gradient_BTD.ne(0).any(dim=2).to(hidden)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
+from lightning_xai.models.at_layer import as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import as_constant, differentiable
 
 _ROUNDING, _NOTHING = 1e-6, 1e-12  # differences within a map that say nothing: relative to its largest, and absolute
 _A = TypeVar("_A", bound="Attribution")
@@ -67,7 +67,7 @@ class PairAttribution(Attribution):
     completeness_error: Tensor
 
 
-class Method(ABC):
+class AttributionMethod(ABC):
     """An attribution method: explains the cosine similarity of images and captions by their patches and tokens.
 
     Results do not depend on what else is in the batch, on its order, or on `internal_batch_size`.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_xai.models.split import Split, as_constant
+from lightning_xai.models.at_layer import TowerAtLayer, as_constant
 
 
 class InputCapture:
@@ -16,10 +16,10 @@ class InputCapture:
     The model is touched by one hook, which `close` removes; as a context manager it is removed after an exception too.
 
     Attributes:
-        hidden: the block's inputs since the last `clear`, one a forward pass, in the form the split's `stem` returns.
+        hidden: the block's inputs since the last `clear`, one a forward pass, as `features_before` returns them.
     """
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: TowerAtLayer) -> None:
         self._split = split
         self._handle: Any = None
         self._listening = True

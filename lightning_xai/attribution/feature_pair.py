@@ -23,11 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.base import Method, PairAttribution, check_batch, check_finite
+from lightning_xai.attribution.base import AttributionMethod, PairAttribution, check_batch, check_finite
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
+from lightning_xai.models.at_layer import Path, TowerAtLayer, as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Path, Split, as_constant, differentiable
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class _Side:
     tokens: int
 
     @classmethod
-    def of(cls, split: Split, hidden: Tensor, reference: Tensor, inputs: Tensor | None, dtype: torch.dtype) -> _Side:
+    def of(
+        cls, split: TowerAtLayer, hidden: Tensor, reference: Tensor, inputs: Tensor | None, dtype: torch.dtype
+    ) -> _Side:
         hidden, reference = as_constant(hidden).to(dtype), as_constant(reference).to(dtype)
         # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
         path, tokens = split.path(hidden, reference, inputs), split.count(hidden)
@@ -107,7 +109,7 @@ class _Side:
         return self.embedding_BK - embedding_at(self.path, 0.0, batch, self.tokens, self.embedding_BK)
 
 
-class FeaturePairAttribution(Method):
+class FeaturePairAttribution(AttributionMethod):
     """Attributions between the tokens of a caption and the patches of an image (feature-pair paper, Eq. 10).
 
     Args:
@@ -141,14 +143,14 @@ class FeaturePairAttribution(Method):
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self.image = encoder.split_image(image_layer)
-        self.text = encoder.split_text(text_layer)
+        self.image = encoder.image_at_layer(image_layer)
+        self.text = encoder.text_at_layer(text_layer)
         self._points, self._weights = (as_constant(numbers) for numbers in quadrature(rule, steps))
         self._image_reference = image_reference
         self._text_reference = text_reference
 
     def attribute(self, images: Tensor, tokens: Tensor) -> PairAttribution:
-        """All pairs of tokens and patches; see `Method.attribute`."""
+        """All pairs of tokens and patches; see `AttributionMethod.attribute`."""
         result = super().attribute(images, tokens)
         assert isinstance(result, PairAttribution)
         return result
@@ -181,7 +183,7 @@ class FeaturePairAttribution(Method):
 
         def side(rows: slice, batch: Tensor) -> _Side:
             with torch.no_grad():
-                hidden = self.image.stem(batch[rows])
+                hidden = self.image.features_before(batch[rows])
             return _Side.of(self.image, hidden, reference, None, self._dtype)
 
         with self._differentiable():
@@ -205,7 +207,7 @@ class FeaturePairAttribution(Method):
 
         def side(rows: slice, batch: Tensor) -> _Side:
             with torch.no_grad():
-                hidden = self.text.stem(batch[rows], length)
+                hidden = self.text.features_before(batch[rows], length)
             return _Side.of(self.text, hidden, reference[:, : hidden.shape[1]], batch[rows], self._dtype)
 
         length = tokens.shape[1]
@@ -263,7 +265,7 @@ class FeaturePairAttribution(Method):
     @torch.no_grad()
     def hidden_states(self, images: Tensor, tokens: Tensor) -> HiddenStates:
         """Run both stems: everything before the layers that are attributed to."""
-        return HiddenStates(self.image.stem(images), self.text.stem(tokens), tokens)
+        return HiddenStates(self.image.features_before(images), self.text.features_before(tokens), tokens)
 
     @torch.no_grad()
     def references(self, length: int | None = None) -> References:
@@ -271,8 +273,8 @@ class FeaturePairAttribution(Method):
         weight = next(self.encoder.parameters())
         length = length or self.encoder.tokenizer.context_length
         with self._differentiable(), torch.no_grad():
-            image = self.image.stem(self._reference_image().to(weight)[None])
-            text = self.text.stem(self._reference_tokens(length).to(weight.device)[None], length)
+            image = self.image.features_before(self._reference_image().to(weight)[None])
+            text = self.text.features_before(self._reference_tokens(length).to(weight.device)[None], length)
             return References(
                 torch.zeros_like(image) if self._is(self._image_reference, "features") else image,
                 torch.zeros_like(text) if self._is(self._text_reference, "features") else text,
@@ -388,7 +390,7 @@ class SimilarityGradCAM(FeaturePairAttribution):
         *,
         internal_batch_size: int | None = None,
     ) -> None:
-        image, text = encoder.split_image(-1), encoder.split_text(-1)
+        image, text = encoder.image_at_layer(-1), encoder.text_at_layer(-1)
         super().__init__(
             encoder,
             _before_the_last(image) if image_layer is None else image_layer,
@@ -400,5 +402,5 @@ class SimilarityGradCAM(FeaturePairAttribution):
         )
 
 
-def _before_the_last(last: Split) -> int:
+def _before_the_last(last: TowerAtLayer) -> int:
     return last.layer if last.is_feature_map else max(last.layer - 1, 0)

@@ -13,12 +13,12 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.models.at_layer import TowerAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split
 
 
-class GradCAM(Method):
+class GradCAM(AttributionMethod):
     """GradCAM of a layer's hidden states, computed by Captum.
 
     Each feature is weighted by the mean of the similarity's gradient over all places; the map is the positive part of
@@ -28,8 +28,8 @@ class GradCAM(Method):
 
     Args:
         encoder: the model to explain.
-        image_layer: the layer whose input is used, counted as for `encoder.split_image`. None: where the last feature
-            maps enter the head, as in the paper, and for towers that pass on tokens the last block, since behind it
+        image_layer: the layer whose input is used, counted as for `encoder.image_at_layer`. None: where the last
+            feature maps enter the head, as in the paper, and for towers that pass on tokens the last block, since behind it
             only what the head reads has a gradient.
         text_layer: likewise for the text tower; None: the last block.
         internal_batch_size: pairs at a time, None for all.
@@ -47,8 +47,8 @@ class GradCAM(Method):
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._image = _split_at_the_end(encoder) if image_layer is None else encoder.split_image(image_layer)
-        self._text = encoder.split_text(-1 if text_layer is None else text_layer)
+        self._image = _split_at_the_end(encoder) if image_layer is None else encoder.image_at_layer(image_layer)
+        self._text = encoder.text_at_layer(-1 if text_layer is None else text_layer)
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         return Attribution.concatenate(
@@ -65,36 +65,36 @@ class GradCAM(Method):
 
     def _image_map(self, images: Tensor, text_BK: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden = self._image.stem(images)
+            hidden = self._image.features_before(images)
         if hidden.ndim == 4:
-            return _grad_cam(hidden, lambda maps_BDHW: cosine_similarity(self._image.tail(maps_BDHW), text_BK))
+            return _grad_cam(hidden, lambda maps_BDHW: cosine_similarity(self._image.embed_from(maps_BDHW), text_BK))
         prefix_BTD, patches_BTD = hidden.tensor_split([self._image.prefix_tokens], dim=1)
 
         def score(maps_BDHW: Tensor) -> Tensor:
             patches = maps_BDHW.flatten(2).mT
-            return cosine_similarity(self._image.tail(torch.cat([prefix_BTD, patches], dim=1)), text_BK)
+            return cosine_similarity(self._image.embed_from(torch.cat([prefix_BTD, patches], dim=1)), text_BK)
 
         return _grad_cam(patches_BTD.mT.reshape(*patches_BTD.mT.shape[:2], *self._image.grid), score)
 
     def _text_map(self, tokens: Tensor, image_BK: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden_BTD = self._text.stem(tokens)
+            hidden_BTD = self._text.features_before(tokens)
         run, visible_BL = hidden_BTD.shape[1], self._text.visible(tokens)
         visible_BT1 = self._text.on_caption(visible_BL, run).unsqueeze(2)
 
         def score(maps_BDT: Tensor) -> Tensor:
             hidden = torch.where(visible_BT1, maps_BDT.mT, hidden_BTD)
-            return cosine_similarity(self._text.tail(hidden, tokens), image_BK)
+            return cosine_similarity(self._text.embed_from(hidden, tokens), image_BK)
 
         # Captum's mean runs over all tokens of the batch, but only the visible ones have a gradient: they share it.
         maps_BT = _grad_cam(hidden_BTD.mT, score) * run / visible_BT1.sum(dim=1)
         return self._text.on_caption(maps_BT, tokens.shape[1]) * visible_BL
 
 
-def _split_at_the_end(encoder: TwoTowerEncoder) -> Split:
-    last = encoder.split_image()
+def _split_at_the_end(encoder: TwoTowerEncoder) -> TowerAtLayer:
+    last = encoder.image_at_layer()
     with suppress(ValueError):  # only feature maps can be cut behind the last block
-        return encoder.split_image(last.layer + 1)
+        return encoder.image_at_layer(last.layer + 1)
     return last
 
 

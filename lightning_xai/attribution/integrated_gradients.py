@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -22,7 +22,7 @@ IntegrationRule = Literal["gausslegendre", "riemann_left", "riemann_right", "rie
 """Quadrature rules by Captum's names."""
 
 
-class IntegratedGradients(Method):
+class IntegratedGradients(AttributionMethod):
     """Gradients of the similarity, integrated along the straight path from a reference, computed by Captum.
 
     `(x - r) * integral of ds/dx(r + alpha (x - r)) d alpha` ("Axiomatic Attribution for Deep Networks", Eq. 1), where x
@@ -63,8 +63,8 @@ class IntegratedGradients(Method):
         if steps < least:
             raise ValueError(f"the {rule} rule needs at least {least} integration step(s); got steps={steps}")
         reference_image(encoder, image_reference)
-        self._patches = PatchGrid(encoder.split_image().grid)
-        self._text = encoder.split_text(0)
+        self._patches = PatchGrid(encoder.image_at_layer().grid)
+        self._text = encoder.text_at_layer(0)
         self._steps = steps
         self._rule = rule
         self._image_reference = image_reference
@@ -95,13 +95,13 @@ class IntegratedGradients(Method):
 
     def _text_map(self, tokens: Tensor, image_BK: Tensor) -> tuple[Tensor, Tensor]:
         def score(hidden_BTD: Tensor, image_BK: Tensor, tokens: Tensor) -> Tensor:
-            return cosine_similarity(self._text.tail(hidden_BTD, tokens), image_BK)
+            return cosine_similarity(self._text.embed_from(hidden_BTD, tokens), image_BK)
 
         length = tokens.shape[1]
         padding_1L = self.encoder.tokenizer.padding_caption()[None, :length].to(tokens.device)
         with torch.no_grad():
-            hidden_BTD = self._text.stem(tokens)
-            reference_1TD = self._text.stem(padding_1L, length)[:, : hidden_BTD.shape[1]]
+            hidden_BTD = self._text.features_before(tokens)
+            reference_1TD = self._text.features_before(padding_1L, length)[:, : hidden_BTD.shape[1]]
         gradients, error = self._integrate(score, hidden_BTD, reference_1TD.expand_as(hidden_BTD), image_BK, tokens)
         # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
         return self._text.on_caption(gradients.sum(dim=2), length), error

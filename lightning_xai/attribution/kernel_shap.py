@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 
-from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
 from lightning_xai.attribution.perturbation import forward_only, only_tokens, wide_dtype
 from lightning_xai.attribution.reference import ImageReference, reference_image
@@ -30,7 +30,7 @@ _Score = Callable[[Tensor], Tensor]
 """Coalitions [N, F] (true: present) -> similarities [N]."""
 
 
-class KernelSHAP(Method):
+class KernelSHAP(AttributionMethod):
     """Shapley values of the similarity, estimated by Captum's Kernel SHAP.
 
     An absent patch shows the reference image, an absent content token is the padding token; start and end always
@@ -71,7 +71,7 @@ class KernelSHAP(Method):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         reference_image(encoder, image_reference)
-        rows, columns = encoder.split_image().grid
+        rows, columns = encoder.image_at_layer().grid
         _check_samples("image_samples", image_samples, rows * columns, "patches")
         self._patches = PatchGrid((rows, columns))
         self._image_samples = image_samples
@@ -183,7 +183,7 @@ class _LeastSquares(Model):  # type: ignore[misc]  # Captum has no types
         root_N1 = weights.sqrt().unsqueeze(1)
         design = torch.cat([samples, torch.ones_like(root_N1)], dim=1)
         if not values.isfinite().all():
-            # LAPACK would fail in words of its own; `Method.attribute` says what a map that is not finite means.
+            # LAPACK would raise an error of its own; `attribute` says what a map that is not finite means.
             self._coefficients = torch.full_like(design[0], torch.nan)
             return
         # By singular values: the default's pivoting leaves undetermined coefficients to chance on older PyTorch.

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, logsigmoid, pad
 
-from lightning_xai.attribution.base import Attribution, Method, cosine_with
+from lightning_xai.attribution.base import Attribution, AttributionMethod, cosine_with
+from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, UnsupportedTowerError
 
 _START = 5.0  # lambda before the first step: 0.993 of every feature is kept
 
@@ -57,7 +57,7 @@ def bottleneck(features_BTD: Tensor, gates_BTD: Tensor, variance: float, noise_N
     return kept_BTD.unsqueeze(1) + deviation_BTD.unsqueeze(1) * noise_NTD
 
 
-class M2IB(Method):
+class M2IB(AttributionMethod):
     """Multi-modal information bottleneck: nats that each patch and token passes on when all that is needless is cut.
 
     Maps are non-negative; more is more important. The image map sums the capacity of each patch over features, the text
@@ -107,8 +107,8 @@ class M2IB(Method):
             if count < 1:
                 raise ValueError(f"{name} has to be at least 1; got {count}")
         image_layer, text_layer = layer if isinstance(layer, tuple) else (layer, layer)
-        self.image = encoder.split_image(_behind(image_layer, encoder.split_image(), "image"))
-        self.text = encoder.split_text(_behind(text_layer, encoder.split_text(), "text"))
+        self.image = encoder.image_at_layer(_behind(image_layer, encoder.image_at_layer(), "image"))
+        self.text = encoder.text_at_layer(_behind(text_layer, encoder.text_at_layer(), "text"))
         self.beta, self.variance = beta, variance
         self.steps, self.samples, self.lr, self.seed = steps, samples, lr, seed
 
@@ -119,8 +119,8 @@ class M2IB(Method):
 
     def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
         with torch.no_grad():
-            image, text = self.image.stem(images), self.text.stem(tokens)
-            image_BK, text_BK = self.image.tail(image), self.text.tail(text, tokens)
+            image, text = self.image.features_before(images), self.text.features_before(tokens)
+            image_BK, text_BK = self.image.embed_from(image), self.text.embed_from(text, tokens)
         everything_BT = image.new_ones(len(image), self.image.count(image), dtype=torch.bool)
         visible_BL = self.text.visible(tokens)
         # Behind the caption's own tokens there may be one that the tower adds, a class token: it is always seen.
@@ -134,7 +134,7 @@ class M2IB(Method):
         )
 
     def _nats(
-        self, split: Split, hidden: Tensor, visible_BT: Tensor, other_BK: Tensor, tokens: Tensor | None = None
+        self, split: TowerAtLayer, hidden: Tensor, visible_BT: Tensor, other_BK: Tensor, tokens: Tensor | None = None
     ) -> Tensor:
         """The capacity of each token [B, T] behind one tower's block, whose output is `hidden`."""
         features_BTD = hidden.flatten(2).mT if split.is_feature_map else hidden
@@ -159,13 +159,13 @@ class M2IB(Method):
                 passed = passed.mT.reshape(-1, *hidden.shape[1:])
             cost_BT = weight_BT * capacity(features_BTD, gates_BTD, self.variance).sum(dim=2)
             # A sum over pairs: each has gates of its own, which Adam treats one by one.
-            loss = self.beta * cost_BT.sum() - similarity(split.tail(passed, repeated)).sum() / self.samples
+            loss = self.beta * cost_BT.sum() - similarity(split.embed_from(passed, repeated)).sum() / self.samples
             (gates_BTD.grad,) = torch.autograd.grad(loss, gates_BTD)
             optimizer.step()
         return capacity(features_BTD, gates_BTD.detach(), self.variance).sum(dim=2)
 
 
-def _behind(layer: int | None, last: Split, tower: str) -> int:
+def _behind(layer: int | None, last: TowerAtLayer, tower: str) -> int:
     """The layer to cut a tower at to get a block's output: the block's number (None: the default) and one more."""
     blocks = last.layers
     # A transformer's tail begins with a block; feature maps can also be cut at the head.

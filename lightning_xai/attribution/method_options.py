@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser
 
 if TYPE_CHECKING:
-    from lightning_xai.attribution import Method
+    from lightning_xai.attribution import AttributionMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 ALL = "all"
@@ -27,7 +27,7 @@ class ChosenMethod:
     """
 
     name: str
-    method: Method
+    method: AttributionMethod
     options: dict[str, Any]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_xai.models.split import Path
+from lightning_xai.models.at_layer import Path
 
 _DIRECTIONS_AT_A_TIME = 16
 

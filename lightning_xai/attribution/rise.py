@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
-from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
 from lightning_xai.attribution.perturbation import forward_only, only_tokens, wide_dtype
 from lightning_xai.attribution.reference import reference_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class RISE(Method):
+class RISE(AttributionMethod):
     """Importance of a part as the expected similarity of masked inputs that show it.
 
     `S(part) = sum_i s(x * m_i) m_i(part) / (N p)` ("RISE: Randomized Input Sampling for Explanation of Black-box
@@ -63,7 +63,7 @@ class RISE(Method):
                 raise ValueError(f"{name} has to be at least 1; got {number}")
         if not 0 < probability < 1:
             raise ValueError(f"probability has to lie between 0 and 1, or no mask hides a part; got {probability}")
-        self._patches = PatchGrid(encoder.split_image().grid)
+        self._patches = PatchGrid(encoder.image_at_layer().grid)
         self._image_masks = image_masks
         self._text_masks = text_masks
         self._cells = cells

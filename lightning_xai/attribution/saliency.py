@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import Attribution, Method
+from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class Saliency(Method):
+class Saliency(AttributionMethod):
     """Magnitude of the similarity's gradient, computed by Captum.
 
     Image: the absolute gradient by the pixels, of each pixel's channels the largest ("Deep Inside Convolutional
@@ -33,8 +33,8 @@ class Saliency(Method):
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._patches = PatchGrid(encoder.split_image().grid)
-        self._text = encoder.split_text(0)
+        self._patches = PatchGrid(encoder.image_at_layer().grid)
+        self._text = encoder.text_at_layer(0)
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         return Attribution.concatenate(
@@ -44,7 +44,7 @@ class Saliency(Method):
     def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
         image_BK, text_BK = self._embeddings(images, tokens)
         with torch.no_grad():
-            hidden_BTD = self._text.stem(tokens)
+            hidden_BTD = self._text.features_before(tokens)
         return Attribution(
             image=self._patches.means(self._image_gradient(images, text_BK).amax(dim=1)),
             # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
@@ -63,7 +63,7 @@ class Saliency(Method):
 
     def _text_gradient(self, hidden_BTD: Tensor, image_BK: Tensor, tokens: Tensor) -> Tensor:
         def score(hidden_BTD: Tensor, image_BK: Tensor, tokens: Tensor) -> Tensor:
-            return cosine_similarity(self._text.tail(hidden_BTD, tokens), image_BK)
+            return cosine_similarity(self._text.embed_from(hidden_BTD, tokens), image_BK)
 
         leaf = hidden_BTD.detach().requires_grad_()
         gradient: Tensor = captum.attr.Saliency(score).attribute(leaf, additional_forward_args=(image_BK, tokens))

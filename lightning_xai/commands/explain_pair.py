@@ -24,7 +24,7 @@ from lightning_xai.commands.inputs import (
 from lightning_xai.commands.outputs import PICTURE, numpy_of, own_positions, shown_tokens, write_arrays
 from lightning_xai.report.explanation import Saliency, Scale, comparison_sheet, explanation_sheet
 from lightning_xai.report.plots import Example, heat_fault, save_figure
-from lightning_xai.report.results import write_json
+from lightning_xai.results.schema import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from lightning_xai.commands.inputs import InputError, parse_box, read_input, spa
 from lightning_xai.commands.outputs import PICTURE, numpy_of, shown_tokens, write_arrays
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
 from lightning_xai.report.plots import Example, save_figure
-from lightning_xai.report.results import write_json
+from lightning_xai.results.schema import write_json
 
 if TYPE_CHECKING:
     from lightning_xai.attribution import FeaturePairAttribution, IntraModalAttribution

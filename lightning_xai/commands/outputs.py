@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from lightning_xai.commands.inputs import InputError
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.explanation import Token
-from lightning_xai.report.results import package_versions
 from lightning_xai.report.tables import replaced_at_once
+from lightning_xai.results.schema import package_versions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -62,7 +62,7 @@ class Report:
         from lightning_xai.report.composition import Composer, Options
         from lightning_xai.report.report_files import write_report
         from lightning_xai.report.report_summary import terminal_tables
-        from lightning_xai.report.run_folders import load_runs
+        from lightning_xai.results.run_folders import load_runs
 
         names = [name.strip() for name in self.names.split(",")] if self.names is not None else []
         test = OrderTest(self.epsilon, self.alpha, self.bootstrap_samples, self.seed)

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.roar_cells import ORIGINAL, Cell, gather, plan_cells
-from lightning_xai.report.results import CONTROLS, MODALITIES, check_label, method_of
 from lightning_xai.report.roar import grid_tables, roar_table
+from lightning_xai.results.schema import CONTROLS, MODALITIES, check_label, method_of
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_xai.report.results import RoarMethod, RoarResult, write_json
+from lightning_xai.results.schema import RoarMethod, RoarResult, write_json
 
 _MEASURED = ("model", "data")  # parts of a recipe that settings do not tell
 _CHANGES_NO_NUMBER = ("internal_batch_size",)

@@ -29,11 +29,7 @@ from lightning_xai.commands.roar_cells import (
     read_cell,
 )
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest
-from lightning_xai.models import DualEncoder
-from lightning_xai.models.fingerprint import weights_fingerprint
-from lightning_xai.report.results import write_json
-from lightning_xai.tasks.roar import retrain
-from lightning_xai.tasks.roar_data import (
+from lightning_xai.evaluation.roar_data import (
     attribute_pairs,
     count_ties,
     partition,
@@ -41,6 +37,10 @@ from lightning_xai.tasks.roar_data import (
     write_degraded,
     write_original,
 )
+from lightning_xai.models import DualEncoder
+from lightning_xai.models.fingerprint import weights_fingerprint
+from lightning_xai.results.schema import write_json
+from lightning_xai.training.roar import retrain
 
 
 class RoarRun:

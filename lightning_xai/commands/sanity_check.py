@@ -15,9 +15,9 @@ from lightning_xai.commands.inputs import Entry, InputError, load_model, read_en
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import describe, numpy_of
 from lightning_xai.report.plots import Example, save_figure
-from lightning_xai.report.results import write_json
 from lightning_xai.report.sanity import COLUMNS, sanity_curves, sanity_sheet, sanity_table
 from lightning_xai.report.tables import per_pair_csv
+from lightning_xai.results.schema import write_json
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
@@ -106,7 +106,7 @@ class SanityCheck:
         """The task's `SanityResult`, with a progress bar."""
         import torch
 
-        from lightning_xai.tasks.sanity_check import sanity_check
+        from lightning_xai.evaluation.sanity_check import sanity_check
 
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("randomising")

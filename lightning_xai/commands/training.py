@@ -16,9 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_xai.callbacks import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
-from lightning_xai.callbacks.preflight import check_allocation
-from lightning_xai.callbacks.run_folder import RunFolder
+from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
+from lightning_xai.training.preflight import check_allocation
+from lightning_xai.training.run_folder import RunFolder
 
 __all__ = ["TrainingCLI"]
 

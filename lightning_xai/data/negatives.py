@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.phrases import LeftOut, find_tokens
+from lightning_xai.data.phrases import find_tokens
 from lightning_xai.data.sample import HardNegative, Sample
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.data.tensor_fields import TensorFields
+from lightning_xai.exclusion import Exclusion
 
 __all__ = ["NegativeRows", "Negatives"]
 
@@ -26,8 +27,8 @@ class Negatives(TensorFields):
         image_row: `[N]` int64, row of `Batch.images`.
         label: `[N]` int64, class of the true object, index into `Batch.label_names`.
         boxes: `[N, 4]` float32, `(x0, y0, x1, y1)` of the true object in pixels of the transformed image.
-        reason: `[N]` int64, a `LeftOut`: `OUTSIDE_CROP`, `SPAN_CUT_OFF` or `SPAN_NOT_ALIGNED` (of either caption), else
-            `MEASURED`. Those that a data set comes with count also where the image has several instances of the class:
+        reason: `[N]` int64, an `Exclusion`: `OUTSIDE_CROP`, `SPAN_CUT_OFF` or `SPAN_NOT_ALIGNED` (of either caption),
+            else `MEASURED`. Those that a data set comes with count also where the image has several instances of the class:
             they name one of them, and section 4.4 of the paper asks for no more.
         tokens: `[N, L]` int64, the wrong caption.
         mask: `[N, L]` bool, its tokens that stand in place of the true words.
@@ -73,7 +74,7 @@ class NegativeRows:
             mask, reason = self._mask(negative.text, negative.span)
             true_mask, true_reason = self._mask(caption, negative.true_span)
             if bool((box[2:] <= box[:2]).any()):
-                reason = LeftOut.OUTSIDE_CROP
+                reason = Exclusion.OUTSIDE_CROP
             row = first_caption_row + negative.caption
             self._numbers.append((row, image_row, self._labels[region.label], reason or true_reason))
             self._boxes.append(box)
@@ -103,10 +104,10 @@ class NegativeRows:
             replacement=replacement,
         )
 
-    def _mask(self, caption: str, span: tuple[int, int]) -> tuple[Tensor, LeftOut]:
+    def _mask(self, caption: str, span: tuple[int, int]) -> tuple[Tensor, Exclusion]:
         mask = torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
         tokens = find_tokens(self._tokenizer, caption, span)
-        if isinstance(tokens, LeftOut):
+        if isinstance(tokens, Exclusion):
             return mask, tokens
         mask[tokens] = True
-        return mask, LeftOut.MEASURED
+        return mask, Exclusion.MEASURED

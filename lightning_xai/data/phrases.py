@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -14,24 +13,9 @@ from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanCutOffError
 from lightning_xai.data.tensor_fields import TensorFields
+from lightning_xai.exclusion import Exclusion
 
-__all__ = ["LeftOut", "NamedBoxes", "PhraseRows", "Phrases", "find_tokens", "named_boxes"]
-
-
-class LeftOut(IntEnum):
-    """Why a phrase is not measured; the lower-case name is its key in metrics and tables.
-
-    The first reason that applies, in this order, is the one that counts.
-    """
-
-    MEASURED = 0
-    SEVERAL_INSTANCES = 1
-    OUTSIDE_CROP = 2
-    SMALLER_THAN_PATCH = 3
-    SPAN_CUT_OFF = 4
-    SPAN_NOT_ALIGNED = 5
-    NOT_MENTIONED = 6
-    NO_POSITIVE = 7
+__all__ = ["NamedBoxes", "PhraseRows", "Phrases", "find_tokens", "named_boxes"]
 
 
 @dataclass
@@ -47,7 +31,7 @@ class Phrases(TensorFields):
         span_mask: `[R, L]` bool, the tokens that name the class: all whole mentions of it in the caption together.
         boxes: `[R, 4]` float32, `(x0, y0, x1, y1)` in pixels of the transformed image: the box of the class's region,
             the first one where there are several.
-        reason: `[R]` int64, a `LeftOut`; `MEASURED` where the data allow to measure (a metric may still find that the
+        reason: `[R]` int64, a `Exclusion`; `MEASURED` where the data allow to measure (a metric may still find that the
             box is `SMALLER_THAN_PATCH` or that the map has `NO_POSITIVE` value).
         text: the words that name the class, several mentions joined by `", "`; empty where there are none.
     """
@@ -147,7 +131,7 @@ class PhraseRows:
                     self._append(numbers, box, mask, ", ".join(caption[start:end] for start, end in spans))
             if len(self._numbers) == before:
                 mask = torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
-                self._append((-1, image_row, self._labels[label], LeftOut.NOT_MENTIONED), box, mask, "")
+                self._append((-1, image_row, self._labels[label], Exclusion.NOT_MENTIONED), box, mask, "")
 
     def _append(self, numbers: tuple[int, int, int, int], box: Tensor, mask: Tensor, text: str) -> None:
         self._numbers.append(numbers)
@@ -164,31 +148,31 @@ class PhraseRows:
         masks, boxes = torch.stack(self._masks), torch.stack(self._boxes)
         return Phrases(caption_row, image_row, label, masks, boxes, reason, self._text)
 
-    def _mask(self, caption: str, spans: Sequence[Span]) -> tuple[Tensor, LeftOut]:
+    def _mask(self, caption: str, spans: Sequence[Span]) -> tuple[Tensor, Exclusion]:
         """The tokens of all spans that are whole, and why there are none."""
         mask = torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
         found = [find_tokens(self._tokenizer, caption, span) for span in spans]
         for tokens in found:
             if isinstance(tokens, slice):
                 mask[tokens] = True
-        failures = [reason for reason in found if isinstance(reason, LeftOut)]
-        return mask, failures[0] if len(failures) == len(found) else LeftOut.MEASURED
+        failures = [reason for reason in found if isinstance(reason, Exclusion)]
+        return mask, failures[0] if len(failures) == len(found) else Exclusion.MEASURED
 
 
-def find_tokens(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice | LeftOut:
+def find_tokens(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice | Exclusion:
     """The tokens of a span of characters, or why there are none."""
     try:
         return tokenizer.token_span(caption, span)
     except SpanCutOffError:
-        return LeftOut.SPAN_CUT_OFF
+        return Exclusion.SPAN_CUT_OFF
     except SpanAlignmentError:
-        return LeftOut.SPAN_NOT_ALIGNED
+        return Exclusion.SPAN_NOT_ALIGNED
 
 
-def _geometry_reason(instances: Sequence[Region], box: Tensor) -> LeftOut:
+def _geometry_reason(instances: Sequence[Region], box: Tensor) -> Exclusion:
     """Why the boxes of a class do not allow to measure it; `box` is `[4]` after the transform."""
     if len(instances) > 1 or instances[0].crowd:
-        return LeftOut.SEVERAL_INSTANCES
+        return Exclusion.SEVERAL_INSTANCES
     if bool((box[2:] <= box[:2]).any()):
-        return LeftOut.OUTSIDE_CROP
-    return LeftOut.MEASURED
+        return Exclusion.OUTSIDE_CROP
+    return Exclusion.MEASURED

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_xai.data.phrases import LeftOut
+from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.exact_means import FRACTION_BITS, to_fixed
 
 __all__ = [
@@ -91,7 +91,7 @@ def measurable(reason: Tensor, boxes: Tensor, grid: tuple[int, int], image_size:
     """Turn MEASURED into SMALLER_THAN_PATCH where the box has no more area than a patch; keep every other reason.
 
     Args:
-        reason: [R] int64, values of `LeftOut`.
+        reason: [R] int64, values of `Exclusion`.
         boxes: [R, 4] pixels.
         grid: (H, W).
         image_size: (h, w) pixels.
@@ -103,13 +103,13 @@ def measurable(reason: Tensor, boxes: Tensor, grid: tuple[int, int], image_size:
         ValueError: boxes are not [R, 4] or not finite.
 
     Example:
-        >>> reason = torch.tensor([LeftOut.MEASURED, LeftOut.MEASURED, LeftOut.NOT_MENTIONED])
+        >>> reason = torch.tensor([Exclusion.MEASURED, Exclusion.MEASURED, Exclusion.NOT_MENTIONED])
         >>> boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0]])
-        >>> [LeftOut(value).name for value in measurable(reason, boxes, (4, 4), (32, 32)).tolist()]
+        >>> [Exclusion(value).name for value in measurable(reason, boxes, (4, 4), (32, 32)).tolist()]
         ['MEASURED', 'SMALLER_THAN_PATCH', 'NOT_MENTIONED']
     """
-    small = (reason == LeftOut.MEASURED) & ~larger_than_patch(boxes, grid, image_size)
-    return reason.masked_fill(small, int(LeftOut.SMALLER_THAN_PATCH))
+    small = (reason == Exclusion.MEASURED) & ~larger_than_patch(boxes, grid, image_size)
+    return reason.masked_fill(small, int(Exclusion.SMALLER_THAN_PATCH))
 
 
 def gamma(maps: Tensor, masks: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class ClassGrounding:
         gamma_above_50: share of pairs with gamma > 0.5.
         gamma_above_80: share of pairs with gamma > 0.8.
         rho: share of pairs whose largest attribution lies inside the box.
-        left_out: rows that were not measured, by reason (every reason of `LeftOut` but MEASURED, in lower case).
+        left_out: rows that were not measured, by reason (every reason of `Exclusion` but MEASURED, in lower case).
     """
 
     pairs: int
@@ -252,7 +252,7 @@ class GroundingMetric(Metric):
 
     Example:
         >>> metric = GroundingMetric(["dog", "cat"])
-        >>> reason = torch.tensor([LeftOut.MEASURED, LeftOut.MEASURED, LeftOut.SPAN_CUT_OFF])
+        >>> reason = torch.tensor([Exclusion.MEASURED, Exclusion.MEASURED, Exclusion.SPAN_CUT_OFF])
         >>> metric.update(
         ...     torch.tensor([0.5, 0.75, 0.0]), torch.tensor([False, True, False]), torch.tensor([0, 0, 1]), reason
         ... )
@@ -276,7 +276,7 @@ class GroundingMetric(Metric):
             repeated = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
             raise ValueError(f"label names have to differ; given more than once: {repeated}")
         self.add_state("totals", torch.zeros(len(self.label_names), _COLUMNS, dtype=torch.int64), dist_reduce_fx="sum")
-        reasons = torch.zeros(len(self.label_names), len(LeftOut), dtype=torch.int64)
+        reasons = torch.zeros(len(self.label_names), len(Exclusion), dtype=torch.int64)
         self.add_state("reasons", reasons, dist_reduce_fx="sum")
 
     def set_dtype(self, dst_type: str | torch.dtype) -> GroundingMetric:
@@ -290,7 +290,7 @@ class GroundingMetric(Metric):
             gamma: [R] float, in [0, 1] or NaN where measured; anything elsewhere.
             hit: [R] bool, from `rho`.
             label: [R] int64, index into `label_names`.
-            reason: [R] int64, values of `LeftOut`, from `measurable`. Rows that are not MEASURED are only counted.
+            reason: [R] int64, values of `Exclusion`, from `measurable`. Rows that are not MEASURED are only counted.
 
         Raises:
             ValueError: shapes differ, a measured row has a gamma outside [0, 1], or a label or reason is unknown.
@@ -300,19 +300,19 @@ class GroundingMetric(Metric):
             raise ValueError(f"GroundingMetric.update expects gamma, hit, label and reason, each [R]; got {shapes}")
         device = self.totals.device
         gamma, hit, label, reason = (tensor.detach().to(device) for tensor in (gamma, hit, label, reason))
-        known = torch.arange(len(LeftOut), device=device)
+        known = torch.arange(len(Exclusion), device=device)
         if not torch.isin(reason, known).all():
             raise ValueError(
-                f"reason holds values that are not in LeftOut (0 to {len(LeftOut) - 1}): {reason.tolist()}"
+                f"reason holds values that are not in Exclusion (0 to {len(Exclusion) - 1}): {reason.tolist()}"
             )
         if not ((label >= 0) & (label < len(self.label_names))).all():
             raise ValueError(
                 f"label counts into the {len(self.label_names)} label names; "
                 f"got values from {label.min()} to {label.max()}"
             )
-        no_positive = (reason == LeftOut.MEASURED) & gamma.isnan()
-        reason = reason.masked_fill(no_positive, int(LeftOut.NO_POSITIVE))
-        measured = reason == LeftOut.MEASURED
+        no_positive = (reason == Exclusion.MEASURED) & gamma.isnan()
+        reason = reason.masked_fill(no_positive, int(Exclusion.NO_POSITIVE))
+        measured = reason == Exclusion.MEASURED
         rows = self._rows(gamma[measured], hit[measured])
         # Out of place: a state made under inference_mode could not be changed outside of it.
         self.totals = self.totals.index_add(0, label[measured], rows)
@@ -323,7 +323,7 @@ class GroundingMetric(Metric):
         totals: list[list[int]] = self.totals.tolist()
         reasons: list[list[int]] = self.reasons.tolist()
         # Summed as Python's integers, which have room for all classes together.
-        overall = _grounding(_column_sums(totals, _COLUMNS), _column_sums(reasons, len(LeftOut)))
+        overall = _grounding(_column_sums(totals, _COLUMNS), _column_sums(reasons, len(Exclusion)))
         per_class = {
             name: _grounding(row, counts) for name, row, counts in zip(self.label_names, totals, reasons, strict=True)
         }
@@ -345,7 +345,7 @@ def _column_sums(rows: Sequence[Sequence[int]], columns: int) -> list[int]:
 
 def _grounding(row: Sequence[int], reasons: Sequence[int]) -> ClassGrounding:
     """One row of the totals (exact integers) -> means; Python's integers do not overflow."""
-    left_out = {why.name.lower(): reasons[why] for why in LeftOut if why is not LeftOut.MEASURED}
+    left_out = {why.name.lower(): reasons[why] for why in Exclusion if why is not Exclusion.MEASURED}
     pairs, total, high_high, high_low, low_low, above_50, above_80, hits = row
     if pairs == 0:
         return ClassGrounding(0, math.nan, math.nan, math.nan, math.nan, math.nan, left_out)

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating, resolve_layer
+from lightning_xai.models.at_layer import (
+    TextTowerAtLayer,
+    TowerAtLayer,
+    UnsupportedTowerError,
+    evaluating,
+    resolve_layer,
+)
 
 
 class _ReachedError(Exception):
@@ -123,7 +129,7 @@ class BlockList:
                 handle.remove()
 
 
-class ImageBlockListSplit(Split):
+class ImageBlocksAtLayer(TowerAtLayer):
     """An image tower that is a list of blocks (timm's ViT, SigLIP, ConvNeXt, Swin...), cut at the input of one.
 
     Feature maps can also be cut behind the last block, at the input of the head.
@@ -148,7 +154,7 @@ class ImageBlockListSplit(Split):
         self.is_feature_map = grid is None
         if grid is None:
             with torch.no_grad(), evaluating(tower):
-                shape = self.stem(self._blank(next(tower.parameters()))).shape
+                shape = self.features_before(self._blank(next(tower.parameters()))).shape
             if len(shape) != 4:
                 raise UnsupportedTowerError(
                     f"{type(blocks.parent).__name__} hands hidden states of shape {[*shape]} to its {blocks.name}; "
@@ -162,22 +168,22 @@ class ImageBlockListSplit(Split):
         # One image is enough to get to the block, whatever the number of hidden states that go on from there.
         return like.new_zeros(1, 3, *self._size)
 
-    def stem(self, inputs: Tensor) -> Tensor:
+    def features_before(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, height, width] -> hidden states [B, T, D] or [B, C, H, W]."""
         return self._list.reach(self.layer, lambda: self._tower(inputs))
 
     def captured(self, block_input: Tensor) -> Tensor:
-        """The block's input, as a hook sees it, in the form `stem` returns."""
+        """The block's input, as a hook sees it, in the form `features_before` returns."""
         return self._list.outward(block_input)
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states -> embeddings [B, K]."""
         with self._list.entered(self.layer, hidden):
             embedding: Tensor = self._tower(self._blank(hidden))
         return embedding
 
 
-class TextBlockListSplit(TextSplit):
+class TextBlocksAtLayer(TextTowerAtLayer):
     """A text tower that is a list of blocks (Hugging Face's, open_clip's with a class token), cut at the input of one.
 
     Args:
@@ -209,17 +215,17 @@ class TextBlockListSplit(TextSplit):
         """Which tokens an embedding can depend on."""
         return self._visible(tokens)
 
-    def stem(self, inputs: Tensor, length: int | None = None) -> Tensor:
+    def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
         if length is None and self._trims:
             length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
         return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))
 
     def captured(self, block_input: Tensor) -> Tensor:
-        """The block's input, as a hook sees it, in the form `stem` returns."""
+        """The block's input, as a hook sees it, in the form `features_before` returns."""
         return self._list.outward(block_input)
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the captions `inputs` -> embeddings [B, K]."""
         if inputs is None:
             raise ValueError("padding is told by a caption's token ids: give them as inputs")

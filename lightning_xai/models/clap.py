@@ -24,9 +24,9 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.block_list import BlockList, TextBlockListSplit
+from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, resolve_layer
+from lightning_xai.models.block_list import BlockList, TextBlocksAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, resolve_layer
 
 _INSTALL = "CLAP needs transformers and soundfile: pip install 'lightning_xai[audio]'"
 _DYNAMIC_RANGE = 80.0
@@ -60,8 +60,8 @@ class ClapEncoder(TwoTowerEncoder):
         self.model = model
         self.tokenizer = tokenizer
         self._extractor = extractor
-        self.split_image()
-        self.split_text()
+        self.image_at_layer()
+        self.text_at_layer()
 
     @property
     def name(self) -> str:
@@ -166,12 +166,12 @@ class ClapEncoder(TwoTowerEncoder):
         embedding: Tensor = self.model.text_projection(read)
         return embedding
 
-    def _cut_image(self, layer: int) -> Split:
-        return ClapAudioSplit(self.model.audio_model.audio_encoder, self.model.audio_projection, layer)
+    def _image_at_layer(self, layer: int) -> TowerAtLayer:
+        return ClapAudioAtLayer(self.model.audio_model.audio_encoder, self.model.audio_projection, layer)
 
-    def _cut_text(self, layer: int) -> TextSplit:
+    def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
         blocks = BlockList(self.model.text_model.encoder, "layer")
-        return TextBlockListSplit(self.encode_text, blocks, layer, self._visible)
+        return TextBlocksAtLayer(self.encode_text, blocks, layer, self._visible)
 
     def _visible(self, tokens: Tensor) -> Tensor:
         return tokens != int(self.model.config.text_config.pad_token_id)
@@ -181,7 +181,7 @@ class ClapEncoder(TwoTowerEncoder):
         return f"transformers {version('transformers')}"
 
 
-class ClapAudioSplit(Split):
+class ClapAudioAtLayer(TowerAtLayer):
     """CLAP's audio tower, cut at the input of a stage; hidden states are feature maps on the spectrogram [B, D, H, W].
 
     Args:
@@ -213,7 +213,7 @@ class ClapAudioSplit(Split):
             )
         self.grid = (side // self._strips, side * self._strips)
 
-    def stem(self, inputs: Tensor) -> Tensor:
+    def features_before(self, inputs: Tensor) -> Tensor:
         """Spectrograms [B, C, F, T] -> feature maps [B, D, H, W]."""
         features_BCTF = _as_features(inputs)
         # As in the tower: batch norm over mel bands, folding, patches; no sound is one of the long ones to be fused.
@@ -229,7 +229,7 @@ class ClapAudioSplit(Split):
         strips = block_input.mT.reshape(len(block_input), -1, self._strips, rows, columns // self._strips)
         return strips.transpose(2, 3).flip(2).flatten(3)
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Feature maps [B, D, H, W] -> embeddings [B, K]."""
         strips = hidden.reshape(*hidden.shape[:3], self._strips, -1).flip(2).transpose(2, 3)
         tokens = self._run(strips.flatten(2).mT, self.layer, len(self._stages))

@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import read_image
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating
-from lightning_xai.models.towers import TextTower, checkpoint_blocks, split_image_tower, split_text_tower
+from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_at_layer_tower, text_at_layer_tower
 
 CHECKPOINT_KEY = "dual_encoder"
 """Where a Lightning checkpoint of this project keeps the architecture, and the metadata key of exported weights."""
@@ -180,16 +180,16 @@ class DualEncoder(TwoTowerEncoder):
     def blocks(self) -> list[nn.Module]:
         """The blocks of both towers, image tower first; none of a tower that cannot be cut into blocks."""
         found: list[nn.Module] = []
-        for cut in (self._cut_image, self._cut_text):
+        for cut in (self._image_at_layer, self._text_at_layer):
             with suppress(UnsupportedTowerError):
                 found += [block for layer in cut(-1).layers if (block := cut(layer).block) is not None]
         return found
 
-    def _cut_image(self, layer: int) -> Split:
-        return split_image_tower(self.model, layer)
+    def _image_at_layer(self, layer: int) -> TowerAtLayer:
+        return image_at_layer_tower(self.model, layer)
 
-    def _cut_text(self, layer: int) -> TextSplit:
-        return split_text_tower(self.model, layer)
+    def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
+        return text_at_layer_tower(self.model, layer)
 
     def _own_embedding(self, tower: str, inputs: Tensor) -> Tensor:
         # open_clip's own words, not `encode_text`, which is checked by them too.
@@ -211,7 +211,7 @@ class DualEncoder(TwoTowerEncoder):
                 not of the shared space's width.
         """
         self._checked.clear()
-        for tower, cut in (("image", self.split_image), ("text", self.split_text)):
+        for tower, cut in (("image", self.image_at_layer), ("text", self.text_at_layer)):
             # A tower that cannot be split trains as usual; whoever asks for the split is told.
             with suppress(UnsupportedTowerError):
                 cut()

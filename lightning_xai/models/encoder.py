@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.block_list import ImageBlockListSplit, TextBlockListSplit
-from lightning_xai.models.split import Split, TextSplit, UnsupportedTowerError, evaluating
+from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
+from lightning_xai.models.block_list import ImageBlocksAtLayer, TextBlocksAtLayer
 
 
 class TwoTowerEncoder(nn.Module, ABC):
@@ -89,29 +89,29 @@ class TwoTowerEncoder(nn.Module, ABC):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, K], not normalised."""
 
-    def split_image(self, layer: int = -1) -> Split:
+    def image_at_layer(self, layer: int = -1) -> TowerAtLayer:
         """The image tower, cut at the input of block `layer`, counted as its library counts them; -1 is the last.
 
         Raises:
             ValueError: no such layer, a tower of a kind that cannot be cut, or a cut that is not the tower itself.
         """
-        split = self._cut_image(layer)
+        split = self._image_at_layer(layer)
         self._check("image", split)
         return split
 
-    def split_text(self, layer: int = -1) -> TextSplit:
+    def text_at_layer(self, layer: int = -1) -> TextTowerAtLayer:
         """The text tower, likewise."""
-        split = self._cut_text(layer)
+        split = self._text_at_layer(layer)
         self._check("text", split)
         return split
 
     @abstractmethod
-    def _cut_image(self, layer: int) -> Split:
-        """`split_image`, not yet checked."""
+    def _image_at_layer(self, layer: int) -> TowerAtLayer:
+        """`image_at_layer`, not yet checked."""
 
     @abstractmethod
-    def _cut_text(self, layer: int) -> TextSplit:
-        """`split_text`, not yet checked."""
+    def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
+        """`text_at_layer`, not yet checked."""
 
     @property
     @abstractmethod
@@ -146,13 +146,13 @@ class TwoTowerEncoder(nn.Module, ABC):
         return inputs, embedding
 
     @torch.no_grad()
-    def _check(self, tower: str, split: Split) -> None:
+    def _check(self, tower: str, split: TowerAtLayer) -> None:
         """Refuse a cut that is not the tower itself: attributions would explain another model."""
         if (tower, split.layer) in self._checked:
             return
         inputs, embedding = self._probe(tower)
         with evaluating(self):
-            hidden = split.stem(inputs)
+            hidden = split.features_before(inputs)
             tokens, (rows, columns) = split.count(hidden), split.grid
             if tower == "image" and tokens != split.prefix_tokens + rows * columns:
                 raise UnsupportedTowerError(
@@ -161,7 +161,7 @@ class TwoTowerEncoder(nn.Module, ABC):
                 )
             ends = hidden.new_ones(1, 1, tokens)
             rebuilt = {
-                "tail(stem(x))": split.tail(hidden, inputs),
+                "embed_from(features_before(x))": split.embed_from(hidden, inputs),
                 "path(1)": split.path(hidden, torch.zeros_like(hidden), inputs)(ends)[:, 0],
             }
         for name, other in rebuilt.items():
@@ -170,11 +170,11 @@ class TwoTowerEncoder(nn.Module, ABC):
                 raise self._mismatch(f"{name} of the {tower} tower", error, split)
         self._checked.add((tower, split.layer))
 
-    def _mismatch(self, what: str, error: float, split: Split) -> ValueError:
+    def _mismatch(self, what: str, error: float, split: TowerAtLayer) -> ValueError:
         differs = (
             f"{what} differs from the encoder's own output by {error:.1e} (relative), cut at layer {split.layer}; "
         )
-        if isinstance(split, (ImageBlockListSplit, TextBlockListSplit)):
+        if isinstance(split, (ImageBlocksAtLayer, TextBlocksAtLayer)):
             return UnsupportedTowerError(
                 f"{differs}its blocks depend on more than the hidden states they pass on, so it cannot be cut there; "
                 "open_clip's own VisionTransformer, ModifiedResNet and TextTransformer can be cut at every layer"

@@ -12,7 +12,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from lightning_xai.models.split import Path
+from lightning_xai.models.at_layer import Path
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_xai.models.at_layer import evaluating
 from lightning_xai.models.dual_encoder import DualEncoder
-from lightning_xai.models.split import evaluating
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

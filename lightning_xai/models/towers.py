@@ -16,9 +16,9 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from lightning_xai.models.block_list import BlockList, ImageBlockListSplit, TextBlockListSplit
+from lightning_xai.models.at_layer import Path, TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, resolve_layer
+from lightning_xai.models.block_list import BlockList, ImageBlocksAtLayer, TextBlocksAtLayer
 from lightning_xai.models.pooled_block import PooledBlock
-from lightning_xai.models.split import Path, Split, TextSplit, UnsupportedTowerError, resolve_layer
 
 
 def _run(blocks: Iterable[nn.Module], hidden_BTD: Tensor, transformer: nn.Module, mask: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def _run(blocks: Iterable[nn.Module], hidden_BTD: Tensor, transformer: nn.Module
     return hidden if transformer.batch_first else hidden.transpose(0, 1)
 
 
-class VisionTransformerSplit(Split):
+class VisionTransformerAtLayer(TowerAtLayer):
     """open_clip's VisionTransformer, cut at the input of a block; tokens are CLS and the patches."""
 
     prefix_tokens = 1
@@ -45,15 +45,15 @@ class VisionTransformerSplit(Split):
         last = self._blocks[-1]
         self._pooled = PooledBlock(last, causal=False) if reads_cls_only and PooledBlock.serves(last) else None
 
-    def stem(self, inputs: Tensor) -> Tensor:
+    def features_before(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, height, width] -> hidden states [B, T, D]."""
         return _run(self._blocks[: self.layer], self._visual._embeds(inputs), self._visual.transformer)
 
     def captured(self, block_input: Tensor) -> Tensor:
-        """The block's input, as a hook sees it, in the form `stem` returns."""
+        """The block's input, as a hook sees it, in the form `features_before` returns."""
         return block_input if self._visual.transformer.batch_first else block_input.transpose(0, 1)
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] -> embeddings [B, K]."""
         if self._pooled is None:
             hidden = _run(self._blocks[self.layer :], hidden, self._visual.transformer)
@@ -76,7 +76,7 @@ def _first(hidden: Tensor) -> Tensor:
     return torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
 
 
-class ModifiedResNetSplit(Split):
+class ModifiedResNetAtLayer(TowerAtLayer):
     """CLIP's ResNet with attention pool, cut at the input of a stage, 1 to 4 (`layer1`...), or of the pool (5)."""
 
     layers = range(1, 5)
@@ -93,14 +93,14 @@ class ModifiedResNetSplit(Split):
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         self.grid = (height // stride, width // stride)
 
-    def stem(self, inputs: Tensor) -> Tensor:
+    def features_before(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, height, width] -> feature maps [B, C, H, W]."""
-        hidden: Tensor = self._visual.stem(inputs)
+        hidden: Tensor = self._visual.features_before(inputs)
         for stage in self._stages[: self.layer - 1]:
             hidden = stage(hidden)
         return hidden
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Feature maps [B, C, H, W] -> embeddings [B, K]."""
         for stage in self._stages[self.layer - 1 :]:
             hidden = stage(hidden)
@@ -172,7 +172,7 @@ class TextTower:
         return self.head(hidden[rows, self.pool_positions(tokens_BL)])
 
 
-class TextTransformerSplit(TextSplit):
+class TextTransformerAtLayer(TextTowerAtLayer):
     """open_clip's text transformer, cut at the input of a block."""
 
     def __init__(self, tower: TextTower, layer: int) -> None:
@@ -190,16 +190,16 @@ class TextTransformerSplit(TextSplit):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return positions <= self._tower.pool_positions(tokens)[:, None]
 
-    def stem(self, inputs: Tensor, length: int | None = None) -> Tensor:
+    def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
         hidden = self._tower.embed(inputs, length)
         return _run(self._tower.blocks[: self.layer], hidden, self._tower.transformer, self._tower.mask(hidden))
 
     def captured(self, block_input: Tensor) -> Tensor:
-        """The block's input, as a hook sees it, in the form `stem` returns."""
+        """The block's input, as a hook sees it, in the form `features_before` returns."""
         return block_input if self._tower.transformer.batch_first else block_input.transpose(0, 1)
 
-    def tail(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the captions `inputs` -> embeddings [B, K]."""
         pool_B = self._pool(inputs)
         mask, transformer = self._tower.mask(hidden), self._tower.transformer
@@ -244,7 +244,7 @@ def checkpoint_blocks(model: Any) -> None:
             )
 
 
-def split_image_tower(model: Any, layer: int) -> Split:
+def image_at_layer_tower(model: Any, layer: int) -> TowerAtLayer:
     """Cut a model's image tower at the input of `layer`.
 
     Raises:
@@ -253,9 +253,9 @@ def split_image_tower(model: Any, layer: int) -> Split:
     """
     visual: Any = model.visual
     if isinstance(visual, VisionTransformer):
-        return VisionTransformerSplit(visual, layer)
+        return VisionTransformerAtLayer(visual, layer)
     if isinstance(visual, ModifiedResNet):
-        return ModifiedResNetSplit(visual, layer)
+        return ModifiedResNetAtLayer(visual, layer)
     if isinstance(visual, TimmModel):
         return _split_timm(visual, layer)
     raise UnsupportedTowerError(
@@ -264,7 +264,7 @@ def split_image_tower(model: Any, layer: int) -> Split:
     )
 
 
-def _split_timm(visual: TimmModel, layer: int) -> ImageBlockListSplit:
+def _split_timm(visual: TimmModel, layer: int) -> ImageBlocksAtLayer:
     trunk: Any = visual.trunk
     for name in ("blocks", "stages", "layers"):
         if isinstance(getattr(trunk, name, None), (nn.Sequential, nn.ModuleList)):
@@ -278,14 +278,14 @@ def _split_timm(visual: TimmModel, layer: int) -> ImageBlockListSplit:
             )
             # Not image size by patch size: a hybrid's patches are cut from the feature maps of a convolutional stem.
             grid = None if is_map else tuple(trunk.patch_embed.grid_size)
-            return ImageBlockListSplit(visual, blocks, visual.image_size, layer, grid)
+            return ImageBlocksAtLayer(visual, blocks, visual.image_size, layer, grid)
     raise UnsupportedTowerError(
         f"a timm tower of type {type(trunk).__name__} cannot be split: it has no list of blocks, stages or layers, as "
         "timm's VisionTransformer, ConvNeXt and SwinTransformer have"
     )
 
 
-def split_text_tower(model: Any, layer: int) -> TextSplit:
+def text_at_layer_tower(model: Any, layer: int) -> TextTowerAtLayer:
     """Cut a model's text tower at the input of `layer`.
 
     Raises:
@@ -313,11 +313,11 @@ def split_text_tower(model: Any, layer: int) -> TextSplit:
             # Published CoCa weights were trained with the mask one position late, so that the first always shows.
             return torch.cat([torch.ones_like(seen[:, :1]), seen[:, :-1]], dim=1)
 
-        return TextBlockListSplit(encode, blocks, layer, visible, trims=text.cls_emb is None)
-    return TextTransformerSplit(TextTower(model), layer)
+        return TextBlocksAtLayer(encode, blocks, layer, visible, trims=text.cls_emb is None)
+    return TextTransformerAtLayer(TextTower(model), layer)
 
 
-def _split_hugging_face(text: HFTextEncoder, layer: int) -> TextBlockListSplit:
+def _split_hugging_face(text: HFTextEncoder, layer: int) -> TextBlocksAtLayer:
     stack = getattr(text.transformer, "encoder", text.transformer)
     name = next((name for name in ("layer", "layers", "block") if hasattr(stack, name)), None)
     if name is None:
@@ -332,4 +332,4 @@ def _split_hugging_face(text: HFTextEncoder, layer: int) -> TextBlockListSplit:
 
     # Only T5's stack calls its list so.
     blocks = BlockList(stack, name, chained=name == "block")
-    return TextBlockListSplit(encode, blocks, layer, lambda tokens: tokens != text.config.pad_token_id)
+    return TextBlocksAtLayer(encode, blocks, layer, lambda tokens: tokens != text.config.pad_token_id)

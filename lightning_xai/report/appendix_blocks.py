@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_xai.report.html import Block, Code, Folded
 from lightning_xai.report.paper_table import Body, Column, PaperTable, count, words
-from lightning_xai.report.runs import Run
 from lightning_xai.report.summaries import left_out_table
+from lightning_xai.results.runs import Run
 
 __all__ = ["appendix_blocks"]
 

@@ -21,10 +21,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lightning_xai.report.effect_size import ClassGrounding
-from lightning_xai.report.results import Estimate
 from lightning_xai.report.sheet import DPI, printable
-from lightning_xai.report.stochastic_order import Values, survival_curve
+from lightning_xai.results.effect_size import ClassGrounding
+from lightning_xai.results.schema import Estimate
+from lightning_xai.results.stochastic_order import Values, survival_curve
 
 __all__ = [
     "Sample",

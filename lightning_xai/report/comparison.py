@@ -11,8 +11,8 @@ from itertools import combinations
 from typing import Any
 
 from lightning_xai.report.paper_table import Body, Column, PaperTable, count, number, words
-from lightning_xai.report.runs import Grounding, Run
-from lightning_xai.report.stochastic_order import StochasticOrder, almost_stochastic_order
+from lightning_xai.results.runs import Grounding, Run
+from lightning_xai.results.stochastic_order import StochasticOrder, almost_stochastic_order
 
 __all__ = ["Comparison", "OrderTest", "comparison_table", "pairs_to_compare", "why_not"]
 

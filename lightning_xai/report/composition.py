@@ -21,7 +21,6 @@ from lightning_xai.report.comparison import (
     pairs_to_compare,
     why_not,
 )
-from lightning_xai.report.effect_size import knowledge_gaps
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.gap_blocks import class_groups, gap_blocks
 from lightning_xai.report.heat_map_blocks import heat_map_blocks
@@ -33,9 +32,10 @@ from lightning_xai.report.measured_blocks import (
     training_blocks,
 )
 from lightning_xai.report.paper_table import PaperTable
-from lightning_xai.report.results import CONTROLS, MODALITIES
-from lightning_xai.report.runs import Run
 from lightning_xai.report.summaries import runs_table
+from lightning_xai.results.effect_size import knowledge_gaps
+from lightning_xai.results.runs import Run
+from lightning_xai.results.schema import CONTROLS, MODALITIES
 
 __all__ = ["Composer", "Options"]
 

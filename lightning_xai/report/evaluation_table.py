@@ -8,8 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.report.results import EvaluationResult, MethodResult
 from lightning_xai.report.tables import NO_VALUE
+from lightning_xai.results.schema import EvaluationResult, MethodResult
 
 __all__ = ["GROUPS", "estimate_text", "evaluation_table"]
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from lightning_xai.report.explanation import scaled
 from lightning_xai.report.plots import Example, example_sheet, heat_fault, progress_sheet
-from lightning_xai.report.results import ExampleRecord
-from lightning_xai.report.runs import Run
+from lightning_xai.results.runs import Run
+from lightning_xai.results.schema import ExampleRecord
 
 __all__ = ["Gallery"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lightning_xai.report.charts import class_bars
-from lightning_xai.report.effect_size import ClassGaps, GroundingChange, grounding_change, knowledge_gaps
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.gaps import change_table, class_table
 from lightning_xai.report.html import Block, Chart, Folded, Heading, Note, Sheet
-from lightning_xai.report.results import ExampleRecord
-from lightning_xai.report.runs import Grounding, Run, by_method_and_data
+from lightning_xai.results.effect_size import ClassGaps, GroundingChange, grounding_change, knowledge_gaps
+from lightning_xai.results.runs import Grounding, Run, by_method_and_data
+from lightning_xai.results.schema import ExampleRecord
 
 __all__ = ["class_groups", "gap_blocks"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_xai.report.effect_size import ClassChange, ClassGaps, GroundingChange
 from lightning_xai.report.paper_table import Body, Cell, Column, PaperTable, count, number, percent, words
 from lightning_xai.report.tables import NO_VALUE
+from lightning_xai.results.effect_size import ClassChange, ClassGaps, GroundingChange
 
 __all__ = ["change_table", "class_table"]
 

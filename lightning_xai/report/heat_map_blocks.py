@@ -9,8 +9,8 @@ from PIL import Image
 
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.html import Block, Folded, Note, Sheet
-from lightning_xai.report.results import CONTROLS, ExampleRecord
-from lightning_xai.report.runs import FEATURE_PAIR, Run, by_method_and_data
+from lightning_xai.results.runs import FEATURE_PAIR, Run, by_method_and_data
+from lightning_xai.results.schema import CONTROLS, ExampleRecord
 
 __all__ = ["heat_map_blocks"]
 

@@ -17,8 +17,6 @@ from lightning_xai.report.charts import (
 )
 from lightning_xai.report.html import Block, Chart, Note
 from lightning_xai.report.plots import curves
-from lightning_xai.report.results import CONTROLS, MODALITIES, ResultError
-from lightning_xai.report.runs import Grounding, Row, Run, by_data
 from lightning_xai.report.summaries import (
     degradation_table,
     grid_tables,
@@ -27,6 +25,8 @@ from lightning_xai.report.summaries import (
     progress_table,
     signs_table,
 )
+from lightning_xai.results.runs import Grounding, Row, Run, by_data
+from lightning_xai.results.schema import CONTROLS, MODALITIES, ResultError
 
 __all__ = ["degradation_blocks", "grounding_blocks", "sign_blocks", "training_blocks"]
 

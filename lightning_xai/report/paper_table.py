@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_xai.report.results import Estimate
 from lightning_xai.report.tables import NO_VALUE
+from lightning_xai.results.schema import Estimate
 
 __all__ = ["Body", "Cell", "Column", "PaperTable", "count", "estimate", "mark_best", "number", "percent", "words"]
 

@@ -13,9 +13,9 @@ from PIL import Image
 from lightning_xai.report.html import Block, Chart, Section, Sheet, flat, page
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.plots import save_figure
-from lightning_xai.report.results import write_json
 from lightning_xai.report.table_formats import to_csv, to_latex, to_markdown
 from lightning_xai.report.tables import replaced_at_once
+from lightning_xai.results.schema import write_json
 
 __all__ = ["PAGE_NAME", "write_report"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.report.results import CONTROLS, MODALITIES, Estimate, RoarResult
+from lightning_xai.results.schema import CONTROLS, MODALITIES, Estimate, RoarResult
 
 _NOTHING = "-"
 

@@ -26,9 +26,9 @@ from lightning_xai.report.paper_table import (
     percent,
     words,
 )
-from lightning_xai.report.results import CONTROLS, MODALITIES, Estimate, MethodResult, RoarResult
-from lightning_xai.report.runs import FEATURE_PAIR, Run, by_data
 from lightning_xai.report.tables import NO_VALUE, epoch_name, is_percent
+from lightning_xai.results.runs import FEATURE_PAIR, Run, by_data
+from lightning_xai.results.schema import CONTROLS, MODALITIES, Estimate, MethodResult, RoarResult
 
 __all__ = [
     "degradation_table",

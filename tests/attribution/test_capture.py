@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_xai.attribution.capture import InputCapture
 from lightning_xai.models import DualEncoder
-from lightning_xai.models.split import Split, differentiable
+from lightning_xai.models.at_layer import TowerAtLayer, differentiable
 
 MakeEncoder = Callable[..., DualEncoder]
 CAPTIONS = ["a dog", "one very long caption of eleven or more tokens here"]
@@ -30,14 +30,14 @@ def test_what_is_kept_is_the_stems_output_at_every_layer(name: str, make_encoder
     encoder = make_encoder(name, torch.float64)
     images, tokens = images_for(encoder), encoder.tokenizer.encode(CAPTIONS)
     image_layers = range(1, 5) if name == "resnet" else range(ARCHITECTURES[name]["vision_cfg"]["layers"])
-    cuts: list[tuple[Split, Tensor]] = [(encoder.split_image(layer), images) for layer in image_layers]
-    cuts += [(encoder.split_text(layer), tokens) for layer in range(ARCHITECTURES[name]["text_cfg"]["layers"])]
+    cuts: list[tuple[TowerAtLayer, Tensor]] = [(encoder.image_at_layer(layer), images) for layer in image_layers]
+    cuts += [(encoder.text_at_layer(layer), tokens) for layer in range(ARCHITECTURES[name]["text_cfg"]["layers"])]
     for split, inputs in cuts:
         with InputCapture(split) as capture:
             (encoder.encode_image if inputs is images else encoder.encode_text)(inputs)
             taken = capture.take()
         assert taken is not None
-        torch.testing.assert_close(taken, split.stem(inputs).detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(taken, split.features_before(inputs).detach(), rtol=1e-10, atol=1e-12)
         assert not taken.requires_grad
 
 
@@ -49,18 +49,18 @@ def test_a_tower_with_tokens_first_is_captured_with_the_batch_first(make_encoder
         for block in transformer.resblocks:
             block.attn.batch_first = False
     images, tokens = images_for(encoder), encoder.tokenizer.encode(CAPTIONS)
-    with InputCapture(encoder.split_image(1)) as image, InputCapture(encoder.split_text(1)) as text:
+    with InputCapture(encoder.image_at_layer(1)) as image, InputCapture(encoder.text_at_layer(1)) as text:
         encoder.encode_image(images)
         encoder.encode_text(tokens)
         assert image.hidden[0].shape == (2, 17, 32)
-        torch.testing.assert_close(image.take(), encoder.split_image(1).stem(images).detach())
-        torch.testing.assert_close(text.take(), encoder.split_text(1).stem(tokens).detach())
+        torch.testing.assert_close(image.take(), encoder.image_at_layer(1).features_before(images).detach())
+        torch.testing.assert_close(text.take(), encoder.text_at_layer(1).features_before(tokens).detach())
 
 
 def test_take_gives_what_one_pass_left_and_nothing_after_none_or_several(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(dtype=torch.float64)
     first, second = images_for(encoder, 1), images_for(encoder, 2)
-    with InputCapture(encoder.split_image()) as capture:
+    with InputCapture(encoder.image_at_layer()) as capture:
         assert capture.take() is None
         capture.clear()
         encoder.encode_image(first)
@@ -70,19 +70,19 @@ def test_take_gives_what_one_pass_left_and_nothing_after_none_or_several(make_en
         assert capture.hidden == []
         capture.clear()
         encoder.encode_image(second)
-        torch.testing.assert_close(capture.take(), encoder.split_image().stem(second).detach())
+        torch.testing.assert_close(capture.take(), encoder.image_at_layer().features_before(second).detach())
         assert capture.take() is None, "each input is handed out once"
 
 
 def test_what_runs_the_block_after_take_is_not_kept_until_clear(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(dtype=torch.float64)
     images = images_for(encoder)
-    split = encoder.split_image()
+    split = encoder.image_at_layer()
     with InputCapture(split) as capture:
         encoder.encode_image(images)
         hidden = capture.take()
         assert hidden is not None
-        split.tail(hidden)
+        split.embed_from(hidden)
         assert capture.hidden == []
         assert capture.take() is None
         capture.clear()
@@ -96,7 +96,7 @@ def test_what_runs_the_block_after_take_is_not_kept_until_clear(make_encoder: Ma
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_the_hook_vanishes_also_after_an_exception(error: type[BaseException], make_encoder: MakeEncoder) -> None:
     encoder = make_encoder()
-    capture = InputCapture(encoder.split_image())
+    capture = InputCapture(encoder.image_at_layer())
     assert hooks(encoder) == 0
 
     def fail() -> None:
@@ -114,7 +114,7 @@ def test_the_hook_vanishes_also_after_an_exception(error: type[BaseException], m
 def test_opening_twice_hooks_once_and_closing_ends_it(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder()
     images = images_for(encoder).float()
-    capture = InputCapture(encoder.split_image())
+    capture = InputCapture(encoder.image_at_layer())
     capture.close()
     capture.open()
     capture.open()
@@ -137,7 +137,7 @@ def test_the_forward_pass_keeps_its_values_and_gradients(make_encoder: MakeEncod
     images = images_for(encoder).requires_grad_()
     expected = encoder.encode_image(images)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), images)
-    with InputCapture(encoder.split_image(1)) as capture:
+    with InputCapture(encoder.image_at_layer(1)) as capture:
         captured = encoder.encode_image(images)
         assert not capture.hidden[0].requires_grad, "what is kept must not keep the graph alive"
         (gradient,) = torch.autograd.grad(captured.sum(), images)
@@ -148,12 +148,12 @@ def test_the_forward_pass_keeps_its_values_and_gradients(make_encoder: MakeEncod
 def test_what_inference_mode_left_can_be_differentiated_from(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(dtype=torch.float64)
     images = images_for(encoder)
-    split = encoder.split_image(1)
+    split = encoder.image_at_layer(1)
     with InputCapture(split) as capture, torch.inference_mode():
         encoder.encode_image(images)
         hidden = capture.take()
     assert hidden is not None
     with differentiable(encoder.model):
         point = hidden.requires_grad_()
-        (gradient,) = torch.autograd.grad(split.tail(point).sum(), point)
+        (gradient,) = torch.autograd.grad(split.embed_from(point).sum(), point)
     assert gradient.abs().sum() > 0

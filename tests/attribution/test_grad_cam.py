@@ -101,7 +101,7 @@ def test_a_text_tower_with_class_token_and_masked_padding_shows_its_captions_tok
     images, tokens = random_pairs(encoder)
     result = GradCAM(encoder, text_layer=1).attribute(images, tokens)
     block = encoder.model.text.transformer.resblocks[1]
-    visible = encoder.split_text().visible(tokens)
+    visible = encoder.text_at_layer().visible(tokens)
     expected = torch.zeros(tokens.shape, dtype=torch.float64)
     for row in range(len(images)):
         caption, other = tokens[row, None], encoder.encode_image(images[row, None])

@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_xai.attribution import (
     METHODS,
     Attribution,
+    AttributionMethod,
     ConstantMapWarning,
     FeaturePairAttribution,
-    Method,
     min_max,
     upsample,
 )
@@ -38,9 +38,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-def build(name: str, encoder: DualEncoder, **options: Any) -> Method:
+def build(name: str, encoder: DualEncoder, **options: Any) -> AttributionMethod:
     method: Any = METHODS[name]
-    made: Method = method(encoder, **{**OPTIONS.get(name, {}), **options})
+    made: AttributionMethod = method(encoder, **{**OPTIONS.get(name, {}), **options})
     return made
 
 
@@ -273,7 +273,7 @@ def test_a_text_map_that_is_the_same_for_all_of_a_captions_words_is_constant(mak
     encoder = make_encoder("vit")
     images, tokens = inputs(encoder)
 
-    class Counting(Method):
+    class Counting(AttributionMethod):
         def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
             own = self.encoder.tokenizer.content_mask(tokens).float()
             own[0, 1] = 2
@@ -287,7 +287,7 @@ def test_a_constant_map_is_a_warning_that_names_method_and_pair(make_encoder: Ma
     encoder = make_encoder("vit")
     images, tokens = inputs(encoder)
 
-    class Blind(Method):
+    class Blind(AttributionMethod):
         def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
             image = torch.ones(len(images), 4, 4)
             image[0, 0, 0] = 2

@@ -8,7 +8,7 @@ import torch
 
 from lightning_xai.attribution.perturbation import forward_only
 from lightning_xai.models import DualEncoder
-from lightning_xai.models.split import differentiable
+from lightning_xai.models.at_layer import differentiable
 
 
 def switches() -> tuple[bool, ...]:

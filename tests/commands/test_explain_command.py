@@ -22,9 +22,9 @@ from lightning_xai.attribution import (
     METHODS,
     RISE,
     Attribution,
+    AttributionMethod,
     ConstantMapWarning,
     FeaturePairAttribution,
-    Method,
     Saliency,
     SimilarityGradCAM,
 )
@@ -35,7 +35,7 @@ CAPTION = "a red ring and a blue ring"
 SIZE = (48, 64)  # the encoder sees 32 x 32: the upper and lower 5 of 42 rows are cropped
 
 
-class Constant(Method):
+class Constant(AttributionMethod):
     """Says the same of every part."""
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
@@ -43,7 +43,7 @@ class Constant(Method):
         return Attribution(torch.ones(batch, 4, 4), torch.ones(tokens.shape), torch.zeros(batch))
 
 
-class Unsupported(Method):
+class Unsupported(AttributionMethod):
     def __init__(self, encoder: DualEncoder, *, internal_batch_size: int | None = None) -> None:
         raise UnsupportedTowerError("this tower has no attention; saliency serves it")
 
@@ -250,7 +250,7 @@ def test_constant_maps_of_a_list_are_told_by_name_in_every_batch(
 def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_named(
     model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    some: dict[str, type[Method]] = {
+    some: dict[str, type[AttributionMethod]] = {
         "similarity_grad_cam": SimilarityGradCAM, "unsupported": Unsupported, "saliency": Saliency, "rise": RISE,
     }  # fmt: skip
     monkeypatch.setattr("lightning_xai.attribution.METHODS", some)

@@ -23,8 +23,8 @@ from lightning_xai.data.shard_store import LocalStore
 from lightning_xai.data.shards import Manifest
 from lightning_xai.data.verification import find_wrong_checksums
 from lightning_xai.models import DualEncoder, load_dual_encoder, save_open_clip
-from lightning_xai.report.results import RoarResult
-from lightning_xai.tasks.roar import retrain
+from lightning_xai.results.schema import RoarResult
+from lightning_xai.training.roar import retrain
 
 TRAINING = Retraining(epochs=1, batch_size=8, lr=1e-3, val_group_size=4)
 

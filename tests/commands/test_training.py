@@ -16,8 +16,8 @@ import pytest
 import torch
 from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
 
-from lightning_xai.callbacks.preflight import check_allocation
-from lightning_xai.callbacks.run_folder import RunFolder
+from lightning_xai.training.preflight import check_allocation
+from lightning_xai.training.run_folder import RunFolder
 
 ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 

@@ -14,9 +14,10 @@ from PIL import Image
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.faults import BROKEN_RECORD, DAMAGED_IMAGE, UNPAIRED_MEMBER, Fault
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.phrases import LeftOut, Phrases
+from lightning_xai.data.phrases import Phrases
 from lightning_xai.data.sample import RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.exclusion import Exclusion
 
 LABELS = ("cat", "dog", "kite", "person")
 TRANSFORM = ImageTransform(size=(32, 32))
@@ -57,10 +58,10 @@ def make_sample(key: str = "a", captions: tuple[str, ...] = ("a photo",), region
     return Sample(key, encode(noise()), (64, 48), captions, regions, source=f"test/{key}.png")
 
 
-def rows(batch: Batch) -> list[tuple[int, str, LeftOut, str]]:
+def rows(batch: Batch) -> list[tuple[int, str, Exclusion, str]]:
     phrases = batch.phrases
     return [
-        (caption, LABELS[label], LeftOut(reason), text)
+        (caption, LABELS[label], Exclusion(reason), text)
         for caption, label, reason, text in zip(
             phrases.caption_row.tolist(), phrases.label.tolist(), phrases.reason.tolist(), phrases.text, strict=True
         )
@@ -78,10 +79,10 @@ def test_every_caption_and_class_becomes_a_phrase(evaluation: EvaluationCollate)
     batch = evaluation([(7, plain), (8, named)])
 
     assert rows(batch) == [
-        (1, "cat", LeftOut.MEASURED, "cat"),
-        (2, "cat", LeftOut.MEASURED, "cat"),
-        (1, "dog", LeftOut.MEASURED, "a dog"),
-        (-1, "kite", LeftOut.NOT_MENTIONED, ""),
+        (1, "cat", Exclusion.MEASURED, "cat"),
+        (2, "cat", Exclusion.MEASURED, "cat"),
+        (1, "dog", Exclusion.MEASURED, "a dog"),
+        (-1, "kite", Exclusion.NOT_MENTIONED, ""),
     ]
     assert batch.captions == ["a photo", *captions]
     assert batch.caption_image.tolist() == [0, 1, 1, 1]
@@ -125,8 +126,8 @@ def test_several_instances_and_crowds_are_left_out(evaluation: EvaluationCollate
         Region("person", (20, 10, 20, 16), {0: ((10, 16),)}, crowd=True),
     )
     assert rows(evaluation([(0, make_sample("a", captions, regions))])) == [
-        (0, "dog", LeftOut.SEVERAL_INSTANCES, "dog"),
-        (0, "person", LeftOut.SEVERAL_INSTANCES, "people"),
+        (0, "dog", Exclusion.SEVERAL_INSTANCES, "dog"),
+        (0, "person", Exclusion.SEVERAL_INSTANCES, "people"),
     ]
 
 
@@ -140,10 +141,10 @@ def test_entities_are_told_apart_within_their_class(evaluation: EvaluationCollat
     )
     batch = evaluation([(0, make_sample("a", captions, regions))])
     assert rows(batch) == [
-        (0, "dog", LeftOut.MEASURED, "a dog"),
-        (1, "dog", LeftOut.MEASURED, "the dog"),
-        (0, "dog", LeftOut.MEASURED, "a puppy"),
-        (0, "dog", LeftOut.SEVERAL_INSTANCES, "dogs"),
+        (0, "dog", Exclusion.MEASURED, "a dog"),
+        (1, "dog", Exclusion.MEASURED, "the dog"),
+        (0, "dog", Exclusion.MEASURED, "a puppy"),
+        (0, "dog", Exclusion.SEVERAL_INSTANCES, "dogs"),
     ]
     boxes = batch.phrases.boxes
     assert torch.equal(boxes[0], boxes[1])
@@ -156,7 +157,7 @@ def test_a_cropped_box_is_left_out_and_a_touched_one_is_not(evaluation: Evaluati
         Region("cat", (0, 0, 12, 48), {0: ((4, 7),)}),
     )
     batch = evaluation([(0, make_sample("a", ("dog cat",), regions))])
-    assert rows(batch) == [(0, "cat", LeftOut.MEASURED, "cat"), (0, "dog", LeftOut.OUTSIDE_CROP, "dog")]
+    assert rows(batch) == [(0, "cat", Exclusion.MEASURED, "cat"), (0, "dog", Exclusion.OUTSIDE_CROP, "dog")]
     x0, y0, x1, y1 = batch.phrases.boxes[0].tolist()
     assert (x0, y0, y1) == (0, 0, 32)
     assert x1 == pytest.approx(12 * 42 / 64 - 5, abs=1e-4)
@@ -170,8 +171,8 @@ def test_spans_behind_the_context_are_left_out(evaluation: EvaluationCollate) ->
     )
     batch = evaluation([(0, make_sample("a", (caption,), regions))])
     assert rows(batch) == [
-        (0, "cat", LeftOut.SPAN_CUT_OFF, "cat"),
-        (0, "dog", LeftOut.MEASURED, "dog, dog"),  # the first of the two is whole
+        (0, "cat", Exclusion.SPAN_CUT_OFF, "cat"),
+        (0, "dog", Exclusion.MEASURED, "dog, dog"),  # the first of the two is whole
     ]
     assert batch.phrases.span_mask.sum(1).tolist() == [0, 1]
     assert batch.phrases.span_mask[1, 2]  # BOS, the, dog
@@ -182,13 +183,13 @@ def test_several_mentions_are_one_mask(evaluation: EvaluationCollate) -> None:
     region = Region("dog", (20, 10, 20, 16), spans_of("dog", caption))
     batch = evaluation([(0, make_sample("a", (caption,), (region,)))])
     assert batch.phrases.span_mask[0].nonzero().flatten().tolist() == [2, 5]
-    assert batch.phrases.reason.tolist() == [LeftOut.MEASURED]
+    assert batch.phrases.reason.tolist() == [Exclusion.MEASURED]
 
 
 def test_a_span_inside_a_token_is_left_out(evaluation: EvaluationCollate) -> None:
     region = Region("dog", (20, 10, 20, 16), {0: ((2, 4),)})
     assert rows(evaluation([(0, make_sample("a", ("a dog",), (region,)))])) == [
-        (0, "dog", LeftOut.SPAN_NOT_ALIGNED, "do")
+        (0, "dog", Exclusion.SPAN_NOT_ALIGNED, "do")
     ]
 
 
@@ -199,7 +200,7 @@ def test_the_first_reason_is_the_one_that_counts(evaluation: EvaluationCollate) 
         Region("cat", (0, 0, 4, 48), {0: ((4, 6),)}),
     )
     reasons = [reason for _, _, reason, _ in rows(evaluation([(0, make_sample("a", ("dog cat",), regions))]))]
-    assert reasons == [LeftOut.SEVERAL_INSTANCES, LeftOut.OUTSIDE_CROP]
+    assert reasons == [Exclusion.SEVERAL_INSTANCES, Exclusion.OUTSIDE_CROP]
 
 
 def test_broken_images_and_padding_are_invalid_rows_in_evaluation(evaluation: EvaluationCollate) -> None:
@@ -301,7 +302,7 @@ def test_only_the_first_captions_take_part_where_that_is_asked(tokenizer: Captio
     sample = make_sample("a", captions, (Region("dog", (20, 10, 20, 16), spans_of("dog", *captions)),))
     batch = collate([(0, sample)])
     assert batch.captions == ["one", "two"]
-    assert rows(batch) == [(-1, "dog", LeftOut.NOT_MENTIONED, "")]
+    assert rows(batch) == [(-1, "dog", Exclusion.NOT_MENTIONED, "")]
 
 
 def test_an_invalid_training_row_keeps_its_place_with_an_empty_caption(tokenizer: CaptionTokenizer) -> None:

@@ -15,9 +15,9 @@ from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.negatives import NegativeRows, Negatives
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.phrases import LeftOut
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.exclusion import Exclusion
 
 LABELS = ("cat", "dog", "horse")
 TRANSFORM = ImageTransform(size=(32, 32))  # 64 x 48 becomes 42 x 32 and loses 5 pixels on each side
@@ -69,7 +69,7 @@ def test_masks_spell_the_true_words_and_what_stands_in_their_place(tokenizer: Ca
     assert negatives.caption_row.tolist() == [1]  # behind the caption of the plain image
     assert negatives.image_row.tolist() == [2]
     assert [LABELS[label] for label in negatives.label.tolist()] == ["cat"]
-    assert negatives.reason.tolist() == [LeftOut.MEASURED]
+    assert negatives.reason.tolist() == [Exclusion.MEASURED]
 
 
 def test_boxes_are_those_of_the_true_objects_after_the_crop(tokenizer: CaptionTokenizer) -> None:
@@ -104,7 +104,7 @@ def test_stored_negatives_come_before_swaps_and_each_says_the_words_it_is_about(
         assert negatives.text[row] in batch.captions[caption]
         assert negatives.replacement[row] in negatives.captions[row]
         assert "horse" in spelled or spelled == "an indian elephant"
-    assert negatives.reason.tolist() == [LeftOut.MEASURED] * 7
+    assert negatives.reason.tolist() == [Exclusion.MEASURED] * 7
 
 
 def test_without_swaps_there_are_only_stored_ones(tokenizer: CaptionTokenizer) -> None:
@@ -128,27 +128,27 @@ def test_negatives_of_captions_that_take_no_part_are_left_out(tokenizer: Caption
 @pytest.mark.parametrize(
     ("negative", "box", "reason"),
     [
-        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (20, 10, 20, 16), LeftOut.MEASURED),
-        (HardNegative("a cow", (2, 4), 0, (2, 5), 0), (20, 10, 20, 16), LeftOut.SPAN_NOT_ALIGNED),
-        (HardNegative("a cow", (2, 5), 0, (2, 4), 0), (20, 10, 20, 16), LeftOut.SPAN_NOT_ALIGNED),
-        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 5), 0), (20, 10, 20, 16), LeftOut.SPAN_CUT_OFF),
-        (HardNegative("a cow", (2, 5), 1, (402, 405), 0), (20, 10, 20, 16), LeftOut.SPAN_CUT_OFF),
+        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.MEASURED),
+        (HardNegative("a cow", (2, 4), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.SPAN_NOT_ALIGNED),
+        (HardNegative("a cow", (2, 5), 0, (2, 4), 0), (20, 10, 20, 16), Exclusion.SPAN_NOT_ALIGNED),
+        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
+        (HardNegative("a cow", (2, 5), 1, (402, 405), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
         # The first reason that applies is the one that counts, and the wrong caption is looked at first.
-        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 4), 0), (20, 10, 20, 16), LeftOut.SPAN_CUT_OFF),
-        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (0, 0, 7, 48), LeftOut.OUTSIDE_CROP),
-        (HardNegative("a cow", (2, 4), 0, (2, 4), 0), (0, 0, 7, 48), LeftOut.OUTSIDE_CROP),
+        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 4), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
+        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (0, 0, 7, 48), Exclusion.OUTSIDE_CROP),
+        (HardNegative("a cow", (2, 4), 0, (2, 4), 0), (0, 0, 7, 48), Exclusion.OUTSIDE_CROP),
     ],
 )
 def test_what_cannot_be_measured_has_a_reason(
-    tokenizer: CaptionTokenizer, negative: HardNegative, box: tuple[float, ...], reason: LeftOut
+    tokenizer: CaptionTokenizer, negative: HardNegative, box: tuple[float, ...], reason: Exclusion
 ) -> None:
     captions = ("a dog", "a " + "very " * 80 + "dog")
     x, y, width, height = box
     sample = make_sample(captions=captions, regions=(Region("dog", (x, y, width, height)),), negatives=(negative,))
     _, negatives = collated(tokenizer, sample)
-    assert [LeftOut(value) for value in negatives.reason.tolist()] == [reason]
+    assert [Exclusion(value) for value in negatives.reason.tolist()] == [reason]
     assert len(negatives) == len(negatives.text) == len(negatives.mask) == 1
-    if reason is LeftOut.MEASURED:
+    if reason is Exclusion.MEASURED:
         assert negatives.mask.any()
         assert negatives.true_mask.any()
 
@@ -175,7 +175,7 @@ def test_columns_do_not_share_memory(tokenizer: CaptionTokenizer) -> None:
     negatives = rows.negatives()
     negatives.caption_row[0] = 99
     negatives.mask[:] = False
-    assert (negatives.image_row.item(), negatives.reason.item()) == (3, LeftOut.MEASURED)
+    assert (negatives.image_row.item(), negatives.reason.item()) == (3, Exclusion.MEASURED)
     assert negatives.true_mask.any()
 
 

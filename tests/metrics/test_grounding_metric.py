@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distributed import run_distributed
 from torch import Tensor
 
-from lightning_xai.data.phrases import LeftOut
+from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import (
     ClassGrounding,
     GroundingMetric,
@@ -39,8 +39,8 @@ def random_maps(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def random_rows(rows: int) -> dict[str, Tensor]:
     """Rows as a validation pass makes them: some left out, some without a positive entry."""
     generator = torch.Generator().manual_seed(3)
-    reason = torch.randint(len(LeftOut), (rows,), generator=generator)
-    reason[torch.rand(rows, generator=generator) < 0.7] = LeftOut.MEASURED
+    reason = torch.randint(len(Exclusion), (rows,), generator=generator)
+    reason[torch.rand(rows, generator=generator) < 0.7] = Exclusion.MEASURED
     values = torch.rand(rows, generator=generator, dtype=torch.float64)
     values[torch.rand(rows, generator=generator) < 0.1] = math.nan
     label = torch.randint(3, (rows,), generator=generator)
@@ -124,11 +124,11 @@ def test_a_box_has_to_be_larger_than_one_patch_in_area_not_in_width() -> None:
 
 
 def test_only_measured_rows_become_smaller_than_a_patch() -> None:
-    reason = torch.tensor([LeftOut.MEASURED, LeftOut.MEASURED, LeftOut.OUTSIDE_CROP])
+    reason = torch.tensor([Exclusion.MEASURED, Exclusion.MEASURED, Exclusion.OUTSIDE_CROP])
     boxes = torch.tensor([[0.0, 0, 16, 16], [0, 0, 17, 16], [0, 0, 0, 0]])
     result = measurable(reason, boxes, GRID, IMAGE)
-    assert result.tolist() == [LeftOut.SMALLER_THAN_PATCH, LeftOut.MEASURED, LeftOut.OUTSIDE_CROP]
-    assert reason[0] == LeftOut.MEASURED
+    assert result.tolist() == [Exclusion.SMALLER_THAN_PATCH, Exclusion.MEASURED, Exclusion.OUTSIDE_CROP]
+    assert reason[0] == Exclusion.MEASURED
 
 
 @pytest.mark.parametrize("boxes", [torch.zeros(4), torch.zeros(2, 5), torch.tensor([[0.0, 0.0, math.nan, 1.0]])])
@@ -253,7 +253,7 @@ def test_the_summary_agrees_with_a_plain_loop() -> None:
     metric = GroundingMetric(LABELS)
     update(metric, rows)
     summary = metric.compute()
-    kept = (rows["reason"] == LeftOut.MEASURED) & ~rows["gamma"].isnan()
+    kept = (rows["reason"] == Exclusion.MEASURED) & ~rows["gamma"].isnan()
     assert 100 < int(kept.sum()) < 250
     groups: list[tuple[ClassGrounding, Tensor]] = [(summary, kept)]
     groups += [(summary.per_class[name], kept & (rows["label"] == number)) for number, name in enumerate(LABELS[:3])]
@@ -272,14 +272,14 @@ def test_every_row_is_counted_once_by_its_reason() -> None:
     metric = GroundingMetric(LABELS)
     update(metric, rows)
     summary = metric.compute()
-    without = (rows["reason"] == LeftOut.MEASURED) & rows["gamma"].isnan()
-    for why in LeftOut:
-        if why is not LeftOut.MEASURED:
-            extra = int(without.sum()) if why is LeftOut.NO_POSITIVE else 0
+    without = (rows["reason"] == Exclusion.MEASURED) & rows["gamma"].isnan()
+    for why in Exclusion:
+        if why is not Exclusion.MEASURED:
+            extra = int(without.sum()) if why is Exclusion.NO_POSITIVE else 0
             assert summary.left_out[why.name.lower()] == int((rows["reason"] == why).sum()) + extra
             of_classes = [of.left_out[why.name.lower()] for of in summary.per_class.values()]
             assert sum(of_classes) == summary.left_out[why.name.lower()]
-            if why is not LeftOut.NO_POSITIVE:
+            if why is not Exclusion.NO_POSITIVE:
                 at = rows["label"][rows["reason"] == why]
                 assert of_classes == [int((at == number).sum()) for number in range(len(of_classes))]
     assert "measured" not in summary.left_out
@@ -288,7 +288,7 @@ def test_every_row_is_counted_once_by_its_reason() -> None:
 
 def test_left_out_rows_may_have_any_gamma_and_count_for_their_class() -> None:
     metric = GroundingMetric(LABELS)
-    reason = torch.tensor([LeftOut.NOT_MENTIONED, LeftOut.MEASURED])
+    reason = torch.tensor([Exclusion.NOT_MENTIONED, Exclusion.MEASURED])
     metric.update(torch.tensor([7.0, 0.25]), torch.tensor([True, False]), torch.tensor([1, 2]), reason)
     summary = metric.compute()
     assert (summary.pairs, summary.gamma_mean, summary.rho) == (1, 0.25, 0)

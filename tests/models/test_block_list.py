@@ -199,9 +199,9 @@ def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_out
 ) -> None:
     encoder, tower = encoder_of(name), TOWERS[name]
     images, blocks, visual = images_of(encoder), blocks_of(encoder, name), encoder.model.visual
-    split = encoder.split_image(layer)
-    hidden = split.stem(images)
-    assert_same(split.tail(hidden), visual(images))
+    split = encoder.image_at_layer(layer)
+    hidden = split.features_before(images)
+    assert_same(split.embed_from(hidden), visual(images))
     assert_same(encoder.encode_image(images), visual(images))
     assert (split.layer, split.grid, split.prefix_tokens) == (layer, tower.grids[layer], tower.prefix)
     assert split.count(hidden) == tower.prefix + tower.grids[layer][0] * tower.grids[layer][1]
@@ -217,11 +217,11 @@ def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_out
 @pytest.mark.parametrize("name", TOWERS)
 def test_layers_count_from_the_end_too_and_stop_there(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
     encoder, tower = encoder_of(name), TOWERS[name]
-    assert encoder.split_image(-1).layer == tower.depth - 1
-    assert encoder.split_image(-tower.depth).layer == 0
+    assert encoder.image_at_layer(-1).layer == tower.depth - 1
+    assert encoder.image_at_layer(-tower.depth).layer == 0
     for layer in (len(tower.grids), -tower.depth - 1):
         with pytest.raises(ValueError, match=rf"image tower has layers 0 to {tower.depth - 1} .*got layer {layer}$"):
-            encoder.split_image(layer)
+            encoder.image_at_layer(layer)
 
 
 @pytest.mark.parametrize("name", [name for name, tower in TOWERS.items() if not tower.maps])
@@ -230,10 +230,10 @@ def test_the_grid_runs_from_left_to_right_and_top_to_bottom(
     name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
-    split, images = encoder.split_image(0), images_of(encoder, 1)
+    split, images = encoder.image_at_layer(0), images_of(encoder, 1)
     changed = images.clone()
     changed[:, :, 8:16, 40:48] = 0  # second row, last column
-    differing = (split.stem(changed) != split.stem(images)).any(dim=2)[0]
+    differing = (split.features_before(changed) != split.features_before(images)).any(dim=2)[0]
     assert split.on_grid(differing).nonzero().tolist() == [[1, 5]]
     assert differing.sum() == 1, "no prefix token sees the image before the first block"
 
@@ -242,11 +242,11 @@ def test_the_grid_runs_from_left_to_right_and_top_to_bottom(
 @torch.no_grad()
 def test_feature_maps_lie_on_the_grid_as_the_image_does(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
     encoder = encoder_of(name)
-    split, images = encoder.split_image(0), images_of(encoder, 1)
+    split, images = encoder.image_at_layer(0), images_of(encoder, 1)
     height, width = images.shape[2:]
     changed = images.clone()
     changed[:, :, : height // 4, -width // 4 :] = 0
-    differing = (split.stem(changed) != split.stem(images)).any(dim=1)[0]
+    differing = (split.features_before(changed) != split.features_before(images)).any(dim=1)[0]
     rows, columns = split.grid
     flat = differing.flatten()[None]  # positions as attributions count them
     assert torch.equal(split.on_grid(flat)[0], differing)
@@ -263,15 +263,15 @@ def test_a_path_is_the_tail_of_every_mixture_of_reference_and_input(
 ) -> None:
     encoder = encoder_of(name)
     generator = torch.Generator().manual_seed(2)
-    split = encoder.split_image()
-    hidden = split.stem(images_of(encoder))
+    split = encoder.image_at_layer()
+    hidden = split.features_before(images_of(encoder))
     reference = torch.randn(1, *hidden.shape[1:], generator=generator).double()
     alpha = torch.rand(2, 3, split.count(hidden), generator=generator).double()
     embeddings = split.path(hidden, reference)(alpha)
     for point in range(3):
         weight = alpha[:, point]
         weight = weight.reshape(2, 1, *split.grid) if hidden.ndim == 4 else weight.unsqueeze(2)
-        assert_same(embeddings[:, point], split.tail(reference + weight * (hidden - reference)))
+        assert_same(embeddings[:, point], split.embed_from(reference + weight * (hidden - reference)))
 
 
 @pytest.mark.parametrize(
@@ -342,14 +342,14 @@ def test_hooks_and_blocks_are_as_they_were_also_after_an_exception(broken: DualE
     blocks, modules = getattr(trunk, name), list(broken.modules())
     hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules]
     images = images_of(broken, 1)
-    split = broken.split_image(0)  # cut and checked before: a new check would already fail
-    hidden = split.stem(images)
+    split = broken.image_at_layer(0)  # cut and checked before: a new check would already fail
+    hidden = split.features_before(images)
     with pytest.raises(BrokenError):
-        split.tail(hidden)
+        split.embed_from(hidden)
     with pytest.raises(BrokenError):
         split.path(hidden, torch.zeros_like(hidden))(torch.ones(1, 1, split.count(hidden)).double())
     with pytest.raises(RuntimeError):
-        split.stem(images[:, :2])
+        split.features_before(images[:, :2])
     assert getattr(trunk, name) is blocks
     assert list(broken.modules()) == modules
     assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules] == hooks
@@ -358,8 +358,8 @@ def test_hooks_and_blocks_are_as_they_were_also_after_an_exception(broken: DualE
 def test_nothing_is_left_of_a_cut_behind_the_last_block(encoder_of: Callable[[str], DualEncoder]) -> None:
     encoder = encoder_of("convnext")
     blocks, keys = blocks_of(encoder, "convnext"), list(encoder.state_dict())
-    split = encoder.split_image(4)
-    split.tail(split.stem(images_of(encoder)))
+    split = encoder.image_at_layer(4)
+    split.embed_from(split.features_before(images_of(encoder)))
     assert blocks_of(encoder, "convnext") is blocks
     assert list(encoder.state_dict()) == keys
 
@@ -382,19 +382,19 @@ def test_a_tower_that_cannot_be_cut_still_embeds_and_says_why(
     images = images_of(encoder)
     assert_same(encoder.encode_image(images), encoder.model.visual(images))
     with pytest.raises(UnsupportedTowerError, match=message):
-        encoder.split_image()
+        encoder.image_at_layer()
 
 
 @torch.no_grad()
 def test_a_tower_whose_blocks_need_more_than_hidden_states_is_cut_where_none_is_left_out(tmp_path: Path) -> None:
     encoder = build(timm_tower("small_counting"), tmp_path)
     images = images_of(encoder)
-    split = encoder.split_image(0)
-    assert_same(split.tail(split.stem(images)), encoder.model.visual(images))
+    split = encoder.image_at_layer(0)
+    assert_same(split.embed_from(split.features_before(images)), encoder.model.visual(images))
     with pytest.raises(
         UnsupportedTowerError, match=r"tail\(stem\(x\)\) of the image tower .* cut at layer 1; .*cannot be cut there"
     ):
-        encoder.split_image(1)
+        encoder.image_at_layer(1)
 
 
 def test_towers_that_end_in_spaces_of_different_width_are_refused(tmp_path: Path) -> None:

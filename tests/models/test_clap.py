@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_xai.attribution import M2IB, RISE, FeaturePairAttribution
 from lightning_xai.models import ClapEncoder, UnsupportedTowerError, load_clap, read_sound
-from lightning_xai.models.clap import ClapAudioSplit
+from lightning_xai.models.clap import ClapAudioAtLayer
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [audio]")
 
@@ -75,13 +75,13 @@ def test_embeddings_are_claps_own_before_it_normalises(encoder: ClapEncoder) -> 
 @torch.no_grad()
 def test_the_audio_tower_is_cut_at_its_stages_and_its_head(layer: int, encoder: ClapEncoder) -> None:
     images, stages = sounds(encoder), encoder.model.audio_model.audio_encoder.layers
-    split = encoder.split_image(layer)
-    hidden = split.stem(images)
+    split = encoder.image_at_layer(layer)
+    hidden = split.features_before(images)
     assert hidden.shape[2:] == split.grid == [(4, 16), (2, 8), (2, 8)][layer]
     assert split.layer == layer
     assert split.layers == range(2)
     assert split.is_feature_map
-    assert_same(split.tail(hidden), features(encoder, images)[0])
+    assert_same(split.embed_from(hidden), features(encoder, images)[0])
     if layer == 2:
         assert split.block is None
     else:
@@ -93,22 +93,22 @@ def test_the_audio_tower_is_cut_at_its_stages_and_its_head(layer: int, encoder: 
 @torch.no_grad()
 def test_the_text_tower_is_cut_at_its_layers(layer: int, encoder: ClapEncoder) -> None:
     tokens, blocks = encoder.tokenizer.encode(CAPTIONS), encoder.model.text_model.encoder.layer
-    split = encoder.split_text(layer)
-    hidden = split.stem(tokens)
+    split = encoder.text_at_layer(layer)
+    hidden = split.features_before(tokens)
     assert hidden.shape[:2] == (2, 9), "padding of the whole batch is cut off"
     own = block_input(blocks[layer], lambda: encoder.encode_text(tokens))
     seen = (tokens != 1)[:, :9]
     assert_same(hidden[seen], own[:, :9][seen])
-    assert_same(split.tail(hidden, tokens), encoder.encode_text(tokens))
+    assert_same(split.embed_from(hidden, tokens), encoder.encode_text(tokens))
     assert split.visible(tokens).sum(dim=1).tolist() == [5, 9]
 
 
 def test_layers_that_do_not_exist_are_named(encoder: ClapEncoder) -> None:
-    assert encoder.split_image(-1).layer == encoder.split_text(-1).layer == 1
+    assert encoder.image_at_layer(-1).layer == encoder.text_at_layer(-1).layer == 1
     with pytest.raises(ValueError, match=r"layers 0 to 1 \(or -2 to -1\), and 2, the head; got layer 3"):
-        encoder.split_image(3)
+        encoder.image_at_layer(3)
     with pytest.raises(ValueError, match=r"text tower has layers 0 to 1 .*got layer 2"):
-        encoder.split_text(2)
+        encoder.text_at_layer(2)
 
 
 def on_spectrogram(values: Tensor, side: int) -> Tensor:
@@ -125,12 +125,12 @@ def on_spectrogram(values: Tensor, side: int) -> Tensor:
 @torch.no_grad()
 def test_hidden_states_lie_where_the_fold_took_them_from(layer: int, encoder: ClapEncoder) -> None:
     images = sounds(encoder, 1)
-    split = encoder.split_image(layer)
+    split = encoder.image_at_layer(layer)
     stage = encoder.model.audio_model.audio_encoder.layers[layer]
     own = block_input(stage, lambda: encoder.encode_image(images))[0]
     for channel in (0, 5):
         expected = on_spectrogram(own[:, channel], 8 // 2**layer)
-        assert_same(split.stem(images)[0, channel], expected)
+        assert_same(split.features_before(images)[0, channel], expected)
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (0, 15), (3, 0), (1, 7), (2, 8), (3, 15)])
@@ -140,8 +140,8 @@ def test_a_change_at_one_frequency_and_time_moves_the_token_there(row: int, colu
     before = torch.randn(1, 1, BANDS, 64, generator=torch.Generator().manual_seed(4)).double() * 15 - 45
     after = before.clone()
     after[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 20
-    split = encoder.split_image(0)
-    moved = (split.stem(after) != split.stem(before)).any(dim=1)[0]
+    split = encoder.image_at_layer(0)
+    moved = (split.features_before(after) != split.features_before(before)).any(dim=1)[0]
     assert moved.nonzero().tolist() == [[row, column]]
     assert split.on_grid(moved.flatten()).nonzero().tolist() == [[row, column]]
 
@@ -181,9 +181,9 @@ def test_attributions_sum_to_the_change_of_similarity(encoder: ClapEncoder) -> N
         with torch.no_grad():
             norms = encoder.encode_image(images).norm(dim=1) * encoder.encode_text(tokens).norm(dim=1)
             heard = encoder.encode_image(images) - encoder.encode_image(encoder.black_image().double()[None])
-            text = encoder.split_text(0)
-            nothing = text.stem(encoder.tokenizer.padding_caption()[None], 12)[:, :9].expand(2, -1, -1)
-            read = encoder.encode_text(tokens) - text.tail(nothing, tokens)
+            text = encoder.text_at_layer(0)
+            nothing = text.features_before(encoder.tokenizer.padding_caption()[None], 12)[:, :9].expand(2, -1, -1)
+            read = encoder.encode_text(tokens) - text.embed_from(nothing, tokens)
         expected = (heard * read).sum(dim=1) / norms
         torch.testing.assert_close(result.pairs.sum(dim=(1, 2, 3)), expected, rtol=1e-5, atol=1e-8)
         assert result.completeness_error.abs().max() < 1e-6
@@ -281,8 +281,8 @@ def test_a_model_with_fusion_takes_four_channels_and_is_cut_all_the_same(tmp_pat
     own, _ = features(encoder, images)
     assert_same(encoder.encode_image(images), own)
     for layer in (0, 1, 2):
-        split = encoder.split_image(layer)
-        assert_same(split.tail(split.stem(images)), own)
+        split = encoder.image_at_layer(layer)
+        assert_same(split.embed_from(split.features_before(images)), own)
     assert encoder.pictures(images).shape == (1, 3, BANDS, FRAMES)
 
 
@@ -367,8 +367,8 @@ def test_weights_that_are_not_finite_are_refused(encoder: ClapEncoder, folder: P
 
 
 def test_a_tower_that_is_not_the_encoders_own_is_refused(encoder: ClapEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    tail = ClapAudioSplit.tail
-    monkeypatch.setattr(ClapAudioSplit, "tail", lambda *args: tail(*args) * 1.01)
+    tail = ClapAudioAtLayer.embed_from
+    monkeypatch.setattr(ClapAudioAtLayer, "embed_from", lambda *args: tail(*args) * 1.01)
     with pytest.raises(ValueError, match=r"tail\(stem\(x\)\) of the image tower .* transformers \d"):
         ClapEncoder(encoder.model, encoder.tokenizer, encoder._extractor)
 
@@ -379,4 +379,4 @@ def test_strips_that_cut_through_tokens_are_refused(tmp_path: Path) -> None:
         transformers.ClapConfig(audio_config=AUDIO | deep, text_config=TEXT, projection_dim=6)
     )
     with pytest.raises(UnsupportedTowerError, match="2 strips, which do not divide the 1 rows of tokens at layer 3"):
-        ClapAudioSplit(model.audio_model.audio_encoder, model.audio_projection, 3)
+        ClapAudioAtLayer(model.audio_model.audio_encoder, model.audio_projection, 3)

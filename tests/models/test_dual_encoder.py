@@ -20,8 +20,8 @@ from torch import Tensor
 from lightning_xai.attribution.capture import InputCapture
 from lightning_xai.models import DualEncoder, load_dual_encoder, save_open_clip
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, tag_architecture
-from lightning_xai.models.towers import ModifiedResNetSplit, TextTransformerSplit, VisionTransformerSplit
-from lightning_xai.tasks import ContrastiveFineTuning
+from lightning_xai.models.towers import ModifiedResNetAtLayer, TextTransformerAtLayer, VisionTransformerAtLayer
+from lightning_xai.training import ContrastiveFineTuning
 
 MakeEncoder = Callable[..., DualEncoder]
 ArchitectureFile = Callable[[str], Path]
@@ -95,7 +95,7 @@ def test_text_cut_behind_its_end_is_open_clips_own_output_with_the_same_gradient
     torch.testing.assert_close(cut, full, rtol=1e-10, atol=1e-12)
     for gradient, expected in zip(cut_gradients, full_gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11)
-    with InputCapture(encoder.split_text()) as capture:
+    with InputCapture(encoder.text_at_layer()) as capture:
         encoder.encode_text(tokens)
         last_needed = 16 if name == "vit_average_pool" else int(tokens.argmax(dim=1).max()) + 1
         assert capture.hidden[0].shape[1] == last_needed
@@ -127,8 +127,8 @@ def test_a_copy_computes_with_its_own_weights(
             parameter.mul_(1.5)
     tokens = twin.tokenizer.encode(CAPTIONS)
     torch.testing.assert_close(twin.encode_text(tokens), twin.model.encode_text(tokens))
-    split = twin.split_text()
-    torch.testing.assert_close(split.tail(split.stem(tokens), tokens), twin.encode_text(tokens))
+    split = twin.text_at_layer()
+    torch.testing.assert_close(split.embed_from(split.features_before(tokens), tokens), twin.encode_text(tokens))
     assert not torch.allclose(outputs(twin)[1], before[1])
     assert torch.equal(outputs(encoder)[1], before[1])
 
@@ -153,10 +153,10 @@ def scaled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     ("name", "split", "method", "message"),
     [
-        ("vit", VisionTransformerSplit, "tail", r"tail\(stem\(x\)\) of the image tower"),
-        ("vit", VisionTransformerSplit, "stem", r"tail\(stem\(x\)\) of the image tower"),
-        ("resnet", ModifiedResNetSplit, "tail", r"tail\(stem\(x\)\) of the image tower"),
-        ("vit", TextTransformerSplit, "tail", r"tail\(stem\(x\)\) of the text tower"),
+        ("vit", VisionTransformerAtLayer, "embed_from", r"tail\(stem\(x\)\) of the image tower"),
+        ("vit", VisionTransformerAtLayer, "features_before", r"tail\(stem\(x\)\) of the image tower"),
+        ("resnet", ModifiedResNetAtLayer, "embed_from", r"tail\(stem\(x\)\) of the image tower"),
+        ("vit", TextTransformerAtLayer, "embed_from", r"tail\(stem\(x\)\) of the text tower"),
     ],
 )
 def test_a_tower_that_is_not_the_encoders_own_is_refused(
@@ -169,7 +169,7 @@ def test_a_tower_that_is_not_the_encoders_own_is_refused(
         DualEncoder(encoder.model, encoder.tokenizer, encoder.architecture)
 
 
-@pytest.mark.parametrize("split", [VisionTransformerSplit, TextTransformerSplit])
+@pytest.mark.parametrize("split", [VisionTransformerAtLayer, TextTransformerAtLayer])
 def test_a_path_that_does_not_end_at_the_encoders_output_is_refused(
     split: Any, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,11 +184,11 @@ def test_another_layer_is_checked_once_when_it_is_first_split_at(
     make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder()
-    encoder.split_image(1)
-    encoder.split_text(1)
-    for split in (VisionTransformerSplit, TextTransformerSplit):
-        monkeypatch.setattr(split, "tail", scaled(split.tail))
-    for cut, tower in ((encoder.split_image, "image"), (encoder.split_text, "text")):
+    encoder.image_at_layer(1)
+    encoder.text_at_layer(1)
+    for split in (VisionTransformerAtLayer, TextTransformerAtLayer):
+        monkeypatch.setattr(split, "embed_from", scaled(split.embed_from))
+    for cut, tower in ((encoder.image_at_layer, "image"), (encoder.text_at_layer, "text")):
         assert cut(1).layer == 1
         for _ in range(2):  # what failed once is not taken for checked
             with pytest.raises(ValueError, match=rf"tail\(stem\(x\)\) of the {tower} tower differs"):

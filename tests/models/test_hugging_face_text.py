@@ -118,18 +118,18 @@ def test_stem_is_the_layers_own_input_and_tail_gives_the_encoders_output(
 ) -> None:
     encoder = encoder_of(name)
     tokens, text = encoder.tokenizer.encode(CAPTIONS), encoder.model.text
-    split = encoder.split_text(layer)
-    hidden = split.stem(tokens)
+    split = encoder.text_at_layer(layer)
+    hidden = split.features_before(tokens)
     own = block_input(blocks_of(encoder, name)[layer], lambda: text(tokens))
     longest = int((tokens != 1).sum(dim=1).max())
     assert hidden.shape[:2] == (3, longest)
     assert longest < LENGTH, "something has to be cut off"
     seen = (tokens != 1)[:, :longest]
     assert_same(hidden[seen], own[:, :longest][seen])
-    assert_same(split.tail(hidden, tokens), text(tokens))
+    assert_same(split.embed_from(hidden, tokens), text(tokens))
     assert_same(encoder.encode_text(tokens), text(tokens))
     assert split.block is blocks_of(encoder, name)[layer]
-    assert_same(split.stem(tokens, LENGTH), own)
+    assert_same(split.features_before(tokens, LENGTH), own)
     assert_same(split.captured(own), own)
 
 
@@ -145,7 +145,7 @@ def test_visible_tokens_are_those_that_the_embedding_changes_with(
     embedding = replacing(block, hidden, lambda: encoder.model.text(tokens))
     mixture = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(2)).double()
     (gradient,) = torch.autograd.grad((embedding * mixture).sum(), hidden)
-    visible = encoder.split_text(0).visible(tokens)
+    visible = encoder.text_at_layer(0).visible(tokens)
     assert torch.equal(visible, gradient.abs().sum(dim=2) > 1e-12)
     assert visible.sum(dim=1).tolist() == [7, 4, 9]
 
@@ -215,44 +215,44 @@ def test_hooks_and_layers_are_as_they_were_also_after_an_exception(
 ) -> None:
     encoder = encoder_of(name)
     tokens, blocks, modules = encoder.tokenizer.encode(CAPTIONS), blocks_of(encoder, name), list(encoder.modules())
-    split = encoder.split_text(1)
-    hidden = split.stem(tokens)
+    split = encoder.text_at_layer(1)
+    hidden = split.features_before(tokens)
 
     def fail(*ignored: Any) -> None:
         raise BrokenError
 
     handle = blocks[-1].register_forward_pre_hook(fail)
     with pytest.raises(BrokenError):
-        split.tail(hidden, tokens)
+        split.embed_from(hidden, tokens)
     handle.remove()
     handle = blocks[0].register_forward_pre_hook(fail)
     with pytest.raises(BrokenError):
-        split.stem(tokens)
+        split.features_before(tokens)
     handle.remove()
     assert blocks_of(encoder, name) is blocks
     assert list(encoder.modules()) == modules
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
-    assert_same(split.tail(hidden, tokens), encoder.model.text(tokens))
+    assert_same(split.embed_from(hidden, tokens), encoder.model.text(tokens))
 
 
 def test_a_tail_without_token_ids_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
-    split = encoder_of("roberta").split_text()
+    split = encoder_of("roberta").text_at_layer()
     with pytest.raises(ValueError, match="give them as inputs"):
-        split.tail(torch.zeros(1, 4, 16).double())
+        split.embed_from(torch.zeros(1, 4, 16).double())
 
 
 def test_layers_that_do_not_exist_are_named(encoder_of: Callable[[str], DualEncoder]) -> None:
     encoder = encoder_of("mt5")
-    assert encoder.split_text(-1).layer == 2
+    assert encoder.text_at_layer(-1).layer == 2
     with pytest.raises(ValueError, match=r"text tower has layers 0 to 2 \(or -3 to -1\); got layer 3"):
-        encoder.split_text(3)
+        encoder.text_at_layer(3)
 
 
 def test_a_model_without_a_list_of_layers_is_named(tmp_path: Path) -> None:
     encoder = build("roberta", tmp_path)
     encoder.model.text.transformer.encoder = nn.Identity()
     with pytest.raises(UnsupportedTowerError, match="type RobertaModel cannot be split: it has no list of layers"):
-        encoder.split_text()
+        encoder.text_at_layer()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")

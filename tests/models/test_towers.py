@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
-from lightning_xai.models.split import Split, as_constant, differentiable, resolve_layer
+from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable, resolve_layer
 
 VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
 # What open_clip's configurations can also say about the towers that are split here.
@@ -135,15 +135,15 @@ def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_out
 ) -> None:
     encoder = encoder_of(name)
     images, tokens = probes(encoder)
-    split: Split = encoder.split_image(layer) if tower == "image" else encoder.split_text(layer)
+    split: TowerAtLayer = encoder.image_at_layer(layer) if tower == "image" else encoder.text_at_layer(layer)
     inputs = images if tower == "image" else tokens
     own_encode = encoder.model.encode_image if tower == "image" else encoder.model.encode_text
     encode = partial(own_encode, normalize=False)  # CoCa normalises unless told not to
-    hidden = split.stem(inputs)
+    hidden = split.features_before(inputs)
 
     own_hidden = block_input(block_of(encoder, tower, layer), lambda: encode(inputs))
     assert_same(hidden, own_hidden[:, : hidden.shape[1]])
-    assert_same(split.tail(hidden, inputs), encode(inputs))
+    assert_same(split.embed_from(hidden, inputs), encode(inputs))
     assert_same(encoder.encode_image(inputs) if tower == "image" else encoder.encode_text(inputs), encode(inputs))
     assert split.layer == layer
     assert split.block is block_of(encoder, tower, layer)
@@ -157,8 +157,8 @@ def test_image_tokens_are_prefix_and_grid_from_left_to_right_and_top_to_bottom(
     encoder = encoder_of(name)
     images, _ = probes(encoder)
     for layer in layers_of(name, "image"):
-        split = encoder.split_image(layer)
-        hidden = split.stem(images)
+        split = encoder.image_at_layer(layer)
+        hidden = split.features_before(images)
         rows, columns = split.grid
         if hidden.ndim == 4:
             assert split.prefix_tokens == 0
@@ -168,9 +168,9 @@ def test_image_tokens_are_prefix_and_grid_from_left_to_right_and_top_to_bottom(
     if encoder.image_transform.size == (32, 48):
         changed = images.clone()
         changed[:, :, 8:16, 40:48] = 0  # second row, last column
-        split = encoder.split_image(0)
+        split = encoder.image_at_layer(0)
         assert split.grid == (4, 6)
-        differing = (split.stem(changed) != split.stem(images)).any(dim=2)[0].nonzero().flatten()
+        differing = (split.features_before(changed) != split.features_before(images)).any(dim=2)[0].nonzero().flatten()
         assert differing.tolist() == [split.prefix_tokens + 1 * 6 + 5]
 
 
@@ -183,8 +183,8 @@ def test_a_path_is_the_tail_of_every_mixture_of_reference_and_input(
     encoder = encoder_of(name)
     images, tokens = probes(encoder)
     generator = torch.Generator().manual_seed(2)
-    for split, inputs in ((encoder.split_image(), images), (encoder.split_text(), tokens)):
-        hidden = split.stem(inputs)
+    for split, inputs in ((encoder.image_at_layer(), images), (encoder.text_at_layer(), tokens)):
+        hidden = split.features_before(inputs)
         reference = torch.randn(references, *hidden.shape[1:], generator=generator).double()
         count = hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1]
         alpha = torch.rand(3, 2, count, generator=generator).double()
@@ -192,7 +192,7 @@ def test_a_path_is_the_tail_of_every_mixture_of_reference_and_input(
         for point in range(2):
             weight = alpha[:, point]
             weight = weight.reshape(3, 1, *split.grid) if hidden.ndim == 4 else weight.unsqueeze(2)
-            assert_same(embeddings[:, point], split.tail(reference + weight * (hidden - reference), inputs))
+            assert_same(embeddings[:, point], split.embed_from(reference + weight * (hidden - reference), inputs))
 
 
 @torch.no_grad()
@@ -206,19 +206,19 @@ def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
         for block in transformer.resblocks:
             block.attn.batch_first = False
 
-    image, text = encoder.split_image(1), encoder.split_text(1)
-    assert_same(image.tail(image.stem(images)), expected_image)
-    assert_same(text.tail(text.stem(tokens), tokens), expected_text)
+    image, text = encoder.image_at_layer(1), encoder.text_at_layer(1)
+    assert_same(image.embed_from(image.features_before(images)), expected_image)
+    assert_same(text.embed_from(text.features_before(tokens), tokens), expected_text)
     assert_same(encoder.encode_text(tokens), expected_text)
     own_hidden = block_input(block_of(encoder, "image", 1), lambda: model.encode_image(images))
     assert own_hidden.shape[1] == len(images)
-    assert_same(image.captured(own_hidden), image.stem(images))
+    assert_same(image.captured(own_hidden), image.features_before(images))
 
 
 def test_a_text_tail_without_positions_to_read_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
-    split = encoder_of("vit").split_text()
+    split = encoder_of("vit").text_at_layer()
     with pytest.raises(ValueError, match="token ids"):
-        split.tail(split.stem(probes(encoder_of("vit"))[1]))
+        split.embed_from(split.features_before(probes(encoder_of("vit"))[1]))
 
 
 @pytest.mark.parametrize(
@@ -237,12 +237,12 @@ def test_layers_count_as_open_clip_counts_and_from_the_end(
 ) -> None:
     encoder = encoder_of(name)
     for layer, resolved in accepted.items():
-        assert encoder.split_image(layer).layer == resolved
+        assert encoder.image_at_layer(layer).layer == resolved
     for layer in refused:
         with pytest.raises(ValueError, match=rf"image tower has {range_shown} .*got layer {layer}$"):
-            encoder.split_image(layer)
+            encoder.image_at_layer(layer)
     with pytest.raises(ValueError, match=r"text tower has layers 0 to 2 \(or -3 to -1\); got layer 3"):
-        encoder.split_text(3)
+        encoder.text_at_layer(3)
 
 
 def test_resolve_layer_at_the_edges_of_a_tower_that_starts_at_one() -> None:
@@ -264,10 +264,10 @@ def test_visible_tokens_are_those_that_the_embedding_changes_with(
     mixture = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(2)).double()
     (gradient,) = torch.autograd.grad((embedding * mixture).sum(), hidden)
     changes = gradient.abs().sum(dim=2) > 1e-12
-    split = encoder.split_text(0)
+    split = encoder.text_at_layer(0)
     assert torch.equal(split.visible(tokens), changes[:, : tokens.shape[1]])
-    # What `stem` leaves out, the embedding does not see.
-    assert not changes[:, split.stem(tokens).shape[1] :].any()
+    # What `features_before` leaves out, the embedding does not see.
+    assert not changes[:, split.features_before(tokens).shape[1] :].any()
 
 
 @pytest.mark.parametrize("name", ["siglips_text", "sine_positions_text_read_first", "coca", *MASKS])
@@ -308,7 +308,7 @@ def test_text_that_is_not_pooled_is_not_split(tmp_path: Path) -> None:
     _, tokens = probes(encoder)
     assert_same(encoder.encode_text(tokens), encoder.model.encode_text(tokens))
     with pytest.raises(UnsupportedTowerError, match="pooled by 'none'"):
-        encoder.split_text()
+        encoder.text_at_layer()
 
 
 def global_state(module: nn.Module) -> tuple[object, ...]:
@@ -360,10 +360,10 @@ def test_differentiable_allows_forward_and_reverse_derivatives_in_inference_mode
 ) -> None:
     encoder = encoder_of("vit")
     with torch.inference_mode():
-        hidden = encoder.split_image(1).stem(probes(encoder)[0])
+        hidden = encoder.image_at_layer(1).features_before(probes(encoder)[0])
         with differentiable(encoder.model):
             point = as_constant(hidden).requires_grad_()
-            tail = encoder.split_image(1).tail
+            tail = encoder.image_at_layer(1).embed_from
             (gradient,) = torch.autograd.grad(tail(point).sum(), point)
             direction = torch.randn(point.shape, generator=torch.Generator().manual_seed(3)).double()
             slope = torch.func.jvp(tail, (point.detach(),), (direction,))[1]

@@ -19,9 +19,9 @@ from lightning_xai.report.charts import (
     sign_bars,
     svg_text,
 )
-from lightning_xai.report.effect_size import ClassGrounding
 from lightning_xai.report.plots import curves
-from lightning_xai.report.results import Estimate
+from lightning_xai.results.effect_size import ClassGrounding
+from lightning_xai.results.schema import Estimate
 
 HIGH, LOW = np.array([0.2, 0.6, 0.9, 1.0]), np.array([0.1, 0.2])
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lightning_xai.report.evaluation_table import GROUPS, estimate_text, evaluation_table
-from lightning_xai.report.results import EvaluationResult, MethodResult
+from lightning_xai.results.schema import EvaluationResult, MethodResult
 
 
 def result_of(**metrics: dict[str, tuple[float, ...]]) -> EvaluationResult:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.report.results import RoarMethod, RoarResult
 from lightning_xai.report.roar import grid_tables, roar_table
+from lightning_xai.results.schema import RoarMethod, RoarResult
 
 
 def result_of(methods: dict[str, RoarMethod], **more: Any) -> RoarResult:

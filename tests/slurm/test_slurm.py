@@ -18,7 +18,7 @@ from stopped_runs import differences, left_by
 
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shards import Manifest
-from lightning_xai.report.results import EvaluationResult
+from lightning_xai.results.schema import EvaluationResult
 
 WHY_NOT = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_xai.data.sample import Box
-from lightning_xai.data.sources.left_out import LeftOutError
+from lightning_xai.data.sources.left_out import ExcludedError
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ def parse_box(values: object) -> Box:
     (1.0, 2.0, 3.5, 4.0)
 
     Raises:
-        LeftOutError: `box_malformed` or `box_without_area`.
+        ExcludedError: `box_malformed` or `box_without_area`.
     """
     if isinstance(values, str):  # "1234" are no four numbers
-        raise LeftOutError("box_malformed")
+        raise ExcludedError("box_malformed")
     try:
         x, y, width, height = (float(value) for value in values)  # type: ignore[attr-defined]
     except (TypeError, ValueError, OverflowError) as error:
-        raise LeftOutError("box_malformed") from error
+        raise ExcludedError("box_malformed") from error
     if not all(map(math.isfinite, (x, y, width, height))):
-        raise LeftOutError("box_malformed")
+        raise ExcludedError("box_malformed")
     if width <= 0 or height <= 0:
-        raise LeftOutError("box_without_area")
+        raise ExcludedError("box_without_area")
     return x, y, width, height
 
 
@@ -60,7 +60,7 @@ def clip_box(box: Box, size: tuple[int, int]) -> Box:
     (0.0, 3.0, 3.0, 2.0)
 
     Raises:
-        LeftOutError: there is none (`box_outside_image`).
+        ExcludedError: there is none (`box_outside_image`).
     """
     x, y, width, height = box
     # A side that lies inside is kept as it is: left + width - left is not always width.
@@ -68,5 +68,5 @@ def clip_box(box: Box, size: tuple[int, int]) -> Box:
     width = width if x >= 0 and x + width <= size[0] else min(x + width, float(size[0])) - left
     height = height if y >= 0 and y + height <= size[1] else min(y + height, float(size[1])) - top
     if width <= 0 or height <= 0:
-        raise LeftOutError("box_outside_image")
+        raise ExcludedError("box_outside_image")
     return left, top, width, height

@@ -31,7 +31,7 @@ from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
 from lightning_xai.data.sources.files import check_file, check_folder, listed_records, load_json, read_image_file
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
-from lightning_xai.data.sources.left_out import LeftOutError, counting, kept_captions, usable_samples
+from lightning_xai.data.sources.left_out import ExcludedError, counting, kept_captions, usable_samples
 from lightning_xai.data.spans import MentionFinder
 
 
@@ -163,7 +163,7 @@ class _Reader:
         """The entry's sample."""
         captions = kept_captions(entry.captions, self._left_out)
         if entry.image_id not in self._objects.sizes:
-            raise LeftOutError("image_without_record")
+            raise ExcludedError("image_without_record")
         file = read_image_file(self._images, entry.files)
         to_upright = file.from_annotated(self._objects.sizes[entry.image_id])
         mentions = [self._finder.find(caption) for caption in captions]
@@ -190,7 +190,7 @@ class _Reader:
 def _label(annotation: Mapping[str, Any], objects: _Instances) -> str:
     category = annotation["category_id"]
     if category not in objects.categories:
-        raise LeftOutError("category_unknown")
+        raise ExcludedError("category_unknown")
     return objects.categories[category]
 
 

@@ -24,7 +24,7 @@ from lightning_xai.data.sample import Sample
 from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.files import check_file, check_folder, read_image_file
 from lightning_xai.data.sources.img2dataset import read_img2dataset
-from lightning_xai.data.sources.left_out import LeftOutError, kept_captions, key_from, usable_samples
+from lightning_xai.data.sources.left_out import ExcludedError, kept_captions, key_from, usable_samples
 from lightning_xai.data.sources.tab_separated import read_rows
 
 _NAME = "conceptual-captions"
@@ -111,9 +111,9 @@ def read_conceptual_captions(
 def _sample(row: tuple[str, str], images: Path, split: str, left_out: Counter[str]) -> Sample:
     caption, path = row
     if "\t" in path:
-        raise LeftOutError("row_malformed")
+        raise ExcludedError("row_malformed")
     if _ADDRESS.match(path):
-        raise LeftOutError("image_not_fetched")
+        raise ExcludedError("image_not_fetched")
     captions = kept_captions([caption], left_out)
     file = read_image_file(images, [str(PurePosixPath(path))])
     key = key_from(file.name.removesuffix(".jpg"))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lightning_xai.data.sample import RecordError, exif_orientation, read_image
 from lightning_xai.data.sources.boxes import BoxTransform
-from lightning_xai.data.sources.left_out import LeftOutError
+from lightning_xai.data.sources.left_out import ExcludedError
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class ImageFile:
         boxes are taken as drawn on the upright image.
 
         Raises:
-            LeftOutError: it is another image (`size_mismatch`).
+            ExcludedError: it is another image (`size_mismatch`).
         """
         if size == self.size:
             return BoxTransform(1, size)
         if self.orientation >= 5 and size == self.size[::-1]:
             return BoxTransform(self.orientation, size)
-        raise LeftOutError("size_mismatch")
+        raise ExcludedError("size_mismatch")
 
 
 def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
@@ -61,7 +61,7 @@ def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
         names: possible names with `/` between folders, as an annotation file gives them.
 
     Raises:
-        LeftOutError: `image_missing`, `image_name_unsafe` (no file is there, and a name would leave the folder),
+        ExcludedError: `image_missing`, `image_name_unsafe` (no file is there, and a name would leave the folder),
             `image_unreadable`, `image_does_not_decode`.
     """
     return decode_image_file(*_read_first(folder, names))
@@ -71,12 +71,12 @@ def decode_image_file(name: str, data: bytes) -> ImageFile:
     """An image file whose bytes were read already; the whole image is decoded to be sure that it can.
 
     Raises:
-        LeftOutError: `image_does_not_decode`.
+        ExcludedError: `image_does_not_decode`.
     """
     try:
         size = read_image(data, name).size
     except RecordError as error:
-        raise LeftOutError("image_does_not_decode") from error
+        raise ExcludedError("image_does_not_decode") from error
     with Image.open(io.BytesIO(data)) as opened:
         return ImageFile(name, data, size, exif_orientation(opened))
 
@@ -104,8 +104,8 @@ def _read_first(folder: Path, names: Iterable[str]) -> tuple[str, bytes]:
             if file.is_file():
                 return name, file.read_bytes()
         except OSError as error:
-            raise LeftOutError("image_unreadable") from error
-    raise LeftOutError("image_name_unsafe" if unsafe else "image_missing")
+            raise ExcludedError("image_unreadable") from error
+    raise ExcludedError("image_name_unsafe" if unsafe else "image_missing")
 
 
 def check_folder(path: Path, name: str, holds: str) -> None:

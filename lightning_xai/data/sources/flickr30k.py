@@ -35,7 +35,7 @@ from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.files import check_folder, is_safe_name, read_image_file
 from lightning_xai.data.sources.karpathy import read_karpathy
-from lightning_xai.data.sources.left_out import LeftOutError, counting, key_from, usable_samples
+from lightning_xai.data.sources.left_out import ExcludedError, counting, key_from, usable_samples
 
 # [/EN#<chain>/<type>/.../<type> <words>]
 _PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)+)\s([^\[\]]*)\]")
@@ -202,7 +202,7 @@ class _Reader:
     def read(self, image_id: str) -> Sample:
         """The image's sample."""
         if not is_safe_name(image_id):
-            raise LeftOutError("image_name_unsafe")
+            raise ExcludedError("image_name_unsafe")
         sentences = self._sentences(image_id)
         file = read_image_file(self._images, (f"{image_id}.jpg",))
         annotation = self._annotation(image_id)
@@ -216,9 +216,9 @@ class _Reader:
         try:
             lines = (self._entities / "Sentences" / f"{image_id}.txt").read_bytes().decode().split("\n")
         except FileNotFoundError as error:
-            raise LeftOutError("sentences_missing") from error
+            raise ExcludedError("sentences_missing") from error
         except (OSError, ValueError) as error:
-            raise LeftOutError("sentences_unreadable") from error
+            raise ExcludedError("sentences_unreadable") from error
         while lines and not lines[-1].strip():  # the end of the file is no caption
             lines.pop()
         sentences = []
@@ -226,18 +226,18 @@ class _Reader:
             with counting(self._left_out):
                 sentences.append(self._sentence(image_id, number, line))
         if not sentences:
-            raise LeftOutError("image_without_caption")
+            raise ExcludedError("image_without_caption")
         return sentences
 
     def _sentence(self, image_id: str, number: int, line: str) -> tuple[str, tuple[Phrase, ...]]:
         if not line.strip():
-            raise LeftOutError("caption_empty")
+            raise ExcludedError("caption_empty")
         if (image_id, number) in self._unrelated:
-            raise LeftOutError("caption_unrelated")
+            raise ExcludedError("caption_unrelated")
         try:
             return parse_sentence(line)
         except ValueError as error:
-            raise LeftOutError("caption_markup_malformed") from error
+            raise ExcludedError("caption_markup_malformed") from error
 
     def _annotation(self, image_id: str) -> _Annotation:
         """What the image's XML says; nothing, and counted, where it cannot be used."""
@@ -279,7 +279,7 @@ class _Reader:
         for chain, box in annotation.boxes:
             with counting(self._left_out):
                 if chain not in labels:
-                    raise LeftOutError("box_of_unmentioned_chain")
+                    raise ExcludedError("box_of_unmentioned_chain")
                 clipped = clip_box(to_upright(box), size)
                 regions.append(Region(labels[chain], clipped, spans[chain], entity=chain))
         return tuple(regions)
@@ -319,22 +319,22 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
     """Refuses a document type: it could define entities that grow without end, or name other files."""
 
     def doctype(self, *args: object) -> NoReturn:
-        raise LeftOutError("annotation_malformed")
+        raise ExcludedError("annotation_malformed")
 
 
 def _read_xml(path: Path) -> ElementTree.Element:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise LeftOutError("annotation_missing") from error
+        raise ExcludedError("annotation_missing") from error
     except OSError as error:
-        raise LeftOutError("annotation_unreadable") from error
+        raise ExcludedError("annotation_unreadable") from error
     parser = ElementTree.XMLParser(target=_WithoutDoctype())  # noqa: S314 - without document type, so without entities
     try:
         parser.feed(data)
         root: ElementTree.Element = parser.close()
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # also an encoding that does not exist
-        raise LeftOutError("annotation_malformed") from error
+        raise ExcludedError("annotation_malformed") from error
     return root
 
 
@@ -342,7 +342,7 @@ def _annotated_size(root: ElementTree.Element) -> tuple[int, int]:
     try:
         return int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))
     except ValueError as error:
-        raise LeftOutError("annotation_malformed") from error
+        raise ExcludedError("annotation_malformed") from error
 
 
 def _voc_box(corners: ElementTree.Element) -> Box:
@@ -350,7 +350,7 @@ def _voc_box(corners: ElementTree.Element) -> Box:
     try:
         left, top, right, bottom = (float(corners.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax"))
     except ValueError as error:
-        raise LeftOutError("box_malformed") from error
+        raise ExcludedError("box_malformed") from error
     return parse_box((left - 1, top - 1, right - left + 1, bottom - top + 1))
 
 

@@ -45,7 +45,7 @@ from lightning_xai.data.sample import Box, HardNegative, Region, Sample, Span
 from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.files import check_file, check_folder, load_json, read_image_file
-from lightning_xai.data.sources.left_out import LeftOutError, counting, key_from, usable_samples
+from lightning_xai.data.sources.left_out import ExcludedError, counting, key_from, usable_samples
 
 TRIPLETS = "relation_subj+relation_obj+relation_pred"
 """The types of "The <subject> is <predicate> the <object>." captions, which the papers use."""
@@ -187,7 +187,7 @@ class _Reader:
         self._left_out["caption_of_other_type"] += len(found) - len(taken)
         positives = [caption for caption in taken if caption.is_true]
         if not positives:
-            raise LeftOutError("image_without_caption")
+            raise ExcludedError("image_without_caption")
         file = read_image_file(self._images, [f"{folder}{image_id}.jpg" for folder in _SUBFOLDERS])
         graph = self._graph(image_id)
         things = {thing.key: thing for thing in self._objects(graph.get("objects"))}
@@ -217,7 +217,7 @@ class _Reader:
     def _captions(self, record: Any) -> list[_Caption]:
         captions = _captions_of(record)
         if captions is None:
-            raise LeftOutError("image_record_malformed")
+            raise ExcludedError("image_record_malformed")
         found = []
         for key, caption in captions.items():
             with counting(self._left_out):
@@ -226,10 +226,10 @@ class _Reader:
 
     def _caption(self, key: str, record: Any) -> _Caption:
         if not isinstance(record, Mapping):
-            raise LeftOutError("caption_malformed")
+            raise ExcludedError("caption_malformed")
         text, label, kind = record.get("caption"), str(record.get("label")), record.get("type")
         if not isinstance(text, str) or not text.strip() or label not in _LABELS or not isinstance(kind, str):
-            raise LeftOutError("caption_malformed")
+            raise ExcludedError("caption_malformed")
         return _Caption(
             key=key,
             text=text.strip(),
@@ -269,7 +269,7 @@ class _Reader:
             if not caption.is_true:
                 with counting(self._left_out):
                     if caption.positive not in true:
-                        raise LeftOutError("negative_without_positive")
+                        raise ExcludedError("negative_without_positive")
                     number, positive = true[caption.positive]
                     negatives.append(_negative(caption, positive, number, regions))
         return tuple(negatives)
@@ -280,20 +280,20 @@ def _negative(caption: _Caption, positive: _Caption, number: int, regions: Seque
     original, replacement = _replaced(caption.replaced)
     named = {thing.key for thing in positive.objects if thing.name == original}
     if len(named) != 1:
-        raise LeftOutError("negative_of_several_objects" if named else "negative_of_no_object")
+        raise ExcludedError("negative_of_several_objects" if named else "negative_of_no_object")
     (key,) = named
     if key not in regions:
-        raise LeftOutError("negative_without_box")
+        raise ExcludedError("negative_without_box")
     true_span, span = _swapped(positive.text, original, caption.text, replacement)
     return HardNegative(caption.text, span, number, true_span, regions.index(key))
 
 
 def _replaced(pair: Any) -> tuple[str, str]:
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise LeftOutError("negative_malformed")
+        raise ExcludedError("negative_malformed")
     original, replacement = (word.strip() if isinstance(word, str) else "" for word in pair)
     if not original or not replacement or original == replacement:
-        raise LeftOutError("negative_malformed")
+        raise ExcludedError("negative_malformed")
     return original, replacement
 
 
@@ -308,7 +308,7 @@ def _swapped(true: str, original: str, wrong: str, replacement: str) -> tuple[Sp
             before = _VERB.sub("is", true[:start]) == _VERB.sub("is", wrong[:other_start])
             if before and _VERB.sub("is", true[end:]) == _VERB.sub("is", wrong[other_end:]):
                 return (start, end), (other_start, other_end)
-    raise LeftOutError("negative_differs_elsewhere")
+    raise ExcludedError("negative_differs_elsewhere")
 
 
 def _mentions(names: set[str], captions: Sequence[str]) -> dict[str, dict[int, tuple[Span, ...]]]:
@@ -369,7 +369,7 @@ def _object(key: str | None, value: Any) -> _Object:
     else:
         name, box, key = key, value, None
     if not isinstance(name, str) or not name.strip():
-        raise LeftOutError("object_malformed")
+        raise ExcludedError("object_malformed")
     # Without an id, the same name and box are the same object.
     return _Object(f"{name} {box}" if key is None else key, name.strip(), box)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from lightning_xai.data.sample import IMAGE_MEMBERS, Sample
 from lightning_xai.data.sources.files import check_folder, decode_image_file
-from lightning_xai.data.sources.left_out import LeftOutError, kept_captions, key_from, usable_samples
+from lightning_xai.data.sources.left_out import ExcludedError, kept_captions, key_from, usable_samples
 from lightning_xai.data.tar_records import TarRecord, TarRecords, open_file
 
 _MEMBERS = (*IMAGE_MEMBERS, "txt", "json")
@@ -83,13 +83,13 @@ def _sample(entry: tuple[str, TarRecord], name: str, left_out: Counter[str]) -> 
     shard, record = entry
     images = [record.members[extension] for extension in IMAGE_MEMBERS if extension in record.members]
     if record.fault or len(images) > 1:
-        raise LeftOutError("record_malformed")
+        raise ExcludedError("record_malformed")
     about = _parse(record.members.get("json", b"{}"))
     if about.get("status", _FETCHED) != _FETCHED:
-        raise LeftOutError("image_not_fetched")
+        raise ExcludedError("image_not_fetched")
     captions = kept_captions([_caption(record.members.get("txt"), about)], left_out)
     if not images:
-        raise LeftOutError("image_missing")
+        raise ExcludedError("image_missing")
     key = key_from(f"{shard}-{record.key}")
     file = decode_image_file(key, images[0])
     return Sample(key, file.data, file.size, captions, source=f"{name}/{key}")
@@ -99,9 +99,9 @@ def _parse(data: bytes) -> Mapping[str, Any]:
     try:
         about = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise LeftOutError("record_malformed") from error
+        raise ExcludedError("record_malformed") from error
     if not isinstance(about, dict):
-        raise LeftOutError("record_malformed")
+        raise ExcludedError("record_malformed")
     return about
 
 
@@ -111,4 +111,4 @@ def _caption(text: bytes | None, about: Mapping[str, Any]) -> object:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        raise LeftOutError("caption_not_utf8") from error
+        raise ExcludedError("caption_not_utf8") from error

@@ -1,6 +1,6 @@
 """What every data set does alike with rows that cannot be used: they are counted by reason, and the rest goes on.
 
-A function that finds something unusable raises `LeftOutError(reason)`; whoever can go on without it (without the
+A function that finds something unusable raises `ExcludedError(reason)`; whoever can go on without it (without the
 region, the caption or the whole image) catches and counts it. Reasons are words joined by `_` that begin with what is
 left out, and each source's module text lists its own.
 """
@@ -23,25 +23,25 @@ _LONGEST_KEY = 200
 _HASH_DIGITS = 16
 
 
-class LeftOutError(Exception):
+class ExcludedError(Exception):
     """A region, a caption or an image is left out; the message is the reason under which it is counted."""
 
 
 @contextmanager
 def counting(left_out: Counter[str]) -> Iterator[None]:
-    """Go on behind a `LeftOutError`, and count its reason.
+    """Go on behind a `ExcludedError`, and count its reason.
 
     >>> left_out = Counter()
     >>> for side in (2, 0):
     ...     with counting(left_out):
     ...         if not side:
-    ...             raise LeftOutError("box_without_area")
+    ...             raise ExcludedError("box_without_area")
     >>> left_out
     Counter({'box_without_area': 1})
     """
     try:
         yield
-    except LeftOutError as reason:
+    except ExcludedError as reason:
         left_out[str(reason)] += 1
 
 
@@ -52,7 +52,7 @@ def usable_samples(
 
     Args:
         entries: a data set's own description of its images, whatever it is.
-        build: makes an entry's sample, or raises `LeftOutError`.
+        build: makes an entry's sample, or raises `ExcludedError`.
         left_out: reason -> count; filled while iterated. An entry with the key of an earlier sample is an
             `image_twice`.
         what: what an entry is, for the error where not one can be used ("image of 'val' in coco/val2014").
@@ -65,7 +65,7 @@ def usable_samples(
     for entry in entries:
         try:
             sample = build(entry)
-        except LeftOutError as reason:
+        except ExcludedError as reason:
             left_out[str(reason)] += 1
             continue
         if sample.key in keys:
@@ -81,13 +81,13 @@ def kept_captions(texts: Iterable[object], left_out: Counter[str]) -> tuple[str,
     """The captions without white space around them; those that are empty or no text count as `caption_empty`.
 
     Raises:
-        LeftOutError: none is left (`image_without_caption`).
+        ExcludedError: none is left (`image_without_caption`).
     """
     stripped = [text.strip() if isinstance(text, str) else "" for text in texts]
     captions = tuple(text for text in stripped if text)
     left_out["caption_empty"] += len(stripped) - len(captions)
     if not captions:
-        raise LeftOutError("image_without_caption")
+        raise ExcludedError("image_without_caption")
     return captions
 
 

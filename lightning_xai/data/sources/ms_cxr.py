@@ -33,7 +33,7 @@ from lightning_xai.data.sample import Region, Sample
 from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.files import check_file, check_folder, listed_records, load_json, read_image_file
-from lightning_xai.data.sources.left_out import LeftOutError, counting, key_from, usable_samples
+from lightning_xai.data.sources.left_out import ExcludedError, counting, key_from, usable_samples
 
 _COLUMNS = ("path", "category_name", "label_text", "x", "y", "w", "h", "image_width", "image_height")
 _ROOT = "files/"
@@ -157,7 +157,7 @@ def _sample(annotations: Sequence[_Annotation], images: Path, name: str, left_ou
             regions += _target(phrase, len(captions), boxes, to_upright, file.size, left_out)
             captions.append(phrase)
     if not captions:
-        raise LeftOutError("image_without_caption")
+        raise ExcludedError("image_without_caption")
     key = key_from(PurePosixPath(path).name.removesuffix(".jpg"))
     return Sample(key, file.data, file.size, tuple(captions), tuple(regions), f"{name}/{file.name}")
 
@@ -168,7 +168,7 @@ def _annotated_size(annotations: Sequence[_Annotation]) -> tuple[int, int]:
         width, height = annotation.size
         sizes.add((_whole_number(width), _whole_number(height)))
     if len(sizes) > 1:
-        raise LeftOutError("size_malformed")
+        raise ExcludedError("size_malformed")
     return sizes.pop()
 
 
@@ -176,9 +176,9 @@ def _whole_number(value: object) -> int:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError) as error:
-        raise LeftOutError("size_malformed") from error
+        raise ExcludedError("size_malformed") from error
     if not number.is_integer():
-        raise LeftOutError("size_malformed")
+        raise ExcludedError("size_malformed")
     return int(number)
 
 
@@ -209,7 +209,7 @@ def _target(
             box = clip_box(to_upright(parse_box(annotation.box)), size)
             regions.append(Region(_label(annotation), box, spans, entity=phrase))
     if len(regions) < len(annotations):
-        raise LeftOutError("phrase_incomplete")
+        raise ExcludedError("phrase_incomplete")
     distinct = [region for index, region in enumerate(regions) if region not in regions[:index]]
     left_out["annotation_twice"] += len(regions) - len(distinct)
     return distinct
@@ -217,7 +217,7 @@ def _target(
 
 def _label(annotation: _Annotation) -> str:
     if not isinstance(annotation.finding, str) or not annotation.finding.strip():
-        raise LeftOutError("category_unknown")
+        raise ExcludedError("category_unknown")
     return annotation.finding.strip()
 
 

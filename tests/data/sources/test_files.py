@@ -9,7 +9,7 @@ from PIL import Image
 
 from lightning_xai.data.sample import Sample
 from lightning_xai.data.sources.files import read_image_file
-from lightning_xai.data.sources.left_out import LeftOutError, kept_captions, key_from, usable_samples
+from lightning_xai.data.sources.left_out import ExcludedError, kept_captions, key_from, usable_samples
 
 
 def png(size: tuple[int, int] = (4, 3)) -> bytes:
@@ -40,7 +40,7 @@ def test_the_first_name_that_is_there_is_read(tmp_path: Path) -> None:
 def test_why_there_is_no_image(tmp_path: Path, names: list[str], reason: str) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "broken.png").write_bytes(png()[:40])
-    with pytest.raises(LeftOutError, match=f"^{reason}$"):
+    with pytest.raises(ExcludedError, match=f"^{reason}$"):
         read_image_file(tmp_path / "below" / "..", names)
 
 
@@ -60,14 +60,14 @@ def test_captions_lose_white_space_and_those_without_text_are_counted() -> None:
     left_out: Counter[str] = Counter()
     assert kept_captions([" a dog\n", "", None, 3, "\t", "a cat"], left_out) == ("a dog", "a cat")
     assert left_out == {"caption_empty": 4}
-    with pytest.raises(LeftOutError, match="image_without_caption"):
+    with pytest.raises(ExcludedError, match="image_without_caption"):
         kept_captions(["", " "], left_out)
     assert left_out == {"caption_empty": 6}
 
 
 def build(key: str) -> Sample:
     if key == "bad":
-        raise LeftOutError("image_missing")
+        raise ExcludedError("image_missing")
     return Sample(key, b"", (1, 1), ("a dog",))
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_xai.cli import main
-from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
+from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Manifest, Sample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sample import encode_sample
 from lightning_xai.data.shard_reader import read_samples
@@ -161,8 +161,8 @@ def test_each_chain_with_one_box_is_measured_and_phrases_are_spelled_by_their_to
     ]
     assert spelled == ["short hair", "hair", "a young white boy", "the boy", "two men", "the men"]
     assert phrases.text == ["short hair", "hair", "A young white boy", "The boy", "two men", "the men"]
-    reasons = [LeftOut(int(reason)) for reason in phrases.reason]
-    assert reasons == [LeftOut.OUTSIDE_CROP] * 2 + [LeftOut.MEASURED] * 2 + [LeftOut.SEVERAL_INSTANCES] * 2
+    reasons = [Exclusion(int(reason)) for reason in phrases.reason]
+    assert reasons == [Exclusion.OUTSIDE_CROP] * 2 + [Exclusion.MEASURED] * 2 + [Exclusion.SEVERAL_INSTANCES] * 2
     assert torch.allclose(phrases.boxes[2], torch.tensor([0.0, 20.0, 30.0, 60.0]))
     assert [manifest.labels[label] for label in phrases.label] == ["bodyparts"] * 2 + ["people"] * 4
 

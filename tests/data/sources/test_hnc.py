@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_xai.cli import main
-from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
+from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Manifest, Sample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sample import HardNegative, encode_sample
 from lightning_xai.data.shard_reader import read_samples
@@ -145,8 +145,8 @@ def test_shards_give_phrases_and_negatives_that_their_tokens_spell(world: World,
         for row, mask in zip(phrases.caption_row, phrases.span_mask, strict=True)
     ]
     assert spelled == ["car", "man", "man", "tree"]
-    reasons = [LeftOut(int(reason)) for reason in phrases.reason]
-    assert reasons == [LeftOut.MEASURED] * 3 + [LeftOut.OUTSIDE_CROP]  # 10 pixels at the left are cropped
+    reasons = [Exclusion(int(reason)) for reason in phrases.reason]
+    assert reasons == [Exclusion.MEASURED] * 3 + [Exclusion.OUTSIDE_CROP]  # 10 pixels at the left are cropped
     assert torch.allclose(phrases.boxes[0], torch.tensor([20.0, 5.0, 40.0, 20.0]))
     assert negatives is not None
     assert tokenizer.decode(negatives.tokens[0][negatives.mask[0]]) == "tree"

@@ -12,7 +12,7 @@ import torch
 from image_files import HTML, UNSAFE_NAMES, jpeg
 
 from lightning_xai.cli import main
-from lightning_xai.data import CaptionTokenizer, ImageTransform, LeftOut, Manifest, Sample
+from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Manifest, Sample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sample import encode_sample
 from lightning_xai.data.shard_reader import read_samples
@@ -133,7 +133,7 @@ def test_batches_get_all_boxes_of_a_phrase_and_measure_the_phrases_with_one(worl
     assert batch.named is not None
     assert batch.named.caption_row.tolist() == [0, 0, 1]
     torch.testing.assert_close(batch.named.boxes, torch.tensor(boxes, dtype=torch.float32))
-    assert [LeftOut(reason).name for reason in batch.phrases.reason.tolist()] == ["SEVERAL_INSTANCES", "MEASURED"]
+    assert [Exclusion(reason).name for reason in batch.phrases.reason.tolist()] == ["SEVERAL_INSTANCES", "MEASURED"]
     assert batch.phrases.text == ["Patchy opacities in both lower lobes", "left upper lobe pneumonia"]
 
 

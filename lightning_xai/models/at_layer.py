@@ -1,0 +1,182 @@
+"""A tower cut at a layer into stem and tail, and what derivatives of a model need.
+
+Shape suffixes: B batch, N points of a path, T tokens (prefix tokens such as CLS and patches, or caption tokens),
+D hidden width, K embedding width, C channels, H x W the patch grid, L tokens of a caption as given.
+
+A *layer* means the input of that block. The stem is everything before it, the tail everything from it on:
+`tail(stem(x))` is the tower's own output, which the encoder checks on a probe input.
+
+Attributions need how the embedding changes while hidden states move from a reference to the input. Sums over the
+hidden width can be taken inside, by one number per token: with `x(alpha) = r + alpha_T * (x - r)`,
+
+    d g_k / d alpha_T = sum_D (x - r)[T, D] * d g_k / d x[T, D],
+
+so a *path* is the map alpha [B, N, T] -> embeddings [B, N, K], and its derivatives are all that is ever needed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad
+
+Path = Callable[[Tensor], Tensor]
+"""alpha [B, N, T] -> embeddings [B, N, K], differentiable in alpha, forward and backward."""
+
+
+class UnsupportedTowerError(ValueError):
+    """A tower that cannot be split, or that a method cannot explain; the message says which can."""
+
+
+class TowerAtLayer(ABC):
+    """One tower, cut at the input of a block.
+
+    Attributes:
+        layer: the block's number, counted as open_clip counts them; one more than the last block's is the head.
+        layers: the numbers of all of the tower's blocks.
+        block: the block whose input is the stem's output; None where a cut at the head has no module of its own.
+        grid: rows and columns of the image tokens behind the prefix; (0, 0) for text.
+        prefix_tokens: number of tokens before the grid, such as CLS.
+        is_feature_map: whether hidden states are [B, C, H, W], as convolutions make them, not [B, T, D].
+    """
+
+    layer: int
+    layers: range
+    block: nn.Module | None
+    grid: tuple[int, int] = (0, 0)
+    prefix_tokens: int = 0
+    is_feature_map: bool = False
+
+    @abstractmethod
+    def features_before(self, inputs: Tensor) -> Tensor:
+        """Hidden states at the block's input: [B, T, D], or [B, C, H, W] for feature maps."""
+
+    def captured(self, block_input: Tensor) -> Tensor:
+        """The block's input, as a hook sees it, in the form `features_before` returns."""
+        return block_input
+
+    @abstractmethod
+    def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Embeddings [B, K], not normalised, of hidden states.
+
+        Args:
+            hidden: as `features_before` returns them.
+            inputs: for text the token ids [B, L] that the hidden states belong to: they say where a caption is read,
+                and what is padding. Images need none.
+        """
+
+    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> Path:
+        """The path from a reference (batch of 1 or B) to hidden states; `inputs` as for `embed_from`."""
+        delta = hidden - reference
+
+        def embed(alpha_BNT: Tensor) -> Tensor:
+            points = alpha_BNT.shape[1]
+            repeated = None if inputs is None else inputs.repeat_interleave(points, dim=0)
+            embedding = self.embed_from(_along(alpha_BNT, reference, delta), repeated)
+            return embedding.reshape(-1, points, embedding.shape[1])
+
+        return embed
+
+    @staticmethod
+    def count(hidden: Tensor) -> int:
+        """T: the number of tokens of hidden states; the positions of feature maps."""
+        return hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1]
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """Values of the image tokens [..., T] -> [..., H, W], without those of the prefix."""
+        patches = values[..., self.prefix_tokens :]
+        return patches.reshape(*patches.shape[:-1], *self.grid)
+
+
+class TextTowerAtLayer(TowerAtLayer):
+    """A text tower, cut at the input of a block; tokens are the caption's, those that mark start and end included."""
+
+    @abstractmethod
+    def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
+        """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or as many as the longest caption needs."""
+
+    @abstractmethod
+    def visible(self, tokens: Tensor) -> Tensor:
+        """Which tokens [B, L] an embedding can depend on: bool [B, L]; false behind the end and for masked padding."""
+
+    def on_caption(self, values: Tensor, length: int) -> Tensor:
+        """Values of the text tokens [..., T] -> [..., L], zero for the tokens that were not run."""
+        return pad(values[..., :length], (0, max(0, length - values.shape[-1])))
+
+
+def _along(alpha_BNT: Tensor, reference: Tensor, delta: Tensor) -> Tensor:
+    """Points of the path, flattened to one batch: [B*N, T, D], or [B*N, C, H, W] for feature maps."""
+    weights = alpha_BNT.unsqueeze(3)
+    if delta.ndim == 4:
+        weights = alpha_BNT.reshape(*alpha_BNT.shape[:2], 1, *delta.shape[2:])
+    return (reference.unsqueeze(1) + weights * delta.unsqueeze(1)).flatten(0, 1)
+
+
+def resolve_layer(layer: int, first: int, depth: int, tower: str, *, head: bool = False) -> int:
+    """A layer number, counted from the end where negative; with `head` also the one behind the last block.
+
+    Raises:
+        ValueError: the tower has no such layer.
+    """
+    resolved = first + depth + layer if layer < 0 else layer
+    last = first + depth - 1 + head
+    if not first <= resolved <= last:
+        more = f", and {last}, the head" if head else ""
+        raise ValueError(
+            f"the {tower} tower has layers {first} to {first + depth - 1} (or -{depth} to -1){more}; got layer {layer}"
+        )
+    return resolved
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (dropout off, batch statistics frozen), undone on leaving, also after an exception."""
+    training = [child for child in module.modules() if child.training]
+    for child in training:
+        child.training = False
+    try:
+        yield
+    finally:
+        # One by one: a part that was frozen in evaluation mode stays so.
+        for child in training:
+            child.training = True
+
+
+@contextmanager
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """Everything a derivative of `module` by its inputs needs, undone on leaving, also after an exception.
+
+    Evaluation mode (dropout off, batch statistics frozen), gradients on even inside `no_grad` or `inference_mode`, no
+    autocast, no gradient checkpointing (which would run blocks again when what a split has replaced is back in place),
+    and the attention kernel that has forward-mode derivatives. Weights keep `requires_grad`: who asks for the
+    gradient of hidden states alone computes no other, and PyTorch multiplies by frozen weights batch by batch, which in
+    `nn.MultiheadAttention` is several times slower.
+    """
+    device = next(module.parameters()).device.type
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(evaluating(module))
+        for child in module.modules():
+            if getattr(child, "grad_checkpointing", False):
+                stack.callback(setattr, child, "grad_checkpointing", child.grad_checkpointing)
+                child.grad_checkpointing = False  # type: ignore[assignment]
+        yield
+
+
+def as_constant(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, also usable where gradients are taken if it was made in inference mode."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    with torch.inference_mode(False):
+        return tensor.clone()

@@ -1,0 +1,273 @@
+"""Measures, while a model learns, how well phrases of captions match their objects inside it: gamma and rho."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_xai.attribution.feature_pair import FeaturePairAttribution
+from lightning_xai.attribution.path_integral import Rule
+from lightning_xai.data.batch import Batch
+from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.report.plots import rasterize
+from lightning_xai.training.grounding_pass import GroundingPass, Measured
+from lightning_xai.training.grounding_report import Row, history_row, show, write
+
+__all__ = ["GroundingCallback"]
+
+_SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
+
+
+class GroundingCallback(Callback):
+    """Gamma and rho of every phrase with a box, before training and after each epoch, on all ranks.
+
+    Works with any LightningModule that has a `DualEncoder` (as attribute `encoder`, or anywhere among its modules) and
+    evaluates `Batch`es. The hidden states come out of the validation's own forward pass, so that only the layers from
+    the chosen ones on run again. Logs `val/gamma_mean`, `val/gamma_above_50`, `val/gamma_above_80`, `val/rho`
+    (fractions in [0, 1]) and `val/grounding_pairs`, which checkpoint callbacks can monitor (`test/...` in a test run).
+    All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
+
+    In the run's folder, under `grounding/`: a table with a line a pair for each epoch (`pairs-*.csv`), one with a line
+    a class (`classes-*.csv`), `summary.csv`, `curves.png`, and `progress.png`, on which the heat maps of a few fixed
+    examples move from epoch to epoch. `trainer.validate` and `trainer.test` write files of their own
+    (`summary-test.csv`, ...).
+
+    Args:
+        image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
+        text_layer: layer of the text tower.
+        steps: integration steps.
+        rule: quadrature rule.
+        image_reference: the uninformative image.
+        every_n_epochs: measure after each n-th epoch (and before training).
+        before_training: measure the model as it comes, in a full validation before the first step.
+        examples: how many fixed examples to draw; the first that can be measured, each of another image.
+        internal_batch_size: phrases attributed at a time.
+
+    Attributes:
+        history: a `Row` for each measurement of the training so far.
+
+    Raises:
+        ValueError: an option outside its range; at set-up: `inference_mode` is on, no DualEncoder, no such layer, or a
+            callback that monitors grounding in epochs that are not measured.
+    """
+
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
+        self,
+        *,
+        image_layer: int = -1,
+        text_layer: int = -1,
+        steps: int = 10,
+        rule: Rule = "right",
+        image_reference: Literal["zeros", "black"] = "zeros",
+        every_n_epochs: int = 1,
+        before_training: bool = True,
+        examples: int = 6,
+        internal_batch_size: int = 128,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_epochs", every_n_epochs, 1),
+            ("examples", examples, 0),
+            ("internal_batch_size", internal_batch_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} has to be at least {least}; got {value}")
+        self._options: dict[str, Any] = {
+            "image_layer": image_layer,
+            "text_layer": text_layer,
+            "steps": steps,
+            "rule": rule,
+            "image_reference": image_reference,
+        }
+        self.every_n_epochs = every_n_epochs
+        self.before_training = before_training
+        self.examples = examples
+        self.internal_batch_size = internal_batch_size
+        self.history: list[Row] = []
+        self._attribution: FeaturePairAttribution | None = None
+        self._pass: GroundingPass | None = None
+        self._measured: Measured | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check all that could fail later, before anything is computed."""
+        if stage == "predict":
+            return
+        if trainer.test_loop.inference_mode:
+            raise ValueError(
+                "grounding needs gradients in validation and test, which inference mode rules out: "
+                "use Trainer(inference_mode=False), or --trainer.inference_mode=false"
+            )
+        self._attribution = FeaturePairAttribution(_find_encoder(pl_module), **self._options)
+        if stage != "fit":
+            return
+        self._check_monitors(trainer)
+        if trainer.current_epoch == 0:
+            # A new run; one that resumes gets its history from the checkpoint, after set-up.
+            self.history = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Turn Lightning's check before training, a few batches, into a whole validation: the first measurement."""
+        if self._first_is_due():
+            trainer.num_sanity_val_steps = float("inf")
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start listening to the forward pass, in epochs that are measured."""
+        if trainer.sanity_checking:
+            due = self._first_is_due()
+        else:
+            due = not _fitting(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due:
+            self._start(trainer, "val")
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start listening to the forward pass."""
+        self._start(trainer, "test")
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Forget what a forward pass outside the batch may have left."""
+        if self._pass is not None:
+            self._pass.forget()
+
+    on_test_batch_start = on_validation_batch_start
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Attribute the batch's phrases, from the hidden states its forward pass has made."""
+        if self._pass is not None and isinstance(batch, Batch):
+            self._pass.add(batch)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the ranks' numbers together, and log them."""
+        if self._pass is None:
+            return
+        self._pass.close()
+        self._measured, self._pass = self._pass.result(), None
+        for name, value in self._measured.summary.scalars().items():
+            # Every rank holds the same number already.
+            pl_module.log(f"{self._measured.split}/{name}", value, prog_bar=name == "rho")
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write tables and pictures, now that the module has logged its own numbers of this evaluation."""
+        if self._measured is None:
+            return
+        measured, self._measured = self._measured, None
+        logged = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(f"{measured.split}/")
+        }
+        row = history_row(measured, _epoch(trainer), trainer.global_step, logged)
+        if _fitting(trainer):
+            self.history = [old for old in self.history if old["epoch"] != row["epoch"]] + [row]
+        if trainer.sanity_checking:
+            # Lightning keeps what this validation logs to itself.
+            for logger in trainer.loggers:
+                logger.log_metrics(logged, step=trainer.global_step)
+        folder = _folder(trainer)
+        if trainer.is_global_zero:
+            self._report(trainer, folder, self.history if _fitting(trainer) else [row], measured)
+
+    on_test_end = on_validation_end
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the table of grounding per epoch, and where the pictures lie."""
+        folder = _folder(trainer)
+        if trainer.is_global_zero and self.history:
+            show(folder, self.history)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was."""
+        self._abandon()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        self._abandon()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The measurements so far: a run that goes on from a checkpoint goes on with its table and pictures."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the measurements of the run that wrote the checkpoint."""
+        self.history = list(state_dict["history"])
+
+    def _first_is_due(self) -> bool:
+        """A run that resumes has a history from its checkpoint, which the measurement before training belongs to."""
+        return self.before_training and not self.history
+
+    def _start(self, trainer: L.Trainer, split: str) -> None:
+        assert self._attribution is not None, "Lightning calls setup first"
+        self._abandon()
+        self._pass = GroundingPass(
+            self._attribution,
+            split,
+            examples=self.examples if trainer.is_global_zero else 0,
+            internal_batch_size=self.internal_batch_size,
+        )
+
+    def _abandon(self) -> None:
+        if self._pass is not None:
+            self._pass.close()
+        self._pass = self._measured = None
+
+    def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: Measured) -> None:
+        sheet = write(folder, rows, measured)
+        if sheet is not None:
+            picture = rasterize(sheet)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    name = f"{measured.split}/grounding"
+                    logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+        if not _fitting(trainer):
+            show(folder, rows)
+
+    def _check_monitors(self, trainer: L.Trainer) -> None:
+        """A checkpoint would otherwise compare epochs by numbers that are missing, or are those of an earlier epoch."""
+        for callback in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
+            monitor = str(getattr(callback, "monitor", None))
+            looks_every = getattr(callback, "every_n_epochs", 1)
+            if monitor not in {f"val/{name}" for name in _SCALARS} or not looks_every:
+                continue
+            if math.lcm(looks_every, trainer.check_val_every_n_epoch or 1) % self.every_n_epochs:
+                raise ValueError(
+                    f"{type(callback).__name__} looks at {monitor} every {looks_every} epochs, GroundingCallback "
+                    f"measures it every {self.every_n_epochs}: give both the same every_n_epochs, or set "
+                    f"Trainer(check_val_every_n_epoch={self.every_n_epochs})"
+                )
+
+
+def _find_encoder(module: L.LightningModule) -> DualEncoder:
+    candidates = [getattr(module, "encoder", None), *module.modules()]
+    found = next((candidate for candidate in candidates if isinstance(candidate, DualEncoder)), None)
+    if found is None:
+        raise ValueError(
+            f"GroundingCallback found no DualEncoder in {type(module).__name__}: keep one as `self.encoder`, "
+            "made by lightning_xai.models.load_dual_encoder"
+        )
+    return found
+
+
+def _fitting(trainer: L.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING
+
+
+def _epoch(trainer: L.Trainer) -> int | str:
+    """Finished epochs, or the verb of an evaluation outside of training."""
+    if not _fitting(trainer):
+        return "test" if trainer.testing else "validate"
+    return trainer.current_epoch + (0 if trainer.sanity_checking else 1)
+
+
+def _folder(trainer: L.Trainer) -> Path:
+    """The run's folder for grounding; every rank has to call this, since Lightning agrees on the folder over ranks."""
+    return Path(trainer.log_dir or trainer.default_root_dir) / "grounding"

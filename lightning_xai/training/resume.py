@@ -1,0 +1,334 @@
+"""Nothing is lost when a job is stopped: checkpoints inside epochs, signals, requeueing, and an exact way back."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_xai.data.stable_hash import stable_hash
+from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
+
+__all__ = ["Resume", "RunStoppedError"]
+
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_KEPT = 2  # the newest, and one more in case a disk damages it
+
+
+class RunStoppedError(RuntimeError):
+    """A signal has stopped the run at the end of a batch; the message says how to go on.
+
+    Attributes:
+        code: the process's exit status.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Resume(Checkpoint):
+    """Lets a training run be stopped at any moment and end with the weights and numbers of one that never was.
+
+    Checkpoints are written into the run's folder at the end of a batch: every `minutes`, before the last batch of an
+    epoch, after each validation and epoch, and when the process is told to stop. One whose writing is interrupted is
+    never seen, see `RunFolder`. SIGUSR1, which Slurm sends before the time limit, means: save, put the job back into
+    the queue, end. SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C; a second one ends at once) mean: save,
+    end. All ranks do either at the same batch, whichever was told. In evaluation a signal ends the run between two
+    batches; nothing is saved, since results that can be resumed are stored by whoever computes them.
+
+    So that a resumed run repeats what it would have done, the random numbers of each training batch depend on nothing
+    but the seed, the epoch, the batch and the rank. A checkpoint gets its name only when all that was logged before is
+    on disk.
+
+    Args:
+        folder: of the run; None: that of the trainer's logger.
+        minutes: most time between two checkpoints, above 0.
+        settings: all that decides the run's numbers; written down, to be compared when the run goes on.
+        chosen: the file name of the checkpoint that this process has been told to start from; all ranks have to agree.
+
+    Raises:
+        ValueError: `minutes` is not positive.
+        RunFolderError: at set-up: the folder is in use or cannot be written to, or ranks would start differently.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder | None = None,
+        *,
+        minutes: float = 10.0,
+        settings: Mapping[str, Any] | None = None,
+        chosen: str | None = None,
+    ) -> None:
+        if not minutes > 0:
+            raise ValueError(f"minutes has to be positive; got {minutes}")
+        self.minutes = minutes
+        self._folder = folder
+        self._named = folder is not None
+        self._settings = settings or {}
+        self._chosen = chosen
+        self._record: RunRecord | None = None
+        self._seed = 0
+        self._received: set[int] = set()
+        self._group: Any = None
+        self._saved_at = 0.0
+        self._pending: int | None = None
+        self._stopping: int | None = None
+        self._cut_short = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the run's folder, and make sure that all ranks go on from the same checkpoint."""
+        self._received.clear()
+        self._pending = self._stopping = None
+        self._cut_short = False
+        if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
+            # Whether to stop is agreed on by numbers in the host's memory: no step has to wait for its device.
+            self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
+        if stage != "fit" or getattr(trainer, "fast_dev_run", False):
+            return
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        if self._folder is None:
+            self._folder = RunFolder(Path(trainer.log_dir or trainer.default_root_dir))
+        failure: str | None = None
+        if trainer.is_global_zero:
+            try:
+                self._folder.lock()
+                known = self._folder.read() if self._chosen is not None else None
+                self._record = known or self._folder.begin(self._settings)
+            except RunFolderError as error:
+                failure = str(error)
+        failure, self._record, first = trainer.strategy.broadcast((failure, self._record, self._chosen))
+        if failure is not None:
+            raise RunFolderError(failure)
+        if first != self._chosen:
+            raise RunFolderError(
+                f"rank {trainer.global_rank} would start from {self._chosen or 'the beginning'}, rank 0 from "
+                f"{first or 'the beginning'}: {self._folder.path} does not show all nodes the same files; use a folder "
+                "on a shared file system, and start the same command again"
+            )
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen to signals in place of Lightning, which has set its own handlers by now."""
+        self._listen()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock of checkpoints."""
+        self._listen()
+        self._saved_at = time.monotonic()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Complete the checkpoint of the batch before."""
+        self._listen()
+        self._commit(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen to signals in place of Lightning."""
+        self._listen()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Complete the checkpoint of the epoch before."""
+        self._settle(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Complete the checkpoint of the batch before, and stop there if that was asked for; else draw numbers anew."""
+        self._settle(trainer)
+        seed = stable_hash("batch", self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if it is time to or a signal has come; where a validation follows, that waits until it is over."""
+        last = trainer.is_last_batch
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
+            return  # gradients that are still being summed up are in no checkpoint
+        due, signum = self._agree(trainer)
+        # A stop inside the validation that follows the next step then costs that step only.
+        upcoming = range(batch_idx + 1, batch_idx + 1 + trainer.accumulate_grad_batches)
+        due |= any(i + 1 == trainer.num_training_batches or _validation_follows(trainer, i) for i in upcoming)
+        if last or _validation_follows(trainer, batch_idx):
+            self._stop(trainer, signum)
+            return
+        # Lightning ends an epoch that `max_time` cuts short with a validation, as if it were over; we go on inside.
+        self._cut_short = trainer.should_stop
+        if due or signum is not None or self._cut_short:
+            self._stopping = signum
+            self._save(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Stop between two batches."""
+        self._stop(trainer, self._agree(trainer)[1])
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save behind a validation inside an epoch; behind one at its end, the epoch's end follows."""
+        inside = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.is_last_batch
+        if inside and not self._cut_short:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, where the epoch is over."""
+        if not self._cut_short:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Complete the last checkpoint."""
+        self._commit(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that the run is finished."""
+        if self._folder is None or self._record is None or not trainer.is_global_zero:
+            return
+        if _out_of_time(trainer):
+            rank_zero_warn(
+                f"max_time is over, the run in {self._folder.path} is not finished: --run={self._folder.path} with a "
+                "longer max_time goes on with it"
+            )
+            return
+        self._folder.finish(self._record)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let others into the folder, and end the processes that Lightning has started itself: it would leave them."""
+        self.teardown(trainer, pl_module, "fit")
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if kill is not None and not isinstance(exception, RunStoppedError):
+            kill(signal.SIGTERM)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let others into the folder."""
+        if self._folder is not None:
+            self._folder.release()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in every checkpoint which run it belongs to."""
+        if self._record is not None:
+            checkpoint[CHECKPOINT_KEY] = {"id": self._record.id}
+
+    def _listen(self) -> None:
+        # Lightning has noted whose the signals were before, and gives them back when it is torn down.
+        if threading.current_thread() is threading.main_thread():
+            for signum in _SIGNALS:
+                signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in self._received:
+            raise KeyboardInterrupt
+        # Nothing else can be done safely here: a collective operation may be under way.
+        self._received.add(signum)
+
+    def _agree(self, trainer: L.Trainer) -> tuple[bool, int | None]:
+        """Whether to save and by which signal to stop, the same on all ranks."""
+        due = trainer.is_global_zero and time.monotonic() - self._saved_at > 60 * self.minutes
+        wishes = [due, *(signum in self._received for signum in _SIGNALS)]
+        if trainer.world_size > 1:
+            shared = torch.tensor(wishes, dtype=torch.int32)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+            wishes = [bool(wish) for wish in shared.tolist()]
+        return wishes[0], next((signum for signum, wish in zip(_SIGNALS, wishes[1:], strict=True) if wish), None)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint under a name that nobody takes for one, until what belongs to it is logged."""
+        if self._folder is None or self._record is None:
+            return  # a dry run (fast_dev_run) leaves nothing
+        self._commit(trainer)
+        step = trainer.global_step
+        trainer.save_checkpoint(self._folder.pending(step), weights_only=False)
+        self._pending = step
+        self._saved_at = time.monotonic()
+
+    def _commit(self, trainer: L.Trainer) -> None:
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        if trainer.is_global_zero:
+            assert self._folder is not None
+            for logger in trainer.loggers:
+                logger.save()
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.flush()
+            self._folder.commit(step, _KEPT)
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        self._commit(trainer)
+        self._stop(trainer, self._stopping)
+
+    def _stop(self, trainer: L.Trainer, signum: int | None) -> None:
+        if signum is None:
+            return
+        name = signal.Signals(signum).name
+        step = f"stopped by {name} behind step {trainer.global_step}"
+        if signum == signal.SIGUSR1 and _may_requeue(trainer):
+            requeued = _requeue() if trainer.is_global_zero else ""
+            requeued = trainer.strategy.broadcast(requeued)
+            if not requeued:
+                raise RunStoppedError(f"{step}; the job is back in the queue and will go on from there", 0)
+            raise RunStoppedError(f"{step}, but the job could not be requeued ({requeued}): submit it again", 1)
+        how = "" if self._named or self._folder is None else f" with --run={self._folder.path}"
+        raise RunStoppedError(f"{step}; start the same command again{how} to go on", 128 + signum)
+
+
+def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates behind a batch inside an epoch."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or every is None or every == float("inf"):
+        return False
+    if epochs is None:  # counted over epochs
+        batch_idx += trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx
+    elif (trainer.current_epoch + 1) % epochs:
+        return False
+    return bool((batch_idx + 1) % every == 0)
+
+
+def _out_of_time(trainer: L.Trainer) -> bool:
+    """Whether the trainer's `max_time` has stopped it."""
+    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
+
+
+def _may_requeue(trainer: L.Trainer) -> bool:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if isinstance(environment, SLURMEnvironment):
+        return environment.auto_requeue
+    # A strategy of one process knows no environment.
+    return environment is None and {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys()
+
+
+def _requeue() -> str:
+    """Put this job back into Slurm's queue; returns why that failed, or an empty text."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        # Nothing here comes from a user: the job's number is Slurm's own.
+        result = subprocess.run(  # noqa: S603
+            ["scontrol", "requeue", job],  # noqa: S607 - wherever the cluster keeps it
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return "" if result.returncode == 0 else result.stderr.strip() or f"scontrol ended with {result.returncode}"

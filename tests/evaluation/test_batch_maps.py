@@ -1,0 +1,292 @@
+"""The maps of a batch against each of them computed alone, by the method itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from evaluation_batches import evaluation_batch
+from torch import Tensor, nn
+
+from lightning_xai.attribution import AttributionMethod, FeaturePairAttribution, Saliency, SimilarityGradCAM
+from lightning_xai.data.batch import Batch
+from lightning_xai.data.phrases import Phrases
+from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, PairMapMaker, Wanted, map_maker
+from lightning_xai.exclusion import Exclusion
+from lightning_xai.models import DualEncoder
+
+MakeEncoder = Callable[..., DualEncoder]
+ENCODERS = pytest.mark.parametrize("name", ["vit", "resnet"])
+SIZES = pytest.mark.parametrize("batch_size", [1, 2, 64])
+CAPTIONS = pytest.mark.parametrize("captions", [True, False], ids=["captions", "spans"])
+
+
+def encoder_and_batch(make_encoder: MakeEncoder, name: str) -> tuple[DualEncoder, Batch]:
+    encoder = make_encoder(name, torch.float64)
+    return encoder, evaluation_batch(encoder.image_transform.size, encoder.tokenizer)
+
+
+def everything(batch: Batch, captions: bool = True) -> Wanted:
+    """All phrases that captions name but one, and all negatives, in another order than the batch's."""
+    assert batch.negatives is not None
+    phrases = (batch.phrases.reason == Exclusion.MEASURED).nonzero()[:, 0]
+    negatives = torch.arange(len(batch.negatives)).flip(0)
+    assert len(phrases) == 6
+    assert len(negatives) >= 4
+    return Wanted(phrases[[4, 0, 2, 1, 3]], negatives, captions)
+
+
+def forward(encoder: DualEncoder, images: Tensor, tokens: Tensor) -> None:
+    with torch.no_grad():
+        encoder.encode_image(images)
+        encoder.encode_text(tokens)
+
+
+def made(maker: MapMaker, batch: Batch, wanted: Wanted) -> BatchMaps:
+    """The maps as an evaluation asks for them, around a forward pass of the model."""
+    encoder = maker.method.encoder
+    assert isinstance(encoder, DualEncoder)
+    maker.listen()
+    maker.forget()
+    forward(encoder, batch.images, batch.tokens)
+    maker.take(batch)
+    maps = maker.maps(batch, wanted)
+    maker.close()
+    return maps
+
+
+def assert_spans_agree(maps: BatchMaps, method: FeaturePairAttribution, batch: Batch, wanted: Wanted) -> None:
+    """Every phrase, true word and replacement is the span map of one image and one caption."""
+    phrases, negatives = batch.phrases, batch.negatives
+    assert negatives is not None
+    for number, row in enumerate(wanted.phrases.tolist()):
+        image, caption = int(phrases.image_row[row]), int(phrases.caption_row[row])
+        alone = method.span_map(batch.images[[image]], batch.tokens[[caption]], phrases.span_mask[[row]])[0]
+        torch.testing.assert_close(maps.phrases[number], alone, rtol=1e-8, atol=1e-13)
+        assert alone.abs().max() > 1e-6
+    for number, row in enumerate(wanted.negatives.tolist()):
+        picture, caption = batch.images[[int(negatives.image_row[row])]], int(negatives.caption_row[row])
+        true = method.span_map(picture, batch.tokens[[caption]], negatives.true_mask[[row]])[0]
+        wrong = method.span_map(picture, negatives.tokens[[row]], negatives.mask[[row]])[0]
+        torch.testing.assert_close(maps.true[number], true, rtol=1e-8, atol=1e-13)
+        torch.testing.assert_close(maps.replacements[number], wrong, rtol=1e-8, atol=1e-13)
+        assert (true - wrong).abs().max() > 1e-6
+    assert len(maps.phrases) == len(wanted.phrases)
+    assert len(maps.true) == len(maps.replacements) == len(wanted.negatives)
+
+
+def assert_captions_agree(maps: BatchMaps, method: AttributionMethod, batch: Batch) -> None:
+    assert maps.image is not None
+    assert maps.text is not None
+    assert len(maps.image) == len(maps.text) == len(batch.tokens) == 5
+    for row, image in enumerate(batch.caption_image.tolist()):
+        alone = method.attribute(batch.images[[image]], batch.tokens[[row]])
+        torch.testing.assert_close(maps.image[row], alone.image[0], rtol=1e-8, atol=1e-13)
+        torch.testing.assert_close(maps.text[row], alone.text[0], rtol=1e-8, atol=1e-13)
+
+
+@ENCODERS
+@SIZES
+@CAPTIONS
+def test_pairs_are_those_of_each_phrase_where_it_stands(
+    make_encoder: MakeEncoder, name: str, batch_size: int, captions: bool
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, name)
+    method, wanted = FeaturePairAttribution(encoder, steps=3), everything(batch, captions)
+    maps = made(map_maker(method, batch_size), batch, wanted)
+    assert_spans_agree(maps, method, batch, wanted)
+    if captions:
+        assert_captions_agree(maps, method, batch)
+    else:
+        assert maps.image is None
+        assert maps.text is None
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1, 0)])
+def test_pairs_at_other_layers_and_of_grad_cam_alike(make_encoder: MakeEncoder, layers: tuple[int, int]) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    wanted = everything(batch, captions=False)
+    for method in (FeaturePairAttribution(encoder, *layers, steps=2), SimilarityGradCAM(encoder, *layers)):
+        assert_spans_agree(made(map_maker(method, 2), batch, wanted), method, batch, wanted)
+
+
+@ENCODERS
+@SIZES
+@CAPTIONS
+def test_a_method_with_one_map_a_caption_takes_a_phrase_for_a_caption_of_its_own(
+    make_encoder: MakeEncoder, name: str, batch_size: int, captions: bool
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, name)
+    method, wanted = Saliency(encoder), everything(batch, captions)
+    maps = made(map_maker(method, batch_size), batch, wanted)
+    negatives = batch.negatives
+    assert negatives is not None
+
+    def alone(image: int, words: str) -> Tensor:
+        return method.attribute(batch.images[[image]], encoder.tokenizer.encode([words])).image[0]
+
+    for number, row in enumerate(wanted.phrases.tolist()):
+        expected = alone(int(batch.phrases.image_row[row]), batch.phrases.text[row])
+        torch.testing.assert_close(maps.phrases[number], expected, rtol=1e-8, atol=1e-13)
+    for number, row in enumerate(wanted.negatives.tolist()):
+        image = int(negatives.image_row[row])
+        for found, words in ((maps.true, negatives.text[row]), (maps.replacements, negatives.replacement[row])):
+            torch.testing.assert_close(found[number], alone(image, words), rtol=1e-8, atol=1e-13)
+    if captions:
+        assert_captions_agree(maps, method, batch)
+    else:
+        assert maps.image is None
+        assert maps.text is None
+
+
+def test_the_same_question_is_answered_once_and_no_more_at_a_time_than_allowed(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    method, wanted, negatives = Saliency(encoder), everything(batch, captions=False), batch.negatives
+    assert negatives is not None
+    asked: list[tuple[bytes, tuple[int, ...]]] = []
+    sizes: list[int] = []
+    plain = method.attribute
+
+    def recorded(images: Tensor, tokens: Tensor) -> Any:
+        sizes.append(len(images))
+        asked.extend((image.numpy().tobytes(), tuple(row)) for image, row in zip(images, tokens.tolist(), strict=True))
+        return plain(images, tokens)
+
+    monkeypatch.setattr(method, "attribute", recorded)
+    made(map_maker(method, 3), batch, wanted)
+    rows = [(int(batch.phrases.image_row[row]), batch.phrases.text[row]) for row in wanted.phrases.tolist()]
+    for row in wanted.negatives.tolist():
+        image = int(negatives.image_row[row])
+        rows += [(image, negatives.text[row]), (image, negatives.replacement[row])]
+    assert len(asked) == len(set(asked)) == len(set(rows)) < len(rows)
+    assert max(sizes) == 3
+
+
+def stems_run(method: FeaturePairAttribution, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many inputs went through each stem, call by call, beside the model's own forward pass."""
+    sizes: dict[str, list[int]] = {"image": [], "text": []}
+
+    def listen(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def recorded(inputs: Tensor, *rest: Any) -> Tensor:
+            sizes[name].append(len(inputs))
+            return plain(inputs, *rest)
+
+        return recorded
+
+    monkeypatch.setattr(method.image, "features_before", listen("image", method.image.features_before))
+    monkeypatch.setattr(method.text, "features_before", listen("text", method.text.features_before))
+    return sizes
+
+
+@ENCODERS
+def test_hidden_states_of_the_forward_pass_are_taken_and_no_stem_is_run_again(
+    make_encoder: MakeEncoder, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, name)
+    method = FeaturePairAttribution(encoder, steps=2)
+    wanted = replace(everything(batch), negatives=torch.arange(3))
+    sizes = stems_run(method, monkeypatch)
+    maps = made(map_maker(method, 64), batch, wanted)
+    assert sizes == {"image": [1], "text": [1, 3]}  # references, and wrong captions
+    assert_spans_agree(maps, method, batch, wanted)
+
+
+def no_pass(encoder: DualEncoder, batch: Batch) -> None:
+    pass
+
+
+def two_passes(encoder: DualEncoder, batch: Batch) -> None:
+    forward(encoder, batch.images.flip(0), batch.tokens.flip(0))
+    forward(encoder, batch.images, batch.tokens)
+
+
+def fewer_inputs(encoder: DualEncoder, batch: Batch) -> None:
+    forward(encoder, batch.images[1:], batch.tokens[1:])
+
+
+@ENCODERS
+@pytest.mark.parametrize("passes", [no_pass, two_passes, fewer_inputs])
+def test_own_stems_are_run_where_the_forward_pass_was_another(
+    make_encoder: MakeEncoder,
+    name: str,
+    passes: Callable[[DualEncoder, Batch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, name)
+    method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch)
+    maker, sizes = map_maker(method, 64), stems_run(method, monkeypatch)
+    maker.listen()
+    maker.forget()
+    passes(encoder, batch)
+    maker.take(batch)
+    assert sizes == {"image": [4], "text": [5]}
+    maps = maker.maps(batch, wanted)
+    maker.close()
+    assert_spans_agree(maps, method, batch, wanted)
+    assert_captions_agree(maps, method, batch)
+
+
+def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch, captions=False)
+    maker, other = map_maker(method, 64), replace(batch, images=batch.images.flip(3))
+    sizes = stems_run(method, monkeypatch)
+    maker.listen()
+    forward(encoder, other.images, other.tokens)  # a sanity check, say
+    for current in (batch, other, batch):
+        maker.forget()
+        forward(encoder, current.images, current.tokens)
+        maker.take(current)
+        assert sizes == {"image": [], "text": []}
+        assert_spans_agree(maker.maps(current, wanted), method, current, wanted)
+        sizes["image"].clear()
+        sizes["text"].clear()
+    maker.close()
+
+
+def hooks_in(module: nn.Module) -> int:
+    return sum(len(child._forward_pre_hooks) + len(child._forward_hooks) for child in module.modules())
+
+
+def test_closing_takes_the_hooks_off_and_forgets_references_of_other_weights(make_encoder: MakeEncoder) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    before = hooks_in(encoder)
+    method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch, captions=False)
+    maker = map_maker(method, 64)
+    maker.listen()
+    maker.listen()
+    assert hooks_in(encoder) == before + 2
+    first = made(maker, batch, wanted)
+    assert hooks_in(encoder) == before
+    maker.close()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.05)
+    second = made(maker, batch, wanted)
+    assert (first.phrases - second.phrases).abs().max() > 1e-6
+    assert_spans_agree(second, method, batch, wanted)
+
+
+@pytest.mark.parametrize("kind", [FeaturePairAttribution, Saliency])
+def test_nothing_wanted_has_the_usual_shapes(make_encoder: MakeEncoder, kind: type[AttributionMethod]) -> None:
+    encoder, full = encoder_and_batch(make_encoder, "vit")
+    none = torch.zeros(0, dtype=torch.int64)
+    for batch in (full, replace(full, negatives=None), replace(full, phrases=Phrases.empty(16))):
+        maps = made(map_maker(kind(encoder), 2), batch, Wanted(none, none, captions=False))
+        assert maps.phrases.shape == maps.true.shape == maps.replacements.shape == (0, 4, 4)
+        assert maps.image is None
+        assert maps.text is None
+
+
+def test_the_maker_fits_the_method(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit")
+    makers = {kind: map_maker(kind(encoder), 2) for kind in (FeaturePairAttribution, SimilarityGradCAM, Saliency)}
+    assert [type(maker) for maker in makers.values()] == [PairMapMaker, PairMapMaker, MapMaker]
+    assert {maker.grid for maker in makers.values()} == {(4, 4)}

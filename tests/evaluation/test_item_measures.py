@@ -1,0 +1,371 @@
+"""What maps come to, against plain loops: maps are given, and the model's similarity is known in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluation_batches import BOXES, evaluation_batch
+from linear_encoder import LinearEncoder
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_xai.attribution import Attribution, AttributionMethod
+from lightning_xai.data.batch import Batch
+from lightning_xai.data.phrases import NamedBoxes
+from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, Wanted
+from lightning_xai.evaluation.item_measures import Embeddings, ItemMeasures, MeasureOptions
+from lightning_xai.exclusion import Exclusion
+from lightning_xai.metrics.grounding import patch_mask
+from lightning_xai.results.schema import TABLES
+
+SIZE, GRID = (8, 12), (2, 3)
+OPTIONS = MeasureOptions(
+    metrics=frozenset(TABLES),
+    keep_tokens=0.5,
+    keep_pixels=None,
+    hidden_image="zeros",
+    localization_quantile=0.75,
+    batch_size=64,
+)
+
+
+class Silent(AttributionMethod):
+    """A method that is never asked."""
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        raise AssertionError("maps are given")
+
+
+class SilentSigned(Silent):
+    signed = True
+
+
+class Given(MapMaker):
+    """Gives maps that were drawn before: one for each phrase, true words, replacement and caption of a batch."""
+
+    def __init__(self, batch: Batch, *, signed: bool = True) -> None:
+        encoder = LinearEncoder(SIZE, GRID)
+        super().__init__((SilentSigned if signed else Silent)(encoder), 1)
+        generator = torch.Generator().manual_seed(5)
+        assert batch.negatives is not None
+        rows = {"phrases": len(batch.phrases), "true": len(batch.negatives), "replacements": len(batch.negatives)}
+        self.given = {
+            name: torch.randn(count, *GRID, generator=generator, dtype=torch.float64)
+            for name, count in (rows | {"image": len(batch.tokens)}).items()
+        }
+        self.text = torch.randn(batch.tokens.shape, generator=generator, dtype=torch.float64)
+        self.asked: list[Wanted] = []
+
+    def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
+        self.asked.append(wanted)
+        return BatchMaps(
+            self.given["phrases"][wanted.phrases],
+            self.given["true"][wanted.negatives],
+            self.given["replacements"][wanted.negatives],
+            self.given["image"] if wanted.captions else None,
+            self.text if wanted.captions else None,
+        )
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return evaluation_batch(SIZE, LinearEncoder(SIZE, GRID).tokenizer)
+
+
+def measured(batch: Batch, maker: Given, **options: Any) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    encoder = maker.method.encoder
+    with torch.no_grad():
+        embeddings = Embeddings(encoder.encode_image(batch.images), encoder.encode_text(batch.tokens))
+    records = ItemMeasures(encoder, maker, replace(OPTIONS, **options)).records(batch, embeddings)
+    return {index: record["tables"] for index, record in records.items()}
+
+
+def table(batch: Batch, maker: Given, name: str, **options: Any) -> list[dict[str, Any]]:
+    """All rows of one table, when it is the only one that is asked for."""
+    records = measured(batch, maker, metrics=frozenset({name}), **options)
+    assert all(list(tables) == [name] for tables in records.values())
+    return [row for tables in records.values() for row in tables[name]]
+
+
+def bilinear(heat: Tensor) -> NDArray[np.float64]:
+    """A map [H, W] between its patches' centres, and constant beyond them, pixel by pixel."""
+    pixels = np.zeros(SIZE)
+    for row in range(SIZE[0]):
+        for column in range(SIZE[1]):
+            y, x = ((at + 0.5) * few / many - 0.5 for at, few, many in zip((row, column), GRID, SIZE, strict=True))
+            y, x = min(max(y, 0.0), GRID[0] - 1), min(max(x, 0.0), GRID[1] - 1)
+            top, left = int(y), int(x)
+            for i, share_y in ((top, 1 - (y - top)), (min(top + 1, GRID[0] - 1), y - top)):
+                for j, share_x in ((left, 1 - (x - left)), (min(left + 1, GRID[1] - 1), x - left)):
+                    pixels[row, column] += share_y * share_x * float(heat[i, j])
+    return pixels
+
+
+def in_box(heat: Tensor, box: Sequence[float]) -> float:
+    """The sum of a map over the patches of a box."""
+    mask = patch_mask(torch.tensor([box]), GRID, SIZE)[0]
+    return math.fsum(float(heat[y, x]) for y in range(GRID[0]) for x in range(GRID[1]) if mask[y, x])
+
+
+def test_every_valid_sample_has_every_table_and_rows_have_the_columns_of_the_files(batch: Batch) -> None:
+    records = measured(batch, Given(batch))
+    assert list(records) == [10, 11, 12]
+    for index, tables in records.items():
+        assert set(tables) == set(TABLES)
+        for name, rows in tables.items():
+            for row in rows:
+                assert row.keys() - {"heat"} == set(TABLES[name]) - {"seed"}
+                assert row["index"] == index
+                assert row["key"] == f"k{index - 10}"
+                if row["caption_index"] >= 0:
+                    place = batch.captions.index(row["caption"])
+                    assert int(batch.caption_index[place]) == row["caption_index"]
+                    assert batch.keys[int(batch.caption_image[place])] == row["key"]
+    assert [len(records[11][name]) for name in TABLES] == [0, 0, 0, 1, 1]
+    assert all(records[index][name] for index in (10, 12) for name in TABLES)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "phrases", "negatives", "captions"),
+    [
+        ({"grounding"}, True, False, False),
+        ({"other_objects"}, True, False, False),
+        ({"hard_negatives"}, False, True, False),
+        ({"confidence"}, False, False, True),
+        ({"localization"}, False, False, True),
+        ({"grounding", "localization"}, True, False, True),
+        (set(TABLES), True, True, True),
+    ],
+)
+def test_a_method_is_asked_once_and_for_no_more_than_is_needed(
+    batch: Batch, metrics: set[str], phrases: bool, negatives: bool, captions: bool
+) -> None:
+    maker = Given(batch)
+    measured(batch, maker, metrics=frozenset(metrics))
+    (asked,) = maker.asked
+    can = (batch.phrases.reason == Exclusion.MEASURED).nonzero()[:, 0].tolist()
+    assert batch.negatives is not None
+    assert asked.phrases.tolist() == (can if phrases else [])
+    assert asked.negatives.tolist() == (list(range(len(batch.negatives))) if negatives else [])
+    assert asked.captions is captions
+    assert len(can) == 6
+
+
+def test_boxes_of_a_patch_or_less_are_not_asked_for(batch: Batch) -> None:
+    assert batch.negatives is not None
+    small = torch.tensor([0.0, 0.0, 4.0, 4.0])
+    phrases = replace(batch.phrases, boxes=batch.phrases.boxes.clone())
+    negatives = replace(batch.negatives, boxes=batch.negatives.boxes.clone())
+    phrases.boxes[0], negatives.boxes[1] = small, small
+    maker, changed = Given(batch), replace(batch, phrases=phrases, negatives=negatives)
+    records = measured(changed, maker)
+    assert 0 not in maker.asked[0].phrases.tolist()
+    assert 1 not in maker.asked[0].negatives.tolist()
+    assert len(maker.asked[0].phrases) == 5
+    grounding = [row for tables in records.values() for row in tables["grounding"]]
+    assert [row["reason"] for row in grounding].count("smaller_than_patch") == 1
+    swaps = [row for tables in records.values() for row in tables["hard_negatives"]]
+    assert len(swaps) == len(negatives) - 1
+
+
+def test_grounding_has_the_share_inside_the_box_and_the_map(batch: Batch) -> None:
+    maker = Given(batch)
+    maker.given["phrases"][3] = -1.0  # nothing positive
+    rows = table(batch, maker, "grounding")
+    assert len(rows) == len(batch.phrases) == 6
+    for number, row in enumerate(rows):
+        heat = maker.given["phrases"][number]
+        assert np.abs(np.array(row["heat"]) - heat.numpy()).max() < 1e-3
+        assert row["heat"][0][0] == float(f"{float(heat[0, 0]):.4g}")
+        assert [row[side] for side in ("x0", "y0", "x1", "y1")] == batch.phrases.boxes[number].tolist()
+        if number == 3:
+            assert (row["reason"], row["gamma"], row["hit"]) == ("no_positive", None, None)
+            continue
+        share = in_box(heat.clamp(min=0), batch.phrases.boxes[number].tolist()) / float(heat.clamp(min=0).sum())
+        assert row["gamma"] == pytest.approx(share, abs=1e-12)
+        assert row["hit"] == (in_box((heat == heat.max()).double(), batch.phrases.boxes[number].tolist()) == 1)
+        assert (row["phrase"], row["label"]) == (batch.phrases.text[number], row["phrase"].split(", ")[0])
+    assert len({row["hit"] for row in rows} - {None}) == 2
+
+
+def test_other_objects_are_the_boxes_of_other_classes_in_the_same_caption(batch: Batch) -> None:
+    maker = Given(batch)
+    rows = table(batch, maker, "other_objects")
+    found = {(row["caption"], row["label"], row["other_label"]): row for row in rows}
+    expected = [("a dog bites a cat", "cat", "dog"), ("a dog bites a cat", "dog", "cat")]
+    long = "one horse near a cat and the horse"
+    expected += [(long, "cat", "horse"), (long, "horse", "cat")]
+    assert sorted(found) == sorted(expected)
+    phrases = batch.phrases
+    for (caption, label, other), row in found.items():
+        places = {
+            batch.label_names[int(phrases.label[number])]: number
+            for number in range(len(phrases))
+            if batch.captions[int(phrases.caption_row[number])] == caption
+        }
+        heat = maker.given["phrases"][places[label]]
+        assert row["own"] == pytest.approx(in_box(heat, phrases.boxes[places[label]].tolist()), abs=1e-12)
+        assert row["other"] == pytest.approx(in_box(heat, phrases.boxes[places[other]].tolist()), abs=1e-12)
+        assert row["phrase"] == phrases.text[places[label]]
+
+
+def test_hard_negatives_are_measured_in_the_true_objects_box(batch: Batch) -> None:
+    maker, negatives = Given(batch), batch.negatives
+    assert negatives is not None
+    rows = table(batch, maker, "hard_negatives")
+    assert len(rows) == len(negatives) > 3
+    for number, row in enumerate(rows):
+        box = negatives.boxes[number].tolist()
+        positive, negative = (in_box(maker.given[name][number], box) for name in ("true", "replacements"))
+        assert row["positive"] == pytest.approx(positive, abs=1e-12)
+        assert row["negative"] == pytest.approx(negative, abs=1e-12)
+        assert row["delta"] == pytest.approx(negative - positive, abs=1e-12)
+        assert row["negative_caption"] == negatives.captions[number]
+        assert row["replacement"] in row["negative_caption"]
+        assert row["phrase"] in row["caption"]
+        assert row["label"] == row["phrase"]
+    assert table(replace(batch, negatives=None), maker, "hard_negatives") == []
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.75])
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_localization_agrees_with_loops_over_pixels(batch: Batch, quantile: float, batch_size: int) -> None:
+    maker = Given(batch)
+    rows = table(batch, maker, "localization", localization_quantile=quantile, batch_size=batch_size)
+    height, width = SIZE
+    for number, row in enumerate(rows):
+        image, caption = int(batch.caption_image[number]) - 1, batch.captions[number]
+        boxes = [box for label, box in BOXES[image].items() if label in caption]
+        assert row["boxes"] == len(boxes)
+        if not boxes:
+            assert row["iou"] is None
+            continue
+        heat = bilinear(maker.given["image"][number])
+        ours = heat > np.quantile(heat, quantile, method="inverted_cdf")
+        truth = np.zeros(SIZE, dtype=bool)
+        for x, y, across, down in boxes:
+            truth[y * height // 2 : (y + down) * height // 2, x * width // 4 : (x + across) * width // 4] = True
+        assert row["iou"] == pytest.approx((ours & truth).sum() / (ours | truth).sum(), abs=1e-12)
+    assert [row["boxes"] for row in rows] == [2, 1, 0, 1, 2]
+
+
+def test_a_constant_map_and_a_box_that_holds_no_pixel_have_no_ratio(batch: Batch) -> None:
+    named = NamedBoxes(torch.tensor([0, 1]), torch.tensor([[0.6, 0.6, 1.4, 1.4], [0.0, 0.0, 4.0, 4.0]]))
+    maker, changed = Given(batch), replace(batch, named=named)
+    maker.given["image"][:2] = 1.0
+    rows = table(changed, maker, "localization")
+    assert [(row["boxes"], row["iou"]) for row in rows[:3]] == [(1, None), (1, 0.0), (0, None)]
+
+
+def kept_image(image: Tensor, heat: NDArray[np.float64], hidden: float, signed: bool, share: float | None) -> Tensor:
+    """An image of which only the important part is seen, pixel by pixel."""
+    if share is not None:
+        best = sorted(range(heat.size), key=lambda place: -heat.flat[place])[: int(share * heat.size)]
+        shown = np.isin(np.arange(heat.size), best).reshape(SIZE).astype(float)
+    else:
+        positive = np.maximum(heat, 0) if signed else heat
+        shown = (positive - positive.min()) / (positive.max() - positive.min())
+    return hidden + torch.from_numpy(shown) * (image - hidden)
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+@pytest.mark.parametrize("hidden", ["zeros", "black"])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("share", [None, 0.25])
+def test_confidence_is_the_similarity_of_what_is_kept(
+    batch: Batch, batch_size: int, hidden: str, signed: bool, share: float | None
+) -> None:
+    maker = Given(batch, signed=signed)
+    encoder = maker.method.encoder
+    assert isinstance(encoder, LinearEncoder)
+    rows = table(batch, maker, "confidence", batch_size=batch_size, hidden_image=hidden, keep_pixels=share)
+    assert len(rows) == 5
+    for number, row in enumerate(rows):
+        image = batch.images[int(batch.caption_image[number])]
+        heat = bilinear(maker.given["image"][number])
+        seen = kept_image(image, heat, -1.0 if hidden == "black" else 0.0, signed, share)
+        whole, part = (float(encoder.image_terms(pixels[None]).sum()) for pixels in (image, seen))
+        terms, scores = encoder.text_terms(batch.tokens[[number]])[0], maker.text[number]
+        own = encoder.tokenizer.content_mask(batch.tokens[[number]])[0].nonzero()[:, 0].tolist()
+        best = sorted(own, key=lambda place: -float(scores[place]))[: math.ceil(len(own) / 2)]
+        assert row["similarity"] == pytest.approx(whole * float(terms.sum()), abs=1e-12)
+        assert row["image_kept"] == pytest.approx(part * float(terms.sum()), abs=1e-12)
+        assert row["text_kept"] == pytest.approx(whole * float(terms[best].sum()), abs=1e-12)
+        assert abs(row["image_kept"] - row["similarity"]) > 1e-9
+        assert len(own) == 1 or abs(row["text_kept"] - row["similarity"]) > 1e-9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_as_many_tokens_are_kept_as_asked_for_rounded_up(batch: Batch, share: float) -> None:
+    maker = Given(batch)
+    encoder = maker.method.encoder
+    assert isinstance(encoder, LinearEncoder)
+    for number, row in enumerate(table(batch, maker, "confidence", keep_tokens=share)):
+        own = encoder.tokenizer.content_mask(batch.tokens[[number]])[0].nonzero()[:, 0].tolist()
+        best = sorted(own, key=lambda place: -float(maker.text[number, place]))[: math.ceil(share * len(own))]
+        whole = float(encoder.image_terms(batch.images[[int(batch.caption_image[number])]]).sum())
+        terms = encoder.text_terms(batch.tokens[[number]])[0]
+        assert row["text_kept"] == pytest.approx(whole * float(terms[best].sum()), abs=1e-12)
+
+
+def test_marks_and_kept_tokens_stay_where_they_are_and_padding_takes_the_others_place(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, given = Given(batch), []
+    encoder = maker.method.encoder
+    assert isinstance(encoder, LinearEncoder)
+    plain = encoder.encode_text
+
+    def recorded(tokens: Tensor) -> Tensor:
+        given.append(tokens)
+        return plain(tokens)
+
+    monkeypatch.setattr(encoder, "encode_text", recorded)
+    table(batch, maker, "confidence")
+    whole, kept = given
+    assert torch.equal(whole, batch.tokens)
+    own = encoder.tokenizer.content_mask(whole)
+    assert torch.equal(kept[~own], whole[~own])
+    assert ((kept == whole) | (kept == encoder.tokenizer.padding_id)).all()
+    assert (kept != whole).sum(dim=1).tolist() == [count // 2 for count in own.sum(dim=1).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("grounding", "phrases"),
+        ("other_objects", "phrases"),
+        ("hard_negatives", "true"),
+        ("hard_negatives", "replacements"),
+        ("localization", "image"),
+        ("confidence", "text"),
+    ],
+)
+def test_maps_that_are_not_finite_are_refused(batch: Batch, name: str, part: str) -> None:
+    maker = Given(batch)
+    (maker.text if part == "text" else maker.given[part])[1] = math.nan
+    with pytest.raises(ValueError, match="finite"):
+        table(batch, maker, name)
+
+
+def test_a_batch_of_broken_records_alone_has_no_records(batch: Batch) -> None:
+    broken = replace(batch, index=torch.full_like(batch.index, -1), valid=torch.zeros_like(batch.valid))
+    none = torch.zeros(0, dtype=torch.int64)
+    assert batch.negatives is not None
+    empty = replace(
+        broken,
+        tokens=batch.tokens[:0],
+        caption_image=none,
+        caption_index=none,
+        captions=[],
+        phrases=type(batch.phrases).empty(16),
+        named=NamedBoxes(none, torch.zeros(0, 4)),
+        negatives=None,
+    )
+    assert measured(empty, Given(replace(empty, negatives=batch.negatives))) == {}

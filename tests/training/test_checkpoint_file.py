@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_xai.training import AtomicCheckpointIO
+from lightning_xai.training.checkpoint_file import CheckpointWriteError, damage
+
+STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "step": 3}
+
+
+def written(path: Path) -> Path:
+    AtomicCheckpointIO().save_checkpoint(STATE, path)
+    return path
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = written(tmp_path / "new folder" / "a.ckpt")
+    loaded = AtomicCheckpointIO().load_checkpoint(path)
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["weights"], STATE["weights"])
+    assert [one.name for one in path.parent.iterdir()] == ["a.ckpt"]
+    assert damage(path) == ""
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.ckpt")
+    before = path.read_bytes()
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=write_with_little_room, args=(str(path), results))
+    process.start()
+    message = results.get(timeout=120)
+    process.join()
+    assert f"checkpoint {path} could not be written" in message
+    assert "earlier checkpoints are untouched" in message
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def write_with_little_room(path: str, results: multiprocessing.Queue[str]) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
+    except CheckpointWriteError as error:
+        results.put(str(error))
+    else:
+        results.put("nothing was raised")
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointWriteError, match="mend the permissions"):
+        written(tmp_path / "file" / "a.ckpt")
+
+
+@pytest.mark.parametrize("damaged", ["cut off", "flipped", "empty", "no archive"])
+def test_damage_is_found(damaged: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.ckpt")
+    content = bytearray(path.read_bytes())
+    if damaged == "cut off":
+        content = content[:-50]
+    elif damaged == "flipped":
+        at = content.index(torch.arange(1000.0)[500:510].numpy().tobytes())
+        content[at] ^= 1
+    elif damaged == "empty":
+        content = bytearray()
+    else:
+        content = bytearray(b"weights" * 1000)
+    path.write_bytes(content)
+    assert damage(path) != ""
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state": Hostile(tmp_path / "ran")}, path)
+    with pytest.raises(ValueError, match=r"a\.ckpt cannot be read"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.target,)
+
+
+def test_a_missing_checkpoint_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")

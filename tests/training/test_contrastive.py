@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import join_lightning, run_distributed
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+from training_runs import Recorder, batches_of, loader_of, records_of, trainer_in
+
+from lightning_xai.data import Batch, RecordError, ShardDataModule
+from lightning_xai.data.batch import Record, TrainingCollate
+from lightning_xai.models import load_dual_encoder
+from lightning_xai.models.dual_encoder import CHECKPOINT_KEY
+from lightning_xai.training import ContrastiveFineTuning
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
+
+Make = Callable[..., ContrastiveFineTuning]
+
+
+@pytest.fixture
+def make(architecture_file: Callable[[str], Path]) -> Make:
+    """A task with a small random model, the same one each time."""
+
+    def build(name: str = "vit", **options: Any) -> ContrastiveFineTuning:
+        torch.manual_seed(0)
+        return ContrastiveFineTuning(str(architecture_file(name)), None, **options)
+
+    return build
+
+
+# --- learning rate and optimizer ---
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "steps"),
+    [
+        (6, {"max_epochs": 1}, 6),
+        (3, {"max_epochs": 3}, 9),
+        (6, {"max_epochs": 2, "accumulate_grad_batches": 2}, 6),
+        (5, {"max_epochs": 2, "accumulate_grad_batches": 2}, 6),  # the last step of an epoch takes what is left
+        (5, {"max_epochs": -1, "max_steps": 7}, 7),
+    ],
+)
+def test_the_learning_rate_grows_by_one_factor_from_the_first_step_to_the_last(
+    make: Make, shapes: Path, tmp_path: Path, batches: int, options: dict[str, Any], steps: int
+) -> None:
+    task, recorder = make(), Recorder()
+    trainer_in(tmp_path, recorder, **options).fit(task, batches_of(task, shapes / "train", batches, 4))
+    assert len(recorder.rates) == steps
+    assert recorder.rates[0] == pytest.approx(1e-7, rel=1e-12)
+    assert recorder.rates[-1] == pytest.approx(1e-5, rel=1e-9)
+    factors = [after / before for before, after in pairwise(recorder.rates)]
+    assert factors == pytest.approx([100 ** (1 / (steps - 1))] * (steps - 1), rel=1e-9)
+
+
+def test_the_learning_rate_logged_is_the_one_the_step_was_taken_with(make: Make, shapes: Path, tmp_path: Path) -> None:
+    task, recorder = make(initial_lr=1e-3, final_lr=1e-4), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 4, 4))
+    assert [row["train/learning_rate"] for row in recorder.logged] == pytest.approx(recorder.rates)
+
+
+def test_a_run_of_a_single_step_takes_the_initial_rate(make: Make, shapes: Path, tmp_path: Path) -> None:
+    task, recorder = make(initial_lr=1e-3, final_lr=1e-2), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 1, 4))
+    assert recorder.rates == [1e-3]
+
+
+def test_the_optimizer_is_adamw_with_the_papers_weight_decay_on_every_parameter(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task, recorder = make(), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 1, 4))
+    optimizer = recorder.optimizer
+    assert isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW)
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (1e-4, (0.9, 0.999))
+    assert {id(p) for p in group["params"]} == {id(p) for p in task.encoder.model.parameters()}
+
+
+def test_weight_decay_and_betas_are_options(make: Make, shapes: Path, tmp_path: Path) -> None:
+    task, recorder = make(weight_decay=0.2, betas=(0.8, 0.98)), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 1, 4))
+    (group,) = recorder.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.2, (0.8, 0.98))
+
+
+def test_a_run_without_an_end_is_refused_since_the_rate_has_nowhere_to_go(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task = make()
+    with pytest.raises(ValueError, match="max_epochs or max_steps"):
+        trainer_in(tmp_path, max_epochs=-1).fit(task, batches_of(task, shapes / "train", 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initial_lr": 0.0}, "positive; got 0.0"),
+        ({"final_lr": -1e-5}, "positive; got 1e-07 and -1e-05"),
+        ({"max_logit_scale": 0.5}, "at least 1; got 0.5"),
+    ],
+)
+def test_options_outside_their_range_are_refused(make: Make, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize(("start", "end"), [(math.log(100) + 1, math.log(20)), (-0.5, 0.0)])
+def test_the_logit_scale_is_clamped_before_callbacks_see_the_step(
+    make: Make, shapes: Path, tmp_path: Path, start: float, end: float
+) -> None:
+    class Scale(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+            self.seen.append(pl_module.encoder.logit_scale.item())
+
+    task, scale, recorder = make(max_logit_scale=20.0, final_lr=1e-7), Scale(), Recorder()
+    with torch.no_grad():
+        task.encoder.logit_scale.fill_(start)
+    trainer = trainer_in(tmp_path, scale, recorder, accumulate_grad_batches=2)
+    trainer.fit(task, batches_of(task, shapes / "train", 3, 4))
+    assert scale.seen == pytest.approx([start, end, end], abs=1e-6)  # the first batch takes no step
+    logged = [row["train/logit_scale"] for row in recorder.logged]
+    assert logged == pytest.approx([math.exp(start), math.exp(start), math.exp(end)], rel=1e-5)
+
+
+def test_a_logit_scale_inside_its_range_is_learned_freely(make: Make, shapes: Path, tmp_path: Path) -> None:
+    task = make(initial_lr=1e-2, final_lr=1e-2)
+    before = task.encoder.logit_scale.item()
+    trainer_in(tmp_path).fit(task, batches_of(task, shapes / "train", 1, 4))
+    assert abs(task.encoder.logit_scale.item() - before) == pytest.approx(1e-2, rel=0.05)  # Adam's first step
+
+
+def test_a_few_steps_on_one_batch_lower_its_loss_and_raise_its_accuracy(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task, recorder = make(initial_lr=3e-3, final_lr=3e-3), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, loader_of(list(batches_of(task, shapes / "train", 1, 16)) * 25))
+    assert recorder.logged[-1]["train/loss"] < 0.5 * recorder.logged[0]["train/loss"]
+    assert recorder.logged[-1]["train/accuracy"] > recorder.logged[0]["train/accuracy"] + 0.3
+
+
+def test_the_training_loss_is_the_symmetric_cross_entropy_of_the_batch(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task, recorder = make(), Recorder()
+    (batch,) = batches_of(task, shapes / "train", 1, 8)
+    with torch.no_grad():
+        image, text = (normalize(f, dim=1) for f in (task.encoder.encode_image(batch.images), text_of(task, batch)))
+        logits = task.encoder.logit_scale.exp() * image @ text.T
+        own = torch.arange(8)
+        expected = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    trainer_in(tmp_path, recorder).fit(task, loader_of([batch]))
+    assert recorder.logged[0]["train/loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def text_of(task: ContrastiveFineTuning, batch: Batch) -> Tensor:
+    """Straight from open_clip, on all tokens."""
+    model: Any = task.encoder.model
+    embedding: Tensor = model.encode_text(batch.tokens)
+    return embedding
+
+
+def test_broken_records_and_padding_change_neither_loss_nor_gradient(make: Make, shapes: Path, tmp_path: Path) -> None:
+    records = records_of(shapes / "train", 8)
+    _, sample = records[3]
+    assert not isinstance(sample, RecordError)
+    assert sample is not None
+    cut_image: Record = (98, replace(sample, key="cut", image=sample.image[:-40]))
+    spoilt = [*records[:5], (99, RecordError("no record at all")), *records[5:], cut_image, (-1, None)]
+    results = []
+    for number, chosen in enumerate((records, spoilt)):
+        task, recorder = make(), Recorder()
+        batch = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer)(chosen)
+        assert int(batch.valid.sum()) == 8
+        trainer_in(tmp_path / str(number), recorder).fit(task, loader_of([batch]))
+        results.append((recorder.logged[0], recorder.gradients[0]))
+    (clean, clean_gradient), (dirty, dirty_gradient) = results
+    assert dirty["train/loss"] == pytest.approx(clean["train/loss"], rel=1e-6)
+    assert dirty["train/accuracy"] == clean["train/accuracy"]
+    for name, gradient in clean_gradient.items():
+        torch.testing.assert_close(dirty_gradient[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_batch_without_any_valid_record_trains_nothing_and_breaks_nothing(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task, recorder = make(weight_decay=0.0), Recorder()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    batch = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer)([(-1, None), (-1, None)])
+    trainer_in(tmp_path, recorder).fit(task, loader_of([batch]))
+    assert recorder.logged[0]["train/loss"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+
+
+# --- what is logged ---
+
+
+def test_training_and_validation_log_all_their_numbers(make: Make, shapes: Path, tmp_path: Path) -> None:
+    task = make()
+    data = ShardDataModule(train=shapes / "train", val=shapes / "val", batch_size=32, num_workers=0)
+    trainer = trainer_in(tmp_path)
+    trainer.fit(task, data)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    recalls = {f"val/{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    training = {"loss", "accuracy", "learning_rate", "logit_scale", "samples_per_second"}
+    assert set(logged) == {f"train/{name}" for name in training} | recalls | {"val/loss", "val/accuracy"}
+    assert all(math.isfinite(value) for value in logged.values())
+    assert all(0 <= logged[name] <= 1 for name in recalls | {"val/accuracy", "train/accuracy"})
+    assert logged["train/samples_per_second"] > 1
+
+
+def test_a_callback_at_the_end_of_a_batch_finds_all_that_its_step_logged(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    recorder, task = Recorder(), make(initial_lr=1e-3, final_lr=1e-2)
+    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 3, 4))
+    step = {"train/loss", "train/accuracy", "train/learning_rate", "train/logit_scale"}
+    speed = {"train/samples_per_second"}
+    assert [set(row) for row in recorder.logged] == [step, step | speed, step | speed]
+    for name in step - {"train/accuracy"}:
+        assert len({row[name] for row in recorder.logged}) == 3, f"{name} is that of another step"
+
+
+def test_samples_per_second_counts_the_whole_time_from_step_to_step_but_no_validation(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.logged: list[float | None] = []
+
+        def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(0.3)  # waiting for data, say
+            self.times.append(time.perf_counter())
+
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+            speed = trainer.logged_metrics.get("train/samples_per_second")
+            self.logged.append(None if speed is None else float(speed))
+
+        def on_validation_end(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(2)
+
+    task, clock = make(), Clock()
+    data = ShardDataModule(train=shapes / "train", val=shapes / "val", batch_size=24, num_workers=0)
+    trainer_in(tmp_path, clock, val_check_interval=2).fit(task, data)
+    first, second, third, fourth = clock.times
+    assert clock.logged[0] is None
+    assert clock.logged[1] == pytest.approx(24 / (second - first), rel=0.1)
+    assert clock.logged[3] == pytest.approx(24 / (fourth - third), rel=0.1)
+
+
+def test_validation_numbers_are_those_of_a_plain_computation_over_the_whole_split(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task = make(recall_at=(1, 3, 10), val_group_size=16)
+    data = ShardDataModule(val=shapes / "val", test=shapes / "val", eval_batch_size=7, num_workers=0)
+    (logged,) = trainer_in(tmp_path).validate(task, data, verbose=False)
+    (tested,) = trainer_in(tmp_path).test(task, data, verbose=False)
+    assert {name.removeprefix("val/"): value for name, value in logged.items()} == {
+        name.removeprefix("test/"): value for name, value in tested.items()
+    }
+
+    images, texts, own = [], [], []
+    model: Any = task.encoder.model
+    model.eval()
+    with torch.no_grad():
+        for row, (_, sample) in enumerate(records_of(shapes / "val", 40)):
+            assert sample is not None
+            assert not isinstance(sample, RecordError)
+            pixels = task.encoder.image_transform(Image.open(io.BytesIO(sample.image)).convert("RGB"))
+            images.append(model.encode_image(pixels[None], normalize=True)[0])
+            texts += list(model.encode_text(task.encoder.tokenizer.encode(sample.captions), normalize=True))
+            own += [row] * len(sample.captions)
+    image, text, owner = torch.stack(images).numpy(), torch.stack(texts).numpy(), np.array(own)
+    similarity = text @ image.T
+    for k in (1, 3, 10):
+        to_image = [row in np.argsort(-line)[:k] for row, line in zip(owner, similarity, strict=True)]
+        to_text = [bool((owner[np.argsort(-line)[:k]] == row).any()) for row, line in enumerate(similarity.T)]
+        assert logged[f"val/text_to_image_recall_at_{k}"] == pytest.approx(np.mean(to_image), abs=1e-6)
+        assert logged[f"val/image_to_text_recall_at_{k}"] == pytest.approx(np.mean(to_text), abs=1e-6)
+    first = np.array([int(np.argmax(owner == row)) for row in range(40)])
+    scale, losses = float(task.encoder.logit_scale.detach().exp()), []
+    for start in (0, 16, 32):
+        rows = np.arange(start, min(start + 16, 40))
+        logits = torch.tensor(scale * image[rows] @ text[first[rows]].T)
+        target = torch.arange(len(rows))
+        losses += [(cross_entropy(logits, target) + cross_entropy(logits.T, target)).item() / 2] * len(rows)
+    assert logged["val/loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+
+def test_prediction_gives_unit_embeddings_of_images_and_captions(make: Make, shapes: Path, tmp_path: Path) -> None:
+    task = make()
+    data = ShardDataModule(val=shapes / "val", eval_batch_size=16, num_workers=0)
+    predictions: Any = trainer_in(tmp_path).predict(task, data)
+    assert [len(batch["keys"]) for batch in predictions] == [16, 16, 8]
+    for batch in predictions:
+        assert batch["image"].shape == (len(batch["keys"]), 24)
+        assert batch["text"].shape == (len(batch["captions"]), 24)
+        for features in (batch["image"], batch["text"]):
+            torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
+
+
+# --- checkpoints ---
+
+
+def data_of(shapes: Path) -> ShardDataModule:
+    return ShardDataModule(train=shapes / "train", val=shapes / "val", batch_size=32, num_workers=0)
+
+
+@pytest.fixture
+def trained(make: Make, shapes: Path, tmp_path: Path) -> tuple[ContrastiveFineTuning, Path]:
+    """A task after some steps, and its checkpoint."""
+    task = make(initial_lr=1e-3, final_lr=1e-3)
+    trainer = trainer_in(tmp_path)
+    trainer.fit(task, data_of(shapes))
+    path = tmp_path / "trained.ckpt"
+    trainer.save_checkpoint(path)
+    return task, path
+
+
+def test_a_checkpoint_holds_plain_values_only_and_gives_the_very_same_encoder(
+    trained: tuple[ContrastiveFineTuning, Path], shapes: Path
+) -> None:
+    task, path = trained
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint[CHECKPOINT_KEY] == task.encoder.architecture
+    loaded = load_dual_encoder(path).eval()
+    task.eval()
+    (batch,) = batches_of(task, shapes / "train", 1, 4)
+    assert torch.equal(loaded.encode_image(batch.images), task.encoder.encode_image(batch.images))
+    assert torch.equal(loaded.encode_text(batch.tokens), task.encoder.encode_text(batch.tokens))
+    assert torch.equal(loaded.logit_scale, task.encoder.logit_scale)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_before_its_weights_are_touched(
+    trained: tuple[ContrastiveFineTuning, Path], make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    _, path = trained
+    other = make("vit_average_pool")
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    for run in (trainer_in(tmp_path).validate, trainer_in(tmp_path, max_epochs=2).fit):
+        with pytest.raises(ValueError, match="a vit of another configuration, this run trains a vit_average_pool"):
+            run(other, datamodule=data_of(shapes), ckpt_path=path)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_the_same_weights_with_another_activation_are_refused_too(
+    trained: tuple[ContrastiveFineTuning, Path], make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    _, path = trained
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint[CHECKPOINT_KEY]["model_cfg"]["quick_gelu"] = True
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="set model to what the checkpoint was made with"):
+        trainer_in(tmp_path).validate(make(), data_of(shapes), ckpt_path=path)
+
+
+def test_a_checkpoint_of_another_project_is_refused(
+    trained: tuple[ContrastiveFineTuning, Path], make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    _, path = trained
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint[CHECKPOINT_KEY]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="no model of this project"):
+        trainer_in(tmp_path).validate(make(), data_of(shapes), ckpt_path=path)
+
+
+@pytest.mark.parametrize("monitor", [None, "val/loss"])
+def test_resuming_from_an_epochs_checkpoint_ends_at_exactly_the_same_weights(
+    make: Make, shapes: Path, tmp_path: Path, monitor: str | None
+) -> None:
+    def run(folder: Path, checkpoint: Path | None = None) -> tuple[ContrastiveFineTuning, Recorder]:
+        task, recorder = make(initial_lr=1e-3, final_lr=1e-2), Recorder()
+        saver = ModelCheckpoint(folder, "{epoch}", monitor=monitor, save_top_k=-1)
+        trainer_in(folder, saver, recorder, max_epochs=3).fit(task, data_of(shapes), ckpt_path=checkpoint)
+        return task, recorder
+
+    whole, recorded = run(tmp_path / "whole")
+    resumed, recorded_resumed = run(tmp_path / "resumed", tmp_path / "whole" / "epoch=0.ckpt")
+    assert len(recorded.rates) == 9
+    assert recorded_resumed.rates == recorded.rates[3:]
+    assert [row["train/loss"] for row in recorded_resumed.logged] == [row["train/loss"] for row in recorded.logged[3:]]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+# --- two processes ---
+
+
+def train_by_hand(config: str, shards: str, folder: str, precision: str, rank: int, world: int) -> dict[str, Any]:
+    """Three steps whose global batches are the same samples in the same order at any number of ranks."""
+    torch.manual_seed(0)
+    task = ContrastiveFineTuning(config, None, initial_lr=1e-3, final_lr=1e-2)
+    collate = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer)
+    records = records_of(Path(shards), 24)
+    records[9] = (9, RecordError("broken"))
+    share = 8 // world
+    parts = [records[start + rank * share : start + (rank + 1) * share] for start in (0, 8, 16)]
+    recorder = Recorder()
+    parallel = join_lightning() if world > 1 else {"devices": 1}
+    trainer = trainer_in(Path(folder), recorder, precision=precision, **parallel)
+    trainer.fit(task, loader_of([collate(part) for part in parts]))
+    return {
+        "losses": [row["train/loss"] for row in recorder.logged],
+        "accuracies": [row["train/accuracy"] for row in recorder.logged],
+        "gradient": {name.removeprefix("module."): value for name, value in recorder.gradients[0].items()},
+        "weights": dict(task.state_dict()),
+    }
+
+
+def train_on_this_rank(config: str, shards: str, folder: str) -> list[dict[str, Any]]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [train_by_hand(config, shards, folder, precision, rank, world) for precision in ("32-true", "64-true")]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_process_with_the_whole_batch(
+    architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path
+) -> None:
+    where = (str(architecture_file("vit")), str(shapes / "train"), str(tmp_path))
+    ranks = run_distributed(train_on_this_rank, *where)
+    for number, (precision, tolerance) in enumerate((("32-true", 3e-6), ("64-true", 1e-12))):
+        alone = train_by_hand(*where, precision=precision, rank=0, world=1)
+        for rank in ranks:
+            two = rank[number]
+            assert two["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+            assert two["accuracies"] == pytest.approx(alone["accuracies"])
+            for name, gradient in alone["gradient"].items():
+                largest = float(gradient.abs().max())
+                torch.testing.assert_close(two["gradient"][name], gradient, rtol=0, atol=tolerance * max(largest, 1))
+        for name, value in ranks[0][number]["weights"].items():
+            assert torch.equal(ranks[1][number]["weights"][name], value), f"the ranks drift apart: {name}"
+            if precision == "64-true":  # in float32, Adam makes steps of full size of gradients that are rounding only
+                torch.testing.assert_close(value, alone["weights"][name], rtol=0, atol=1e-6, msg=name)

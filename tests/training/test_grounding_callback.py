@@ -1,0 +1,843 @@
+from __future__ import annotations
+
+import contextlib
+import csv
+import gc
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from distributed import join_lightning, run_distributed
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from quiet_trainer import quiet_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
+from torch import Tensor, nn
+
+from lightning_xai.attribution import FeaturePairAttribution
+from lightning_xai.data import Batch, Manifest, RecordError, Sample, ShardDataModule, write_shards
+from lightning_xai.data.sample import read_image
+from lightning_xai.data.shapes import prepare_shapes
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.models import DualEncoder, load_dual_encoder
+from lightning_xai.training import ContrastiveFineTuning, EmbeddingWriter, GroundingCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
+
+SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
+HEADER = "index,key,caption_index,caption,phrase,label,reason,gamma,hit,x0,y0,x1,y1"
+
+Make = Callable[..., ContrastiveFineTuning]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shapes with 24 images to train on and 13, an odd number, to validate on."""
+    root = tmp_path_factory.mktemp("world") / "shapes"
+    prepare_shapes(root, 24, 13, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def make(architecture_file: Callable[[str], Path]) -> Make:
+    """A task with a small random model, the same one each time."""
+
+    def build(name: str = "vit", **options: Any) -> ContrastiveFineTuning:
+        return task_of(architecture_file(name), **options)
+
+    return build
+
+
+def task_of(config: Path, **options: Any) -> ContrastiveFineTuning:
+    torch.manual_seed(0)
+    return ContrastiveFineTuning(str(config), None, **({"initial_lr": 1e-3, "final_lr": 1e-3} | options))
+
+
+def data_of(world: Path, **options: Any) -> ShardDataModule:
+    folders = {"train": world / "train", "val": world / "val", "test": world / "val"}
+    return ShardDataModule(**(folders | {"batch_size": 8, "eval_batch_size": 5, "num_workers": 0} | options))
+
+
+def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
+    return quiet_trainer(folder, *callbacks, **({"inference_mode": False, "log_every_n_steps": 1} | options))
+
+
+def samples_of(folder: Path) -> list[Sample]:
+    manifest = Manifest.load(folder)
+    found = [sample for _, sample in read_samples(folder, manifest, range(len(manifest.shards)), 0, manifest.samples)]
+    assert not any(isinstance(sample, RecordError) for sample in found)
+    return [sample for sample in found if isinstance(sample, Sample)]
+
+
+def split_with(folder: Path, samples: list[Sample]) -> Path:
+    write_shards(samples, folder, name="test", progress=False)
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def hooks_in(module: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(child, kind)) for child in module.modules() for kind in kinds)
+
+
+# --- a slow computation of its own ---
+
+
+class Pair(NamedTuple):
+    reason: str
+    gamma: float
+    hit: bool
+
+
+def covered(low: float, high: float, patches: int) -> range:
+    """The patches of one axis that a box covers, its edges in patches: rounded half up, at least one."""
+    first, last = math.floor(low + 0.5), math.floor(high + 0.5)
+    return range(first, last) if last > first else range(middle := min(int((low + high) / 2), patches - 1), middle + 1)
+
+
+def pair_by_pair(encoder: DualEncoder, folder: Path) -> dict[tuple[int, int, str], Pair]:
+    """Gamma and rho of every phrase of a split of shapes, one at a time, from `span_map` and numpy."""
+    encoder.eval()
+    attribution = FeaturePairAttribution(encoder)
+    (rows, columns), side = attribution.image.grid, encoder.image_transform.size[0]
+    pairs: dict[tuple[int, int, str], Pair] = {}
+    for index, sample in enumerate(samples_of(folder)):
+        pixels = encoder.image_transform(read_image(sample.image, sample.key))[None]
+        number = Counter(region.label for region in sample.regions)
+        for region in sample.regions:
+            scale = side / sample.size[0]  # the images are square: there is no crop
+            x, y, width, height = (scale * value for value in region.box)
+            for caption_index, spans in region.spans.items():
+                where = (index, caption_index, region.label)
+                if number[region.label] > 1:
+                    pairs[where] = Pair("several_instances", math.nan, False)
+                    continue
+                if width * height <= (side / columns) * (side / rows):
+                    pairs[where] = Pair("smaller_than_patch", math.nan, False)
+                    continue
+                caption = sample.captions[caption_index]
+                tokens = encoder.tokenizer.encode([caption])
+                mask = torch.zeros_like(tokens, dtype=torch.bool)
+                for span in spans:
+                    mask[0, encoder.tokenizer.token_span(caption, span)] = True
+                heat = attribution.span_map(pixels, tokens, mask)[0].numpy().astype(np.float64)
+                across = covered(x * columns / side, (x + width) * columns / side, columns)
+                down = covered(y * rows / side, (y + height) * rows / side, rows)
+                inside = np.zeros((rows, columns), dtype=bool)
+                inside[np.ix_(list(down), list(across))] = True
+                positive = heat.clip(min=0)
+                if positive.sum() == 0:
+                    pairs[where] = Pair("no_positive", math.nan, False)
+                else:
+                    hit = bool(inside[np.unravel_index(heat.argmax(), heat.shape)])
+                    pairs[where] = Pair("measured", positive[inside].sum() / positive.sum(), hit)
+            named = any(other.spans for other in sample.regions if other.label == region.label)
+            if not named:
+                pairs[index, -1, region.label] = Pair("not_mentioned", math.nan, False)
+    return pairs
+
+
+def table_of(path: Path) -> dict[tuple[int, int, str], Pair]:
+    return {
+        (int(row["index"]), int(row["caption_index"]), row["label"]): Pair(
+            row["reason"], float(row["gamma"] or "nan"), row["hit"] == "1"
+        )
+        for row in rows_of(path)
+    }
+
+
+def assert_same_pairs(
+    found: dict[tuple[int, int, str], Pair], expected: dict[tuple[int, int, str], Pair], tolerance: float = 1e-5
+) -> None:
+    assert found.keys() == expected.keys()
+    for where, pair in expected.items():
+        assert found[where].reason == pair.reason, where
+        assert found[where].gamma == pytest.approx(pair.gamma, abs=tolerance, nan_ok=True), where
+        assert found[where].hit == pair.hit, where
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_numbers_are_those_of_a_slow_computation_pair_by_pair(
+    make: Make, world: Path, tmp_path: Path, name: str
+) -> None:
+    task = make(name)
+    (logged,) = trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    expected = pair_by_pair(task.encoder, world / "val")
+    table = tmp_path / "grounding" / "pairs-validate.csv"
+    assert_same_pairs(table_of(table), expected)
+    measured = [pair for pair in expected.values() if pair.reason == "measured"]
+    gammas = np.array([pair.gamma for pair in measured])
+    assert len(measured) > 10
+    assert logged["val/grounding_pairs"] == len(measured)
+    assert logged["val/gamma_mean"] == pytest.approx(gammas.mean(), abs=1e-6)
+    assert logged["val/gamma_above_50"] == pytest.approx((gammas > 0.5).mean(), abs=1e-6)
+    assert logged["val/gamma_above_80"] == pytest.approx((gammas > 0.8).mean(), abs=1e-6)
+    assert logged["val/rho"] == pytest.approx(np.mean([pair.hit for pair in measured]), abs=1e-6)
+    (summary,) = rows_of(tmp_path / "grounding" / "summary-validate.csv")
+    reasons = Counter(pair.reason for pair in expected.values())
+    left_out = {key.removeprefix("left_out_"): int(n) for key, n in summary.items() if key.startswith("left_out_")}
+    assert {why: n for why, n in left_out.items() if n} == {why: n for why, n in reasons.items() if why != "measured"}
+
+
+def test_options_reach_the_attribution(make: Make, world: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"image_layer": 0, "text_layer": 1, "steps": 2, "rule": "midpoint"}
+    results = []
+    for number, more in enumerate(({}, options, {"image_reference": "black"}, {"internal_batch_size": 3})):
+        callback = GroundingCallback(examples=0, **more)
+        (logged,) = trainer_in(tmp_path / str(number), callback).validate(make(), data_of(world), verbose=False)
+        results.append(logged["val/gamma_mean"])
+    plain, layers, black, chunks = results
+    assert abs(layers - plain) > 1e-4
+    assert abs(black - plain) > 1e-5
+    assert chunks == pytest.approx(plain, abs=1e-6)
+
+
+# --- the validation's own forward pass is used ---
+
+
+def test_each_batch_runs_through_the_towers_once_and_the_references_once_in_all(
+    make: Make, world: Path, tmp_path: Path
+) -> None:
+    task = make()
+    model: Any = task.encoder.model
+    images: list[int] = []
+    captions: list[int] = []
+    model.visual.conv1.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
+    model.token_embedding.register_forward_pre_hook(lambda _, inputs: captions.append(len(inputs[0])))
+    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    assert Counter(images) == Counter([5, 5, 3]) + Counter([1])  # 13 images in batches of 5, and the reference
+    each = len(samples_of(world / "val")[0].captions)
+    assert Counter(captions) == Counter([5 * each, 5 * each, 3 * each]) + Counter([1])
+
+
+class Foreign(L.LightningModule):
+    """Another project's module: the encoder has another name, and the forward pass is its own affair."""
+
+    def __init__(self, encoder: DualEncoder, way: str) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({"student": encoder})
+        self.way = way
+
+    def on_validation_epoch_start(self) -> None:
+        if self.way == "other images before the first batch":
+            encoder = self.towers["student"]
+            assert isinstance(encoder, DualEncoder)
+            encoder.encode_image(torch.zeros(5, 3, *encoder.image_transform.size))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        encoder = self.towers["student"]
+        assert isinstance(encoder, DualEncoder)
+        images, half = batch.images, len(batch.tokens) // 2
+        if self.way not in ("nothing", "other images before the first batch"):
+            features = encoder.encode_image(images)
+            self.log("val/loss", features.square().mean(), batch_size=len(images))
+        if self.way == "captions twice":
+            encoder.encode_text(batch.tokens)
+            encoder.encode_text(batch.tokens.flip(0))
+        if self.way == "captions in two chunks":
+            encoder.encode_text(batch.tokens[:half])
+            encoder.encode_text(batch.tokens[half:])
+        if self.way == "first captions only":
+            encoder.encode_text(batch.tokens[: len(images)])
+        if self.way == "open_clip itself":
+            model: Any = encoder.model
+            model(images, batch.tokens)
+        if self.way == "images twice":
+            encoder.encode_image(images.flip(3))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "captions twice",
+        "captions in two chunks",
+        "first captions only",
+        "open_clip itself",
+        "images twice",
+        "nothing",
+        "other images before the first batch",
+    ],
+)
+def test_any_module_with_a_dual_encoder_gets_the_same_numbers_however_it_runs_it(
+    make: Make, world: Path, tmp_path: Path, way: str
+) -> None:
+    task = make()
+    trainer_in(tmp_path / "own", GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    data = data_of(world)
+    data.bind(task.encoder.image_transform, task.encoder.tokenizer)
+    foreign = Foreign(task.encoder, way)
+    trainer_in(tmp_path / "foreign", GroundingCallback(examples=0)).validate(foreign, data, verbose=False)
+    found, own = (table_of(tmp_path / name / "grounding" / "pairs-validate.csv") for name in ("foreign", "own"))
+    assert_same_pairs(found, own)
+
+
+# --- a whole run ---
+
+
+class Run(NamedTuple):
+    folder: Path
+    trainer: L.Trainer
+    callback: GroundingCallback
+    by_gamma: ModelCheckpoint
+    by_loss: ModelCheckpoint
+    output: str
+
+
+@pytest.fixture(scope="module")
+def run(make: Make, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two epochs with pictures, checkpoints and TensorBoard."""
+    folder = tmp_path_factory.mktemp("run[bold]")  # a name that rich would take for markup
+    callback = GroundingCallback(examples=2)
+    by_gamma = ModelCheckpoint(filename="grounding", monitor="val/gamma_mean", mode="max")
+    by_loss = ModelCheckpoint(filename="loss", monitor="val/loss", mode="min")
+    logger = TensorBoardLogger(folder, name="run", version=0)
+    trainer = trainer_in(folder, callback, by_gamma, by_loss, logger=logger, max_epochs=2)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        trainer.fit(make(), data_of(world))
+    logger.experiment.flush()
+    return Run(folder / "run" / "version_0", trainer, callback, by_gamma, by_loss, printed.getvalue())
+
+
+def test_grounding_is_measured_before_training_and_after_each_epoch(run: Run) -> None:
+    assert [row["epoch"] for row in run.callback.history] == [0, 1, 2]
+    assert [row["step"] for row in run.callback.history] == [0, 3, 6]
+    means = [row["gamma_mean"] for row in run.callback.history]
+    assert len(set(means)) == 3
+    assert all(0 <= mean <= 1 for mean in means)
+
+
+def test_the_run_folder_holds_a_table_of_pairs_for_each_epoch(run: Run, world: Path) -> None:
+    phrases = len(pair_by_pair(make_encoder_of(run), world / "val"))
+    for row in run.callback.history:
+        path = run.folder / "grounding" / f"pairs-epoch={row['epoch']:03d}.csv"
+        assert path.read_text().splitlines()[0] == HEADER
+        table = rows_of(path)
+        assert len(table) == phrases
+        gammas = [float(line["gamma"]) for line in table if line["reason"] == "measured"]
+        assert np.mean(gammas) == pytest.approx(row["gamma_mean"], abs=1e-9)
+        assert len(gammas) == row["pairs"]
+        assert all((line["gamma"] == "") == (line["reason"] != "measured") for line in table)
+        order = [(int(line["index"]), int(line["caption_index"]), line["label"]) for line in table]
+        assert order == sorted(order)
+        for line in table:
+            caption = line["caption"]
+            assert all(words in caption for words in line["phrase"].split(", "))
+
+
+def make_encoder_of(run: Run) -> DualEncoder:
+    return load_dual_encoder(run.by_loss.best_model_path)
+
+
+def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, world: Path) -> None:
+    best = max(run.callback.history[1:], key=lambda row: row["gamma_mean"])
+    table = table_of(run.folder / "grounding" / f"pairs-epoch={best['epoch']:03d}.csv")
+    assert_same_pairs(table, pair_by_pair(load_dual_encoder(run.by_gamma.best_model_path), world / "val"))
+
+
+def test_checkpoints_follow_grounding_and_loss(run: Run) -> None:
+    trained = run.callback.history[1:]
+    best_gamma, best_loss = run.by_gamma.best_model_score, run.by_loss.best_model_score
+    assert best_gamma is not None
+    assert best_loss is not None
+    assert float(best_gamma) == pytest.approx(max(row["gamma_mean"] for row in trained), abs=1e-6)
+    assert float(best_loss) == pytest.approx(min(row["loss"] for row in trained), abs=1e-6)
+    for saver in (run.by_gamma, run.by_loss):
+        state = torch.load(saver.best_model_path, weights_only=True)
+        assert any("GroundingCallback" in key for key in state["callbacks"])
+
+
+def test_the_summary_has_a_line_for_each_epoch_with_what_the_module_logged(run: Run) -> None:
+    lines = rows_of(run.folder / "grounding" / "summary.csv")
+    assert [int(line["epoch"]) for line in lines] == [0, 1, 2]
+    for line, row in zip(lines, run.callback.history, strict=True):
+        assert float(line["rho"]) == row["rho"]
+        assert float(line["loss"]) == row["loss"]
+        assert 0 <= float(line["text_to_image_recall_at_1"]) <= 1
+        assert int(line["left_out_not_mentioned"]) == row["left_out"]["not_mentioned"]
+    assert float(lines[-1]["loss"]) == pytest.approx(float(run.trainer.callback_metrics["val/loss"]))
+
+
+def test_the_class_tables_add_up_to_the_whole(run: Run, world: Path) -> None:
+    for row in run.callback.history:
+        lines = rows_of(run.folder / "grounding" / f"classes-epoch={row['epoch']:03d}.csv")
+        assert [line["label"] for line in lines] == list(Manifest.load(world / "val").labels)
+        assert sum(int(line["pairs"]) for line in lines) == row["pairs"]
+        weighted = sum(int(line["pairs"]) * float(line["gamma_mean"]) for line in lines if int(line["pairs"]))
+        assert weighted / row["pairs"] == pytest.approx(row["gamma_mean"], abs=1e-9)
+
+
+def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: Run) -> None:
+    for name in ("progress.png", "curves.png"):
+        with Image.open(run.folder / "grounding" / name) as picture:
+            picture.load()
+            assert min(picture.size) > 200
+            assert len(picture.convert("L").getcolors() or []) > 20
+    keys = [row["examples"]["keys"] for row in run.callback.history]
+    assert all(len(epoch) == 2 and epoch == keys[0] for epoch in keys)
+    assert len({key.split(":")[0] for key in keys[0]}) == 2
+    heats = [row["examples"]["heats"] for row in run.callback.history]
+    assert all(heat.shape == (4, 4) for epoch in heats for heat in epoch)
+    assert not torch.equal(heats[0][0], heats[-1][0])
+
+
+def test_an_example_is_drawn_with_the_gamma_of_the_table(run: Run) -> None:
+    for row in run.callback.history:
+        table = rows_of(run.folder / "grounding" / f"pairs-epoch={row['epoch']:03d}.csv")
+        for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
+            key, phrase = name.split(": ")
+            first = next(
+                line for line in table if (line["key"], line["phrase"], line["reason"]) == (key, phrase, "measured")
+            )
+            assert float(first["gamma"]) == pytest.approx(gamma)
+            assert (first["hit"] == "1") == hit
+
+
+def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> None:
+    events = EventAccumulator(str(run.folder), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    for name in SCALARS:
+        logged = events.Scalars(f"val/{name}")
+        key = "pairs" if name == "grounding_pairs" else name
+        values = [row[key] for row in run.callback.history]
+        assert [event.value for event in logged] == pytest.approx(values, abs=1e-6)
+        assert logged[0].step == 0
+    losses = [row["loss"] for row in run.callback.history]
+    assert [event.value for event in events.Scalars("val/loss")] == pytest.approx(losses)
+    pictures = events.Images("val/grounding")
+    assert [event.step for event in pictures] == [0, 3, 6]
+    with Image.open(run.folder / "grounding" / "progress.png") as picture:
+        assert (pictures[-1].width, pictures[-1].height) == picture.size
+
+
+def test_a_table_is_shown_at_the_end_with_the_path_to_look_at(run: Run) -> None:
+    assert "Grounding per epoch" in run.output
+    for name in ("before", "epoch 1", "epoch 2"):
+        assert run.output.count(name) == 1
+    assert f"{run.folder / 'grounding' / 'progress.png'}" in run.output
+    assert f"{run.folder / 'grounding' / 'summary.csv'}" in run.output
+    assert "not mentioned" in run.output
+    assert max(len(line) for line in run.output.splitlines() if "│" in line) <= 80
+
+
+# --- when it measures ---
+
+
+def test_every_second_epoch_is_measured_when_asked_for(make: Make, world: Path, tmp_path: Path) -> None:
+    callback = GroundingCallback(every_n_epochs=2, examples=0)
+    saver = ModelCheckpoint(monitor="val/rho", mode="max", every_n_epochs=2)
+    trainer_in(tmp_path, callback, saver, max_epochs=5).fit(make(), data_of(world))
+    assert [row["epoch"] for row in callback.history] == [0, 2, 4]
+    tables = sorted(path.name for path in (tmp_path / "grounding").glob("pairs-*"))
+    assert tables == [f"pairs-epoch=00{epoch}.csv" for epoch in (0, 2, 4)]
+
+
+def test_without_the_measurement_before_training_lightnings_short_check_stays_as_it_is(
+    make: Make, world: Path, tmp_path: Path
+) -> None:
+    class Count(Callback):
+        batches = 0
+
+        def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+            self.batches += trainer.sanity_checking
+
+    callback, count = GroundingCallback(before_training=False, examples=0), Count()
+    trainer_in(tmp_path, callback, count, num_sanity_val_steps=1).fit(make(), data_of(world))
+    assert count.batches == 1
+    assert [row["epoch"] for row in callback.history] == [1]
+
+
+class RandomState(Callback):
+    at_start: Tensor
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.at_start = torch.random.get_rng_state()
+
+
+def test_measuring_changes_nothing_in_the_training(make: Make, world: Path, tmp_path: Path) -> None:
+    results = []
+    for callbacks in ([GroundingCallback(examples=1)], [GroundingCallback(before_training=False, examples=0)], []):
+        task, state = make(), RandomState()
+        trainer_in(tmp_path, *callbacks, state, max_epochs=2, num_sanity_val_steps=0).fit(task, data_of(world))
+        results.append((task.state_dict(), state.at_start))
+    (weights, random), *others = results
+    for other_weights, other_random in others:
+        assert torch.equal(other_random, random)
+        assert all(torch.equal(other_weights[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("looking", "trainer_options"),
+    [
+        (lambda: ModelCheckpoint(monitor="val/gamma_mean"), {}),
+        (lambda: ModelCheckpoint(monitor="val/rho", every_n_epochs=3), {}),
+        (lambda: EarlyStopping("val/gamma_above_50"), {}),
+        (lambda: EarlyStopping("val/gamma_above_80"), {"check_val_every_n_epoch": 3}),
+    ],
+)
+def test_a_callback_that_looks_in_epochs_that_are_not_measured_is_refused_before_training(
+    make: Make, world: Path, tmp_path: Path, looking: Callable[[], Callback], trainer_options: dict[str, Any]
+) -> None:
+    trainer = trainer_in(tmp_path, GroundingCallback(every_n_epochs=2), looking(), **trainer_options)
+    with pytest.raises(ValueError, match=r"looks at val/.* every \d epochs, .* every 2: give both the same"):
+        trainer.fit(make(), data_of(world))
+    assert trainer.global_step == 0
+
+
+def test_callbacks_that_look_only_where_it_is_measured_are_accepted(make: Make, world: Path, tmp_path: Path) -> None:
+    stop, saver = EarlyStopping("val/rho", mode="max", patience=9), ModelCheckpoint(monitor="val/loss")
+    callback = GroundingCallback(every_n_epochs=2, examples=0)
+    trainer_in(tmp_path, callback, stop, saver, max_epochs=4, check_val_every_n_epoch=2).fit(make(), data_of(world))
+    assert [row["epoch"] for row in callback.history] == [0, 2, 4]
+
+
+def test_a_resumed_run_goes_on_with_its_history(make: Make, world: Path, tmp_path: Path) -> None:
+    callback = GroundingCallback(examples=1)
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer_in(tmp_path / "first", callback, saver, max_epochs=2).fit(make(), data_of(world))
+    resumed = GroundingCallback(examples=1)
+    trainer = trainer_in(tmp_path / "second", resumed, max_epochs=2)
+    trainer.fit(make(), data_of(world), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert [row["epoch"] for row in resumed.history] == [0, 1, 2]
+    for before, after in zip(callback.history, resumed.history, strict=True):
+        assert after["gamma_mean"] == before["gamma_mean"]
+        assert after["loss"] == before["loss"]
+        assert torch.equal(after["examples"]["heats"][0], before["examples"]["heats"][0])
+    lines = rows_of(tmp_path / "second" / "grounding" / "summary.csv")
+    assert [int(line["epoch"]) for line in lines] == [0, 1, 2]
+    sizes = []
+    for name in ("first", "second"):
+        with Image.open(tmp_path / name / "grounding" / "progress.png") as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == sizes[1]  # as many columns
+
+
+def test_a_callback_used_in_a_second_run_starts_a_new_history(make: Make, world: Path, tmp_path: Path) -> None:
+    callback = GroundingCallback(examples=0)
+    trainer_in(tmp_path / "first", callback, max_epochs=2).fit(make(), data_of(world))
+    trainer_in(tmp_path / "second", callback, max_epochs=1).fit(make(), data_of(world))
+    assert [row["epoch"] for row in callback.history] == [0, 1]
+
+
+def test_a_run_that_is_prolonged_keeps_its_history(make: Make, world: Path, tmp_path: Path) -> None:
+    callback, task = GroundingCallback(examples=0), make()
+    trainer = trainer_in(tmp_path, callback, max_epochs=1)
+    trainer.fit(task, data_of(world))
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(task, data_of(world))
+    assert [row["epoch"] for row in callback.history] == [0, 1, 2]
+    assert [row["step"] for row in callback.history] == [0, 3, 6]
+
+
+# --- validate and test ---
+
+
+def test_validate_and_test_log_and_write_beside_the_training_without_touching_it(
+    make: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, callback = make(), GroundingCallback(examples=2)
+    logger = CSVLogger(tmp_path, name="run")
+    trainer = trainer_in(tmp_path, callback, logger=logger)
+    trainer.fit(task, data_of(world))
+    folder = Path(logger.log_dir) / "grounding"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    history = list(callback.history)
+    capsys.readouterr()
+    results = {}
+    for verb, split in (("validate", "val"), ("test", "test")):
+        run = trainer.validate if verb == "validate" else trainer.test
+        (logged,) = run(task, data_of(world), verbose=False)
+        assert {f"{split}/{name}" for name in SCALARS} <= set(logged)
+        assert all(name.startswith(f"{split}/") for name in logged)
+        results[verb] = [logged[f"{split}/{name}"] for name in (*SCALARS, "loss")]
+        printed = capsys.readouterr().out
+        assert verb in printed
+        assert str(folder / f"progress-{verb}.png") in printed
+        for name in (f"pairs-{verb}.csv", f"summary-{verb}.csv", f"classes-{verb}.csv"):
+            assert rows_of(folder / name)
+        with Image.open(folder / f"progress-{verb}.png") as picture:
+            picture.load()
+    last = callback.history[-1]
+    assert results["validate"] == pytest.approx(results["test"])
+    assert results["validate"][0] == pytest.approx(last["gamma_mean"], abs=1e-6)
+    assert callback.history == history
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# --- the model is left as it was ---
+
+
+def test_hooks_are_gone_after_a_run_and_after_an_exception(make: Make, world: Path, tmp_path: Path) -> None:
+    task = make()
+    before = hooks_in(task)
+    trainer_in(tmp_path, GroundingCallback(examples=0)).fit(task, data_of(world))
+    assert hooks_in(task) == before
+
+    class Failing(ContrastiveFineTuning):
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            assert hooks_in(self) == before + 2
+            if batch_idx == 1:
+                raise KeyError("in the middle")
+
+    torch.manual_seed(0)
+    failing = Failing(str(config_of(task, tmp_path)), None)
+    for start in ("fit", "validate"):
+        trainer = trainer_in(tmp_path, GroundingCallback(examples=0))
+        with pytest.raises(KeyError, match="in the middle"):
+            getattr(trainer, start)(failing, data_of(world))
+        assert hooks_in(failing) == before
+
+
+def config_of(task: ContrastiveFineTuning, folder: Path) -> Path:
+    path = folder / "same.json"
+    path.write_text(json.dumps(task.encoder.architecture["model_cfg"]))
+    return path
+
+
+def test_modes_and_gradients_are_as_before(make: Make, world: Path, tmp_path: Path) -> None:
+    task = make()
+    task.encoder.model.visual.eval()  # part of the model may be frozen on purpose
+    for parameter in task.encoder.model.visual.parameters():
+        parameter.requires_grad_(False)
+    modes = {name: module.training for name, module in task.named_modules()}
+    grads = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
+    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    assert {name: module.training for name, module in task.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in task.named_parameters()} == grads
+    assert all(parameter.grad is None for parameter in task.parameters())
+
+
+def test_repeated_measurements_keep_no_tensors(make: Make, world: Path, tmp_path: Path) -> None:
+    task, callback = make(), GroundingCallback(examples=0)
+    trainer, counts = trainer_in(tmp_path, callback), []
+    for _ in range(4):
+        trainer.validate(task, data_of(world), verbose=False)
+        gc.collect()
+        counts.append(sum(1 for thing in gc.get_objects() if type(thing) is Tensor))
+    assert counts[-1] <= counts[1]
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_inference_mode_is_refused_at_once_with_the_remedy(make: Make, world: Path, tmp_path: Path, verb: str) -> None:
+    trainer = trainer_in(tmp_path, GroundingCallback(), inference_mode=True)
+    with pytest.raises(ValueError, match=r"Trainer\(inference_mode=False\)"):
+        getattr(trainer, verb)(make(), data_of(world))
+
+
+def test_prediction_needs_no_gradients_and_no_check(make: Make, world: Path, tmp_path: Path) -> None:
+    predictions = trainer_in(tmp_path, GroundingCallback(), inference_mode=True).predict(make(), data_of(world))
+    assert predictions is not None
+    assert len(predictions) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_layer": 3}, "image tower has layers 0 to 2"),
+        ({"text_layer": -4}, "text tower has layers 0 to 2"),
+        ({"steps": 0}, "steps"),
+        ({"rule": "guess"}, "rule"),
+    ],
+)
+def test_layers_and_steps_that_do_not_exist_are_refused_at_setup(
+    make: Make, world: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    trainer = trainer_in(tmp_path, GroundingCallback(**options))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(make(), data_of(world))
+    assert not (tmp_path / "grounding").exists()
+
+
+@pytest.mark.parametrize("name", ["every_n_epochs", "internal_batch_size"])
+def test_numbers_below_one_are_refused(name: str) -> None:
+    options: dict[str, Any] = {name: 0}
+    with pytest.raises(ValueError, match=f"{name} has to be at least 1; got 0"):
+        GroundingCallback(**options)
+
+
+def test_a_negative_number_of_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match="examples has to be at least 0; got -1"):
+        GroundingCallback(examples=-1)
+
+
+def test_a_module_without_a_dual_encoder_is_told_what_to_keep(world: Path, tmp_path: Path) -> None:
+    class Bare(L.LightningModule):
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            pass
+
+    with pytest.raises(ValueError, match=r"no DualEncoder in Bare: keep one as `self.encoder`"):
+        trainer_in(tmp_path, GroundingCallback()).validate(Bare(), data_of(world))
+
+
+def test_other_batches_are_told_apart_from_a_lack_of_grounding(make: Make, tmp_path: Path) -> None:
+    class Plain(Foreign):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    loader: Any = torch.utils.data.DataLoader([1, 2, 3])  # type: ignore[arg-type] # a list is a data set
+    with pytest.raises(RuntimeError, match=r"no lightning_xai\.data\.Batch"):
+        trainer_in(tmp_path, GroundingCallback()).validate(Plain(make().encoder, "nothing"), loader)
+
+
+def test_weights_that_are_nan_are_named_as_the_cause(make: Make, world: Path, tmp_path: Path) -> None:
+    task = make()
+    with torch.no_grad():
+        next(task.encoder.model.visual.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match=r"not finite.*\n?.*training run that diverged leaves NaN"):
+        trainer_in(tmp_path, GroundingCallback()).validate(task, data_of(world), verbose=False)
+    assert hooks_in(task) == 0
+
+
+def test_a_split_where_nothing_can_be_measured_gives_nan_and_no_picture_and_the_run_completes(
+    make: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = split_with(tmp_path / "bare", [replace(sample, regions=()) for sample in samples_of(world / "val")])
+    callback, saver = GroundingCallback(), ModelCheckpoint(tmp_path, monitor="val/gamma_mean", mode="max")
+    trainer = trainer_in(tmp_path / "run", callback, saver, logger=TensorBoardLogger(tmp_path / "run", version=0))
+    trainer.fit(make(), data_of(world, val=bare))
+    assert trainer.global_step == 3
+    logged = trainer.callback_metrics
+    assert float(logged["val/grounding_pairs"]) == 0
+    assert all(math.isnan(float(logged[f"val/{name}"])) for name in SCALARS[:-1])
+    assert math.isfinite(float(logged["val/loss"]))
+    folder = Path(trainer.log_dir or "") / "grounding"
+    assert not list(folder.glob("*.png"))
+    assert (folder / "pairs-epoch=001.csv").read_text() == HEADER + "\n"
+    assert len(rows_of(folder / "summary.csv")) == 2
+    printed = capsys.readouterr().out
+    assert "progress.png" not in printed
+    assert str(folder / "summary.csv") in printed
+    assert Path(saver.best_model_path).is_file()
+
+
+def test_broken_records_are_left_out_and_the_other_pairs_stay(make: Make, world: Path, tmp_path: Path) -> None:
+    samples = samples_of(world / "val")
+    torn = [replace(s, image=s.image[:-60]) if i in (0, 7) else s for i, s in enumerate(samples)]
+    broken = split_with(tmp_path / "broken", torn)
+    task = make()
+    data = data_of(world, val=broken, max_fault_fraction=0.5)
+    trainer_in(tmp_path, GroundingCallback(examples=1)).validate(task, data, verbose=False)
+    expected = {
+        where: pair for where, pair in pair_by_pair(task.encoder, world / "val").items() if where[0] not in (0, 7)
+    }
+    assert_same_pairs(table_of(tmp_path / "grounding" / "pairs-validate.csv"), expected)
+
+
+# --- two processes ---
+
+
+SPLITS = {"odd": 5, "fewer": 16, "three": 1, "one": 4}  # name of a validation split -> batch size
+
+
+def evaluate_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> dict[str, Any]:
+    """Validate on every split, and fit for an epoch; what is logged on this rank."""
+    found: dict[str, Any] = {}
+    for name, size in SPLITS.items():
+        data = data_of(Path(world), val=Path(splits) / name, eval_batch_size=size)
+        trainer = trainer_in(Path(out) / name, GroundingCallback(examples=0), **parallel)
+        (logged,) = trainer.validate(task_of(Path(config)), data, verbose=False)
+        found[name] = dict(logged)
+    callback, saver = GroundingCallback(examples=2), ModelCheckpoint(monitor="val/gamma_mean", mode="max")
+    logger = TensorBoardLogger(Path(out) / "fit")
+    trainer = trainer_in(Path(out) / "fit", callback, saver, logger=logger, **parallel)
+    data = data_of(Path(world), val=Path(splits) / "odd", batch_size=4)
+    trainer.fit(task_of(Path(config)), data)
+    found["history"] = [
+        {k: row[k] for k in ("epoch", "step", "gamma_mean", "pairs", "loss")} for row in callback.history
+    ]
+    found["drawn"] = len(callback.history[0]["examples"]["keys"])
+    found["saved"] = saver.best_model_path
+    return found
+
+
+def predict_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> None:
+    """Write the embeddings of splits of which a rank has fewer samples than the other, or none."""
+    for name in ("three", "one"):
+        data = data_of(Path(world), val=Path(splits) / name, test=None)
+        trainer = trainer_in(Path(out) / f"predict-{name}", EmbeddingWriter(), **parallel)
+        trainer.predict(task_of(Path(config)), data)
+
+
+def evaluate_on_this_rank(config: str, world: str, splits: str, out: str) -> dict[str, Any]:
+    parallel = join_lightning()
+    predict_all(config, world, splits, out, **parallel)
+    return evaluate_all(config, world, splits, out, **parallel)
+
+
+class Two(NamedTuple):
+    ranks: list[dict[str, Any]]
+    alone: dict[str, Any]
+    folder: Path
+    samples: list[Sample]
+
+
+@pytest.fixture(scope="module")
+def two(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    """The same on two processes (files in `two/`) and on one (in `alone/`)."""
+    folder, samples = tmp_path_factory.mktemp("two"), samples_of(world / "val")
+    for name, chosen in {"odd": samples, "fewer": samples[:7], "three": samples[:3], "one": samples[:1]}.items():
+        split_with(folder / "splits" / name, chosen)
+    where = (str(architecture_file("vit")), str(world), str(folder / "splits"))
+    ranks = run_distributed(evaluate_on_this_rank, *where, str(folder / "two"))
+    return Two(ranks, evaluate_all(*where, str(folder / "alone"), devices=1), folder, samples)
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_numbers_of_one(two: Two) -> None:
+    for rank in two.ranks:
+        for name in SPLITS:
+            assert rank[name] == pytest.approx(two.alone[name], abs=2e-6, nan_ok=True), name
+            assert rank[name]["val/grounding_pairs"] == two.alone[name]["val/grounding_pairs"]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_table_of_one_to_the_last_pair(two: Two) -> None:
+    for name in SPLITS:
+        tables = [two.folder / number / name / "grounding" / "pairs-validate.csv" for number in ("two", "alone")]
+        assert_same_pairs(table_of(tables[0]), table_of(tables[1]), tolerance=1e-6)
+        plain = [[{**row, "gamma": ""} for row in rows_of(path)] for path in tables]
+        assert plain[0] == plain[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_with_one_history_one_folder_and_one_checkpoint(two: Two) -> None:
+    first, second = two.ranks
+    assert [row["epoch"] for row in first["history"]] == [0, 1]
+    assert first["history"] == second["history"]
+    assert first["history"][0] == pytest.approx(two.alone["history"][0], abs=2e-6)
+    assert first["saved"] == second["saved"]
+    assert Path(first["saved"]).is_file()
+    assert [rank["drawn"] for rank in two.ranks] == [2, 0]  # only the rank that writes keeps pictures
+    assert len(list((two.folder / "two" / "fit").rglob("progress.png"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shares"), [("three", [2, 1]), ("one", [1, 0])])
+def test_each_process_writes_the_embeddings_of_its_own_samples(two: Two, name: str, shares: list[int]) -> None:
+    keys: list[str] = []
+    for rank, share in enumerate(shares):
+        path = two.folder / "two" / f"predict-{name}" / "embeddings" / f"rank_{rank}.npz"
+        with np.load(path, allow_pickle=False) as arrays:
+            assert arrays["image"].shape == (share, 24)
+            captions = sum(len(sample.captions) for sample in two.samples if sample.key in arrays["keys"])
+            assert arrays["text"].shape == (captions, 24)
+            keys += arrays["keys"].tolist()
+    assert keys == [sample.key for sample in two.samples[: sum(shares)]]

@@ -1,0 +1,252 @@
+"""Stopping at every single batch, in every kind of schedule, on one process and on two."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from distributed import join_lightning, run_distributed
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from stopped_runs import differences, left_by
+
+from lightning_xai.data import ShardDataModule
+from lightning_xai.data.shapes import prepare_shapes
+from lightning_xai.training import AtomicCheckpointIO, ContrastiveFineTuning, GroundingCallback, Resume
+from lightning_xai.training.resume import RunStoppedError
+from lightning_xai.training.run_folder import RunFolder, RunFolderError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
+
+
+class StopAt(Callback):
+    """Sends this process a signal at the end of the n-th training batch, or in the n-th validation batch."""
+
+    def __init__(self, number: int | None, signum: int, *, validation: bool = False, rank: int = 0) -> None:
+        self.number, self.signum, self.validation, self.rank = number, signum, validation, rank
+        self.seen = {"train": 0, "validation": 0}
+
+    def count(self, what: str, trainer: L.Trainer) -> None:
+        self.seen[what] += 1
+        wanted = "validation" if self.validation else "train"
+        if what == wanted and self.seen[what] - 1 == self.number and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.signum)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self.count("train", trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self.count("validation", trainer)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images to train on, 9 to validate on."""
+    root = tmp_path_factory.mktemp("resume") / "shapes"
+    prepare_shapes(root, 24, 9, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(architecture_file: Callable[[str], Path]) -> Path:
+    return architecture_file("vit")
+
+
+def fit(run: Path, model: Path, world: Path, *callbacks: Callback, **options: Any) -> bool:
+    """Train, or go on with the training in `run`, until it is finished (True) or stopped."""
+    folder, record = RunFolder(run), RunFolder(run).read()
+    newest = None if record is None else folder.newest(record)
+    torch.manual_seed(0)
+    module = ContrastiveFineTuning(str(model), None, initial_lr=1e-3, final_lr=1e-4)
+    data = ShardDataModule(
+        train=world / "train", val=world / "val", batch_size=4, num_workers=0, shuffle_buffer=6, max_fault_fraction=1.0
+    )
+    best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1, "inference_mode": False,
+    }  # fmt: skip
+    trainer = L.Trainer(
+        callbacks=[
+            GroundingCallback(examples=0),
+            best,
+            *callbacks,
+            Resume(folder, chosen=None if newest is None else newest.name),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        logger=TensorBoardLogger(run, name="", version=""),
+        **defaults | options,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(module, data, ckpt_path=newest)
+    except RunStoppedError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {},
+        {"val_check_interval": 2},
+        {"val_check_interval": 4, "check_val_every_n_epoch": None},
+        {"accumulate_grad_batches": 2},
+        {"check_val_every_n_epoch": 2},
+        {"max_steps": 9, "max_epochs": -1},
+    ],
+    ids=str,
+)
+def test_stopped_at_any_batch_a_run_ends_as_one_that_never_was(
+    schedule: dict[str, Any], model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert fit(tmp_path / "whole", model, world, **schedule)
+    expected = left_by(tmp_path / "whole")
+    # Every batch of the usual schedule; of the others the first, the last, and those around a validation.
+    for number in range(12) if not schedule else (0, 1, 3, 5, 8, 11):
+        run = tmp_path / f"stopped{number}"
+        signum = (signal.SIGTERM, signal.SIGUSR1)[number % 2]
+        lives = 1
+        while not fit(run, model, world, StopAt(number if lives == 1 else None, signum), **schedule):
+            lives += 1
+        # Behind the last of max_steps there is nothing left to stop.
+        assert lives == (1 if number + 1 >= schedule.get("max_steps", 13) else 2), number
+        assert differences(left_by(run), expected) == [], number
+
+
+def test_a_stop_inside_a_validation_costs_no_more_than_the_batch_before_it(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert fit(tmp_path / "whole", model, world)
+    run = tmp_path / "stopped"
+    # Three batches of the validation before training, then those of the first epoch's.
+    assert not fit(run, model, world, StopAt(4, signal.SIGTERM, validation=True))
+    assert [path.name for path in RunFolder(run).files()] == ["step=00000005.ckpt"]
+    assert fit(run, model, world)
+    assert differences(left_by(run), left_by(tmp_path / "whole")) == []
+
+
+def test_where_gradients_are_summed_up_a_stop_at_an_epochs_end_costs_no_more_than_a_step(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    # 6 batches, of which 4 make a step and the last 2 another one.
+    assert not fit(tmp_path, model, world, StopAt(5, signal.SIGTERM), accumulate_grad_batches=4)
+    assert [path.name for path in RunFolder(tmp_path).files()] == ["step=00000001.ckpt"]
+
+
+def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert fit(tmp_path / "whole", model, world)
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="max_time is over"):
+        assert fit(run, model, world, Slow(1.0), max_time={"seconds": 1})
+    record = RunFolder(run).read()
+    assert record is not None
+    assert not record.finished
+    assert fit(run, model, world, max_time={"hours": 1})
+    whole, gone_on = left_by(tmp_path / "whole"), left_by(run)
+    # What was measured where the time was over has been logged in addition.
+    logged = {key: value for key, value in gone_on.logged.items() if key in whole.logged}
+    assert differences(gone_on._replace(logged=logged), whole) == []
+
+
+class Slow(Callback):
+    """Takes its time in the third batch."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.seconds if batch_idx == 2 else 0)
+
+
+def test_stopped_before_the_first_checkpoint_a_run_begins_anew(model: Path, world: Path, tmp_path: Path) -> None:
+    assert fit(tmp_path / "whole", model, world)
+    run = tmp_path / "stopped"
+    assert not fit(run, model, world, StopAt(1, signal.SIGTERM, validation=True))
+    assert RunFolder(run).files() == []
+    assert fit(run, model, world)
+    assert differences(left_by(run), left_by(tmp_path / "whole")) == []
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_batch_whichever_was_told_and_go_on_as_if_nothing_had_been(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert run_distributed(fit_together, str(tmp_path / "whole"), str(model), str(world), None) == [True, True]
+    run = str(tmp_path / "stopped")
+    assert run_distributed(fit_together, run, str(model), str(world), 1) == [False, False]
+    assert [path.name for path in RunFolder(Path(run)).files()] == ["step=00000002.ckpt"]
+    # Now one of them is killed, in the second epoch.
+    with pytest.raises(RuntimeError):
+        run_distributed(fit_together, run, str(model), str(world), 2, int(signal.SIGKILL))
+    assert run_distributed(fit_together, run, str(model), str(world), None) == [True, True]
+    assert differences(left_by(Path(run)), left_by(tmp_path / "whole")) == []
+
+
+def fit_together(run: str, model: str, world: str, stop_at: int | None, signum: int = signal.SIGTERM) -> bool:
+    stop = StopAt(stop_at, signum, rank=1)
+    return fit(Path(run), Path(model), Path(world), stop, **join_lightning())
+
+
+def test_ranks_that_would_start_from_different_checkpoints_say_so(tmp_path: Path) -> None:
+    [first, second] = run_distributed(choose_differently, str(tmp_path))
+    assert first == ""
+    assert "rank 1 would start from step=00000007.ckpt, rank 0 from the beginning" in second
+
+
+def choose_differently(run: str) -> str:
+    rank = torch.distributed.get_rank()
+    resume = Resume(RunFolder(Path(run)), chosen="step=00000007.ckpt" if rank else None)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **join_lightning())
+    trainer.strategy.setup_environment()
+    try:
+        resume.setup(trainer, L.LightningModule(), "fit")
+    except RunFolderError as error:
+        return str(error)
+    finally:
+        resume.teardown(trainer, L.LightningModule(), "fit")
+    return ""
+
+
+def test_signals_belong_to_others_again_when_training_is_over(model: Path, world: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGTERM)]
+    assert not fit(tmp_path / "run", model, world, StopAt(1, signal.SIGTERM))
+    assert [signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGTERM)] == before
+    assert fit(tmp_path / "run", model, world)
+    assert [signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGTERM)] == before
+
+
+def test_the_random_numbers_of_a_batch_depend_on_nothing_but_its_place(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    class Draws(Callback):
+        def __init__(self, waste: int) -> None:
+            self.waste = waste
+            self.drawn: list[tuple[float, float, float]] = []
+
+        def on_before_backward(self, *args: Any) -> None:
+            self.drawn.append((torch.rand(1).item(), random.random(), float(np.random.rand())))
+            torch.rand(self.waste)
+
+    few, many = Draws(1), Draws(5)
+    fit(tmp_path / "few", model, world, few, max_epochs=1)
+    fit(tmp_path / "many", model, world, many, max_epochs=1)
+    assert few.drawn == many.drawn
+    assert len(set(few.drawn)) == 6
+
+
+def test_no_time_between_checkpoints_is_refused() -> None:
+    with pytest.raises(ValueError, match="minutes has to be positive; got 0"):
+        Resume(minutes=0)
