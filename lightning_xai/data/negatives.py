@@ -28,8 +28,8 @@ class Negatives(TensorFields):
         label: `[N]` int64, class of the true object, index into `Batch.label_names`.
         boxes: `[N, 4]` float32, `(x0, y0, x1, y1)` of the true object in pixels of the transformed image.
         reason: `[N]` int64, an `Exclusion`: `OUTSIDE_CROP`, `SPAN_CUT_OFF` or `SPAN_NOT_ALIGNED` (of either caption),
-            else `MEASURED`. Those that a data set comes with count also where the image has several instances of the class:
-            they name one of them, and section 4.4 of the paper asks for no more.
+            else `MEASURED`. Those that a data set comes with count also where the image has several instances of the
+            class: they name one of them, and section 4.4 of the paper asks for no more.
         tokens: `[N, L]` int64, the wrong caption.
         mask: `[N, L]` bool, its tokens that stand in place of the true words.
         true_mask: `[N, L]` bool, the tokens of the true caption that were replaced.

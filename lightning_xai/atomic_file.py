@@ -1,0 +1,32 @@
+"""Files that a reader sees whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replaced_at_once"]
+
+
+@contextmanager
+def replaced_at_once(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A temporary path in the same folder to write to; it replaces `path` at the end and is deleted after an error.
+
+    The folder is created if needed. The suffix is kept, since some writers choose the format by it.
+
+    Args:
+        path: the file to write.
+        durable: flush it to the disk before it replaces the old one, so that it survives a power failure.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield part
+        if durable:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

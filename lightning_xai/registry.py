@@ -1,0 +1,116 @@
+"""Named entries that other packages can add to: methods, metrics, data sets and commands.
+
+A built-in entry is written as `"module:attribute"`, so that listing the names imports nothing. An installed package
+adds entries of its own through Python's entry points:
+
+    [project.entry-points."lightning_xai.methods"]
+    my_method = "my_package.my_method:MyMethod"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+__all__ = ["PluginError", "Registry"]
+
+T = TypeVar("T")
+
+
+class PluginError(ValueError):
+    """An entry that an installed package adds breaks the contract; the message names package, entry and rule."""
+
+
+class Registry(Mapping[str, T]):
+    """Entries by name, imported when they are first looked up.
+
+    Args:
+        kind: what an entry is, in messages: "attribution method".
+        builtin: name -> `"module:attribute"`.
+        group: entry-point group in which other packages add entries; None: nobody can.
+        check: raises a ValueError that states the rule which an entry breaks; called for entries of other packages.
+
+    Raises:
+        PluginError: (on first use) an entry point takes the name of another entry; on lookup: it cannot be imported or
+            breaks the contract.
+        KeyError: on lookup: there is no such entry.
+
+    Example:
+        >>> names = Registry("container", {"dict": "builtins:dict", "list": "builtins:list"})
+        >>> list(names), names["dict"]
+        (['dict', 'list'], <class 'dict'>)
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        builtin: Mapping[str, str],
+        group: str | None = None,
+        check: Callable[[str, Any], None] = lambda name, entry: None,
+    ) -> None:
+        self.kind = kind
+        self.group = group
+        self._builtin = dict(builtin)
+        self._check = check
+        self._loaded: dict[str, T] = {}
+
+    @cached_property
+    def _plugins(self) -> dict[str, EntryPoint]:
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.group) if self.group is not None else ():
+            taken_by = "lightning_xai" if point.name in self._builtin else None
+            if point.name in found and found[point.name] != point:
+                taken_by = _package(found[point.name])
+            if taken_by is not None:
+                raise PluginError(
+                    f"{_where(point, self.group)}: the {self.kind} {point.name!r} is taken by {taken_by}; "
+                    "rename or uninstall one of them"
+                )
+            found[point.name] = point
+        return found
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._loaded:
+            if name in self._builtin:
+                module, _, attribute = self._builtin[name].partition(":")
+                self._loaded[name] = getattr(import_module(module), attribute)
+            else:
+                self._loaded[name] = self._load(self._plugins[name])
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._builtin
+        yield from self._plugins
+
+    def __len__(self) -> int:
+        return len(self._builtin) + len(self._plugins)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builtin or name in self._plugins
+
+    def origin(self, name: str) -> str:
+        """The package that an entry comes from, with its version where it is known: "my_package 1.2"."""
+        return "lightning_xai" if name in self._builtin else _package(self._plugins[name])
+
+    def _load(self, point: EntryPoint) -> T:
+        where = _where(point, self.group)
+        try:
+            entry: T = point.load()
+        except Exception as error:
+            raise PluginError(f"{where}: {point.value} cannot be imported ({error})") from error
+        try:
+            self._check(point.name, entry)
+        except ValueError as error:
+            raise PluginError(f"{where}: {error}") from error
+        return entry
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown package"
+
+
+def _where(point: EntryPoint, group: str | None) -> str:
+    return f"plug-in {_package(point)}, entry {point.name!r} of {group}"

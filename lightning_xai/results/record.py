@@ -1,0 +1,229 @@
+"""What a result folder says of itself: model, data, methods, metrics and settings, as `result.json`.
+
+A result folder holds
+
+- `result.json`: a `ResultRecord`;
+- `values.csv` and `targets.csv`: the long table, see `table`;
+- `METHOD/examples.json`: `Example`s of a method, whose images are in `examples/`.
+
+`test` writes one such folder, `roar` writes one, and `GroundingCallback` writes one for each measurement, in
+`RUN/grounding/epoch=003/`. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from lightning_xai.atomic_file import replaced_at_once
+
+__all__ = [
+    "RESULT_NAME",
+    "VERSION",
+    "MethodRecord",
+    "MetricRecord",
+    "ResultError",
+    "ResultRecord",
+    "Score",
+    "read_record",
+    "write_record",
+]
+
+RESULT_NAME = "result.json"
+VERSION = 2
+Better = Literal["up", "down"]
+
+
+class ResultError(ValueError):
+    """A result file that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """A number that sums up one measured value over its targets.
+
+    The definition travels with the results, so that a report needs neither torch nor the package of a metric.
+
+    Attributes:
+        name: of the score: "gamma_above_50".
+        value: the metric of the long table that it sums up: "gamma".
+        reduce: how. mean: arithmetic mean; std: sample standard deviation; share_above, share_below: share of values
+            above (below) `threshold`; count: number of values.
+        threshold: of the shares.
+        heading: of its column in tables, without unit and arrow: "γ > 0.5".
+        better: whether a larger ("up") or a smaller ("down") score is better; None: neither.
+        percent: whether it is a fraction that reports print in percent.
+    """
+
+    name: str
+    value: str
+    reduce: Literal["mean", "std", "share_above", "share_below", "count"] = "mean"
+    threshold: float = 0.0
+    heading: str
+    better: Better | None = None
+    percent: bool = False
+
+    def of(self, values: Sequence[float]) -> float:
+        """The score of some values; NaN without any (std: below two), except for counts.
+
+        Sums are exact (`math.fsum`), so that the order of the values and the number of processes they come from do not
+        change a bit.
+
+        >>> Score(name="gamma_above_50", value="gamma", reduce="share_above", threshold=0.5, heading="").of([0.5, 0.75])
+        0.5
+        """
+        if self.reduce == "count":
+            return float(len(values))
+        if not values:
+            return math.nan
+        if self.reduce == "share_above":
+            return sum(value > self.threshold for value in values) / len(values)
+        if self.reduce == "share_below":
+            return sum(value < self.threshold for value in values) / len(values)
+        mean = math.fsum(values) / len(values)
+        if self.reduce == "mean":
+            return mean
+        if len(values) < 2:
+            return math.nan
+        return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What reports need to know of a metric.
+
+    Attributes:
+        name: "grounding".
+        title: of its table.
+        note: what its numbers mean, in one or two sentences.
+        values: the metrics of the long table that it writes: ("gamma", "rho").
+        scores: how they are summed up.
+        modality: what it is about, where scores of image and text are shown as lines of one table; else "".
+        chart: how the values are drawn; None: not at all.
+    """
+
+    name: str
+    title: str
+    note: str
+    values: tuple[str, ...]
+    scores: tuple[Score, ...]
+    chart: Literal["cumulative", "distribution", "bars"] | None = None
+    options: dict[str, Any] = {}
+
+
+class MethodRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A method that took part.
+
+    Attributes:
+        name: as in the registry of methods; its label in the table may be another one.
+        options: every option and its value.
+        signed: whether its maps distinguish for from against.
+        baseline: whether it ignores the model, as random maps do.
+        seeds: one for each repetition.
+    """
+
+    name: str
+    options: dict[str, Any] = {}
+    signed: bool = False
+    baseline: bool = False
+    seeds: tuple[int, ...] = (0,)
+
+
+class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A result folder's description of itself.
+
+    Attributes:
+        kind: what wrote it: "training" (a measurement of `GroundingCallback`), "evaluation" or "roar".
+        model: `name`, `pretrained`, `architecture`, `fingerprint` of the weights, ...
+        data: `name`, `folder`, `fingerprint`, `samples`, ...
+        settings: every option.
+        versions: package -> version.
+        methods: label -> method.
+        metrics: name -> metric.
+        state: of a training: `epoch` (finished epochs, or "validate" or "test") and `step`.
+        logged: what the module logged in the same evaluation, by name; None stands for NaN.
+        speed: `pairs_per_second` and the like; no property of the model.
+        extra: what one kind alone has: `missing` trials and `grid` of a ROAR+.
+        version: of this format.
+    """
+
+    kind: Literal["training", "evaluation", "roar"]
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    methods: dict[str, MethodRecord]
+    metrics: dict[str, MetricRecord] = {}
+    state: dict[str, int | str] = {}
+    logged: dict[str, float | None] = {}
+    speed: dict[str, float] = {}
+    extra: dict[str, Any] = {}
+    version: int = VERSION
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """Every score of every metric, by name."""
+        return {score.name: score for metric in self.metrics.values() for score in metric.scores}
+
+
+def write_record(folder: Path, record: ResultRecord) -> None:
+    """Write `folder/result.json`; a reader sees the whole file or the one before it."""
+    text = msgspec.json.format(msgspec.json.encode(record, enc_hook=str), indent=2)
+    with replaced_at_once(folder / RESULT_NAME) as part:
+        part.write_bytes(text + b"\n")
+
+
+def read_record(folder: Path) -> ResultRecord:
+    """Read `folder/result.json`.
+
+    Raises:
+        ResultError: it is missing, broken or of another version.
+    """
+    path = folder / RESULT_NAME
+    try:
+        data = path.read_bytes()
+        found = msgspec.json.decode(data, type=_Version).version
+        if found != VERSION:
+            raise ResultError(
+                f"{path}: version {found} of the result format, this release reads {VERSION}; "
+                "run the same command again in an empty folder to write it in the new format"
+            )
+        return msgspec.json.decode(data, type=ResultRecord)
+    except OSError as error:
+        raise ResultError(f"{path} cannot be read ({error}); give the folder of a finished run") from error
+    except msgspec.MsgspecError as error:
+        raise ResultError(f"{path}: field missing or of the wrong type ({error}); run it again") from error
+
+
+class _Version(msgspec.Struct):
+    version: int = 0
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over seeds, s / sqrt(n) with s of n - 1 degrees; NaN below two or with a NaN.
+
+    >>> round(standard_error([0.1, 0.2, 0.3]), 6)
+    0.057735
+    """
+    if len(values) < 2 or any(math.isnan(value) for value in values):
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def settings_that_differ(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+    """What differs between two nested records of settings, as "training.lr was 1 and is 2".
+
+    >>> settings_that_differ({"training": {"lr": 1, "epochs": 5}}, {"training": {"lr": 2, "epochs": 5}})
+    ['training.lr was 1 and is 2']
+    """
+    found: list[str] = []
+    for key in [*was, *(key for key in now if key not in was)]:
+        name, old, new = f"{at}{key}", was.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += settings_that_differ(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} was {old!r} and is {new!r}")
+    return found

@@ -1,0 +1,156 @@
+"""The long table of results: one row for each measured value of each target.
+
+`values.csv` has a row (method, seed, target, metric, value, excluded). `excluded` is empty where the value was
+measured, else the reason why not. `targets.csv` describes each target once: a phrase and the box of its object, a
+caption, a hard negative, ... Join them on `target`. Every mean, class table and count is a group-by of these two.
+
+Rows are in a canonical order and floats are written so that reading gives the same bits: the files are identical
+whatever the number of processes. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lightning_xai.atomic_file import replaced_at_once
+from lightning_xai.results.record import ResultError, ResultRecord, Score, read_record, write_record
+
+__all__ = ["TARGET_COLUMNS", "VALUE_COLUMNS", "ResultTable", "exclusions", "read_result", "score_table", "write_result"]
+
+VALUES_NAME = "values.csv"
+TARGETS_NAME = "targets.csv"
+VALUE_COLUMNS = ("method", "seed", "target", "metric", "value", "excluded")
+TARGET_COLUMNS = ("target", "kind", "index", "ordinal", "key", "caption_index", "caption", "label")
+"""Columns that every target has; each kind adds its own (`phrase`, `x0`, `y0`, `x1`, `y1`, ...), empty elsewhere."""
+_TEXT = {"method", "target", "metric", "excluded", "kind", "key", "caption", "label", "phrase", "other_label"}
+
+
+@dataclass(frozen=True, eq=False)
+class ResultTable:
+    """The long table.
+
+    Attributes:
+        values: columns `VALUE_COLUMNS`; `value` is float64, NaN where `excluded` gives a reason.
+        targets: columns `TARGET_COLUMNS` and those that the kinds of targets add.
+    """
+
+    values: pd.DataFrame
+    targets: pd.DataFrame
+
+    @classmethod
+    def of(cls, values: Iterable[Sequence[Any]], targets: Iterable[Mapping[str, Any]]) -> ResultTable:
+        """Build it from rows in any order.
+
+        Args:
+            values: rows of `VALUE_COLUMNS`.
+            targets: one mapping for each target; several processes or methods may describe the same one.
+        """
+        described = {target["target"]: target for target in targets}
+        ordered = sorted(described.values(), key=lambda row: (row["index"], row["kind"], row["ordinal"]))
+        places = {row["target"]: place for place, row in enumerate(ordered)}
+        rows = sorted(values, key=lambda row: (row[0], row[1], places[row[2]], row[3]))
+        more = sorted({column for row in ordered for column in row} - set(TARGET_COLUMNS))
+        return cls(
+            pd.DataFrame(rows, columns=list(VALUE_COLUMNS)).astype({"value": "float64"}),
+            pd.DataFrame(ordered, columns=[*TARGET_COLUMNS, *more]),
+        )
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """Values with the columns of their targets."""
+        return self.values.merge(self.targets, on="target", how="left", validate="many_to_one")
+
+    def measured(self, metric: str) -> pd.DataFrame:
+        """The rows of `frame` of one metric that were measured."""
+        frame = self.frame
+        return frame[(frame["metric"] == metric) & (frame["excluded"] == "")]
+
+
+def score_table(frame: pd.DataFrame, scores: Iterable[Score], by: Sequence[str] = ("method", "seed")) -> pd.DataFrame:
+    """Scores by group: the one place where values become means, shares and counts.
+
+    Args:
+        frame: `ResultTable.values`, or `frame` where `by` names columns of targets.
+        scores: how to sum up which values.
+        by: columns whose combinations make a group.
+
+    Returns:
+        One row for each group and score of which the group has rows: the columns `by`, `score`, `value` and `count`
+        (measured values). `value` is NaN where nothing was measured.
+    """
+    rows = []
+    wanted = list(scores)
+    for (metric, *group), part in frame.groupby(["metric", *by], sort=True, dropna=False):
+        own = [score for score in wanted if score.value == metric]
+        measured = part.loc[part["excluded"] == "", "value"].tolist() if own else []
+        rows += [(*group, score.name, score.of(measured), len(measured)) for score in own]
+    return pd.DataFrame(rows, columns=[*by, "score", "value", "count"])
+
+
+def exclusions(frame: pd.DataFrame, by: Sequence[str] = ("method", "metric")) -> pd.DataFrame:
+    """How many values were measured, and how many were not, by reason: columns `by`, `excluded` and `count`.
+
+    `excluded` is empty for the values that were measured.
+    """
+    return frame.groupby([*by, "excluded"], sort=True, dropna=False).size().rename("count").reset_index()
+
+
+def write_result(folder: Path, record: ResultRecord, table: ResultTable) -> None:
+    """Write a result folder; `result.json` comes last, so that where it is, all else is."""
+    write_csv(folder / TARGETS_NAME, table.targets)
+    write_csv(folder / VALUES_NAME, table.values)
+    write_record(folder, record)
+
+
+def read_result(folder: Path) -> tuple[ResultRecord, ResultTable]:
+    """Read a result folder.
+
+    Raises:
+        ResultError: a file is missing, broken or of another version.
+    """
+    record = read_record(folder)
+    values, targets = (read_csv(folder / name) for name in (VALUES_NAME, TARGETS_NAME))
+    for frame, columns, name in ((values, VALUE_COLUMNS, VALUES_NAME), (targets, TARGET_COLUMNS, TARGETS_NAME)):
+        missing = [column for column in columns if column not in frame.columns]
+        if missing:
+            raise ResultError(f"{folder / name}: the columns {', '.join(missing)} are missing; run it again")
+    return record, ResultTable(values, targets)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a frame as CSV (UTF-8): floats with all their digits, NaN and None as empty fields."""
+    with (
+        replaced_at_once(path) as part,
+        # JSON allows lone surrogates, which are no UTF-8, in captions: spell them out rather than lose the table.
+        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        frame.to_csv(file, index=False, lineterminator="\n")
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read a table that `write_csv` wrote; text columns keep words such as "nan" and "NA" as they are.
+
+    Raises:
+        ResultError: the file is missing or no such table.
+    """
+    try:
+        header = pd.read_csv(path, nrows=0, encoding="utf-8").columns
+        text = {column: str for column in header if column in _TEXT}
+        numbers = {column: [""] for column in header if column not in text}
+        return pd.read_csv(
+            path,
+            encoding="utf-8",
+            dtype=text,
+            keep_default_na=False,
+            na_values=numbers,
+            # The default parser may be off by a bit.
+            float_precision="round_trip",
+        )
+    except (OSError, ValueError, pd.errors.ParserError) as error:
+        raise ResultError(f"{path}: not a table of results ({error}); run it again") from error
