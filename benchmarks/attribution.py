@@ -99,7 +99,7 @@ def measure_exclip(model: str, device: str) -> dict[str, float]:
     from lightning_xai.attribution import FeaturePairAttribution
 
     explainer.reset_attribution()
-    ours = FeaturePairAttribution(encoder).attribute(images[:1], tokens[:1]).pairs[0, : len(theirs)].cpu()
+    ours = FeaturePairAttribution(encoder).attribute(images[:1], tokens[:1]).interactions[0, : len(theirs)].cpu()
     return {"pair": seconds, "difference": float((ours - theirs).norm() / theirs.norm()), "peak": peak}
 
 

@@ -33,7 +33,7 @@ def test_the_attribution_example_runs(
     names: dict[str, Any] = {}
     exec(example.replace(loading, f'load_dual_encoder("{architecture_file("vit")}")'), names)
     result = names["result"]
-    assert result.pairs.shape == (1, 16, 4, 4)
+    assert result.interactions.shape == (1, 16, 4, 4)
     assert names["encoder"].tokenizer.decode(names["tokens"][0][names["span"][0]]).strip() == "dog"
 
 

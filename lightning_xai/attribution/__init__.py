@@ -3,7 +3,7 @@ from lightning_xai.attribution.base import (
     Attribution,
     AttributionMethod,
     ConstantMapWarning,
-    PairAttribution,
+    InteractionAttribution,
     min_max,
     upsample,
 )
@@ -53,7 +53,7 @@ __all__ = [
     "IntegratedGradients",
     "IntraModalAttribution",
     "KernelSHAP",
-    "PairAttribution",
+    "InteractionAttribution",
     "RandomMap",
     "References",
     "Saliency",

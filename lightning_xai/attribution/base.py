@@ -34,9 +34,9 @@ class Attribution:
         image: [B, H, W] at patch resolution; signed where the method is signed, else non-negative. Larger is more.
         text: [B, L], likewise; zero for tokens that the embedding cannot depend on, such as padding behind the end.
         similarity: [B], the cosine similarity that is explained, in [-1, 1].
-        pairs: [B, L, H, W], signed: how much token and patch together add to the similarity, in its units; None where
-            the method tells no pairs apart.
-        prefix: [B, L], the same for the image's prefix tokens (CLS, registers); None where `pairs` is.
+        interactions: [B, L, H, W], signed: how much token and patch together add to the similarity, in its units; None
+            for methods without token-patch attributions.
+        prefix: [B, L], the same for the image's prefix tokens (CLS, registers); None where `interactions` is.
         completeness_error: [B], sum of all attributions minus what they should sum to, for methods that have such a
             sum; None for others. Goes to zero with the number of integration steps.
     """
@@ -44,7 +44,7 @@ class Attribution:
     image: Tensor
     text: Tensor
     similarity: Tensor
-    pairs: Tensor | None = None
+    interactions: Tensor | None = None
     prefix: Tensor | None = None
     completeness_error: Tensor | None = None
 
@@ -59,10 +59,10 @@ class Attribution:
 
 
 @dataclass(frozen=True)
-class PairAttribution(Attribution):
-    """An attribution that tells pairs of token and patch apart; `image` and `text` are sums over its `pairs`."""
+class InteractionAttribution(Attribution):
+    """An attribution to token-patch interactions; `image` and `text` are sums over `interactions`."""
 
-    pairs: Tensor
+    interactions: Tensor
     prefix: Tensor
     completeness_error: Tensor
 
@@ -78,13 +78,21 @@ class AttributionMethod(ABC):
             memory, changes no number. None: as many as there are.
 
     Attributes:
-        signed: whether maps tell for from against; those of other methods only tell much from little.
+        signed: whether maps distinguish for from against; those of other methods only distinguish much from little.
+        pairwise: whether attributions have token-patch `interactions`, so that a phrase has a map within its caption.
+        stochastic: whether results depend on an option `seed`.
+        baseline: whether the model is ignored, as by random maps.
+        has_zero: whether 0 means "no influence"; elsewhere only differences within a map mean something.
 
     Raises:
         ValueError: `internal_batch_size` is not positive.
     """
 
     signed: ClassVar[bool] = False
+    pairwise: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
+    baseline: ClassVar[bool] = False
+    has_zero: ClassVar[bool] = True
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
         if internal_batch_size is not None and internal_batch_size < 1:

@@ -30,6 +30,9 @@ class RandomMap(AttributionMethod):
         ValueError: an image tower that cannot be split.
     """
 
+    stochastic = True
+    baseline = True
+
     def __init__(self, encoder: TwoTowerEncoder, *, seed: int = 0, internal_batch_size: int | None = None) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._grid = encoder.image_at_layer().grid
@@ -67,6 +70,8 @@ class CentredGaussian(AttributionMethod):
     Raises:
         ValueError: a width that is not positive, or an image tower that cannot be split.
     """
+
+    baseline = True
 
     def __init__(
         self, encoder: TwoTowerEncoder, *, width: float = 0.25, internal_batch_size: int | None = None

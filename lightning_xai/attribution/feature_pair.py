@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.base import AttributionMethod, PairAttribution, check_batch, check_finite
+from lightning_xai.attribution.base import AttributionMethod, InteractionAttribution, check_batch, check_finite
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.at_layer import Path, TowerAtLayer, as_constant, differentiable
@@ -35,25 +35,25 @@ class IntraModalAttribution:
     """What parts of two images, or of two captions, add to their similarity.
 
     Attributes:
-        pairs: [B, H, W, H, W] for images, [B, L, L] for captions: parts of the first input, then of the second; signed,
+        interactions: [B, H, W, H, W] for images, [B, L, L] for captions: parts of the first input, then of the second; signed,
             in units of the similarity. CLS, registers and padding are left out.
         similarity: [B], the cosine similarity that is explained, in [-1, 1].
         completeness_error: [B], as for `Attribution`.
     """
 
-    pairs: Tensor
+    interactions: Tensor
     similarity: Tensor
     completeness_error: Tensor
 
     @property
     def first(self) -> Tensor:
         """[B, H, W] or [B, L]: contribution of each part of the first input, with the whole second one."""
-        return self.pairs.sum(dim=tuple(range(self.pairs.ndim // 2 + 1, self.pairs.ndim)))
+        return self.interactions.sum(dim=tuple(range(self.interactions.ndim // 2 + 1, self.interactions.ndim)))
 
     @property
     def second(self) -> Tensor:
         """[B, H, W] or [B, L]: contribution of each part of the second input, with the whole first one."""
-        return self.pairs.sum(dim=tuple(range(1, self.pairs.ndim // 2 + 1)))
+        return self.interactions.sum(dim=tuple(range(1, self.interactions.ndim // 2 + 1)))
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ class FeaturePairAttribution(AttributionMethod):
     """
 
     signed = True
+    pairwise = True
 
     def __init__(
         self,
@@ -149,25 +150,25 @@ class FeaturePairAttribution(AttributionMethod):
         self._image_reference = image_reference
         self._text_reference = text_reference
 
-    def attribute(self, images: Tensor, tokens: Tensor) -> PairAttribution:
+    def attribute(self, images: Tensor, tokens: Tensor) -> InteractionAttribution:
         """All pairs of tokens and patches; see `AttributionMethod.attribute`."""
         result = super().attribute(images, tokens)
-        assert isinstance(result, PairAttribution)
+        assert isinstance(result, InteractionAttribution)
         return result
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> PairAttribution:
+    def _attribute(self, images: Tensor, tokens: Tensor) -> InteractionAttribution:
         references = self.references(tokens.shape[1])
-        return PairAttribution.concatenate(
+        return InteractionAttribution.concatenate(
             [
                 self.attribute_states(self.hidden_states(images[rows], tokens[rows]), references)
                 for rows in self._chunks(len(images))
             ]
         )
 
-    def attribute_states(self, states: HiddenStates, references: References) -> PairAttribution:
+    def attribute_states(self, states: HiddenStates, references: References) -> InteractionAttribution:
         """`attribute` of hidden states that a forward pass has already made."""
         with self._differentiable():
-            return self._pairs(states, references)
+            return self._interactions(states, references)
 
     def attribute_images(self, images: Tensor, others: Tensor) -> IntraModalAttribution:
         """All pairs of patches of two images, by the image tower alone.
@@ -191,9 +192,9 @@ class FeaturePairAttribution(AttributionMethod):
             parts = [self._compare(side(rows, images), side(rows, others)) for rows in self._chunks(len(images))]
         matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         first_last = self.image.on_grid(matrix_BPP).movedim(1, -1)
-        pairs = self.image.on_grid(first_last).movedim((1, 2), (3, 4))
-        check_finite(pairs, "attribution", type(self).__name__)
-        return IntraModalAttribution(pairs, similarity, error)
+        interactions = self.image.on_grid(first_last).movedim((1, 2), (3, 4))
+        check_finite(interactions, "attribution", type(self).__name__)
+        return IntraModalAttribution(interactions, similarity, error)
 
     def attribute_texts(self, tokens: Tensor, others: Tensor) -> IntraModalAttribution:
         """All pairs of tokens of two captions, by the text tower alone.
@@ -344,16 +345,16 @@ class FeaturePairAttribution(AttributionMethod):
         expected = (rows.change() * columns.change()).sum(dim=1) / norms
         return matrix_BTP, similarity, matrix_BTP.sum(dim=(1, 2)) - expected
 
-    def _pairs(self, states: HiddenStates, references: References) -> PairAttribution:
+    def _interactions(self, states: HiddenStates, references: References) -> InteractionAttribution:
         matrix_BTP, similarity, error = self._compare(*self._sides(states, references))
         tokens, prefix = states.tokens, self.image.prefix_tokens
         matrix_BPL = self.text.on_caption(matrix_BTP.mT, tokens.shape[1]) * self.text.visible(tokens)[:, None]
-        pairs = self.image.on_grid(matrix_BPL.mT)
-        return PairAttribution(
-            image=pairs.sum(dim=1),
-            text=pairs.sum(dim=(2, 3)),
+        interactions = self.image.on_grid(matrix_BPL.mT)
+        return InteractionAttribution(
+            image=interactions.sum(dim=1),
+            text=interactions.sum(dim=(2, 3)),
             similarity=similarity,
-            pairs=pairs,
+            interactions=interactions,
             prefix=matrix_BPL[:, :prefix].sum(dim=1),
             completeness_error=error,
         )

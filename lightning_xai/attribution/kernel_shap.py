@@ -58,6 +58,7 @@ class KernelSHAP(AttributionMethod):
     """
 
     signed = True
+    stochastic = True
 
     def __init__(
         self,

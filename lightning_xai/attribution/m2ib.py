@@ -86,6 +86,9 @@ class M2IB(AttributionMethod):
             not have or that nothing follows, a tower that cannot be split.
     """
 
+    stochastic = True
+    has_zero = False
+
     def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         encoder: TwoTowerEncoder,

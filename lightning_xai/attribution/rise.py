@@ -46,6 +46,9 @@ class RISE(AttributionMethod):
         ValueError: no masks, no cells, a probability not between 0 and 1, or a tower that cannot be split.
     """
 
+    stochastic = True
+    has_zero = False
+
     def __init__(
         self,
         encoder: TwoTowerEncoder,

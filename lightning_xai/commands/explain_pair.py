@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 ARRAYS = {
     "image": "[H, W] what each patch adds to the similarity with the whole caption, as the method returns it",
     "text": "[L] the same of each token with the whole image; 0 for padding",
-    "pairs": "[L, H, W] what each pair of token and patch adds; only of methods that tell pairs apart",
-    "prefix": "[L] what each token adds together with the image's CLS and register tokens; where pairs is",
+    "interactions": "[L, H, W] what each pair of token and patch adds; only of methods with token-patch attributions",
+    "prefix": "[L] what each token adds together with the image's CLS and register tokens; where interactions is",
     "similarity": "cosine similarity of image and caption",
     "completeness_error": "sum of all attributions minus what they should sum to; only of methods with such a sum",
-    "shown_image": "[H, W] the heat map of the picture: the sum of pairs over the span, or image",
-    "shown_text": "[L] the values of the tokens in the picture: the sum of pairs over the box, or text",
+    "shown_image": "[H, W] the heat map of the picture: the sum of interactions over the span, or image",
+    "shown_text": "[L] the values of the tokens in the picture: the sum of interactions over the box, or text",
     "box_mask": "[H, W] the patches of the box",
     "tokens": "[L] token ids of the caption",
     "span_mask": "[L] the tokens of the span",
@@ -133,19 +133,19 @@ def _arrays(result: Attribution, row: int, question: Question) -> dict[str, NDAr
 
     arrays = {
         name: numpy_of(values[row])
-        for name in ("image", "text", "pairs", "prefix", "similarity", "completeness_error")
+        for name in ("image", "text", "interactions", "prefix", "similarity", "completeness_error")
         if (values := getattr(result, name)) is not None
     }
     arrays["shown_image"], arrays["shown_text"] = arrays["image"], arrays["text"]
     if question.positions:
-        arrays["shown_image"] = arrays["pairs"][question.positions].sum(axis=0)
+        arrays["shown_image"] = arrays["interactions"][question.positions].sum(axis=0)
     if question.box is not None:
         import torch
 
         height, width = question.pixels.shape[1:]
         mask = patch_mask(torch.tensor([question.box]), arrays["image"].shape, (height, width))
         arrays["box_mask"] = numpy_of(mask[0])
-        arrays["shown_text"] = (arrays["pairs"] * arrays["box_mask"]).sum(axis=(1, 2))
+        arrays["shown_text"] = (arrays["interactions"] * arrays["box_mask"]).sum(axis=(1, 2))
     return arrays
 
 
@@ -283,7 +283,7 @@ def _notes(question: Question, answer: Answer, own: Sequence[int], last: str) ->
     if own and own[-1] >= len(question.tokens) - 2 and not question.entry.caption.rstrip().lower().endswith(last):
         notes.append(f"The model reads {len(question.tokens)} tokens; the rest of the caption is cut off.")
     rest = answer.arrays["shown_text"].sum() - answer.arrays["shown_text"][list(own)].sum()
-    if "pairs" in answer.arrays:
+    if "interactions" in answer.arrays:
         outside = (
             f", and {answer.arrays['prefix'].sum():+.2g} of the image's CLS or registers" if _has_prefix(answer) else ""
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 _ARRAYS = {
-    "pairs": "what each pair of parts adds to the similarity: [H, W, H, W] for images, [L, L] for captions",
+    "interactions": "what each pair of parts adds to the similarity: [H, W, H, W] for images, [L, L] for captions",
     "first": "of each part of the first input, with the whole second one",
     "second": "of each part of the second input, with the whole first one",
     "shown_second": "as in the picture: of each part of the second input, with the box or the span of the first one",
@@ -64,7 +64,7 @@ def compare_images(
     if seen is not None:
         size = (int(pixels[0].shape[2]), int(pixels[0].shape[3]))
         arrays["box_mask"] = numpy_of(patch_mask(torch.tensor([seen]), arrays["first"].shape, size)[0])
-        arrays["shown_second"] = arrays["pairs"][arrays["box_mask"]].sum(axis=0)
+        arrays["shown_second"] = arrays["interactions"][arrays["box_mask"]].sum(axis=0)
     shown = [encoder.pictures(each)[0].permute(1, 2, 0) for each in pixels]
     first, second = (
         Example(numpy_of(each), "", "", (), place) for each, place in zip(shown, (seen, None), strict=True)
@@ -106,13 +106,13 @@ def compare_captions(
     arrays = _arrays(result) | {"tokens": numpy_of(tokens[0]), "other_tokens": numpy_of(tokens[1])}
     if positions:
         arrays["span_mask"] = np.isin(np.arange(tokens.shape[1]), positions)
-        arrays["shown_second"] = arrays["pairs"][positions].sum(axis=0)
+        arrays["shown_second"] = arrays["interactions"][positions].sum(axis=0)
     rows, first = shown_tokens(encoder.tokenizer, captions[0], tokens[0], positions)
     columns, second = shown_tokens(encoder.tokenizer, captions[1], tokens[1])
     sheet = text_pair_sheet(
         first,
         second,
-        arrays["pairs"][np.ix_(rows, columns)],
+        arrays["interactions"][np.ix_(rows, columns)],
         (arrays["first"][rows], arrays["shown_second"][columns]),
         similarity=result.similarity.item(),
         error=result.completeness_error.item(),
@@ -129,7 +129,7 @@ def _method(chosen: ChosenMethod) -> FeaturePairAttribution:
 
 
 def _arrays(result: IntraModalAttribution) -> dict[str, NDArray[Any]]:
-    names = ("pairs", "first", "second", "similarity", "completeness_error")
+    names = ("interactions", "first", "second", "similarity", "completeness_error")
     arrays = {name: numpy_of(getattr(result, name)[0]) for name in names}
     return arrays | {"shown_second": arrays["second"]}
 

@@ -196,7 +196,7 @@ class PairMapMaker(MapMaker):
             images.append(result.image)
             texts.append(result.text)
             here = ((captions >= rows.start) & (captions < rows.stop)).nonzero()[:, 0]
-            pairs = result.pairs[captions[here] - rows.start]
+            pairs = result.interactions[captions[here] - rows.start]
             spans[here] = torch.einsum("rl,rlhw->rhw", masks[here].to(pairs), pairs).to(spans)
         return torch.cat(images), torch.cat(texts), spans
 

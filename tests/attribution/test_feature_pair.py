@@ -100,10 +100,10 @@ def test_agrees_with_equation_10_taken_literally(
     blocks = (image_block, model.transformer.resblocks[text_layer])
     for row in range(len(images)):
         expected = literal(encoder, images[row], tokens[row], blocks, steps=3)
-        prefix = expected.shape[1] - result.pairs[row].flatten(1).shape[1]
-        torch.testing.assert_close(result.pairs[row].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
+        prefix = expected.shape[1] - result.interactions[row].flatten(1).shape[1]
+        torch.testing.assert_close(result.interactions[row].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(result.prefix[row], expected[:, :prefix].sum(dim=1), rtol=1e-8, atol=1e-12)
-        assert result.pairs[row].abs().max() > 1e-4
+        assert result.interactions[row].abs().max() > 1e-4
 
 
 def image_block(encoder: DualEncoder, number: int = -1) -> nn.Module:
@@ -118,18 +118,18 @@ def test_two_images_agree_with_equation_10_taken_literally_on_one_tower(make_enc
     images, _ = inputs(encoder)
     result = FeaturePairAttribution(encoder, steps=3).attribute_images(images[:2], images[1:])
     model: Any = encoder.model
-    height, width = result.pairs.shape[1:3]
-    assert result.pairs.shape == (2, height, width, height, width)
+    height, width = result.interactions.shape[1:3]
+    assert result.interactions.shape == (2, height, width, height, width)
     for row in range(2):
         sides = [
             one_side(image_block(encoder), model.encode_image, image, torch.zeros_like(image), 3)[:, -height * width :]
             for image in (images[row], images[row + 1])
         ]
         expected = (sides[0].T @ sides[1]).reshape(height, width, height, width)
-        torch.testing.assert_close(result.pairs[row], expected, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(result.interactions[row], expected, rtol=1e-8, atol=1e-12)
         assert expected.abs().max() > 1e-5
-    torch.testing.assert_close(result.first, result.pairs.sum(dim=(3, 4)))
-    torch.testing.assert_close(result.second, result.pairs.sum(dim=(1, 2)))
+    torch.testing.assert_close(result.first, result.interactions.sum(dim=(3, 4)))
+    torch.testing.assert_close(result.second, result.interactions.sum(dim=(1, 2)))
     embeddings = model.encode_image(images, normalize=True)
     torch.testing.assert_close(result.similarity, (embeddings[:2] * embeddings[1:]).sum(dim=1))
 
@@ -139,17 +139,17 @@ def test_two_captions_agree_with_equation_10_taken_literally_on_one_tower(make_e
     tokens = encoder.tokenizer.encode([CAPTIONS[0], CAPTIONS[2]])
     others = encoder.tokenizer.encode([CAPTIONS[1], CAPTIONS[0]])
     result = FeaturePairAttribution(encoder, steps=3).attribute_texts(tokens, others)
-    assert result.pairs.shape == (2, 16, 16)
+    assert result.interactions.shape == (2, 16, 16)
     model: Any = encoder.model
     reference = torch.zeros_like(tokens[0])
     reference[0], reference[2] = 49406, 49407
     block = model.transformer.resblocks[-1]
     for row in range(2):
         sides = [one_side(block, model.encode_text, text[row], reference, 3) for text in (tokens, others)]
-        torch.testing.assert_close(result.pairs[row], sides[0].T @ sides[1], rtol=1e-8, atol=1e-12)
-        assert result.pairs[row].abs().max() > 1e-5
-    torch.testing.assert_close(result.first, result.pairs.sum(dim=2))
-    torch.testing.assert_close(result.second, result.pairs.sum(dim=1))
+        torch.testing.assert_close(result.interactions[row], sides[0].T @ sides[1], rtol=1e-8, atol=1e-12)
+        assert result.interactions[row].abs().max() > 1e-5
+    torch.testing.assert_close(result.first, result.interactions.sum(dim=2))
+    torch.testing.assert_close(result.second, result.interactions.sum(dim=1))
     embeddings = [model.encode_text(text, normalize=True) for text in (tokens, others)]
     torch.testing.assert_close(result.similarity, (embeddings[0] * embeddings[1]).sum(dim=1))
 
@@ -167,15 +167,17 @@ def test_attributions_within_a_modality_are_complete_symmetric_and_the_same_in_c
     ):
         result = compare(batch, batch[order])
         assert result.completeness_error.abs().max() < 1e-9
-        torch.testing.assert_close(compare(batch[order], batch).pairs.permute(axes), result.pairs)
-        torch.testing.assert_close(compare(batch[:1], batch[order][:1]).pairs, result.pairs[:1])
+        torch.testing.assert_close(compare(batch[order], batch).interactions.permute(axes), result.interactions)
+        torch.testing.assert_close(compare(batch[:1], batch[order][:1]).interactions, result.interactions[:1])
     chunked = FeaturePairAttribution(encoder, internal_batch_size=2)
     whole = FeaturePairAttribution(encoder)
     torch.testing.assert_close(
-        chunked.attribute_images(images, images[order]).pairs, whole.attribute_images(images, images[order]).pairs
+        chunked.attribute_images(images, images[order]).interactions,
+        whole.attribute_images(images, images[order]).interactions,
     )
     torch.testing.assert_close(
-        chunked.attribute_texts(tokens, tokens[order]).pairs, whole.attribute_texts(tokens, tokens[order]).pairs
+        chunked.attribute_texts(tokens, tokens[order]).interactions,
+        whole.attribute_texts(tokens, tokens[order]).interactions,
     )
 
 
@@ -215,7 +217,7 @@ def test_gradcam_for_similarity_is_gradient_times_input_on_both_sides(make_encod
             width = 1 if weighted.ndim == 4 else 2
             sides.append(weighted.sum(dim=width).flatten(1) / encode(batch).norm())
         expected = sides[0].T @ sides[1]
-        patches = result.pairs[row].flatten(1)
+        patches = result.interactions[row].flatten(1)
         torch.testing.assert_close(patches, expected[:, -patches.shape[1] :], rtol=1e-8, atol=1e-12)
         assert patches.abs().max() > 1e-4
 
@@ -225,8 +227,8 @@ def test_gradcam_for_similarity_has_nothing_to_say_at_the_input_of_a_block_of_wh
 ) -> None:
     encoder = make_encoder("vit", torch.float64)
     images, tokens = inputs(encoder)
-    last = SimilarityGradCAM(encoder, image_layer=-1).attribute(images, tokens).pairs
-    default = SimilarityGradCAM(encoder).attribute(images, tokens).pairs
+    last = SimilarityGradCAM(encoder, image_layer=-1).attribute(images, tokens).interactions
+    default = SimilarityGradCAM(encoder).attribute(images, tokens).interactions
     # Not exactly nothing: layer norms add a small number to the variance.
     assert last.abs().max() < 1e-3 * default.abs().max()
 
@@ -254,7 +256,7 @@ def test_agrees_with_the_authors_package_on_random_weights(tmp_path: Path, name:
     layer = 4 if name == "RN50" else 11
     expected = explainer.explain(tokens, images, text_layer=11, image_layer=layer, N=10)
     explainer.reset_attribution()  # it leaves its hooks on the model
-    result = FeaturePairAttribution(encoder).attribute(images, tokens).pairs[0]
+    result = FeaturePairAttribution(encoder).attribute(images, tokens).interactions[0]
     error = (result[: len(expected)] - expected).norm() / expected.norm()
     assert error < 1e-5
     assert not result[len(expected) :].any()
@@ -267,7 +269,7 @@ def test_a_span_map_is_the_sum_of_its_tokens_rows(make_encoder: MakeEncoder, nam
     attribution = FeaturePairAttribution(encoder)
     span = torch.zeros_like(tokens, dtype=torch.bool)
     span[0, 5:7], span[1, 2], span[2, 1:4] = True, True, True
-    pairs = attribution.attribute(images, tokens).pairs
+    pairs = attribution.attribute(images, tokens).interactions
     expected = (pairs * span[:, :, None, None]).sum(dim=1)
     torch.testing.assert_close(attribution.span_map(images, tokens, span), expected, rtol=1e-8, atol=1e-12)
 
@@ -294,7 +296,7 @@ def test_attributions_sum_to_equation_2(make_encoder: MakeEncoder, name: str, re
         norms = model.encode_image(images).norm(dim=1) * model.encode_text(tokens).norm(dim=1)
         similarity = (model.encode_image(images, normalize=True) * model.encode_text(tokens, normalize=True)).sum(dim=1)
     expected = (image * text).sum(dim=1) / norms
-    total = result.pairs.sum(dim=(1, 2, 3)) + result.prefix.sum(dim=1)
+    total = result.interactions.sum(dim=(1, 2, 3)) + result.prefix.sum(dim=1)
     # ReLUs leave kinks in a ResNet's path, on which quadrature converges slowly.
     tolerance = 1e-9 if name == "vit" else 2e-3
     torch.testing.assert_close(total, expected, rtol=tolerance, atol=tolerance)
@@ -317,12 +319,12 @@ def test_nothing_stands_behind_a_captions_last_token(make_encoder: MakeEncoder) 
     encoder = make_encoder()
     images, tokens = inputs(encoder)
     result = FeaturePairAttribution(encoder).attribute(images, tokens)
-    assert result.pairs.shape == (3, 16, 4, 4)
+    assert result.interactions.shape == (3, 16, 4, 4)
     for row, last in enumerate(tokens.argmax(dim=1).tolist()):
-        assert not result.pairs[row, last + 1 :].any()
-        assert result.pairs[row, 1 : last + 1].flatten(1).any(dim=1).all()
+        assert not result.interactions[row, last + 1 :].any()
+        assert result.interactions[row, 1 : last + 1].flatten(1).any(dim=1).all()
         # BOS sees nothing but itself, as in the reference: it has nothing to attribute.
-        assert result.pairs[row, 0].abs().max() < 1e-6 * result.pairs[row].abs().max()
+        assert result.interactions[row, 0].abs().max() < 1e-6 * result.interactions[row].abs().max()
 
 
 def test_neighbours_padding_and_chunks_change_nothing(make_encoder: MakeEncoder) -> None:
@@ -331,17 +333,17 @@ def test_neighbours_padding_and_chunks_change_nothing(make_encoder: MakeEncoder)
     whole = FeaturePairAttribution(encoder).attribute(images, tokens)
     order = torch.tensor([2, 0, 1])
     shuffled = FeaturePairAttribution(encoder).attribute(images[order], tokens[order])
-    torch.testing.assert_close(shuffled.pairs, whole.pairs[order])
+    torch.testing.assert_close(shuffled.interactions, whole.interactions[order])
     chunked = FeaturePairAttribution(encoder, internal_batch_size=2).attribute(images, tokens)
-    torch.testing.assert_close(chunked.pairs, whole.pairs)
+    torch.testing.assert_close(chunked.interactions, whole.interactions)
     torch.testing.assert_close(chunked.completeness_error, whole.completeness_error)
     span = torch.zeros_like(tokens, dtype=torch.bool)
     span[:, 1] = True
     maps = FeaturePairAttribution(encoder, internal_batch_size=1).span_map(images, tokens, span)
-    torch.testing.assert_close(maps, whole.pairs[:, 1])
+    torch.testing.assert_close(maps, whole.interactions[:, 1])
     # The second caption has four tokens: cut to them, it is attributed as among longer ones.
     alone = FeaturePairAttribution(encoder).attribute(images[1:2], tokens[1:2, :6])
-    torch.testing.assert_close(alone.pairs[0], whole.pairs[1, :6])
+    torch.testing.assert_close(alone.interactions[0], whole.interactions[1, :6])
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_layer_scale_quick_gelu"])
@@ -353,7 +355,9 @@ def test_the_shortcut_through_the_last_block_is_exact(make_encoder: MakeEncoder,
     assert all(split._pooled is not None for split in splits)
     for split in splits[2:]:
         split._pooled = None
-    torch.testing.assert_close(short.attribute(images, tokens).pairs, general.attribute(images, tokens).pairs)
+    torch.testing.assert_close(
+        short.attribute(images, tokens).interactions, general.attribute(images, tokens).interactions
+    )
 
 
 def test_a_tensor_can_be_the_reference(make_encoder: MakeEncoder) -> None:
@@ -362,12 +366,14 @@ def test_a_tensor_can_be_the_reference(make_encoder: MakeEncoder) -> None:
     text = encoder.tokenizer.encode(["a"])[0]
     text[1] = 0
     same = FeaturePairAttribution(encoder, image_reference=torch.zeros(3, 32, 32), text_reference=text)
-    default = FeaturePairAttribution(encoder).attribute(images, tokens).pairs
-    torch.testing.assert_close(same.attribute(images, tokens).pairs, default)
-    other = FeaturePairAttribution(encoder, image_reference=torch.ones(3, 32, 32)).attribute(images, tokens).pairs
+    default = FeaturePairAttribution(encoder).attribute(images, tokens).interactions
+    torch.testing.assert_close(same.attribute(images, tokens).interactions, default)
+    other = (
+        FeaturePairAttribution(encoder, image_reference=torch.ones(3, 32, 32)).attribute(images, tokens).interactions
+    )
     assert (other - default).abs().max() > 1e-6
     # An input that is its own reference has nothing to attribute.
-    own = FeaturePairAttribution(encoder, image_reference=images[0]).attribute(images[:1], tokens[:1]).pairs
+    own = FeaturePairAttribution(encoder, image_reference=images[0]).attribute(images[:1], tokens[:1]).interactions
     assert own.abs().max() < 1e-12
 
 
@@ -375,9 +381,11 @@ def test_a_tensor_can_be_the_reference(make_encoder: MakeEncoder) -> None:
 def test_works_where_gradients_are_off(make_encoder: MakeEncoder, mode: Callable[[], Any]) -> None:
     encoder = make_encoder()
     images, tokens = inputs(encoder)
-    expected = FeaturePairAttribution(encoder).attribute(images, tokens).pairs
+    expected = FeaturePairAttribution(encoder).attribute(images, tokens).interactions
     with mode():
-        torch.testing.assert_close(FeaturePairAttribution(encoder).attribute(images.clone(), tokens).pairs, expected)
+        torch.testing.assert_close(
+            FeaturePairAttribution(encoder).attribute(images.clone(), tokens).interactions, expected
+        )
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
@@ -405,9 +413,9 @@ def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncode
 def test_an_encoder_in_training_mode_is_explained_as_in_evaluation(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("resnet")
     images, tokens = inputs(encoder)
-    expected = FeaturePairAttribution(encoder).attribute(images, tokens).pairs
+    expected = FeaturePairAttribution(encoder).attribute(images, tokens).interactions
     encoder.train()
-    torch.testing.assert_close(FeaturePairAttribution(encoder).attribute(images, tokens).pairs, expected)
+    torch.testing.assert_close(FeaturePairAttribution(encoder).attribute(images, tokens).interactions, expected)
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def test_maps_have_the_patch_grid_and_the_captions_tokens_and_are_finite(make_en
     for part in (result.image, result.text, result.similarity):
         assert part.isfinite().all()
         assert not part.requires_grad
-    if result.pairs is not None:
-        assert result.pairs.shape == (3, 16, 4, 4)
+    if result.interactions is not None:
+        assert result.interactions.shape == (3, 16, 4, 4)
     for row, last in enumerate(tokens.argmax(dim=1).tolist()):
         assert not result.text[row, last + 1 :].any(), "padding behind the end contributes nothing"
     # GradCAM may find nothing positive in one image or caption (and then warns), but not in all.

@@ -107,7 +107,7 @@ def inputs(encoder: DualEncoder, path: Path, caption: str = CAPTION) -> tuple[Te
 
 
 def assert_equal(arrays: dict[str, NDArray[Any]], result: Attribution, prefix: str = "") -> None:
-    for name in ("image", "text", "pairs", "prefix", "similarity", "completeness_error"):
+    for name in ("image", "text", "interactions", "prefix", "similarity", "completeness_error"):
         expected = getattr(result, name)
         assert (prefix + name in arrays) == (expected is not None)
         if expected is not None:
@@ -128,7 +128,7 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
     assert_equal(arrays, result)
     assert arrays["tokens"].tolist() == encoder.tokenizer.encode([CAPTION])[0].tolist()
     assert arrays["span_mask"].nonzero()[0].tolist() == [6, 7]
-    np.testing.assert_allclose(arrays["shown_image"], result.pairs[0, 6] + result.pairs[0, 7], atol=1e-6)
+    np.testing.assert_allclose(arrays["shown_image"], result.interactions[0, 6] + result.interactions[0, 7], atol=1e-6)
     np.testing.assert_array_equal(arrays["shown_text"], arrays["text"])
     assert Image.open(out / "explanation.png").size[0] > 800
     assert f"Look at {out / 'explanation.png'}" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_every_occurrence_of_the_span_counts(model: list[str], image: Path, tmp_
     assert record["span"] == {
         "phrase": "ring", "characters": [[6, 10], [22, 26]], "positions": [3, 7], "tokens": ["ring", "ring"],
     }  # fmt: skip
-    np.testing.assert_allclose(arrays["shown_image"], arrays["pairs"][[3, 7]].sum(axis=0), atol=1e-7)
+    np.testing.assert_allclose(arrays["shown_image"], arrays["interactions"][[3, 7]].sum(axis=0), atol=1e-7)
 
 
 def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
@@ -162,7 +162,7 @@ def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
     expected = np.zeros((4, 4), dtype=bool)
     expected[0:2, 2:4] = True
     np.testing.assert_array_equal(arrays["box_mask"], expected)
-    np.testing.assert_allclose(arrays["shown_text"], arrays["pairs"][:, 0:2, 2:4].sum(axis=(1, 2)), atol=1e-7)
+    np.testing.assert_allclose(arrays["shown_text"], arrays["interactions"][:, 0:2, 2:4].sum(axis=(1, 2)), atol=1e-7)
     np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
     boxes = loaded(model).image_transform.boxes(torch.tensor([[24.0, 12.5, 24.0, 24.0]]), SIZE)
     assert record["box"]["x,y,width,height"] == [24, 12.5, 24, 24]
@@ -292,10 +292,10 @@ def test_another_image_is_compared_with_the_box_of_the_first(
     images = [inputs(encoder, path)[0] for path in (image, other)]
     result = FeaturePairAttribution(encoder).attribute_images(*images)
     whole, box = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "box")
-    np.testing.assert_allclose(whole["pairs"], result.pairs[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole["interactions"], result.interactions[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole["first"], result.first[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole["shown_second"], result.second[0], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(box["shown_second"], whole["pairs"][0:2, 2:4].sum(axis=(0, 1)), atol=1e-6)
+    np.testing.assert_allclose(box["shown_second"], whole["interactions"][0:2, 2:4].sum(axis=(0, 1)), atol=1e-6)
     record = record_of(tmp_path / "box")
     assert record["images"] == [str(image), str(other)]
     assert record["box"] == "24,12.5,24,24"
@@ -312,9 +312,9 @@ def test_another_caption_is_compared_with_the_span_of_the_first(model: list[str]
     tokens = encoder.tokenizer.encode([CAPTION, "two circles"])
     result = FeaturePairAttribution(encoder).attribute_texts(tokens[:1], tokens[1:])
     whole, span = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "span")
-    np.testing.assert_allclose(whole["pairs"], result.pairs[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole["interactions"], result.interactions[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole["shown_second"], result.second[0], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(span["shown_second"], whole["pairs"][6] + whole["pairs"][7], atol=1e-6)
+    np.testing.assert_allclose(span["shown_second"], whole["interactions"][6] + whole["interactions"][7], atol=1e-6)
     assert span["other_tokens"].tolist() == tokens[1].tolist()
     assert record_of(tmp_path / "span")["positions"] == [6, 7]
     assert (tmp_path / "span" / "explanation.png").is_file()
@@ -463,7 +463,7 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     spectrogram = encoder.spectrogram(tone(200).astype("float32"), RATE)
     expected = FeaturePairAttribution(encoder).attribute(spectrogram[None], encoder.tokenizer.encode([CAPTIONS[0]]))
     arrays = arrays_of(tmp_path / "out")
-    np.testing.assert_allclose(arrays["pairs"], expected.pairs[0], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(arrays["interactions"], expected.interactions[0], rtol=1e-4, atol=1e-7)
     assert record_of(tmp_path / "out")["image_size"] == [FRAMES, BANDS]
     explain("--image", sound.parent, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "folder")
     assert (tmp_path / "folder" / "0000-bell" / "explanation.png").is_file()

@@ -299,9 +299,9 @@ def test_attributions_agree_with_equation_10_taken_literally(
         steps=2,
     )
     prefix = TOWERS[name].prefix
-    torch.testing.assert_close(result.pairs[0].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(result.interactions[0].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(result.prefix[0], expected[:, :prefix].sum(dim=1), rtol=1e-8, atol=1e-12)
-    assert result.pairs.abs().max() > 1e-4
+    assert result.interactions.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -167,8 +167,8 @@ def test_attributions_agree_with_equation_10_taken_literally(
     for token, row in enumerate(expected):
         placed = on_spectrogram(row, 8 // 2**image_layer)
         # The text tower takes its softmax in float32, whatever the weights.
-        torch.testing.assert_close(result.pairs[0, token], placed, rtol=1e-5, atol=1e-8)
-    assert result.pairs.abs().max() > 1e-4
+        torch.testing.assert_close(result.interactions[0, token], placed, rtol=1e-5, atol=1e-8)
+    assert result.interactions.abs().max() > 1e-4
 
 
 def test_attributions_sum_to_the_change_of_similarity(encoder: ClapEncoder) -> None:
@@ -185,7 +185,7 @@ def test_attributions_sum_to_the_change_of_similarity(encoder: ClapEncoder) -> N
             nothing = text.features_before(encoder.tokenizer.padding_caption()[None], 12)[:, :9].expand(2, -1, -1)
             read = encoder.encode_text(tokens) - text.embed_from(nothing, tokens)
         expected = (heard * read).sum(dim=1) / norms
-        torch.testing.assert_close(result.pairs.sum(dim=(1, 2, 3)), expected, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(result.interactions.sum(dim=(1, 2, 3)), expected, rtol=1e-5, atol=1e-8)
         assert result.completeness_error.abs().max() < 1e-6
 
 

@@ -165,8 +165,8 @@ def test_attributions_agree_with_equation_10_taken_literally(
         steps=2,
     )
     precision = (1e-4, 1e-7) if name in SINGLE else (1e-8, 1e-12)
-    torch.testing.assert_close(result.pairs[0].flatten(1), expected[:, 1:], rtol=precision[0], atol=precision[1])
-    assert result.pairs.abs().max() > 1e-4
+    torch.testing.assert_close(result.interactions[0].flatten(1), expected[:, 1:], rtol=precision[0], atol=precision[1])
+    assert result.interactions.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,14 @@ def test_neighbours_and_padding_change_nothing(name: str, encoder_of: Callable[[
     attribution = FeaturePairAttribution(encoder, text_layer=1)
     whole = attribution.attribute(images, tokens)
     alone = attribution.attribute(images[1:2], tokens[1:2, :6])
-    torch.testing.assert_close(alone.pairs[0], whole.pairs[1, :6], rtol=1e-5, atol=1e-7)
-    assert not whole.pairs[1, 4:].any()
+    torch.testing.assert_close(alone.interactions[0], whole.interactions[1, :6], rtol=1e-5, atol=1e-7)
+    assert not whole.interactions[1, 4:].any()
     order = torch.tensor([2, 0, 1])
     torch.testing.assert_close(
-        attribution.attribute(images[order], tokens[order]).pairs, whole.pairs[order], rtol=1e-5, atol=1e-7
+        attribution.attribute(images[order], tokens[order]).interactions,
+        whole.interactions[order],
+        rtol=1e-5,
+        atol=1e-7,
     )
 
 

@@ -288,8 +288,8 @@ def test_attributions_agree_with_equation_10_taken_literally(
         steps=2,
     )
     own = expected[: tokens.shape[1]]  # CoCa's class token is no part of the caption
-    torch.testing.assert_close(result.pairs[0].flatten(1), own[:, 1:], rtol=1e-8, atol=1e-12)
-    assert result.pairs.abs().max() > 1e-4
+    torch.testing.assert_close(result.interactions[0].flatten(1), own[:, 1:], rtol=1e-8, atol=1e-12)
+    assert result.interactions.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["siglips_text", "coca", *MASKS])
@@ -299,7 +299,7 @@ def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Cal
     attribution = FeaturePairAttribution(encoder, 1, 1, steps=32, rule="gauss_legendre")
     result = attribution.attribute(images, tokens)
     assert result.completeness_error.abs().max() < 1e-9
-    assert result.pairs.abs().max() > 1e-4
+    assert result.interactions.abs().max() > 1e-4
 
 
 def test_text_that_is_not_pooled_is_not_split(tmp_path: Path) -> None:
