@@ -187,7 +187,7 @@ def test_methods_that_explain_the_model_change_and_a_centred_gaussian_does_not(m
     for method in ("feature_pair", "grad_cam", "m2ib"):
         assert abs(pictures[method, "embedding"].spearman) < 0.6
         assert pictures[method, "embedding"].ssim < 0.6
-        assert pictures[method, "head"].interactions == 3
+        assert pictures[method, "head"].pairs == 3
 
 
 def test_rows_are_means_over_pairs_of_the_maps_that_are_given_back(make_encoder: MakeEncoder) -> None:
@@ -208,7 +208,7 @@ def test_rows_are_means_over_pairs_of_the_maps_that_are_given_back(make_encoder:
         words = zip(original.text, given.text, own, strict=True)
         assert text.spearman == pytest.approx(sum(spearmanr(a[o], b[o]).statistic for a, b, o in words) / 3)
         assert math.isnan(text.ssim)
-        assert picture.interactions == text.interactions == 3
+        assert picture.pairs == text.interactions == 3
 
 
 def test_batches_change_nothing_and_progress_is_told(make_encoder: MakeEncoder) -> None:
@@ -237,7 +237,7 @@ class Constant(AttributionMethod):
 def test_constant_maps_are_counted_and_never_compared(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit")
     rows = sanity_check({"c": Constant(encoder)}, *random_pairs(encoder)).rows
-    assert {(row.modality, row.interactions, row.constant) for row in rows} == {("image", 2, 1), ("text", 0, 3)}
+    assert {(row.modality, row.pairs, row.constant) for row in rows} == {("image", 2, 1), ("text", 0, 3)}
     assert all(row.spearman == 1.0 for row in rows if row.modality == "image")
     assert all(math.isnan(row.spearman) for row in rows if row.modality == "text")
 
@@ -254,7 +254,7 @@ def test_every_kind_of_tower_can_be_checked(make_encoder: MakeEncoder, name: str
     result = sanity_check({"grad_cam": GradCAM(encoder)}, images, tokens)
     last: SanityRow = result.rows[-2]
     assert "embedding" in last.stage
-    assert last.interactions + last.constant == 3
+    assert last.pairs + last.constant == 3
     with cascading_randomisation(encoder) as stages:
         changed = set().union(*(changed_by(encoder, stage.randomise) for stage in stages))
     weights = {name for name, parameter in encoder.named_parameters() if parameter.ndim > 1}
