@@ -29,8 +29,8 @@ class GradCAM(AttributionMethod):
     Args:
         encoder: the model to explain.
         image_layer: the layer whose input is used, counted as for `encoder.image_at_layer`. None: where the last
-            feature maps enter the head, as in the paper, and for towers that pass on tokens the last block, since behind it
-            only what the head reads has a gradient.
+            feature maps enter the head, as in the paper, and for towers that pass on tokens the last block, since
+            after it only what the head reads has a gradient.
         text_layer: likewise for the text tower; None: the last block.
         internal_batch_size: pairs at a time, None for all.
 

@@ -95,7 +95,7 @@ class ModifiedResNetAtLayer(TowerAtLayer):
 
     def features_before(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, height, width] -> feature maps [B, C, H, W]."""
-        hidden: Tensor = self._visual.features_before(inputs)
+        hidden: Tensor = self._visual.stem(inputs)
         for stage in self._stages[: self.layer - 1]:
             hidden = stage(hidden)
         return hidden

@@ -208,7 +208,7 @@ def test_rows_are_means_over_pairs_of_the_maps_that_are_given_back(make_encoder:
         words = zip(original.text, given.text, own, strict=True)
         assert text.spearman == pytest.approx(sum(spearmanr(a[o], b[o]).statistic for a, b, o in words) / 3)
         assert math.isnan(text.ssim)
-        assert picture.pairs == text.interactions == 3
+        assert picture.pairs == text.pairs == 3
 
 
 def test_batches_change_nothing_and_progress_is_told(make_encoder: MakeEncoder) -> None:
