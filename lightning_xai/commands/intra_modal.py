@@ -17,7 +17,7 @@ from lightning_xai.report.plots import Example, save_figure
 from lightning_xai.results.schema import write_json
 
 if TYPE_CHECKING:
-    from lightning_xai.attribution import FeaturePairAttribution, IntraModalAttribution
+    from lightning_xai.attribution import IntraModalAttribution, PairwiseMethod
     from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -44,7 +44,7 @@ def compare_images(
     Args:
         out: folder to write to.
         encoder: the model.
-        chosen: a feature-pair method.
+        chosen: a method that compares inputs of one modality.
         images: the image files.
         box: `"x,y,width,height"` in pixels of the first one.
         settings: what the record says of command and model.
@@ -90,7 +90,7 @@ def compare_captions(
     Args:
         out: folder to write to.
         encoder: the model.
-        chosen: a feature-pair method.
+        chosen: a method that compares inputs of one modality.
         captions: the texts.
         span: a phrase of the first one.
         settings: what the record says of command and model.
@@ -121,10 +121,10 @@ def compare_captions(
     _write(out, chosen, arrays, sheet, {**settings, **record})
 
 
-def _method(chosen: ChosenMethod) -> FeaturePairAttribution:
-    from lightning_xai.attribution import FeaturePairAttribution
+def _method(chosen: ChosenMethod) -> PairwiseMethod:
+    from lightning_xai.attribution import PairwiseMethod
 
-    assert isinstance(chosen.method, FeaturePairAttribution)  # the command has checked the name
+    assert isinstance(chosen.method, PairwiseMethod)  # the command has checked the name
     return chosen.method
 
 
