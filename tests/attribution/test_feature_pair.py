@@ -351,10 +351,10 @@ def test_the_shortcut_through_the_last_block_is_exact(make_encoder: MakeEncoder,
     encoder = make_encoder(name, torch.float64)
     images, tokens = inputs(encoder)
     short, general = FeaturePairAttribution(encoder), FeaturePairAttribution(encoder)
-    splits: list[Any] = [short.image, short.text, general.image, general.text]
-    assert all(split._pooled is not None for split in splits)
-    for split in splits[2:]:
-        split._pooled = None
+    towers: list[Any] = [short.image, short.text, general.image, general.text]
+    assert all(tower._pooled is not None for tower in towers)
+    for tower in towers[2:]:
+        tower._pooled = None
     torch.testing.assert_close(
         short.attribute(images, tokens).interactions, general.attribute(images, tokens).interactions
     )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_xai.attribution.capture import capture
 from lightning_xai.models import DualEncoder, load_dual_encoder, save_open_clip
-from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, tag_architecture
+from lightning_xai.models.architecture import tag_architecture
+from lightning_xai.models.dual_encoder import CHECKPOINT_KEY
 from lightning_xai.models.towers import ModifiedResNetAtLayer, TextTransformerAtLayer, VisionTransformerAtLayer
 from lightning_xai.training import ContrastiveFineTuning
 
@@ -127,8 +128,8 @@ def test_a_copy_computes_with_its_own_weights(
             parameter.mul_(1.5)
     tokens = twin.tokenizer.encode(CAPTIONS)
     torch.testing.assert_close(twin.encode_text(tokens), twin.model.encode_text(tokens))
-    split = twin.text_at_layer()
-    torch.testing.assert_close(split.embed_from(split.features_before(tokens), tokens), twin.encode_text(tokens))
+    tower = twin.text_at_layer()
+    torch.testing.assert_close(tower.embed_from(tower.features_before(tokens), tokens), twin.encode_text(tokens))
     assert not torch.allclose(outputs(twin)[1], before[1])
     assert torch.equal(outputs(encoder)[1], before[1])
 
@@ -151,47 +152,47 @@ def scaled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "method", "message"),
+    ("name", "kind", "method", "message"),
     [
-        ("vit", VisionTransformerAtLayer, "embed_from", r"tail\(stem\(x\)\) of the image tower"),
-        ("vit", VisionTransformerAtLayer, "features_before", r"tail\(stem\(x\)\) of the image tower"),
-        ("resnet", ModifiedResNetAtLayer, "embed_from", r"tail\(stem\(x\)\) of the image tower"),
-        ("vit", TextTransformerAtLayer, "embed_from", r"tail\(stem\(x\)\) of the text tower"),
+        ("vit", VisionTransformerAtLayer, "embed_from", r"embed_from\(features_before\(x\)\) of the image tower"),
+        ("vit", VisionTransformerAtLayer, "features_before", r"embed_from\(features_before\(x\)\) of the image tower"),
+        ("resnet", ModifiedResNetAtLayer, "embed_from", r"embed_from\(features_before\(x\)\) of the image tower"),
+        ("vit", TextTransformerAtLayer, "embed_from", r"embed_from\(features_before\(x\)\) of the text tower"),
     ],
 )
 def test_a_tower_that_is_not_the_encoders_own_is_refused(
-    name: str, split: Any, method: str, message: str, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+    name: str, kind: Any, method: str, message: str, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder(name)
     encoder.check_towers()
-    monkeypatch.setattr(split, method, scaled(getattr(split, method)))
+    monkeypatch.setattr(kind, method, scaled(getattr(kind, method)))
     with pytest.raises(ValueError, match=f"{message} differs .* open_clip"):
         DualEncoder(encoder.model, encoder.tokenizer, encoder.architecture)
 
 
-@pytest.mark.parametrize("split", [VisionTransformerAtLayer, TextTransformerAtLayer])
+@pytest.mark.parametrize("tower", [VisionTransformerAtLayer, TextTransformerAtLayer])
 def test_a_path_that_does_not_end_at_the_encoders_output_is_refused(
-    split: Any, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+    tower: Any, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder()
-    path = split.path
-    monkeypatch.setattr(split, "path", lambda *args: scaled(path(*args)))
+    path = tower.path
+    monkeypatch.setattr(tower, "path", lambda *args: scaled(path(*args)))
     with pytest.raises(ValueError, match=r"path\(1\) of the (image|text) tower differs"):
         encoder.check_towers()
 
 
-def test_another_layer_is_checked_once_when_it_is_first_split_at(
+def test_another_layer_is_checked_once_when_it_is_first_asked_for(
     make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder()
     encoder.image_at_layer(1)
     encoder.text_at_layer(1)
-    for split in (VisionTransformerAtLayer, TextTransformerAtLayer):
-        monkeypatch.setattr(split, "embed_from", scaled(split.embed_from))
+    for kind in (VisionTransformerAtLayer, TextTransformerAtLayer):
+        monkeypatch.setattr(kind, "embed_from", scaled(kind.embed_from))
     for cut, tower in ((encoder.image_at_layer, "image"), (encoder.text_at_layer, "text")):
         assert cut(1).layer == 1
         for _ in range(2):  # what failed once is not taken for checked
-            with pytest.raises(ValueError, match=rf"tail\(stem\(x\)\) of the {tower} tower differs"):
+            with pytest.raises(ValueError, match=rf"embed_from\(features_before\(x\)\) of the {tower} tower differs"):
                 cut(0)
 
 

@@ -1,4 +1,4 @@
-"""Text towers that open_clip builds from Hugging Face's transformers, small and without network, cut at every layer."""
+"""Text towers that open_clip builds from Hugging Face's transformers, small and without network, at every layer."""
 
 from __future__ import annotations
 
@@ -118,19 +118,19 @@ def test_stem_is_the_layers_own_input_and_tail_gives_the_encoders_output(
 ) -> None:
     encoder = encoder_of(name)
     tokens, text = encoder.tokenizer.encode(CAPTIONS), encoder.model.text
-    split = encoder.text_at_layer(layer)
-    hidden = split.features_before(tokens)
+    tower = encoder.text_at_layer(layer)
+    hidden = tower.features_before(tokens)
     own = block_input(blocks_of(encoder, name)[layer], lambda: text(tokens))
     longest = int((tokens != 1).sum(dim=1).max())
     assert hidden.shape[:2] == (3, longest)
     assert longest < LENGTH, "something has to be cut off"
     seen = (tokens != 1)[:, :longest]
     assert_same(hidden[seen], own[:, :longest][seen])
-    assert_same(split.embed_from(hidden, tokens), text(tokens))
+    assert_same(tower.embed_from(hidden, tokens), text(tokens))
     assert_same(encoder.encode_text(tokens), text(tokens))
-    assert split.block is blocks_of(encoder, name)[layer]
-    assert_same(split.features_before(tokens, LENGTH), own)
-    assert_same(split.captured(own), own)
+    assert tower.block is blocks_of(encoder, name)[layer]
+    assert_same(tower.features_before(tokens, LENGTH), own)
+    assert_same(tower.captured(own), own)
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -218,30 +218,30 @@ def test_hooks_and_layers_are_as_they_were_also_after_an_exception(
 ) -> None:
     encoder = encoder_of(name)
     tokens, blocks, modules = encoder.tokenizer.encode(CAPTIONS), blocks_of(encoder, name), list(encoder.modules())
-    split = encoder.text_at_layer(1)
-    hidden = split.features_before(tokens)
+    tower = encoder.text_at_layer(1)
+    hidden = tower.features_before(tokens)
 
     def fail(*ignored: Any) -> None:
         raise BrokenError
 
     handle = blocks[-1].register_forward_pre_hook(fail)
     with pytest.raises(BrokenError):
-        split.embed_from(hidden, tokens)
+        tower.embed_from(hidden, tokens)
     handle.remove()
     handle = blocks[0].register_forward_pre_hook(fail)
     with pytest.raises(BrokenError):
-        split.features_before(tokens)
+        tower.features_before(tokens)
     handle.remove()
     assert blocks_of(encoder, name) is blocks
     assert list(encoder.modules()) == modules
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
-    assert_same(split.embed_from(hidden, tokens), encoder.model.text(tokens))
+    assert_same(tower.embed_from(hidden, tokens), encoder.model.text(tokens))
 
 
 def test_a_tail_without_token_ids_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
-    split = encoder_of("roberta").text_at_layer()
+    tower = encoder_of("roberta").text_at_layer()
     with pytest.raises(ValueError, match="give them as inputs"):
-        split.embed_from(torch.zeros(1, 4, 16).double())
+        tower.embed_from(torch.zeros(1, 4, 16).double())
 
 
 def test_layers_that_do_not_exist_are_named(encoder_of: Callable[[str], DualEncoder]) -> None:
@@ -254,7 +254,7 @@ def test_layers_that_do_not_exist_are_named(encoder_of: Callable[[str], DualEnco
 def test_a_model_without_a_list_of_layers_is_named(tmp_path: Path) -> None:
     encoder = build("roberta", tmp_path)
     encoder.model.text.transformer.encoder = nn.Identity()
-    with pytest.raises(UnsupportedTowerError, match="type RobertaModel cannot be split: it has no list of layers"):
+    with pytest.raises(UnsupportedTowerError, match="type RobertaModel is not supported: it has no list of layers"):
         encoder.text_at_layer()
 
 
