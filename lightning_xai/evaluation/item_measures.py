@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import min_max, upsample
 from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
@@ -22,6 +21,7 @@ from lightning_xai.data.degradation import important_pixels, important_tokens
 from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, Wanted
 from lightning_xai.evaluation.phrase_grounding import ground_phrases, grounding_rows, image_size, measurable_rows
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.heat_maps import min_max, upsample
 from lightning_xai.metrics.grounding import box_attribution, measurable, patch_mask
 from lightning_xai.metrics.hard_negatives import attribution_difference
 from lightning_xai.metrics.localization import binarised, box_union, intersection_over_union
