@@ -22,6 +22,7 @@ from lightning_xai.results.record import MetricRecord, Score
 
 __all__ = [
     "CaptionTargets",
+    "HiddenImage",
     "Kind",
     "MetricSpec",
     "NegativeTargets",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Kind = Literal["phrase", "phrase_pair", "negative", "caption"]
+HiddenImage = Literal["zeros", "black"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class CaptionTargets:
     box_owner: Tensor
     image_size: tuple[int, int]
     signed: bool
-    similarity_of_images: Callable[[slice, Tensor, str], Tensor]
+    similarity_of_images: Callable[[slice, Tensor, HiddenImage], Tensor]
     similarity_of_texts: Callable[[Tensor], Tensor]
     batch_size: int
 

@@ -7,13 +7,13 @@ Shape suffixes: N pairs of image and caption, L tokens, h x w pixels.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xai.heat_maps import important_pixels, important_tokens, min_max, upsample
-from lightning_xai.metrics.base import CaptionTargets, MetricSpec, ValueMetric
+from lightning_xai.metrics.base import CaptionTargets, HiddenImage, MetricSpec, ValueMetric
 from lightning_xai.results.record import Score
 
 __all__ = ["SPEC", "ConfidenceMetric", "confidence", "confidence_drop", "confidence_increase"]
@@ -52,7 +52,7 @@ def confidence(
     *,
     keep_tokens: float = 0.5,
     keep_pixels: float | None = None,
-    hidden_image: Literal["zeros", "black"] = "zeros",
+    hidden_image: HiddenImage = "zeros",
 ) -> dict[str, Tensor]:
     """Compute the similarity of each pair with only the important part of the image, or of the caption.
 
