@@ -4,8 +4,6 @@ from lightning_xai.attribution.base import (
     AttributionMethod,
     ConstantMapWarning,
     InteractionAttribution,
-    min_max,
-    upsample,
 )
 from lightning_xai.attribution.baselines import CentredGaussian, RandomMap
 from lightning_xai.attribution.feature_pair import (
@@ -22,6 +20,7 @@ from lightning_xai.attribution.path_integral import quadrature
 from lightning_xai.attribution.registry import METHODS
 from lightning_xai.attribution.rise import RISE
 from lightning_xai.attribution.saliency import Saliency
+from lightning_xai.heat_maps import min_max, upsample
 
 __all__ = [
     "M2IB",

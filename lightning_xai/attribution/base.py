@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import cosine_similarity
 
 from lightning_xai.models.at_layer import as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -225,37 +225,3 @@ def cosine_with(embedding: Tensor) -> Callable[[Tensor], Tensor]:
         return cosine_similarity(other, embedding.repeat_interleave(len(other) // len(embedding), dim=0), dim=1)
 
     return score
-
-
-def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps at patch resolution, interpolated to pixels (bilinear between patch centres; adds no extremum, no sign).
-
-    Args:
-        maps: [..., H, W].
-        size: (height, width) in pixels.
-
-    Returns:
-        [..., height, width]
-
-    Example:
-        >>> upsample(torch.tensor([[0.0, 1.0]]), (1, 4)).tolist()
-        [[0.0, 0.25, 0.75, 1.0]]
-    """
-    flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    return interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
-
-
-def min_max(maps: Tensor, dims: int = 2) -> Tensor:
-    """Each map scaled to [0, 1]: its smallest entry is 0, its largest 1; a constant map is 0 everywhere.
-
-    Args:
-        maps: [..., H, W], or [..., L] with `dims=1`.
-        dims: how many of the last axes make one map.
-
-    Example:
-        >>> min_max(torch.tensor([[-1.0, 0.0, 3.0]]), dims=1).tolist()
-        [[0.0, 0.25, 1.0]]
-    """
-    axes = tuple(range(-dims, 0))
-    low, high = maps.amin(dim=axes, keepdim=True), maps.amax(dim=axes, keepdim=True)
-    return (maps - low) / torch.where(high > low, high - low, 1.0)
