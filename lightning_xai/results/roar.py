@@ -1,0 +1,88 @@
+"""ROAR+ scores from the losses in the long table (M2IB paper, section 4.4).
+
+A `roar` folder holds the metric `validation_loss` on the original data for each method, target ("image" or "text": what
+was degraded before retraining) and seed; the method `ORIGINAL` was retrained on the data as they are. Nothing here
+needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from lightning_xai.results.record import ResultRecord, standard_error
+from lightning_xai.results.table import ResultTable
+
+__all__ = ["MODALITIES", "ORIGINAL", "RoarScore", "label_at", "roar_scores", "roar_summary"]
+
+MODALITIES = ("image", "text")
+ORIGINAL = "original"
+"""The method that stands for retraining without any degradation; its target is "none"."""
+LOSS = "validation_loss"
+
+
+class RoarScore(NamedTuple):
+    """A score over seeds, a fraction; higher is better.
+
+    Attributes:
+        mean: over seeds; NaN without any.
+        standard_error: of the mean; NaN below two seeds.
+    """
+
+    mean: float
+    standard_error: float
+
+
+def roar_scores(record: ResultRecord, table: ResultTable) -> pd.DataFrame:
+    """(l_c - l_o) / l_o for each method, modality and seed of which both losses are there; higher is better.
+
+    Returns:
+        The columns method, modality, seed and value (a fraction), methods in the order of the record. `value` is NaN
+        where a retraining diverged, or left no loss to compare with.
+
+    >>> losses = [(ORIGINAL, 0, "none", LOSS, 2.0, ""), ("rise", 0, "image", LOSS, 2.5, "")]
+    >>> keys = {"key": "", "caption_index": 0, "caption": "", "label": "", "kind": "modality", "ordinal": 0}
+    >>> targets = [{"target": name, "index": place, **keys} for place, name in enumerate(("image", "text", "none"))]
+    >>> from lightning_xai.results.record import MethodRecord
+    >>> record = ResultRecord(kind="roar", methods={"rise": MethodRecord(name="rise")})
+    >>> roar_scores(record, ResultTable.of(losses, targets)).values.tolist()
+    [['rise', 'image', 0, 0.25]]
+    """
+    losses = table.values[table.values["metric"] == LOSS]
+    original = losses[losses["method"] == ORIGINAL].set_index("seed")["value"]
+    rows = []
+    for method in record.methods:
+        for modality in MODALITIES:
+            own = losses[(losses["method"] == method) & (losses["target"] == modality)].sort_values("seed")
+            for seed, degraded in zip(own["seed"], own["value"], strict=True):
+                if seed in original.index:
+                    loss = float(original[seed])
+                    rows.append((method, modality, seed, (degraded - loss) / loss if loss else math.nan))
+    return pd.DataFrame(rows, columns=["method", "modality", "seed", "value"]).astype({"value": "float64"})
+
+
+def roar_summary(record: ResultRecord, table: ResultTable) -> dict[str, dict[str, RoarScore]]:
+    """Modality -> method -> score, of those that were measured."""
+    found: dict[str, dict[str, RoarScore]] = {}
+    for (modality, method), part in roar_scores(record, table).groupby(["modality", "method"], sort=False):
+        values = part["value"].tolist()
+        found.setdefault(modality, {})[method] = RoarScore(statistics.fmean(values), standard_error(values))
+    return {modality: found[modality] for modality in MODALITIES if modality in found}
+
+
+def label_at(record: ResultRecord, point: Mapping[str, Any]) -> str | None:
+    """The label of the first method with these options, compared as values: 1 is 1.0; None where there is none.
+
+    >>> from lightning_xai.results.record import MethodRecord
+    >>> methods = {"m2ib,beta=1": MethodRecord(name="m2ib", options={"beta": 1.0, "steps": 10})}
+    >>> label_at(ResultRecord(kind="roar", methods=methods), {"beta": 1})
+    'm2ib,beta=1'
+    """
+    for label, method in record.methods.items():
+        if all(name in method.options and method.options[name] == value for name, value in point.items()):
+            return label
+    return None
