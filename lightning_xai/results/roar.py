@@ -16,13 +16,9 @@ import pandas as pd
 
 from lightning_xai.results.record import ResultRecord, standard_error
 from lightning_xai.results.table import ResultTable
+from lightning_xai.results.trials import LOSS, MODALITIES, ORIGINAL
 
 __all__ = ["MODALITIES", "ORIGINAL", "RoarScore", "label_at", "roar_scores", "roar_summary"]
-
-MODALITIES = ("image", "text")
-ORIGINAL = "original"
-"""The method that stands for retraining without any degradation; its target is "none"."""
-LOSS = "validation_loss"
 
 
 class RoarScore(NamedTuple):
