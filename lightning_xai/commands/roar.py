@@ -138,14 +138,14 @@ class Roar:
         # Frames take half a second to load, which a help text and a list of trials do without.
         from rich.console import Console
 
-        from lightning_xai.report.roar import grid_tables, roar_table
+        from lightning_xai.report.roar import roar_tables
         from lightning_xai.results.table import ResultTable, write_result
 
         record, done = gather(self.out, trials, methods, partial(recipe_settings, self), self.grid)
         table = ResultTable.of(*loss_rows(done))
         write_result(self.out, record, table)
         console = Console()
-        for shown in (roar_table(record, table), *grid_tables(record, table)):
+        for shown in roar_tables(record, table):
             console.print(shown)
         if missing := len(trials) - len(done):
             print(f"{missing} of {len(trials)} trials are missing; see --list-trials")  # noqa: T201
@@ -182,7 +182,10 @@ def all_methods(roar: Roar) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def recipe_settings(roar: Roar, trial: Trial) -> dict[str, dict[str, Any]]:
     """The fields of a trial's recipe that follow from the settings alone."""
-    removed = {"image": {"pixels": roar.pixels, "fill": roar.fill}, "text": {"tokens": roar.tokens}}
+    removed: dict[str, dict[str, Any]] = {
+        "image": {"pixels": roar.pixels, "fill": roar.fill},
+        "text": {"tokens": roar.tokens},
+    }
     training = asdict(roar.training)
     return {
         "selection": {name: getattr(roar, name) for name in ("samples", "skip", "split_seed", "validation")},
