@@ -8,29 +8,29 @@ needs torch.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import pandas as pd
 
-from lightning_xai.results.record import ResultRecord, standard_error
+from lightning_xai.results.record import MetricRecord, ResultRecord, Score
 from lightning_xai.results.table import ResultTable
 from lightning_xai.results.trials import LOSS, MODALITIES, ORIGINAL
 
-__all__ = ["MODALITIES", "ORIGINAL", "RoarScore", "label_at", "roar_scores", "roar_summary"]
+__all__ = ["LOSS", "MODALITIES", "ORIGINAL", "ROAR", "label_at", "roar_result", "roar_scores"]
 
 
-class RoarScore(NamedTuple):
-    """A score over seeds, a fraction; higher is better.
-
-    Attributes:
-        mean: over seeds; NaN without any.
-        standard_error: of the mean; NaN below two seeds.
-    """
-
-    mean: float
-    standard_error: float
+ROAR = MetricRecord(
+    name="roar",
+    title="ROAR+",
+    note="Rise of the validation loss after retraining without what a method finds important.",
+    values=MODALITIES,
+    scores=tuple(
+        Score(name=f"roar_{m}", value=m, heading=f"ROAR+, {m}", better="up", percent=True) for m in MODALITIES
+    ),
+    chart="bars",
+)
 
 
 def roar_scores(record: ResultRecord, table: ResultTable) -> pd.DataFrame:
@@ -61,13 +61,13 @@ def roar_scores(record: ResultRecord, table: ResultTable) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "modality", "seed", "value"]).astype({"value": "float64"})
 
 
-def roar_summary(record: ResultRecord, table: ResultTable) -> dict[str, dict[str, RoarScore]]:
-    """Modality -> method -> score, of those that were measured."""
-    found: dict[str, dict[str, RoarScore]] = {}
-    for (modality, method), part in roar_scores(record, table).groupby(["modality", "method"], sort=False):
-        values = part["value"].tolist()
-        found.setdefault(modality, {})[method] = RoarScore(statistics.fmean(values), standard_error(values))
-    return {modality: found[modality] for modality in MODALITIES if modality in found}
+def roar_result(record: ResultRecord, table: ResultTable) -> tuple[ResultRecord, ResultTable]:
+    """ROAR+ with its scores in place of losses, as the values of the metric `ROAR`."""
+    scores = roar_scores(record, table)
+    known = scores[scores["value"].notna()]
+    rows = [(row.method, row.seed, row.modality, row.modality, row.value, "") for row in known.itertuples()]
+    values = pd.DataFrame(rows, columns=list(table.values.columns)).astype({"value": "float64"})
+    return msgspec.structs.replace(record, metrics={ROAR.name: ROAR}), ResultTable(values, table.targets)
 
 
 def label_at(record: ResultRecord, point: Mapping[str, Any]) -> str | None:

@@ -56,7 +56,7 @@ def write(folder: Path, rows: Sequence[Row], measured: Measured) -> Figure | Non
     lines = [_flat(row) for row in rows]
     per_pair_csv(folder / f"summary{suffix}.csv", lines, tuple(dict.fromkeys(key for line in lines for key in line)))
     if training and any(row["pairs"] for row in rows):
-        save_figure(curves(rows), folder / "curves.png")
+        save_figure(curves(rows, scores=()), folder / "curves.png")
     if not measured.drawn.examples:
         return None
     sheet = _progress(rows, measured)
