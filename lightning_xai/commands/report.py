@@ -1,4 +1,4 @@
-"""`report`: what runs have found, as one page to read and show, and as tables and figures for a paper."""
+"""`report`: the results of runs as one page to read and show, and as tables and figures for a paper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Report:
     Several may be given; they are compared where they were measured by the same method on the same data. Writes
     report.html (one file, which works without network), tables/ (CSV, Markdown, LaTeX) and figures/ (PNG, SVG).
 
-    What a training has learned to ground:
+    How well a training has learned to ground:
       python -m lightning_xai report runs/demo/version_0 --out report
     Two models before and after fine-tuning, with names for the tables:
       python -m lightning_xai report runs/eval_openai runs/eval_tuned --names openai,fine-tuned --out report
@@ -58,26 +58,25 @@ class Report:
 
         from rich.console import Console
 
-        from lightning_xai.report.comparison import OrderTest
-        from lightning_xai.report.composition import Composer, Options
-        from lightning_xai.report.report_files import write_report
-        from lightning_xai.report.report_summary import terminal_tables
-        from lightning_xai.results.run_folders import load_runs
+        from lightning_xai.report.build import Options, build_sections, write_report
+        from lightning_xai.report.sections.significance import OrderTest
+        from lightning_xai.report.terminal import report_tables
+        from lightning_xai.results.runs import load_runs
 
         names = [name.strip() for name in self.names.split(",")] if self.names is not None else []
         test = OrderTest(self.epsilon, self.alpha, self.bootstrap_samples, self.seed)
         with Console(stderr=True).status("Reading results, comparing, drawing ..."):
             runs = load_runs(self.runs, names)
-            composer = Composer(runs, Options(test, self.method, self.min_pairs))
-            sections = composer.sections()
+            sections, comparisons = build_sections(runs, Options(test, self.method, self.min_pairs))
             subtitle = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(run.name for run in runs)}"
             footer = (
                 f"Made by lightning_xai {version('lightning_xai')} from {sum(len(run.files) for run in runs)} files."
             )
             path = write_report(self.out, self.title, subtitle, sections, footer)
         console = Console()
-        for table in terminal_tables(sections):
+        for table in report_tables(sections):
             console.print(table)
-        told = [f"{comparison}." for comparison in composer.comparisons]
-        for line in (*told, f"Tables: {self.out / 'tables'}; figures: {self.out / 'figures'}", f"Open {path}"):
+        lines = [f"{comparison}." for comparison in comparisons]
+        lines += [f"Saved tables in {self.out / 'tables'}, figures in {self.out / 'figures'}", f"Open {path}"]
+        for line in lines:
             console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -1,6 +1,6 @@
 """Heat maps of an evaluation's examples as sheets: methods or runs side by side, the worst, and those of some classes.
 
-The pictures are read here, each once. What cannot be drawn is counted, never shown as something else.
+Pictures are read once each. Examples that cannot be drawn are counted, never shown as something else.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from PIL import Image
 
 from lightning_xai.report.explanation import scaled
 from lightning_xai.report.plots import Example, example_sheet, heat_fault, progress_sheet
+from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
-from lightning_xai.results.schema import ExampleRecord
 
 __all__ = ["Gallery"]
 
@@ -42,7 +42,7 @@ class Gallery:
         runs: of the report.
 
     Attributes:
-        faults: what could not be drawn, and why.
+        faults: example that could not be drawn -> why.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -84,7 +84,7 @@ class Gallery:
             [found[0][key].example for key in keys],
             [[other[key].heat for key in keys] for other in found],
             list(columns),
-            [[other[key].record.gamma for key in keys] for other in found],
+            [[_gamma(other[key].record) for key in keys] for other in found],
             title,
             hits=[[other[key].record.hit for key in keys] for other in found],
             columns=len(columns) + 1,
@@ -95,14 +95,14 @@ class Gallery:
     def worst(self, run: str, label: str, title: str, most: int = 12) -> tuple[Figure, int] | None:
         """The failures of a method, the lowest gamma first, and how many; None where none were kept."""
         found = [d for d in self._drawable.get((run, label), {}).values() if "failure" in d.record.why]
-        found.sort(key=lambda d: -1.0 if math.isnan(d.record.gamma) else d.record.gamma)
+        found.sort(key=lambda d: -1.0 if d.record.gamma is None else d.record.gamma)
         found = found[:most]
         if not found:
             return None
         sheet = example_sheet(
             [drawable.example for drawable in found],
             [drawable.heat for drawable in found],
-            [drawable.record.gamma for drawable in found],
+            [_gamma(drawable.record) for drawable in found],
             title,
             hits=[drawable.record.hit for drawable in found],
             columns=6,
@@ -114,8 +114,8 @@ class Gallery:
         try:
             image = self._image(run.folder / record.image)
             heat = _checked_heat(record)
-            if run.evaluation is not None and not run.evaluation.methods[label].signed and heat_fault(heat) is None:
-                heat = scaled(heat, "range")  # what is nowhere zero would be red all over
+            if not run.record.methods[label].signed and heat_fault(heat) is None:
+                heat = scaled(heat, "range")  # a map that is nowhere zero would be red all over
             box = record.box
             if not all(map(math.isfinite, box)):
                 raise ValueError(f"the box {box} is not finite")
@@ -134,6 +134,10 @@ class Gallery:
                     raise ValueError(f"the picture has {picture.width} x {picture.height} pixels, which is too many")
                 self._images[path] = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255)
         return self._images[path]
+
+
+def _gamma(record: ExampleRecord) -> float:
+    return math.nan if record.gamma is None else record.gamma
 
 
 def _key(record: ExampleRecord) -> Key:

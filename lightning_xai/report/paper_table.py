@@ -1,39 +1,52 @@
-"""Tables as they are printed in papers, as data: what stands in each cell, in print and as a number.
+"""Tables as papers print them: plain values with a description of each column, as CSV, Markdown, LaTeX and HTML.
 
-`table_formats` turns them into CSV, Markdown, LaTeX and HTML.
+pandas' Styler lays them out. Text stays text in each of the formats, whatever it holds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
 
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from lightning_xai.report.sheet import printable
 from lightning_xai.report.tables import NO_VALUE
-from lightning_xai.results.schema import Estimate
+from lightning_xai.results.record import Better, Score
+from lightning_xai.results.runs import Estimate
 
-__all__ = ["Body", "Cell", "Column", "PaperTable", "count", "estimate", "mark_best", "number", "percent", "words"]
+__all__ = ["Column", "PaperTable", "Value", "score_column"]
 
-Value = float | int | str | None
-Better = Literal["up", "down"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell.
-
-    Attributes:
-        text: as it is printed.
-        value: what a CSV file holds and sorting goes by, in the unit of the column; None where there is no value.
-        error: standard error, in the same unit; NaN for none.
-        best: whether it is printed in bold.
-    """
-
-    text: str
-    value: Value = None
-    error: float = math.nan
-    best: bool = False
+Value = str | int | float | Estimate | None
+_ARROWS = {"up": " ↑", "down": " ↓", None: ""}
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    "²": r"$^{2}$",
+    "−": "$-$",
+    "–": "--",
+    "…": r"\dots{}",
+    **{char: f"\\{char}" for char in "{}$&%#_"},
+    # After the end of a row a bracket would be read as its options, and so would a star; the others join to ligatures.
+    **{char: f"{{{char}}}" for char in "[*\"-'"},
+    **dict(zip("γδερβασΔ±≥≤→↑↓ℓ·×", [
+        *(f"$\\{name}$" for name in ("gamma", "delta", "varepsilon", "rho", "beta", "alpha", "sigma", "Delta", "pm")),
+        *(f"$\\{name}$" for name in ("geq", "leq", "rightarrow", "uparrow", "downarrow", "ell", "cdot", "times")),
+    ], strict=True)),
+}  # fmt: skip
+_MARKDOWN = {char: f"\\{char}" for char in "\\`*_[]|~#$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 @dataclass(frozen=True)
@@ -41,36 +54,68 @@ class Column:
     """One column.
 
     Attributes:
-        heading: its name, with the unit in brackets and an arrow to the better direction.
-        group: stands above this and the neighbouring columns of the same group, such as a data set.
+        name: its heading, without unit and arrow.
+        group: above this and the neighbouring columns of the same group.
         numeric: numbers stand to the right, words to the left.
+        percent: whether values are fractions that are printed in percent.
+        digits: after the point.
+        signed: whether positive numbers have a plus.
+        better: whether larger or smaller values are better; the best of the column is bold.
     """
 
-    heading: str
+    name: str
     group: str = ""
     numeric: bool = True
+    percent: bool = False
+    digits: int = 3
+    signed: bool = False
+    better: Better | None = None
+
+    @property
+    def heading(self) -> str:
+        """The name with the unit and an arrow to the better direction.
+
+        >>> Column("ρ", percent=True, better="up").heading
+        'ρ [%] ↑'
+        """
+        return f"{self.name}{' [%]' if self.percent else ''}{_ARROWS[self.better]}"
 
     @property
     def full_heading(self) -> str:
-        """The heading with its group before it, for where nothing stands above.
-
-        >>> Column("pairs", "coco").full_heading, Column("pairs").full_heading
-        ('coco: pairs', 'pairs')
-        """
+        """The heading with its group before it, where nothing is above."""
         return f"{self.group}: {self.heading}" if self.group else self.heading
 
+    def numbers(self, value: Value) -> tuple[float, float]:
+        """A value and its standard error in the unit of the column; NaN for none."""
+        if value is None or isinstance(value, str):
+            return math.nan, math.nan
+        mean, error = (value.mean, value.error) if isinstance(value, Estimate) else (value, math.nan)
+        return (100 * mean, 100 * error) if self.percent else (mean, error)
 
-@dataclass(frozen=True)
-class Body:
-    """Rows that belong together; they are sorted among themselves only.
+    def text(self, value: Value) -> str:
+        """A value as it is printed.
 
-    Attributes:
-        heading: stands above them; empty for none.
-        rows: of one cell for each column.
-    """
+        >>> column = Column("ρ", percent=True, digits=1)
+        >>> [column.text(value) for value in (0.5512, Estimate(0.5, 0.01, 9), float("nan"), None, "a")]
+        ['55.1', '50.0 ± 1.0', '–', '–', 'a']
+        >>> Column("n").text(12345), Column("x").text(-0.25), Column("x").text(-0.0001)
+        ('12,345', '−0.250', '0.000')
+        """
+        if isinstance(value, str):
+            return value
+        mean, error = self.numbers(value)
+        if math.isnan(mean):
+            return NO_VALUE
+        if isinstance(value, int) and not self.percent:
+            return f"{value:,}"
+        size = f"{abs(mean):.{self.digits}f}"
+        sign = "" if not float(size) else "−" if mean < 0 else "+" if self.signed else ""
+        return f"{sign}{size}" if math.isnan(error) else f"{sign}{size} ± {error:.{self.digits}f}"
 
-    heading: str
-    rows: tuple[tuple[Cell, ...], ...]
+
+def score_column(score: Score, group: str = "") -> Column:
+    """The column of a score."""
+    return Column(score.heading, group, percent=score.percent, digits=1 if score.percent else 4, better=score.better)
 
 
 @dataclass(frozen=True)
@@ -79,97 +124,166 @@ class PaperTable:
 
     Attributes:
         name: of its files.
-        title: what it shows.
+        title: above it.
         note: how to read it.
-        columns: from left to right.
-        bodies: from top to bottom.
+        columns: from left to right; headings within a group differ.
+        rows: of one value for each column.
+        baselines: how many of the last rows are of methods that ignore the model; the best is among the others.
+        number: in the page.
 
     Raises:
-        ValueError: a row has not one cell for each column.
+        ValueError: a row has not one value for each column.
     """
 
     name: str
     title: str
     note: str
-    columns: tuple[Column, ...]
-    bodies: tuple[Body, ...]
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Value]]
+    baselines: int = 0
+    number: int = 0
+    kind = "table"
 
     def __post_init__(self) -> None:
-        for body in self.bodies:
-            for row in body.rows:
-                if len(row) != len(self.columns):
-                    raise ValueError(f"{self.name}: expected {len(self.columns)} cells in each row, got {len(row)}")
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"{self.name}: expected {len(self.columns)} values in each row, got {len(row)}")
 
-    @property
-    def rows(self) -> list[tuple[Cell, ...]]:
-        """All rows, without the headings of the bodies."""
-        return [row for body in self.bodies for row in body.rows]
+    @cached_property
+    def texts(self) -> list[list[str]]:
+        """The rows as they are printed."""
+        return [[column.text(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    @cached_property
+    def best(self) -> set[tuple[int, int]]:
+        """Row and column of what is bold: the best of a column, and all that print the same mean."""
+        found = set()
+        for place, column in enumerate(self.columns):
+            own = range(len(self.rows) - self.baselines)
+            values = {i: column.numbers(self.rows[i][place])[0] for i in own}
+            values = {i: value for i, value in values.items() if not math.isnan(value)}
+            if column.better is None or len(values) < 2:
+                continue
+            best = (max if column.better == "up" else min)(values, key=lambda i: values[i])
+            printed = self.texts[best][place].partition(" ± ")[0]
+            found |= {(i, place) for i in values if self.texts[i][place].partition(" ± ")[0] == printed}
+        return found
+
+    def to_csv(self) -> str:
+        """Every value with all its digits, with a column of standard errors after each that has some."""
+        columns: dict[str, list[Value]] = {}
+        for place, column in enumerate(self.columns):
+            cells = [row[place] for row in self.rows]
+            numbers = [column.numbers(cell) for cell in cells]
+            plain: list[Value] = [c if isinstance(c, str) or (isinstance(c, int) and not column.percent) else n[0]
+                     for c, n in zip(cells, numbers, strict=True)]  # fmt: skip
+            columns[column.full_heading] = plain
+            if any(not math.isnan(error) for _, error in numbers):
+                columns[f"{column.full_heading} standard error"] = [error for _, error in numbers]
+        if self.baselines:
+            columns["baseline"] = [int(self._is_baseline(row)) for row in range(len(self.rows))]
+        return str(pd.DataFrame(columns, dtype=object).to_csv(index=False, lineterminator="\n"))
+
+    def to_markdown(self) -> str:
+        """A pipe table of GitHub's kind; the best is bold, and groups of columns are before the headings."""
+        frame = self._frame(markdown_escaped, "**{}**")
+        frame.columns = pd.Index([markdown_escaped(column.full_heading) for column in self.columns])
+        lines = frame.style.hide(axis="index").to_string(delimiter=" | ").splitlines()
+        lines.insert(1, " | ".join("---:" if column.numeric else ":---" for column in self.columns))
+        title, note = markdown_escaped(self.title), markdown_escaped(self.note)
+        return "\n".join([f"**{title}**", "", *(f"| {line.strip()} |" for line in lines), "", note, ""])
+
+    def to_latex(self) -> str:
+        r"""A `table` environment that needs the package booktabs; the best is bold, and baselines are below a rule."""
+        text = self._frame(latex_escaped, "\\textbf{{{}}}").style.hide(axis="index").to_latex(
+            column_format="".join("r" if column.numeric else "l" for column in self.columns),
+            caption=f"{latex_escaped(self.title)}. {latex_escaped(self.note)}",
+            label=f"tab:{re.sub('[^a-z0-9-]', '-', self.name.lower())}",
+            position_float="centering",
+            multicol_align="c",
+            hrules=True,
+        )  # fmt: skip
+        lines = text.splitlines()
+        if 0 < self.baselines < len(self.rows):
+            lines.insert(lines.index(r"\bottomrule") - self.baselines, r"\midrule")
+        return "\n".join([r"% needs \usepackage{booktabs}", *lines, ""])
+
+    def to_html(self) -> str:
+        """A `table` element; `page.js` makes it sort, by the values of its `data` elements."""
+        frame = self._frame(escape, "<strong>{}</strong>", self._html_cell)
+        text = str(frame.style.hide(axis="index").to_html(exclude_styles=True))
+        return text.replace("<table>", f'<table aria-labelledby="caption-table-{escape(self.name)}">', 1)
+
+    def to_terminal(self) -> Table:
+        """A table for `rich`; the best is bold.
+
+        Columns of one and the same word give way to numbers, and a table that is wider than high is turned.
+        """
+        shown = Table(title=Text(self.title), box=SIMPLE_HEAD, padding=(0, 1))
+        texts = [
+            [Text(text, style="bold" if (i, place) in self.best else "") for place, text in enumerate(row)]
+            for i, row in enumerate(self.texts)
+        ]
+        several = {place for place in range(len(self.columns)) if len({row[place] for row in self.texts}) > 1}
+        words = [place for place, column in enumerate(self.columns) if not column.numeric and place in several]
+        numbers = [place for place, column in enumerate(self.columns) if column.numeric]
+        if len(numbers) > len(self.rows):
+            shown.add_column("")
+            for printed in self.texts:
+                shown.add_column(Text("\n".join(printed[place] for place in words)), justify="right")
+            for place in numbers:
+                shown.add_row(Text(self.columns[place].full_heading), *(row[place] for row in texts))
+            return shown
+        kept = sorted(words + numbers)
+        for column in (self.columns[place] for place in kept):
+            heading = f"{column.group}\n{column.heading}" if column.group else column.heading.replace(" [%]", "\n[%]")
+            shown.add_column(Text(heading), justify="right" if column.numeric else "left", no_wrap=not column.numeric)
+        for i, row in enumerate(texts):
+            shown.add_row(*(row[place] for place in kept), end_section=i == len(texts) - self.baselines - 1)
+        return shown
+
+    def _is_baseline(self, row: int) -> bool:
+        return row >= len(self.rows) - self.baselines
+
+    def _frame(
+        self,
+        escaped: Callable[[str], str],
+        bold: str,
+        cell: Callable[[str, int, int], str] = lambda text, row, place: text,
+    ) -> pd.DataFrame:
+        """The printed texts, escaped, under their escaped headings."""
+        rows = [
+            [
+                cell(bold.format(text) if (i, place) in self.best else text, i, place)
+                for place, text in enumerate(map(escaped, row))
+            ]
+            for i, row in enumerate(self.texts)
+        ]
+        headings = [(escaped(column.group), escaped(column.heading)) for column in self.columns]
+        groups = any(column.group for column in self.columns)
+        index = pd.MultiIndex.from_tuples(headings) if groups else pd.Index([heading for _, heading in headings])
+        return pd.DataFrame(rows, columns=index, dtype=object)
+
+    def _html_cell(self, text: str, row: int, place: int) -> str:
+        if self.columns[place].numeric:
+            value = self.columns[place].numbers(self.rows[row][place])[0]
+            return f'<data value="{"" if math.isnan(value) else repr(float(value))}">{text}</data>'
+        return f'<span class="baseline">{text}</span>' if self._is_baseline(row) else text
 
 
-def words(text: str) -> Cell:
-    """A cell of words."""
-    return Cell(text, text)
+def latex_escaped(text: str) -> str:
+    r"""Return text that LaTeX prints as it is.
 
-
-def count(number: int | None) -> Cell:
-    """A cell that says how many.
-
-    >>> count(12345).text
-    '12,345'
+    >>> latex_escaped("ρ > 50 % of a_b")
+    '$\\rho$ \\textgreater{} 50 \\% of a\\_b'
     """
-    return Cell(NO_VALUE) if number is None else Cell(f"{number:,}", number)
+    return "".join(_LATEX.get(char, char) for char in printable(text))
 
 
-def number(value: float, digits: int = 3) -> Cell:
-    """A cell of a number as it is; NaN has no value.
+def markdown_escaped(text: str) -> str:
+    r"""Return text that Markdown prints as it is, HTML included.
 
-    >>> [number(value).text for value in (0.25, -0.25, -0.0001, float("nan"))]
-    ['0.250', '−0.250', '0.000', '–']
+    >>> markdown_escaped("<b>|*x*")
+    '&lt;b&gt;\\|\\*x\\*'
     """
-    if math.isnan(value):
-        return Cell(NO_VALUE)
-    text = f"{abs(value):.{digits}f}"
-    return Cell(f"−{text}" if value < 0 and float(text) else text, value)
-
-
-def percent(fraction: float, digits: int = 1) -> Cell:
-    """A cell of a fraction, in percent.
-
-    >>> percent(0.5512).text
-    '55.1'
-    """
-    return number(100 * fraction, digits)
-
-
-def estimate(measured: Estimate, *, scale: float = 100, digits: int = 2) -> Cell:
-    """A cell of a mean over seeds, with its standard error where there are several; fractions come out in percent.
-
-    >>> estimate(Estimate((0.5, 0.52))).text
-    '51.00 ± 1.00'
-    """
-    cell, error = number(scale * measured.mean, digits), scale * measured.standard_error
-    return cell if math.isnan(error) else replace(cell, text=f"{cell.text} ± {error:.{digits}f}", error=error)
-
-
-def mark_best(cells: Sequence[Cell], better: Better, among: Iterable[int] | None = None) -> list[Cell]:
-    """The cells with the best of them marked, and all that print the same mean.
-
-    Args:
-        cells: of one row or column.
-        better: whether higher or lower is better.
-        among: places that take part; None for all. Where fewer than two have a value, nothing is marked.
-
-    >>> [cell.best for cell in mark_best([number(1.0), number(2.0), number(9.0)], "up", among=[0, 1])]
-    [False, True, False]
-    """
-    places = [i for i in (range(len(cells)) if among is None else among) if isinstance(cells[i].value, (int, float))]
-    if len(places) < 2:
-        return list(cells)
-    values = {i: float(cells[i].value or 0) for i in places}
-    best = (max if better == "up" else min)(places, key=lambda i: values[i])
-    printed = _mean_text(cells[best])
-    return [replace(cell, best=i in values and _mean_text(cell) == printed) for i, cell in enumerate(cells)]
-
-
-def _mean_text(cell: Cell) -> str:
-    return cell.text.partition(" ± ")[0]
+    return "".join(_MARKDOWN.get(char, char) for char in printable(text))

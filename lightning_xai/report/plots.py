@@ -24,8 +24,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Sheet, text_width, wrap
-from lightning_xai.report.tables import epoch_name, replaced_at_once
+from lightning_xai.atomic_file import replaced_at_once
+from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Sheet, styled, text_width, wrap
+from lightning_xai.results.record import Score
+from lightning_xai.results.states import state_name
 
 Box = tuple[float, float, float, float]
 Heat = NDArray[np.floating]
@@ -38,12 +40,6 @@ _YELLOW = (255, 214, 10)
 _HEAD, _FOOT = 44, 88  # pixels above the first row (the title) and below the last one (the colour bar)
 _NARROWEST = 480  # so that the colour bar's note fits
 _HIT, _MISS = "#1a7f37", "#8a8a8a"
-_CURVES = {
-    "gamma_mean": ("γ mean", "#4d4d4d", "--"),
-    "gamma_above_50": ("γ > 0.5", "#d55e00", "-"),
-    "gamma_above_80": ("γ > 0.8", "#cc79a7", "-"),
-    "rho": ("ρ", "#0072b2", "-"),
-}
 
 
 @dataclass(frozen=True)
@@ -271,12 +267,19 @@ def progress_gif(
         frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 
-def curves(rows: Sequence[Mapping[str, object]], title: str = "Grounding while the model learns") -> Figure:
-    """Gamma's mean, gamma > 0.5, gamma > 0.8 and rho in percent against the epoch.
+@styled
+def curves(
+    rows: Sequence[Mapping[str, object]],
+    title: str = "Grounding while the model learns",
+    *,
+    scores: Sequence[Score],
+) -> Figure:
+    """Draw scores in percent against the epoch.
 
     Args:
-        rows: as for `tables.grounding_table`: `epoch` and the four fractions. A missing or NaN value leaves a gap.
-        title: stands above the axes.
+        rows: `epoch`, the finished epochs, and the scores by name, fractions. A missing or NaN value leaves a gap.
+        title: above the axes.
+        scores: what to draw, in this order; dashed where a score is no share.
 
     Raises:
         ValueError: there are no rows, or one has no `epoch`.
@@ -286,28 +289,26 @@ def curves(rows: Sequence[Mapping[str, object]], title: str = "Grounding while t
     epochs = [row["epoch"] for row in rows]
     numbered = all(isinstance(epoch, (int, float)) for epoch in epochs)
     places = np.array(epochs if numbered else range(len(rows)), dtype=float)
-    figure = Figure(figsize=(8.0, 4.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(8.0, 4.2))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     highest = 0.0
-    for key, (name, colour, style) in _CURVES.items():
-        percent = np.array([_percent(row.get(key)) for row in rows])
+    for score in scores:
+        percent = np.array([_percent(row.get(score.name)) for row in rows])
         if np.isnan(percent).all():
             continue
         highest = max(highest, float(np.nanmax(percent)))
         first, last = percent[~np.isnan(percent)][[0, -1]]
-        label = f"{name}   {first:.1f} → {last:.1f} %"
-        axes.plot(places, percent, style, color=colour, marker="o", markersize=4, linewidth=2, label=label)
+        label = f"{score.heading}   {first:.1f} → {last:.1f} %"
+        axes.plot(places, percent, "-" if score.percent else "--", marker="o", label=label)
     shown = [int(i) for i in evenly(len(rows), 11)]
     axes.set_xticks(places[shown], [_tick(epochs[i]) for i in shown])
     axes.set_ylim(0, min(100.0, 10 * math.ceil((highest + 4) / 10)))
     axes.set_xlabel("finished epochs")
-    axes.set_ylabel("pairs [%]   (γ mean: share of the attribution [%])")
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.set_ylabel("targets, or mean (dashed) [%]")
+    axes.set_title(title)
     if axes.lines:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -460,4 +461,4 @@ def _percent(value: object) -> float:
 
 
 def _tick(epoch: object) -> str:
-    return epoch_name(epoch) if epoch == 0 or isinstance(epoch, str) else f"{epoch:g}"
+    return state_name(epoch) if epoch == 0 or isinstance(epoch, str) else f"{epoch:g}"

@@ -6,12 +6,15 @@ them, beside whatever plotting of its own the user does. Nothing here needs torc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from importlib.resources import files
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,11 +22,38 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+P = ParamSpec("P")
+
 DPI = 128
 FONT_PT = 9.0
 LINE = 19  # pixels from one line of text to the next at that size and DPI
 GAP = 16
 _HIGHLIGHT = "#ffe680"
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw a figure with `style.mplstyle`, whatever settings of matplotlib the user has."""
+
+    @wraps(draw)
+    def with_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with style():
+            return draw(*args, **kwargs)
+
+    return with_style
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Use matplotlib's defaults with `style.mplstyle` on top."""
+    with mpl.rc_context(_style()):
+        yield
+
+
+@cache
+def _style() -> Any:
+    """Matplotlib's defaults with `style.mplstyle` on top, but for the backend, which would be loaded."""
+    own = mpl.rc_params_from_file(str(files("lightning_xai.report").joinpath("style.mplstyle")))
+    return {name: value for name, value in own.items() if not name.startswith("backend")}
 
 
 class Sheet:

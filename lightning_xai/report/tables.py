@@ -8,13 +8,26 @@ from __future__ import annotations
 import csv
 import math
 import numbers
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
+
+from lightning_xai.atomic_file import replaced_at_once
+from lightning_xai.results.states import state_name as epoch_name
+
+__all__ = [
+    "NO_VALUE",
+    "PAIR_COLUMNS",
+    "csv_field",
+    "epoch_name",
+    "format_value",
+    "grounding_table",
+    "per_pair_csv",
+    "read_csv",
+    "replaced_at_once",
+]
 
 NO_VALUE = "–"
 PAIR_COLUMNS = ("index", "key", "caption_index", "caption", "phrase", "label", "reason", "gamma", "hit")
@@ -37,17 +50,6 @@ def is_percent(key: str) -> bool:
     [True, True, False, False]
     """
     return any(part in key for part in _PERCENT)
-
-
-def epoch_name(epoch: object) -> str:
-    """How reports name the state of a model after `epoch` finished epochs; strings are kept.
-
-    >>> [epoch_name(epoch) for epoch in (0, 3, "zero-shot")]
-    ['before', 'epoch 3', 'zero-shot']
-    """
-    if isinstance(epoch, str):
-        return epoch
-    return "before" if epoch == 0 else f"epoch {epoch}"
 
 
 def format_value(key: str, value: object) -> str:
@@ -188,18 +190,3 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); write the table again") from error
     return rows
-
-
-@contextmanager
-def replaced_at_once(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` at the end, and vanishes after an error.
-
-    The folder is made where it does not exist. The suffix stays, since some writers choose the format by it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

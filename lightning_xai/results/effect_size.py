@@ -1,39 +1,28 @@
-"""What a model grounds badly, class by class, and what changed between two runs.
+"""The classes that a model grounds badly, and the classes whose grounding changed between two runs.
 
-Read from the tables with one row per phrase (`read_csv`). A row with the reason "measured" has a gamma, the share of
-the phrase's positive attribution inside its object's box, and a hit (rho), whether the largest attribution lies there.
-After section 4.2 and Figure 6 of "Explaining caption-image interactions in CLIP models with second-order attributions".
-Nothing here needs torch.
+Group-bys of the long table, after section 4.2 and Figure 6 of "Explaining Caption-Image Interactions in CLIP Models
+with Second-Order Attributions". Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from lightning_xai.report.tables import csv_field
 from lightning_xai.results.stochastic_order import Values, sorted_sample
 
 __all__ = [
-    "ClassChange",
     "ClassGaps",
-    "ClassGrounding",
     "EffectSize",
     "GroundingChange",
     "grounding_change",
     "knowledge_gaps",
     "standardised_mean_difference",
 ]
-
-Row = Mapping[str, object]
-
-_MEASURED = "measured"
-_COLUMNS = ("label", "reason", "gamma", "hit")
 
 
 @dataclass(frozen=True)
@@ -50,64 +39,17 @@ class EffectSize:
 
 
 @dataclass(frozen=True)
-class ClassGrounding:
-    """How well one class is grounded; fractions in [0, 1], higher is better.
-
-    Attributes:
-        label: the class.
-        pairs: measured pairs, at least one.
-        gamma_mean: mean over pairs.
-        gamma_std: sample standard deviation (divided by pairs - 1); NaN for a single pair.
-        gamma_above_50: share of pairs with gamma > 0.5.
-        rho: share of pairs whose largest attribution lies inside the box.
-    """
-
-    label: str
-    pairs: int
-    gamma_mean: float
-    gamma_std: float
-    gamma_above_50: float
-    rho: float
-
-
-@dataclass(frozen=True)
 class ClassGaps:
     """The classes of one run, the worst first.
 
     Attributes:
-        classes: those with enough pairs, by ascending mean gamma.
-        too_few: label -> measured pairs, of all other classes that the table names.
-        left_out: reason -> rows that were not measured.
+        classes: index `label`, columns `mean`, `std` (sample standard deviation; NaN for a single phrase) and `count`
+            of those with enough measured phrases, by ascending mean.
+        too_few: label -> measured phrases, of all other classes.
     """
 
-    classes: tuple[ClassGrounding, ...]
+    classes: pd.DataFrame
     too_few: Mapping[str, int]
-    left_out: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class ClassChange:
-    """How the grounding of one class changed from one run to another.
-
-    Attributes:
-        label: the class.
-        pairs_before: measured pairs.
-        pairs_after: measured pairs.
-        mean_before: mean gamma, in [0, 1].
-        mean_after: mean gamma, in [0, 1].
-        difference: mean_after - mean_before; positive is better.
-        smd: the same in pooled standard deviations; NaN where neither run has any spread.
-        standard_error: of `smd`.
-    """
-
-    label: str
-    pairs_before: int
-    pairs_after: int
-    mean_before: float
-    mean_after: float
-    difference: float
-    smd: float
-    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -115,28 +57,26 @@ class GroundingChange:
     """How the grounding of all classes changed, the largest gain first.
 
     Attributes:
-        classes: those with enough pairs in both runs, by descending `smd`; those without one (NaN) come last.
+        classes: index `label`, columns `count_before`, `count_after`, `mean_before`, `mean_after`, `difference` (after
+            minus before), `smd` and `standard_error` of those with enough phrases in both runs, by descending `smd`;
+            those without one (NaN) come last.
         only_before: classes that were measured in the earlier run alone.
         only_after: classes that were measured in the later run alone.
-        too_few: label -> measured pairs before and after, of the classes that both have and one has too few of.
-        left_out_before: reason -> rows that were not measured.
-        left_out_after: reason -> rows that were not measured.
+        too_few: label -> measured phrases before and after, of the classes that both have and one has too few of.
     """
 
-    classes: tuple[ClassChange, ...]
+    classes: pd.DataFrame
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
     too_few: Mapping[str, tuple[int, int]]
-    left_out_before: Mapping[str, int]
-    left_out_after: Mapping[str, int]
 
-    def gains(self, most: int = 5) -> tuple[ClassChange, ...]:
+    def gains(self, most: int = 5) -> pd.DataFrame:
         """At most so many classes that improved, the largest gain first."""
-        return tuple(change for change in self.classes if change.smd > 0)[: max(most, 0)]
+        return self.classes[self.classes["smd"] > 0].head(max(most, 0))
 
-    def losses(self, most: int = 5) -> tuple[ClassChange, ...]:
+    def losses(self, most: int = 5) -> pd.DataFrame:
         """At most so many classes that got worse, the largest loss first."""
-        return tuple(change for change in reversed(self.classes) if change.smd < 0)[: max(most, 0)]
+        return self.classes[self.classes["smd"] < 0].iloc[::-1].head(max(most, 0))
 
 
 def standardised_mean_difference(after: Values, before: Values) -> EffectSize:
@@ -173,126 +113,76 @@ def standardised_mean_difference(after: Values, before: Values) -> EffectSize:
     return EffectSize(smd, math.sqrt((n + m) / (n * m) + smd**2 / (2 * (n + m))))
 
 
-def knowledge_gaps(rows: Sequence[Row], *, min_pairs: int = 10) -> ClassGaps:
+def knowledge_gaps(rows: pd.DataFrame, *, min_pairs: int = 10) -> ClassGaps:
     """The classes of a run by how badly they are grounded, the worst first.
 
     Args:
-        rows: one per phrase, as `read_csv` gives them, with `label`, `reason`, `gamma` and `hit`.
-        min_pairs: classes with fewer measured pairs are only counted.
+        rows: of one value of the long table (gamma), with `label`, `value` and `excluded`.
+        min_pairs: classes with fewer measured phrases are only counted.
 
     Raises:
-        ValueError: `min_pairs` is less than 1, a column is missing, or a measured row has no gamma in [0, 1] or no hit.
+        ValueError: `min_pairs` is less than 1.
 
-    >>> row = {"label": "dog", "reason": "measured", "gamma": "0.75", "hit": "1"}
-    >>> gaps = knowledge_gaps([row, row | {"label": "cup", "gamma": "0.25"}], min_pairs=1)
-    >>> [(found.label, found.gamma_mean) for found in gaps.classes]
-    [('cup', 0.25), ('dog', 0.75)]
+    >>> rows = pd.DataFrame({"label": ["dog", "cup"], "value": [0.75, 0.25], "excluded": ["", ""]})
+    >>> knowledge_gaps(rows, min_pairs=1).classes["mean"].to_dict()
+    {'cup': 0.25, 'dog': 0.75}
     """
     _check_min_pairs(min_pairs)
-    pairs, left_out = _pairs_by_class(rows, "row")
-    classes = [_grounding(label, found) for label, found in pairs.items() if len(found) >= min_pairs]
+    classes = _by_class(rows)
+    enough = classes["count"] >= min_pairs
+    # The index is sorted: a stable sort leaves classes with the same mean in the order of their names.
     return ClassGaps(
-        classes=tuple(sorted(classes, key=lambda found: (found.gamma_mean, found.label))),
-        too_few={label: len(found) for label, found in sorted(pairs.items()) if len(found) < min_pairs},
-        left_out=left_out,
+        classes[enough].sort_values("mean", kind="stable"),
+        {str(label): int(count) for label, count in classes.loc[~enough, "count"].items()},
     )
 
 
-def grounding_change(before: Sequence[Row], after: Sequence[Row], *, min_pairs: int = 10) -> GroundingChange:
+def grounding_change(before: pd.DataFrame, after: pd.DataFrame, *, min_pairs: int = 10) -> GroundingChange:
     """How the grounding of each class changed between two runs, by effect size.
 
     Args:
         before: rows of the earlier run, as for `knowledge_gaps`.
         after: rows of the later run.
-        min_pairs: classes with fewer measured pairs in either run are only counted.
+        min_pairs: classes with fewer measured phrases in either run are only counted.
 
     Raises:
-        ValueError: no class was measured in both runs, or as for `knowledge_gaps`.
+        ValueError: no class was measured in both runs, or `min_pairs` is less than 1.
     """
     _check_min_pairs(min_pairs)
-    early, left_out_before = _pairs_by_class(before, "before, row")
-    late, left_out_after = _pairs_by_class(after, "after, row")
-    had, has = ({label for label, found in pairs.items() if found} for pairs in (early, late))
-    if not had & has:
+    early, late = ({label: part.tolist() for label, part in _measured(rows)} for rows in (before, after))
+    both = {label: (len(early[label]), len(late[label])) for label in sorted(early.keys() & late.keys())}
+    if not both:
         raise ValueError(
-            f"expected a class that was measured in both runs; before has {_some(had)}, after has {_some(has)}; "
+            f"expected a class that was measured in both runs; before has {_some(early)}, after has {_some(late)}; "
             "compare runs on the same data"
         )
-    sizes = {label: (len(early[label]), len(late[label])) for label in sorted(had & has)}
-    changes = [_change(label, early[label], late[label]) for label, both in sizes.items() if min(both) >= min_pairs]
+    found = []
+    for label, counts in both.items():
+        if min(counts) >= min_pairs:
+            effect = standardised_mean_difference(late[label], early[label])
+            means = math.fsum(early[label]) / counts[0], math.fsum(late[label]) / counts[1]
+            found.append((label, *counts, *means, means[1] - means[0], effect.smd, effect.standard_error))
+    columns = ["label", "count_before", "count_after", "mean_before", "mean_after"]
+    classes = pd.DataFrame(found, columns=[*columns, "difference", "smd", "standard_error"]).set_index("label")
     return GroundingChange(
-        classes=tuple(sorted(changes, key=_largest_gain_first)),
-        only_before=tuple(sorted(had - has)),
-        only_after=tuple(sorted(has - had)),
-        too_few={label: both for label, both in sizes.items() if min(both) < min_pairs},
-        left_out_before=left_out_before,
-        left_out_after=left_out_after,
+        classes=classes.sort_values("smd", ascending=False, kind="stable", na_position="last"),
+        only_before=tuple(sorted(early.keys() - late.keys())),
+        only_after=tuple(sorted(late.keys() - early.keys())),
+        too_few={label: counts for label, counts in both.items() if min(counts) < min_pairs},
     )
 
 
-class _Pair(NamedTuple):
-    gamma: float
-    hit: bool
+def _measured(rows: pd.DataFrame) -> pd.api.typing.SeriesGroupBy:
+    return rows[rows["excluded"] == ""].groupby("label")["value"]
 
 
-def _pairs_by_class(rows: Sequence[Row], where: str) -> tuple[dict[str, list[_Pair]], dict[str, int]]:
-    """The measured pairs of every class that a table names, and the number of other rows by reason."""
-    pairs: dict[str, list[_Pair]] = {}
-    left_out: Counter[str] = Counter()
-    for number, row in enumerate(rows):
-        missing = [column for column in _COLUMNS if column not in row]
-        if missing:
-            raise ValueError(f"{where} {number} has no {missing}; expected a table with one row per phrase")
-        found = pairs.setdefault(str(row["label"]), [])
-        if row["reason"] == _MEASURED:
-            found.append(_pair(row, f"{where} {number}"))
-        else:
-            left_out[str(row["reason"])] += 1
-    return pairs, dict(sorted(left_out.items()))
-
-
-def _pair(row: Row, where: str) -> _Pair:
-    gamma, hit = csv_field(row["gamma"]), csv_field(row["hit"])  # rows that no file has held yet are read alike
-    try:
-        share = float(gamma)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1 or hit not in ("0", "1"):
-        found = f"gamma {gamma!r}, hit {hit!r}"
-        raise ValueError(f"{where} is measured: expected gamma in [0, 1], hit 0 or 1; got {found}; evaluate again")
-    return _Pair(share, hit == "1")
-
-
-def _grounding(label: str, pairs: Sequence[_Pair]) -> ClassGrounding:
-    gammas = sorted_sample([pair.gamma for pair in pairs], label)
-    return ClassGrounding(
-        label=label,
-        pairs=len(pairs),
-        gamma_mean=float(gammas.mean()),
-        gamma_std=float(gammas.std(ddof=1)) if len(pairs) > 1 else math.nan,
-        gamma_above_50=float(np.mean(gammas > 0.5)),
-        rho=float(np.mean([pair.hit for pair in pairs])),
-    )
-
-
-def _change(label: str, before: Sequence[_Pair], after: Sequence[_Pair]) -> ClassChange:
-    early, late = _grounding(label, before), _grounding(label, after)
-    effect = standardised_mean_difference([pair.gamma for pair in after], [pair.gamma for pair in before])
-    return ClassChange(
-        label=label,
-        pairs_before=early.pairs,
-        pairs_after=late.pairs,
-        mean_before=early.gamma_mean,
-        mean_after=late.gamma_mean,
-        difference=late.gamma_mean - early.gamma_mean,
-        smd=effect.smd,
-        standard_error=effect.standard_error,
-    )
-
-
-def _largest_gain_first(change: ClassChange) -> tuple[bool, float, str]:
-    undefined = math.isnan(change.smd)
-    return undefined, 0.0 if undefined else -change.smd, change.label
+def _by_class(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean, spread and count of every class that the rows name, measured or not."""
+    found = [(math.fsum(part) / len(part), part.std(ddof=1), len(part)) for _, part in _measured(rows)]
+    labels = [label for label, _ in _measured(rows)]
+    classes = pd.DataFrame(found, index=pd.Index(labels, name="label"), columns=["mean", "std", "count"])
+    every = pd.Index(sorted(set(rows["label"])), name="label")
+    return classes.reindex(every).fillna({"count": 0}).astype({"mean": float, "std": float, "count": int})
 
 
 def _check_min_pairs(min_pairs: int) -> None:
@@ -300,6 +190,6 @@ def _check_min_pairs(min_pairs: int) -> None:
         raise ValueError(f"min_pairs: expected at least 1, got {min_pairs}")
 
 
-def _some(labels: set[str], most: int = 5) -> str:
-    shown = ", ".join(map(repr, sorted(labels)[:most]))
-    return f"{len(labels)} ({shown}{', ...' if len(labels) > most else ''})" if labels else "none"
+def _some(classes: Mapping[str, object], most: int = 5) -> str:
+    shown = ", ".join(map(repr, sorted(classes)[:most]))
+    return f"{len(classes)} ({shown}{', ...' if len(classes) > most else ''})" if classes else "none"

@@ -1,12 +1,15 @@
-"""The runs that a report is about, as data; `run_folders` reads them.
+"""The runs that a report is about: reads folders of results, each file once, with names that distinguish the runs.
 
-A run is the folder of an evaluation or of ROAR+ (`results`), or that of a training with grounding measured in it, as
-`GroundingCallback` writes it.
+A run is the folder of an evaluation or of ROAR+, which is a result folder, or that of a training, in whose `grounding/`
+`GroundingCallback` writes a result folder for each measurement. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,92 +17,248 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
-from lightning_xai.results.schema import CONTROLS, EvaluationResult, ExampleRecord, RoarResult
+from lightning_xai.results.examples import EXAMPLES_NAME, ExampleRecord, read_examples
+from lightning_xai.results.record import (
+    RESULT_NAME,
+    MethodRecord,
+    MetricRecord,
+    ResultError,
+    ResultRecord,
+    standard_error,
+)
+from lightning_xai.results.roar import roar_result
+from lightning_xai.results.states import state_name
+from lightning_xai.results.table import TARGETS_NAME, VALUES_NAME, ResultTable, read_result, score_table
 
 __all__ = [
     "FEATURE_PAIR",
-    "MEASURED",
+    "GROUNDING",
+    "Estimate",
     "Grounding",
-    "Row",
+    "Measurement",
     "Run",
-    "Training",
     "by_data",
     "by_method_and_data",
-    "model_name",
-    "training_data",
+    "load_runs",
 ]
 
 FEATURE_PAIR = "feature_pair"
-"""What training measures grounding with."""
+"""The method that training measures grounding with, and that speaks for a run where it took part."""
+GROUNDING = "grounding"
+"""The metric whose distributions and classes are compared."""
+_LARGEST_CONFIG = 2**20
+_PICTURES = ("progress.png", "progress-validate.png", "progress-test.png")
 
-Row = dict[str, str]
 
-MEASURED = "measured"
-"""The reason of a phrase that was."""
+@dataclass(frozen=True)
+class Estimate:
+    """A score that was measured once for each seed.
+
+    Attributes:
+        mean: over seeds; NaN without any.
+        error: standard error of the mean; NaN below two seeds.
+        count: measured values of the first seed.
+    """
+
+    mean: float
+    error: float
+    count: int
 
 
 @dataclass(frozen=True, eq=False)  # each is itself; tables are long to compare
+class Measurement:
+    """A result folder: of an evaluation, of ROAR+, or of one state of a training.
+
+    Attributes:
+        run: name of the run.
+        state: of a training: "before", "epoch 3", "validate", ...; else empty.
+        record: what the folder says of itself.
+        table: its values.
+        data: name of the data set.
+    """
+
+    run: str
+    state: str
+    record: ResultRecord
+    table: ResultTable
+    data: str
+
+    def measured_by(self, label: str) -> MethodRecord:
+        """The method with this label."""
+        return self.record.methods[label]
+
+    def estimates(self, metric: str) -> dict[str, dict[str, Estimate]]:
+        """Label -> score -> estimate over seeds, in the order of the record; only what has rows."""
+        described = self.record.metrics[metric]
+        values = self.table.values
+        table = score_table(values[values["metric"].isin(described.values)], described.scores)
+        found: dict[str, dict[str, Estimate]] = {label: {} for label in self.record.methods}
+        for (label, score), part in table.groupby(["method", "score"], sort=False):
+            own = part["value"].tolist()
+            if label in found:
+                found[label][score] = Estimate(statistics.fmean(own), standard_error(own), int(part["count"].iloc[0]))
+        return {label: scores for label, scores in found.items() if scores}
+
+    def first_seed(self, label: str, values: Iterable[str]) -> pd.DataFrame:
+        """The rows of a method's first seed, of some metrics of the long table, with the columns of their targets."""
+        frame = self.table.frame
+        own = frame[(frame["method"] == label) & frame["metric"].isin(tuple(values))]
+        return own[own["seed"] == own["seed"].min()]
+
+    def asked(self, metric: str) -> str:
+        """A digest of the targets of a metric, measured or not: the same data ask for the same ones."""
+        if metric not in self._asked:
+            described = self.record.metrics[metric].values
+            names = self.table.values.loc[self.table.values["metric"].isin(described), "target"].unique()
+            targets = self.table.targets[self.table.targets["target"].isin(names)]
+            columns = [name for name in ("kind", "key", "caption_index", "phrase", "label") if name in targets]
+            lines = sorted(map("\x1f".join, targets[columns].astype(str).to_numpy().tolist()))
+            self._asked[metric] = hashlib.sha256("\x1e".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+        return self._asked[metric]
+
+    @cached_property
+    def _asked(self) -> dict[str, str]:
+        return {}
+
+    def same_data(self, other: Measurement, metric: str) -> bool:
+        """Whether both have the same targets of a metric, and nothing says that their data differ."""
+        known = {each.record.data.get("fingerprint") for each in (self, other)} - {None}
+        return len(known) < 2 and self.asked(metric) == other.asked(metric)
+
+
+@dataclass(frozen=True, eq=False)
 class Grounding:
     """The grounding of one model, in one state, by one method on one data set.
 
     Attributes:
-        run: name of the run.
-        name: tells it apart from the other groundings by the same method: the run, the state, or both.
+        name: distinguishes it from the other groundings by the same method: the run, the state, or both.
         label: of the method.
-        method: its name.
-        options: its options, where they are known.
-        state: of a training: "before", "epoch 3", "validate", ...; empty for an evaluation.
-        rows: one for each phrase, measured or not; of the first seed.
-        data: name of the data set.
-        fingerprint: of the data set, where it is known.
+        measurement: where it was measured.
     """
 
-    run: str
     name: str
     label: str
-    method: str
-    options: Mapping[str, Any]
-    state: str
-    rows: tuple[Row, ...]
-    data: str
-    fingerprint: str | None
+    measurement: Measurement
 
     @property
-    def is_control(self) -> bool:
-        """Whether the method knows nothing of the model."""
-        return self.method in CONTROLS
+    def run(self) -> str:
+        """Name of the run."""
+        return self.measurement.run
+
+    @property
+    def state(self) -> str:
+        """The state of a training; else empty."""
+        return self.measurement.state
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        return self.measurement.data
+
+    @property
+    def method(self) -> MethodRecord:
+        """The method."""
+        return self.measurement.measured_by(self.label)
+
+    @property
+    def metric(self) -> MetricRecord:
+        """The metric of grounding."""
+        return self.measurement.record.metrics[GROUNDING]
+
+    @property
+    def value(self) -> str:
+        """The value whose distribution is compared, the first that the metric sums up: "gamma"."""
+        return self.metric.scores[0].value
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The values of the first seed, with the columns of their targets."""
+        return self.measurement.first_seed(self.label, self.metric.values)
 
     @cached_property
     def gammas(self) -> NDArray[np.float64]:
-        """Of all measured phrases, in [0, 1]."""
-        return np.array([float(row["gamma"]) for row in self.rows if row["reason"] == MEASURED], dtype=np.float64)
-
-    @property
-    def measured_classes(self) -> set[str]:
-        """Names of the classes of which a phrase was measured."""
-        return {row["label"] for row in self.rows if row["reason"] == MEASURED}
-
-    @cached_property
-    def phrases(self) -> str:
-        """A digest of which phrases were asked for, measured or not."""
-        asked = sorted(
-            "\x1f".join((row["key"], row["caption_index"], row["phrase"], row["label"])) for row in self.rows
-        )
-        return hashlib.sha256("\x1e".join(asked).encode("utf-8", "surrogatepass")).hexdigest()
+        """`value` of all phrases that have it."""
+        rows = self.rows
+        there = (rows["metric"] == self.value) & (rows["excluded"] == "")
+        return np.asarray(rows.loc[there, "value"], dtype=np.float64)
 
     def same_data(self, other: Grounding) -> bool:
         """Whether both were asked for the same phrases, and nothing says that their data differ."""
-        known = {each.fingerprint for each in (self, other) if each.fingerprint is not None}
-        return self.phrases == other.phrases and len(known) < 2
+        return self.measurement.same_data(other.measurement, GROUNDING)
 
 
-def by_data(groundings: Iterable[Grounding]) -> list[list[Grounding]]:
-    """Those on the same data together, in order of first appearance."""
-    groups: list[list[Grounding]] = []
-    for each in groundings:
-        group = next((group for group in groups if all(each.same_data(other) for other in group)), None)
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A folder of results.
+
+    Attributes:
+        name: distinguishes it from the other runs of the report.
+        folder: its path.
+        measurements: one, or one for each state of a training, in their order.
+        config: Lightning's config.yaml of a training as text; empty where there is none.
+        picture: a training's sheet of heat maps; None where there is none.
+        examples: label -> examples with heat maps.
+        files: every file that was read, and its size in bytes.
+        alone: whether it is the only run.
+    """
+
+    name: str
+    folder: Path
+    measurements: tuple[Measurement, ...]
+    config: str = ""
+    picture: Path | None = None
+    examples: Mapping[str, Sequence[ExampleRecord]] = field(default_factory=dict)
+    files: Mapping[Path, int] = field(default_factory=dict)
+    alone: bool = False
+
+    @property
+    def record(self) -> ResultRecord:
+        """What the latest measurement says of itself."""
+        return self.measurements[-1].record
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it is a training."""
+        return self.record.kind == "training"
+
+    @property
+    def model(self) -> str:
+        """A short name of the model."""
+        return model_name(self.record.model)
+
+    @property
+    def data(self) -> str:
+        """The name of the data set."""
+        return self.measurements[-1].data
+
+    @cached_property
+    def groundings(self) -> tuple[Grounding, ...]:
+        """Of the methods of an evaluation, or of the states of a training."""
+        found = []
+        for each in self.measurements:
+            shown = each.state if self.alone and each.state else ", ".join(filter(None, (self.name, each.state)))
+            values = each.record.metrics[GROUNDING].values if GROUNDING in each.record.metrics else ()
+            there = set(each.table.values.loc[each.table.values["metric"].isin(values), "method"])
+            found += [Grounding(shown, label, each) for label in each.record.methods if label in there]
+        return tuple(found)
+
+    def of_class(self, method: str | None = None) -> Grounding | None:
+        """The grounding that ranks classes: by a method, feature pairs, or else the first; of a training the last."""
+        found = [each for each in self.groundings if method is None or each.label == method]
+        own = [each for each in found if each.label == FEATURE_PAIR]
+        own = own or [each for each in found if method is not None or not each.method.baseline]
+        return (own[-1] if self.is_training else own[0]) if own else None
+
+
+def by_data(measurements: Iterable[Measurement], metric: str) -> list[list[Measurement]]:
+    """Those that asked a metric for the same targets together, in order of first appearance."""
+    groups: list[list[Measurement]] = []
+    for each in measurements:
+        group = next((group for group in groups if all(each.same_data(other, metric) for other in group)), None)
         if group is None:
             groups.append([each])
         else:
@@ -109,80 +268,11 @@ def by_data(groundings: Iterable[Grounding]) -> list[list[Grounding]]:
 
 def by_method_and_data(groundings: Sequence[Grounding]) -> list[list[Grounding]]:
     """Those by the same method on the same data together."""
-    labels = dict.fromkeys(each.label for each in groundings)
-    return [group for label in labels for group in by_data(each for each in groundings if each.label == label)]
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a training run wrote of its grounding.
-
-    Attributes:
-        summary: one row for each measurement, as `tables.grounding_table` takes it.
-        config: Lightning's config.yaml as text; empty where there is none.
-        settings: the same as plain values.
-        picture: the sheet of heat maps; None where there is none.
-    """
-
-    summary: tuple[Mapping[str, Any], ...]
-    config: str
-    settings: Mapping[str, Any]
-    picture: Path | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A folder of results.
-
-    Attributes:
-        name: tells it apart from the other runs of the report.
-        folder: where it lies.
-        evaluation: what it measured of explanations, where it did.
-        roar: its ROAR+, where there is one.
-        training: its training, where there is one.
-        groundings: of the evaluation's methods, or of the training's measurements.
-        tables: label -> metric -> rows of all seeds, of the other metrics of an evaluation.
-        examples: label -> examples with heat maps.
-        files: every file that was read, and its size in bytes.
-        missing: what should be there and is not, in sentences.
-    """
-
-    name: str
-    folder: Path
-    evaluation: EvaluationResult | None = None
-    roar: RoarResult | None = None
-    training: Training | None = None
-    groundings: tuple[Grounding, ...] = ()
-    tables: Mapping[str, Mapping[str, Sequence[Row]]] = field(default_factory=dict)
-    examples: Mapping[str, Sequence[ExampleRecord]] = field(default_factory=dict)
-    files: Mapping[Path, int] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-
-    @property
-    def model(self) -> str:
-        """What the model is called, as far as the results say."""
-        if self.training is not None:
-            given = _section(self.training.settings, "model")
-            return model_name({**given, "name": given.get("model")})
-        result = self.evaluation or self.roar
-        return model_name(result.model) if result is not None else ""
-
-    @property
-    def data(self) -> str:
-        """What the data set is called, as far as the results say."""
-        if self.training is not None:
-            return training_data(self.training.settings)
-        result = self.evaluation or self.roar
-        return str(result.data.get("name") or "unnamed data") if result is not None else ""
-
-    def of_class(self, method: str | None = None) -> Grounding | None:
-        """What tells about classes: by a method, or by feature pairs, or else the first; of a training the last."""
-        found = [each for each in self.groundings if method is None or each.label == method]
-        own = [each for each in found if each.label == FEATURE_PAIR]
-        own = own or [each for each in found if method is not None or not each.is_control]
-        if self.training is not None or not own:
-            return own[-1] if own else None
-        return own[0]
+    groups: list[list[Grounding]] = []
+    for label in dict.fromkeys(each.label for each in groundings):
+        own = {each.measurement: each for each in groundings if each.label == label}
+        groups += [[own[each] for each in group] for group in by_data(own, GROUNDING)]
+    return groups
 
 
 def model_name(model: Mapping[str, Any]) -> str:
@@ -202,16 +292,153 @@ def model_name(model: Mapping[str, Any]) -> str:
     return f"{short}, {Path(str(pretrained)).name}" if pretrained else short
 
 
+def load_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
+    """Read the runs of these folders.
+
+    Args:
+        folders: at least one; none twice.
+        names: one for each folder; without any, each is called by as much of its path as distinguishes it.
+
+    Raises:
+        ResultError: a folder holds no results, or files that are broken, incomplete or of another version.
+        ValueError: no folder, one twice, or other names than one different name for each.
+    """
+    if not folders:
+        raise ValueError("give at least one folder of results")
+    resolved = [folder.resolve() for folder in folders]
+    twice = [str(folder) for folder, number in Counter(resolved).items() if number > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; give each run once")
+    if names and (len(names) != len(folders) or len(set(names)) != len(names) or not all(names)):
+        raise ValueError(f"--names has to hold a different name for each of {len(folders)} runs; got {list(names)}")
+    named = zip(folders, names or distinct_names(resolved), strict=True)
+    return [_load_run(folder, name, alone=len(folders) == 1) for folder, name in named]
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, with as many parts before it as distinguish them; `version_0` alone says nothing.
+
+    >>> distinct_names([Path("/a/x/one"), Path("/b/y/one"), Path("/b/two"), Path("/runs/demo/version_0")])
+    ['x/one', 'y/one', 'two', 'demo/version_0']
+    """
+    depths = [2 if re.fullmatch(r"version_\d+", folder.name) else 1 for folder in folders]
+    while True:
+        names = [Path(*folder.parts[-depth:]).as_posix() for folder, depth in zip(folders, depths, strict=True)]
+        counts = Counter(names)
+        again = [i for i, name in enumerate(names) if counts[name] > 1 and depths[i] < len(folders[i].parts)]
+        if not again:
+            return names
+        for i in again:
+            depths[i] += 1
+
+
+def _load_run(folder: Path, name: str, *, alone: bool) -> Run:
+    files: dict[Path, int] = {}
+    if (folder / RESULT_NAME).is_file():
+        measurement = _measurement(folder, name, files)
+        examples = {label: read_examples(folder / label) for label in measurement.record.methods}
+        for label in examples:
+            _note(folder / label / EXAMPLES_NAME, files)
+        return Run(name, folder, (measurement,), examples=examples, files=files, alone=alone)
+    if (folder / "grounding").is_dir():
+        return _training_run(folder, name, files, alone)
+    if not folder.is_dir():
+        raise ResultError(f"{folder} is not a folder; give those of finished runs")
+    near = sorted(
+        {found.parent for found in folder.glob(f"*/{RESULT_NAME}")} | {g.parent for g in folder.glob("*/grounding")}
+    )
+    near = near or sorted(found.parent for found in folder.glob("*/*/grounding"))
+    hint = f"; did you mean {', '.join(map(str, near[:3]))}?" if near else ""
+    raise ResultError(
+        f"{folder} holds no results: expected {RESULT_NAME} (of `test` with AttributionEvaluation, or of `roar`) or "
+        f"grounding/ (of `fit` with GroundingCallback){hint}"
+    )
+
+
+def _training_run(folder: Path, name: str, files: dict[Path, int], alone: bool) -> Run:
+    root = folder / "grounding"
+    found = [path for path in root.iterdir() if (path / RESULT_NAME).is_file()]
+    if not found:
+        old = any(root.glob("pairs-*.csv")) or (root / "summary.csv").is_file()
+        raise ResultError(
+            f"{root}: version 1 of the result format, this release reads a folder for each epoch; run `fit` or "
+            "`validate` again to write it in the new format"
+            if old
+            else f"{root}: no measurement; expected epoch=000/{RESULT_NAME}, which GroundingCallback writes"
+        )
+    config, settings = _config(folder, files)
+    states = sorted((_measurement(path, name, files, settings) for path in found), key=_order)
+    picture = next((path for each in _PICTURES if (path := root / each).is_file()), None)
+    if picture is not None:
+        _note(picture, files)
+    return Run(name, folder, tuple(states), config=config, picture=picture, files=files, alone=alone)
+
+
+def _order(measurement: Measurement) -> tuple[bool, int, bool]:
+    """Epochs in their order, then validate, then test."""
+    epoch = measurement.record.state.get("epoch", "")
+    return (False, epoch, False) if isinstance(epoch, int) else (True, 0, epoch == "test")
+
+
+def _measurement(
+    folder: Path, run: str, files: dict[Path, int], settings: Mapping[str, Any] | None = None
+) -> Measurement:
+    record, table = read_result(folder)
+    for name in (RESULT_NAME, VALUES_NAME, TARGETS_NAME):
+        _note(folder / name, files)
+    table = _checked(table, folder, diverged=record.kind == "roar")
+    if record.kind == "roar":
+        record, table = roar_result(record, table)
+    data = str(record.data.get("name") or training_data(settings or {}))
+    return Measurement(run, state_name(record.state.get("epoch", "")), record, table, data)
+
+
+def _checked(table: ResultTable, folder: Path, *, diverged: bool) -> ResultTable:
+    """The table, where values are finite numbers or excluded, and each has a target."""
+    try:
+        values = table.values.assign(value=pd.to_numeric(table.values["value"]).astype("float64"))
+        checked = ResultTable(values, table.targets)
+        frame = checked.frame
+    except ValueError as error:
+        raise ResultError(f"{folder}: {VALUES_NAME} and {TARGETS_NAME} do not fit ({error}); run it again") from error
+    orphan = ~frame["target"].isin(table.targets["target"])
+    if orphan.any():
+        raise ResultError(f"{folder}: {TARGETS_NAME} lacks {frame.loc[orphan, 'target'].iloc[0]!r}; run it again")
+    wrong = (frame["excluded"] == "") & ~np.isfinite(frame["value"])
+    if wrong.any() and not diverged:
+        row = frame[wrong].iloc[0]
+        where = f"{row['metric']} of {row['method']}, target {row['target']}"
+        raise ResultError(
+            f"{folder / VALUES_NAME}, {where}: expected a finite number, got {row['value']}; run it again"
+        )
+    return checked
+
+
+def _config(folder: Path, files: dict[Path, int]) -> tuple[str, dict[str, Any]]:
+    """Lightning's config as text and as plain values; both empty where there is none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return "", {}
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise ResultError(f"{path}: larger than {_LARGEST_CONFIG} bytes, which no config is; check the folder")
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ResultError(f"{path}: no YAML that can be read ({error}); restore it, or delete it") from error
+    _note(path, files)
+    return text, settings if isinstance(settings, dict) else {}
+
+
 def training_data(settings: Mapping[str, Any]) -> str:
-    """What the data set of a training is called, from Lightning's config."""
-    given = _section(settings, "data")
-    place = next((str(given[key]) for key in ("val", "root", "test") if given.get(key)), "")
-    path = Path(place)
+    """The name of a training's data set, from Lightning's config."""
+    section = settings.get("data")
+    given = section.get("init_args") if isinstance(section, Mapping) else None
+    given = given if isinstance(given, Mapping) else {}
+    path = Path(next((str(given[key]) for key in ("val", "root", "test") if given.get(key)), ""))
     return "/".join(path.parts[-2:]) if path.name in ("val", "test") else path.name or "unnamed data"
 
 
-def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The options of the model or the data in Lightning's config."""
-    section = settings.get(name)
-    given = section.get("init_args") if isinstance(section, Mapping) else None
-    return given if isinstance(given, Mapping) else {}
+def _note(path: Path, files: dict[Path, int]) -> None:
+    if path.is_file():
+        files[path] = path.stat().st_size

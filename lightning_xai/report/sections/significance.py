@@ -1,20 +1,18 @@
-"""Which runs ground better than which others; compared is what one method measured on the same phrases.
-
-The full distributions of gamma are compared by almost stochastic order, in both directions (`stochastic_order`).
-"""
+"""Which run grounds better: distributions measured by one method on the same phrases, by almost stochastic order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from lightning_xai.report.paper_table import Body, Column, PaperTable, count, number, words
+from lightning_xai.report.page import Block, Note
+from lightning_xai.report.paper_table import Column, PaperTable, Value
 from lightning_xai.results.runs import Grounding, Run
 from lightning_xai.results.stochastic_order import StochasticOrder, almost_stochastic_order
 
-__all__ = ["Comparison", "OrderTest", "comparison_table", "pairs_to_compare", "why_not"]
+__all__ = ["Comparison", "OrderTest", "compare", "significance_blocks"]
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,12 @@ class Comparison:
 
     @classmethod
     def of(cls, first: Grounding, second: Grounding, test: OrderTest) -> Comparison:
-        """Compare two that `why_not` has nothing against."""
-        options: dict[str, Any] = vars(test)
-        return cls(
-            first,
-            second,
-            almost_stochastic_order(second.gammas, first.gammas, **options),
-            almost_stochastic_order(first.gammas, second.gammas, **options),
+        """Compare two that `why_not` permits."""
+        above, below = (
+            almost_stochastic_order(one.gammas, other.gammas, **asdict(test))
+            for one, other in ((second, first), (first, second))
         )
+        return cls(first, second, above, below)
 
     @property
     def better(self) -> Grounding | None:
@@ -63,89 +59,54 @@ class Comparison:
 
     @property
     def basis(self) -> str:
-        """What the verdict is against, and what it rests on."""
+        """The other side of the verdict, and the numbers that it rests on."""
         other, order = (self.second, self.first_above) if self.better is self.first else (self.first, self.second_above)
         return f"{other.name} ({other.label}): ε_min = {order.epsilon_min:.3f}, threshold {order.epsilon:g}"
 
     def __str__(self) -> str:
-        """The verdict and what it rests on, in one line."""
+        """The verdict and its basis, in one line."""
         if self.better is None:
             return f"{self.second.name} is not shown to ground better or worse than {self.basis}"
         return f"{self.better.name} grounds better than {self.basis}"
 
 
+def compare(runs: Sequence[Run], test: OrderTest) -> tuple[list[Comparison], list[str]]:
+    """Compare all pairs that a reader wants compared; also the sentences on those that are not comparable."""
+    comparisons, refused = [], []
+    for first, second in _pairs(runs):
+        reason = why_not(first, second)
+        if reason is not None:
+            refused.append(reason)
+            continue
+        comparisons.append(Comparison.of(first, second, test))
+        differing = options_differ(first.method.options, second.method.options)
+        if differing:
+            names = f"{first.name} and {second.name}"
+            refused.append(f"{names}: options of {first.label} differ ({', '.join(differing)}).")
+    return comparisons, list(dict.fromkeys(refused))
+
+
+def significance_blocks(
+    comparisons: Sequence[Comparison], refused: Sequence[str], test: OrderTest, runs: Sequence[Run]
+) -> list[Block]:
+    """The verdicts in a table, and the pairs that are not comparable."""
+    blocks: list[Block] = [_table(comparisons, test)] if comparisons else []
+    blocks += [Note(reason, missing=True) for reason in refused]
+    if not blocks and any(run.groundings for run in runs):
+        blocks.append(Note("Give two runs, or a training, to have them compared.", missing=True))
+    return blocks
+
+
 def why_not(first: Grounding, second: Grounding) -> str | None:
-    """Why two distributions are not to be compared, as a sentence; None where they may be."""
+    """Why two distributions are not comparable, as a sentence; None where they are."""
     pair = f"{first.name} and {second.name}"
-    if first.label != second.label or first.method != second.method:
+    if first.label != second.label or first.method.name != second.method.name:
         return f"{pair} are not compared: {first.label} and {second.label} are different methods."
     if not first.same_data(second):
-        return f"{pair} are not compared by γ ({first.label}): {_difference(first, second)}."
+        return f"{pair} are not compared by {first.value} ({first.label}): {_difference(first, second)}."
     if not len(first.gammas) or not len(second.gammas):
         return f"{pair} are not compared ({first.label}): one of them has no measured phrase."
     return None
-
-
-def _difference(first: Grounding, second: Grounding) -> str:
-    """In what the data of two differ."""
-    classes = [{row["label"] for row in each.rows} for each in (first, second)]
-    if classes[0] != classes[1]:
-        only = ", ".join(
-            f"{len(own - other)} only in {each.name}"
-            for own, other, each in zip(classes, reversed(classes), (first, second), strict=True)
-        )
-        return f"they were measured on different data, with other classes ({only})"
-    what = f"{first.data} and {second.data}" if first.data != second.data else f"two versions of {first.data}"
-    return f"they were measured on different data, {what}; evaluate both on the same shards with the same captions"
-
-
-def pairs_to_compare(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding]]:
-    """What a reader wants compared: in a training the first, last and second state; of two runs each method's.
-
-    A training takes part in comparisons with other runs with its last state. Controls are left out: between models
-    they differ by chance alone.
-    """
-    for run in runs:
-        if run.training is not None:
-            states = run.groundings
-            yield from combinations(dict.fromkeys((*states[:1], *states[-1:], *states[1:2])), 2)
-    for one, other in combinations(runs, 2):
-        ends = [run.groundings[-1:] if run.training is not None else run.groundings for run in (one, other)]
-        labels = {grounding.label: grounding for grounding in ends[1]}
-        for first in ends[0]:
-            if first.label in labels and not first.is_control:
-                yield first, labels[first.label]
-
-
-def comparison_table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
-    """The verdicts, and what they rest on."""
-    columns = [Column(name, numeric=False) for name in ("first", "second", "method", "verdict")]
-    columns += [Column("first", "mean γ"), Column("second", "mean γ")]
-    columns += [
-        Column(name, f"is the {which} larger?") for which in ("second", "first") for name in ("ε_min", "violation")
-    ]
-    columns += [Column("first", "phrases"), Column("second", "phrases")]
-    rows = []
-    for each in comparisons:
-        better = each.better
-        verdict = "undecided" if better is None else "second better" if better is each.second else "first better"
-        cells = [words(each.first.name), words(each.second.name), words(each.first.label), words(verdict)]
-        cells += [number(float(side.gammas.mean())) for side in (each.first, each.second)]
-        for order in (each.second_above, each.first_above):
-            cells += [number(order.epsilon_min), number(order.violation_ratio)]
-        cells += [count(len(side.gammas)) for side in (each.first, each.second)]
-        rows.append(tuple(cells))
-    note = (
-        f"Almost stochastic order of the full γ distributions. ε_min is the upper confidence bound, at level α = "
-        f"{test.alpha:g}, of that order's violation: 0 is order, 1 the opposite. One dominates where its ε_min < "
-        f"{test.epsilon:g}. {test.bootstrap_samples:,} bootstrap samples, phrases taken as independent."
-    )
-    if len(comparisons) > 1:
-        together = test.alpha / len(comparisons)
-        note += (
-            f" α holds for each of the {len(comparisons)} comparisons; for all of them, ask for --alpha {together:.2g}."
-        )
-    return PaperTable("significance", "Which run grounds better", note, tuple(columns), (Body("", tuple(rows)),))
 
 
 def options_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -157,3 +118,66 @@ def options_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
     if not first or not second:
         return []
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
+def _difference(first: Grounding, second: Grounding) -> str:
+    classes = [set(each.rows["label"]) for each in (first, second)]
+    if classes[0] != classes[1]:
+        only = ", ".join(
+            f"{len(own - other)} only in {each.name}"
+            for own, other, each in zip(classes, reversed(classes), (first, second), strict=True)
+        )
+        return f"they were measured on different data, with other classes ({only})"
+    what = f"{first.data} and {second.data}" if first.data != second.data else f"two versions of {first.data}"
+    return f"they were measured on different data, {what}; evaluate both on the same shards with the same captions"
+
+
+def _pairs(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding]]:
+    """The pairs to compare: in a training the first, last and second state; of two runs each method's.
+
+    A training takes part in comparisons with other runs with its last state. Baselines are left out: between models
+    they differ by chance alone.
+    """
+    for run in runs:
+        if run.is_training:
+            states = run.groundings
+            yield from combinations(dict.fromkeys((*states[:1], *states[-1:], *states[1:2])), 2)
+    for one, other in combinations(runs, 2):
+        ends = [run.groundings[-1:] if run.is_training else run.groundings for run in (one, other)]
+        labels = {grounding.label: grounding for grounding in ends[1]}
+        for first in ends[0]:
+            if first.label in labels and not first.method.baseline:
+                yield first, labels[first.label]
+
+
+def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
+    columns = [Column(name, numeric=False) for name in ("first", "second", "method", "verdict")]
+    columns += [Column("first", "mean γ"), Column("second", "mean γ")]
+    columns += [
+        Column(name, f"is the {which} larger?") for which in ("second", "first") for name in ("ε_min", "violation")
+    ]
+    columns += [Column("first", "phrases"), Column("second", "phrases")]
+    rows: list[list[Value]] = []
+    for each in comparisons:
+        better, sides = each.better, (each.first, each.second)
+        verdict = "undecided" if better is None else "second better" if better is each.second else "first better"
+        orders = (each.second_above, each.first_above)
+        rows.append(
+            [
+                *(each.first.name, each.second.name, each.first.label, verdict),
+                *(float(side.gammas.mean()) for side in sides),
+                *(number for order in orders for number in (order.epsilon_min, order.violation_ratio)),
+                *(len(side.gammas) for side in sides),
+            ]
+        )
+    note = (
+        f"Almost stochastic order of the full γ distributions. ε_min is the upper confidence bound, at level α = "
+        f"{test.alpha:g}, of that order's violation: 0 is order, 1 the opposite. One dominates where its ε_min < "
+        f"{test.epsilon:g}. {test.bootstrap_samples:,} bootstrap samples, phrases taken as independent."
+    )
+    if len(comparisons) > 1:
+        together = test.alpha / len(comparisons)
+        note += (
+            f" α holds for each of the {len(comparisons)} comparisons; for all of them, ask for --alpha {together:.2g}."
+        )
+    return PaperTable("significance", "Which run grounds better", note, columns, rows)

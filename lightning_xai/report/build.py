@@ -1,0 +1,172 @@
+"""Build a report from runs: the sections of its page, tables as CSV, Markdown and LaTeX, figures as PNG and SVG."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lightning_xai.atomic_file import replaced_at_once, write_json
+from lightning_xai.report.gallery import Gallery
+from lightning_xai.report.page import Block, Chart, Folded, HeatMaps, Section, flat, page
+from lightning_xai.report.paper_table import PaperTable
+from lightning_xai.report.plots import save_figure
+from lightning_xai.report.sections.appendix import appendix_blocks
+from lightning_xai.report.sections.gaps import gap_blocks
+from lightning_xai.report.sections.heat_maps import heat_map_blocks
+from lightning_xai.report.sections.metrics import metric_sections
+from lightning_xai.report.sections.overview import overview_blocks
+from lightning_xai.report.sections.significance import Comparison, OrderTest, compare, significance_blocks
+from lightning_xai.report.sections.training import training_blocks
+from lightning_xai.results.runs import Run
+
+__all__ = ["PAGE_NAME", "Options", "build_sections", "write_report"]
+
+PAGE_NAME = "report.html"
+_LIST_NAME = "report.json"
+_OWN = re.compile(r"(tables|figures)/[a-z0-9][a-z0-9._-]*\.(csv|md|tex|png|svg)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a report is asked for.
+
+    Attributes:
+        test: how distributions are compared.
+        method: label of the method whose gamma ranks classes; None: feature pairs, or else the first.
+        min_pairs: how many measured phrases a class needs to be ranked.
+    """
+
+    test: OrderTest = field(default_factory=OrderTest)
+    method: str | None = None
+    min_pairs: int = 10
+
+
+def build_sections(runs: Sequence[Run], options: Options) -> tuple[list[Section], list[Comparison]]:
+    """Build the report's sections; a section without data becomes a one-line note, or is left out.
+
+    Returns:
+        The sections, and the comparisons of distributions of gamma.
+
+    Raises:
+        ValueError: none of the runs has the method that is asked for.
+    """
+    method, labels = options.method, {grounding.label for run in runs for grounding in run.groundings}
+    if method is not None and method not in labels:
+        raise ValueError(f"--method {method}: none of the runs has it; they have {', '.join(sorted(labels))}")
+    comparisons, refused = compare(runs, options.test)
+    gallery = Gallery(runs)
+    significance = significance_blocks(comparisons, refused, options.test, runs)
+    sections = [
+        _section("overview", "At a glance", overview_blocks(runs, comparisons, method, options.min_pairs)),
+        *metric_sections(runs),
+        _section("training", "Training", training_blocks(runs)),
+        _section("significance", "Significance", significance),
+        _section("gaps", "Knowledge gaps", gap_blocks(runs, gallery, method, options.min_pairs)),
+        _section("heat-maps", "Heat maps", heat_map_blocks(runs, gallery, method)),
+        _section("appendix", "Settings and files", appendix_blocks(runs)),
+    ]
+    return _named([section for section in sections if section.blocks]), comparisons
+
+
+def write_report(out: Path, title: str, subtitle: str, sections: Sequence[Section], footer: str) -> Path:
+    """Write everything below a folder; the page comes last.
+
+    Args:
+        out: the folder; the files of an earlier report, which are listed in report.json, are removed.
+        title: of the page.
+        subtitle: below it.
+        sections: with names of tables and figures that differ.
+        footer: at the end.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _remove_earlier(out)
+        written = [name for section in sections for block in flat(section.blocks) for name in _write_block(out, block)]
+        write_json(out / _LIST_NAME, {"title": title, "files": written})
+        _write_text(out / PAGE_NAME, page(title, subtitle, sections, footer))
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written ({error}); choose another --out") from error
+    return out / PAGE_NAME
+
+
+def _section(name: str, title: str, blocks: Sequence[Block]) -> Section:
+    return Section(name, title, tuple(blocks))
+
+
+def _named(sections: Sequence[Section]) -> list[Section]:
+    """The sections, whose tables and figures have numbers, and unique names that files and links can have."""
+    taken: set[tuple[bool, str]] = set()
+    counts = {True: 0, False: 0}
+
+    def named(block: Block) -> Block:
+        if isinstance(block, Folded):
+            return replace(block, blocks=tuple(map(named, block.blocks)))
+        if not isinstance(block, (Chart, HeatMaps, PaperTable)):
+            return block
+        table = isinstance(block, PaperTable)
+        counts[table] += 1
+        name = _unique(block.name, "table" if table else "figure", {name for kind, name in taken if kind == table})
+        taken.add((table, name))
+        return replace(block, name=name, number=counts[table])
+
+    places: set[str] = set()
+    found = []
+    for section in sections:
+        name = _unique(section.name, "section", places)
+        places.add(name)
+        found.append(replace(section, name=name, blocks=tuple(map(named, section.blocks))))
+    return found
+
+
+def _unique(name: str, otherwise: str, taken: set[str]) -> str:
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.").lower()[:80] or otherwise
+    return next(each for i in range(len(taken) + 1) if (each := plain + (f"-{i + 1}" if i else "")) not in taken)
+
+
+def _write_block(out: Path, block: Block) -> Iterator[str]:
+    """Write a table or a figure in each format; the names of the files."""
+    if isinstance(block, PaperTable):
+        for suffix, text in (("csv", block.to_csv()), ("md", block.to_markdown()), ("tex", block.to_latex())):
+            name = f"tables/{block.name}.{suffix}"
+            _write_text(out / name, text)
+            yield name
+    elif isinstance(block, Chart):
+        name = f"figures/{block.name}"
+        save_figure(block.figure, out / f"{name}.png")
+        _write_text(out / f"{name}.svg", block.svg)
+        yield from (f"{name}.png", f"{name}.svg")
+    elif isinstance(block, HeatMaps):
+        name = f"figures/{block.name}.png"
+        with replaced_at_once(out / name) as part:
+            Image.fromarray(block.pixels).save(part, compress_level=3)
+        yield name
+
+
+def _remove_earlier(out: Path) -> None:
+    """Remove the tables and figures of an earlier report, which may have been about other runs; no other files."""
+    try:
+        record: Any = json.loads((out / _LIST_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        return
+    names = record.get("files") if isinstance(record, dict) else None
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and _OWN.fullmatch(name):
+            (out / name).unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replaced_at_once(path) as part:
+        # Captions may hold halves of characters, which JSON allows and UTF-8 does not.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")

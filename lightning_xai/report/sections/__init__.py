@@ -1,0 +1,1 @@
+"""The sections of a report: each turns frames into blocks of the page."""

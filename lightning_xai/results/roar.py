@@ -1,0 +1,84 @@
+"""ROAR+ scores from the losses in the long table (M2IB paper, section 4.4).
+
+A `roar` folder holds the metric `validation_loss` on the original data for each method, target ("image" or "text": what
+was degraded before retraining) and seed; the method `ORIGINAL` was retrained on the data as they are. Nothing here
+needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import pandas as pd
+
+from lightning_xai.results.record import MetricRecord, ResultRecord, Score
+from lightning_xai.results.table import ResultTable
+from lightning_xai.results.trials import LOSS, MODALITIES, ORIGINAL
+
+__all__ = ["LOSS", "MODALITIES", "ORIGINAL", "ROAR", "label_at", "roar_result", "roar_scores"]
+
+
+ROAR = MetricRecord(
+    name="roar",
+    title="ROAR+",
+    note="Rise of the validation loss after retraining without what a method finds important.",
+    values=MODALITIES,
+    scores=tuple(
+        Score(name=f"roar_{m}", value=m, heading=f"ROAR+, {m}", better="up", percent=True) for m in MODALITIES
+    ),
+    chart="bars",
+)
+
+
+def roar_scores(record: ResultRecord, table: ResultTable) -> pd.DataFrame:
+    """(l_c - l_o) / l_o for each method, modality and seed of which both losses are there; higher is better.
+
+    Returns:
+        The columns method, modality, seed and value (a fraction), methods in the order of the record. `value` is NaN
+        where a retraining diverged, or left no loss to compare with.
+
+    >>> losses = [(ORIGINAL, 0, "none", LOSS, 2.0, ""), ("rise", 0, "image", LOSS, 2.5, "")]
+    >>> keys = {"key": "", "caption_index": 0, "caption": "", "label": "", "kind": "modality", "ordinal": 0}
+    >>> targets = [{"target": name, "index": place, **keys} for place, name in enumerate(("image", "text", "none"))]
+    >>> from lightning_xai.results.record import MethodRecord
+    >>> record = ResultRecord(kind="roar", methods={"rise": MethodRecord(name="rise")})
+    >>> roar_scores(record, ResultTable.of(losses, targets)).values.tolist()
+    [['rise', 'image', 0, 0.25]]
+    """
+    losses = table.values[table.values["metric"] == LOSS]
+    original = losses[losses["method"] == ORIGINAL].set_index("seed")["value"]
+    rows = []
+    for method in record.methods:
+        for modality in MODALITIES:
+            own = losses[(losses["method"] == method) & (losses["target"] == modality)].sort_values("seed")
+            for seed, degraded in zip(own["seed"], own["value"], strict=True):
+                if seed in original.index:
+                    loss = float(original[seed])
+                    rows.append((method, modality, seed, (degraded - loss) / loss if loss else math.nan))
+    return pd.DataFrame(rows, columns=["method", "modality", "seed", "value"]).astype({"value": "float64"})
+
+
+def roar_result(record: ResultRecord, table: ResultTable) -> tuple[ResultRecord, ResultTable]:
+    """ROAR+ with its scores in place of losses, as the values of the metric `ROAR`."""
+    scores = roar_scores(record, table)
+    known = scores[scores["value"].notna()]
+    rows = [(row.method, row.seed, row.modality, row.modality, row.value, "") for row in known.itertuples()]
+    values = pd.DataFrame(rows, columns=list(table.values.columns)).astype({"value": "float64"})
+    return msgspec.structs.replace(record, metrics={ROAR.name: ROAR}), ResultTable(values, table.targets)
+
+
+def label_at(record: ResultRecord, point: Mapping[str, Any]) -> str | None:
+    """The label of the first method with these options, compared as values: 1 is 1.0; None where there is none.
+
+    >>> from lightning_xai.results.record import MethodRecord
+    >>> methods = {"m2ib,beta=1": MethodRecord(name="m2ib", options={"beta": 1.0, "steps": 10})}
+    >>> label_at(ResultRecord(kind="roar", methods=methods), {"beta": 1})
+    'm2ib,beta=1'
+    """
+    for label, method in record.methods.items():
+        if all(name in method.options and method.options[name] == value for name, value in point.items()):
+            return label
+    return None
