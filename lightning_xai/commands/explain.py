@@ -1,4 +1,4 @@
-"""`explain`: pictures of what a model's similarity of an image and a caption rests on."""
+"""`explain`: draw which patches of an image and which words of a caption make their similarity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`export`: from a checkpoint of this project to weights that open_clip loads."""
+"""`export`: turn a checkpoint into weights that open_clip loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sanity-check`: whether heat maps depend on what the model has learned."""
+"""`sanity-check`: see whether heat maps change while the model's weights are randomised, layer by layer."""
 
 from __future__ import annotations
 
