@@ -27,8 +27,6 @@ from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
-OTHER_METHODS = "FeaturePairAttribution, M2IB, GradCAM, Saliency, IntegratedGradients, KernelSHAP or RISE"
-
 
 class AttentionRelevance(AttributionMethod):
     """Relevance of patches and tokens by attention times its gradient (Chefer et al. 2021, Eqs. 5 and 6).
@@ -56,6 +54,7 @@ class AttentionRelevance(AttributionMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._image_split, self._text_split = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
+        self.grid = self._image_split.grid
         self._image = _Tower("image", self._image_split, encoder.image_at_layer(-1))
         self._text = _Tower("text", self._text_split, encoder.text_at_layer(-1))
         weight = next(encoder.parameters())
@@ -172,7 +171,8 @@ class _Tower:
 
     def _unsupported(self, reason: str) -> UnsupportedTowerError:
         return UnsupportedTowerError(
-            f"AttentionRelevance cannot explain this {self._name} tower, which {reason}; use {OTHER_METHODS}"
+            f"AttentionRelevance cannot explain this {self._name} tower, which {reason}; use a method that needs no "
+            "attention, such as FeaturePairAttribution or GradCAM"
         )
 
 

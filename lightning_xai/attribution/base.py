@@ -9,6 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,13 +18,14 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from lightning_xai.models.at_layer import as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.registry import PluginError
 
 _ROUNDING, _NOTHING = 1e-6, 1e-12  # differences within a map that say nothing: relative to its largest, and absolute
 _A = TypeVar("_A", bound="Attribution")
 
 
 class ConstantMapWarning(UserWarning):
-    """A method gave a map that tells no place from another."""
+    """An attribution map is constant."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ class InteractionAttribution(Attribution):
 
     interactions: Tensor
     prefix: Tensor
-    completeness_error: Tensor
 
 
 class AttributionMethod(ABC):
@@ -81,8 +82,11 @@ class AttributionMethod(ABC):
         signed: whether maps distinguish for from against; those of other methods only distinguish much from little.
         pairwise: whether attributions have token-patch `interactions`, so that a phrase has a map within its caption.
         stochastic: whether results depend on an option `seed`.
+        intra_modal: whether two images, or two captions, can be compared (pairwise methods only).
         baseline: whether the model is ignored, as by random maps.
         has_zero: whether 0 means "no influence"; elsewhere only differences within a map mean something.
+        origin: the package and entry of a method of another package; empty for built-in ones.
+        grid: rows and columns of image maps; those of the last layer unless a method sets others.
 
     Raises:
         ValueError: `internal_batch_size` is not positive.
@@ -90,15 +94,27 @@ class AttributionMethod(ABC):
 
     signed: ClassVar[bool] = False
     pairwise: ClassVar[bool] = False
+    intra_modal: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
     has_zero: ClassVar[bool] = True
+    origin: ClassVar[str] = ""
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
         if internal_batch_size is not None and internal_batch_size < 1:
             raise ValueError(f"internal_batch_size has to be at least 1, or None; got {internal_batch_size}")
         self.encoder = encoder
         self.internal_batch_size = internal_batch_size
+
+    @property
+    def label(self) -> str:
+        """The class's name, as messages give it; for a method of another package also the package and its entry."""
+        return f"{type(self).__name__} ({self.origin})" if self.origin else type(self).__name__
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image maps."""
+        return self.encoder.image_at_layer().grid
 
     def attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         """Explain the similarity of each image and its caption.
@@ -109,17 +125,42 @@ class AttributionMethod(ABC):
 
         Raises:
             ValueError: shapes do not match, or the similarity or the result is not finite (the message says which).
+            PluginError: `_attribute` returned no attribution, or one of another shape.
         """
         check_batch(images, tokens)
         with differentiable(self.encoder):
             result = self._attribute(as_constant(images), as_constant(tokens))
-        method = type(self).__name__
+        self._check_shapes(result, *tokens.shape)
         for part, what in ((result.similarity, "similarity"), (result.image, "image map"), (result.text, "text map")):
-            check_finite(part, what, method)
+            check_finite(part, what, self.label)
         image = result.image.flatten(1)
-        _warn_if_constant(image, torch.ones_like(image, dtype=torch.bool), "image", method)
-        _warn_if_constant(result.text, self.encoder.tokenizer.content_mask(tokens), "text", method)
+        _warn_if_constant(image, torch.ones_like(image, dtype=torch.bool), "image", self.label)
+        _warn_if_constant(result.text, self.encoder.tokenizer.content_mask(tokens), "text", self.label)
         return result
+
+    def _check_shapes(self, result: Attribution, batch: int, length: int) -> None:
+        """Raise a PluginError that names the method and the rule where a result breaks the contract."""
+        kind = InteractionAttribution if self.pairwise else Attribution
+        if not isinstance(result, kind):
+            raise PluginError(
+                f"{self.label}: `_attribute` has to return an {kind.__name__}; got a {type(result).__name__}"
+            )
+        shapes = {
+            "image": (batch, *self.grid),
+            "text": (batch, length),
+            "similarity": (batch,),
+            "interactions": (batch, length, *self.grid),
+            "prefix": (batch, length),
+            "completeness_error": (batch,),
+        }
+        for name, shape in shapes.items():
+            part = getattr(result, name)
+            optional = name == "completeness_error" or (not self.pairwise and name in ("interactions", "prefix"))
+            if part is None and optional:
+                continue
+            if not isinstance(part, Tensor) or part.shape != shape:
+                got = [*part.shape] if isinstance(part, Tensor) else type(part).__name__
+                raise PluginError(f"{self.label}: `{name}` of an attribution has to be a tensor {[*shape]}; got {got}")
 
     @abstractmethod
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:

@@ -127,9 +127,10 @@ class Explain:
         for path in (self.image, self.captions, self.other_image):
             if path is not None and not path.exists():
                 raise ValueError(f"{path} does not exist")
-        for option in ("span", "box", "other_image", "other_caption"):
-            if getattr(self, option) is not None:
-                check_method(self.method, pairs=f"--{option.replace('_', '-')}")
+        for capability, options in (("pairwise", ("span", "box")), ("intra_modal", ("other_image", "other_caption"))):
+            for option in options:
+                if getattr(self, option) is not None:
+                    check_method(self.method, **{capability: f"--{option.replace('_', '-')}"})
         check_method(self.method)
 
     def _entries(self) -> list[Entry]:
@@ -140,5 +141,5 @@ class Explain:
             raise ValueError("give an image (--image FILE, a folder, or a CSV list)")
         entries = read_entries(self.image, self.caption, self.captions, self.span, self.box)
         if any(entry.span or entry.box for entry in entries):
-            check_method(self.method, pairs="a list with spans or boxes")
+            check_method(self.method, pairwise="a list with spans or boxes")
         return entries

@@ -19,7 +19,7 @@ from lightning_xai.report.plots import Example
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_xai.attribution import FeaturePairAttribution, IntraModalAttribution
+    from lightning_xai.attribution import IntraModalAttribution, PairwiseMethod
     from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -101,8 +101,8 @@ class Comparison:
         self._write(arrays, sheet, record)
 
     @property
-    def _method(self) -> FeaturePairAttribution:
-        return cast("FeaturePairAttribution", self.chosen.method)  # the command has checked the flag
+    def _method(self) -> PairwiseMethod:
+        return cast("PairwiseMethod", self.chosen.method)  # the command has checked the flag
 
     def _write(self, arrays: Mapping[str, NDArray[Any]], sheet: Figure, record: Mapping[str, Any]) -> None:
         scores = {name: arrays[name].item() for name in ("similarity", "completeness_error")}

@@ -8,15 +8,16 @@ Shape suffixes: B images, C captions, M phrases, N hard negatives, L tokens, H x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_xai.attribution.base import AttributionMethod
-from lightning_xai.attribution.capture import InputCapture
-from lightning_xai.attribution.feature_pair import FeaturePairAttribution, HiddenStates, References
+from lightning_xai.attribution.capture import Captured
+from lightning_xai.attribution.pairwise import HiddenStates, PairwiseMethod, References
 from lightning_xai.data.batch import Batch
 
 __all__ = ["BatchMaps", "MapMaker", "PairMapMaker", "Wanted", "map_maker"]
@@ -66,7 +67,7 @@ class MapMaker:
 
     def __init__(self, method: AttributionMethod, batch_size: int) -> None:
         self.method = method
-        self.grid = method.encoder.image_at_layer().grid
+        self.grid = method.grid
         self._batch_size = batch_size
 
     def listen(self) -> None:
@@ -127,39 +128,34 @@ class MapMaker:
 class PairMapMaker(MapMaker):
     """Likewise with a method that tells pairs apart, from hidden states that the model's own forward pass makes."""
 
-    method: FeaturePairAttribution
+    method: PairwiseMethod
 
-    def __init__(self, method: FeaturePairAttribution, batch_size: int) -> None:
+    def __init__(self, method: PairwiseMethod, batch_size: int) -> None:
         super().__init__(method, batch_size)
-        self.grid = method.image.grid
-        self._captures = (InputCapture(method.image), InputCapture(method.text))
+        self._hooks = ExitStack()
+        self._captured = Captured()
         self._references: References | None = None
         self._states: HiddenStates | None = None
 
     def listen(self) -> None:
         """Take the hidden states of the model's own forward passes, from now on."""
-        for capture in self._captures:
-            capture.open()
+        self.forget()
 
     def forget(self) -> None:
         """Let go of hidden states from before the batch."""
+        self._hooks.close()
         self._states = None
-        for capture in self._captures:
-            capture.clear()
+        self._captured = self._hooks.enter_context(self.method.capturing())
 
     def take(self, batch: Batch) -> None:
         """Keep the hidden states where the forward pass was just images and captions; else those of an own pass."""
-        image, text = (capture.take() for capture in self._captures)
-        if image is None or len(image) != len(batch.images):
-            image = _run(self.method.image.features_before, batch.images)
-        if text is None or len(text) != len(batch.tokens):
-            text = _run(self.method.text.features_before, batch.tokens)
-        self._states = HiddenStates(image, text, batch.tokens)
+        self._hooks.close()
+        self._states = self.method.hidden_states(batch.images, batch.tokens, self._captured)
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        for capture in self._captures:
-            capture.close()
+        self._hooks.close()
+        self._captured = Captured()
         self._references = self._states = None
 
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
@@ -192,7 +188,7 @@ class PairMapMaker(MapMaker):
         images, texts = [self._none(batch)], [batch.images.new_zeros(0, batch.tokens.shape[1])]
         for rows in self._chunks(len(batch.tokens)):
             chosen = torch.arange(len(batch.tokens), device=captions.device)[rows]
-            result = self.method.attribute_states(_at(states, batch.caption_image[chosen], chosen), self._references)
+            result = self.method.attribute_states(states.pairs(batch.caption_image[chosen], chosen), self._references)
             images.append(result.image)
             texts.append(result.text)
             here = ((captions >= rows.start) & (captions < rows.stop)).nonzero()[:, 0]
@@ -207,7 +203,9 @@ class PairMapMaker(MapMaker):
         for rows in self._chunks(len(captions)):
             chosen = captions[rows]
             maps.append(
-                self.method.span_map_of(_at(states, batch.caption_image[chosen], chosen), masks[rows], self._references)
+                self.method.span_map_of(
+                    states.pairs(batch.caption_image[chosen], chosen), masks[rows], self._references
+                )
             )
         return torch.cat(maps)
 
@@ -220,7 +218,7 @@ class PairMapMaker(MapMaker):
             assert negatives is not None
             chosen = wanted[rows]
             tokens = negatives.tokens[chosen]
-            text = _run(self.method.text.features_before, tokens)
+            text = self.method.text_states(tokens)
             image = states.image[negatives.image_row[chosen]]
             maps.append(
                 self.method.span_map_of(HiddenStates(image, text, tokens), negatives.mask[chosen], self._references)
@@ -230,16 +228,6 @@ class PairMapMaker(MapMaker):
 
 def map_maker(method: AttributionMethod, batch_size: int) -> MapMaker:
     """The maker that fits a method."""
-    if isinstance(method, FeaturePairAttribution):
+    if isinstance(method, PairwiseMethod):
         return PairMapMaker(method, batch_size)
     return MapMaker(method, batch_size)
-
-
-def _at(states: HiddenStates, images: Tensor, captions: Tensor) -> HiddenStates:
-    """The hidden states of pairs of image and caption."""
-    return HiddenStates(states.image[images], states.text[captions], states.tokens[captions])
-
-
-@torch.no_grad()
-def _run(stem: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    return stem(inputs)

@@ -217,7 +217,7 @@ def test_a_method_that_is_never_negative_is_shown_from_zero(model: list[str], im
 def test_a_constant_map_is_warned_of_and_recorded(
     model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, "constant", Constant)
+    monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", {**METHODS, "constant": Constant})
     with pytest.warns(ConstantMapWarning, match="image map of pair"):
         explain("--image", image, "--caption", CAPTION, "--method", "constant", *model, "--out", tmp_path / "out")
     faults = record_of(tmp_path / "out")["methods"]["constant"]["fault"]
@@ -227,7 +227,7 @@ def test_a_constant_map_is_warned_of_and_recorded(
 def test_constant_maps_of_a_list_are_told_by_name_in_every_batch(
     model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(METHODS, "constant", Constant)
+    monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", {**METHODS, "constant": Constant})
     folder = tmp_path / "folder"
     folder.mkdir()
     for i in range(3):
@@ -253,7 +253,7 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
     some: dict[str, type[AttributionMethod]] = {
         "similarity_grad_cam": SimilarityGradCAM, "unsupported": Unsupported, "saliency": Saliency, "rise": RISE,
     }  # fmt: skip
-    monkeypatch.setattr("lightning_xai.attribution.METHODS", some)
+    monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", some)
     options = [
         "--options.rise.image_masks",
         "9",
@@ -274,7 +274,7 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
     assert record["methods"]["rise"]["options"]["image_masks"] == 9
     assert record["not_served"] == {"unsupported": "this tower has no attention; saliency serves it"}
     assert "unsupported is left out: this tower has no attention" in capsys.readouterr().out
-    with pytest.raises(UnsupportedTowerError, match="saliency serves it"):
+    with pytest.raises(SystemExit, match="saliency serves it; other methods: similarity_grad_cam, saliency, rise"):
         explain("--image", image, "--caption", CAPTION, "--method", "unsupported", *model, "--out", out)
 
 
@@ -399,9 +399,9 @@ def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], 
         (["--method", "magic"], "unknown method 'magic'; there are feature_pair, "),
         (
             ["--method", "saliency", "--span", "ring"],
-            "--span needs a method that tells pairs of words and patches apart",
+            "--span needs a method with token-patch attributions",
         ),
-        (["--method", "all", "--box", "0,0,9,9"], "--box needs a method that tells pairs of words and patches apart"),
+        (["--method", "all", "--box", "0,0,9,9"], "--box needs a method with token-patch attributions"),
         (["--options.stepz", "9"], "feature_pair has no option stepz; it has image_layer, text_layer, steps"),
         (
             ["--options.steps", "many"],
@@ -447,7 +447,7 @@ def test_bad_input_of_comparisons_is_told_in_plain_words(model: list[str], image
     assert "broken.png: the image does not decode (no JPEG, PNG or WebP file)" in told
     assert "one of the captions is empty" in message_of("--caption", "a", "--other-caption", " ", *model, "--out", out)
     told = message_of("--caption", "a", "--other-caption", "b", "--method", "saliency", *model, "--out", out)
-    assert "--other-caption needs a method that tells pairs" in told
+    assert "--other-caption needs a method that compares two images or two captions" in told
 
 
 def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
@@ -543,7 +543,9 @@ def test_a_list_keeps_its_captions_spans_and_boxes_to_itself(model: list[str], t
     given = ["--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out"]
     assert "leave out --caption and --captions" in message_of(*given, "--caption", "a cat")
     assert "leave out --span and --box" in message_of(*given, "--span", "cat")
-    assert "a list with spans or boxes needs a method that tells pairs" in message_of(*given, "--method", "saliency")
+    assert "a list with spans or boxes needs a method with token-patch attributions" in message_of(
+        *given, "--method", "saliency"
+    )
     assert "not with many" in message_of(*given, "--other-image", tmp_path / "list.csv")
     (tmp_path / "empty").mkdir()
     given = ["--image", tmp_path / "empty", *model, "--out", tmp_path / "out"]
