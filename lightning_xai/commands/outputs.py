@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_xai.atomic_file import replaced_at_once
+from lightning_xai.atomic_file import replaced_at_once, write_json
 from lightning_xai.commands.inputs import InputError
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.explanation import Token
 from lightning_xai.report.plots import save_figure
-from lightning_xai.results.schema import package_versions, write_json
+from lightning_xai.results.record import package_versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
+from lightning_xai.atomic_file import write_json
 from lightning_xai.commands.explain_pair import PreparedEntry, prepare_entry
 from lightning_xai.commands.inputs import Entry, InputError, load_model, read_entries
 from lightning_xai.commands.model_choice import ModelChoice
@@ -17,7 +18,6 @@ from lightning_xai.commands.outputs import describe, numpy_of
 from lightning_xai.report.plots import Example, save_figure
 from lightning_xai.report.sanity import COLUMNS, sanity_curves, sanity_sheet, sanity_table
 from lightning_xai.report.tables import per_pair_csv
-from lightning_xai.results.schema import write_json
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
