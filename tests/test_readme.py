@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lightning_xai import cli
+from lightning_xai.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,8 +67,7 @@ def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> 
 
         return record
 
-    find = cli._command
-    monkeypatch.setattr(cli, "_command", lambda name: recording(find(name)))
+    monkeypatch.setattr(cli, "COMMANDS", {name: recording(command) for name, command in COMMANDS.items()})
     names = "prepare|export|explain|sanity-check|roar|report"
     commands = re.findall(rf"python -m lightning_xai ((?:{names}) (?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")))
     for command in commands:
