@@ -144,8 +144,8 @@ def _write_block(out: Path, block: Block) -> Iterator[str]:
             yield name
     elif isinstance(block, Chart):
         name = f"figures/{block.name}"
-        save_figure(block.figure, out / f"{name}.png")
         _write_text(out / f"{name}.svg", block.svg)
+        save_figure(block.figure, out / f"{name}.png")
         yield from (f"{name}.png", f"{name}.svg")
     elif isinstance(block, HeatMaps):
         name = f"figures/{block.name}.png"

@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from lightning_xai.report.plots import Example, colour_map, fitted, heat_fault, outlined, overlay, tinted, to_uint8
@@ -319,16 +318,12 @@ class _Sheet(Sheet):
             top = at[1] + number * _CHIP_LINE
             for index, left, width in row:
                 x, colour = at[0] + left, tuple(colours[index].tolist())
-                self._ground((x, top, width, _CHIP_HEIGHT), facecolor=colour, edgecolor="0.8", linewidth=0.5)
+                self.ground(x, top, width, _CHIP_HEIGHT, facecolor=colour, edgecolor="0.8", linewidth=0.5, zorder=2)
                 if tokens[index].marked:
-                    bar = (x, top + _CHIP_HEIGHT, width, 4)
-                    self._ground(bar, facecolor=_MARK, edgecolor="0.3", linewidth=0.5)
+                    look = {"facecolor": _MARK, "edgecolor": "0.3", "linewidth": 0.5, "zorder": 2}
+                    self.ground(x, top + _CHIP_HEIGHT, width, 4, **look)
                 ink = "white" if abs(strengths[index]) > _WHITE_TEXT_FROM else "black"
                 self.text(tokens[index].text, (x + width / 2, top + 2), ha="center", color=ink, zorder=3)
-
-    def _ground(self, at: tuple[float, float, float, float], **style: Any) -> None:
-        x, y, width, height = self.rectangle(*at)
-        self.figure.add_artist(Rectangle((x, y), width, height, zorder=2, **style))
 
     def small_lines(self, lines: Sequence[str], at: tuple[float, float]) -> None:
         for number, line in enumerate(lines):
@@ -340,7 +335,7 @@ class _Sheet(Sheet):
         """All pairs of tokens, a cell each; the first caption's tokens down the side."""
         ground = np.ones((*pairs.shape, 3), dtype=np.float32)
         picture = to_uint8(tinted(ground, scaled(pairs, "signed").astype(np.float32)))
-        axes = self.figure.add_axes(self.rectangle(*at, cell * len(second), cell * len(first)))
+        axes = self.axes(*at, cell * len(second), cell * len(first))
         axes.imshow(picture, interpolation="nearest", aspect="auto")
         axes.tick_params(length=0, labelsize=_SMALL, top=True, labeltop=True, bottom=False, labelbottom=False)
         axes.set_xticks(range(len(second)), [token.text for token in second], rotation=90, parse_math=False)
@@ -388,7 +383,7 @@ class _Sheet(Sheet):
     ) -> None:
         left, length = place
         colours = colour_map() if signed else ListedColormap(colour_map()(np.linspace(0.5, 1, 101)))
-        axes = self.figure.add_axes(self.rectangle(left, self.height - _FOOT + 12, length, 12))
+        axes = self.axes(left, self.height - _FOOT + 12, length, 12)
         shown = ScalarMappable(Normalize(*ends), colours)
         bar = self.figure.colorbar(shown, cax=axes, orientation="horizontal", ticks=list(ticks))
         bar.ax.set_xticklabels(list(ticks.values()), fontsize=_SMALL)

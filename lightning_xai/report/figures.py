@@ -178,6 +178,8 @@ def svg_text(figure: Figure) -> str:
     stream = io.StringIO()
     with style():
         figure.savefig(stream, format="svg", dpi=figure.dpi, metadata={"Date": None, "Creator": None})
+    # The layout is found: another format need not search it again.
+    figure.set_layout_engine("none")
     return stream.getvalue()
 
 

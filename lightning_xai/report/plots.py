@@ -355,7 +355,7 @@ class _HeatSheet(Sheet):
 
     def colour_bar(self) -> None:
         length = min(300, self.width - 4 * GAP)
-        axes = self.figure.add_axes(self.rectangle((self.width - length) / 2, self.height - _FOOT + 14, length, 12))
+        axes = self.axes((self.width - length) / 2, self.height - _FOOT + 14, length, 12)
         bar = self.figure.colorbar(
             ScalarMappable(Normalize(-1, 1), colour_map()), cax=axes, orientation="horizontal", ticks=[-1, 0, 1]
         )

@@ -63,12 +63,13 @@ class Sheet:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
         FigureCanvasAgg(self.figure)
+        # One pair of axes for all pictures and texts: axes are slow to make and to draw.
+        self._axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        self._axes.set_axis_off()
 
     def text(self, text: str, at: tuple[float, float], **style: Any) -> None:
         """Write one line of text, as it is (no mathematics in it), with its top left corner at `at`."""
-        style = {"fontsize": FONT_PT, "va": "top", **style}
-        x, y = at[0] / self.width, 1 - at[1] / self.height
-        self.figure.text(x, y, printable(text), parse_math=False, **style)
+        self._axes.text(*at, printable(text), parse_math=False, **{"fontsize": FONT_PT, "va": "top", **style})
 
     def title(self, title: str) -> None:
         """Write the title in the middle above all, smaller where it would not fit."""
@@ -80,9 +81,12 @@ class Sheet:
         """Show uint8 [h, w, 3] pixel for pixel, centred in the square at `at`."""
         height, width = picture.shape[:2]
         x, y = at[0] + (side - width) // 2, at[1] + (side - height) // 2
-        axes = self.figure.add_axes(self.rectangle(x, y, width, height))
-        axes.imshow(picture, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
+        extent = (x, x + width, y + height, y)
+        self._axes.imshow(picture, interpolation="nearest", aspect="auto", extent=extent)
+
+    def ground(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
+        """Fill a rectangle."""
+        self._axes.add_patch(Rectangle((x, y), width, height, **style))
 
     def caption(self, lines: Sequence[Line], at: tuple[float, float]) -> None:
         """Write the lines of a caption below each other, with their highlights in yellow."""
@@ -91,13 +95,14 @@ class Sheet:
             for start, end in line.spans:
                 right = text_width(line.text[:end])
                 left = right - text_width(line.text[start:end])
-                box = self.rectangle(at[0] + left - 2, top - 2, right - left + 4, LINE - 1)
-                self.figure.add_artist(Rectangle(box[:2], box[2], box[3], color=_HIGHLIGHT, linewidth=0, zorder=1))
+                look = {"color": _HIGHLIGHT, "linewidth": 0, "zorder": 1}
+                self.ground(at[0] + left - 2, top - 2, right - left + 4, LINE - 1, **look)
             self.text(line.text, (at[0], top), zorder=2)
 
-    def rectangle(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
-        """A rectangle in pixels from the top left corner, as matplotlib counts: shares from the bottom left one."""
-        return x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height
+    def axes(self, x: float, y: float, width: float, height: float) -> Any:
+        """Axes in a rectangle, for a colour bar or a matrix."""
+        shares = x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height
+        return self.figure.add_axes(shares)
 
 
 @dataclass(frozen=True)
