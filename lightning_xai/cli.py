@@ -136,9 +136,9 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
 def _command(name: str) -> Any:
     """The function, the functions by their names, or the class of options behind a command."""
     if name == "prepare":
-        from lightning_xai.commands.prepare import SOURCES
+        from lightning_xai.commands.prepare import prepare_commands
 
-        return SOURCES
+        return prepare_commands()
     if name == "export":
         from lightning_xai.commands.export import export
 
