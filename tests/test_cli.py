@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ import pytest
 import torch
 
 from lightning_xai.cli import main
-from lightning_xai.commands.prepare import SOURCES
-from lightning_xai.data import Manifest
+from lightning_xai.data import Manifest, Sample
+from lightning_xai.data.sources import SOURCES
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.training import ContrastiveFineTuning
 
@@ -306,15 +307,18 @@ def test_a_mistyped_command_line_gives_usage_and_what_was_expected(
 
 @pytest.mark.parametrize("name", ["two-words", "two_words"])
 def test_a_data_set_of_two_words_is_found_with_either_sign_between_them(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     called: list[int] = []
 
-    def prepare(rows_a_shard: int = 1) -> None:
-        called.append(rows_a_shard)
+    def read(*, rows_an_image: int = 1, excluded: Counter[str]) -> Iterator[Sample]:
+        called.append(rows_an_image)
+        return iter(())
 
-    monkeypatch.setitem(SOURCES, "two-words", prepare)
-    main(["prepare", name, "--rows-a-shard=2"])
+    monkeypatch.setattr(SOURCES, "_builtin", {"two-words": "not imported"})
+    monkeypatch.setattr(SOURCES, "_loaded", {"two-words": read})
+    with pytest.raises(SystemExit, match="no sample to write for 'two-words'"):
+        main(["prepare", name, "--rows-an-image=2", f"--out={tmp_path / 'out'}"])
     assert called == [2]
 
 

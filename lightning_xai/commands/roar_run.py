@@ -198,9 +198,9 @@ class RoarRun:
         roar = self.roar
         described = describe({}, roar.model, self.encoder)
         train, validation = (Manifest.load(folder) for folder in self._originals)
-        left_out = Counter({BROKEN_RECORD: self.broken})
+        excluded = Counter({BROKEN_RECORD: self.broken})
         for manifest in (train, validation):
-            left_out.update(manifest.left_out)
+            excluded.update(manifest.excluded)
         data = {
             "name": self.manifest.name,
             "folder": str(roar.data),

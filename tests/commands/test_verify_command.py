@@ -73,7 +73,7 @@ def test_quick_looks_at_sizes_and_checksums_alone(damaged: Path) -> None:
 def test_a_broken_image_is_found_though_the_checksum_is_right(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "s", 30, broken=[17])
     Verify([str(folder)], quick=True, workers=0)()
-    assert "1 fault in shard-000001.tar (1 damaged image)." in told(folder)
+    assert "1 fault in shard-000001.tar (1 corrupt image)." in told(folder)
 
 
 def test_one_changed_byte_between_the_records_is_found(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_folder_of_sets_and_several_sets_are_all_checked(tmp_path: Path, capsy
     (tmp_path / "set" / "train" / "manifest.json").write_text("{")
     first, second = told(tmp_path / "set").splitlines()
     assert "train/manifest.json: broken JSON" in first
-    assert "val: 2 faults in shard-000000.tar (1 damaged image, 1 wrong checksum)" in second
+    assert "val: 2 faults in shard-000000.tar (1 corrupt image, 1 wrong checksum)" in second
 
 
 def test_a_folder_without_shards_says_how_to_make_some(tmp_path: Path) -> None:
@@ -130,14 +130,14 @@ def test_a_folder_without_shards_says_how_to_make_some(tmp_path: Path) -> None:
 def test_what_a_command_fetches_is_checked_as_well(damaged: Path, shards: Path) -> None:
     Verify([f"pipe:cat {shards}/{{}}"], workers=0, retries=0)()
     error = told(f"pipe:cat {damaged}/{{}}")
-    assert "shard-000001.tar (1 damaged image, 1 wrong checksum)" in error
+    assert "shard-000001.tar (1 corrupt image, 1 wrong checksum)" in error
     assert "shard-000005.tar (10 unreadable shard)" in error
 
 
 def test_many_faults_are_counted_and_ten_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(make_samples(30, broken=range(12)), tmp_path / "s", name="s", samples_per_shard=10, progress=False)
     error = told(tmp_path / "s")
-    assert "12 faults in shard-000000.tar (10 damaged image), shard-000001.tar (2 damaged image)." in error
+    assert "12 faults in shard-000000.tar (10 corrupt image), shard-000001.tar (2 corrupt image)." in error
     printed = capsys.readouterr().out
     assert printed.count("does not decode") == 10
     assert printed.endswith("and 2 more\n")
