@@ -85,7 +85,7 @@ def quadrature_rows(encoder: DualEncoder, phrases: Phrases) -> Iterator[str]:
         similarity, error, share, _ = measure(_attribution(encoder, rule, steps), phrases)
         mean = float(error.abs().mean())
         crossed = int(((share > 0.5) != (exact > 0.5)).sum())
-        cells = [f"`{rule}`", str(steps), f"{mean:.4f}", f"{100 * mean / float(similarity.mean()):.1f} %"]
+        cells = [f"`{rule}`", str(steps), f"{mean:.5f}", f"{100 * mean / float(similarity.mean()):.1f} %"]
         yield "| " + " | ".join([*cells, f"{float((share - exact).abs().nanmean()):.4f}", str(crossed)]) + " |"
 
 
