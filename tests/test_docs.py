@@ -73,7 +73,7 @@ def test_files_that_the_pages_name_exist() -> None:
         re.findall(r"(?<![\w/.-])(?:configs|slurm|benchmarks|examples|tests|lightning_xai)/[\w/.=-]+\.\w+", TEXT)
     )
     assert {"configs/demo.yaml", "benchmarks/quadrature.py"} <= named
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert [name for name in sorted(named) if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
 def test_links_of_readme_and_contributing_lead_to_files() -> None:
