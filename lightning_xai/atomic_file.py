@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replaced_at_once"]
+__all__ = ["plain", "replaced_at_once", "write_json"]
 
 
 @contextmanager
@@ -30,3 +33,24 @@ def replaced_at_once(path: Path, *, durable: bool = False) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write plain values as JSON, NaN as null; a reader sees the whole file or the one before it."""
+    with replaced_at_once(path) as part:
+        text = json.dumps(plain(record), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+        # Lone surrogates, which are no UTF-8, become JSON's escapes.
+        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def plain(value: Any) -> Any:
+    """Return the value with null in place of numbers that JSON does not know, and text keys.
+
+    >>> plain({1: (0.5, float("nan"))})
+    {'1': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

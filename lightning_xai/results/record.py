@@ -13,8 +13,10 @@ A result folder holds
 from __future__ import annotations
 
 import math
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +32,17 @@ __all__ = [
     "ResultError",
     "ResultRecord",
     "Score",
+    "package_versions",
     "read_record",
+    "settings_that_differ",
+    "standard_error",
     "write_record",
 ]
 
 RESULT_NAME = "result.json"
 VERSION = 2
 Better = Literal["up", "down"]
+_PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 
 
 class ResultError(ValueError):
@@ -200,6 +206,11 @@ def read_record(folder: Path) -> ResultRecord:
 
 class _Version(msgspec.Struct):
     version: int = 0
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on, in this process."""
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in _PACKAGES}
 
 
 def standard_error(values: Sequence[float]) -> float:

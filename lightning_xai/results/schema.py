@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_xai.report.tables import replaced_at_once
+from lightning_xai.atomic_file import plain, write_json
+from lightning_xai.results.labels import check_label, method_of
+from lightning_xai.results.record import package_versions
 
 __all__ = [
     "CONTROLS",
@@ -70,8 +69,6 @@ the other object's. hard_negatives: the attribution to the true object's box of 
 replacement (negative); delta is negative - positive. confidence: cosine similarity of the pair, and with only the
 important part of the image (text) kept. localization: IoU of the binarised map with the union of `boxes` boxes.
 """
-_PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
-_LABEL = re.compile(r"[A-Za-z0-9_.,=+-]{1,120}")
 _R = TypeVar("_R", "EvaluationResult", "RoarResult")
 
 
@@ -232,9 +229,9 @@ class RoarResult:
         >>> RoarResult({}, {}, {}, {}, {}, methods).label_at({"beta": 1})
         'm2ib,beta=1'
         """
-        wanted = _plain(point)
+        wanted = plain(point)
         for label, method in self.methods.items():
-            if wanted.keys() <= method.options.keys() and _plain({o: method.options[o] for o in wanted}) == wanted:
+            if wanted.keys() <= method.options.keys() and plain({o: method.options[o] for o in wanted}) == wanted:
                 return label
         return None
 
@@ -284,30 +281,6 @@ class ExampleRecord:
     heat: tuple[tuple[float, ...], ...]
 
 
-def check_label(label: str) -> str:
-    """A method's label, which names a folder, or a ValueError.
-
-    >>> check_label("m2ib,beta=0.1")
-    'm2ib,beta=0.1'
-    """
-    if not _LABEL.fullmatch(label) or not label.strip("."):
-        raise ValueError(f"a label has 1 to 120 letters, digits and characters of '_.,=+-'; got {label!r}")
-    return label
-
-
-def method_of(label: str, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
-    """A method's name and options, as settings give them under its label.
-
-    The label is the method's name, unless `method` among the options says otherwise.
-
-    >>> method_of("m2ib", None), method_of("tight", {"method": "m2ib", "beta": 1.0})
-    (('m2ib', {}), ('m2ib', {'beta': 1.0}))
-    """
-    own = dict(options or {})
-    check_label(label)
-    return str(own.pop("method", label)), own
-
-
 def load_result(folder: Path) -> EvaluationResult | RoarResult:
     """The result in a folder, of whichever kind it is.
 
@@ -338,18 +311,6 @@ def read_examples(folder: Path) -> list[ExampleRecord]:
         return [_example(item) for item in record["examples"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ResultError(f"{path}: field missing or of the wrong type ({error!r}); evaluate again") from error
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of what numbers depend on, of this process."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, NaN as null; a reader sees the whole file or the one before it."""
-    with replaced_at_once(path) as part:
-        text = json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str, allow_nan=False)
-        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _example(item: Mapping[str, Any]) -> ExampleRecord:
@@ -461,12 +422,3 @@ def _check_version(record: Mapping[str, Any], path: Path) -> None:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def _plain(value: Any) -> Any:
-    """The value with null in place of numbers that JSON does not know, and text keys."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
