@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
+
+from lightning_xai.commands import COMMANDS, summary
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a help text or a mistyped command is not worth.
@@ -26,23 +27,14 @@ lightning_xai trains CLIP-like models and shows which words they match with whic
 usage: python -m lightning_xai COMMAND ...
 
 Training and evaluation (Lightning's Trainer; every option can stand in a YAML file given with --config):
-  fit         train, and measure grounding (gamma, rho) before training and after each epoch; with --run=FOLDER it
-              goes on where it was stopped
-  validate    measure a model on the validation shards
-  test        measure a model on the test shards
-  predict     write the embeddings of a split's images and captions
+  fit           train, and measure grounding (gamma, rho) before training and after each epoch; with --run=FOLDER it
+                goes on where it was stopped
+  validate      measure a model on the validation shards
+  test          measure a model on the test shards
+  predict       write the embeddings of a split's images and captions
 
-Data and models:
-  prepare     convert a data set to shards: `prepare shapes` (made here, no download), or coco, flickr30k, hnc,
-              conceptual-captions, ms-cxr, roco, rsicd as their publishers ship them
-  verify      see whether prepared shards are whole, every byte and every image
-  export      turn a checkpoint into weights that open_clip loads
-
-Explanations:
-  explain       draw which patches of an image and which words of a caption make their similarity
-  sanity-check  see whether heat maps change while the model's weights are randomised, layer by layer
-  roar          see whether heat maps find what a model learns from: remove it, retrain, measure (ROAR+)
-  report        put what runs have found on one page, with the tables and figures of the papers
+Data, explanations and reports:
+{commands}
 
 Start here (3 minutes on a laptop, no download):
   python -m lightning_xai fit --config configs/demo.yaml
@@ -51,38 +43,30 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-_FLAGS = ("--prepare", "--list_cells", "--gather", "--quick")  # given without a value, where the parser wants one
-_COMMANDS = ("prepare", "verify", "export", "explain", "sanity-check", "roar", "report")
-# Commands that take any number of things by their place, which `auto_cli` does not offer: field, type, help.
-_SEVERAL: dict[str, tuple[str, type, str]] = {
-    "report": ("runs", Path, "folder of a finished run; several are compared"),
-    "verify": ("sets", str, "folder of shards, folder of such folders, or address as the data module takes it"),
-}
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; `python -m lightning_xai --help` lists them."""
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_OVERVIEW)  # noqa: T201
+        commands = "\n".join(f"  {name:13} {summary(name).removesuffix('.')}" for name in COMMANDS)
+        print(_OVERVIEW.format(commands=commands))  # noqa: T201
         return
-    # Some libraries still call it when they are imported; whoever reads this can do nothing about it.
+    # Some libraries still call it when they are imported, which users cannot change.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     try:
-        if arguments[0] in _COMMANDS:
+        if arguments[0] in COMMANDS:
             with _ended_in_order():
                 _run_command(arguments[0], arguments[1:])
         else:
             build_cli(args)
     except Exception as error:
-        told = _meant_for_the_user(error) or _lost_process(error)
-        if told is None:
+        message = _meant_for_the_user(error) or _of_a_plugin(error) or _lost_process(error)
+        if message is None:
             raise
-        text = f"lightning_xai {arguments[0]}: {told}"
-        status = getattr(told, "code", None)
+        text = f"lightning_xai {arguments[0]}: {message}"
+        status = getattr(message, "code", None)
         if status is None:
             sys.exit(text)
-        print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has a status of its own
+        print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has its own status
         sys.exit(status)
 
 
@@ -90,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _ended_in_order() -> Iterator[None]:
     """SIGTERM (preemption, `scancel`) ends the process as an error would: what is half written is cleared away."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # nobody else may handle signals
+        yield  # only the main thread may handle signals
         return
 
     def end(signum: int, frame: object) -> None:
@@ -104,7 +88,7 @@ def _ended_in_order() -> Iterator[None]:
 
 
 def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningCLI:
-    """The LightningCLI behind `fit`, `validate`, `test` and `predict`.
+    """Make the LightningCLI of `fit`, `validate`, `test` and `predict`.
 
     Args:
         args: the verb and its options; None for those of the command line.
@@ -133,103 +117,99 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     )
 
 
-def _command(name: str) -> Any:
-    """The function, the functions by their names, or the class of options behind a command."""
-    if name == "prepare":
-        from lightning_xai.commands.prepare import SOURCES
-
-        return SOURCES
-    if name == "export":
-        from lightning_xai.commands.export import export
-
-        return export
-    if name == "explain":
-        from lightning_xai.commands.explain import Explain
-
-        return Explain
-    if name == "roar":
-        from lightning_xai.commands.roar import Roar
-
-        return Roar
-    if name == "report":
-        from lightning_xai.commands.report import Report
-
-        return Report
-    if name == "verify":
-        from lightning_xai.commands.verify import Verify
-
-        return Verify
-    from lightning_xai.commands.sanity_check import SanityCheck
-
-    return SanityCheck
-
-
 def _run_command(name: str, arguments: list[str]) -> None:
-    from jsonargparse import DefaultHelpFormatter, auto_cli
+    """Make a command's parser from its signature, and run it; `commands` says what a command can be."""
+    import inspect
 
-    class KeepsLines(DefaultHelpFormatter):
-        """Shows the examples of a description as they are written."""
+    from jsonargparse import auto_cli
 
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return text
-
-    command = _command(name)
-    if isinstance(command, dict) and arguments:
-        arguments = [arguments[0].replace("_", "-"), *arguments[1:]]  # `prepare ms_cxr` is `prepare ms-cxr`
-    more: dict[str, Any] = {}
+    command, prog = COMMANDS[name], f"lightning_xai {name}"
     if isinstance(command, type):
         # Parsers show the first line of a docstring alone.
         description = (inspect.getdoc(command) or "").partition("\nAttributes:")[0]
-        more = {"description": description, "formatter_class": KeepsLines}
-    if name in _SEVERAL:
-        _run_on_several(name, command, arguments, more)
-        return
-    result = auto_cli(
-        command,
-        args=_as_parsed(arguments),
-        prog=f"lightning_xai {name}",
-        as_positional=name == "export",
-        **more,
-    )
-    if isinstance(command, type):
-        result()  # more settings than a function should take: the parser has made the object that holds them
+        auto_cli(
+            command,
+            args=_as_parsed(arguments, command),
+            prog=prog,
+            as_positional=False,
+            parser_class=_class_parser(),
+            description=description,
+        )()
+    elif isinstance(command, Mapping):
+        chosen = arguments[0] if arguments else ""
+        chosen = chosen if chosen in command else chosen.replace("_", "-")  # `prepare ms_cxr` is `prepare ms-cxr`
+        if chosen in command:
+            # The others are not even loaded: a broken plug-in must not stop them all.
+            command, arguments = {chosen: command[chosen]}, [chosen, *_as_parsed(arguments[1:], command[chosen])]
+        auto_cli(dict(command), args=arguments, prog=prog, as_positional=False)
+    else:
+        auto_cli(command, args=_as_parsed(arguments, command), prog=prog)
 
 
-def _run_on_several(name: str, command: type, arguments: list[str], more: dict[str, Any]) -> None:
-    from jsonargparse import ArgumentParser
+def _class_parser() -> type[Any]:
+    """A parser that keeps the lines of a description, and takes a list without a default by its place."""
+    import inspect
+    from typing import get_args, get_type_hints
 
-    field, kind, text = _SEVERAL[name]
-    one = field.removesuffix("s")
-    parser = ArgumentParser(prog=f"lightning_xai {name}", **more)
-    parser.add_argument(one, nargs="+", type=kind, help=text)
-    parser.add_class_arguments(command, skip={field}, as_group=False)
-    given = parser.parse_args(_as_parsed(arguments))
-    command(given.pop(one), **given.as_dict())()
+    from docstring_parser import parse
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class KeepsLines(DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text
+
+    class ClassParser(ArgumentParser):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, formatter_class=KeepsLines, **kwargs)
+
+        def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
+            hints = get_type_hints(theclass)
+            helps = {each.arg_name: each.description for each in parse(inspect.getdoc(theclass) or "").params}
+            listed = {
+                name
+                for name, parameter in inspect.signature(theclass).parameters.items()
+                if parameter.default is parameter.empty and str(parameter.annotation).startswith("list[")
+            }
+            for name in listed:
+                (kind,) = get_args(hints[name])
+                self.add_argument(name, nargs="+", type=kind, help=helps.get(name), metavar=name.removesuffix("s"))
+            added: list[str] = super().add_class_arguments(theclass, *args, skip=listed, **kwargs)
+            return [*listed, *added]
+
+    return ClassParser
 
 
-def _as_parsed(arguments: Sequence[str]) -> list[str]:
+def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
     """Options as the parser takes them.
 
-    `--other-image` becomes `--other_image`. Of options two levels down, such as `--options.rise.seed 1`, the parser
-    would keep only the last, so that those of one method are given to it as one.
+    `--other-image` becomes `--other_image`, and an option that is true or false needs no value. Of options two levels
+    down, such as `--options.rise.seed 1`, the parser would keep only the last, so that those of one method are given to
+    it as one.
 
-    >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2", "--list-cells"])
-    ['--a_b=c-d', '--list_cells=true', '--options.rise={"seed": "1", "cells": "2"}']
+    >>> def command(a_b: str, quick: bool = False): ...
+    >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2", "--quick"], command)
+    ['--a_b=c-d', '--quick=true', '--options.rise={"seed": "1", "cells": "2"}']
     """
+    import inspect
+
+    parameters = inspect.signature(command).parameters if command is not None else {}
+    flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation in (bool, "bool")}
     parsed: list[str] = []
     nested: dict[str, dict[str, str]] = {}
-    rest = iter(arguments)
-    for argument in rest:
+    rest = list(reversed(arguments))
+    while rest:
+        argument = rest.pop()
         option, equals, value = argument.partition("=")
         if not option.startswith("--"):
             parsed.append(argument)
             continue
         option = "--" + option[2:].replace("-", "_")
-        if option in _FLAGS and not equals:
-            equals, value = "=", "true"
+        if option in flags and not equals:
+            given = rest and rest[-1].lower() in ("true", "false", "yes", "no")
+            equals, value = "=", rest.pop() if given else "true"
         if option.startswith("--options.") and option.count(".") == 2:
             group, _, key = option.rpartition(".")
-            nested.setdefault(group, {})[key] = value if equals else next(rest, "")
+            nested.setdefault(group, {})[key] = value if equals or not rest else rest.pop()
         else:
             parsed.append(option + equals + value)
     return parsed + [f"{group}={json.dumps(values)}" for group, values in nested.items()]
@@ -258,12 +238,29 @@ def _meant_for_the_user(error: BaseException | None) -> BaseException | None:
     A trace of our own code would bury it. Parsers wrap it, so it may be the cause of what arrives here.
     """
     while error is not None:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        ours = trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("lightning_xai.")
-        deliberate = isinstance(error, (ValueError, RuntimeError, ImportError)) and ours
-        if deliberate or isinstance(error, (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)):
+        deliberate = isinstance(error, (ValueError, RuntimeError, ImportError))
+        ours = _raised_by(error).startswith("lightning_xai.")
+        if (deliberate and ours) or isinstance(
+            error, (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
+        ):
             return error
         error = error.__cause__
     return None
+
+
+def _of_a_plugin(error: BaseException) -> str | None:
+    """A ValueError that a plug-in raised, with the plug-in's name: a message to the user like those of this package."""
+    package = _raised_by(error).partition(".")[0]
+    for group in ("methods", "metrics", "sources") if isinstance(error, ValueError) else ():
+        for point in entry_points(group=f"lightning_xai.{group}"):
+            if point.value.partition(":")[0].partition(".")[0] == package:
+                return f"plug-in {point.dist.name if point.dist else package}: {error}"
+    return None
+
+
+def _raised_by(error: BaseException) -> str:
+    """Name of the module whose code raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""

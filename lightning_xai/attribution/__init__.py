@@ -17,24 +17,10 @@ from lightning_xai.attribution.kernel_shap import KernelSHAP
 from lightning_xai.attribution.m2ib import M2IB
 from lightning_xai.attribution.pairwise import HiddenStates, IntraModalAttribution, PairwiseMethod, References
 from lightning_xai.attribution.path_integral import quadrature
+from lightning_xai.attribution.registry import METHODS
 from lightning_xai.attribution.rise import RISE
 from lightning_xai.attribution.saliency import Saliency
 from lightning_xai.heat_maps import min_max, upsample
-
-METHODS: dict[str, type[AttributionMethod]] = {
-    "feature_pair": FeaturePairAttribution,
-    "m2ib": M2IB,
-    "grad_cam": GradCAM,
-    "similarity_grad_cam": SimilarityGradCAM,
-    "attention_relevance": AttentionRelevance,
-    "saliency": Saliency,
-    "integrated_gradients": IntegratedGradients,
-    "kernel_shap": KernelSHAP,
-    "rise": RISE,
-    "random": RandomMap,
-    "gaussian": CentredGaussian,
-}
-"""Every method by the name that commands and configs use."""
 
 __all__ = [
     "M2IB",

@@ -27,8 +27,6 @@ from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
-OTHER_METHODS = "FeaturePairAttribution, M2IB, GradCAM, Saliency, IntegratedGradients, KernelSHAP or RISE"
-
 
 class AttentionRelevance(AttributionMethod):
     """Relevance of patches and tokens by attention times its gradient (Chefer et al. 2021, Eqs. 5 and 6).
@@ -173,7 +171,8 @@ class _Tower:
 
     def _unsupported(self, reason: str) -> UnsupportedTowerError:
         return UnsupportedTowerError(
-            f"AttentionRelevance cannot explain this {self._name} tower, which {reason}; use {OTHER_METHODS}"
+            f"AttentionRelevance cannot explain this {self._name} tower, which {reason}; use a method that needs no "
+            "attention, such as FeaturePairAttribution or GradCAM"
         )
 
 

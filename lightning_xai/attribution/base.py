@@ -82,9 +82,10 @@ class AttributionMethod(ABC):
         signed: whether maps distinguish for from against; those of other methods only distinguish much from little.
         pairwise: whether attributions have token-patch `interactions`, so that a phrase has a map within its caption.
         stochastic: whether results depend on an option `seed`.
+        intra_modal: whether two images, or two captions, can be compared (pairwise methods only).
         baseline: whether the model is ignored, as by random maps.
         has_zero: whether 0 means "no influence"; elsewhere only differences within a map mean something.
-        label: how messages call it; for a method of another package also the package and its entry.
+        origin: the package and entry of a method of another package; empty for built-in ones.
         grid: rows and columns of image maps; those of the last layer unless a method sets others.
 
     Raises:
@@ -93,16 +94,22 @@ class AttributionMethod(ABC):
 
     signed: ClassVar[bool] = False
     pairwise: ClassVar[bool] = False
+    intra_modal: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
     has_zero: ClassVar[bool] = True
+    origin: ClassVar[str] = ""
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
         if internal_batch_size is not None and internal_batch_size < 1:
             raise ValueError(f"internal_batch_size has to be at least 1, or None; got {internal_batch_size}")
         self.encoder = encoder
         self.internal_batch_size = internal_batch_size
-        self.label = type(self).__name__
+
+    @property
+    def label(self) -> str:
+        """The class's name, as messages give it; for a method of another package also the package and its entry."""
+        return f"{type(self).__name__} ({self.origin})" if self.origin else type(self).__name__
 
     @cached_property
     def grid(self) -> tuple[int, int]:

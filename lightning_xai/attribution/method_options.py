@@ -5,15 +5,16 @@ from __future__ import annotations
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
-if TYPE_CHECKING:
-    from lightning_xai.attribution import AttributionMethod
-    from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.attribution.base import AttributionMethod
+from lightning_xai.attribution.registry import ALL, METHODS
+from lightning_xai.models.at_layer import UnsupportedTowerError
+from lightning_xai.models.encoder import TwoTowerEncoder
 
-ALL = "all"
+__all__ = ["ALL", "ChosenMethod", "check_method", "choose_method", "choose_methods"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,6 @@ def choose_methods(
         ValueError: an unknown method or option, a value of another type, or a method that cannot serve the model
             (unless all were asked for).
     """
-    from lightning_xai.attribution import METHODS
-    from lightning_xai.models import UnsupportedTowerError
-
     if name != ALL:
         return [choose_method(encoder, name, options)], {}
     chosen, missing = [], {}
@@ -76,38 +74,39 @@ def choose_method(encoder: TwoTowerEncoder, name: str, options: Mapping[str, Any
         ValueError: an unknown method (all methods together are none) or option, a value of another type, or a method
             that cannot serve the model.
     """
-    from lightning_xai.attribution import METHODS
-
     check_method(name)
     if name == ALL:
         raise ValueError(f"expected one method, got {ALL!r}; give each by its name: {', '.join(METHODS)}")
     values = _resolved(name, options)
-    return ChosenMethod(name, METHODS[name](encoder, **values), values)
+    try:
+        return ChosenMethod(name, METHODS[name](encoder, **values), values)
+    except UnsupportedTowerError as error:
+        others = ", ".join(other for other in METHODS if other != name)
+        raise UnsupportedTowerError(f"{error}; other methods: {others}") from error
 
 
-def check_method(name: str, *, pairs: str | None = None) -> None:
-    """Raise a ValueError that lists the methods where there is none of that name.
+def check_method(name: str, *, pairwise: str | None = None, intra_modal: str | None = None) -> None:
+    """Raise a ValueError that lists the methods where there is none of that name, or it lacks a capability.
 
     Args:
         name: of the method.
-        pairs: the option that needs a method that tells pairs of token and patch apart, where one was given.
+        pairwise: the option, where one was given, that asks for a map of a phrase within its caption.
+        intra_modal: the option, where one was given, that asks for a comparison of two images or two captions.
     """
-    from lightning_xai.attribution import METHODS, FeaturePairAttribution
-
     if name != ALL and name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}, and {ALL}")
-    able = [each for each, kind in METHODS.items() if issubclass(kind, FeaturePairAttribution)]
-    if pairs is not None and name not in able:
-        raise ValueError(
-            f"{pairs} needs a method that tells pairs of words and patches apart ({', '.join(able)}); "
-            f"got --method {name}"
-        )
+    needs = {
+        "pairwise": (pairwise, "a method with token-patch attributions"),
+        "intra_modal": (intra_modal, "a method that compares two images or two captions"),
+    }
+    for flag, (option, what) in needs.items():
+        if option is not None and (name == ALL or not getattr(METHODS[name], flag)):
+            able = ", ".join(each for each, method in METHODS.items() if getattr(method, flag))
+            raise ValueError(f"{option} needs {what} ({able}); got --method {name}")
 
 
 def _shared_out(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """For each method its own part of the options."""
-    from lightning_xai.attribution import METHODS
-
     common = {key: value for key, value in options.items() if key not in METHODS}
     parsers = {name: _parser(name) for name in METHODS}
     unknown = common.keys() - {key for name in METHODS for key in _names(parsers[name])}
@@ -124,8 +123,6 @@ def _shared_out(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _parser(name: str) -> ArgumentParser:
     """Knows a method's options and their types from its signature."""
-    from lightning_xai.attribution import METHODS
-
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(METHODS[name], skip={"encoder"}, sub_configs=False)
     return parser

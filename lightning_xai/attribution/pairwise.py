@@ -81,8 +81,7 @@ class References:
 class PairwiseMethod(AttributionMethod):
     """A method whose results have `interactions`, so that a phrase is explained within its caption.
 
-    Attributes:
-        intra_modal: whether `attribute_images` and `attribute_texts` are implemented.
+    A method that implements `attribute_images` and `attribute_texts` sets `intra_modal`.
     """
 
     pairwise = True

@@ -1,4 +1,4 @@
-"""`explain`: pictures of what a model's similarity of an image and a caption rests on."""
+"""`explain`: draw which patches of an image and which words of a caption make their similarity."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_xai.commands.explain_entries import Session
-from lightning_xai.commands.inputs import Entry, load_model, read_entries
-from lightning_xai.commands.intra_modal import compare_captions, compare_images
+from lightning_xai.commands.explain_entries import Explainer
+from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
+from lightning_xai.commands.intra_modal import Comparison
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import PICTURE, describe
 
@@ -39,8 +39,8 @@ class Explain:
         box: x,y,width,height in pixels of the image file: the words show what matches the box.
         other_image: a second image, compared with the first one, or with its box; no caption is needed.
         other_caption: a second caption, compared with the first one, or with its span; no image is needed.
-        method: feature_pair, m2ib, grad_cam, similarity_grad_cam, attention_relevance, saliency, integrated_gradients,
-            kernel_shap, rise, or the controls random and gaussian; "all" draws them side by side.
+        method: an attribution method such as feature_pair, m2ib, grad_cam, attention_relevance, saliency or rise, or a
+            baseline such as random; "all" draws all of them side by side, an unknown name lists them.
         options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
             that has such an option, and --options.rise.seed 1 for one of them.
         batch_size: images of a list that are explained at a time; lower it where memory is short.
@@ -63,8 +63,8 @@ class Explain:
         """Explain what was asked.
 
         Raises:
-            ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are left
-                out, counted and named instead).
+            ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are
+                skipped, counted and named instead).
         """
         from lightning_xai.attribution.method_options import choose_methods
 
@@ -74,26 +74,22 @@ class Explain:
         chosen, missing = choose_methods(encoder, self.method, self.options)
         settings = describe(asdict(self), self.model, encoder)
         if self.image is not None and self.other_image is not None:
-            compare_images(self.out, encoder, chosen[0], (self.image, self.other_image), self.box, settings)
+            Comparison(self.out, encoder, chosen[0], settings).of_images(self.image, self.other_image, self.box)
         elif self.caption is not None and self.other_caption is not None:
-            compare_captions(self.out, encoder, chosen[0], (self.caption, self.other_caption), self.span, settings)
+            Comparison(self.out, encoder, chosen[0], settings).of_captions(self.caption, self.other_caption, self.span)
         else:
             for name, reason in missing.items():
-                print(f"{name} is left out: {reason}")  # noqa: T201
-            session = Session(self.out, encoder, chosen, missing, settings)
-            if self._is_list:
-                session.explain_list(entries, self.batch_size)
+                print(f"Skipped {name}: {reason}")  # noqa: T201
+            explainer = Explainer(self.out, encoder, chosen, missing, settings)
+            if self.image is not None and is_list(self.image):
+                explainer.explain_list(entries, self.batch_size)
             else:
-                session.explain_one(entries[0])
+                explainer.explain_one(entries[0])
 
     @property
     def _compares(self) -> bool:
         """Whether two inputs of one kind are asked about."""
         return self.other_image is not None or self.other_caption is not None
-
-    @property
-    def _is_list(self) -> bool:
-        return self.image is not None and (self.image.is_dir() or self.image.suffix.lower() == ".csv")
 
     def _check(self) -> None:
         """Raise a ValueError where settings exclude each other: before the model is loaded, which takes a while."""
@@ -106,7 +102,7 @@ class Explain:
                 self.other_image is not None and self.other_caption is not None
             ),
             "--other-image and --other-caption compare with a single image or caption, not with many": (
-                self._compares and self._is_list
+                self._compares and self.image is not None and is_list(self.image)
             ),
             "--other-image compares with --image, or with a --box of it; a --span has no place there": (
                 self.other_image is not None and (self.image is None or spans)
@@ -131,9 +127,10 @@ class Explain:
         for path in (self.image, self.captions, self.other_image):
             if path is not None and not path.exists():
                 raise ValueError(f"{path} does not exist")
-        for option in ("span", "box", "other_image", "other_caption"):
-            if getattr(self, option) is not None:
-                check_method(self.method, pairs=f"--{option.replace('_', '-')}")
+        for capability, options in (("pairwise", ("span", "box")), ("intra_modal", ("other_image", "other_caption"))):
+            for option in options:
+                if getattr(self, option) is not None:
+                    check_method(self.method, **{capability: f"--{option.replace('_', '-')}"})
         check_method(self.method)
 
     def _entries(self) -> list[Entry]:
@@ -142,13 +139,7 @@ class Explain:
 
         if self.image is None:
             raise ValueError("give an image (--image FILE, a folder, or a CSV list)")
-        if not self._is_list:
-            if self.captions is not None or self.caption is None:
-                raise ValueError(f"{self.image} is a single image: give its caption (--caption TEXT)")
-            return [Entry(self.image.stem, self.image, self.caption, self.span, self.box)]
-        if self.span is not None or self.box is not None:
-            raise ValueError("a list has its spans and boxes in columns of these names: leave out --span and --box")
-        entries = read_entries(self.image, self.caption, self.captions)
+        entries = read_entries(self.image, self.caption, self.captions, self.span, self.box)
         if any(entry.span or entry.box for entry in entries):
-            check_method(self.method, pairs="a list with spans or boxes")
+            check_method(self.method, pairwise="a list with spans or boxes")
         return entries

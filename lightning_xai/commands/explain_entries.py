@@ -1,18 +1,19 @@
-"""One entry after the other: images and captions through every chosen method, with what cannot be used counted."""
+"""Explain one entry after the other by every chosen method, and count the entries that cannot be used."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID
 
-from lightning_xai.commands.explain_pair import Answer, Question, answer, ask, faults, write
+from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
+from lightning_xai.commands.outputs import write_all
 from lightning_xai.report.tables import per_pair_csv
 
 if TYPE_CHECKING:
@@ -20,15 +21,13 @@ if TYPE_CHECKING:
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 _SUMMARY = (
-    "name", "image", "caption", "span", "box", "method", "similarity", "completeness_error", "fault", "left_out",
+    "name", "image", "caption", "span", "box", "method", "similarity", "completeness_error", "fault", "skipped",
 )  # fmt: skip
 _MOST_REASONS = 5
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Session:
+class Explainer:
     """A model and the methods that explain it.
 
     Attributes:
@@ -51,102 +50,86 @@ class Session:
         Raises:
             InputError: it cannot be used.
         """
-        question = ask(self.encoder, entry)
-        with _progress_bar(len(self.chosen)) as progress:
-            (answers,) = self._answers([question], progress)
-        picture = write(self.out, self.encoder, question, answers, self.missing, self.settings)
-        print(f"Look at {picture}; all numbers: {self.out / 'attribution.npz'}")  # noqa: T201
+        prepared = prepare_entry(self.encoder, entry)
+        with _progress_bar() as bar:
+            (explanations,) = self._explain([prepared], bar, bar.add_task("explaining", total=len(self.chosen)))
+        print(self._write(self.out, prepared, explanations))  # noqa: T201
 
     def explain_list(self, entries: Sequence[Entry], batch_size: int) -> None:
-        """Explain a list, each entry into a folder of its own, and write `summary.csv`.
+        """Explain a list, each entry in its own folder, and write `summary.csv`.
 
         Raises:
             ValueError: not one entry can be used.
         """
         from lightning_xai.attribution import ConstantMapWarning
 
-        rows: list[Row] = []
-        with _progress_bar(len(entries) * len(self.chosen)) as progress, warnings.catch_warnings():
+        rows: list[dict[str, Any]] = []
+        with _progress_bar() as bar, warnings.catch_warnings():
             # It would name places in a batch; the summary names images.
             warnings.simplefilter("ignore", ConstantMapWarning)
+            task = bar.add_task("explaining", total=len(entries) * len(self.chosen))
             for start in range(0, len(entries), batch_size):
-                rows += self._explain_batch(entries[start : start + batch_size], progress)
+                rows += self._explain_batch(entries[start : start + batch_size], bar, task)
         per_pair_csv(self.out / "summary.csv", rows, _SUMMARY)
-        left_out = {row["name"]: row["left_out"] for row in rows if "left_out" in row}
-        reasons = [f"  {name}: {reason}" for name, reason in left_out.items()]
-        if len(reasons) > _MOST_REASONS:
-            reasons[_MOST_REASONS:] = [f"  and {len(reasons) - _MOST_REASONS} more"]
-        if len(left_out) == len(entries):
+        reasons = [f"  {row['name']}: {row['skipped']}" for row in rows if "skipped" in row]
+        skipped = len(reasons)
+        if skipped > _MOST_REASONS:
+            reasons[_MOST_REASONS:] = [f"  and {skipped - _MOST_REASONS} more"]
+        if skipped == len(entries):
             raise ValueError("\n".join([f"none of the {len(entries)} entries can be used:", *reasons]))
-        print(f"Explained {len(entries) - len(left_out)} of {len(entries)} entries in {self.out}")  # noqa: T201
-        if left_out:
-            print("\n".join(["Left out:", *reasons]))  # noqa: T201
+        lines = [f"Saved explanations of {len(entries) - skipped} of {len(entries)} entries in {self.out}"]
+        if skipped:
+            lines += [f"Skipped {skipped}:", *reasons]
         faulty = sum(bool(row.get("fault")) for row in rows)
         if faulty:
-            print(f"Maps that tell no part from another: {faulty} rows, see the column fault")  # noqa: T201
-        print(f"All of them: {self.out / 'summary.csv'}")  # noqa: T201
+            lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
+        print("\n".join([*lines, f"Saved {self.out / 'summary.csv'}"]))  # noqa: T201
 
-    def _explain_batch(self, entries: Sequence[Entry], progress: Progress) -> list[Row]:
-        """Rows of the summary: one for each method of an entry, or one that says why it was left out."""
-        rows: list[Row] = []
-        questions = []
+    def _explain_batch(self, entries: Sequence[Entry], bar: Progress, task: TaskID) -> list[dict[str, Any]]:
+        """Rows of the summary: one for each method of an entry, or one that says why it was skipped."""
+        rows: list[dict[str, Any]] = []
+        batch = []
         for entry in entries:
             try:
-                questions.append(ask(self.encoder, entry))
+                batch.append(prepare_entry(self.encoder, entry))
             except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
-                rows.append(_columns(entry) | {"left_out": str(error)})
-                progress.advance(progress.task_ids[0], len(self.chosen))
-        for question, answers in zip(questions, self._answers(questions, progress), strict=True):
-            folder = self.out / question.entry.name
-            write(folder, self.encoder, question, answers, self.missing, self.settings)
-            rows += [
-                _columns(question.entry) | _scores(each) | {"fault": self._fault(question, each)} for each in answers
-            ]
+                rows.append(asdict(entry) | {"skipped": str(error)})
+                bar.advance(task, len(self.chosen))
+        for prepared, explanations in zip(batch, self._explain(batch, bar, task), strict=True):
+            self._write(self.out / prepared.entry.name, prepared, explanations)
+            rows += [asdict(prepared.entry) | _scores(each) for each in explanations]
         return sorted(rows, key=lambda row: str(row["name"]))
 
-    def _fault(self, question: Question, given: Answer) -> str:
-        found = faults(self.encoder, question, given)
-        return "; ".join(f"{name}: {fault}" for name, fault in found.items() if fault is not None)
+    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress, task: TaskID) -> list[list[Explanation]]:
+        """Explanations by every method of each entry."""
+        explanations: list[list[Explanation]] = [[] for _ in batch]
+        for chosen in self.chosen if batch else ():
+            bar.update(task, description=chosen.name)
+            for each, given in zip(explanations, explain_batch(chosen, batch), strict=True):
+                each.append(given)
+            bar.advance(task, len(batch))
+        return explanations
 
-    def _answers(self, questions: Sequence[Question], progress: Progress) -> list[list[Answer]]:
-        """The answers of every method to each question."""
-        answers: list[list[Answer]] = [[] for _ in questions]
-        for chosen in self.chosen if questions else ():
-            progress.update(progress.task_ids[0], description=chosen.name)
-            for own, given in zip(answers, answer(chosen, questions), strict=True):
-                own.append(given)
-            progress.advance(progress.task_ids[0], len(questions))
-        return answers
+    def _write(self, folder: Path, prepared: PreparedEntry, explanations: Sequence[Explanation]) -> str:
+        """Write arrays, record and picture of an entry, and say so."""
+        several = len(explanations) + len(self.missing) > 1
+        arrays = prepared.arrays
+        for each in explanations:
+            arrays |= {f"{each.name}/{key}": values for key, values in each.arrays.items()} if several else each.arrays
+        methods = {each.name: each.record for each in explanations}
+        record = {"methods": methods, "not_served": self.missing, "arrays": ARRAYS}
+        picture = sheet(self.encoder, prepared, explanations, self.missing)
+        return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)
 
 
-def _columns(entry: Entry) -> Row:
+def _scores(explanation: Explanation) -> dict[str, Any]:
     return {
-        "name": entry.name,
-        "image": str(entry.image),
-        "caption": entry.caption,
-        "span": entry.span,
-        "box": entry.box,
+        "method": explanation.name,
+        "similarity": explanation.similarity,
+        "completeness_error": explanation.completeness_error,
+        "fault": "; ".join(f"{name}: {fault}" for name, fault in explanation.faults.items() if fault is not None),
     }
 
 
-def _scores(given: Answer) -> Row:
-    error = given.arrays.get("completeness_error")
-    similarity = float(given.arrays["similarity"])
-    return {
-        "method": given.name,
-        "similarity": similarity,
-        "completeness_error": None if error is None else float(error),
-    }
-
-
-def _progress_bar(total: int) -> Progress:
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    progress.add_task("explaining", total=total)
-    return progress
+def _progress_bar() -> Progress:
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))

@@ -1,4 +1,4 @@
-"""`export`: from a checkpoint of this project to weights that open_clip loads."""
+"""`export`: turn a checkpoint into weights that open_clip loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def export(checkpoint: Path, out: Path) -> None:
 
     Args:
         checkpoint: a .ckpt file that `fit` has written.
-        out: a .safetensors or .pt file to write; the model's configuration goes beside it, as .json.
+        out: a .safetensors or .pt file to write; the model's configuration goes to the same folder, as .json.
     """
     from lightning_xai.models.dual_encoder import load_dual_encoder, save_open_clip
 
@@ -22,11 +22,11 @@ def export(checkpoint: Path, out: Path) -> None:
         raise ValueError(f"export takes a .ckpt file that fit has written; got {checkpoint}")
     encoder = load_dual_encoder(str(checkpoint))
     save_open_clip(encoder, out)
-    print(f"Wrote {out} and {out.with_suffix('.json')}. To load them:\n{_loading_code(encoder, out)}")  # noqa: T201
+    print(f"Saved {out} and {out.with_suffix('.json')}. To load them:\n{_loading_code(encoder, out)}")  # noqa: T201
 
 
 def _loading_code(encoder: DualEncoder, weights: Path) -> str:
-    """Python that builds the very same function: open_clip's own config of that name may differ, or not exist."""
+    """Python code that builds the very same function: open_clip's own config of that name may differ, or not exist."""
     import open_clip
 
     name, config = encoder.architecture["name"], dict(encoder.architecture["model_cfg"])

@@ -1,11 +1,10 @@
-"""What commands are given on the command line: a model, images, captions, phrases and boxes."""
+"""Read what is given on the command line: a model, images, captions, phrases and boxes."""
 
 from __future__ import annotations
 
 import math
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_xai.data import CaptionTokenizer
+    from lightning_xai.data.sample import Box, Span
     from lightning_xai.models.encoder import TwoTowerEncoder
-
-Box = tuple[float, float, float, float]
-Span = tuple[int, int]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".wav", ".flac", ".ogg", ".mp3")
 _COLUMNS = ("image", "caption", "span", "box")
@@ -28,7 +25,7 @@ _MOST_OUTSIDE = 1.0  # pixels: data sets round the edges of their boxes
 
 
 class InputError(ValueError):
-    """An image, caption, phrase or box that cannot be used; in a list it is left out and counted."""
+    """An image, caption, phrase or box that cannot be used; in a list it is skipped and counted."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Entry:
 
 
 def load_model(choice: ModelChoice) -> TwoTowerEncoder:
-    """The chosen model, in evaluation mode, on its device.
+    """Load the chosen model, in evaluation mode, on its device.
 
     Raises:
         ValueError: an unknown name, tag or device; a broken file.
@@ -68,7 +65,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
         raise ValueError(f"PyTorch finds no GPU for the device {choice.device}; leave it out, or give cpu")
     if Path(choice.name).is_dir():
         if choice.pretrained is not None:
-            raise ValueError(f"the folder {choice.name} holds weights of its own: leave out --model.pretrained")
+            raise ValueError(f"the folder {choice.name} holds its own weights: leave out --model.pretrained")
         return load_clap(choice.name, device).eval()
     if choice.is_random:
         torch.manual_seed(choice.seed)
@@ -98,17 +95,33 @@ def parse_box(text: str) -> Box:
     return x, y, width, height
 
 
-def read_entries(image: Path, caption: str | None, captions: Path | None) -> list[Entry]:
-    """The entries of a CSV list, or of a folder of images.
+def is_list(image: Path) -> bool:
+    """Whether a path stands for many images: a folder, or a CSV list."""
+    return image.is_dir() or image.suffix.lower() == ".csv"
+
+
+def read_entries(
+    image: Path, caption: str | None, captions: Path | None, span: str | None = None, box: str | None = None
+) -> list[Entry]:
+    """The entry of a single image, or those of a CSV list or of a folder of images.
 
     Args:
-        image: a CSV file with the columns image and caption, and if need be span and box (empty: none); or a folder.
-        caption: the text of every image of a folder.
-        captions: instead, a CSV file as above, with paths relative to the folder.
+        image: an image; a CSV file with the columns image and caption, and if need be span and box (empty: none); or a
+            folder.
+        caption: the text of the image, or of every image of a folder.
+        captions: instead, for a folder, a CSV file as above, with paths relative to the folder.
+        span: a phrase of the caption of a single image.
+        box: a box on a single image.
 
     Raises:
         ValueError: nothing to explain, captions for what has some already, or a broken list.
     """
+    if not is_list(image):
+        if caption is None or captions is not None:
+            raise ValueError(f"{image} is a single image: give its caption (--caption TEXT), and no --captions")
+        return [Entry(image.stem, image, caption, span, box)]
+    if span is not None or box is not None:
+        raise ValueError("a list has its spans and boxes in columns of these names: leave out --span and --box")
     if not image.is_dir():
         if caption is not None or captions is not None:
             raise ValueError(f"{image} is a list and has its own captions: leave out --caption and --captions")
@@ -133,12 +146,11 @@ def _listed(path: Path, root: Path) -> list[Entry]:
     unknown, missing = rows[0].keys() - set(_COLUMNS), {"image", "caption"} - rows[0].keys()
     if unknown or missing:
         raise ValueError(f"{path}: expected the columns image,caption and if need be span,box; got {','.join(rows[0])}")
-    return [_from_row(i, row, root) for i, row in enumerate(rows)]
-
-
-def _from_row(number: int, row: Mapping[str, str], root: Path) -> Entry:
-    path = root / row["image"]
-    return Entry(_numbered(number, path), path, row["caption"], row.get("span") or None, row.get("box") or None)
+    return [
+        Entry(_numbered(i, path), path, row["caption"], row.get("span") or None, row.get("box") or None)
+        for i, row in enumerate(rows)
+        for path in [root / row["image"]]
+    ]
 
 
 def _numbered(number: int, path: Path) -> str:
@@ -146,7 +158,7 @@ def _numbered(number: int, path: Path) -> str:
 
 
 def read_input(encoder: TwoTowerEncoder, path: Path) -> tuple[Tensor, tuple[int, int]]:
-    """What a model sees of a file, on its device, and the file's (width, height) in pixels.
+    """Read what a model sees of a file, on its device, and the file's (width, height) in pixels.
 
     Images are JPEG, PNG or WebP files; no other format is ever looked into. A model of sounds reads sound files.
 
@@ -163,7 +175,7 @@ def read_input(encoder: TwoTowerEncoder, path: Path) -> tuple[Tensor, tuple[int,
 
 
 def find_phrase(caption: str, phrase: str) -> list[Span]:
-    """Every place of a phrase in a caption, as whole words, whatever their case: character spans, end exclusive.
+    """Find every place of a phrase in a caption, as whole words, in any case: character spans, end exclusive.
 
     Raises:
         InputError: the caption does not have it.
@@ -181,14 +193,16 @@ def find_phrase(caption: str, phrase: str) -> list[Span]:
     return spans
 
 
-def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str) -> tuple[list[Span], list[int]]:
-    """Where a phrase stands in a caption: character spans, and positions of their tokens.
+def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str | None) -> tuple[list[Span], list[int]]:
+    """Find a phrase in a caption: character spans, and positions of their tokens; empty without a phrase.
 
     Where it occurs several times, all of its occurrences that the model reads count.
 
     Raises:
         InputError: it is not in the caption, is cut off by the context length, or shares a token with other words.
     """
+    if phrase is None:
+        return [], []
     found = [(span, _tokens_of(tokenizer, caption, span)) for span in find_phrase(caption, phrase)]
     read = [(span, tokens) for span, tokens in found if tokens is not None]
     if not read:
@@ -199,7 +213,7 @@ def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str) -> tu
 
 
 def _tokens_of(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice | None:
-    """The token positions of characters; None where the context length cuts them off."""
+    """Token positions of characters; None where the context length cuts them off."""
     from lightning_xai.data.spans import SpanCutOffError, SpanError
 
     try:
@@ -207,38 +221,34 @@ def _tokens_of(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice |
     except SpanCutOffError:
         return None
     except SpanError as error:
-        raise InputError(f"the span has no tokens of its own: {error}") from error
+        raise InputError(f"the span does not consist of whole tokens: {error}") from error
 
 
-def transformed_box(encoder: TwoTowerEncoder, box: Box, size: tuple[int, int]) -> Box:
-    """Where a box lies in what the model sees: (x0, y0, x1, y1) in its pixels.
+def transformed_box(encoder: TwoTowerEncoder, text: str | None, size: tuple[int, int]) -> Box | None:
+    """Find a box in what the model sees: (x0, y0, x1, y1) in its pixels; None without a box.
 
     Args:
         encoder: the model, whose image transform resizes and crops.
-        box: (x, y, width, height) in pixels of the image file.
+        text: `"x,y,width,height"` in pixels of the image file.
         size: (width, height) of the image file.
 
     Raises:
-        InputError: the box leaves the image, or the crop leaves nothing of it.
+        InputError: the box is none, it leaves the image, or the crop leaves nothing of it.
     """
     import torch
 
-    x, y, width, height = box
+    if text is None:
+        return None
+    box_xywh = x, y, width, height = parse_box(text)
+    plain = ",".join(f"{value:g}" for value in box_xywh)
     over = max(-x, -y, x + width - size[0], y + height - size[1])
     if over > _MOST_OUTSIDE:
-        raise InputError(
-            f"the box {_plain(box)} (x,y,width,height) leaves the image, which has {size[0]} x {size[1]} pixels"
-        )
-    corners = encoder.boxes(torch.tensor([box]), size)[0]
-    x0, y0, x1, y1 = (float(value) for value in corners)
+        raise InputError(f"the box {plain} (x,y,width,height) leaves the image, which has {size[0]} x {size[1]} pixels")
+    x0, y0, x1, y1 = encoder.boxes(torch.tensor([box_xywh]), size)[0].tolist()
     if x1 <= x0 or y1 <= y0:
         _, rows, columns = encoder.image_shape
         raise InputError(
-            f"nothing of the box {_plain(box)} is left of an image of {size[0]} x {size[1]} pixels after the model's "
+            f"nothing of the box {plain} is left of an image of {size[0]} x {size[1]} pixels after the model's "
             f"resize and crop to {columns} x {rows}"
         )
     return x0, y0, x1, y1
-
-
-def _plain(box: Box) -> str:
-    return ",".join(f"{value:g}" for value in box)

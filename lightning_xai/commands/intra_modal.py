@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lightning_xai.commands.inputs import InputError, parse_box, read_input, span_positions, transformed_box
-from lightning_xai.commands.outputs import PICTURE, numpy_of, shown_tokens, write_arrays
+from lightning_xai.commands.explain_pair import box_mask
+from lightning_xai.commands.inputs import InputError, read_input, span_positions, transformed_box
+from lightning_xai.commands.outputs import numpy_of, shown_tokens, write_all
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
-from lightning_xai.report.plots import Example, save_figure
-from lightning_xai.results.schema import write_json
+from lightning_xai.report.plots import Example
 
 if TYPE_CHECKING:
-    from lightning_xai.attribution import FeaturePairAttribution, IntraModalAttribution
+    from matplotlib.figure import Figure
+
+    from lightning_xai.attribution import IntraModalAttribution, PairwiseMethod
     from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -31,119 +33,85 @@ _ARRAYS = {
 }
 
 
-def compare_images(
-    out: Path,
-    encoder: TwoTowerEncoder,
-    chosen: ChosenMethod,
-    images: tuple[Path, Path],
-    box: str | None,
-    settings: Mapping[str, Any],
-) -> None:
-    """Explain the similarity of two images; with a box, what in the second one matches that part of the first.
+@dataclass(frozen=True)
+class Comparison:
+    """Explains the similarity of two inputs of one kind.
 
-    Args:
+    Attributes:
         out: folder to write to.
         encoder: the model.
-        chosen: a feature-pair method.
-        images: the image files.
-        box: `"x,y,width,height"` in pixels of the first one.
+        chosen: a method whose flag `intra_modal` is set.
         settings: what the record says of command and model.
-
-    Raises:
-        InputError: an image or the box cannot be used.
     """
-    import torch
 
-    from lightning_xai.metrics import patch_mask
+    out: Path
+    encoder: TwoTowerEncoder
+    chosen: ChosenMethod
+    settings: Mapping[str, Any]
 
-    inputs, sizes = zip(*(read_input(encoder, path) for path in images), strict=True)
-    seen = None if box is None else transformed_box(encoder, parse_box(box), sizes[0])
-    pixels = [each[None] for each in inputs]
-    result = _method(chosen).attribute_images(*pixels)
-    arrays = _arrays(result)
-    if seen is not None:
-        size = (int(pixels[0].shape[2]), int(pixels[0].shape[3]))
-        arrays["box_mask"] = numpy_of(patch_mask(torch.tensor([seen]), arrays["first"].shape, size)[0])
-        arrays["shown_second"] = arrays["interactions"][arrays["box_mask"]].sum(axis=0)
-    shown = [encoder.pictures(each)[0].permute(1, 2, 0) for each in pixels]
-    first, second = (
-        Example(numpy_of(each), "", "", (), place) for each, place in zip(shown, (seen, None), strict=True)
-    )
-    heats = (arrays["first"] if seen is None else None, arrays["shown_second"])
-    sheet = image_pair_sheet(
-        first, second, heats, similarity=result.similarity.item(), error=result.completeness_error.item()
-    )
-    record = {"images": [str(path) for path in images], "box": box, "box transformed": seen}
-    _write(out, chosen, arrays, sheet, {**settings, **record})
+    def of_images(self, image: Path, other: Path, box: str | None) -> None:
+        """Compare two images; with a box on the first one, show what in the second one matches it.
 
+        Raises:
+            InputError: an image or the box cannot be used.
+        """
+        (pixels, size), (other_pixels, _) = (read_input(self.encoder, path) for path in (image, other))
+        seen = transformed_box(self.encoder, box, size)
+        arrays = _arrays(self._method.attribute_images(pixels[None], other_pixels[None]))
+        if seen is not None:
+            arrays["box_mask"] = box_mask(seen, arrays["first"], pixels)
+            arrays["shown_second"] = arrays["interactions"][arrays["box_mask"]].sum(axis=0)
+        first, second = (
+            Example(numpy_of(self.encoder.pictures(each[None])[0].permute(1, 2, 0)), "", "", (), place)
+            for each, place in ((pixels, seen), (other_pixels, None))
+        )
+        heats = (arrays["first"] if seen is None else None, arrays["shown_second"])
+        sheet = image_pair_sheet(
+            first, second, heats, similarity=arrays["similarity"].item(), error=arrays["completeness_error"].item()
+        )
+        self._write(arrays, sheet, {"images": [str(image), str(other)], "box": box, "box transformed": seen})
 
-def compare_captions(
-    out: Path,
-    encoder: TwoTowerEncoder,
-    chosen: ChosenMethod,
-    captions: tuple[str, str],
-    span: str | None,
-    settings: Mapping[str, Any],
-) -> None:
-    """Explain the similarity of two captions; with a span, what in the second one matches that part of the first.
+    def of_captions(self, caption: str, other: str, span: str | None) -> None:
+        """Compare two captions; with a span of the first one, show what in the second one matches it.
 
-    Args:
-        out: folder to write to.
-        encoder: the model.
-        chosen: a feature-pair method.
-        captions: the texts.
-        span: a phrase of the first one.
-        settings: what the record says of command and model.
+        Raises:
+            InputError: a caption is empty, or the first one lacks the phrase.
+        """
+        if not (caption.strip() and other.strip()):
+            raise InputError("one of the captions is empty")
+        tokenizer = self.encoder.tokenizer
+        spans, positions = span_positions(tokenizer, caption, span)
+        tokens = tokenizer.encode([caption, other]).to(next(self.encoder.parameters()).device)
+        arrays = _arrays(self._method.attribute_texts(tokens[:1], tokens[1:]))
+        arrays |= {"tokens": numpy_of(tokens[0]), "other_tokens": numpy_of(tokens[1])}
+        if positions:
+            arrays["span_mask"] = np.isin(np.arange(tokens.shape[1]), positions)
+            arrays["shown_second"] = arrays["interactions"][positions].sum(axis=0)
+        rows, first = shown_tokens(tokenizer, caption, tokens[0], positions)
+        columns, second = shown_tokens(tokenizer, other, tokens[1])
+        sheet = text_pair_sheet(
+            first,
+            second,
+            arrays["interactions"][np.ix_(rows, columns)],
+            (arrays["first"][rows], arrays["shown_second"][columns]),
+            similarity=arrays["similarity"].item(),
+            error=arrays["completeness_error"].item(),
+        )
+        record = {"captions": [caption, other], "span": span, "characters": spans, "positions": positions}
+        self._write(arrays, sheet, record)
 
-    Raises:
-        InputError: a caption is empty, or the first one lacks the phrase.
-    """
-    if not all(caption.strip() for caption in captions):
-        raise InputError("one of the captions is empty")
-    spans, positions = ([], []) if span is None else span_positions(encoder.tokenizer, captions[0], span)
-    tokens = encoder.tokenizer.encode(captions).to(next(encoder.parameters()).device)
-    result = _method(chosen).attribute_texts(tokens[:1], tokens[1:])
-    arrays = _arrays(result) | {"tokens": numpy_of(tokens[0]), "other_tokens": numpy_of(tokens[1])}
-    if positions:
-        arrays["span_mask"] = np.isin(np.arange(tokens.shape[1]), positions)
-        arrays["shown_second"] = arrays["interactions"][positions].sum(axis=0)
-    rows, first = shown_tokens(encoder.tokenizer, captions[0], tokens[0], positions)
-    columns, second = shown_tokens(encoder.tokenizer, captions[1], tokens[1])
-    sheet = text_pair_sheet(
-        first,
-        second,
-        arrays["interactions"][np.ix_(rows, columns)],
-        (arrays["first"][rows], arrays["shown_second"][columns]),
-        similarity=result.similarity.item(),
-        error=result.completeness_error.item(),
-    )
-    record = {"captions": list(captions), "span": span, "characters": spans, "positions": positions}
-    _write(out, chosen, arrays, sheet, {**settings, **record})
+    @property
+    def _method(self) -> PairwiseMethod:
+        return cast("PairwiseMethod", self.chosen.method)  # the command has checked the flag
 
-
-def _method(chosen: ChosenMethod) -> FeaturePairAttribution:
-    from lightning_xai.attribution import FeaturePairAttribution
-
-    assert isinstance(chosen.method, FeaturePairAttribution)  # the command has checked the name
-    return chosen.method
+    def _write(self, arrays: Mapping[str, NDArray[Any]], sheet: Figure, record: Mapping[str, Any]) -> None:
+        scores = {name: arrays[name].item() for name in ("similarity", "completeness_error")}
+        methods = {self.chosen.name: {"options": self.chosen.options, **scores}}
+        record = {**self.settings, **record, "methods": methods, "arrays": _ARRAYS}
+        print(write_all(self.out, arrays, record, sheet))  # noqa: T201
 
 
 def _arrays(result: IntraModalAttribution) -> dict[str, NDArray[Any]]:
     names = ("interactions", "first", "second", "similarity", "completeness_error")
     arrays = {name: numpy_of(getattr(result, name)[0]) for name in names}
     return arrays | {"shown_second": arrays["second"]}
-
-
-def _write(
-    out: Path,
-    chosen: ChosenMethod,
-    arrays: Mapping[str, NDArray[Any]],
-    sheet: Figure,
-    record: Mapping[str, Any],
-) -> None:
-    scores = {each: float(arrays[each]) for each in ("similarity", "completeness_error")}
-    method = {chosen.name: {"options": chosen.options, **scores}}
-    write_arrays(out / "attribution.npz", arrays)
-    write_json(out / "explanation.json", {**record, "methods": method, "arrays": _ARRAYS})
-    save_figure(sheet, out / PICTURE)
-    print(f"Look at {out / PICTURE}; all numbers: {out / 'attribution.npz'}")  # noqa: T201

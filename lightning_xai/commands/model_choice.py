@@ -1,4 +1,4 @@
-"""Which model a command is about, as its options say."""
+"""The options that choose a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands write: arrays, settings, and captions as they are shown."""
+"""Write arrays and settings, and show captions token by token."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_xai.atomic_file import replaced_at_once, write_json
 from lightning_xai.commands.inputs import InputError
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.report.explanation import Token
-from lightning_xai.report.tables import replaced_at_once
-from lightning_xai.results.schema import package_versions
+from lightning_xai.report.plots import save_figure
+from lightning_xai.results.record import package_versions
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from lightning_xai.data import CaptionTokenizer
     from lightning_xai.models.encoder import TwoTowerEncoder
 
-PICTURE = "explanation.png"
-"""Never named after the image: written beside it, it would take its place."""
+PICTURE = "explanation.png"  # never named after the image, which it would replace in the same folder
 _NEAR = 8  # characters that a tokenizer's cleaning may have dropped between two tokens
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write named arrays as .npz, none of which needs pickle; a reader sees the whole file or the one before it."""
-    with replaced_at_once(path) as part:
+def write_all(folder: Path, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any], sheet: Figure) -> str:
+    """Write arrays (none of which needs pickle), record and picture of an explanation; returns the line that says so.
+
+    A reader sees each file whole, or the one before it.
+    """
+    with replaced_at_once(folder / "attribution.npz") as part:
         np.savez_compressed(part, **arrays)  # type: ignore[arg-type]  # numpy's stub reads names as its own options
+    write_json(folder / "explanation.json", record)
+    save_figure(sheet, folder / PICTURE)
+    return f"Saved {folder / PICTURE}, with all numbers in attribution.npz and all settings in explanation.json"
 
 
 def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerEncoder) -> dict[str, Any]:
-    """What every record says: the command's settings, the model, and versions of what computes attributions."""
+    """Describe the command's settings, the model, and versions of what computes attributions, as in every record."""
     return {
         "command": {key: value for key, value in command.items() if value is not None},
         "model": {
@@ -56,22 +63,10 @@ def numpy_of(tensor: Tensor) -> NDArray[Any]:
     return array
 
 
-def own_positions(tokenizer: CaptionTokenizer, caption: str, tokens: Tensor) -> list[int]:
-    """Positions of a caption's own tokens [L], without marks of start and end and padding.
-
-    Raises:
-        InputError: it has none.
-    """
-    own: list[int] = tokenizer.content_mask(tokens[None].cpu())[0].nonzero()[:, 0].tolist()
-    if not own:
-        raise InputError(f"nothing of the caption {caption!r} is left by the tokenizer")
-    return own
-
-
 def shown_tokens(
     tokenizer: CaptionTokenizer, caption: str, tokens: Tensor, marked: Sequence[int] = ()
 ) -> tuple[list[int], list[Token]]:
-    """A caption's own tokens: their positions, and how they are shown.
+    """A caption's own tokens, without marks of start and end and padding: their positions, and how they are shown.
 
     Args:
         tokenizer: made the tokens.
@@ -82,9 +77,11 @@ def shown_tokens(
     Raises:
         InputError: the caption has no token.
     """
-    own = own_positions(tokenizer, caption, tokens)
+    own: list[int] = tokenizer.content_mask(tokens[None].cpu())[0].nonzero()[:, 0].tolist()
+    if not own:
+        raise InputError(f"nothing of the caption {caption!r} is left by the tokenizer")
     strings = tokenizer.token_strings(tokens)
-    # A word piece that continues a word says so itself in some vocabularies.
+    # Some vocabularies mark a word piece that continues a word.
     pieces = [strings[position].removeprefix("##") for position in own]
     joined = _joined(caption, pieces)
     return own, [
@@ -94,7 +91,7 @@ def shown_tokens(
 
 
 def _joined(caption: str, pieces: Sequence[str]) -> list[bool]:
-    """For each token whether it follows the one before without a blank.
+    """Tell for each token whether it follows the one before without a blank.
 
     >>> _joined("Two skate-boards.", ["two", "skate", "-", "board", "s", "."])
     [False, False, True, True, True, True]

@@ -1,4 +1,4 @@
-"""`prepare`: convert a data set to shards, which training and evaluation read."""
+"""`prepare`: convert COCO, Flickr30k, HNC and others to shards; `prepare shapes` makes a data set, no download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`report`: what runs have found, as one page to read and show, and as tables and figures for a paper."""
+"""`report`: put what runs have found on one page, with the tables and figures of the papers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Report:
       python -m lightning_xai report runs/demo_evaluation runs/demo_roar --out report
 
     Attributes:
-        runs: folders of results.
+        runs: folders of finished runs; several are compared.
         out: folder to write to.
         names: of the runs, joined by commas, in their order; left out: as much of their paths as tells them apart.
         title: of the page.

@@ -1,4 +1,4 @@
-"""`roar`: do heat maps find what a model learns from? ROAR+ of any methods, in cells that many jobs can share."""
+"""`roar`: see whether heat maps find what a model learns from: remove it, retrain, measure (ROAR+)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sanity-check`: whether heat maps depend on what the model has learned."""
+"""`sanity-check`: see whether heat maps change while the model's weights are randomised, layer by layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
-from lightning_xai.commands.explain_pair import Question, ask
+from lightning_xai.atomic_file import write_json
+from lightning_xai.commands.explain_pair import PreparedEntry, prepare_entry
 from lightning_xai.commands.inputs import Entry, InputError, load_model, read_entries
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import describe, numpy_of
 from lightning_xai.report.plots import Example, save_figure
 from lightning_xai.report.sanity import COLUMNS, sanity_curves, sanity_sheet, sanity_table
 from lightning_xai.report.tables import per_pair_csv
-from lightning_xai.results.schema import write_json
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
@@ -42,7 +42,7 @@ class SanityCheck:
             to itself.
         caption: the text; for a folder, that of all its images.
         captions: for a folder, a CSV list of image (relative to the folder) and caption.
-        method: attribution methods, joined by commas, or "all"; gaussian is the control that cannot change.
+        method: attribution methods, joined by commas, or "all"; gaussian is the baseline that cannot change.
         options: of the method, as --options.steps 50; with several methods --options.rise.seed 1 for one of them.
         towers: which towers are randomised: both (in step), image or text.
         seed: of the random weights.
@@ -75,17 +75,17 @@ class SanityCheck:
         names = [name.strip() for name in self.method.split(",")]
         for name in names:
             check_method(name)
-        entries = self._entries()
+        entries = read_entries(self.image, self.caption, self.captions)
         encoder = load_model(self.model)
         chosen, missing = _choose(encoder, names, self.options)
-        questions, left_out = _ask_all(encoder, entries, self.limit)
-        for name, reason in {**missing, **left_out}.items():
-            print(f"{name} is left out: {reason}")  # noqa: T201
-        result = self._check(chosen, questions)
+        pairs, skipped = _prepare(encoder, entries, self.limit)
+        for name, reason in {**missing, **skipped}.items():
+            print(f"Skipped {name}: {reason}")  # noqa: T201
+        result = self._check(chosen, pairs)
         record = {
             **describe(asdict(self), self.model, encoder),
-            "pairs": [{"image": str(each.entry.image), "caption": each.entry.caption} for each in questions],
-            "left_out": left_out,
+            "pairs": [{"image": str(each.entry.image), "caption": each.entry.caption} for each in pairs],
+            "skipped": skipped,
             "methods": {each.name: each.options for each in chosen},
             "not_served": missing,
             "stages": result.stages,
@@ -94,16 +94,16 @@ class SanityCheck:
         rows = [asdict(row) for row in result.rows]
         per_pair_csv(self.out / "sanity.csv", rows, COLUMNS)
         title = f"{encoder.name}: maps while the weights are randomised"
-        save_figure(sanity_curves(rows, f"{title} ({len(questions)} pairs)"), self.out / "sanity.png")
-        pixels = encoder.pictures(questions[0].pixels[None])[0]
-        example = Example(numpy_of(pixels.permute(1, 2, 0)), "", questions[0].entry.caption)
+        save_figure(sanity_curves(rows, f"{title} ({len(pairs)} pairs)"), self.out / "sanity.png")
+        pixels = encoder.pictures(pairs[0].pixels[None])[0]
+        example = Example(numpy_of(pixels.permute(1, 2, 0)), "", pairs[0].entry.caption)
         maps = {name: [numpy_of(one.image[0]) for one in given] for name, given in result.maps.items()}
         save_figure(sanity_sheet(example, maps, result.stages, title), self.out / "sanity_maps.png")
         Console().print(sanity_table(rows))
-        print(f"Look at {self.out / 'sanity.png'} and {self.out / 'sanity_maps.png'}")  # noqa: T201
+        print(f"Saved {self.out / 'sanity.png'} and {self.out / 'sanity_maps.png'}")  # noqa: T201
 
-    def _check(self, chosen: Sequence[Any], questions: Sequence[Question]) -> Any:
-        """The task's `SanityResult`, with a progress bar."""
+    def _check(self, chosen: Sequence[Any], pairs: Sequence[PreparedEntry]) -> Any:
+        """The check's `SanityResult`, with a progress bar."""
         import torch
 
         from lightning_xai.evaluation.sanity_check import sanity_check
@@ -112,20 +112,13 @@ class SanityCheck:
             task = bar.add_task("randomising")
             return sanity_check(
                 {each.name: each.method for each in chosen},
-                torch.stack([question.pixels for question in questions]),
-                torch.stack([question.tokens for question in questions]),
+                torch.stack([pair.pixels for pair in pairs]),
+                torch.stack([pair.tokens for pair in pairs]),
                 towers=self.towers,
                 seed=self.seed,
                 batch_size=self.batch_size,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-
-    def _entries(self) -> list[Entry]:
-        if self.image.is_dir() or self.image.suffix.lower() == ".csv":
-            return read_entries(self.image, self.caption, self.captions)
-        if self.captions is not None or self.caption is None:
-            raise ValueError(f"{self.image} is a single image: give its --caption TEXT, and no --captions")
-        return [Entry(self.image.stem, self.image, self.caption)]
 
 
 def _choose(encoder: Any, names: Sequence[str], options: dict[str, Any]) -> tuple[list[Any], dict[str, str]]:
@@ -150,17 +143,17 @@ def _choose(encoder: Any, names: Sequence[str], options: dict[str, Any]) -> tupl
     return chosen, missing
 
 
-def _ask_all(encoder: Any, entries: Sequence[Entry], limit: int) -> tuple[list[Question], dict[str, str]]:
+def _prepare(encoder: Any, entries: Sequence[Entry], limit: int) -> tuple[list[PreparedEntry], dict[str, str]]:
     """The first `limit` pairs that can be used, as the model sees them; names of those that cannot, and why."""
-    questions: list[Question] = []
-    left_out: dict[str, str] = {}
+    pairs: list[PreparedEntry] = []
+    skipped: dict[str, str] = {}
     for entry in entries:
-        if len(questions) == limit:
+        if len(pairs) == limit:
             break
         try:
-            questions.append(ask(encoder, Entry(entry.name, entry.image, entry.caption)))
+            pairs.append(prepare_entry(encoder, Entry(entry.name, entry.image, entry.caption)))
         except InputError as error:
-            left_out[entry.name] = str(error)
-    if not questions:
-        raise ValueError(f"none of the {len(entries)} pairs can be used: {'; '.join(left_out.values())}")
-    return questions, left_out
+            skipped[entry.name] = str(error)
+    if not pairs:
+        raise ValueError(f"none of the {len(entries)} pairs can be used: {'; '.join(skipped.values())}")
+    return pairs, skipped

@@ -8,9 +8,10 @@ import torch
 from conftest import ARCHITECTURES
 from torch import Tensor
 
-from lightning_xai.attribution.capture import InputCapture
+from lightning_xai.attribution import FeaturePairAttribution
+from lightning_xai.attribution.capture import Captured, capture
 from lightning_xai.models import DualEncoder
-from lightning_xai.models.at_layer import TowerAtLayer, differentiable
+from lightning_xai.models.at_layer import differentiable
 
 MakeEncoder = Callable[..., DualEncoder]
 CAPTIONS = ["a dog", "one very long caption of eleven or more tokens here"]
@@ -26,19 +27,20 @@ def hooks(encoder: DualEncoder) -> int:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_kept_is_the_stems_output_at_every_layer(name: str, make_encoder: MakeEncoder) -> None:
+def test_what_is_kept_is_features_before_at_every_layer(name: str, make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(name, torch.float64)
     images, tokens = images_for(encoder), encoder.tokenizer.encode(CAPTIONS)
-    image_layers = range(1, 5) if name == "resnet" else range(ARCHITECTURES[name]["vision_cfg"]["layers"])
-    cuts: list[tuple[TowerAtLayer, Tensor]] = [(encoder.image_at_layer(layer), images) for layer in image_layers]
-    cuts += [(encoder.text_at_layer(layer), tokens) for layer in range(ARCHITECTURES[name]["text_cfg"]["layers"])]
-    for split, inputs in cuts:
-        with InputCapture(split) as capture:
-            (encoder.encode_image if inputs is images else encoder.encode_text)(inputs)
-            taken = capture.take()
-        assert taken is not None
-        torch.testing.assert_close(taken, split.features_before(inputs).detach(), rtol=1e-10, atol=1e-12)
-        assert not taken.requires_grad
+    text_layers = encoder.text_at_layer().layers
+    for layer in encoder.image_at_layer().layers:
+        image, text = encoder.image_at_layer(layer), encoder.text_at_layer(min(layer, text_layers[-1]))
+        with capture(image, text) as captured:
+            encoder.encode_image(images)
+            encoder.encode_text(tokens)
+        for tower, kept, inputs in ((image, captured.image, images), (text, captured.text, tokens)):
+            hidden = Captured.only(kept, 2)
+            assert hidden is not None
+            assert not hidden.requires_grad
+            torch.testing.assert_close(hidden, tower.features_before(inputs).detach(), rtol=1e-10, atol=1e-12)
 
 
 def test_a_tower_with_tokens_first_is_captured_with_the_batch_first(make_encoder: MakeEncoder) -> None:
@@ -49,87 +51,61 @@ def test_a_tower_with_tokens_first_is_captured_with_the_batch_first(make_encoder
         for block in transformer.resblocks:
             block.attn.batch_first = False
     images, tokens = images_for(encoder), encoder.tokenizer.encode(CAPTIONS)
-    with InputCapture(encoder.image_at_layer(1)) as image, InputCapture(encoder.text_at_layer(1)) as text:
+    image, text = encoder.image_at_layer(1), encoder.text_at_layer(1)
+    with capture(image, text) as captured:
         encoder.encode_image(images)
         encoder.encode_text(tokens)
-        assert image.hidden[0].shape == (2, 17, 32)
-        torch.testing.assert_close(image.take(), encoder.image_at_layer(1).features_before(images).detach())
-        torch.testing.assert_close(text.take(), encoder.text_at_layer(1).features_before(tokens).detach())
+    assert captured.image[0].shape == (2, 17, 32)
+    torch.testing.assert_close(captured.image[0], image.features_before(images).detach())
+    torch.testing.assert_close(captured.text[0], text.features_before(tokens).detach())
 
 
-def test_take_gives_what_one_pass_left_and_nothing_after_none_or_several(make_encoder: MakeEncoder) -> None:
+def test_only_one_pass_of_as_many_inputs_is_taken_for_that_of_the_batch(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(dtype=torch.float64)
-    first, second = images_for(encoder, 1), images_for(encoder, 2)
-    with InputCapture(encoder.image_at_layer()) as capture:
-        assert capture.take() is None
-        capture.clear()
-        encoder.encode_image(first)
-        encoder.encode_image(second)
-        assert len(capture.hidden) == 2
-        assert capture.take() is None, "which of two passes was meant is not known"
-        assert capture.hidden == []
-        capture.clear()
-        encoder.encode_image(second)
-        torch.testing.assert_close(capture.take(), encoder.image_at_layer().features_before(second).detach())
-        assert capture.take() is None, "each input is handed out once"
+    first, second, tokens = images_for(encoder, 1), images_for(encoder, 2), encoder.tokenizer.encode(CAPTIONS)
+    method = FeaturePairAttribution(encoder)
+    for passes in ([], [first, second], [first[:1]], [second]):
+        with method.capturing() as captured:
+            for images in passes:
+                encoder.encode_image(images)
+        assert (Captured.only(captured.image, 2) is None) == (len(passes) != 1 or len(passes[0]) != 2)
+        states = method.hidden_states(second, tokens, captured)
+        torch.testing.assert_close(states.image, encoder.image_at_layer().features_before(second).detach())
+        torch.testing.assert_close(states.text, encoder.text_at_layer().features_before(tokens).detach())
 
 
-def test_what_runs_the_block_after_take_is_not_kept_until_clear(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder(dtype=torch.float64)
-    images = images_for(encoder)
-    split = encoder.image_at_layer()
-    with InputCapture(split) as capture:
-        encoder.encode_image(images)
-        hidden = capture.take()
-        assert hidden is not None
-        split.embed_from(hidden)
-        assert capture.hidden == []
-        assert capture.take() is None
-        capture.clear()
-        encoder.encode_image(images)
-        assert torch.equal(hidden, torch.stack(capture.hidden)[0])
-    with capture:
-        encoder.encode_image(images)
-        assert len(capture.hidden) == 1, "closing ends the pause"
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_the_hook_vanishes_also_after_an_exception(error: type[BaseException], make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder()
-    capture = InputCapture(encoder.image_at_layer())
-    assert hooks(encoder) == 0
-
-    def fail() -> None:
-        with capture:
-            assert hooks(encoder) == 1
-            encoder.encode_image(images_for(encoder).float())
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert hooks(encoder) == 0
-    assert capture.hidden == []
-
-
-def test_opening_twice_hooks_once_and_closing_ends_it(make_encoder: MakeEncoder) -> None:
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_hooks_are_removed_also_after_an_exception(
+    error: type[BaseException] | None, make_encoder: MakeEncoder
+) -> None:
     encoder = make_encoder()
     images = images_for(encoder).float()
-    capture = InputCapture(encoder.image_at_layer())
-    capture.close()
-    capture.open()
-    capture.open()
-    assert hooks(encoder) == 1
-    encoder.encode_image(images)
-    assert len(capture.hidden) == 1
-    capture.close()
+
+    def run() -> Captured:
+        with capture(encoder.image_at_layer(), encoder.text_at_layer()) as captured:
+            assert hooks(encoder) == 2
+            encoder.encode_image(images)
+            if error is not None:
+                raise error
+        return captured
+
+    if error is None:
+        kept = run()
+        encoder.encode_image(images)
+        assert len(kept.image) == 1, "what passes later is not kept"
+    else:
+        with pytest.raises(error):
+            run()
     assert hooks(encoder) == 0
-    assert capture.hidden == []
-    encoder.encode_image(images)
-    assert capture.hidden == []
-    capture.open()
-    encoder.encode_image(images)
-    assert len(capture.hidden) == 1
-    capture.close()
+
+
+def test_the_head_has_no_block_and_no_hook_stays(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder()
+    image, text = encoder.image_at_layer(), encoder.text_at_layer()
+    text.layer, text.block = 3, None
+    with pytest.raises(ValueError, match="layer 3 is the head, which has no block to listen to"), capture(image, text):
+        pass
+    assert hooks(encoder) == 0
 
 
 def test_the_forward_pass_keeps_its_values_and_gradients(make_encoder: MakeEncoder) -> None:
@@ -137,23 +113,22 @@ def test_the_forward_pass_keeps_its_values_and_gradients(make_encoder: MakeEncod
     images = images_for(encoder).requires_grad_()
     expected = encoder.encode_image(images)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), images)
-    with InputCapture(encoder.image_at_layer(1)) as capture:
-        captured = encoder.encode_image(images)
-        assert not capture.hidden[0].requires_grad, "what is kept must not keep the graph alive"
-        (gradient,) = torch.autograd.grad(captured.sum(), images)
-    assert torch.equal(captured, expected)
+    with capture(encoder.image_at_layer(1), encoder.text_at_layer(1)) as captured:
+        embedding = encoder.encode_image(images)
+        assert not captured.image[0].requires_grad, "what is kept must not keep the graph alive"
+        (gradient,) = torch.autograd.grad(embedding.sum(), images)
+    assert torch.equal(embedding, expected)
     assert torch.equal(gradient, expected_gradient)
 
 
 def test_what_inference_mode_left_can_be_differentiated_from(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(dtype=torch.float64)
-    images = images_for(encoder)
-    split = encoder.image_at_layer(1)
-    with InputCapture(split) as capture, torch.inference_mode():
-        encoder.encode_image(images)
-        hidden = capture.take()
+    tower = encoder.image_at_layer(1)
+    with capture(tower, encoder.text_at_layer()) as captured, torch.inference_mode():
+        encoder.encode_image(images_for(encoder))
+    hidden = Captured.only(captured.image, 2)
     assert hidden is not None
     with differentiable(encoder.model):
         point = hidden.requires_grad_()
-        (gradient,) = torch.autograd.grad(split.embed_from(point).sum(), point)
+        (gradient,) = torch.autograd.grad(tower.embed_from(point).sum(), point)
     assert gradient.abs().sum() > 0

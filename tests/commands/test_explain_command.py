@@ -1,9 +1,10 @@
-"""`explain` through the command line's own function: arrays, settings, lists, and what is said of bad input."""
+"""`explain` through the command line's own function: arrays, settings, lists, and messages about bad input."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -131,16 +132,8 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
     np.testing.assert_allclose(arrays["shown_image"], result.interactions[0, 6] + result.interactions[0, 7], atol=1e-6)
     np.testing.assert_array_equal(arrays["shown_text"], arrays["text"])
     assert Image.open(out / "explanation.png").size[0] > 800
-    assert f"Look at {out / 'explanation.png'}" in capsys.readouterr().out
+    assert f"Saved {out / 'explanation.png'}" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "explanation.png"]
-
-
-def test_without_a_span_the_whole_caption_is_shown(model: list[str], image: Path, tmp_path: Path) -> None:
-    explain("--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out")
-    arrays = arrays_of(tmp_path / "out")
-    np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
-    assert "span_mask" not in arrays
-    assert record_of(tmp_path / "out")["span"] is None
 
 
 def test_every_occurrence_of_the_span_counts(model: list[str], image: Path, tmp_path: Path) -> None:
@@ -171,8 +164,10 @@ def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
 
 def test_the_record_has_every_setting_with_defaults_resolved(model: list[str], image: Path, tmp_path: Path) -> None:
     options = ["--options.steps", "4", "--options.rule", "midpoint"]
-    explain("--image", image, "--caption", CAPTION, "--span", "red", *model, *options, "--out", tmp_path / "out")
+    explain("--image", image, "--caption", CAPTION, *model, *options, "--out", tmp_path / "out")
     record, arrays = record_of(tmp_path / "out"), arrays_of(tmp_path / "out")
+    assert (record["span"], "span_mask" in arrays) == (None, False)
+    np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
     assert record["model"] | {"parameters": 0} == {
         "name": model[1], "pretrained": model[3], "device": "cpu", "architecture": "vit", "image_size": [32, 32],
         "context_length": 16, "parameters": 0, "random_weights_seed": None,
@@ -198,36 +193,28 @@ def test_the_record_has_every_setting_with_defaults_resolved(model: list[str], i
     assert_equal(arrays, FeaturePairAttribution(encoder, steps=4, rule="midpoint").attribute(*inputs(encoder, image)))
 
 
-def test_options_are_also_taken_as_json(model: list[str], image: Path, tmp_path: Path) -> None:
+def test_options_are_also_taken_as_json_and_the_scale_follows_the_method(
+    model: list[str], image: Path, tmp_path: Path
+) -> None:
     given = ["--method", "rise", "--options", '{"image_masks": 9, "text_masks": 5, "seed": 3}']
     explain("--image", image, "--caption", CAPTION, *given, *model, "--out", tmp_path / "out")
     encoder = loaded(model)
     result = RISE(encoder, image_masks=9, text_masks=5, seed=3).attribute(*inputs(encoder, image))
     assert_equal(arrays_of(tmp_path / "out"), result)
     assert record_of(tmp_path / "out")["methods"]["rise"]["scale"] == "range"
+    explain("--image", image, "--caption", CAPTION, "--method", "saliency", *model, "--out", tmp_path / "saliency")
+    record = record_of(tmp_path / "saliency")["methods"]["saliency"]
+    assert (record["scale"], record["completeness_error"]) == ("positive", None)
 
 
-def test_a_method_that_is_never_negative_is_shown_from_zero(model: list[str], image: Path, tmp_path: Path) -> None:
-    explain("--image", image, "--caption", CAPTION, "--method", "saliency", *model, "--out", tmp_path / "out")
-    record = record_of(tmp_path / "out")["methods"]["saliency"]
-    assert record["scale"] == "positive"
-    assert record["completeness_error"] is None
-
-
-def test_a_constant_map_is_warned_of_and_recorded(
-    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_constant_maps_are_warned_of_and_in_a_list_counted_and_named(
+    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(METHODS, "constant", Constant)
+    monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", {**METHODS, "constant": Constant})
     with pytest.warns(ConstantMapWarning, match="image map of pair"):
-        explain("--image", image, "--caption", CAPTION, "--method", "constant", *model, "--out", tmp_path / "out")
-    faults = record_of(tmp_path / "out")["methods"]["constant"]["fault"]
+        explain("--image", image, "--caption", CAPTION, "--method", "constant", *model, "--out", tmp_path / "one")
+    faults = record_of(tmp_path / "one")["methods"]["constant"]["fault"]
     assert faults == {"image": "constant map", "text": "constant map"}
-
-
-def test_constant_maps_of_a_list_are_told_by_name_in_every_batch(
-    model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(METHODS, "constant", Constant)
     folder = tmp_path / "folder"
     folder.mkdir()
     for i in range(3):
@@ -236,9 +223,9 @@ def test_constant_maps_of_a_list_are_told_by_name_in_every_batch(
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConstantMapWarning)
         explain(*command, "--method", "constant", "--out", tmp_path / "constant")
-    assert "Maps that tell no part from another: 3 rows" in capsys.readouterr().out
+    assert "Constant maps in 3 rows" in capsys.readouterr().out
     explain(*command, "--out", tmp_path / "real")
-    assert "Maps that tell" not in capsys.readouterr().out
+    assert "Constant maps" not in capsys.readouterr().out
     for name, fault in (("constant", "image: constant map; text: constant map"), ("real", "")):
         with (tmp_path / name / "summary.csv").open(newline="") as file:
             assert [row["fault"] for row in csv.DictReader(file)] == [fault] * 3
@@ -253,7 +240,7 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
     some: dict[str, type[AttributionMethod]] = {
         "similarity_grad_cam": SimilarityGradCAM, "unsupported": Unsupported, "saliency": Saliency, "rise": RISE,
     }  # fmt: skip
-    monkeypatch.setattr("lightning_xai.attribution.METHODS", some)
+    monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", some)
     options = [
         "--options.rise.image_masks",
         "9",
@@ -273,8 +260,8 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
     assert [each["options"]["internal_batch_size"] for each in record["methods"].values()] == [2, 2, 2]
     assert record["methods"]["rise"]["options"]["image_masks"] == 9
     assert record["not_served"] == {"unsupported": "this tower has no attention; saliency serves it"}
-    assert "unsupported is left out: this tower has no attention" in capsys.readouterr().out
-    with pytest.raises(UnsupportedTowerError, match="saliency serves it"):
+    assert "Skipped unsupported: this tower has no attention" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="saliency serves it; other methods: similarity_grad_cam, saliency, rise"):
         explain("--image", image, "--caption", CAPTION, "--method", "unsupported", *model, "--out", out)
 
 
@@ -301,7 +288,7 @@ def test_another_image_is_compared_with_the_box_of_the_first(
     assert record["box"] == "24,12.5,24,24"
     assert record["methods"]["feature_pair"]["similarity"] == pytest.approx(result.similarity.item(), abs=1e-5)
     assert (tmp_path / "box" / "explanation.png").is_file()
-    assert "Look at" in capsys.readouterr().out
+    assert "Saved" in capsys.readouterr().out
 
 
 def test_another_caption_is_compared_with_the_span_of_the_first(model: list[str], tmp_path: Path) -> None:
@@ -323,9 +310,8 @@ def test_another_caption_is_compared_with_the_span_of_the_first(model: list[str]
 # --- lists ---
 
 
-@pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_list_explains_what_it_can_and_counts_the_rest(
-    model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int
+    model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture(tmp_path / "second.jpg", 1, (64, 40))
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -343,19 +329,19 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
     with (tmp_path / "list.csv").open("w", newline="") as file:
         csv.writer(file).writerows(lines)
     out = tmp_path / "out"
-    explain("--image", tmp_path / "list.csv", *model, "--batch-size", batch_size, "--out", out)
+    explain("--image", tmp_path / "list.csv", *model, "--batch-size", 3, "--out", out)
     with (out / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"][:4] for row in rows] == [f"{i:04d}" for i in range(8)]
-    reasons = [row["left_out"] for row in rows]
+    reasons = [row["skipped"] for row in rows]
     assert [i for i, reason in enumerate(reasons) if not reason] == [0, 5]
     expected = ["cannot be read", "does not decode", "'cat' is not in the caption", "64 x 40 pixels"]
     assert all(part in reason for part, reason in zip(expected, reasons[1:5], strict=True))
     assert "is empty" in reasons[6]
     assert "such as 10,20,64,48" in reasons[7]
-    told = capsys.readouterr().out
-    assert "Explained 2 of 8 entries" in told
-    assert "and 1 more" in told
+    said = capsys.readouterr().out
+    assert "Saved explanations of 2 of 8 entries" in said
+    assert "and 1 more" in said
     explain("--image", image, "--caption", CAPTION, "--span", "red ring", *model, "--out", tmp_path / "alone")
     alone, listed = arrays_of(tmp_path / "alone"), arrays_of(out / "0000-picture")
     assert alone.keys() == listed.keys()
@@ -384,70 +370,75 @@ def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], 
 # --- bad input ---
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--span", "cat"], f"the span 'cat' is not in the caption: {CAPTION!r}"),
-        (["--span", "in"], f"the span 'in' is not in the caption as whole words: {CAPTION!r}"),
-        (["--span", " "], "the span is empty"),
-        (["--span", "ring", "--box", "0,0,9,9"], "give one of them"),
-        (["--box", "0,0,90,9"], "the box 0,0,90,9 (x,y,width,height) leaves the image, which has 48 x 64 pixels"),
-        (["--box", "0,0,9,4"], "nothing of the box 0,0,9,4 is left of an image of 48 x 64 pixels"),
-        (["--box", "0,0,0,9"], "a box needs a positive width and height"),
-        (["--box", "0,0,nan,9"], "a box needs a positive width and height"),
-        (["--box", "1,2"], "a box is x,y,width,height in pixels, such as 10,20,64,48; got '1,2'"),
-        (["--method", "magic"], "unknown method 'magic'; there are feature_pair, "),
-        (
-            ["--method", "saliency", "--span", "ring"],
-            "--span needs a method that tells pairs of words and patches apart",
-        ),
-        (["--method", "all", "--box", "0,0,9,9"], "--box needs a method that tells pairs of words and patches apart"),
-        (["--options.stepz", "9"], "feature_pair has no option stepz; it has image_layer, text_layer, steps"),
-        (
-            ["--options.steps", "many"],
-            "--options of feature_pair: \"steps\": Expected a <class 'int'>. Got value: many",
-        ),
-        (["--options.steps", "0"], "needs at least 1 integration step(s); got steps=0"),
-        (["--options.image_layer", "7"], "image tower has layers 0 to 2 (or -3 to -1); got layer 7"),
-        (["--method", "all", "--options.stepz", "9"], "no method has the option stepz"),
-        (["--method", "all", "--options.rise", "9"], "--options.rise holds options of the method rise; got 9"),
-        (["--caption", "  "], "is empty"),
-        (["--caption", "&nbsp;"], "nothing of the caption"),
-        (["--image", "gone.png"], "gone.png does not exist"),
-        (["--image", "broken.png"], "broken.png: the image does not decode"),
-        (["--image", "drawing.ps"], "drawing.ps: the image does not decode"),
-        (["--other-image", "a.png", "--other-caption", "b"], "give one of them"),
-        (["--other-image", "broken.png", "--span", "ring"], "a --span has no place there"),
-        (["--other-image", "broken.png"], "--other-image needs no --caption"),
-        (["--other-caption", "b", "--box", "0,0,9,9"], "a --box has no place there"),
-        (["--other-caption", "b"], "--other-caption no --image: leave it out"),
-        (["--captions", "broken.png"], "is a single image: give its caption"),
-        (["--batch-size", "0"], "--batch-size has to be at least 1; got 0"),
-        (["--model.pretrained", "nobody"], "neither a file nor a tag"),
-        (["--model.name", "ViT-B-61"], "unknown model 'ViT-B-61'; did you mean ViT-B-16"),
-        (["--model.device", "toaster"], "'toaster' is no device"),
-    ],
-)
-def test_bad_input_is_told_in_plain_words(
-    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+BAD: dict[str, dict[str, str]] = {
+    "spans": {
+        "--span=cat": f"the span 'cat' is not in the caption: {CAPTION!r}",
+        "--span=in": f"the span 'in' is not in the caption as whole words: {CAPTION!r}",
+        "--span= ": "the span is empty",
+        "--caption=  ": "is empty",
+        "--caption=&nbsp;": "nothing of the caption",
+    },
+    "boxes": {
+        "--box=0,0,90,9": "the box 0,0,90,9 (x,y,width,height) leaves the image, which has 48 x 64 pixels",
+        "--box=0,0,9,4": "nothing of the box 0,0,9,4 is left of an image of 48 x 64 pixels",
+        "--box=0,0,nan,9": "a box needs a positive width and height",
+        "--box=1,2": "a box is x,y,width,height in pixels, such as 10,20,64,48; got '1,2'",
+    },
+    "methods": {
+        "--method=magic": "unknown method 'magic'; there are feature_pair, ",
+        "--method=saliency --span=ring": "--span needs a method with token-patch attributions",
+        "--method=all --box=0,0,9,9": "--box needs a method with token-patch attributions",
+        "--options.stepz=9": "feature_pair has no option stepz; it has image_layer, text_layer, steps",
+        "--options.steps=many": "--options of feature_pair: \"steps\": Expected a <class 'int'>. Got value: many",
+        "--options.steps=0": "needs at least 1 integration step(s); got steps=0",
+        "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1); got layer 7",
+        "--method=all --options.stepz=9": "no method has the option stepz",
+        "--method=all --options.rise=9": "--options.rise holds options of the method rise; got 9",
+    },
+    "files": {
+        "--image=gone.png": "gone.png does not exist",
+        "--image=broken.png": "broken.png: the image does not decode",
+        "--image=drawing.ps": "drawing.ps: the image does not decode",
+        "--model.pretrained=nothing": "neither a file nor a tag",
+        "--model.name=ViT-B-61": "unknown model 'ViT-B-61'; did you mean ViT-B-16",
+        "--model.device=toaster": "'toaster' is no device",
+    },
+    "combinations": {
+        "--span=ring --box=0,0,9,9": "give one of them",
+        "--other-image=a.png --other-caption=b": "give one of them",
+        "--other-image=broken.png --span=ring": "a --span has no place there",
+        "--other-image=broken.png": "--other-image needs no --caption",
+        "--other-caption=b --box=0,0,9,9": "a --box has no place there",
+        "--other-caption=b": "--other-caption no --image: leave it out",
+        "--captions=broken.png": "is a single image: give its caption",
+        "--batch-size=0": "--batch-size has to be at least 1; got 0",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_reported_in_plain_words(
+    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_bytes(b"this is no image")
     Path("drawing.ps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    told = message_of("--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out", *options)
-    assert message in told
-    assert len(told) < 700
+    for options, message in BAD[kind].items():
+        given = re.split(" (?=--)", options)
+        said = message_of("--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out", *given)
+        assert message in said
+        assert len(said) < 700
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_of_comparisons_is_told_in_plain_words(model: list[str], image: Path, tmp_path: Path) -> None:
+def test_bad_input_of_comparisons_is_reported_in_plain_words(model: list[str], image: Path, tmp_path: Path) -> None:
     broken, out = tmp_path / "broken.png", tmp_path / "out"
     broken.write_bytes(b"this is no image")
-    told = message_of("--image", image, "--other-image", broken, *model, "--out", out)
-    assert "broken.png: the image does not decode (no JPEG, PNG or WebP file)" in told
+    said = message_of("--image", image, "--other-image", broken, *model, "--out", out)
+    assert "broken.png: the image does not decode (no JPEG, PNG or WebP file)" in said
     assert "one of the captions is empty" in message_of("--caption", "a", "--other-caption", " ", *model, "--out", out)
-    told = message_of("--caption", "a", "--other-caption", "b", "--method", "saliency", *model, "--out", out)
-    assert "--other-caption needs a method that tells pairs" in told
+    said = message_of("--caption", "a", "--other-caption", "b", "--method", "saliency", *model, "--out", out)
+    assert "--other-caption needs a method that compares two images or two captions" in said
 
 
 def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
@@ -468,17 +459,17 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     explain("--image", sound.parent, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "folder")
     assert (tmp_path / "folder" / "0000-bell" / "explanation.png").is_file()
     sound.write_bytes(b"no sound")
-    told = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "none")
-    assert "bell.wav cannot be read as a sound" in told
+    said = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "none")
+    assert "bell.wav cannot be read as a sound" in said
 
 
 def test_the_users_own_image_is_never_replaced(model: list[str], image: Path, tmp_path: Path) -> None:
-    beside = ["--caption", CAPTION, *model, "--out", image.parent]
+    same_folder = ["--caption", CAPTION, *model, "--out", image.parent]
     before = image.read_bytes()
-    explain("--image", image, *beside)
+    explain("--image", image, *same_folder)
     assert image.read_bytes() == before
     own = image.rename(image.with_name("explanation.png"))
-    assert "is the image to explain, and would be replaced" in message_of("--image", own, *beside)
+    assert "is the image to explain, and would be replaced" in message_of("--image", own, *same_folder)
     assert own.read_bytes() == before
 
 
@@ -496,24 +487,15 @@ def test_random_weights_are_said_to_be_random_and_are_the_same_again(
     assert found[0] == found[1]
 
 
-def test_a_single_word_has_a_colour_and_is_no_constant_map(model: list[str], image: Path, tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConstantMapWarning)
-        explain("--image", image, "--caption", "ring", *model, "--out", tmp_path / "out")
-    assert record_of(tmp_path / "out")["methods"]["feature_pair"]["fault"]["text"] is None
-
-
-def test_a_phrase_behind_the_context_length_is_told_to_be_cut_off(
-    model: list[str], image: Path, tmp_path: Path
-) -> None:
+def test_a_phrase_past_the_context_length_is_reported_as_cut_off(model: list[str], image: Path, tmp_path: Path) -> None:
     caption = "a dog " * 9 + "a cat"
-    told = message_of("--image", image, "--caption", caption, "--span", "cat", *model, "--out", tmp_path / "out")
-    assert "the span 'cat' is cut off: the model reads 16 tokens" in told
+    said = message_of("--image", image, "--caption", caption, "--span", "cat", *model, "--out", tmp_path / "out")
+    assert "the span 'cat' is cut off: the model reads 16 tokens" in said
     explain("--image", image, "--caption", caption, "--span", "dog", *model, "--out", tmp_path / "out")
     assert record_of(tmp_path / "out")["span"]["positions"] == [2, 4, 6, 8, 10, 12, 14]
 
 
-def test_weights_that_are_not_finite_are_told(
+def test_weights_that_are_not_finite_are_reported(
     model: list[str], image: Path, tmp_path: Path, architecture_file: Callable[[str], Path]
 ) -> None:
     encoder = loaded(model)
@@ -524,18 +506,14 @@ def test_weights_that_are_not_finite_are_told(
     assert "finite" in message_of("--image", image, "--caption", CAPTION, *broken, "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("image,caption\n", "lists no image"),
-        ("image,text\na.png,b\n", "expected the columns image,caption and if need be span,box; got image,text"),
-        ("image,caption,spans\na.png,b,c\n", "got image,caption,spans"),
-        ("image,caption\ngone.png,b\n", "none of the 1 entries can be used:\n  0000-gone: "),
-    ],
-)
-def test_a_list_of_no_use_is_told(model: list[str], tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "list.csv").write_text(content)
-    assert message in message_of("--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out")
+def test_a_list_of_no_use_is_reported(model: list[str], tmp_path: Path) -> None:
+    for content, message in {
+        "image,caption\n": "lists no image",
+        "image,text\na.png,b\n": "expected the columns image,caption and if need be span,box; got image,text",
+        "image,caption\ngone.png,b\n": "none of the 1 entries can be used:\n  0000-gone: ",
+    }.items():
+        (tmp_path / "list.csv").write_text(content)
+        assert message in message_of("--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out")
 
 
 def test_a_list_keeps_its_captions_spans_and_boxes_to_itself(model: list[str], tmp_path: Path) -> None:
@@ -543,7 +521,9 @@ def test_a_list_keeps_its_captions_spans_and_boxes_to_itself(model: list[str], t
     given = ["--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out"]
     assert "leave out --caption and --captions" in message_of(*given, "--caption", "a cat")
     assert "leave out --span and --box" in message_of(*given, "--span", "cat")
-    assert "a list with spans or boxes needs a method that tells pairs" in message_of(*given, "--method", "saliency")
+    assert "a list with spans or boxes needs a method with token-patch attributions" in message_of(
+        *given, "--method", "saliency"
+    )
     assert "not with many" in message_of(*given, "--other-image", tmp_path / "list.csv")
     (tmp_path / "empty").mkdir()
     given = ["--image", tmp_path / "empty", *model, "--out", tmp_path / "out"]

@@ -17,7 +17,7 @@ from conftest import ARCHITECTURES, TEXT, randomised
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_xai.attribution.capture import InputCapture
+from lightning_xai.attribution.capture import capture
 from lightning_xai.models import DualEncoder, load_dual_encoder, save_open_clip
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, tag_architecture
 from lightning_xai.models.towers import ModifiedResNetAtLayer, TextTransformerAtLayer, VisionTransformerAtLayer
@@ -95,10 +95,10 @@ def test_text_cut_behind_its_end_is_open_clips_own_output_with_the_same_gradient
     torch.testing.assert_close(cut, full, rtol=1e-10, atol=1e-12)
     for gradient, expected in zip(cut_gradients, full_gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11)
-    with InputCapture(encoder.text_at_layer()) as capture:
+    with capture(encoder.image_at_layer(), encoder.text_at_layer()) as captured:
         encoder.encode_text(tokens)
         last_needed = 16 if name == "vit_average_pool" else int(tokens.argmax(dim=1).max()) + 1
-        assert capture.hidden[0].shape[1] == last_needed
+        assert captured.text[0].shape[1] == last_needed
 
 
 def test_a_batch_without_captions_gives_no_embeddings(make_encoder: MakeEncoder) -> None:
