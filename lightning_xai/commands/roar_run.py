@@ -207,7 +207,7 @@ class RoarRun:
             "samples": self.manifest.samples,
             "training": train.samples,
             "validation": validation.samples,
-            "left_out": {reason: count for reason, count in left_out.items() if count},
+            "excluded": {reason: count for reason, count in excluded.items() if count},
             "fingerprint": self.manifest.fingerprint,
         }
         settings = asdict(roar)

@@ -31,9 +31,9 @@ from lightning_xai.evaluation.ranks import from_first, gather_to_first
 from lightning_xai.evaluation.rows import Embeddings
 from lightning_xai.evaluation.terminal_table import terminal_tables
 from lightning_xai.metrics.chosen import ChosenMetric, choose_metrics
-from lightning_xai.models.loading import load_dual_encoder
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
+from lightning_xai.models.loading import load_dual_encoder
 from lightning_xai.results.labels import method_of
 from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from evaluation_batches import evaluation_batch
+from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, PairMapMaker, Wanted, map_maker
 from torch import Tensor, nn
 
 from lightning_xai.attribution import AttributionMethod, FeaturePairAttribution, Saliency, SimilarityGradCAM
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import Phrases
-from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, PairMapMaker, Wanted, map_maker
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.models import DualEncoder
 

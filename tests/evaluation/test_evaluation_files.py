@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from lightning_xai.evaluation.evaluation_files import Shown, write_evaluation
 from lightning_xai.evaluation.example_gallery import Candidate
+from PIL import Image
+
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import GroundingMetric, GroundingSummary
 from lightning_xai.report.tables import read_csv

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
-
 from lightning_xai.evaluation.example_gallery import Candidate, ExampleGallery, Pixels
 
 LABELS = ("cat", "dog", "kite")

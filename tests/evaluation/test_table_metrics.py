@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from lightning_xai.evaluation.table_metrics import TableMetrics, counts_of
+
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.results.schema import TABLES
 

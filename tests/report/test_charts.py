@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
-
 from lightning_xai.report.charts import (
     Sample,
     class_bars,
@@ -19,6 +17,8 @@ from lightning_xai.report.charts import (
     sign_bars,
     svg_text,
 )
+from matplotlib.figure import Figure
+
 from lightning_xai.report.plots import curves
 from lightning_xai.results.effect_size import ClassGrounding
 from lightning_xai.results.schema import Estimate

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning_xai.report.comparison import Comparison, OrderTest, comparison_table, pairs_to_compare, why_not
+from lightning_xai.results.run_folders import load_runs
 from result_folders import grounding_rows, write_evaluation, write_roar, write_training
 
-from lightning_xai.report.comparison import Comparison, OrderTest, comparison_table, pairs_to_compare, why_not
 from lightning_xai.report.tables import per_pair_csv
-from lightning_xai.results.run_folders import load_runs
 from lightning_xai.results.stochastic_order import almost_stochastic_order
 
 TEST = OrderTest(bootstrap_samples=50)

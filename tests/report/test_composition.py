@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from lightning_xai.report.comparison import OrderTest
+from lightning_xai.report.composition import Composer, Options
+from lightning_xai.report.html import Chart, Findings, Folded, Note, Section, Sheet, flat
+from lightning_xai.results.run_folders import load_runs
 from PIL import Image
 from result_folders import CLASSES, grounding_rows, write_evaluation, write_grid, write_roar, write_training
 
-from lightning_xai.report.comparison import OrderTest
-from lightning_xai.report.composition import Composer, Options
 from lightning_xai.report.gallery import Gallery
-from lightning_xai.report.html import Chart, Findings, Folded, Note, Section, Sheet, flat
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.tables import per_pair_csv, read_csv
 from lightning_xai.results.effect_size import grounding_change
-from lightning_xai.results.run_folders import load_runs
 from lightning_xai.results.runs import Run
 from lightning_xai.results.schema import ResultError
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import web_driver
-from result_folders import write_evaluation, write_grid, write_roar, write_training
-from web_driver import ENTER, Browser, browser
-
 from lightning_xai.report.comparison import OrderTest
 from lightning_xai.report.composition import Composer, Options
 from lightning_xai.report.report_files import write_report
-from lightning_xai.report.tables import per_pair_csv, read_csv
 from lightning_xai.results.run_folders import load_runs
+from result_folders import write_evaluation, write_grid, write_roar, write_training
+from web_driver import ENTER, Browser, browser
+
+from lightning_xai.report.tables import per_pair_csv, read_csv
 
 HOSTILE = "<script>document.title = 'broken into'</script><img src=x onerror=alert(1)>"
 LONG = "word" * 60

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lightning_xai.report.report_summary import terminal_table
 from rich.table import Table
 from rich.text import Text
 
 from lightning_xai.report.paper_table import Body, Cell, Column, PaperTable, mark_best, number, words
-from lightning_xai.report.report_summary import terminal_table
 
 COLUMNS = (Column("run", numeric=False), Column("γ", "coco"), Column("γ", "flickr"), Column("pairs"))
 

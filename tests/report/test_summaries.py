@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from result_folders import metrics_of, write_evaluation, write_grid, write_roar, write_training
-
-from lightning_xai.report.paper_table import Cell, PaperTable
 from lightning_xai.report.summaries import (
     degradation_table,
     grid_tables,
@@ -22,6 +19,9 @@ from lightning_xai.report.summaries import (
     signs_table,
 )
 from lightning_xai.results.run_folders import load_runs
+from result_folders import metrics_of, write_evaluation, write_grid, write_roar, write_training
+
+from lightning_xai.report.paper_table import Cell, PaperTable
 from lightning_xai.results.schema import EvaluationResult
 
 SKILLS = {"feature_pair": 0.6, "m2ib": 0.5, "random": 0.1, "gaussian": 0.2}

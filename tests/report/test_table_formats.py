@@ -10,9 +10,9 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+from lightning_xai.report.table_formats import latex_escaped, markdown_escaped, to_csv, to_html, to_latex, to_markdown
 
 from lightning_xai.report.paper_table import Body, Cell, Column, PaperTable, count, estimate, mark_best, number, words
-from lightning_xai.report.table_formats import latex_escaped, markdown_escaped, to_csv, to_html, to_latex, to_markdown
 from lightning_xai.results.schema import Estimate
 
 HOSTILE = [

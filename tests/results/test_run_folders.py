@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning_xai.results.run_folders import distinct_names, load_runs
 from result_folders import grounding_rows, write_evaluation, write_roar, write_training
 
 from lightning_xai.report.tables import per_pair_csv, read_csv
-from lightning_xai.results.run_folders import distinct_names, load_runs
 from lightning_xai.results.runs import by_data, by_method_and_data
 from lightning_xai.results.schema import ResultError
 
