@@ -368,7 +368,7 @@ def test_nothing_is_left_of_a_cut_behind_the_last_block(encoder_of: Callable[[st
         ),
     ],
 )
-def test_a_tower_that_cannot_be_cut_still_embeds_and_says_why(
+def test_an_unsupported_tower_still_embeds_and_says_why(
     vision_cfg: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     encoder = build(vision_cfg, tmp_path)
