@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -70,17 +71,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Encoders in float64 that the tests of this file share, so they must not change them."""
-    made: dict[str, DualEncoder] = {}
 
-    def get(name: str) -> DualEncoder:
-        if name not in made:
-            path = tmp_path_factory.mktemp(name) / "model.json"
-            path.write_text(json.dumps(CONFIGS[name]))
-            torch.manual_seed(0)
-            made[name] = randomised(load_dual_encoder(path)).double().eval()
-        return made[name]
+    def make(name: str) -> DualEncoder:
+        path = tmp_path_factory.mktemp(name) / "model.json"
+        path.write_text(json.dumps(CONFIGS[name]))
+        torch.manual_seed(0)
+        return randomised(load_dual_encoder(path)).double().eval()
 
-    return get
+    return cache(make)
 
 
 # The literal version: every attention of the whole towers is written out and kept, then multiplied as in Eq. 6.

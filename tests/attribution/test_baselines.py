@@ -76,7 +76,7 @@ def test_the_text_gaussian_is_centred_on_the_content_tokens(make_encoder: MakeEn
 
 
 @pytest.mark.parametrize("method", [RandomMap, CentredGaussian])
-def test_controls_report_the_true_similarity(method: type[RandomMap] | type[CentredGaussian]) -> None:
+def test_baselines_report_the_true_similarity(method: type[RandomMap] | type[CentredGaussian]) -> None:
     encoder = LinearEncoder()
     images, tokens = random_pairs(encoder)
     result = method(encoder, internal_batch_size=2).attribute(images, tokens)

@@ -119,7 +119,7 @@ def test_two_players_share_and_one_gets_everything(make_encoder: MakeEncoder) ->
     assert not result.text[1, 2:].any()
 
 
-def test_captions_of_no_token_of_their_own_have_no_values(make_encoder: MakeEncoder) -> None:
+def test_captions_without_content_have_no_values(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
     images, tokens = random_pairs(encoder, ["cats"])
     tokens[0, 1], tokens[0, 2] = tokens[0, 2].clone(), 0

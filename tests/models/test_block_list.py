@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +162,7 @@ def build(vision_cfg: dict[str, Any], folder: Path, embed_dim: int = 6) -> DualE
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Encoders in float64 that the tests of this file share, so they must not change them."""
-    made: dict[str, DualEncoder] = {}
-
-    def get(name: str) -> DualEncoder:
-        if name not in made:
-            made[name] = build(TOWERS[name].vision_cfg, tmp_path_factory.mktemp(name), TOWERS[name].embed_dim)
-        return made[name]
-
-    return get
+    return cache(lambda name: build(TOWERS[name].vision_cfg, tmp_path_factory.mktemp(name), TOWERS[name].embed_dim))
 
 
 def images_of(encoder: DualEncoder, count: int = 2) -> Tensor:
@@ -220,9 +213,7 @@ def test_layers_count_from_the_end_too_and_stop_there(encoder_of: Callable[[str]
         assert encoder.image_at_layer(-1).layer == tower.depth - 1
         assert encoder.image_at_layer(-tower.depth).layer == 0
         for layer in (len(tower.grids), -tower.depth - 1):
-            with pytest.raises(
-                ValueError, match=rf"tower has layers 0 to {tower.depth - 1} .*got layer {layer}$"
-            ):
+            with pytest.raises(ValueError, match=rf"tower has layers 0 to {tower.depth - 1} .*got layer {layer}$"):
                 encoder.image_at_layer(layer)
 
 

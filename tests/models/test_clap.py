@@ -91,7 +91,7 @@ def test_the_audio_tower_has_its_stages_and_its_head_as_layers(layer: int, encod
 
 @pytest.mark.parametrize("layer", [0, 1])
 @torch.no_grad()
-def test_the_text_tower_is_cut_at_its_layers(layer: int, encoder: ClapEncoder) -> None:
+def test_the_text_tower_at_its_layers(layer: int, encoder: ClapEncoder) -> None:
     tokens, blocks = encoder.tokenizer.encode(CAPTIONS), encoder.model.text_model.encoder.layer
     tower = encoder.text_at_layer(layer)
     hidden = tower.features_before(tokens)
@@ -275,7 +275,7 @@ def test_short_sounds_are_filled_up(encoder: ClapEncoder) -> None:
 
 
 @torch.no_grad()
-def test_a_model_with_fusion_takes_four_channels_and_is_cut_all_the_same(tmp_path: Path) -> None:
+def test_a_model_with_fusion_takes_four_channels_and_has_the_same_layers(tmp_path: Path) -> None:
     encoder = load_clap(save_clap(tmp_path, fused=True), context_length=12).double().eval()
     images = encoder.spectrogram(tone(200), RATE)[None].double()
     assert images.shape == (1, 4, BANDS, FRAMES)

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from conftest import ARCHITECTURES, TEXT, randomised
+from inputs import CAPTIONS
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from lightning_xai.training import ContrastiveFineTuning
 
 MakeEncoder = Callable[..., DualEncoder]
 ArchitectureFile = Callable[[str], Path]
-CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
 
 
 def write_config(folder: Path, name: str, config: object) -> Path:
@@ -52,7 +52,7 @@ def outputs(encoder: DualEncoder) -> tuple[Tensor, Tensor]:
     encoder.eval()
     height, width = encoder.image_transform.size
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
-    return encoder.encode_image(images), encoder.encode_text(encoder.tokenizer.encode(CAPTIONS))
+    return encoder.encode_image(images), encoder.encode_text(encoder.tokenizer.encode(list(CAPTIONS)))
 
 
 def assert_same_function(first: DualEncoder, second: DualEncoder) -> None:
@@ -82,7 +82,7 @@ def test_text_trimmed_to_its_end_is_open_clips_own_output_with_the_same_gradient
     name: str, make_encoder: MakeEncoder
 ) -> None:
     encoder = make_encoder(name, torch.float64)
-    tokens = encoder.tokenizer.encode(CAPTIONS[:2])
+    tokens = encoder.tokenizer.encode(list(CAPTIONS[:2]))
     weights = [parameter for key, parameter in encoder.model.named_parameters() if not key.startswith("visual.")]
 
     def evaluate(encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -126,7 +126,7 @@ def test_a_copy_computes_with_its_own_weights(
     with torch.no_grad():
         for parameter in twin.model.parameters():
             parameter.mul_(1.5)
-    tokens = twin.tokenizer.encode(CAPTIONS)
+    tokens = twin.tokenizer.encode(list(CAPTIONS))
     torch.testing.assert_close(twin.encode_text(tokens), twin.model.encode_text(tokens))
     tower = twin.text_at_layer()
     torch.testing.assert_close(tower.embed_from(tower.features_before(tokens), tokens), twin.encode_text(tokens))
@@ -551,7 +551,7 @@ def test_interpolated_positions_are_not_kept_silent(vit_task: ContrastiveFineTun
     assert torch.equal(loaded.model.visual.conv1.weight, vit_task.encoder.model.visual.conv1.weight)
 
 
-def test_the_layout_of_a_model_with_a_text_module_of_its_own_is_converted(
+def test_the_layout_of_a_model_with_a_separate_text_module_is_converted(
     vit_task: ContrastiveFineTuning, tmp_path: Path
 ) -> None:
     torch.save(vit_task.encoder.model.state_dict(), tmp_path / "weights.pt")
@@ -709,7 +709,7 @@ def test_an_export_is_what_open_clip_loads_by_name(
         images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             assert torch.equal(model.encode_image(images), image)
-            torch.testing.assert_close(model.encode_text(open_clip.get_tokenizer(name)(CAPTIONS)), text)
+            torch.testing.assert_close(model.encode_text(open_clip.get_tokenizer(name)(list(CAPTIONS))), text)
         beside = load_dual_encoder(path.with_suffix(".json"), path)
         assert_same_function(beside, encoder)
         assert beside.architecture["model_cfg"] == encoder.architecture["model_cfg"]

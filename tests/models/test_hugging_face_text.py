@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,7 @@ def build(name: str, folder: Path) -> DualEncoder:
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Encoders in float64 that the tests of this file share, so they must not change them."""
-    made: dict[str, DualEncoder] = {}
-
-    def get(name: str) -> DualEncoder:
-        if name not in made:
-            made[name] = build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return get
+    return cache(lambda name: build(name, tmp_path_factory.mktemp(name)))
 
 
 def blocks_of(encoder: DualEncoder, name: str) -> Any:
