@@ -27,7 +27,7 @@ from lightning_xai.attribution.capture import Captured, capture
 from lightning_xai.attribution.pairwise import HiddenStates, IntraModalAttribution, PairwiseMethod, References
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
-from lightning_xai.models.at_layer import Path, TowerAtLayer, as_constant, differentiable
+from lightning_xai.models.at_layer import EmbeddingPath, TowerAtLayer, as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -42,7 +42,7 @@ class FeaturePairs(InteractionAttribution):
 class _Side:
     """One input of each pair: its path from the reference, and its embedding at the path's end."""
 
-    path: Path
+    path: EmbeddingPath
     embedding_BK: Tensor
     tokens: int
 

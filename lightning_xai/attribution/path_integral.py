@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_xai.models.at_layer import Path
+from lightning_xai.models.at_layer import EmbeddingPath
 
 _DIRECTIONS_AT_A_TIME = 16
 
@@ -63,7 +63,7 @@ def _points(points_N: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
     return points_N.to(like)[None, :, None].expand(batch, -1, tokens).clone()
 
 
-def integrated_jvp(path: Path, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor) -> Tensor:
+def integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor) -> Tensor:
     """How the embedding changes along the path by the given tokens' own change: a Jacobian-vector product each.
 
     With `x(alpha) = r + alpha * (x - r)` this is `sum_T v_T (x - r)_T . J_T`, J the integrated Jacobian of Eq. 9.
@@ -95,7 +95,9 @@ def integrated_jvp(path: Path, points_N: Tensor, weights_N: Tensor, directions_B
     return directional_BSK
 
 
-def integrated_vjp(path: Path, points_N: Tensor, weights_N: Tensor, cotangents_BSK: Tensor, tokens: int) -> Tensor:
+def integrated_vjp(
+    path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, cotangents_BSK: Tensor, tokens: int
+) -> Tensor:
     """The integrated Jacobian's other side: what each token's change along the path adds to the products with `u`.
 
     This is `(x - r)_T . J_T^T u`, one vector-Jacobian product a cotangent; all share the forward pass.
@@ -121,6 +123,6 @@ def integrated_vjp(path: Path, points_N: Tensor, weights_N: Tensor, cotangents_B
 
 
 @torch.no_grad()
-def embedding_at(path: Path, alpha: float, batch: int, tokens: int, like: Tensor) -> Tensor:
+def embedding_at(path: EmbeddingPath, alpha: float, batch: int, tokens: int, like: Tensor) -> Tensor:
     """The embedding at one point of the path [B, K]: 1 is the input, 0 the reference."""
     return path(torch.full((batch, 1, tokens), alpha, dtype=like.dtype, device=like.device))[:, 0]

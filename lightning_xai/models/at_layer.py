@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 
-Path = Callable[[Tensor], Tensor]
+EmbeddingPath = Callable[[Tensor], Tensor]
 """alpha [B, N, T] -> embeddings [B, N, K], differentiable in alpha, forward and backward."""
 
 
@@ -70,7 +70,7 @@ class TowerAtLayer(ABC):
                 and what is padding. Images need none.
         """
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> Path:
+    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path from a reference (batch of 1 or B) to hidden states; `inputs` as for `embed_from`."""
         delta = hidden - reference
 

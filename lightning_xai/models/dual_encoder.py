@@ -23,7 +23,7 @@ from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_towe
 CHECKPOINT_KEY = "dual_encoder"
 """The key of the architecture in Lightning checkpoints of this project, and in the metadata of exported weights."""
 # Takes the encoder as an argument, so that the copy of an encoder runs its own weights, compiled or not.
-Tower = Callable[["DualEncoder", Tensor], Tensor]
+_Embed = Callable[["DualEncoder", Tensor], Tensor]
 
 
 class DualEncoder(TwoTowerEncoder):
@@ -48,7 +48,7 @@ class DualEncoder(TwoTowerEncoder):
         except UnsupportedTowerError:
             # Such a model trains as usual; what needs its text tower at a layer raises the error.
             self._text_tower = None
-        self._towers: tuple[Tower, Tower] = (_embed_images, _embed_tokens)
+        self._towers: tuple[_Embed, _Embed] = (_embed_images, _embed_tokens)
         self.check_towers()
 
     @property

@@ -12,7 +12,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from lightning_xai.models.at_layer import Path
+from lightning_xai.models.at_layer import EmbeddingPath
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PooledBlock:
         output_BD: Tensor = residual_BD + self.block.ls_2(self.block.mlp(self.block.ln_2(residual_BD)))
         return output_BD
 
-    def path(self, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor) -> Path:
+    def path(self, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> the block's output at the pooled position [B, N, D]."""
         attention, norm = self.block.attn, self.block.ln_1
         delta_BTD = hidden_BTD - reference_BTD

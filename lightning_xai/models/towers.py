@@ -16,7 +16,13 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from lightning_xai.models.at_layer import Path, TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, resolve_layer
+from lightning_xai.models.at_layer import (
+    EmbeddingPath,
+    TextTowerAtLayer,
+    TowerAtLayer,
+    UnsupportedTowerError,
+    resolve_layer,
+)
 from lightning_xai.models.block_list import BlockList, ImageBlocksAtLayer, TextBlocksAtLayer
 from lightning_xai.models.pooled_block import PooledBlock
 
@@ -61,7 +67,7 @@ class VisionTransformerAtLayer(TowerAtLayer):
         hidden = _run(self._blocks[self.layer : -1], hidden, self._visual.transformer)
         return self._head(self._visual.ln_post(self._pooled.read(hidden, _first(hidden))))
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> Path:
+    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         if self._pooled is None or self.layer < len(self._blocks) - 1:
             return super().path(hidden, reference, inputs)
@@ -211,7 +217,7 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         hidden = _run(self._tower.blocks[self.layer : -1], hidden, transformer, mask)
         return self._tower.head(self._pooled.read(hidden, pool_B))
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> Path:
+    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         if self._pooled is None or self.layer < len(self._tower.blocks) - 1:
             return super().path(hidden, reference, inputs)

@@ -8,37 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomised
+from equation_10 import Side, block_input, replacing
+from inputs import CAPTIONS, random_pairs
 from torch import Tensor, nn
 
 from lightning_xai.attribution import FeaturePairAttribution, SimilarityGradCAM
 from lightning_xai.models import DualEncoder, load_dual_encoder
 
 MakeEncoder = Callable[..., DualEncoder]
-CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
-
-
-def inputs(encoder: DualEncoder, captions: list[str] = CAPTIONS) -> tuple[Tensor, Tensor]:
-    weight = next(encoder.parameters())
-    height, width = encoder.image_transform.size
-    images = torch.randn(len(captions), 3, height, width, generator=torch.Generator().manual_seed(1)).to(weight)
-    return images, encoder.tokenizer.encode(captions)
-
-
-def block_input(module: nn.Module, run: Callable[[], Tensor]) -> Tensor:
-    kept: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: kept.append(args[0].detach()))
-    with torch.no_grad():
-        run()
-    handle.remove()
-    return kept[0]
-
-
-def replacing(module: nn.Module, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
-    handle = module.register_forward_pre_hook(lambda _, args: (hidden, *args[1:]))
-    try:
-        return run()
-    finally:
-        handle.remove()
 
 
 def literal(
@@ -54,20 +31,9 @@ def literal(
 
 
 def one_side(block: nn.Module, encode: Any, inputs: Tensor, reference: Tensor, steps: int) -> Tensor:
-    """[K, tokens]: the integrated Jacobian of Eq. 9 times input minus reference, summed over the hidden width."""
-    start = block_input(block, lambda: encode(reference[None]))
-    delta = block_input(block, lambda: encode(inputs[None])) - start
-
-    def embed(hidden: Tensor) -> Tensor:
-        return replacing(block, hidden, lambda: encode(inputs[None]))[0]
-
-    jacobian: Any = torch.autograd.functional.jacobian
-    mean: Tensor = sum(jacobian(embed, start + n / steps * delta)[:, 0] for n in range(1, steps + 1)) / steps
-    weighted = mean * delta
-    # Hidden width is the last axis of a transformer's tokens, the first of a feature map.
-    summed = weighted.sum(dim=1).flatten(1) if weighted.ndim == 4 else weighted.sum(dim=2)
-    norm: Tensor = encode(inputs[None]).norm()
-    return summed / norm
+    """[K, tokens]: the integrated Jacobian of Eq. 9 of one input, times its difference from the reference."""
+    width_axis = 1 if isinstance(block, nn.Sequential) else -1  # a ResNet's stages pass on feature maps
+    return Side(block, encode, inputs[None], reference[None], width_axis).jacobian(steps)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +53,7 @@ def test_agrees_with_equation_10_taken_literally(
     make_encoder: MakeEncoder, name: str, image_layer: int, text_layer: int
 ) -> None:
     encoder = make_encoder(name, torch.float64)
-    images, tokens = inputs(encoder, CAPTIONS[:2])
+    images, tokens = random_pairs(encoder, CAPTIONS[:2])
     attribution = FeaturePairAttribution(encoder, image_layer, text_layer, steps=3)
     result = attribution.attribute(images, tokens)
     model: Any = encoder.model
@@ -115,7 +81,7 @@ def image_block(encoder: DualEncoder, number: int = -1) -> nn.Module:
 @pytest.mark.parametrize("name", ["vit", "resnet", "vit_average_pool"])
 def test_two_images_agree_with_equation_10_taken_literally_on_one_tower(make_encoder: MakeEncoder, name: str) -> None:
     encoder = make_encoder(name, torch.float64)
-    images, _ = inputs(encoder)
+    images, _ = random_pairs(encoder)
     result = FeaturePairAttribution(encoder, steps=3).attribute_images(images[:2], images[1:])
     model: Any = encoder.model
     height, width = result.interactions.shape[1:3]
@@ -158,7 +124,7 @@ def test_attributions_within_a_modality_are_complete_symmetric_and_the_same_in_c
     make_encoder: MakeEncoder,
 ) -> None:
     encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     order = torch.tensor([1, 2, 0])
     attribution = FeaturePairAttribution(encoder, steps=40, rule="gauss_legendre")
     for compare, batch, axes in (
@@ -181,23 +147,22 @@ def test_attributions_within_a_modality_are_complete_symmetric_and_the_same_in_c
     )
 
 
-@pytest.mark.parametrize("shapes", [(2, 3), (3, 2)])
-def test_inputs_of_one_modality_that_do_not_pair_up_are_an_error(
-    make_encoder: MakeEncoder, shapes: tuple[int, int]
-) -> None:
-    encoder = make_encoder()
-    attribution = FeaturePairAttribution(encoder)
-    images, tokens = inputs(encoder)
-    with pytest.raises(ValueError, match="two batches of images of one shape"):
-        attribution.attribute_images(images[: shapes[0]], images[: shapes[1]])
-    with pytest.raises(ValueError, match="two batches of captions of one shape"):
-        attribution.attribute_texts(tokens[: shapes[0]], tokens[: shapes[1]])
+def test_inputs_of_one_modality_that_do_not_pair_up_are_an_error(make_encoder: MakeEncoder) -> None:
+    cases: list[tuple[int, int]] = [(2, 3), (3, 2)]
+    for shapes in cases:
+        encoder = make_encoder()
+        attribution = FeaturePairAttribution(encoder)
+        images, tokens = random_pairs(encoder)
+        with pytest.raises(ValueError, match="two batches of images of one shape"):
+            attribution.attribute_images(images[: shapes[0]], images[: shapes[1]])
+        with pytest.raises(ValueError, match="two batches of captions of one shape"):
+            attribution.attribute_texts(tokens[: shapes[0]], tokens[: shapes[1]])
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet", "vit_custom_block"])
 def test_gradcam_for_similarity_is_gradient_times_input_on_both_sides(make_encoder: MakeEncoder, name: str) -> None:
     encoder = make_encoder(name, torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     result = SimilarityGradCAM(encoder).attribute(images, tokens)
     model: Any = encoder.model
     for row in range(len(images)):
@@ -226,7 +191,7 @@ def test_gradcam_for_similarity_has_nothing_to_say_at_the_input_of_a_block_of_wh
     make_encoder: MakeEncoder,
 ) -> None:
     encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     last = SimilarityGradCAM(encoder, image_layer=-1).attribute(images, tokens).interactions
     default = SimilarityGradCAM(encoder).attribute(images, tokens).interactions
     # Not exactly nothing: layer norms add a small number to the variance.
@@ -247,7 +212,7 @@ def test_agrees_with_the_authors_package_on_random_weights(tmp_path: Path, name:
     (tmp_path / "small.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     encoder = randomised(load_dual_encoder(tmp_path / "small.json")).eval()
-    images, tokens = inputs(encoder, ["a red ring"])
+    images, tokens = random_pairs(encoder, ["a red ring"])
     explainer = explanation.OpenClipExplainer(encoder.model, image_dim=64, device=torch.device("cpu"))
     if name == "RN50":
         # exclip hooks ResNets in its class for OpenAI's layout only; the hook itself fits both.
@@ -265,20 +230,21 @@ def test_agrees_with_the_authors_package_on_random_weights(tmp_path: Path, name:
 @pytest.mark.parametrize("name", ["vit", "resnet", "vit_average_pool"])
 def test_a_span_map_is_the_sum_of_its_tokens_rows(make_encoder: MakeEncoder, name: str) -> None:
     encoder = make_encoder(name, torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     attribution = FeaturePairAttribution(encoder)
     span = torch.zeros_like(tokens, dtype=torch.bool)
     span[0, 5:7], span[1, 2], span[2, 1:4] = True, True, True
     pairs = attribution.attribute(images, tokens).interactions
     expected = (pairs * span[:, :, None, None]).sum(dim=1)
-    torch.testing.assert_close(attribution.span_map(images, tokens, span), expected, rtol=1e-8, atol=1e-12)
+    for method in (attribution, FeaturePairAttribution(encoder, internal_batch_size=2)):
+        torch.testing.assert_close(method.span_map(images, tokens, span), expected, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 @pytest.mark.parametrize("reference", ["zeros", "black"])
 def test_attributions_sum_to_equation_2(make_encoder: MakeEncoder, name: str, reference: Any) -> None:
     encoder = make_encoder(name, torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     attribution = FeaturePairAttribution(encoder, steps=40, rule="gauss_legendre", image_reference=reference)
     result = attribution.attribute(images, tokens)
     model: Any = encoder.model
@@ -306,7 +272,7 @@ def test_attributions_sum_to_equation_2(make_encoder: MakeEncoder, name: str, re
 
 def test_the_completeness_error_falls_with_the_number_of_steps(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     errors = [
         float(FeaturePairAttribution(encoder, steps=n).attribute(images, tokens).completeness_error.abs().max())
         for n in (5, 10, 20, 40)
@@ -315,9 +281,9 @@ def test_the_completeness_error_falls_with_the_number_of_steps(make_encoder: Mak
     assert errors[0] / errors[-1] == pytest.approx(8, rel=0.3)  # a Riemann sum converges as 1/N
 
 
-def test_nothing_stands_behind_a_captions_last_token(make_encoder: MakeEncoder) -> None:
+def test_nothing_stands_after_a_captions_last_token(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder()
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     result = FeaturePairAttribution(encoder).attribute(images, tokens)
     assert result.interactions.shape == (3, 16, 4, 4)
     for row, last in enumerate(tokens.argmax(dim=1).tolist()):
@@ -327,29 +293,10 @@ def test_nothing_stands_behind_a_captions_last_token(make_encoder: MakeEncoder) 
         assert result.interactions[row, 0].abs().max() < 1e-6 * result.interactions[row].abs().max()
 
 
-def test_neighbours_padding_and_chunks_change_nothing(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
-    whole = FeaturePairAttribution(encoder).attribute(images, tokens)
-    order = torch.tensor([2, 0, 1])
-    shuffled = FeaturePairAttribution(encoder).attribute(images[order], tokens[order])
-    torch.testing.assert_close(shuffled.interactions, whole.interactions[order])
-    chunked = FeaturePairAttribution(encoder, internal_batch_size=2).attribute(images, tokens)
-    torch.testing.assert_close(chunked.interactions, whole.interactions)
-    torch.testing.assert_close(chunked.completeness_error, whole.completeness_error)
-    span = torch.zeros_like(tokens, dtype=torch.bool)
-    span[:, 1] = True
-    maps = FeaturePairAttribution(encoder, internal_batch_size=1).span_map(images, tokens, span)
-    torch.testing.assert_close(maps, whole.interactions[:, 1])
-    # The second caption has four tokens: cut to them, it is attributed as among longer ones.
-    alone = FeaturePairAttribution(encoder).attribute(images[1:2], tokens[1:2, :6])
-    torch.testing.assert_close(alone.interactions[0], whole.interactions[1, :6])
-
-
 @pytest.mark.parametrize("name", ["vit", "vit_layer_scale_quick_gelu"])
 def test_the_shortcut_through_the_last_block_is_exact(make_encoder: MakeEncoder, name: str) -> None:
     encoder = make_encoder(name, torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     short, general = FeaturePairAttribution(encoder), FeaturePairAttribution(encoder)
     towers: list[Any] = [short.image, short.text, general.image, general.text]
     assert all(tower._pooled is not None for tower in towers)
@@ -362,7 +309,7 @@ def test_the_shortcut_through_the_last_block_is_exact(make_encoder: MakeEncoder,
 
 def test_a_tensor_can_be_the_reference(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     text = encoder.tokenizer.encode(["a"])[0]
     text[1] = 0
     same = FeaturePairAttribution(encoder, image_reference=torch.zeros(3, 32, 32), text_reference=text)
@@ -377,76 +324,39 @@ def test_a_tensor_can_be_the_reference(make_encoder: MakeEncoder) -> None:
     assert own.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_works_where_gradients_are_off(make_encoder: MakeEncoder, mode: Callable[[], Any]) -> None:
-    encoder = make_encoder()
-    images, tokens = inputs(encoder)
-    expected = FeaturePairAttribution(encoder).attribute(images, tokens).interactions
-    with mode():
-        torch.testing.assert_close(
-            FeaturePairAttribution(encoder).attribute(images.clone(), tokens).interactions, expected
-        )
-
-
-@pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncoder, name: str) -> None:
-    encoder = make_encoder(name).train()
-    model: Any = encoder.model
-    model.visual.eval()
-    images, tokens = inputs(encoder)
-    before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    modes = {key: module.training for key, module in encoder.named_modules()}
-    attribution = FeaturePairAttribution(encoder)
-    attribution.attribute(images, tokens)
-    with pytest.raises(ValueError, match="select no token"):
-        attribution.span_map(images, tokens, torch.zeros_like(tokens, dtype=torch.bool))
-    with pytest.raises(RuntimeError):
-        attribution.attribute(images[:, :, :7], tokens)
-    assert {key: module.training for key, module in encoder.named_modules()} == modes
-    assert not any(m._forward_pre_hooks or m._forward_hooks or m._backward_hooks for m in encoder.modules())
-    assert all(p.grad is None and p.requires_grad for p in encoder.parameters())
-    assert torch.backends.mha.get_fastpath_enabled()
-    for key, value in encoder.state_dict().items():
-        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
-
-
 def test_an_encoder_in_training_mode_is_explained_as_in_evaluation(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("resnet")
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     expected = FeaturePairAttribution(encoder).attribute(images, tokens).interactions
     encoder.train()
     torch.testing.assert_close(FeaturePairAttribution(encoder).attribute(images, tokens).interactions, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
+def test_what_does_not_exist_is_an_error_at_once(make_encoder: MakeEncoder) -> None:
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("vit", {"image_layer": 3}, "image tower has layers 0 to 2 .*got layer 3"),
         ("vit", {"text_layer": -4}, "text tower has layers 0 to 2 .*got layer -4"),
         ("resnet", {"image_layer": 0}, "layers 1 to 4"),
         ("vit", {"steps": 0}, "steps=0"),
         ("vit", {"internal_batch_size": 0}, "at least 1"),
-    ],
-)
-def test_what_does_not_exist_is_an_error_at_once(
-    make_encoder: MakeEncoder, name: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        FeaturePairAttribution(make_encoder(name), **options)
+    ]
+    for name, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            FeaturePairAttribution(make_encoder(name), **options)
 
 
 def test_inputs_that_do_not_fit_are_errors_that_name_the_shapes(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder()
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     attribution = FeaturePairAttribution(encoder)
     with pytest.raises(ValueError, match="one caption an image"):
         attribution.attribute(images, tokens[:2])
     with pytest.raises(ValueError, match="span_mask has to be of the tokens' shape"):
         attribution.span_map(images, tokens, torch.ones(3, 4, dtype=torch.bool))
-    behind = torch.zeros_like(tokens, dtype=torch.bool)
-    behind[:, -1] = True
+    after_the_end = torch.zeros_like(tokens, dtype=torch.bool)
+    after_the_end[:, -1] = True
     with pytest.raises(ValueError, match=r"rows \[0, 1, 2\] of span_mask select no token"):
-        attribution.span_map(images, tokens, behind)
+        attribution.span_map(images, tokens, after_the_end)
     references: tuple[dict[str, Any], ...] = (
         {"image_reference": "grey"},
         {"image_reference": torch.zeros(3, 5, 5)},

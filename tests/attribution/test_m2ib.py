@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEXT, randomised
+from inputs import random_pairs
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
@@ -19,14 +20,7 @@ from lightning_xai.attribution.m2ib import M2IB, capacity
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
 
 MakeEncoder = Callable[..., DualEncoder]
-CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
 SMALL = {"steps": 4, "samples": 3}
-
-
-def inputs(encoder: DualEncoder, captions: list[str] = CAPTIONS) -> tuple[Tensor, Tensor]:
-    weight = next(encoder.parameters())
-    images = torch.randn(len(captions), *encoder.image_shape, generator=torch.Generator().manual_seed(1)).to(weight)
-    return images, encoder.tokenizer.encode(captions)
 
 
 @contextmanager
@@ -107,7 +101,7 @@ def towers(encoder: DualEncoder, image_block: int, text_block: int) -> tuple[nn.
 
 
 def expected(encoder: DualEncoder, row: int, blocks: tuple[nn.Module, nn.Module], **options: Any) -> Any:
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     image, caption, model = images[row : row + 1], tokens[row : row + 1], encoder.model
 
     def embed_image() -> Tensor:
@@ -127,7 +121,7 @@ def expected(encoder: DualEncoder, row: int, blocks: tuple[nn.Module, nn.Module]
 
 
 def assert_literal(encoder: DualEncoder, method: M2IB, blocks: tuple[nn.Module, nn.Module], **options: Any) -> None:
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     result = method.attribute(images, tokens)
     for row in range(2):
         image, text = expected(encoder, row, blocks, **options)
@@ -163,7 +157,7 @@ def test_its_defaults_are_the_published_ones(make_encoder: MakeEncoder) -> None:
     assert_literal(encoder, M2IB(encoder), towers(encoder, 1, 1))
 
 
-def test_a_class_token_behind_the_caption_passes_the_bottleneck_too(tmp_path: Path) -> None:
+def test_a_class_token_after_the_caption_passes_the_bottleneck_too(tmp_path: Path) -> None:
     config = {
         "embed_dim": 24,
         "custom_text": True,
@@ -176,23 +170,22 @@ def test_a_class_token_behind_the_caption_passes_the_bottleneck_too(tmp_path: Pa
     assert_literal(encoder, M2IB(encoder, **SMALL), towers(encoder, 0, 1), **SMALL)
 
 
-@pytest.mark.parametrize(
-    ("depth", "block"), [(12, 9), (24, 18), (32, 24), (4, 2), (3, 1), (2, 0)], ids=lambda number: str(number)
-)
-def test_the_bottleneck_is_three_quarters_up_and_before_the_last_block(tmp_path: Path, depth: int, block: int) -> None:
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 8, "layers": depth, "width": 8, "head_width": 8, "patch_size": 4},
-        "text_cfg": TEXT | {"width": 8, "heads": 1, "layers": depth},
-    }
-    (tmp_path / "model.json").write_text(json.dumps(config))
-    method = M2IB(load_dual_encoder(tmp_path / "model.json"))
-    assert (method.image.layer, method.text.layer) == (block + 1, block + 1)
+def test_the_bottleneck_is_three_quarters_up_and_before_the_last_block(tmp_path: Path) -> None:
+    cases: list[tuple[int, int]] = [(12, 9), (24, 18), (32, 24), (4, 2), (3, 1), (2, 0)]
+    for depth, block in cases:
+        config = {
+            "embed_dim": 8,
+            "vision_cfg": {"image_size": 8, "layers": depth, "width": 8, "head_width": 8, "patch_size": 4},
+            "text_cfg": TEXT | {"width": 8, "heads": 1, "layers": depth},
+        }
+        (tmp_path / "model.json").write_text(json.dumps(config))
+        method = M2IB(load_dual_encoder(tmp_path / "model.json"))
+        assert (method.image.layer, method.text.layer) == (block + 1, block + 1)
 
 
 def test_before_any_update_the_capacity_is_that_of_lambda_5(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     result = M2IB(encoder, steps=1, variance=0.5).attribute(images, tokens)
     kept = 1 / (1 + math.exp(-5))
     sigma = math.sqrt(0.5) * (1 - kept)
@@ -223,7 +216,7 @@ def test_capacity_is_the_divergence_of_two_normals_and_stays_exact_where_almost_
 
 def test_nothing_passes_where_passing_costs_much_and_more_where_it_costs_less(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     closed = M2IB(encoder, beta=1e4, steps=40, samples=1).attribute(images, tokens)
     cheap, dear = (M2IB(encoder, beta=beta).attribute(images, tokens) for beta in (1e-3, 1.0))
     for part in ("image", "text"):
@@ -236,7 +229,7 @@ def test_nothing_passes_where_passing_costs_much_and_more_where_it_costs_less(ma
 
 def test_another_partner_makes_another_map(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     method = M2IB(encoder, beta=0.01)
     own, others = method.attribute(images, tokens), method.attribute(images, tokens.roll(1, dims=0))
     assert ((own.image - others.image).abs().amax(dim=(1, 2)) > 0.01 * own.image.amax(dim=(1, 2))).all()
@@ -247,7 +240,7 @@ def test_another_partner_makes_another_map(make_encoder: MakeEncoder) -> None:
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_a_pair_is_explained_as_it_would_be_alone_and_without_padding(make_encoder: MakeEncoder, name: str) -> None:
     encoder = make_encoder(name, torch.float64)
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     batch = M2IB(encoder, **SMALL).attribute(images, tokens)
     order = [2, 0, 1]
     chunked = M2IB(encoder, **SMALL, internal_batch_size=2).attribute(images[order], tokens[order])
@@ -262,7 +255,7 @@ def test_a_pair_is_explained_as_it_would_be_alone_and_without_padding(make_encod
 
 def test_noise_comes_from_the_seed_alone(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit")
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     method = M2IB(encoder, **SMALL)
     first = method.attribute(images, tokens)
     torch.manual_seed(7)
@@ -275,17 +268,9 @@ def test_noise_comes_from_the_seed_alone(make_encoder: MakeEncoder) -> None:
         assert not torch.allclose(getattr(first, part), getattr(other, part), rtol=1e-3)
 
 
-def test_weights_of_half_precision_give_the_same_picture(make_encoder: MakeEncoder) -> None:
-    images, tokens = inputs(make_encoder("vit"))
-    full = M2IB(make_encoder("vit")).attribute(images, tokens)
-    half = M2IB(make_encoder("vit", torch.bfloat16)).attribute(images.bfloat16(), tokens)
-    for one, other in ((full.image, half.image), (full.text, half.text)):
-        torch.testing.assert_close(one, other.float(), rtol=0.1, atol=1.0)
-
-
-def test_only_the_tails_run_again(make_encoder: MakeEncoder) -> None:
+def test_only_the_blocks_after_the_bottleneck_run_again(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit")
-    images, tokens = inputs(encoder)
+    images, tokens = random_pairs(encoder)
     method = M2IB(encoder, **SMALL)
     runs: dict[str, int] = {}
     blocks = {"image": encoder.model.visual.transformer.resblocks, "text": encoder.model.transformer.resblocks}
@@ -300,36 +285,8 @@ def test_only_the_tails_run_again(make_encoder: MakeEncoder) -> None:
     assert [runs[f"{tower} {number}"] for tower in blocks for number in (0, 1)] == [1, 1, 1, 1]
 
 
-def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("vit").train()
-    encoder.model.logit_scale.requires_grad_(False)
-    images, tokens = inputs(encoder)
-    method = M2IB(encoder, **SMALL)
-
-    def state() -> Any:
-        return (
-            [(name, module.training, list(module._modules)) for name, module in encoder.named_modules()],
-            [(name, p.requires_grad, p.grad) for name, p in encoder.named_parameters()],
-            [(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in encoder.modules()],
-        )
-
-    before = state()
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("in the middle of a tail")
-
-    handle = encoder.model.visual.ln_post.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"):
-        method.attribute(images, tokens)
-    handle.remove()
-    assert state() == before
-    method.attribute(images, tokens)
-    assert state() == before
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
+def test_options_that_make_no_sense_are_errors_in_words(make_encoder: MakeEncoder) -> None:
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("vit", {"beta": 0}, "beta has to be a positive number; got 0"),
         ("vit", {"variance": -1.0}, "variance has to be a positive number"),
         ("vit", {"lr": math.nan}, "lr has to be a positive number; got nan"),
@@ -341,13 +298,10 @@ def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncode
         ("vit", {"layer": (None, -4)}, "layer .* 0 to 1 of the text tower's 0 to 2 .*got -4"),
         ("resnet", {"layer": 0}, "1 to 4 of the image tower's 1 to 4 .*got 0"),
         ("resnet", {"layer": (5, None)}, "got 5"),
-    ],
-)
-def test_options_that_make_no_sense_are_errors_in_words(
-    make_encoder: MakeEncoder, name: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        M2IB(make_encoder(name), **options)
+    ]
+    for name, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            M2IB(make_encoder(name), **options)
 
 
 def test_a_tower_of_a_single_block_is_refused(tmp_path: Path) -> None:
@@ -357,5 +311,5 @@ def test_a_tower_of_a_single_block_is_refused(tmp_path: Path) -> None:
         "text_cfg": TEXT | {"layers": 1},
     }
     (tmp_path / "model.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedTowerError, match="behind its bottleneck; the text tower has 1 only"):
+    with pytest.raises(UnsupportedTowerError, match="after its bottleneck; the text tower has 1 only"):
         M2IB(load_dual_encoder(tmp_path / "model.json"))

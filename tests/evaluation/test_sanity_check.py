@@ -211,7 +211,7 @@ def test_rows_are_means_over_pairs_of_the_maps_that_are_given_back(make_encoder:
         assert picture.pairs == text.pairs == 3
 
 
-def test_batches_change_nothing_and_progress_is_told(make_encoder: MakeEncoder) -> None:
+def test_batches_change_nothing_and_progress_is_reported(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
     images, tokens = random_pairs(encoder)
     told: list[tuple[int, int]] = []

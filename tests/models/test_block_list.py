@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +162,7 @@ def build(vision_cfg: dict[str, Any], folder: Path, embed_dim: int = 6) -> DualE
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Encoders in float64 that the tests of this file share, so they must not change them."""
-    made: dict[str, DualEncoder] = {}
-
-    def get(name: str) -> DualEncoder:
-        if name not in made:
-            made[name] = build(TOWERS[name].vision_cfg, tmp_path_factory.mktemp(name), TOWERS[name].embed_dim)
-        return made[name]
-
-    return get
+    return cache(lambda name: build(TOWERS[name].vision_cfg, tmp_path_factory.mktemp(name), TOWERS[name].embed_dim))
 
 
 def images_of(encoder: DualEncoder, count: int = 2) -> Tensor:
@@ -214,14 +207,14 @@ def test_features_are_the_input_of_the_numbered_block_and_embed_to_the_encoders_
             assert_same(tower.captured(own), hidden)
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_layers_count_from_the_end_too_and_stop_there(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
-    encoder, tower = encoder_of(name), TOWERS[name]
-    assert encoder.image_at_layer(-1).layer == tower.depth - 1
-    assert encoder.image_at_layer(-tower.depth).layer == 0
-    for layer in (len(tower.grids), -tower.depth - 1):
-        with pytest.raises(ValueError, match=rf"image tower has layers 0 to {tower.depth - 1} .*got layer {layer}$"):
-            encoder.image_at_layer(layer)
+def test_layers_count_from_the_end_too_and_stop_there(encoder_of: Callable[[str], DualEncoder]) -> None:
+    for name in TOWERS:
+        encoder, tower = encoder_of(name), TOWERS[name]
+        assert encoder.image_at_layer(-1).layer == tower.depth - 1
+        assert encoder.image_at_layer(-tower.depth).layer == 0
+        for layer in (len(tower.grids), -tower.depth - 1):
+            with pytest.raises(ValueError, match=rf"tower has layers 0 to {tower.depth - 1} .*got layer {layer}$"):
+                encoder.image_at_layer(layer)
 
 
 @pytest.mark.parametrize("name", [name for name, tower in TOWERS.items() if not tower.maps])
@@ -368,7 +361,7 @@ def test_nothing_is_left_of_a_cut_behind_the_last_block(encoder_of: Callable[[st
         ),
     ],
 )
-def test_a_tower_that_cannot_be_cut_still_embeds_and_says_why(
+def test_an_unsupported_tower_still_embeds_and_says_why(
     vision_cfg: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     encoder = build(vision_cfg, tmp_path)

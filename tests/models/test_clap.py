@@ -73,7 +73,7 @@ def test_embeddings_are_claps_own_before_it_normalises(encoder: ClapEncoder) -> 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @torch.no_grad()
-def test_the_audio_tower_is_cut_at_its_stages_and_its_head(layer: int, encoder: ClapEncoder) -> None:
+def test_the_audio_tower_has_its_stages_and_its_head_as_layers(layer: int, encoder: ClapEncoder) -> None:
     images, stages = sounds(encoder), encoder.model.audio_model.audio_encoder.layers
     tower = encoder.image_at_layer(layer)
     hidden = tower.features_before(images)
@@ -91,7 +91,7 @@ def test_the_audio_tower_is_cut_at_its_stages_and_its_head(layer: int, encoder: 
 
 @pytest.mark.parametrize("layer", [0, 1])
 @torch.no_grad()
-def test_the_text_tower_is_cut_at_its_layers(layer: int, encoder: ClapEncoder) -> None:
+def test_the_text_tower_at_its_layers(layer: int, encoder: ClapEncoder) -> None:
     tokens, blocks = encoder.tokenizer.encode(CAPTIONS), encoder.model.text_model.encoder.layer
     tower = encoder.text_at_layer(layer)
     hidden = tower.features_before(tokens)
@@ -133,17 +133,18 @@ def test_hidden_states_lie_where_the_fold_took_them_from(layer: int, encoder: Cl
         assert_same(tower.features_before(images)[0, channel], expected)
 
 
-@pytest.mark.parametrize(("row", "column"), [(0, 0), (0, 15), (3, 0), (1, 7), (2, 8), (3, 15)])
 @torch.no_grad()
-def test_a_change_at_one_frequency_and_time_moves_the_token_there(row: int, column: int, encoder: ClapEncoder) -> None:
-    # 64 frames are not interpolated, so that patches of 4 x 4 are exact.
-    before = torch.randn(1, 1, BANDS, 64, generator=torch.Generator().manual_seed(4)).double() * 15 - 45
-    after = before.clone()
-    after[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 20
-    tower = encoder.image_at_layer(0)
-    moved = (tower.features_before(after) != tower.features_before(before)).any(dim=1)[0]
-    assert moved.nonzero().tolist() == [[row, column]]
-    assert tower.on_grid(moved.flatten()).nonzero().tolist() == [[row, column]]
+def test_a_change_at_one_frequency_and_time_moves_the_token_there(encoder: ClapEncoder) -> None:
+    cases: list[tuple[int, int]] = [(0, 0), (0, 15), (3, 0), (1, 7), (2, 8), (3, 15)]
+    for row, column in cases:
+        # 64 frames are not interpolated, so that patches of 4 x 4 are exact.
+        before = torch.randn(1, 1, BANDS, 64, generator=torch.Generator().manual_seed(4)).double() * 15 - 45
+        after = before.clone()
+        after[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 20
+        tower = encoder.image_at_layer(0)
+        moved = (tower.features_before(after) != tower.features_before(before)).any(dim=1)[0]
+        assert moved.nonzero().tolist() == [[row, column]]
+        assert tower.on_grid(moved.flatten()).nonzero().tolist() == [[row, column]]
 
 
 # ---- attributions
@@ -274,7 +275,7 @@ def test_short_sounds_are_filled_up(encoder: ClapEncoder) -> None:
 
 
 @torch.no_grad()
-def test_a_model_with_fusion_takes_four_channels_and_is_cut_all_the_same(tmp_path: Path) -> None:
+def test_a_model_with_fusion_takes_four_channels_and_has_the_same_layers(tmp_path: Path) -> None:
     encoder = load_clap(save_clap(tmp_path, fused=True), context_length=12).double().eval()
     images = encoder.spectrogram(tone(200), RATE)[None].double()
     assert images.shape == (1, 4, BANDS, FRAMES)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, TEXT, randomised
 from equation_10 import Side, block_input, equation_10, replacing
+from inputs import CAPTIONS, random_pairs
 from torch import Tensor, nn
 
 from lightning_xai.attribution import FeaturePairAttribution
@@ -71,7 +73,6 @@ MASKS: dict[str, tuple[str, dict[str, Any]]] = {
 for _name, (_base, _) in MASKS.items():
     VARIANTS[_name] = VARIANTS[_base] | {"custom_text": True}
 ALL = {**ARCHITECTURES, **VARIANTS}
-CAPTIONS = ["a dog on a red mat", "two cats", "one very long caption of eleven or more tokens here"]
 
 
 def build(config: dict[str, Any], folder: Path) -> DualEncoder:
@@ -84,23 +85,14 @@ def build(config: dict[str, Any], folder: Path) -> DualEncoder:
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Encoders in float64 that the tests of this file share, so they must not change them."""
-    made: dict[str, DualEncoder] = {}
 
-    def get(name: str) -> DualEncoder:
-        if name not in made:
-            encoder = build(ALL[name], tmp_path_factory.mktemp(name))
-            for attribute, value in MASKS[name][1].items() if name in MASKS else ():
-                setattr(encoder.model.text, attribute, value)
-            made[name] = DualEncoder(encoder.model, encoder.tokenizer, encoder.architecture).eval()
-        return made[name]
+    def make(name: str) -> DualEncoder:
+        encoder = build(ALL[name], tmp_path_factory.mktemp(name))
+        for attribute, value in MASKS[name][1].items() if name in MASKS else ():
+            setattr(encoder.model.text, attribute, value)
+        return DualEncoder(encoder.model, encoder.tokenizer, encoder.architecture).eval()
 
-    return get
-
-
-def probes(encoder: DualEncoder) -> tuple[Tensor, Tensor]:
-    height, width = encoder.image_transform.size
-    images = torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
-    return images, encoder.tokenizer.encode(CAPTIONS)
+    return cache(make)
 
 
 def block_of(encoder: DualEncoder, tower: str, layer: int) -> nn.Module:
@@ -132,7 +124,7 @@ def test_features_are_the_input_of_the_numbered_block_and_embed_to_the_encoders_
     name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
-    images, tokens = probes(encoder)
+    images, tokens = random_pairs(encoder)
     # CoCa normalises by default.
     sides: tuple[tuple[str, Tensor, Any, Any, Any], ...] = (
         ("image", images, encoder.image_at_layer, encoder.encode_image, encoder.model.encode_image),
@@ -147,33 +139,23 @@ def test_features_are_the_input_of_the_numbered_block_and_embed_to_the_encoders_
             own_hidden = block_input(block, partial(own_encode, inputs, normalize=False))
             assert_same(hidden, own_hidden[:, : hidden.shape[1]])
             assert_same(tower.embed_from(hidden, inputs), expected)
-            assert tower.layer == layer
-            assert tower.block is block
+            assert (tower.layer, tower.block) == (layer, block)
+            if kind == "image" and hidden.ndim == 4:
+                assert (tower.prefix_tokens, tower.grid) == (0, hidden.shape[2:])
+            elif kind == "image":
+                assert hidden.shape[1] == tower.prefix_tokens + math.prod(tower.grid)
 
 
-@pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_image_tokens_are_prefix_and_grid_from_left_to_right_and_top_to_bottom(
-    name: str, encoder_of: Callable[[str], DualEncoder]
-) -> None:
-    encoder = encoder_of(name)
-    images, _ = probes(encoder)
-    for layer in layers_of(name, "image"):
-        tower = encoder.image_at_layer(layer)
-        hidden = tower.features_before(images)
-        rows, columns = tower.grid
-        if hidden.ndim == 4:
-            assert tower.prefix_tokens == 0
-            assert hidden.shape[2:] == (rows, columns)
-        else:
-            assert hidden.shape[1] == tower.prefix_tokens + rows * columns
-    if encoder.image_transform.size == (32, 48):
-        changed = images.clone()
-        changed[:, :, 8:16, 40:48] = 0  # second row, last column
-        tower = encoder.image_at_layer(0)
-        assert tower.grid == (4, 6)
-        differing = (tower.features_before(changed) != tower.features_before(images)).any(dim=2)[0].nonzero().flatten()
-        assert differing.tolist() == [tower.prefix_tokens + 1 * 6 + 5]
+def test_the_grid_runs_from_left_to_right_and_top_to_bottom(encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of("oblong_pooled_before_norm")
+    images, _ = random_pairs(encoder)
+    changed = images.clone()
+    changed[:, :, 8:16, 40:48] = 0  # second row, last column
+    tower = encoder.image_at_layer(0)
+    assert tower.grid == (4, 6)
+    differing = (tower.features_before(changed) != tower.features_before(images)).any(dim=2)[0].nonzero().flatten()
+    assert differing.tolist() == [tower.prefix_tokens + 1 * 6 + 5]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -182,7 +164,7 @@ def test_a_path_embeds_every_mixture_of_reference_and_input(
     name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
-    images, tokens = probes(encoder)
+    images, tokens = random_pairs(encoder)
     generator = torch.Generator().manual_seed(2)
     towers: list[tuple[TowerAtLayer, Tensor]] = [(encoder.image_at_layer(), images), (encoder.text_at_layer(), tokens)]
     for (tower, inputs), references in product(towers, (1, 3)):
@@ -200,7 +182,7 @@ def test_a_path_embeds_every_mixture_of_reference_and_input(
 @torch.no_grad()
 def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
     encoder = build(ARCHITECTURES["vit"], tmp_path)
-    images, tokens = probes(encoder)
+    images, tokens = random_pairs(encoder)
     expected_image, expected_text = encoder.model.encode_image(images), encoder.model.encode_text(tokens)
     model: Any = encoder.model
     for transformer in (model.visual.transformer, model.transformer):
@@ -220,7 +202,7 @@ def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
 def test_text_without_positions_to_read_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
     tower = encoder_of("vit").text_at_layer()
     with pytest.raises(ValueError, match="token ids"):
-        tower.embed_from(tower.features_before(probes(encoder_of("vit"))[1]))
+        tower.embed_from(tower.features_before(random_pairs(encoder_of("vit"))[1]))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +239,7 @@ def test_visible_tokens_are_those_that_the_embedding_changes_with(
     name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
-    tokens = encoder.tokenizer.encode(CAPTIONS)
+    tokens = encoder.tokenizer.encode(list(CAPTIONS))
     tokens[0, 3] = 0  # what pads stands amid a caption, too: it is an exclamation mark
     encode = partial(encoder.model.encode_text, normalize=False)
     block = block_of(encoder, "text", 0)
@@ -278,7 +260,7 @@ def test_attributions_agree_with_equation_10_taken_literally(
     name: str, layer: int, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
-    images, tokens = probes(encoder)
+    images, tokens = random_pairs(encoder)
     result = FeaturePairAttribution(encoder, text_layer=layer, steps=2).attribute(images[:1], tokens[:1])
     reference = torch.zeros_like(tokens[:1])
     reference[0, 0], reference[0, 2] = 49406, 49407
@@ -297,7 +279,7 @@ def test_attributions_agree_with_equation_10_taken_literally(
 @pytest.mark.parametrize("name", ["siglips_text", "coca", *MASKS])
 def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
     encoder = encoder_of(name)
-    images, tokens = probes(encoder)
+    images, tokens = random_pairs(encoder)
     attribution = FeaturePairAttribution(encoder, 1, 1, steps=32, rule="gauss_legendre")
     result = attribution.attribute(images, tokens)
     assert result.completeness_error.abs().max() < 1e-9
@@ -307,7 +289,7 @@ def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Cal
 def test_text_that_is_not_pooled_has_no_layers(tmp_path: Path) -> None:
     text = TEXT | {"pool_type": "none", "proj_type": "none", "no_causal_mask": True}
     encoder = build({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": text}, tmp_path)
-    _, tokens = probes(encoder)
+    _, tokens = random_pairs(encoder)
     assert_same(encoder.encode_text(tokens), encoder.model.encode_text(tokens))
     with pytest.raises(UnsupportedTowerError, match="pooled by 'none'"):
         encoder.text_at_layer()
@@ -362,7 +344,7 @@ def test_differentiable_allows_forward_and_reverse_derivatives_in_inference_mode
 ) -> None:
     encoder = encoder_of("vit")
     with torch.inference_mode():
-        hidden = encoder.image_at_layer(1).features_before(probes(encoder)[0])
+        hidden = encoder.image_at_layer(1).features_before(random_pairs(encoder)[0])
         with differentiable(encoder.model):
             point = as_constant(hidden).requires_grad_()
             embed = encoder.image_at_layer(1).embed_from

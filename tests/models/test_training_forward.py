@@ -83,15 +83,14 @@ def with_dropout(tmp_path: Path) -> DualEncoder:
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_average_pool", "vit_custom_block"])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
-def test_chunks_of_any_size_give_loss_and_gradients_of_the_whole_batch(
-    make_encoder: MakeEncoder, name: str, chunk_size: int
-) -> None:
-    encoder = make_encoder(name, torch.float64).train()
-    images, tokens = batch_of(encoder)
-    plain = step(encoder, images, tokens)
-    assert_same(step(encoder, images, tokens, chunk_size), plain)
-    assert_same(step(encoder, images, encoder.trim_tokens(tokens), chunk_size), plain)
+def test_chunks_of_any_size_give_loss_and_gradients_of_the_whole_batch(make_encoder: MakeEncoder, name: str) -> None:
+    cases: list[int] = [1, 3, 7, 100]
+    for chunk_size in cases:
+        encoder = make_encoder(name, torch.float64).train()
+        images, tokens = batch_of(encoder)
+        plain = step(encoder, images, tokens)
+        assert_same(step(encoder, images, tokens, chunk_size), plain)
+        assert_same(step(encoder, images, encoder.trim_tokens(tokens), chunk_size), plain)
 
 
 def test_chunks_give_the_gradients_in_float32_within_its_rounding(make_encoder: MakeEncoder) -> None:
