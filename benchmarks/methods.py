@@ -6,7 +6,7 @@
 
 Random weights of ViT-B-32, float32, captions of COCO's length. What is compared runs in one process, in turn, so that
 what else the machine does touches all alike; a time is the median of several rounds after one that is not counted.
-Peak memory (resident set of the process, or what the GPU has allocated) is measured in a process of its own. Times
+Peak memory (resident set of the process, or what the GPU has allocated) is measured in a separate process. Times
 differ from machine to machine: read the ratios.
 """
 
@@ -74,7 +74,7 @@ def inputs(device: str, pairs: int) -> tuple[Any, Any, Any]:
 def plain_m2ib(model: Any, image: Any, tokens: Any, *, block: int = 9, beta: float = 0.1) -> dict[str, Any]:
     """M2IB of one pair as its published code computes it: both encoders in full at each of 10 steps of each tower.
 
-    Ten copies of the pair, each with noise of its own, run as one batch. Captions keep their padding.
+    Ten copies of the pair, each with its own noise, run as one batch. Captions keep their padding.
 
     Args:
         model: open_clip's.
@@ -101,7 +101,7 @@ def plain_m2ib(model: Any, image: Any, tokens: Any, *, block: int = 9, beta: flo
 
 
 def plain_capacity(block: Any, encode: Callable[[], Any], similarity: Callable[[], Any], beta: float) -> Any:
-    """The capacity [T] behind one block, whose output is compressed while `similarity` runs both encoders.
+    """The capacity [T] after one block, whose output is compressed while `similarity` runs both encoders.
 
     Args:
         block: of the tower that `encode` runs once, to see what the block gives.
@@ -226,16 +226,16 @@ def measure_peak(device: str, name: str, masks: int, batch: int) -> float:
 
 
 def m2ib_section(device: str) -> list[str]:
-    """M2IB beside both encoders in full."""
+    """M2IB, and both encoders in full."""
     seconds = in_own_process(measure_m2ib, device, 2)
     lines = [
-        f"M2IB, 10 steps, 10 noise samples, bottleneck behind block 9 of 12, {PAIRS} pairs at a time. Plain: both "
+        f"M2IB, 10 steps, 10 noise samples, bottleneck after block 9 of 12, {PAIRS} pairs at a time. Plain: both "
         "encoders in full at each step of each tower, as the published code does, which leaves the weights their "
         "gradients.",
         "",
         "| M2IB | seconds a pair | ours is faster by | target |",
         "|---|---|---|---|",
-        f"| tails only, pairs batched | {seconds['ours']:.3f} | 1 | |",
+        f"| blocks after the bottleneck only, pairs batched | {seconds['ours']:.3f} | 1 | |",
     ]
     for name, target in (("plain", "at least 25"), ("plain, weights frozen", "")):
         lines.append(f"| {name} | {seconds[name]:.2f} | {seconds[name] / seconds['ours']:.1f} | {target} |")
@@ -243,7 +243,7 @@ def m2ib_section(device: str) -> list[str]:
 
 
 def masks_section(device: str) -> list[str]:
-    """RISE and Kernel SHAP beside the bare encoder."""
+    """RISE and Kernel SHAP, and the bare encoder."""
     lines = [
         f"One pair, {MASKED} masked inputs at a time. Bare: the encoder alone on as many inputs, masked before.",
         "",

@@ -115,7 +115,7 @@ class LinearEncoder(TwoTowerEncoder):
     def _image_at_layer(self, layer: int) -> TowerAtLayer:
         return _ImageAtLayer(self)
 
-    def _check(self, tower: str, split: TowerAtLayer) -> None:
+    def _check(self, name: str, at: TowerAtLayer) -> None:
         """The similarity is defined for small inputs only, which the probe of a tower is not."""
 
     def _text_at_layer(self, layer: int) -> TextTowerAtLayer:

@@ -20,7 +20,7 @@ from lightning_xai.commands.roar import Roar, all_methods
 from lightning_xai.data import ShapesDataModule, ShardDataModule
 from lightning_xai.evaluation import AttributionEvaluation
 from lightning_xai.models import DualEncoder, load_dual_encoder
-from lightning_xai.models.dual_encoder import tag_architecture
+from lightning_xai.models.architecture import tag_architecture
 from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
 
 ROOT = Path(__file__).resolve().parents[1]

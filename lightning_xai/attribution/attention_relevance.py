@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,13 +27,15 @@ from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
+_At = TypeVar("_At", bound=TowerAtLayer)
+
 
 class AttentionRelevance(AttributionMethod):
     """Relevance of patches and tokens by attention times its gradient (Chefer et al. 2021, Eqs. 5 and 6).
 
     The image map is the row of R of the position that the embedding is read from (CLS), without CLS and registers;
     where a tower averages, the mean row of the tokens that it averages. The pooling attention of a tower that has one
-    (SigLIP, CoCa) is one more step: its query is no token of its own, so `R <- mean_h(relu(A * dA)) R`, and the
+    (SigLIP, CoCa) is one more step: its query is no token, so `R <- mean_h(relu(A * dA)) R`, and the
     query's row is read. The text map is the row of the token that is read (end of text, CLS, the last), zero for the
     marks of start and end and for padding. Maps are not negative and larger is more; they have no unit.
 
@@ -53,10 +55,10 @@ class AttentionRelevance(AttributionMethod):
         self, encoder: TwoTowerEncoder, *, start_layer: int = -1, internal_batch_size: int | None = None
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._image_split, self._text_split = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
-        self.grid = self._image_split.grid
-        self._image = _Tower("image", self._image_split, encoder.image_at_layer(-1))
-        self._text = _Tower("text", self._text_split, encoder.text_at_layer(-1))
+        image, text = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
+        self.grid = image.grid
+        self._image = _Tower("image", image, encoder.image_at_layer(-1))
+        self._text = _Tower("text", text, encoder.text_at_layer(-1))
         weight = next(encoder.parameters())
         with differentiable(encoder):
             # Refuse what cannot be served now, not after an hour of other methods.
@@ -79,15 +81,15 @@ class AttentionRelevance(AttributionMethod):
         text_BT = self._text.relevance(text, gradients[len(image.attentions) :])
         own = self.encoder.tokenizer.content_mask(tokens)
         return Attribution(
-            image=self._image_split.on_grid(image_BT),
-            text=self._text_split.on_caption(text_BT, tokens.shape[1]) * own,
+            image=self._image.first.on_grid(image_BT),
+            text=self._text.first.on_caption(text_BT, tokens.shape[1]) * own,
             similarity=similarity_B.detach(),
         )
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """What a tower's forward pass leaves for its relevance.
+    """The results of a tower's forward pass that its relevance needs.
 
     Attributes:
         inputs: images or token ids.
@@ -102,12 +104,12 @@ class _Forward:
     attentions: list[Tensor]
 
 
-class _Tower:
-    """One tower from the first block of the product on; `last` is the same tower, cut at its last block."""
+class _Tower(Generic[_At]):
+    """One tower at the first block of the product, and at its last block."""
 
-    def __init__(self, name: str, split: TowerAtLayer, last: TowerAtLayer) -> None:
-        self._name, self._split, self._last = name, split, last
-        self._blocks = last.layer - split.layer + 1
+    def __init__(self, name: str, first: _At, last: TowerAtLayer) -> None:
+        self._name, self.first, self._last = name, first, last
+        self._blocks = last.layer - first.layer + 1
 
     def run(self, inputs: Tensor) -> _Forward:
         """The embeddings of images or token ids, with the graph that relevance needs, and none before.
@@ -116,17 +118,17 @@ class _Tower:
             UnsupportedTowerError: its blocks do not attend over one sequence of tokens, or not so that it can be seen.
         """
         with torch.no_grad():
-            hidden = self._split.features_before(inputs)
+            hidden = self.first.features_before(inputs)
         if hidden.ndim == 4:
             raise self._unsupported("passes on feature maps, without self-attention over one sequence of tokens")
         attentions: list[Tensor] = []
-        # What attends behind the last block is a pool. A last block that is not called as a whole has none behind it.
+        # What attends after the last block is a pool. A last block that is not called as a whole has none after it.
         in_blocks: list[int] = []
-        assert self._last.block is not None, "only feature maps can be cut at a head without a module"
+        assert self._last.block is not None, "only feature maps have a head without a module"
         handle = self._last.block.register_forward_hook(lambda *_: in_blocks.append(len(attentions)))
         try:
             with _AttentionReplaced(_recording(attentions)):
-                embedding_BK = self._split.embed_from(hidden, inputs)
+                embedding_BK = self.first.embed_from(hidden, inputs)
         finally:
             handle.remove()
         if (in_blocks or [len(attentions)]) != [self._blocks]:
@@ -164,7 +166,7 @@ class _Tower:
 
         hidden = forward.hidden_BTD.detach().requires_grad_()
         with _AttentionReplaced(constant):
-            # One number of the embedding is enough; their sum may be constant behind a layer norm.
+            # One number of the embedding is enough; their sum may be constant after a layer norm.
             component_B = self._last.embed_from(hidden, forward.inputs)[:, 0]
         (gradient_BTD,) = torch.autograd.grad(component_B.sum(), hidden)
         return gradient_BTD.ne(0).any(dim=2).to(hidden)
@@ -177,7 +179,7 @@ class _Tower:
 
 
 class _AttentionReplaced(TorchFunctionMode):
-    """Inside, `scaled_dot_product_attention` is another function, whoever calls it; nothing is patched."""
+    """Inside, `scaled_dot_product_attention` is another function, for every caller; nothing is patched."""
 
     def __init__(self, attend: Callable[..., Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every attribution method takes and returns.
+"""The interface of every attribution method.
 
 Shape suffixes: B pairs, L caption tokens, H x W the patch grid.
 """
@@ -30,11 +30,11 @@ class ConstantMapWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Attribution:
-    """What the patches of B images and the tokens of B captions contribute to the similarity of each pair.
+    """The contribution of the patches of B images and the tokens of B captions to the similarity of each pair.
 
     Attributes:
         image: [B, H, W] at patch resolution; signed where the method is signed, else non-negative. Larger is more.
-        text: [B, L], likewise; zero for tokens that the embedding cannot depend on, such as padding behind the end.
+        text: [B, L], likewise; zero for tokens that the embedding cannot depend on, such as padding after the end.
         similarity: [B], the cosine similarity that is explained, in [-1, 1].
         interactions: [B, L, H, W], signed: how much token and patch together add to the similarity, in its units; None
             for methods without token-patch attributions.
@@ -204,14 +204,14 @@ def check_finite(part: Tensor, name: str, method: str) -> None:
 
 
 def _warn_if_constant(maps: Tensor, own: Tensor, name: str, method: str) -> None:
-    """Warn where a map [B, N] is the same, but for rounding, at all of its own places, [B, N] bool, if not at one."""
+    """Warn where a map [B, N] is constant, but for rounding, over `own` [B, N] bool, unless that is a single place."""
     high = maps.masked_fill(~own, -torch.inf).amax(dim=1)
     low = maps.masked_fill(~own, torch.inf).amin(dim=1)
     rounding = _ROUNDING * torch.maximum(high.abs(), low.abs()) + _NOTHING
     constant = (((high - low) <= rounding) & (own.sum(dim=1) != 1)).nonzero()[:, 0]
     if len(constant):
         warnings.warn(
-            f"{method}: the {name} map of pair(s) {constant.tolist()} is constant, so it tells no part from another; "
+            f"{method}: the {name} map of pair(s) {constant.tolist()} is constant, so that all parts count alike; "
             "the model may ignore this input there, or the layer may be one that the embedding does not read",
             ConstantMapWarning,
             stacklevel=3,

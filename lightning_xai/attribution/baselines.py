@@ -1,4 +1,4 @@
-"""Maps that know nothing of what the model sees: any real method has to beat them.
+"""Baselines: maps that ignore the model, which every real method has to beat.
 
 Shape suffixes: B pairs, L tokens, H x W the patch grid.
 """
@@ -27,7 +27,7 @@ class RandomMap(AttributionMethod):
         internal_batch_size: images and captions that pass through a tower at a time (for the similarity), None for all.
 
     Raises:
-        ValueError: an image tower that cannot be split.
+        ValueError: an unsupported image tower.
     """
 
     stochastic = True
@@ -68,7 +68,7 @@ class CentredGaussian(AttributionMethod):
         internal_batch_size: images and captions that pass through a tower at a time (for the similarity), None for all.
 
     Raises:
-        ValueError: a width that is not positive, or an image tower that cannot be split.
+        ValueError: a width that is not positive, or an unsupported image tower.
     """
 
     baseline = True

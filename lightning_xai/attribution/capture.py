@@ -1,4 +1,4 @@
-"""Hidden states taken from a forward pass that runs anyway."""
+"""Hidden states from a forward pass that runs anyway."""
 
 from __future__ import annotations
 

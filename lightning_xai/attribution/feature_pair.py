@@ -1,4 +1,4 @@
-"""Feature-pair attribution: which tokens of a caption and which patches of an image make their similarity (Eq. 10).
+"""Feature-pair attribution: the tokens of a caption and the patches of an image that make their similarity (Eq. 10).
 
 `A[s, p] = sum_k (sum_d (b - r_b)[s, d] J_b[k, s, d]) (sum_d (a - r_a)[p, d] J_a[k, p, d])`, with J the integrated
 Jacobians of Eq. 9 at a layer's input. The inner sums factor, so that no Jacobian is ever built:
@@ -56,7 +56,7 @@ class _Side:
         return cls(path, embedding_at(path, 1.0, len(hidden), tokens, hidden), tokens)
 
     def every_token(self) -> Tensor:
-        """[B, T, T]: each token as a selection of its own."""
+        """[B, T, T]: each token alone as a selection."""
         return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
 
     def change(self) -> Tensor:
@@ -81,7 +81,7 @@ class FeaturePairAttribution(PairwiseMethod):
         internal_batch_size: pairs computed at a time, None for all; bounds memory, changes no number.
 
     Raises:
-        ValueError: a layer that does not exist, fewer steps than the rule needs, a tower that cannot be split.
+        ValueError: a layer that does not exist, fewer steps than the rule needs, an unsupported tower.
     """
 
     signed = True

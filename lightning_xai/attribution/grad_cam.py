@@ -35,7 +35,7 @@ class GradCAM(AttributionMethod):
         internal_batch_size: pairs at a time, None for all.
 
     Raises:
-        ValueError: no such layer, or a tower that cannot be split.
+        ValueError: no such layer, or an unsupported tower.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class GradCAM(AttributionMethod):
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._image = _split_at_the_end(encoder) if image_layer is None else encoder.image_at_layer(image_layer)
+        self._image = _image_at_the_end(encoder) if image_layer is None else encoder.image_at_layer(image_layer)
         self.grid = self._image.grid
         self._text = encoder.text_at_layer(-1 if text_layer is None else text_layer)
 
@@ -92,9 +92,9 @@ class GradCAM(AttributionMethod):
         return self._text.on_caption(maps_BT, tokens.shape[1]) * visible_BL
 
 
-def _split_at_the_end(encoder: TwoTowerEncoder) -> TowerAtLayer:
+def _image_at_the_end(encoder: TwoTowerEncoder) -> TowerAtLayer:
     last = encoder.image_at_layer()
-    with suppress(ValueError):  # only feature maps can be cut behind the last block
+    with suppress(ValueError):  # only feature maps have a layer after the last block
         return encoder.image_at_layer(last.layer + 1)
     return last
 

@@ -42,7 +42,7 @@ class IntegratedGradients(AttributionMethod):
         internal_batch_size: points of paths, of all pairs together, that pass through a tower at a time; None: all.
 
     Raises:
-        ValueError: fewer steps than the rule needs, an unknown rule or reference, a tower that cannot be split.
+        ValueError: fewer steps than the rule needs, an unknown rule or reference, an unsupported tower.
     """
 
     signed = True

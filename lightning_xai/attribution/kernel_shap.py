@@ -54,7 +54,7 @@ class KernelSHAP(AttributionMethod):
         internal_batch_size: masked inputs that pass through a tower at a time; None: as many as there are samples.
 
     Raises:
-        ValueError: fewer samples than unknowns, an unknown reference, or a tower that cannot be split.
+        ValueError: fewer samples than unknowns, an unknown reference, or an unsupported tower.
     """
 
     signed = True
@@ -184,7 +184,7 @@ class _LeastSquares(Model):  # type: ignore[misc]  # Captum has no types
         root_N1 = weights.sqrt().unsqueeze(1)
         design = torch.cat([samples, torch.ones_like(root_N1)], dim=1)
         if not values.isfinite().all():
-            # LAPACK would raise an error of its own; `attribute` says what a map that is not finite means.
+            # LAPACK would raise another error; `attribute` says what a map that is not finite means.
             self._coefficients = torch.full_like(design[0], torch.nan)
             return
         # By singular values: the default's pivoting leaves undetermined coefficients to chance on older PyTorch.
@@ -201,7 +201,7 @@ class _LeastSquares(Model):  # type: ignore[misc]  # Captum has no types
 
 
 def _check_samples(name: str, samples: int, features: int, unit: str) -> None:
-    # Beside the two ends, at least one sample for each value that is not settled by them.
+    # In addition to the two ends, at least one sample for each value that is not settled by them.
     if samples < features + 1:
         raise ValueError(
             f"{name} has to be at least {features + 1} for {features} {unit}, or the values are not determined; "

@@ -1,16 +1,16 @@
-"""M2IB: how much of each patch and token has to pass for the pair to stay similar (M2IB paper, Eqs. 4-15).
+"""M2IB: the part of each patch and token that has to pass for the pair to stay similar (M2IB paper, Eqs. 4-15).
 
-A bottleneck behind one block of a tower mixes its output f with noise, `z = h f + sigma (1 - h) eps` (Eq. 5), where
+A bottleneck after one block of a tower mixes its output f with noise, `z = h f + sigma (1 - h) eps` (Eq. 5), where
 `h = sigmoid(lambda)` says how much of each feature is kept. For each pair and tower, lambda maximises (Eq. 15)
 
-    mean over eps of cos(e_other, tail(z)) - beta * mean over tokens and features of KL,
+    mean over eps of cos(e_other, embed_from(z)) - beta * mean over tokens and features of KL,
     KL = KL(N(h f, sigma^2 (1 - h)^2) || N(0, 1)),
 
 a fit less the price of what passes. The KL, in nats, bounds that: a token's attribution is its KL summed over features.
 
 Where the paper leaves a choice, the published one is taken: lambda starts at 5, Adam, and a mean of the KL, not a sum;
-beta is calibrated for that. What changes no number is dropped: stem and other tower run once, not at every step, and a
-caption's padding does not run at all. Nor does padding enter the mean over tokens, which depends on it.
+beta is calibrated for that. What changes no number is dropped: earlier blocks and the other tower run once, not at
+every step, and a caption's padding does not run at all. Nor does padding enter the mean over tokens.
 
 Shape suffixes: B pairs, N noise samples, T tokens run (or positions of a feature map), D hidden width (or channels),
 K embedding width, L tokens of a caption as given.
@@ -32,7 +32,7 @@ _START = 5.0  # lambda before the first step: 0.993 of every feature is kept
 
 
 def capacity(features: Tensor, gates: Tensor, variance: float) -> Tensor:
-    """The most a bottleneck can tell of each feature: KL(N(h f, variance (1 - h)^2) || N(0, 1)), h = sigmoid(gates).
+    """The most that passes of each feature: KL(N(h f, variance (1 - h)^2) || N(0, 1)), h = sigmoid(gates).
 
     Args:
         features: f, of any shape.
@@ -58,13 +58,13 @@ def bottleneck(features_BTD: Tensor, gates_BTD: Tensor, variance: float, noise_N
 
 
 class M2IB(AttributionMethod):
-    """Multi-modal information bottleneck: nats that each patch and token passes on when all that is needless is cut.
+    """Multi-modal information bottleneck: nats that each patch and token passes on when all that is needless is gone.
 
     Maps are non-negative; more is more important. The image map sums the capacity of each patch over features, the text
     map that of each token, zero for padding that the model does not see. Prefix tokens such as CLS pass through the
     bottleneck too, and count in the compression, but have no place in the maps.
 
-    Every pair sees the same noise, drawn on the CPU anew at each step.
+    Every pair sees the same noise, drawn on the CPU again at each step.
 
     Args:
         encoder: the dual encoder to explain.
@@ -83,7 +83,7 @@ class M2IB(AttributionMethod):
 
     Raises:
         ValueError: beta, variance or lr is not positive, steps or samples less than one, a layer that the tower does
-            not have or that nothing follows, a tower that cannot be split.
+            not have or that nothing follows, an unsupported tower.
     """
 
     stochastic = True
@@ -110,8 +110,8 @@ class M2IB(AttributionMethod):
             if count < 1:
                 raise ValueError(f"{name} has to be at least 1; got {count}")
         image_layer, text_layer = layer if isinstance(layer, tuple) else (layer, layer)
-        self.image = encoder.image_at_layer(_behind(image_layer, encoder.image_at_layer(), "image"))
-        self.text = encoder.text_at_layer(_behind(text_layer, encoder.text_at_layer(), "text"))
+        self.image = encoder.image_at_layer(_layer_after(image_layer, encoder.image_at_layer(), "image"))
+        self.text = encoder.text_at_layer(_layer_after(text_layer, encoder.text_at_layer(), "text"))
         self.grid = self.image.grid
         self.beta, self.variance = beta, variance
         self.steps, self.samples, self.lr, self.seed = steps, samples, lr, seed
@@ -127,7 +127,7 @@ class M2IB(AttributionMethod):
             image_BK, text_BK = self.image.embed_from(image), self.text.embed_from(text, tokens)
         everything_BT = image.new_ones(len(image), self.image.count(image), dtype=torch.bool)
         visible_BL = self.text.visible(tokens)
-        # Behind the caption's own tokens there may be one that the tower adds, a class token: it is always seen.
+        # After the caption's own tokens there may be one that the tower adds, a class token: it is always seen.
         visible_BT = pad(visible_BL, (0, text.shape[1] - tokens.shape[1]), value=True)
         image_BT = self._nats(self.image, image, everything_BT, text_BK)
         text_BT = self._nats(self.text, text, visible_BT, image_BK, tokens)
@@ -138,10 +138,10 @@ class M2IB(AttributionMethod):
         )
 
     def _nats(
-        self, split: TowerAtLayer, hidden: Tensor, visible_BT: Tensor, other_BK: Tensor, tokens: Tensor | None = None
+        self, tower: TowerAtLayer, hidden: Tensor, visible_BT: Tensor, other_BK: Tensor, tokens: Tensor | None = None
     ) -> Tensor:
-        """The capacity of each token [B, T] behind one tower's block, whose output is `hidden`."""
-        features_BTD = hidden.flatten(2).mT if split.is_feature_map else hidden
+        """The capacity of each token [B, T] after one tower's block, whose output is `hidden`."""
+        features_BTD = hidden.flatten(2).mT if tower.is_feature_map else hidden
         # Half precision would lose Adam's small numbers.
         features_BTD = features_BTD.to(torch.promote_types(hidden.dtype, torch.float32))
         # The weight of a token's sum over features in the mean over visible tokens and features.
@@ -155,28 +155,28 @@ class M2IB(AttributionMethod):
         optimizer = torch.optim.Adam([gates_BTD], lr=self.lr)
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.steps - 1):
-            # Drawn for the longest caption and cut, so that a caption's noise does not depend on its neighbours'.
+            # Drawn for the longest caption and shortened, so that a caption's noise does not depend on its neighbours'.
             noise_NTD = torch.randn(self.samples, length, features_BTD.shape[2], generator=generator)
             noise_NTD = noise_NTD[:, : features_BTD.shape[1]].to(features_BTD)
             passed = bottleneck(features_BTD, gates_BTD, self.variance, noise_NTD).flatten(0, 1).to(hidden.dtype)
-            if split.is_feature_map:
+            if tower.is_feature_map:
                 passed = passed.mT.reshape(-1, *hidden.shape[1:])
             cost_BT = weight_BT * capacity(features_BTD, gates_BTD, self.variance).sum(dim=2)
-            # A sum over pairs: each has gates of its own, which Adam treats one by one.
-            loss = self.beta * cost_BT.sum() - similarity(split.embed_from(passed, repeated)).sum() / self.samples
+            # A sum over pairs: each has its own gates, which Adam treats one by one.
+            loss = self.beta * cost_BT.sum() - similarity(tower.embed_from(passed, repeated)).sum() / self.samples
             (gates_BTD.grad,) = torch.autograd.grad(loss, gates_BTD)
             optimizer.step()
         return capacity(features_BTD, gates_BTD.detach(), self.variance).sum(dim=2)
 
 
-def _behind(layer: int | None, last: TowerAtLayer, tower: str) -> int:
-    """The layer to cut a tower at to get a block's output: the block's number (None: the default) and one more."""
+def _layer_after(layer: int | None, last: TowerAtLayer, tower: str) -> int:
+    """The layer whose input is a block's output: the block's number (None: the default) and one more."""
     blocks = last.layers
-    # A transformer's tail begins with a block; feature maps can also be cut at the head.
+    # After a transformer's last block there is no layer; after that of feature maps there is the head.
     followed = blocks if last.is_feature_map else blocks[:-1]
     if not followed:
         raise UnsupportedTowerError(
-            f"M2IB needs a block behind its bottleneck; the {tower} tower has {len(blocks)} only"
+            f"M2IB needs a block after its bottleneck; the {tower} tower has {len(blocks)} only"
         )
     if layer is None:
         return blocks[max(0, min(3 * len(blocks) // 4, len(blocks) - 2))] + 1

@@ -1,4 +1,4 @@
-"""Methods with token-patch attributions: what a phrase within its caption adds, on every patch.
+"""Methods with token-patch attributions, which map a phrase within its caption to patches.
 
 A new pairwise method derives from `PairwiseMethod` and implements `_attribute`. Everything else has a default that
 works; overriding `image_states`, `text_states` and what uses them saves the work that questions of a batch share.
@@ -24,7 +24,7 @@ __all__ = ["HiddenStates", "IntraModalAttribution", "PairwiseMethod", "Reference
 
 @dataclass(frozen=True)
 class IntraModalAttribution:
-    """What parts of two images, or of two captions, add to their similarity.
+    """The contribution of the parts of two images, or of two captions, to their similarity.
 
     Attributes:
         interactions: [B, H, W, H, W] for images, [B, L, L] for captions: parts of the first input, then of the second;
@@ -168,7 +168,7 @@ class PairwiseMethod(AttributionMethod):
         return tokens
 
     def references(self, length: int | None = None) -> References:
-        """What all pairs are compared with; of the text's first `length` tokens. By default nothing."""
+        """The states that all pairs are compared with, of the text's first `length` tokens; by default none."""
         return References(torch.empty(1, 0), torch.empty(1, 0))
 
     def attribute_states(self, states: HiddenStates, references: References) -> InteractionAttribution:

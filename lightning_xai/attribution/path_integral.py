@@ -88,8 +88,8 @@ def integrated_jvp(path: Path, points_N: Tensor, weights_N: Tensor, directions_B
 
     if directions_BST.shape[1] == 1:
         return along(directions_BST[:, 0]).unsqueeze(1)
-    # In chunks, or many directions (the patches of an image) would all keep their own copy of the tail.
-    # Some towers draw random numbers (for dropping layers) that evaluation does not use; vmap wants to be told so.
+    # In chunks, or many directions (the patches of an image) would all keep their own copy of the rest of the tower.
+    # Some towers draw random numbers (for dropping layers) that evaluation does not use; vmap has to know.
     every = torch.func.vmap(along, in_dims=1, out_dims=1, randomness="same", chunk_size=_DIRECTIONS_AT_A_TIME)
     directional_BSK: Tensor = every(directions_BST)
     return directional_BSK

@@ -1,4 +1,4 @@
-"""What methods share that only run the model, on inputs with parts taken away."""
+"""Shared parts of methods that only run the model, on inputs with parts taken away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that stand for "nothing to see", which methods compare an image with or hide parts of it behind."""
+"""Images that stand for "nothing to see": methods compare an image with them, or show them in place of its parts."""
 
 from __future__ import annotations
 

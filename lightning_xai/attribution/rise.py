@@ -28,7 +28,7 @@ class RISE(AttributionMethod):
     put the padding token in its place; start and end always stay, and are zero in the map.
 
     Signed as the similarity is. By construction all parts share a large common term, `s` of a random mask: only
-    differences within a map tell parts apart.
+    differences within a map mean something.
 
     All pairs see the same masks. Masks are drawn chunk by chunk, so that memory grows with `internal_batch_size`, not
     with their number; chunks change no mask.
@@ -43,7 +43,7 @@ class RISE(AttributionMethod):
         internal_batch_size: masked inputs that pass through a tower at a time; None: as many as there are masks.
 
     Raises:
-        ValueError: no masks, no cells, a probability not between 0 and 1, or a tower that cannot be split.
+        ValueError: no masks, no cells, a probability not between 0 and 1, or an unsupported tower.
     """
 
     stochastic = True

@@ -20,15 +20,15 @@ class Saliency(AttributionMethod):
 
     Image: the absolute gradient by the pixels, of each pixel's channels the largest ("Deep Inside Convolutional
     Networks", section 3.1), averaged over each patch. Text: the Euclidean norm of the gradient by each token's
-    embedding (with its position), since words have no gradient of their own. Both are non-negative and tell how much a
-    small change matters, not in which direction.
+    embedding (with its position), since words have no gradient. Both are non-negative: how much a small
+    change matters, not in which direction.
 
     Args:
         encoder: the model to explain.
         internal_batch_size: pairs at a time, None for all.
 
     Raises:
-        ValueError: a tower that cannot be split (patches and token embeddings are found by splits).
+        ValueError: an unsupported tower.
     """
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
@@ -56,7 +56,7 @@ class Saliency(AttributionMethod):
         def score(pixels: Tensor, text_BK: Tensor) -> Tensor:
             return cosine_similarity(self.encoder.encode_image(pixels), text_BK)
 
-        # A tensor of its own that requires gradients, so that Captum neither warns nor touches the caller's.
+        # Another tensor, which requires gradients, so that Captum neither warns nor touches the caller's.
         leaf = images.detach().requires_grad_()
         gradient: Tensor = captum.attr.Saliency(score).attribute(leaf, additional_forward_args=(text_BK,))
         return gradient

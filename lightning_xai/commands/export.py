@@ -16,7 +16,7 @@ def export(checkpoint: Path, out: Path) -> None:
         checkpoint: a .ckpt file that `fit` has written.
         out: a .safetensors or .pt file to write; the model's configuration goes to the same folder, as .json.
     """
-    from lightning_xai.models.dual_encoder import load_dual_encoder, save_open_clip
+    from lightning_xai.models import load_dual_encoder, save_open_clip
 
     if checkpoint.suffix != ".ckpt":
         raise ValueError(f"export takes a .ckpt file that fit has written; got {checkpoint}")

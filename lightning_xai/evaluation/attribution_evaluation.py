@@ -32,8 +32,8 @@ from lightning_xai.evaluation.evaluation_files import Shown, write_evaluation
 from lightning_xai.evaluation.example_gallery import ExampleGallery
 from lightning_xai.evaluation.item_measures import Embeddings, MeasureOptions
 from lightning_xai.evaluation.table_metrics import counts_of
-from lightning_xai.models.dual_encoder import load_dual_encoder
 from lightning_xai.models.fingerprint import weights_fingerprint
+from lightning_xai.models.loading import load_dual_encoder
 from lightning_xai.report.evaluation_table import evaluation_table
 from lightning_xai.results.schema import (
     TABLES,

@@ -1,4 +1,4 @@
-"""Do heat maps depend on what a model has learned? Its weights are randomised, from the last layer to the first.
+"""Sanity check of heat maps: a model's weights are randomised, from the last layer to the first.
 
 The cascading randomisation of Adebayo et al., "Sanity Checks for Saliency Maps" (2018), as the M2IB paper applies it
 (section 4.5): a method whose maps stay the same while the model is destroyed does not explain the model.
@@ -39,7 +39,7 @@ class SanityRow:
     Attributes:
         method: the method's name.
         modality: of the maps, image or text.
-        stage: what was randomised last; everything behind it is random, too.
+        stage: what was randomised last; every later layer is random, too.
         spearman: mean rank correlation in [-1, 1] with the original map, over the patches of an image or a caption's
             own tokens; 1 is unchanged. NaN where no pair could be compared.
         ssim: mean structural similarity, at most 1, likewise; NaN for text, which is no picture.
@@ -105,11 +105,11 @@ def sanity_check(
         towers: which towers are randomised; see `cascading_randomisation`.
         seed: the same seed gives the same random weights.
         batch_size: pairs explained at a time; bounds memory, changes no number.
-        on_progress: is told after each method and stage how many of how many are done.
+        on_progress: called after each method and stage with the number done and the total.
 
     Raises:
-        ValueError: shapes do not match, no method, methods of different encoders, a batch size below 1, a tower that
-            cannot be split, or a result on random weights that is not finite.
+        ValueError: shapes do not match, no method, methods of different encoders, a batch size below 1, an unsupported
+            tower, or a result on random weights that is not finite.
     """
     check_batch(images, tokens)
     encoder = _shared_encoder(methods)
@@ -178,7 +178,7 @@ def _compare(method: str, stage: str, before: Attribution, after: Attribution, o
 def cascading_randomisation(encoder: TwoTowerEncoder, towers: Towers = "both", seed: int = 0) -> Iterator[list[Stage]]:
     """Inside, a model's weights can be replaced by random ones, stage by stage, from the last layer to the first.
 
-    The stages of a tower are its head (all behind the last block), its blocks from the last to the first, and its
+    The stages of a tower are its head (all after the last block), its blocks from the last to the first, and its
     embedding (all before the first block). Both towers go in step, so that a shorter one is done earlier. Modules that
     know how to initialise themselves do so; other parameters are drawn from a normal distribution with their own mean
     and standard deviation. Parameters that no embedding depends on, such as the logit scale, stay as they are.
@@ -195,7 +195,7 @@ def cascading_randomisation(encoder: TwoTowerEncoder, towers: Towers = "both", s
         The stages, in order; nothing is random before their `randomise` is called.
 
     Raises:
-        ValueError: an unknown tower, or one that cannot be split.
+        ValueError: an unknown tower, or an unsupported one.
     """
     if towers not in ("both", "image", "text"):
         raise ValueError(f"towers is 'both', 'image' or 'text'; got {towers!r}")
@@ -231,7 +231,7 @@ def _in_step(towers: Mapping[str, Sequence[_Part]]) -> list[_Part]:
 
 def _parts(encoder: TwoTowerEncoder, tower: str) -> list[_Part]:
     """Head, blocks and embedding of a tower: found by what depends on what, whatever it calls them."""
-    splits = _splits(encoder.image_at_layer if tower == "image" else encoder.text_at_layer)
+    towers = _at_every_layer(encoder.image_at_layer if tower == "image" else encoder.text_at_layer)
     weight = next(encoder.parameters())
     with _every_weight_tracked(encoder):
         if tower == "image":
@@ -240,24 +240,24 @@ def _parts(encoder: TwoTowerEncoder, tower: str) -> list[_Part]:
         else:
             inputs = encoder.tokenizer.padding_caption()[None].to(weight.device)
             of_embedding = _dependencies(encoder.encode_text(inputs), encoder)
-        before_blocks = _dependencies(splits[-1].features_before(inputs), encoder)
-    blocks = [(f"block {split.layer}", list(split.block.parameters())) for split in splits if split.block is not None]
+        before_blocks = _dependencies(towers[-1].features_before(inputs), encoder)
+    blocks = [(f"block {at.layer}", list(at.block.parameters())) for at in towers if at.block is not None]
     in_blocks = {parameter for _, parameters in blocks for parameter in parameters}
     head = [p for p in encoder.parameters() if p in of_embedding - before_blocks - in_blocks]
     embedding = [p for p in encoder.parameters() if p in before_blocks - in_blocks]
     return [part for part in [("head", head), *blocks, ("embedding", embedding)] if part[1]]
 
 
-def _splits(split_at: Callable[[int], TowerAtLayer]) -> list[TowerAtLayer]:
-    """A tower cut at each of its blocks, from the last to the first."""
-    splits = [split_at(-1)]
-    while splits[-1].layer > 0:
+def _at_every_layer(at_layer: Callable[[int], TowerAtLayer]) -> list[TowerAtLayer]:
+    """A tower at each of its blocks, from the last to the first."""
+    towers = [at_layer(-1)]
+    while towers[-1].layer > 0:
         try:
-            splits.append(split_at(splits[-1].layer - 1))
+            towers.append(at_layer(towers[-1].layer - 1))
         except ValueError:  # noqa: PERF203 - the loop ends here
-            # ResNets count from 1. What stands before a block that cannot be cut counts as embedding.
+            # ResNets count from 1. What stands before an unsupported block counts as embedding.
             break
-    return splits
+    return towers
 
 
 @contextmanager

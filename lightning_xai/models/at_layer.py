@@ -1,10 +1,10 @@
-"""A tower cut at a layer into stem and tail, and what derivatives of a model need.
+"""A tower at a layer: hidden states before it, embeddings from it, and the context that derivatives need.
 
 Shape suffixes: B batch, N points of a path, T tokens (prefix tokens such as CLS and patches, or caption tokens),
 D hidden width, K embedding width, C channels, H x W the patch grid, L tokens of a caption as given.
 
-A *layer* means the input of that block. The stem is everything before it, the tail everything from it on:
-`tail(stem(x))` is the tower's own output, which the encoder checks on a probe input.
+A *layer* means the input of that block. `embed_from(features_before(x))` is the tower's own output, which the encoder
+checks on a probe input.
 
 Attributions need how the embedding changes while hidden states move from a reference to the input. Sums over the
 hidden width can be taken inside, by one number per token: with `x(alpha) = r + alpha_T * (x - r)`,
@@ -30,17 +30,17 @@ Path = Callable[[Tensor], Tensor]
 
 
 class UnsupportedTowerError(ValueError):
-    """A tower that cannot be split, or that a method cannot explain; the message says which can."""
+    """A tower without layers that can be reached, or that a method cannot explain; the message names alternatives."""
 
 
 class TowerAtLayer(ABC):
-    """One tower, cut at the input of a block.
+    """One tower at the input of a block.
 
     Attributes:
         layer: the block's number, counted as open_clip counts them; one more than the last block's is the head.
         layers: the numbers of all of the tower's blocks.
-        block: the block whose input is the stem's output; None where a cut at the head has no module of its own.
-        grid: rows and columns of the image tokens behind the prefix; (0, 0) for text.
+        block: the block whose input the hidden states are; None for a head that is not one module.
+        grid: rows and columns of the image tokens after the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.
         is_feature_map: whether hidden states are [B, C, H, W], as convolutions make them, not [B, T, D].
     """
@@ -94,7 +94,7 @@ class TowerAtLayer(ABC):
 
 
 class TextTowerAtLayer(TowerAtLayer):
-    """A text tower, cut at the input of a block; tokens are the caption's, those that mark start and end included."""
+    """A text tower at the input of a block; tokens are the caption's, those that mark start and end included."""
 
     @abstractmethod
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
@@ -102,7 +102,7 @@ class TextTowerAtLayer(TowerAtLayer):
 
     @abstractmethod
     def visible(self, tokens: Tensor) -> Tensor:
-        """Which tokens [B, L] an embedding can depend on: bool [B, L]; false behind the end and for masked padding."""
+        """The tokens that an embedding can depend on, [B, L] bool: not those after the end, nor masked padding."""
 
     def on_caption(self, values: Tensor, length: int) -> Tensor:
         """Values of the text tokens [..., T] -> [..., L], zero for the tokens that were not run."""
@@ -118,7 +118,7 @@ def _along(alpha_BNT: Tensor, reference: Tensor, delta: Tensor) -> Tensor:
 
 
 def resolve_layer(layer: int, first: int, depth: int, tower: str, *, head: bool = False) -> int:
-    """A layer number, counted from the end where negative; with `head` also the one behind the last block.
+    """A layer number, counted from the end where negative; with `head` also the one after the last block.
 
     Raises:
         ValueError: the tower has no such layer.
@@ -152,7 +152,7 @@ def differentiable(module: nn.Module) -> Iterator[None]:
     """Everything a derivative of `module` by its inputs needs, undone on leaving, also after an exception.
 
     Evaluation mode (dropout off, batch statistics frozen), gradients on even inside `no_grad` or `inference_mode`, no
-    autocast, no gradient checkpointing (which would run blocks again when what a split has replaced is back in place),
+    autocast, no gradient checkpointing (which would run blocks again when a replaced input is no longer there),
     and the attention kernel that has forward-mode derivatives. Weights keep `requires_grad`: who asks for the
     gradient of hidden states alone computes no other, and PyTorch multiplies by frozen weights batch by batch, which in
     `nn.MultiheadAttention` is several times slower.

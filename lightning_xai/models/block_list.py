@@ -1,10 +1,10 @@
-"""Any tower that is a list of blocks, cut without knowing what stands around them.
+"""Any tower that is a list of blocks, at a layer, without knowing the code around the blocks.
 
-The stem is the tower's own forward pass, stopped at the block; the tail the same pass with the blocks before it taken
-out and the block's input replaced. It serves what timm and Hugging Face build; that it is exact is checked, as for
-every split, by comparing with the tower's own output.
+`features_before` is the tower's own forward pass, stopped at the block; `embed_from` is the same pass without the
+blocks before it, with the block's input replaced. This serves the towers of timm and Hugging Face. As for every tower,
+the encoder checks that both together give the tower's own output.
 
-Shape suffixes as in `split`.
+Shape suffixes as in `at_layer`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Given(nn.Module):
 
 @dataclass(frozen=True)
 class BlockList:
-    """Where a tower keeps its blocks, and how they pass on their hidden states.
+    """The list in which a tower keeps its blocks, and how these pass on their hidden states.
 
     Attributes:
         parent: the module that holds the list.
@@ -56,7 +56,7 @@ class BlockList:
         batch_first: whether token sequences are [B, T, D].
         prefix: number of tokens before an image's grid.
         chained: whether the first block makes something that all blocks use (T5's position bias). Then none is taken
-            out, and those before the cut run for nothing else.
+            out, and those before the layer run for that alone.
     """
 
     parent: nn.Module
@@ -72,7 +72,7 @@ class BlockList:
         return getattr(self.parent, self.name)
 
     def outward(self, hidden: Tensor) -> Tensor:
-        """A block's input in the form splits use: [B, T, D] or [B, C, H, W]."""
+        """A block's input in the form of `features_before`: [B, T, D] or [B, C, H, W]."""
         if hidden.ndim == 4:
             return hidden.permute(0, 3, 1, 2) if self.channels_last else hidden
         return hidden if self.batch_first else hidden.transpose(0, 1)
@@ -89,12 +89,12 @@ class BlockList:
         def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             raise _ReachedError(arguments[0] if arguments else keywords["hidden_states"])
 
-        def stop_behind(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def stop_after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             raise _ReachedError(output)
 
         blocks = self.blocks
         if layer == len(blocks):
-            handle = blocks[-1].register_forward_hook(stop_behind)
+            handle = blocks[-1].register_forward_hook(stop_after)
         else:
             handle = blocks[layer].register_forward_pre_hook(stop, with_kwargs=True)
         try:
@@ -130,16 +130,16 @@ class BlockList:
 
 
 class ImageBlocksAtLayer(TowerAtLayer):
-    """An image tower that is a list of blocks (timm's ViT, SigLIP, ConvNeXt, Swin...), cut at the input of one.
+    """An image tower that is a list of blocks (timm's ViT, SigLIP, ConvNeXt, Swin...), at the input of one.
 
-    Feature maps can also be cut behind the last block, at the input of the head.
+    Feature maps can also be taken after the last block, at the input of the head.
 
     Args:
         tower: the tower; images go in, embeddings come out.
         blocks: where its blocks are.
         size: (height, width) of its images in pixels.
         layer: the block's number, from 0.
-        grid: rows and columns of its tokens behind the prefix; None for feature maps, which show theirs.
+        grid: rows and columns of its tokens after the prefix; None for feature maps, which show theirs.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class ImageBlocksAtLayer(TowerAtLayer):
 
 
 class TextBlocksAtLayer(TextTowerAtLayer):
-    """A text tower that is a list of blocks (Hugging Face's, open_clip's with a class token), cut at the input of one.
+    """A text tower that is a list of blocks (Hugging Face's, open_clip's with a class token), at the input of one.
 
     Args:
         encode: token ids [B, L] -> embeddings [B, K].
@@ -212,7 +212,7 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         self.block = blocks.blocks[self.layer]
 
     def visible(self, tokens: Tensor) -> Tensor:
-        """Which tokens an embedding can depend on."""
+        """The tokens that an embedding can depend on."""
         return self._visible(tokens)
 
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
@@ -228,6 +228,6 @@ class TextBlocksAtLayer(TextTowerAtLayer):
     def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the captions `inputs` -> embeddings [B, K]."""
         if inputs is None:
-            raise ValueError("padding is told by a caption's token ids: give them as inputs")
+            raise ValueError("padding is recognised by a caption's token ids: give them as inputs")
         with self._list.entered(self.layer, hidden):
             return self._encode(inputs[:, : hidden.shape[1]])

@@ -1,8 +1,8 @@
 """CLAP, the dual encoder of sounds and texts (Wu et al., 2023), through Hugging Face's transformers.
 
 The picture of a sound is its log-mel spectrogram, laid out as a person reads it: frequency upwards, time to the right.
-CLAP's audio tower (HTS-AT, a Swin transformer) wants a square, so it cuts the spectrogram into strips of time and puts
-them below each other. The split undoes that: hidden states, grids and maps lie on the spectrogram.
+CLAP's audio tower (HTS-AT, a Swin transformer) wants a square, so it folds the spectrogram into strips of time, one
+below the other. `ClapAudioAtLayer` undoes that: hidden states, grids and maps lie on the spectrogram.
 
 Shape suffixes: B sounds, C channels of a spectrogram, F mel bands, T frames, D hidden width, K embedding width,
 H x W the grid of tokens on the spectrogram (frequency x time), G x G the same tokens as the tower has them.
@@ -32,11 +32,11 @@ _INSTALL = "CLAP needs transformers and soundfile: pip install 'lightning_xai[au
 _DYNAMIC_RANGE = 80.0
 """How many decibels below its loudest place a picture of a sound is black."""
 _SILENCE = -100.0
-"""What the feature extractor writes for no sound at all, in decibels."""
+"""The feature extractor's value for no sound at all, in decibels."""
 
 
 class ClapEncoder(TwoTowerEncoder):
-    """CLAP as two towers that split: spectrograms take the place of images.
+    """CLAP as two towers: spectrograms take the place of images.
 
     Spectrograms are [B, C, F, T] in decibels, lowest frequency at the bottom (the last row), as `spectrogram` makes
     them. References and masks of attribution methods are silence: zeros would be a loud noise.
@@ -182,7 +182,7 @@ class ClapEncoder(TwoTowerEncoder):
 
 
 class ClapAudioAtLayer(TowerAtLayer):
-    """CLAP's audio tower, cut at the input of a stage; hidden states are feature maps on the spectrogram [B, D, H, W].
+    """CLAP's audio tower at the input of a stage; hidden states are feature maps on the spectrogram [B, D, H, W].
 
     Args:
         encoder: `ClapModel.audio_model.audio_encoder`.
@@ -209,7 +209,7 @@ class ClapAudioAtLayer(TowerAtLayer):
         if side % self._strips:
             raise UnsupportedTowerError(
                 f"the audio tower folds a spectrogram into {self._strips} strips, which do not divide the {side} rows "
-                f"of tokens at layer {self.layer}; cut it at an earlier layer"
+                f"of tokens at layer {self.layer}; take an earlier layer"
             )
         self.grid = (side // self._strips, side * self._strips)
 

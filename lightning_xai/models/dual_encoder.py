@@ -1,24 +1,15 @@
-"""A CLIP-like model with its tokenizer, its image transform, and towers that split into stem and tail."""
+"""A CLIP-like model with its tokenizer, its image transform, and towers that can be taken at a layer."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import logging
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 import torch.distributed as dist
-from open_clip.tokenizer import HFTokenizer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,13 +18,10 @@ from lightning_xai.data.sample import read_image
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_at_layer_tower, text_at_layer_tower
+from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_tower_at_layer, text_tower_at_layer
 
 CHECKPOINT_KEY = "dual_encoder"
-"""Where a Lightning checkpoint of this project keeps the architecture, and the metadata key of exported weights."""
-_STATE_PREFIX = "encoder.model."
-# What only OpenAI's own state dicts hold beside the weights; all of OpenAI's models compute with QuickGELU.
-_OPENAI_ONLY = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""The key of the architecture in Lightning checkpoints of this project, and in the metadata of exported weights."""
 # Takes the encoder as an argument, so that the copy of an encoder runs its own weights, compiled or not.
 Tower = Callable[["DualEncoder", Tensor], Tensor]
 
@@ -58,7 +46,7 @@ class DualEncoder(TwoTowerEncoder):
         try:
             self._text_tower: TextTower | None = TextTower(model)
         except UnsupportedTowerError:
-            # Such a model trains as usual; what needs its text tower split says so when asked.
+            # Such a model trains as usual; what needs its text tower at a layer raises the error.
             self._text_tower = None
         self._towers: tuple[Tower, Tower] = (_embed_images, _embed_tokens)
         self.check_towers()
@@ -110,7 +98,7 @@ class DualEncoder(TwoTowerEncoder):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, K], not normalised."""
-        # CoCa normalises unless told not to.
+        # CoCa normalises by default.
         embedding: Tensor = self.model.encode_image(images, normalize=False)
         return embedding
 
@@ -118,21 +106,21 @@ class DualEncoder(TwoTowerEncoder):
         """Token ids [B, L] -> embeddings [B, K], not normalised; only as many tokens are run as are needed."""
         if len(tokens) == 0:
             return self.logit_scale.new_zeros(0, self.embedding_width)
-        return _embed_tokens(self, self.cut_tokens(tokens))
+        return _embed_tokens(self, self.trim_tokens(tokens))
 
-    def cut_tokens(self, tokens: Tensor) -> Tensor:
-        """The tokens [B, T] of [B, L] that this batch's embeddings depend on, where that can be told; else all.
+    def trim_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens [B, T] of [B, L] that this batch's embeddings depend on, where that is known; else all.
 
-        Finding them waits for the tokens' device, so that training cuts them while they are on the CPU.
+        Finding them waits for the tokens' device, so that training trims them while they are on the CPU.
         """
-        return tokens if self._text_tower is None else self._text_tower.cut(tokens)
+        return tokens if self._text_tower is None else self._text_tower.trim(tokens)
 
     def forward(self, images: Tensor, tokens: Tensor, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
         """Both embeddings of B pairs, each [B, K], not normalised: what a training step runs.
 
         Args:
             images: [B, 3, H, W].
-            tokens: [B, T], all of which are run: what `cut_tokens` has left.
+            tokens: [B, T], all of which are run: what `trim_tokens` has left.
             chunk_size: pairs that are embedded at a time. Only their embeddings are kept, and each chunk is run again
                 in the backward pass, with the same random numbers, so that the activations of one chunk are in memory
                 at a time. For what depends on all of a batch's embeddings this is GradCache (Gao et al. 2021), and
@@ -171,25 +159,25 @@ class DualEncoder(TwoTowerEncoder):
         embed_tokens = torch.compile(_embed_tokens, backend=backend)
 
         def embed_any_length(encoder: DualEncoder, tokens: Tensor) -> Tensor:
-            # Else the first batch would be compiled for captions of its own length alone.
+            # Else the first batch would be compiled for captions of its length alone.
             torch._dynamo.maybe_mark_dynamic(tokens, 1)
             return embed_tokens(encoder, tokens)
 
         self._towers = embed_images, embed_any_length
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of both towers, image tower first; none of a tower that cannot be cut into blocks."""
+        """The blocks of both towers, image tower first; none of a tower without a list of blocks."""
         found: list[nn.Module] = []
-        for cut in (self._image_at_layer, self._text_at_layer):
+        for at_layer in (self._image_at_layer, self._text_at_layer):
             with suppress(UnsupportedTowerError):
-                found += [block for layer in cut(-1).layers if (block := cut(layer).block) is not None]
+                found += [block for layer in at_layer(-1).layers if (block := at_layer(layer).block) is not None]
         return found
 
     def _image_at_layer(self, layer: int) -> TowerAtLayer:
-        return image_at_layer_tower(self.model, layer)
+        return image_tower_at_layer(self.model, layer)
 
     def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
-        return text_at_layer_tower(self.model, layer)
+        return text_tower_at_layer(self.model, layer)
 
     def _own_embedding(self, tower: str, inputs: Tensor) -> Tensor:
         # open_clip's own words, not `encode_text`, which is checked by them too.
@@ -202,19 +190,19 @@ class DualEncoder(TwoTowerEncoder):
         return f"open_clip {open_clip.__version__}"
 
     def check_towers(self) -> None:
-        """Refuse towers whose split is not the encoder itself: attributions would explain another model.
+        """Refuse towers that are others at a layer: attributions would explain another model.
 
-        Other layers than the last are checked when they are first split at.
+        Other layers than the last are checked when they are first asked for.
 
         Raises:
-            ValueError: `tail(stem(x))` or the end of the path is not the encoder's own output, or that is not finite or
-                not of the shared space's width.
+            ValueError: `embed_from(features_before(x))` or the end of the path is not the encoder's own output, or that
+                is not finite or not of the shared space's width.
         """
         self._checked.clear()
-        for tower, cut in (("image", self.image_at_layer), ("text", self.text_at_layer)):
-            # A tower that cannot be split trains as usual; whoever asks for the split is told.
+        for tower, at_layer in (("image", self.image_at_layer), ("text", self.text_at_layer)):
+            # A tower without layers trains as usual; asking for a layer raises the error.
             with suppress(UnsupportedTowerError):
-                cut()
+                at_layer()
                 continue
             self._probe(tower)
 
@@ -235,376 +223,3 @@ def _embed_tokens(encoder: DualEncoder, tokens: Tensor) -> Tensor:
         return encoder._text_tower.encode(tokens)
     embedding: Tensor = encoder.model.encode_text(tokens, normalize=False)
     return embedding
-
-
-def load_dual_encoder(
-    model: str | Path, pretrained: str | Path | None = None, device: str | torch.device = "cpu"
-) -> DualEncoder:
-    """Load any open_clip model, with weights from a tag, from a file, or random.
-
-    Args:
-        model: an open_clip name (`"ViT-B-16"`), the path of a JSON model config, or the path of a Lightning checkpoint
-            of this project, which knows its architecture.
-        pretrained: None (random weights, or those of the Lightning checkpoint given as `model`); an open_clip tag
-            (`"openai"`, downloaded on first use), or a file: `.pt`, `.safetensors` or a Lightning checkpoint.
-        device: where to put the model.
-
-    Raises:
-        ValueError: unknown name or tag (the message lists close ones), a config or checkpoint that is broken, or
-            weights of another architecture.
-
-    Example:
-        >>> encoder = load_dual_encoder("RN50")  # doctest: +SKIP
-        >>> encoder.encode_text(encoder.tokenizer.encode(["a red ring"])).shape  # doctest: +SKIP
-        torch.Size([1, 1024])
-    """
-    path = Path(model)
-    weights = None
-    if path.suffix == ".ckpt":
-        weights = _read_weights(path)
-        if weights.architecture is None:
-            raise ValueError(f"{path} names no architecture, so it is no checkpoint of this project; name the model")
-        if pretrained is not None and not Path(pretrained).is_file():
-            # A tag is often nothing but a default, and would take the place of the checkpoint's weights unseen.
-            raise ValueError(
-                f"{path} brings its own weights: set pretrained to null; got {str(pretrained)!r}, which is no file"
-            )
-        architecture = weights.architecture
-    else:
-        architecture = _from_json(path) if path.suffix == ".json" else _built_in(str(model))
-    if pretrained is not None:
-        encoder = _with_weights(architecture, str(pretrained))
-    else:
-        encoder = _from_architecture(architecture)
-        if weights is not None:
-            _load_weights(encoder, weights)
-    return encoder.to(device)
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """A state dict of an open_clip model read from a file, and the architecture the file names, if any."""
-
-    path: Path
-    state: dict[str, Tensor]
-    architecture: dict[str, Any] | None
-
-
-def _built_in(name: str) -> dict[str, Any]:
-    cleaned = name.replace("/", "-")
-    config = open_clip.get_model_config(cleaned) if cleaned in open_clip.list_models() else None
-    if config is None:
-        close = difflib.get_close_matches(cleaned, open_clip.list_models(), n=5, cutoff=0.4)
-        raise ValueError(
-            f"unknown model {name!r}; did you mean {', '.join(close) or 'one of open_clip.list_models()'}? "
-            "A path of a JSON model config or of a .ckpt file works as well"
-        )
-    return {"name": cleaned, "model_cfg": config, "preprocess_cfg": {}}
-
-
-def _from_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"model config {path} cannot be read ({error.strerror}); give the path of a JSON file"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"model config {path} is broken JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"model config {path} holds a JSON {type(config).__name__}, expected an object")
-    model_cfg = config.get("model_cfg", config)
-    _check_config(model_cfg, f"model config {path}")
-    return {"name": path.stem, "model_cfg": model_cfg, "preprocess_cfg": config.get("preprocess_cfg", {})}
-
-
-def _check_config(model_cfg: Any, source: str) -> None:
-    """Raise a ValueError where a model configuration lacks a part, or would run code from elsewhere."""
-    parts = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
-    given = model_cfg if isinstance(model_cfg, dict) else {}
-    wrong = [f"{key} ({kind.__name__})" for key, kind in parts.items() if not isinstance(given.get(key), kind)]
-    if wrong:
-        raise ValueError(f"{source} lacks {', '.join(wrong)}; see open_clip's model_configs for examples")
-    if (model_cfg["text_cfg"].get("tokenizer_kwargs") or {}).get("trust_remote_code"):
-        raise ValueError(
-            f"{source} asks for a tokenizer that runs code from elsewhere (trust_remote_code); remove that"
-        )
-
-
-def _with_weights(architecture: dict[str, Any], pretrained: str) -> DualEncoder:
-    tags, name = _tags(architecture), architecture["name"]
-    if not Path(pretrained).is_file():
-        if pretrained in tags:
-            return _from_tag(name, pretrained)
-        raise ValueError(
-            f"pretrained {pretrained!r} is neither a file nor a tag of {name}; tags: {', '.join(tags) or 'none'}"
-        )
-    weights = _read_weights(Path(pretrained))
-    if weights.architecture is not None:
-        # Same shapes do not mean the same function (QuickGELU), so the file's own word counts.
-        difference = _difference(architecture["model_cfg"], weights.architecture["model_cfg"]) - {"quick_gelu"}
-        if difference:
-            raise ValueError(
-                f"{pretrained} holds a {weights.architecture['name']}, not a {name}: they differ in "
-                f"{', '.join(sorted(difference))}; pass the model it was made with, or other weights"
-            )
-        architecture = weights.architecture
-    elif weights.state.keys() >= _OPENAI_ONLY:
-        architecture = _with_quick_gelu(architecture)
-        weights = replace(weights, state={key: x for key, x in weights.state.items() if key not in _OPENAI_ONLY})
-    encoder = _from_architecture(architecture)
-    _load_weights(encoder, weights)
-    return encoder
-
-
-def _tags(architecture: Mapping[str, Any]) -> list[str]:
-    """The tags open_clip has weights for, none for an architecture that only shares a name with one of open_clip's."""
-    name = architecture["name"]
-    known = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-    if known is None or _difference(known, architecture["model_cfg"]) - {"quick_gelu"}:
-        return []
-    return list(open_clip.list_pretrained_tags_by_model(name))
-
-
-def _difference(first: Any, second: Any, at: str = "") -> set[str]:
-    """Names of the settings that two nested configurations do not share; a setting of null is none.
-
-    Example:
-        >>> _difference({"a": 1, "b": {"c": (2, 3)}}, {"b": {"c": [2, 4]}, "d": None}) == {"a", "b.c"}
-        True
-    """
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        keys = first.keys() | second.keys()
-        return set().union(*(_difference(first.get(k), second.get(k), f"{at}.{k}".lstrip(".")) for k in keys))
-    plain = [list(x) if isinstance(x, tuple) else x for x in (first, second)]
-    return set() if plain[0] == plain[1] else {at}
-
-
-def _from_tag(name: str, tag: str) -> DualEncoder:
-    architecture = tag_architecture(name, tag)
-    quick_gelu = architecture["model_cfg"].get("quick_gelu", False)
-    model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu)
-    return _assemble(model, open_clip.get_tokenizer(name), architecture)
-
-
-def tag_architecture(name: str, tag: str) -> dict[str, Any]:
-    """The architecture that open_clip's weights `tag` of model `name` were trained in, with the right activation.
-
-    Raises:
-        ValueError: open_clip knows no such model.
-
-    Example:
-        >>> [tag_architecture("ViT-B-16", tag)["name"] for tag in ("openai", "datacomp_xl_s13b_b90k")]
-        ['ViT-B-16-quickgelu', 'ViT-B-16']
-    """
-    architecture = _built_in(name)
-    quick_gelu = open_clip.get_pretrained_cfg(architecture["name"], tag).get("quick_gelu", False)
-    return _with_quick_gelu(architecture) if quick_gelu else architecture
-
-
-def _with_quick_gelu(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    name, model_cfg = architecture["name"], {**architecture["model_cfg"], "quick_gelu": True}
-    # Whoever loads an export by the recorded name gets the activation too.
-    known = open_clip.get_model_config(f"{name}-quickgelu") == model_cfg
-    return {**architecture, "name": f"{name}-quickgelu" if known else name, "model_cfg": model_cfg}
-
-
-def _from_architecture(architecture: Mapping[str, Any]) -> DualEncoder:
-    """A randomly initialised encoder of a given architecture."""
-    name, model_cfg = architecture["name"], architecture["model_cfg"]
-    with tempfile.TemporaryDirectory() as folder, _quiet_open_clip():
-        # open_clip reads a configuration by name from its registry or from a folder; a folder keeps the registry clean.
-        config = {"model_cfg": model_cfg, "preprocess_cfg": architecture["preprocess_cfg"]}
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-        try:
-            model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False)
-            tokenizer = _tokenizer(model_cfg["text_cfg"], folder)
-        except Exception as error:  # open_clip checks nothing: a wrong setting raises wherever it is first used
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise ValueError(f"open_clip cannot build the model config {name!r} ({reason})") from error
-    return _assemble(model, tokenizer, architecture)
-
-
-def _tokenizer(text_cfg: Mapping[str, Any], folder: str) -> Any:
-    if not text_cfg.get("hf_tokenizer_name"):
-        return open_clip.get_tokenizer(f"local-dir:{folder}")
-    # open_clip would look for this tokenizer's own files in the folder.
-    return HFTokenizer(
-        text_cfg["hf_tokenizer_name"],
-        context_length=text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
-        tokenizer_mode=text_cfg.get("tokenizer_mode"),
-        **(text_cfg.get("tokenizer_kwargs") or {}),
-    )
-
-
-def _assemble(model: Any, tokenizer: Any, architecture: Mapping[str, Any]) -> DualEncoder:
-    # The architecture is kept as JSON knows it, without tuples; open_clip's preprocessing takes no lists.
-    preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in model.visual.preprocess_cfg.items()}
-    model.visual.preprocess_cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in preprocess.items()}
-    return DualEncoder(model, CaptionTokenizer(tokenizer), {**architecture, "preprocess_cfg": preprocess})
-
-
-@contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """open_clip warns on the root logger that no weights were loaded, which here is what was asked for."""
-    root = logging.getLogger()
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "open_clip" not in record.pathname
-
-    root.addFilter(keep)
-    try:
-        yield
-    finally:
-        root.removeFilter(keep)
-
-
-def _read_weights(path: Path) -> _Weights:
-    """Read a state dict without unpickling anything but tensors and plain values.
-
-    Raises:
-        ValueError: the file is missing, broken, or holds other objects.
-    """
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    state, recorded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"checkpoint {path} holds no state dict (names and tensors); save the model's state_dict alone"
-        )
-    if not state:
-        raise ValueError(f"checkpoint {path} holds no weights")
-    return _Weights(path, state, None if recorded is None else _check_architecture(recorded, path))
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            recorded = (opened.metadata() or {}).get(CHECKPOINT_KEY)
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint {path} is no readable safetensors file: {error}") from error
-    try:
-        return state, None if recorded is None else json.loads(recorded)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path} has broken JSON in its metadata {CHECKPOINT_KEY!r}: {error}") from error
-
-
-def _read_pickle(path: Path) -> tuple[Any, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a broken pickle raises whatever its bytes happen to ask for
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"checkpoint {path} cannot be read as plain tensors ({reason}); it is broken, or holds Python objects, "
-            "which are never loaded: save its state_dict alone"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        return checkpoint, None
-    recorded, state = checkpoint.get(CHECKPOINT_KEY), checkpoint.get("state_dict", checkpoint)
-    if isinstance(state, dict):
-        prefix, only = ("module.", "") if recorded is None else (_STATE_PREFIX, _STATE_PREFIX)
-        state = {str(key).removeprefix(prefix): value for key, value in state.items() if str(key).startswith(only)}
-    return state, recorded
-
-
-def _check_architecture(recorded: Any, path: Path) -> dict[str, Any]:
-    source = f"the architecture recorded in {path}"
-    parts = {"name": str, "model_cfg": dict, "preprocess_cfg": dict}
-    if not isinstance(recorded, dict) or any(not isinstance(recorded.get(key), kind) for key, kind in parts.items()):
-        raise ValueError(f"{source} is broken, expected {', '.join(parts)}; write the file again with this project")
-    _check_config(recorded["model_cfg"], source)
-    return recorded
-
-
-def _load_weights(encoder: DualEncoder, weights: _Weights) -> None:
-    if _shapes(encoder.model.state_dict()) == _shapes(weights.state):
-        encoder.model.load_state_dict(weights.state)
-    else:
-        _convert_weights(encoder, weights)
-    try:
-        encoder.check_towers()
-    except ValueError as error:
-        raise ValueError(f"checkpoint {weights.path} does not work: {error}") from error
-
-
-def _convert_weights(encoder: DualEncoder, weights: _Weights) -> None:
-    """Load another layout than the model's own, such as older ones, if open_clip can convert it."""
-    # The text tower's names differ between layouts by this prefix only.
-    own, found = (
-        {key.removeprefix("text."): shape for key, shape in _shapes(state).items()}
-        for state in (encoder.model.state_dict(), weights.state)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        # open_clip's own loader converts state dicts; it reads files only.
-        file = Path(folder) / "state.pt"
-        torch.save(weights.state, file)
-        try:
-            open_clip.load_checkpoint(encoder.model, str(file), strict=True)
-        except Exception as error:  # the conversions take for granted that it is the model they know
-            raise ValueError(
-                f"the weights in {weights.path} do not fit {encoder.architecture['name']}: "
-                f"{_misfit(own, found) or error}. Pass the model the checkpoint was made with"
-            ) from error
-    resized = [
-        f"{key} from {found[key][0]} to {shape[0]} positions"
-        for key, shape in own.items()
-        if key.endswith("positional_embedding") and found.get(key, shape) != shape
-    ]
-    if resized:
-        warnings.warn(f"{weights.path} was made for another size; interpolated {', '.join(resized)}", stacklevel=2)
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _misfit(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """What keeps a file's tensors from being a model's, a few of each kind, by their names and shapes.
-
-    Example:
-        >>> _misfit({"a": (2,), "b": (3,)}, {"a": (4,), "c": ()})
-        'of another shape: a (4) instead of (2); missing: b; unknown: c'
-    """
-    kinds = {
-        "of another shape": [
-            f"{key} {_dims(found[key])} instead of {_dims(shape)}"
-            for key, shape in own.items()
-            if found.get(key, shape) != shape
-        ],
-        "missing": [key for key in own if key not in found],
-        "unknown": [key for key in found if key not in own],
-    }
-    return "; ".join(
-        f"{kind}: {', '.join(items[:4])}" + (f" and {len(items) - 4} more" if len(items) > 4 else "")
-        for kind, items in kinds.items()
-        if items
-    )
-
-
-def _dims(shape: tuple[int, ...]) -> str:
-    return f"({' x '.join(map(str, shape))})"
-
-
-def save_open_clip(encoder: DualEncoder, path: Path) -> None:
-    """Write weights that `open_clip.create_model(name, pretrained=path)` loads.
-
-    A `.safetensors` file also carries the architecture in its metadata; beside either kind lies `<stem>.json`, the
-    model config, so that models that open_clip has no name for can be built as well.
-
-    Raises:
-        ValueError: a suffix other than `.safetensors` or `.pt`.
-    """
-    if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"export writes .safetensors or .pt, not {path.suffix or 'a file without suffix'}: {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in encoder.model.state_dict().items()}
-    if path.suffix == ".safetensors":
-        save_file(state, path, metadata={CHECKPOINT_KEY: json.dumps(encoder.architecture)})
-    else:
-        torch.save(state, path)
-    path.with_suffix(".json").write_text(
-        json.dumps(encoder.architecture["model_cfg"], indent=2) + "\n", encoding="utf-8"
-    )

@@ -1,4 +1,4 @@
-"""What attribution needs to know of a model: two towers that end in one space, each of which can be cut at a layer."""
+"""The model as attribution sees it: two towers that end in one space, each of which can be taken at a layer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TwoTowerEncoder(nn.Module, ABC):
 
     @abstractmethod
     def black_image(self) -> Tensor:
-        """What the image tower gets for a black image (a silent sound): [channels, height, width]."""
+        """The image tower's input for a black image (a silent sound): [channels, height, width]."""
 
     def neutral_image(self) -> Tensor:
         """The input that says least, [channels, height, width]: zeros, the mean colour, unless a tower knows better."""
@@ -67,19 +67,19 @@ class TwoTowerEncoder(nn.Module, ABC):
 
     @abstractmethod
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Where boxes lie in an input.
+        """Boxes in the coordinates of an input.
 
         Args:
             boxes: [N, 4] as (x, y, width, height), as `read` gives their `size`.
             size: (width, height).
 
         Returns:
-            [N, 4] as (x0, y0, x1, y1) in the input's pixels, cut to what is visible; of area 0 where nothing is left.
+            [N, 4] as (x0, y0, x1, y1) in the input's pixels, clipped to the visible part; of area 0 if nothing is left.
         """
 
     @abstractmethod
     def pictures(self, images: Tensor) -> Tensor:
-        """What a person is shown of images [B, channels, height, width]: colours in [0, 1], [B, 3, height, width]."""
+        """Images [B, channels, height, width] as a person sees them: colours in [0, 1], [B, 3, height, width]."""
 
     @abstractmethod
     def encode_image(self, images: Tensor) -> Tensor:
@@ -90,20 +90,20 @@ class TwoTowerEncoder(nn.Module, ABC):
         """Token ids [B, L] -> embeddings [B, K], not normalised."""
 
     def image_at_layer(self, layer: int = -1) -> TowerAtLayer:
-        """The image tower, cut at the input of block `layer`, counted as its library counts them; -1 is the last.
+        """The image tower at the input of block `layer`, counted as its library counts them; -1 is the last.
 
         Raises:
-            ValueError: no such layer, a tower of a kind that cannot be cut, or a cut that is not the tower itself.
+            ValueError: no such layer, an unsupported tower, or one whose layers do not give its own output again.
         """
-        split = self._image_at_layer(layer)
-        self._check("image", split)
-        return split
+        tower = self._image_at_layer(layer)
+        self._check("image", tower)
+        return tower
 
     def text_at_layer(self, layer: int = -1) -> TextTowerAtLayer:
         """The text tower, likewise."""
-        split = self._text_at_layer(layer)
-        self._check("text", split)
-        return split
+        tower = self._text_at_layer(layer)
+        self._check("text", tower)
+        return tower
 
     @abstractmethod
     def _image_at_layer(self, layer: int) -> TowerAtLayer:
@@ -118,65 +118,63 @@ class TwoTowerEncoder(nn.Module, ABC):
     def _maker(self) -> str:
         """The library that built the towers, with its version."""
 
-    def _own_embedding(self, tower: str, inputs: Tensor) -> Tensor:
-        """What a split has to give again."""
-        return self.encode_image(inputs) if tower == "image" else self.encode_text(inputs)
+    def _own_embedding(self, name: str, inputs: Tensor) -> Tensor:
+        """The embedding that `embed_from(features_before(x))` has to equal."""
+        return self.encode_image(inputs) if name == "image" else self.encode_text(inputs)
 
     @torch.no_grad()
-    def _probe(self, tower: str) -> tuple[Tensor, Tensor]:
+    def _probe(self, name: str) -> tuple[Tensor, Tensor]:
         """One input of a tower and its embedding, which has to be a point of the shared space."""
         weight = next(self.parameters())
-        if tower == "image":
+        if name == "image":
             generator = torch.Generator().manual_seed(0)
             inputs = torch.randn(1, *self.image_shape, generator=generator).to(weight)
         else:
             inputs = self.tokenizer.encode(["a probe of two towers"]).to(weight.device)
         with evaluating(self):
-            embedding = self._own_embedding(tower, inputs)
+            embedding = self._own_embedding(name, inputs)
         if embedding.shape[-1] != self.embedding_width:
             raise ValueError(
-                f"the {tower} tower ends in a space of width {embedding.shape[-1]}, but the model's embed_dim is "
+                f"the {name} tower ends in a space of width {embedding.shape[-1]}, but the model's embed_dim is "
                 f"{self.embedding_width}; both towers have to end in one space, so set embed_dim to that width or let "
                 "the tower end in a projection"
             )
         if not embedding.isfinite().all():
-            raise ValueError(f"the {tower} tower's output is not finite: its weights hold NaN or infinity")
+            raise ValueError(f"the {name} tower's output is not finite: its weights hold NaN or infinity")
         if not embedding.any():
-            raise ValueError(f"the {tower} tower's output is zero: its projection's weights are all zero")
+            raise ValueError(f"the {name} tower's output is zero: its projection's weights are all zero")
         return inputs, embedding
 
     @torch.no_grad()
-    def _check(self, tower: str, split: TowerAtLayer) -> None:
-        """Refuse a cut that is not the tower itself: attributions would explain another model."""
-        if (tower, split.layer) in self._checked:
+    def _check(self, name: str, at: TowerAtLayer) -> None:
+        """Refuse a tower that is another one at this layer: attributions would explain another model."""
+        if (name, at.layer) in self._checked:
             return
-        inputs, embedding = self._probe(tower)
+        inputs, embedding = self._probe(name)
         with evaluating(self):
-            hidden = split.features_before(inputs)
-            tokens, (rows, columns) = split.count(hidden), split.grid
-            if tower == "image" and tokens != split.prefix_tokens + rows * columns:
+            hidden = at.features_before(inputs)
+            tokens, (rows, columns) = at.count(hidden), at.grid
+            if name == "image" and tokens != at.prefix_tokens + rows * columns:
                 raise UnsupportedTowerError(
-                    f"the image tower passes on {tokens} tokens at layer {split.layer}, not {split.prefix_tokens} and "
+                    f"the image tower passes on {tokens} tokens at layer {at.layer}, not {at.prefix_tokens} and "
                     f"a grid of {rows} x {columns}, so that no token has a place in the image"
                 )
             ends = hidden.new_ones(1, 1, tokens)
             rebuilt = {
-                "embed_from(features_before(x))": split.embed_from(hidden, inputs),
-                "path(1)": split.path(hidden, torch.zeros_like(hidden), inputs)(ends)[:, 0],
+                "embed_from(features_before(x))": at.embed_from(hidden, inputs),
+                "path(1)": at.path(hidden, torch.zeros_like(hidden), inputs)(ends)[:, 0],
             }
-        for name, other in rebuilt.items():
+        for what, other in rebuilt.items():
             error = float((other - embedding).norm() / embedding.norm())
             if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
-                raise self._mismatch(f"{name} of the {tower} tower", error, split)
-        self._checked.add((tower, split.layer))
+                raise self._mismatch(f"{what} of the {name} tower", error, at)
+        self._checked.add((name, at.layer))
 
-    def _mismatch(self, what: str, error: float, split: TowerAtLayer) -> ValueError:
-        differs = (
-            f"{what} differs from the encoder's own output by {error:.1e} (relative), cut at layer {split.layer}; "
-        )
-        if isinstance(split, (ImageBlocksAtLayer, TextBlocksAtLayer)):
+    def _mismatch(self, what: str, error: float, at: TowerAtLayer) -> ValueError:
+        differs = f"{what} differs from the encoder's own output by {error:.1e} (relative), at layer {at.layer}; "
+        if isinstance(at, (ImageBlocksAtLayer, TextBlocksAtLayer)):
             return UnsupportedTowerError(
-                f"{differs}its blocks depend on more than the hidden states they pass on, so it cannot be cut there; "
-                "open_clip's own VisionTransformer, ModifiedResNet and TextTransformer can be cut at every layer"
+                f"{differs}its blocks depend on more than the hidden states they pass on, so that layer cannot be "
+                "explained; open_clip's own VisionTransformer, ModifiedResNet and TextTransformer can be at every layer"
             )
         return ValueError(f"{differs}{self._maker} is not laid out as this release expects")

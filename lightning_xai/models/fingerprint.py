@@ -1,4 +1,4 @@
-"""A short name for the weights of a model, by which results of other weights are told apart."""
+"""A short name for the weights of a model, which differs where weights differ."""
 
 from __future__ import annotations
 

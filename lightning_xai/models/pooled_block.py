@@ -30,7 +30,7 @@ class PooledBlock:
 
     @staticmethod
     def serves(block: nn.Module) -> bool:
-        """Whether the block is the plain pre-norm block this shortcut is exact for."""
+        """Return whether the block is the plain pre-norm block this shortcut is exact for."""
         return (
             type(block) is ResidualAttentionBlock
             and not hasattr(block, "ln_1_kv")

@@ -24,7 +24,7 @@ def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
     """Spread an encoder over the processes of a mesh, block by block, with the weights of the first process.
 
     From then on each process holds its share of every parameter. `forward` puts a block's parameters together when it
-    gets there, and lets go of them behind it; the backward pass does the same, and averages gradients over processes as
+    gets there, and lets go of them after it; the backward pass does the same, and averages gradients over processes as
     DistributedDataParallel does. All other methods need `gather_parameters` first. The logit scale, a scalar, stays
     whole on every process. Names and shapes in the state dict are as before.
 
@@ -58,7 +58,7 @@ def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(encoder: DualEncoder) -> bool:
-    """Whether `shard_encoder` has been here."""
+    """Return whether `shard_encoder` has sharded the encoder."""
     return hasattr(encoder, "unshard")
 
 

@@ -1,6 +1,6 @@
-"""The towers that open_clip builds, each cut at a layer: all that is known of open_clip's insides.
+"""The towers that open_clip builds, at a layer; no other module knows how open_clip is built inside.
 
-Shape suffixes as in `split`: B batch, N points, T tokens, D hidden width, K embedding width, L tokens as given.
+Shape suffixes as in `at_layer`: B batch, N points, T tokens, D hidden width, K embedding width, L tokens as given.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _run(blocks: Iterable[nn.Module], hidden_BTD: Tensor, transformer: nn.Module
 
 
 class VisionTransformerAtLayer(TowerAtLayer):
-    """open_clip's VisionTransformer, cut at the input of a block; tokens are CLS and the patches."""
+    """open_clip's VisionTransformer at the input of a block; tokens are CLS and the patches."""
 
     prefix_tokens = 1
 
@@ -77,7 +77,7 @@ def _first(hidden: Tensor) -> Tensor:
 
 
 class ModifiedResNetAtLayer(TowerAtLayer):
-    """CLIP's ResNet with attention pool, cut at the input of a stage, 1 to 4 (`layer1`...), or of the pool (5)."""
+    """CLIP's ResNet with attention pool, at the input of a stage, 1 to 4 (`layer1`...), or of the pool (5)."""
 
     layers = range(1, 5)
     is_feature_map = True
@@ -111,7 +111,7 @@ class ModifiedResNetAtLayer(TowerAtLayer):
 class TextTower:
     """open_clip's text transformer, run on no more tokens than the batch's longest caption needs.
 
-    Under the causal mask nothing behind the pooled end-of-text token reaches it, so cutting there is exact.
+    Under the causal mask no token after the pooled end-of-text token reaches it, so leaving these out is exact.
     """
 
     def __init__(self, model: CLIP | CustomTextCLIP) -> None:
@@ -119,7 +119,9 @@ class TextTower:
         if not isinstance(text, (CLIP, TextTransformer)):
             raise UnsupportedTowerError(f"a text tower of type {type(text).__name__} is no TextTransformer")
         if getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
-            raise UnsupportedTowerError("a text tower with a class token or padding mask is not cut at the end of text")
+            raise UnsupportedTowerError(
+                "a text tower with a class token or padding mask needs tokens after the end of text"
+            )
         self._text: Any = text
         self._pool_type = text.text_pool_type if isinstance(text, CLIP) else text.pool_type
         self._eos_id = text.text_eos_id if isinstance(text, CLIP) else text.eos_id
@@ -137,13 +139,13 @@ class TextTower:
             return tokens_BL.eq(self._eos_id).int().argmax(dim=1)
         return torch.full_like(tokens_BL[:, 0], 0 if self._pool_type == "first" else tokens_BL.shape[1] - 1)
 
-    def cut(self, tokens_BL: Tensor) -> Tensor:
+    def trim(self, tokens_BL: Tensor) -> Tensor:
         """The tokens [B, T] of [B, L] that are needed: up to where the last embedding of the batch is read."""
         return tokens_BL[:, : int(self.pool_positions(tokens_BL).max()) + 1] if self.causal else tokens_BL
 
     def embed(self, tokens_BL: Tensor, length: int | None = None) -> Tensor:
         """Token and position embeddings [B, T, D] of the first `length` tokens, or of those that are needed."""
-        tokens_BL = self.cut(tokens_BL) if length is None else tokens_BL[:, :length]
+        tokens_BL = self.trim(tokens_BL) if length is None else tokens_BL[:, :length]
         dtype = self.transformer.get_cast_dtype()
         embedding: Tensor = self._text.token_embedding(tokens_BL).to(dtype)
         positions: Tensor = self._text.positional_embedding[: tokens_BL.shape[1]].to(dtype)
@@ -165,7 +167,7 @@ class TextTower:
         return embedding
 
     def encode(self, tokens_BL: Tensor) -> Tensor:
-        """Token ids [B, L] -> embeddings [B, K], not normalised; all tokens are run, so `cut` them before."""
+        """Token ids [B, L] -> embeddings [B, K], not normalised; all tokens are run, so `trim` them before."""
         hidden = self.embed(tokens_BL, tokens_BL.shape[1])
         hidden = self.transformer(hidden, attn_mask=self.mask(hidden))
         rows = torch.arange(len(hidden), device=hidden.device)
@@ -173,7 +175,7 @@ class TextTower:
 
 
 class TextTransformerAtLayer(TextTowerAtLayer):
-    """open_clip's text transformer, cut at the input of a block."""
+    """open_clip's text transformer at the input of a block."""
 
     def __init__(self, tower: TextTower, layer: int) -> None:
         self._tower = tower
@@ -244,11 +246,11 @@ def checkpoint_blocks(model: Any) -> None:
             )
 
 
-def image_at_layer_tower(model: Any, layer: int) -> TowerAtLayer:
-    """Cut a model's image tower at the input of `layer`.
+def image_tower_at_layer(model: Any, layer: int) -> TowerAtLayer:
+    """A model's image tower at the input of `layer`.
 
     Raises:
-        UnsupportedTowerError: a tower of a kind that cannot be cut.
+        UnsupportedTowerError: a tower of an unsupported kind.
         ValueError: no such layer.
     """
     visual: Any = model.visual
@@ -257,14 +259,14 @@ def image_at_layer_tower(model: Any, layer: int) -> TowerAtLayer:
     if isinstance(visual, ModifiedResNet):
         return ModifiedResNetAtLayer(visual, layer)
     if isinstance(visual, TimmModel):
-        return _split_timm(visual, layer)
+        return _timm_at_layer(visual, layer)
     raise UnsupportedTowerError(
-        f"an image tower of type {type(visual).__name__} cannot be split; open_clip's VisionTransformer, "
-        "ModifiedResNet and TimmModel can"
+        f"an image tower of type {type(visual).__name__} is not supported; open_clip's VisionTransformer, "
+        "ModifiedResNet and TimmModel are"
     )
 
 
-def _split_timm(visual: TimmModel, layer: int) -> ImageBlocksAtLayer:
+def _timm_at_layer(visual: TimmModel, layer: int) -> ImageBlocksAtLayer:
     trunk: Any = visual.trunk
     for name in ("blocks", "stages", "layers"):
         if isinstance(getattr(trunk, name, None), (nn.Sequential, nn.ModuleList)):
@@ -276,25 +278,25 @@ def _split_timm(visual: TimmModel, layer: int) -> ImageBlocksAtLayer:
                 channels_last=getattr(trunk, "output_fmt", "NCHW") == "NHWC",
                 prefix=int(getattr(trunk, "num_prefix_tokens", 0)),
             )
-            # Not image size by patch size: a hybrid's patches are cut from the feature maps of a convolutional stem.
+            # Not image size by patch size: a hybrid's patches are those of convolutional feature maps.
             grid = None if is_map else tuple(trunk.patch_embed.grid_size)
             return ImageBlocksAtLayer(visual, blocks, visual.image_size, layer, grid)
     raise UnsupportedTowerError(
-        f"a timm tower of type {type(trunk).__name__} cannot be split: it has no list of blocks, stages or layers, as "
+        f"a timm tower of type {type(trunk).__name__} is not supported: it has no list of blocks, stages or layers, as "
         "timm's VisionTransformer, ConvNeXt and SwinTransformer have"
     )
 
 
-def text_at_layer_tower(model: Any, layer: int) -> TextTowerAtLayer:
-    """Cut a model's text tower at the input of `layer`.
+def text_tower_at_layer(model: Any, layer: int) -> TextTowerAtLayer:
+    """A model's text tower at the input of `layer`.
 
     Raises:
-        UnsupportedTowerError: a tower of a kind that cannot be cut.
+        UnsupportedTowerError: a tower of an unsupported kind.
         ValueError: no such layer.
     """
     text: Any = getattr(model, "text", model)
     if isinstance(text, HFTextEncoder):
-        return _split_hugging_face(text, layer)
+        return _hugging_face_at_layer(text, layer)
     if isinstance(text, TextTransformer) and (text.cls_emb is not None or text.use_pad_mask):
         blocks = BlockList(text.transformer, "resblocks", batch_first=text.transformer.batch_first)
 
@@ -317,12 +319,12 @@ def text_at_layer_tower(model: Any, layer: int) -> TextTowerAtLayer:
     return TextTransformerAtLayer(TextTower(model), layer)
 
 
-def _split_hugging_face(text: HFTextEncoder, layer: int) -> TextBlocksAtLayer:
+def _hugging_face_at_layer(text: HFTextEncoder, layer: int) -> TextBlocksAtLayer:
     stack = getattr(text.transformer, "encoder", text.transformer)
     name = next((name for name in ("layer", "layers", "block") if hasattr(stack, name)), None)
     if name is None:
         raise UnsupportedTowerError(
-            f"a text tower of type {type(text.transformer).__name__} cannot be split: it has no list of layers"
+            f"a text tower of type {type(text.transformer).__name__} is not supported: it has no list of layers"
         )
 
     def encode(tokens: Tensor) -> Tensor:

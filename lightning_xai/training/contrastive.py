@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.metrics.retrieval import RetrievalMetric
-from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder, load_dual_encoder
+from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
+from lightning_xai.models.loading import load_dual_encoder
 from lightning_xai.models.loss import global_contrastive_loss
 from lightning_xai.models.sharding import (
     gather_parameters,
@@ -122,7 +123,7 @@ class ContrastiveModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Cut a training batch's captions behind its longest, while it takes no waiting for the device to find it."""
         if isinstance(batch, Batch) and self.trainer.training:
-            batch = replace(batch, tokens=self.encoder.cut_tokens(batch.tokens).contiguous())
+            batch = replace(batch, tokens=self.encoder.trim_tokens(batch.tokens).contiguous())
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_xai.attribution import METHODS
 from lightning_xai.attribution.attention_relevance import AttentionRelevance, _AttentionReplaced, _recording
+from lightning_xai.attribution.method_options import choose_method
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
 
 VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
@@ -180,31 +182,32 @@ READ_TEXT: dict[str, Callable[[Tensor], Tensor]] = {
     "not_causal_last": lambda rows: rows[-1],
     "siglip": lambda rows: rows[-1],
     "not_causal_first": FIRST,
-    "coca_text": lambda rows: rows[-1, :-1],  # the class token stands behind the caption
+    "coca_text": lambda rows: rows[-1, :-1],  # the class token stands after the caption
 }
 
 
 @pytest.mark.filterwarnings("ignore::lightning_xai.attribution.base.ConstantMapWarning")
-@pytest.mark.parametrize(("name", "start"), [*((name, start) for name in CONFIGS for start in (-1, 0)), ("cls", 1)])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_the_literal_product_over_stored_attention(
-    name: str, start: int, encoder_of: Callable[[str], DualEncoder]
+    name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
     images, tokens = random_pairs(encoder)
-    result = AttentionRelevance(encoder, start_layer=start).attribute(images, tokens)
-    patches = result.image[0].numel()
-    for row, end in enumerate(tokens.argmax(dim=1).tolist()):
-        pair = (images[row], tokens[row], start)
-        expected = literal(encoder, "image", *pair, READ_IMAGE.get(name, FIRST))[-patches:]
-        torch.testing.assert_close(result.image[row].flatten(), expected, rtol=1e-8, atol=1e-13)
+    for start in (-1, 0, 1) if name == "cls" else (-1, 0):
+        result = AttentionRelevance(encoder, start_layer=start).attribute(images, tokens)
+        patches = result.image[0].numel()
+        for row, end in enumerate(tokens.argmax(dim=1).tolist()):
+            pair = (images[row], tokens[row], start)
+            expected = literal(encoder, "image", *pair, READ_IMAGE.get(name, FIRST))[-patches:]
+            torch.testing.assert_close(result.image[row].flatten(), expected, rtol=1e-8, atol=1e-13)
 
-        expected = literal(encoder, "text", *pair, READ_TEXT.get(name, itemgetter(end)))
-        torch.testing.assert_close(result.text[row, 1:end], expected[1:end], rtol=1e-8, atol=1e-13)
-        assert not result.text[row, 0]
-        assert not result.text[row, end:].any()
-    for part in (result.image, result.text):
-        assert part.min() >= 0
-        assert part.max() > 1e-4
+            expected = literal(encoder, "text", *pair, READ_TEXT.get(name, itemgetter(end)))
+            torch.testing.assert_close(result.text[row, 1:end], expected[1:end], rtol=1e-8, atol=1e-13)
+            assert not result.text[row, 0]
+            assert not result.text[row, end:].any()
+        for part in (result.image, result.text):
+            assert part.min() >= 0
+            assert part.max() > 1e-4
 
 
 def test_agrees_with_the_attentions_that_a_hugging_face_tower_gives_out_itself(tmp_path: Path) -> None:
@@ -310,17 +313,16 @@ def vision(name: str) -> dict[str, Any]:
     return {"embed_dim": 24, "vision_cfg": config, "text_cfg": TEXT}
 
 
-@pytest.mark.parametrize("config", [ARCHITECTURES["resnet"], vision("test_convnext"), vision("tiny_swin")], ids=str)
-def test_a_tower_of_feature_maps_is_refused_with_the_methods_that_can_serve_it(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_tower_of_feature_maps_is_refused_and_the_other_methods_are_named(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
-    path.write_text(json.dumps(config))
-    encoder = load_dual_encoder(path)
-    with pytest.raises(UnsupportedTowerError, match=r"image tower.*feature maps.*GradCAM") as error:
-        AttentionRelevance(encoder)
-    others = ("Saliency", "IntegratedGradients", "KernelSHAP", "RISE", "M2IB", "FeaturePairAttribution")
-    assert all(other in str(error.value) for other in others)
+    others = ", ".join(name for name in METHODS if name != "attention_relevance")
+    for config in (ARCHITECTURES["resnet"], vision("test_convnext"), vision("tiny_swin")):
+        path.write_text(json.dumps(config))
+        encoder = load_dual_encoder(path)
+        with pytest.raises(UnsupportedTowerError, match=r"image tower.*feature maps.*such as FeaturePairAttribution"):
+            AttentionRelevance(encoder)
+        with pytest.raises(UnsupportedTowerError, match=rf"feature maps.*; other methods: {others}$"):
+            choose_method(encoder, "attention_relevance", {})
 
 
 def test_attention_that_is_computed_by_other_means_is_refused(tmp_path: Path) -> None:
@@ -330,7 +332,7 @@ def test_attention_that_is_computed_by_other_means_is_refused(tmp_path: Path) ->
     visual: Any = encoder.model.visual
     AttentionRelevance(encoder)
     visual.trunk.blocks[1].attn.fused_attn = False
-    with pytest.raises(UnsupportedTowerError, match=r"scaled_dot_product_attention.*once in each block; use .*GradCAM"):
+    with pytest.raises(UnsupportedTowerError, match=r"scaled_dot_product_attention.*once in each block; use a method"):
         AttentionRelevance(encoder, start_layer=0)
 
 
@@ -339,26 +341,23 @@ def test_a_layer_that_does_not_exist_is_an_error_in_words(encoder_of: Callable[[
         AttentionRelevance(encoder_of("cls"), start_layer=3)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_attention_written_out_is_pytorchs_own() -> None:
+    cases: list[dict[str, Any]] = [
         {},
         {"is_causal": True},
         {"scale": 0.7},
         {"attn_mask": torch.tensor([[True, False, True, True, False]]).expand(5, 5)},
         {"attn_mask": torch.full((5, 5), float("-inf")).triu(1)},
         {"attn_mask": torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(1)).double()},
-    ],
-    ids=str,
-)
-def test_attention_written_out_is_pytorchs_own(options: dict[str, Any]) -> None:
-    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0)).double()
-    expected = scaled_dot_product_attention(query, key, value, **options)
-    kept: list[Tensor] = []
-    with _AttentionReplaced(_recording(kept)):
-        torch.testing.assert_close(scaled_dot_product_attention(query, key, value, **options), expected)
-    torch.testing.assert_close(kept[0] @ value, expected)
-    torch.testing.assert_close(kept[0].sum(dim=3), torch.ones(2, 4, 5).double())
+    ]
+    for options in cases:
+        query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0)).double()
+        expected = scaled_dot_product_attention(query, key, value, **options)
+        kept: list[Tensor] = []
+        with _AttentionReplaced(_recording(kept)):
+            torch.testing.assert_close(scaled_dot_product_attention(query, key, value, **options), expected)
+        torch.testing.assert_close(kept[0] @ value, expected)
+        torch.testing.assert_close(kept[0].sum(dim=3), torch.ones(2, 4, 5).double())
 
 
 def test_attention_is_replaced_inside_multi_head_attention_and_nowhere_else() -> None:

@@ -84,7 +84,8 @@ def test_controls_report_the_true_similarity(method: type[RandomMap] | type[Cent
     torch.testing.assert_close(result.similarity, s * t)
 
 
-@pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
-def test_a_width_that_is_not_positive_is_an_error(make_encoder: MakeEncoder, width: float) -> None:
-    with pytest.raises(ValueError, match="width has to be positive"):
-        CentredGaussian(make_encoder("vit"), width=width)
+def test_a_width_that_is_not_positive_is_an_error(make_encoder: MakeEncoder) -> None:
+    cases: list[float] = [0.0, -1.0, float("nan")]
+    for width in cases:
+        with pytest.raises(ValueError, match="width has to be positive"):
+            CentredGaussian(make_encoder("vit"), width=width)

@@ -144,17 +144,13 @@ def test_no_more_points_than_asked_for_pass_through_a_tower(
     assert max(sizes) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_options_that_do_not_exist_are_errors_at_once(make_encoder: MakeEncoder) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"rule": "simpson"}, "unknown quadrature rule 'simpson'; known: gausslegendre, riemann_left"),
         ({"steps": 0}, "at least 1 integration step.*steps=0"),
         ({"steps": 1, "rule": "riemann_middle"}, "at least 2 integration step.*steps=1"),
         ({"image_reference": "grey"}, "'zeros' or 'black'; got 'grey'"),
-    ],
-)
-def test_options_that_do_not_exist_are_errors_at_once(
-    make_encoder: MakeEncoder, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        IntegratedGradients(make_encoder("vit"), **options)
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            IntegratedGradients(make_encoder("vit"), **options)

@@ -197,17 +197,13 @@ def test_no_more_masked_inputs_than_asked_for_pass_through_a_tower(
         assert sum(sizes) == samples + 2 * 3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_options_that_cannot_work_are_errors_in_words(make_encoder: MakeEncoder) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"image_samples": 16}, "image_samples has to be at least 17 for 16 patches.*got 16"),
         ({"text_samples": 10}, "text_samples has to be at least 11 for 10 tokens of a caption.*got 10"),
         ({"image_reference": "grey"}, "'zeros' or 'black'; got 'grey'"),
-    ],
-)
-def test_options_that_cannot_work_are_errors_in_words(
-    make_encoder: MakeEncoder, options: dict[str, Any], message: str
-) -> None:
-    encoder = make_encoder("vit")
-    with pytest.raises(ValueError, match=message):
-        KernelSHAP(encoder, **options).attribute(*random_pairs(encoder))
+    ]
+    for options, message in cases:
+        encoder = make_encoder("vit")
+        with pytest.raises(ValueError, match=message):
+            KernelSHAP(encoder, **options).attribute(*random_pairs(encoder))

@@ -176,18 +176,17 @@ def test_a_class_token_behind_the_caption_passes_the_bottleneck_too(tmp_path: Pa
     assert_literal(encoder, M2IB(encoder, **SMALL), towers(encoder, 0, 1), **SMALL)
 
 
-@pytest.mark.parametrize(
-    ("depth", "block"), [(12, 9), (24, 18), (32, 24), (4, 2), (3, 1), (2, 0)], ids=lambda number: str(number)
-)
-def test_the_bottleneck_is_three_quarters_up_and_before_the_last_block(tmp_path: Path, depth: int, block: int) -> None:
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 8, "layers": depth, "width": 8, "head_width": 8, "patch_size": 4},
-        "text_cfg": TEXT | {"width": 8, "heads": 1, "layers": depth},
-    }
-    (tmp_path / "model.json").write_text(json.dumps(config))
-    method = M2IB(load_dual_encoder(tmp_path / "model.json"))
-    assert (method.image.layer, method.text.layer) == (block + 1, block + 1)
+def test_the_bottleneck_is_three_quarters_up_and_before_the_last_block(tmp_path: Path) -> None:
+    cases: list[tuple[int, int]] = [(12, 9), (24, 18), (32, 24), (4, 2), (3, 1), (2, 0)]
+    for depth, block in cases:
+        config = {
+            "embed_dim": 8,
+            "vision_cfg": {"image_size": 8, "layers": depth, "width": 8, "head_width": 8, "patch_size": 4},
+            "text_cfg": TEXT | {"width": 8, "heads": 1, "layers": depth},
+        }
+        (tmp_path / "model.json").write_text(json.dumps(config))
+        method = M2IB(load_dual_encoder(tmp_path / "model.json"))
+        assert (method.image.layer, method.text.layer) == (block + 1, block + 1)
 
 
 def test_before_any_update_the_capacity_is_that_of_lambda_5(make_encoder: MakeEncoder) -> None:
@@ -327,9 +326,8 @@ def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncode
     assert state() == before
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
+def test_options_that_make_no_sense_are_errors_in_words(make_encoder: MakeEncoder) -> None:
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("vit", {"beta": 0}, "beta has to be a positive number; got 0"),
         ("vit", {"variance": -1.0}, "variance has to be a positive number"),
         ("vit", {"lr": math.nan}, "lr has to be a positive number; got nan"),
@@ -341,13 +339,10 @@ def test_the_model_is_as_it_was_also_after_an_exception(make_encoder: MakeEncode
         ("vit", {"layer": (None, -4)}, "layer .* 0 to 1 of the text tower's 0 to 2 .*got -4"),
         ("resnet", {"layer": 0}, "1 to 4 of the image tower's 1 to 4 .*got 0"),
         ("resnet", {"layer": (5, None)}, "got 5"),
-    ],
-)
-def test_options_that_make_no_sense_are_errors_in_words(
-    make_encoder: MakeEncoder, name: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        M2IB(make_encoder(name), **options)
+    ]
+    for name, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            M2IB(make_encoder(name), **options)
 
 
 def test_a_tower_of_a_single_block_is_refused(tmp_path: Path) -> None:
@@ -357,5 +352,5 @@ def test_a_tower_of_a_single_block_is_refused(tmp_path: Path) -> None:
         "text_cfg": TEXT | {"layers": 1},
     }
     (tmp_path / "model.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedTowerError, match="behind its bottleneck; the text tower has 1 only"):
+    with pytest.raises(UnsupportedTowerError, match="after its bottleneck; the text tower has 1 only"):
         M2IB(load_dual_encoder(tmp_path / "model.json"))

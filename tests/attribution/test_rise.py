@@ -120,18 +120,14 @@ def test_no_more_masked_inputs_than_asked_for_pass_through_a_tower(
     assert sum(sizes) == 3 * (30 + 1)  # the pairs' own similarity, too
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_options_that_cannot_work_are_errors_at_once(make_encoder: MakeEncoder) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"image_masks": 0}, "image_masks has to be at least 1; got 0"),
         ({"text_masks": 0}, "text_masks has to be at least 1; got 0"),
         ({"cells": 0}, "cells has to be at least 1; got 0"),
         ({"probability": 1.0}, "probability has to lie between 0 and 1.*got 1.0"),
         ({"probability": 0.0}, "probability has to lie between 0 and 1.*got 0.0"),
-    ],
-)
-def test_options_that_cannot_work_are_errors_at_once(
-    make_encoder: MakeEncoder, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        RISE(make_encoder("vit"), **options)
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            RISE(make_encoder("vit"), **options)

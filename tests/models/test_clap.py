@@ -73,34 +73,34 @@ def test_embeddings_are_claps_own_before_it_normalises(encoder: ClapEncoder) -> 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @torch.no_grad()
-def test_the_audio_tower_is_cut_at_its_stages_and_its_head(layer: int, encoder: ClapEncoder) -> None:
+def test_the_audio_tower_has_its_stages_and_its_head_as_layers(layer: int, encoder: ClapEncoder) -> None:
     images, stages = sounds(encoder), encoder.model.audio_model.audio_encoder.layers
-    split = encoder.image_at_layer(layer)
-    hidden = split.features_before(images)
-    assert hidden.shape[2:] == split.grid == [(4, 16), (2, 8), (2, 8)][layer]
-    assert split.layer == layer
-    assert split.layers == range(2)
-    assert split.is_feature_map
-    assert_same(split.embed_from(hidden), features(encoder, images)[0])
+    tower = encoder.image_at_layer(layer)
+    hidden = tower.features_before(images)
+    assert hidden.shape[2:] == tower.grid == [(4, 16), (2, 8), (2, 8)][layer]
+    assert tower.layer == layer
+    assert tower.layers == range(2)
+    assert tower.is_feature_map
+    assert_same(tower.embed_from(hidden), features(encoder, images)[0])
     if layer == 2:
-        assert split.block is None
+        assert tower.block is None
     else:
-        assert split.block is stages[layer]
-        assert_same(split.captured(block_input(stages[layer], lambda: encoder.encode_image(images))), hidden)
+        assert tower.block is stages[layer]
+        assert_same(tower.captured(block_input(stages[layer], lambda: encoder.encode_image(images))), hidden)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 @torch.no_grad()
 def test_the_text_tower_is_cut_at_its_layers(layer: int, encoder: ClapEncoder) -> None:
     tokens, blocks = encoder.tokenizer.encode(CAPTIONS), encoder.model.text_model.encoder.layer
-    split = encoder.text_at_layer(layer)
-    hidden = split.features_before(tokens)
+    tower = encoder.text_at_layer(layer)
+    hidden = tower.features_before(tokens)
     assert hidden.shape[:2] == (2, 9), "padding of the whole batch is cut off"
     own = block_input(blocks[layer], lambda: encoder.encode_text(tokens))
     seen = (tokens != 1)[:, :9]
     assert_same(hidden[seen], own[:, :9][seen])
-    assert_same(split.embed_from(hidden, tokens), encoder.encode_text(tokens))
-    assert split.visible(tokens).sum(dim=1).tolist() == [5, 9]
+    assert_same(tower.embed_from(hidden, tokens), encoder.encode_text(tokens))
+    assert tower.visible(tokens).sum(dim=1).tolist() == [5, 9]
 
 
 def test_layers_that_do_not_exist_are_named(encoder: ClapEncoder) -> None:
@@ -125,25 +125,26 @@ def on_spectrogram(values: Tensor, side: int) -> Tensor:
 @torch.no_grad()
 def test_hidden_states_lie_where_the_fold_took_them_from(layer: int, encoder: ClapEncoder) -> None:
     images = sounds(encoder, 1)
-    split = encoder.image_at_layer(layer)
+    tower = encoder.image_at_layer(layer)
     stage = encoder.model.audio_model.audio_encoder.layers[layer]
     own = block_input(stage, lambda: encoder.encode_image(images))[0]
     for channel in (0, 5):
         expected = on_spectrogram(own[:, channel], 8 // 2**layer)
-        assert_same(split.features_before(images)[0, channel], expected)
+        assert_same(tower.features_before(images)[0, channel], expected)
 
 
-@pytest.mark.parametrize(("row", "column"), [(0, 0), (0, 15), (3, 0), (1, 7), (2, 8), (3, 15)])
 @torch.no_grad()
-def test_a_change_at_one_frequency_and_time_moves_the_token_there(row: int, column: int, encoder: ClapEncoder) -> None:
-    # 64 frames are not interpolated, so that patches of 4 x 4 are exact.
-    before = torch.randn(1, 1, BANDS, 64, generator=torch.Generator().manual_seed(4)).double() * 15 - 45
-    after = before.clone()
-    after[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 20
-    split = encoder.image_at_layer(0)
-    moved = (split.features_before(after) != split.features_before(before)).any(dim=1)[0]
-    assert moved.nonzero().tolist() == [[row, column]]
-    assert split.on_grid(moved.flatten()).nonzero().tolist() == [[row, column]]
+def test_a_change_at_one_frequency_and_time_moves_the_token_there(encoder: ClapEncoder) -> None:
+    cases: list[tuple[int, int]] = [(0, 0), (0, 15), (3, 0), (1, 7), (2, 8), (3, 15)]
+    for row, column in cases:
+        # 64 frames are not interpolated, so that patches of 4 x 4 are exact.
+        before = torch.randn(1, 1, BANDS, 64, generator=torch.Generator().manual_seed(4)).double() * 15 - 45
+        after = before.clone()
+        after[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 20
+        tower = encoder.image_at_layer(0)
+        moved = (tower.features_before(after) != tower.features_before(before)).any(dim=1)[0]
+        assert moved.nonzero().tolist() == [[row, column]]
+        assert tower.on_grid(moved.flatten()).nonzero().tolist() == [[row, column]]
 
 
 # ---- attributions
@@ -281,8 +282,8 @@ def test_a_model_with_fusion_takes_four_channels_and_is_cut_all_the_same(tmp_pat
     own, _ = features(encoder, images)
     assert_same(encoder.encode_image(images), own)
     for layer in (0, 1, 2):
-        split = encoder.image_at_layer(layer)
-        assert_same(split.embed_from(split.features_before(images)), own)
+        tower = encoder.image_at_layer(layer)
+        assert_same(tower.embed_from(tower.features_before(images)), own)
     assert encoder.pictures(images).shape == (1, 3, BANDS, FRAMES)
 
 
@@ -367,9 +368,9 @@ def test_weights_that_are_not_finite_are_refused(encoder: ClapEncoder, folder: P
 
 
 def test_a_tower_that_is_not_the_encoders_own_is_refused(encoder: ClapEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    tail = ClapAudioAtLayer.embed_from
-    monkeypatch.setattr(ClapAudioAtLayer, "embed_from", lambda *args: tail(*args) * 1.01)
-    with pytest.raises(ValueError, match=r"tail\(stem\(x\)\) of the image tower .* transformers \d"):
+    embed = ClapAudioAtLayer.embed_from
+    monkeypatch.setattr(ClapAudioAtLayer, "embed_from", lambda *args: embed(*args) * 1.01)
+    with pytest.raises(ValueError, match=r"embed_from\(features_before\(x\)\) of the image tower .* transformers \d"):
         ClapEncoder(encoder.model, encoder.tokenizer, encoder._extractor)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_xai.attribution.capture import capture
 from lightning_xai.models import DualEncoder, load_dual_encoder, save_open_clip
-from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, tag_architecture
+from lightning_xai.models.architecture import tag_architecture
+from lightning_xai.models.dual_encoder import CHECKPOINT_KEY
 from lightning_xai.models.towers import ModifiedResNetAtLayer, TextTransformerAtLayer, VisionTransformerAtLayer
 from lightning_xai.training import ContrastiveFineTuning
 
@@ -77,7 +78,7 @@ def task(config: Path) -> ContrastiveFineTuning:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_text_cut_behind_its_end_is_open_clips_own_output_with_the_same_gradients(
+def test_text_trimmed_to_its_end_is_open_clips_own_output_with_the_same_gradients(
     name: str, make_encoder: MakeEncoder
 ) -> None:
     encoder = make_encoder(name, torch.float64)
@@ -90,10 +91,10 @@ def test_text_cut_behind_its_end_is_open_clips_own_output_with_the_same_gradient
         gradients = torch.autograd.grad((embedding * mixture).sum(), weights, allow_unused=True)
         return embedding, [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
 
-    cut, cut_gradients = evaluate(encoder.encode_text)
+    trimmed, trimmed_gradients = evaluate(encoder.encode_text)
     full, full_gradients = evaluate(encoder.model.encode_text)
-    torch.testing.assert_close(cut, full, rtol=1e-10, atol=1e-12)
-    for gradient, expected in zip(cut_gradients, full_gradients, strict=True):
+    torch.testing.assert_close(trimmed, full, rtol=1e-10, atol=1e-12)
+    for gradient, expected in zip(trimmed_gradients, full_gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11)
     with capture(encoder.image_at_layer(), encoder.text_at_layer()) as captured:
         encoder.encode_text(tokens)
@@ -127,8 +128,8 @@ def test_a_copy_computes_with_its_own_weights(
             parameter.mul_(1.5)
     tokens = twin.tokenizer.encode(CAPTIONS)
     torch.testing.assert_close(twin.encode_text(tokens), twin.model.encode_text(tokens))
-    split = twin.text_at_layer()
-    torch.testing.assert_close(split.embed_from(split.features_before(tokens), tokens), twin.encode_text(tokens))
+    tower = twin.text_at_layer()
+    torch.testing.assert_close(tower.embed_from(tower.features_before(tokens), tokens), twin.encode_text(tokens))
     assert not torch.allclose(outputs(twin)[1], before[1])
     assert torch.equal(outputs(encoder)[1], before[1])
 
@@ -151,48 +152,48 @@ def scaled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "method", "message"),
+    ("name", "kind", "method", "message"),
     [
-        ("vit", VisionTransformerAtLayer, "embed_from", r"tail\(stem\(x\)\) of the image tower"),
-        ("vit", VisionTransformerAtLayer, "features_before", r"tail\(stem\(x\)\) of the image tower"),
-        ("resnet", ModifiedResNetAtLayer, "embed_from", r"tail\(stem\(x\)\) of the image tower"),
-        ("vit", TextTransformerAtLayer, "embed_from", r"tail\(stem\(x\)\) of the text tower"),
+        ("vit", VisionTransformerAtLayer, "embed_from", r"embed_from\(features_before\(x\)\) of the image tower"),
+        ("vit", VisionTransformerAtLayer, "features_before", r"embed_from\(features_before\(x\)\) of the image tower"),
+        ("resnet", ModifiedResNetAtLayer, "embed_from", r"embed_from\(features_before\(x\)\) of the image tower"),
+        ("vit", TextTransformerAtLayer, "embed_from", r"embed_from\(features_before\(x\)\) of the text tower"),
     ],
 )
 def test_a_tower_that_is_not_the_encoders_own_is_refused(
-    name: str, split: Any, method: str, message: str, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+    name: str, kind: Any, method: str, message: str, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder(name)
     encoder.check_towers()
-    monkeypatch.setattr(split, method, scaled(getattr(split, method)))
+    monkeypatch.setattr(kind, method, scaled(getattr(kind, method)))
     with pytest.raises(ValueError, match=f"{message} differs .* open_clip"):
         DualEncoder(encoder.model, encoder.tokenizer, encoder.architecture)
 
 
-@pytest.mark.parametrize("split", [VisionTransformerAtLayer, TextTransformerAtLayer])
+@pytest.mark.parametrize("tower", [VisionTransformerAtLayer, TextTransformerAtLayer])
 def test_a_path_that_does_not_end_at_the_encoders_output_is_refused(
-    split: Any, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+    tower: Any, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder()
-    path = split.path
-    monkeypatch.setattr(split, "path", lambda *args: scaled(path(*args)))
+    path = tower.path
+    monkeypatch.setattr(tower, "path", lambda *args: scaled(path(*args)))
     with pytest.raises(ValueError, match=r"path\(1\) of the (image|text) tower differs"):
         encoder.check_towers()
 
 
-def test_another_layer_is_checked_once_when_it_is_first_split_at(
+def test_another_layer_is_checked_once_when_it_is_first_asked_for(
     make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder()
     encoder.image_at_layer(1)
     encoder.text_at_layer(1)
-    for split in (VisionTransformerAtLayer, TextTransformerAtLayer):
-        monkeypatch.setattr(split, "embed_from", scaled(split.embed_from))
-    for cut, tower in ((encoder.image_at_layer, "image"), (encoder.text_at_layer, "text")):
-        assert cut(1).layer == 1
+    for kind in (VisionTransformerAtLayer, TextTransformerAtLayer):
+        monkeypatch.setattr(kind, "embed_from", scaled(kind.embed_from))
+    for at_layer, tower in ((encoder.image_at_layer, "image"), (encoder.text_at_layer, "text")):
+        assert at_layer(1).layer == 1
         for _ in range(2):  # what failed once is not taken for checked
-            with pytest.raises(ValueError, match=rf"tail\(stem\(x\)\) of the {tower} tower differs"):
-                cut(0)
+            with pytest.raises(ValueError, match=rf"embed_from\(features_before\(x\)\) of the {tower} tower differs"):
+                at_layer(0)
 
 
 def test_the_check_leaves_modes_and_random_numbers_as_they_were(make_encoder: MakeEncoder) -> None:
@@ -272,16 +273,14 @@ RELEASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "tag", "quick_gelu"), RELEASES)
-def test_a_tag_names_the_architecture_with_the_activation_it_was_trained_with(
-    name: str, tag: str, quick_gelu: bool
-) -> None:
-    assert tag in open_clip.list_pretrained_tags_by_model(name)
-    architecture = tag_architecture(name, tag)
-    assert architecture["model_cfg"].get("quick_gelu", False) is quick_gelu
-    assert architecture["name"] == name.removesuffix("-quickgelu") + "-quickgelu" * quick_gelu
-    # Whoever creates the recorded name gets the recorded function.
-    assert architecture["model_cfg"] == open_clip.get_model_config(architecture["name"])
+def test_a_tag_names_the_architecture_with_the_activation_it_was_trained_with() -> None:
+    for name, tag, quick_gelu in RELEASES:
+        assert tag in open_clip.list_pretrained_tags_by_model(name)
+        architecture = tag_architecture(name, tag)
+        assert architecture["model_cfg"].get("quick_gelu", False) is quick_gelu
+        assert architecture["name"] == name.removesuffix("-quickgelu") + "-quickgelu" * quick_gelu
+        # Creating the recorded name gives the recorded function.
+        assert architecture["model_cfg"] == open_clip.get_model_config(architecture["name"])
 
 
 def activations(encoder: DualEncoder) -> set[str]:
@@ -372,9 +371,8 @@ def test_a_config_may_nest_the_model_and_say_how_images_are_preprocessed(tmp_pat
     assert again.image_transform == encoder.image_transform
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_broken_config_is_named_with_what_is_wrong(tmp_path: Path) -> None:
+    cases: list[tuple[str, str]] = [
         ("{'embed_dim': 3}", "is broken JSON: .*line 1 column 2"),
         ('{"embed_dim": 24', "is broken JSON"),
         ("\ud800", "is broken JSON"),
@@ -382,18 +380,16 @@ def test_a_config_may_nest_the_model_and_say_how_images_are_preprocessed(tmp_pat
         ('{"embed_dim": 24, "vision_cfg": {}}', r"lacks text_cfg \(dict\)"),
         ('{"vision_cfg": {}, "text_cfg": null}', r"lacks embed_dim \(int\), text_cfg \(dict\)"),
         ('{"model_cfg": 3}', r"lacks embed_dim \(int\), vision_cfg \(dict\), text_cfg \(dict\)"),
-    ],
-)
-def test_a_broken_config_is_named_with_what_is_wrong(content: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.json"
-    path.write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=f"model config {re.escape(str(path))} {message}"):
-        load_dual_encoder(path)
+    ]
+    for content, message in cases:
+        path = tmp_path / "model.json"
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        with pytest.raises(ValueError, match=f"model config {re.escape(str(path))} {message}"):
+            load_dual_encoder(path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_a_config_that_open_clip_cannot_build_is_named(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [
         {"vision_cfg": {"patch_sise": 8}},
         {"vision_cfg": {"patch_size": 0}},
         {"vision_cfg": {"layers": "three"}},
@@ -401,12 +397,11 @@ def test_a_broken_config_is_named_with_what_is_wrong(content: str, message: str,
         {"text_cfg": {"heads": 5}},
         {"text_cfg": {"pool_type": "middle"}},
         {"no_such_setting": 1},
-    ],
-)
-def test_a_config_that_open_clip_cannot_build_is_named(changes: dict[str, Any], tmp_path: Path) -> None:
-    path = write_config(tmp_path, "impossible", variant(**changes))
-    with pytest.raises(ValueError, match=r"open_clip cannot build the model config 'impossible' \(\w+"):
-        load_dual_encoder(path)
+    ]
+    for changes in cases:
+        path = write_config(tmp_path, "impossible", variant(**changes))
+        with pytest.raises(ValueError, match=r"open_clip cannot build the model config 'impossible' \(\w+"):
+            load_dual_encoder(path)
 
 
 def test_a_config_may_not_ask_for_code_from_elsewhere(tmp_path: Path, make_encoder: MakeEncoder) -> None:
@@ -524,9 +519,10 @@ def test_the_same_architecture_written_otherwise_is_accepted(vit_task: Contrasti
     assert_same_function(load_dual_encoder(config, tmp_path / "weights.ckpt"), vit_task.encoder)
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
+def test_plain_weights_of_another_architecture_are_refused_with_the_tensors_that_differ(
+    vit_task: ContrastiveFineTuning, tmp_path: Path
+) -> None:
+    cases: list[tuple[dict[str, Any], list[str]]] = [
         (
             variant(vision_cfg={"width": 48}),
             [r"of another shape: .*visual.conv1.weight (32 x 3 x 8 x 8) instead of (48 x 3 x 8 x 8)", " more"],
@@ -535,16 +531,13 @@ def test_the_same_architecture_written_otherwise_is_accepted(vit_task: Contrasti
         (variant(text_cfg={"layers": 2}), ["unknown: transformer.resblocks.2.", " more"]),
         (ARCHITECTURES["resnet"], ["missing: visual.", "unknown: visual."]),
         (variant(embed_dim=16), ["text_projection (32 x 24) instead of (32 x 16)"]),
-    ],
-)
-def test_plain_weights_of_another_architecture_are_refused_with_the_tensors_that_differ(
-    config: dict[str, Any], expected: list[str], vit_task: ContrastiveFineTuning, tmp_path: Path
-) -> None:
-    torch.save(vit_task.encoder.model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt do not fit other: .*Pass the model") as caught:
-        load_dual_encoder(write_config(tmp_path, "other", config), tmp_path / "weights.pt")
-    for part in expected:
-        assert part.removeprefix("of another shape: .*") in str(caught.value)
+    ]
+    for config, expected in cases:
+        torch.save(vit_task.encoder.model.state_dict(), tmp_path / "weights.pt")
+        with pytest.raises(ValueError, match=r"weights\.pt do not fit other: .*Pass the model") as caught:
+            load_dual_encoder(write_config(tmp_path, "other", config), tmp_path / "weights.pt")
+        for part in expected:
+            assert part.removeprefix("of another shape: .*") in str(caught.value)
 
 
 def test_interpolated_positions_are_not_kept_silent(vit_task: ContrastiveFineTuning, tmp_path: Path) -> None:
@@ -590,26 +583,27 @@ def test_a_tag_never_takes_the_place_of_a_checkpoints_own_weights(
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
-@pytest.mark.parametrize("place", ["alone", "tensor", "beside", "architecture"])
 def test_a_pickle_that_runs_code_is_refused_and_nothing_is_run(
-    suffix: str, place: str, vit_task: ContrastiveFineTuning, architecture_file: ArchitectureFile, tmp_path: Path
+    suffix: str, vit_task: ContrastiveFineTuning, architecture_file: ArchitectureFile, tmp_path: Path
 ) -> None:
-    file, mark = tmp_path / f"hostile{suffix}", tmp_path / "created"
-    state: dict[str, Any] = {"logit_scale": torch.ones(())}
-    contents: dict[str, Any] = {
-        "alone": Payload(mark),
-        "tensor": state | {"visual.proj": Payload(mark)},
-        "beside": {"state_dict": state, "hyper_parameters": Payload(mark)},
-        "architecture": {"state_dict": state, CHECKPOINT_KEY: Payload(mark)},
-    }
-    torch.save(contents[place], file)
-    torch.load(file, weights_only=False)
-    assert mark.exists(), "the attack has to work where it is not refused"
-    mark.unlink()
-    for arguments in [(architecture_file("vit"), file), (file, None)] if suffix == ".ckpt" else [("RN50", file)]:
-        with pytest.raises(ValueError, match=rf"hostile{suffix} cannot be read as plain tensors .*never loaded"):
-            load_dual_encoder(*arguments)
-    assert not mark.exists()
+    cases: list[str] = ["alone", "tensor", "beside", "architecture"]
+    for place in cases:
+        file, mark = tmp_path / f"hostile{suffix}", tmp_path / "created"
+        state: dict[str, Any] = {"logit_scale": torch.ones(())}
+        contents: dict[str, Any] = {
+            "alone": Payload(mark),
+            "tensor": state | {"visual.proj": Payload(mark)},
+            "beside": {"state_dict": state, "hyper_parameters": Payload(mark)},
+            "architecture": {"state_dict": state, CHECKPOINT_KEY: Payload(mark)},
+        }
+        torch.save(contents[place], file)
+        torch.load(file, weights_only=False)
+        assert mark.exists(), "the attack has to work where it is not refused"
+        mark.unlink()
+        for arguments in [(architecture_file("vit"), file), (file, None)] if suffix == ".ckpt" else [("RN50", file)]:
+            with pytest.raises(ValueError, match=rf"hostile{suffix} cannot be read as plain tensors .*never loaded"):
+                load_dual_encoder(*arguments)
+        assert not mark.exists()
 
 
 def test_missing_files_are_named(architecture_file: ArchitectureFile, tmp_path: Path) -> None:
@@ -622,22 +616,23 @@ def test_missing_files_are_named(architecture_file: ArchitectureFile, tmp_path: 
         load_dual_encoder(tmp_path / "no.json")
 
 
-@pytest.mark.parametrize("name", ["weights.pt", "old.pt", "weights.ckpt", "weights.safetensors"])
 def test_a_truncated_file_is_named(
-    name: str, architecture_file: ArchitectureFile, tmp_path: Path, vit_task: ContrastiveFineTuning
+    architecture_file: ArchitectureFile, tmp_path: Path, vit_task: ContrastiveFineTuning
 ) -> None:
-    path = tmp_path / name
-    if name == "weights.ckpt":
-        save_checkpoint(vit_task, path)
-    elif name == "old.pt":
-        torch.save(vit_task.encoder.model.state_dict(), path, _use_new_zipfile_serialization=False)
-    else:
-        save_open_clip(vit_task.encoder, path)
-    content = path.read_bytes()
-    for length in (0, 1, 9, 100, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=rf"checkpoint {re.escape(str(path))} (cannot be read|is no readable)"):
-            load_dual_encoder(architecture_file("vit"), path)
+    cases: list[str] = ["weights.pt", "old.pt", "weights.ckpt", "weights.safetensors"]
+    for name in cases:
+        path = tmp_path / name
+        if name == "weights.ckpt":
+            save_checkpoint(vit_task, path)
+        elif name == "old.pt":
+            torch.save(vit_task.encoder.model.state_dict(), path, _use_new_zipfile_serialization=False)
+        else:
+            save_open_clip(vit_task.encoder, path)
+        content = path.read_bytes()
+        for length in (0, 1, 9, 100, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:length])
+            with pytest.raises(ValueError, match=rf"checkpoint {re.escape(str(path))} (cannot be read|is no readable)"):
+                load_dual_encoder(architecture_file("vit"), path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -651,9 +646,10 @@ def test_bytes_that_are_no_checkpoint_are_named(architecture_file: ArchitectureF
             load_dual_encoder(architecture_file("vit"), path)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_readable_file_that_holds_something_else_is_named(
+    architecture_file: ArchitectureFile, tmp_path: Path
+) -> None:
+    cases: list[tuple[Any, str]] = [
         ([torch.ones(2)], "holds no state dict"),
         ({"epoch": 3, "model": {"a": torch.ones(2)}}, "holds no state dict"),
         ({"state_dict": [1, 2]}, "holds no state dict"),
@@ -663,14 +659,11 @@ def test_bytes_that_are_no_checkpoint_are_named(architecture_file: ArchitectureF
         ({1: torch.ones(2)}, "do not fit vit: .*missing: .*unknown: 1"),
         ({"state_dict": {"encoder.model.a": torch.ones(2)}, CHECKPOINT_KEY: {}}, "is broken, expected name, model_cfg"),
         ({"state_dict": {"encoder.model.a": torch.ones(2)}, CHECKPOINT_KEY: 3}, "is broken, expected name, model_cfg"),
-    ],
-)
-def test_a_readable_file_that_holds_something_else_is_named(
-    content: Any, message: str, architecture_file: ArchitectureFile, tmp_path: Path
-) -> None:
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=rf"other\.pt {message}"):
-        load_dual_encoder(architecture_file("vit"), tmp_path / "other.pt")
+    ]
+    for content, message in cases:
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=rf"other\.pt {message}"):
+            load_dual_encoder(architecture_file("vit"), tmp_path / "other.pt")
 
 
 def test_a_checkpoint_of_another_project_is_no_model(tmp_path: Path) -> None:
@@ -679,58 +672,52 @@ def test_a_checkpoint_of_another_project_is_no_model(tmp_path: Path) -> None:
         load_dual_encoder(tmp_path / "other.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("recorded", "message"),
-    [
+def test_broken_metadata_is_named(
+    vit_task: ContrastiveFineTuning, architecture_file: ArchitectureFile, tmp_path: Path
+) -> None:
+    cases: list[tuple[str, str]] = [
         ("{broken", f"has broken JSON in its metadata '{CHECKPOINT_KEY}'"),
         ("[1]", "is broken, expected name, model_cfg, preprocess_cfg"),
         ('{"name": "x", "preprocess_cfg": {}, "model_cfg": {"embed_dim": 24}}', "lacks vision_cfg"),
-    ],
-)
-def test_broken_metadata_is_named(
-    recorded: str,
-    message: str,
-    vit_task: ContrastiveFineTuning,
-    architecture_file: ArchitectureFile,
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "weights.safetensors"
-    save_file(vit_task.encoder.model.state_dict(), path, metadata={CHECKPOINT_KEY: recorded})
-    with pytest.raises(ValueError, match=rf"weights\.safetensors {message}"):
-        load_dual_encoder(architecture_file("vit"), path)
+    ]
+    for recorded, message in cases:
+        path = tmp_path / "weights.safetensors"
+        save_file(vit_task.encoder.model.state_dict(), path, metadata={CHECKPOINT_KEY: recorded})
+        with pytest.raises(ValueError, match=rf"weights\.safetensors {message}"):
+            load_dual_encoder(architecture_file("vit"), path)
 
 
 # ---- export
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("name", ["vit", "resnet", "vit_layer_scale_quick_gelu"])
 def test_an_export_is_what_open_clip_loads_by_name(
-    name: str, suffix: str, architecture_file: ArchitectureFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, architecture_file: ArchitectureFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
-    open_clip.add_model_config(architecture_file(name))
-    encoder = random_encoder(name)  # by its name, which open_clip now knows
-    path = tmp_path / "made" / f"weights{suffix}"
-    save_open_clip(encoder, path)
+    cases: list[str] = [".pt", ".safetensors"]
+    for suffix in cases:
+        monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+        monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+        open_clip.add_model_config(architecture_file(name))
+        encoder = random_encoder(name)  # by its name, which open_clip now knows
+        path = tmp_path / "made" / f"weights{suffix}"
+        save_open_clip(encoder, path)
 
-    model = open_clip.create_model(name, pretrained=str(path)).eval()
-    image, text = outputs(encoder)
-    height, width = encoder.image_transform.size
-    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert torch.equal(model.encode_image(images), image)
-        torch.testing.assert_close(model.encode_text(open_clip.get_tokenizer(name)(CAPTIONS)), text)
-    beside = load_dual_encoder(path.with_suffix(".json"), path)
-    assert_same_function(beside, encoder)
-    assert beside.architecture["model_cfg"] == encoder.architecture["model_cfg"]
+        model = open_clip.create_model(name, pretrained=str(path)).eval()
+        image, text = outputs(encoder)
+        height, width = encoder.image_transform.size
+        images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            assert torch.equal(model.encode_image(images), image)
+            torch.testing.assert_close(model.encode_text(open_clip.get_tokenizer(name)(CAPTIONS)), text)
+        beside = load_dual_encoder(path.with_suffix(".json"), path)
+        assert_same_function(beside, encoder)
+        assert beside.architecture["model_cfg"] == encoder.architecture["model_cfg"]
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "weights", "weights.ckpt"])
-def test_an_export_to_an_unknown_kind_of_file_writes_nothing(
-    name: str, make_encoder: MakeEncoder, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=rf"writes \.safetensors or \.pt, not .*{name}"):
-        save_open_clip(make_encoder(), tmp_path / "out" / name)
-    assert list(tmp_path.iterdir()) == []
+def test_an_export_to_an_unknown_kind_of_file_writes_nothing(make_encoder: MakeEncoder, tmp_path: Path) -> None:
+    cases: list[str] = ["weights.bin", "weights", "weights.ckpt"]
+    for name in cases:
+        with pytest.raises(ValueError, match=rf"writes \.safetensors or \.pt, not .*{name}"):
+            save_open_clip(make_encoder(), tmp_path / "out" / name)
+        assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Text towers that open_clip builds from Hugging Face's transformers, small and without network, cut at every layer."""
+"""Text towers that open_clip builds from Hugging Face's transformers, small and without network, at every layer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ TOWERS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 }
 # MT5's norms and softmax compute in float32, whatever the weights.
 SINGLE = {"mt5"}
-LAYERS = [(name, layer) for name in TOWERS for layer in range(3)]
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -111,26 +110,26 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("name", "layer"), LAYERS)
+@pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
-def test_stem_is_the_layers_own_input_and_tail_gives_the_encoders_output(
-    name: str, layer: int, encoder_of: Callable[[str], DualEncoder]
+def test_features_are_the_layers_own_input_and_embed_to_the_encoders_output(
+    name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
     tokens, text = encoder.tokenizer.encode(CAPTIONS), encoder.model.text
-    split = encoder.text_at_layer(layer)
-    hidden = split.features_before(tokens)
-    own = block_input(blocks_of(encoder, name)[layer], lambda: text(tokens))
-    longest = int((tokens != 1).sum(dim=1).max())
-    assert hidden.shape[:2] == (3, longest)
-    assert longest < LENGTH, "something has to be cut off"
-    seen = (tokens != 1)[:, :longest]
-    assert_same(hidden[seen], own[:, :longest][seen])
-    assert_same(split.embed_from(hidden, tokens), text(tokens))
     assert_same(encoder.encode_text(tokens), text(tokens))
-    assert split.block is blocks_of(encoder, name)[layer]
-    assert_same(split.features_before(tokens, LENGTH), own)
-    assert_same(split.captured(own), own)
+    longest = int((tokens != 1).sum(dim=1).max())
+    assert longest < LENGTH, "some padding has to be left out"
+    seen = (tokens != 1)[:, :longest]
+    for layer, block in enumerate(blocks_of(encoder, name)):
+        tower, own = encoder.text_at_layer(layer), block_input(block, lambda: text(tokens))
+        hidden = tower.features_before(tokens)
+        assert hidden.shape[:2] == (3, longest)
+        assert_same(hidden[seen], own[:, :longest][seen])
+        assert_same(tower.embed_from(hidden, tokens), text(tokens))
+        assert tower.block is block
+        assert_same(tower.features_before(tokens, LENGTH), own)
+        assert_same(tower.captured(own), own)
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -150,23 +149,21 @@ def test_visible_tokens_are_those_that_the_embedding_changes_with(
     assert visible.sum(dim=1).tolist() == [7, 4, 9]
 
 
-@pytest.mark.parametrize(("name", "layer"), LAYERS)
+@pytest.mark.parametrize("name", TOWERS)
 def test_attributions_agree_with_equation_10_taken_literally(
-    name: str, layer: int, encoder_of: Callable[[str], DualEncoder]
+    name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder, model = encoder_of(name), encoder_of(name).model
-    tokens = encoder.tokenizer.encode(CAPTIONS[:1])
-    images = images_of(encoder, 1)
-    result = FeaturePairAttribution(encoder, text_layer=layer, steps=2).attribute(images, tokens)
+    tokens, images = encoder.tokenizer.encode(CAPTIONS[:1]), images_of(encoder, 1)
     reference = torch.tensor([[0, 1, 2] + [1] * (LENGTH - 3)])
-    expected = equation_10(
-        Side(blocks_of(encoder, name)[layer], model.encode_text, tokens, reference),
-        Side(model.visual.transformer.resblocks[-1], model.encode_image, images, torch.zeros_like(images)),
-        steps=2,
-    )
-    precision = (1e-4, 1e-7) if name in SINGLE else (1e-8, 1e-12)
-    torch.testing.assert_close(result.interactions[0].flatten(1), expected[:, 1:], rtol=precision[0], atol=precision[1])
-    assert result.interactions.abs().max() > 1e-4
+    image = Side(model.visual.transformer.resblocks[-1], model.encode_image, images, torch.zeros_like(images))
+    relative, absolute = (1e-4, 1e-7) if name in SINGLE else (1e-8, 1e-12)
+    for layer, block in enumerate(blocks_of(encoder, name)):
+        result = FeaturePairAttribution(encoder, text_layer=layer, steps=2).attribute(images, tokens)
+        expected = equation_10(Side(block, model.encode_text, tokens, reference), image, steps=2)
+        own = result.interactions[0].flatten(1)
+        torch.testing.assert_close(own, expected[:, 1:], rtol=relative, atol=absolute)
+        assert result.interactions.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -190,22 +187,22 @@ def test_attributions_sum_to_the_change_of_similarity(
     assert result.text.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_neighbours_and_padding_change_nothing(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
-    encoder = encoder_of(name)
-    tokens, images = encoder.tokenizer.encode(CAPTIONS), images_of(encoder, 3)
-    attribution = FeaturePairAttribution(encoder, text_layer=1)
-    whole = attribution.attribute(images, tokens)
-    alone = attribution.attribute(images[1:2], tokens[1:2, :6])
-    torch.testing.assert_close(alone.interactions[0], whole.interactions[1, :6], rtol=1e-5, atol=1e-7)
-    assert not whole.interactions[1, 4:].any()
-    order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(
-        attribution.attribute(images[order], tokens[order]).interactions,
-        whole.interactions[order],
-        rtol=1e-5,
-        atol=1e-7,
-    )
+def test_neighbours_and_padding_change_nothing(encoder_of: Callable[[str], DualEncoder]) -> None:
+    for name in TOWERS:
+        encoder = encoder_of(name)
+        tokens, images = encoder.tokenizer.encode(CAPTIONS), images_of(encoder, 3)
+        attribution = FeaturePairAttribution(encoder, text_layer=1)
+        whole = attribution.attribute(images, tokens)
+        alone = attribution.attribute(images[1:2], tokens[1:2, :6])
+        torch.testing.assert_close(alone.interactions[0], whole.interactions[1, :6], rtol=1e-5, atol=1e-7)
+        assert not whole.interactions[1, 4:].any()
+        order = torch.tensor([2, 0, 1])
+        torch.testing.assert_close(
+            attribution.attribute(images[order], tokens[order]).interactions,
+            whole.interactions[order],
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 class BrokenError(Exception):
@@ -218,30 +215,30 @@ def test_hooks_and_layers_are_as_they_were_also_after_an_exception(
 ) -> None:
     encoder = encoder_of(name)
     tokens, blocks, modules = encoder.tokenizer.encode(CAPTIONS), blocks_of(encoder, name), list(encoder.modules())
-    split = encoder.text_at_layer(1)
-    hidden = split.features_before(tokens)
+    tower = encoder.text_at_layer(1)
+    hidden = tower.features_before(tokens)
 
     def fail(*ignored: Any) -> None:
         raise BrokenError
 
     handle = blocks[-1].register_forward_pre_hook(fail)
     with pytest.raises(BrokenError):
-        split.embed_from(hidden, tokens)
+        tower.embed_from(hidden, tokens)
     handle.remove()
     handle = blocks[0].register_forward_pre_hook(fail)
     with pytest.raises(BrokenError):
-        split.features_before(tokens)
+        tower.features_before(tokens)
     handle.remove()
     assert blocks_of(encoder, name) is blocks
     assert list(encoder.modules()) == modules
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
-    assert_same(split.embed_from(hidden, tokens), encoder.model.text(tokens))
+    assert_same(tower.embed_from(hidden, tokens), encoder.model.text(tokens))
 
 
-def test_a_tail_without_token_ids_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
-    split = encoder_of("roberta").text_at_layer()
+def test_text_without_token_ids_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
+    tower = encoder_of("roberta").text_at_layer()
     with pytest.raises(ValueError, match="give them as inputs"):
-        split.embed_from(torch.zeros(1, 4, 16).double())
+        tower.embed_from(torch.zeros(1, 4, 16).double())
 
 
 def test_layers_that_do_not_exist_are_named(encoder_of: Callable[[str], DualEncoder]) -> None:
@@ -254,7 +251,7 @@ def test_layers_that_do_not_exist_are_named(encoder_of: Callable[[str], DualEnco
 def test_a_model_without_a_list_of_layers_is_named(tmp_path: Path) -> None:
     encoder = build("roberta", tmp_path)
     encoder.model.text.transformer.encoder = nn.Identity()
-    with pytest.raises(UnsupportedTowerError, match="type RobertaModel cannot be split: it has no list of layers"):
+    with pytest.raises(UnsupportedTowerError, match="type RobertaModel is not supported: it has no list of layers"):
         encoder.text_at_layer()
 
 

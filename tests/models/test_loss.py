@@ -171,18 +171,16 @@ def test_half_precision_features_give_a_float32_loss() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("image", "text", "valid", "message"),
-    [
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    cases: list[tuple[Tensor, Tensor, Any, str]] = [
         (torch.ones(2, 3), torch.ones(3, 3), None, r"\(2, 3\) and \(3, 3\)"),
         (torch.ones(3), torch.ones(3), None, r"one shape \[B, K\]"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.ones(3, dtype=torch.bool), r"valid has to be \[2\] bool"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2), "float32"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(image: Tensor, text: Tensor, valid: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        contrastive_loss(image, text, torch.tensor(1.0), valid)
+    ]
+    for image, text, valid, message in cases:
+        with pytest.raises(ValueError, match=message):
+            contrastive_loss(image, text, torch.tensor(1.0), valid)
 
 
 def test_gathering_on_one_process_hands_the_features_through() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_e
 from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable, resolve_layer
 
 VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
-# What open_clip's configurations can also say about the towers that are split here.
+# What open_clip's configurations can also say about its towers.
 VARIANTS: dict[str, dict[str, Any]] = {
     "text_as_a_module": {"embed_dim": 24, "custom_text": True, "vision_cfg": VIT, "text_cfg": TEXT},
     "oblong_pooled_before_norm": {
@@ -61,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "multimodal_cfg": TEXT | {"layers": 1, "attn_pooler_heads": 4},
     },
 }
-# What open_clip's text transformer can be told, though no configuration tells it.
+# Settings of open_clip's text transformer that no configuration has.
 MASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "coca_mask_in_its_place": ("coca", {"correct_cls_mask": True}),
     "padding_mask_read_at_the_end": ("text_read_at_its_end_without_causal_mask", {"use_pad_mask": True}),
@@ -125,74 +127,65 @@ def layers_of(name: str, tower: str) -> list[int]:
     return [1, 2, 3, 4] if isinstance(depth, list) else list(range(depth))
 
 
-CUTS = [(name, tower, layer) for name in ALL for tower in ("image", "text") for layer in layers_of(name, tower)]
-
-
-@pytest.mark.parametrize(("name", "tower", "layer"), CUTS)
-@torch.no_grad()
-def test_stem_is_the_input_of_the_numbered_block_and_tail_gives_the_encoders_output(
-    name: str, tower: str, layer: int, encoder_of: Callable[[str], DualEncoder]
-) -> None:
-    encoder = encoder_of(name)
-    images, tokens = probes(encoder)
-    split: TowerAtLayer = encoder.image_at_layer(layer) if tower == "image" else encoder.text_at_layer(layer)
-    inputs = images if tower == "image" else tokens
-    own_encode = encoder.model.encode_image if tower == "image" else encoder.model.encode_text
-    encode = partial(own_encode, normalize=False)  # CoCa normalises unless told not to
-    hidden = split.features_before(inputs)
-
-    own_hidden = block_input(block_of(encoder, tower, layer), lambda: encode(inputs))
-    assert_same(hidden, own_hidden[:, : hidden.shape[1]])
-    assert_same(split.embed_from(hidden, inputs), encode(inputs))
-    assert_same(encoder.encode_image(inputs) if tower == "image" else encoder.encode_text(inputs), encode(inputs))
-    assert split.layer == layer
-    assert split.block is block_of(encoder, tower, layer)
-
-
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_image_tokens_are_prefix_and_grid_from_left_to_right_and_top_to_bottom(
+def test_features_are_the_input_of_the_numbered_block_and_embed_to_the_encoders_output(
     name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
+    images, tokens = probes(encoder)
+    # CoCa normalises by default.
+    sides: tuple[tuple[str, Tensor, Any, Any, Any], ...] = (
+        ("image", images, encoder.image_at_layer, encoder.encode_image, encoder.model.encode_image),
+        ("text", tokens, encoder.text_at_layer, encoder.encode_text, encoder.model.encode_text),
+    )
+    for kind, inputs, at_layer, encode, own_encode in sides:
+        expected = own_encode(inputs, normalize=False)
+        assert_same(encode(inputs), expected)
+        for layer in layers_of(name, kind):
+            tower, block = at_layer(layer), block_of(encoder, kind, layer)
+            hidden = tower.features_before(inputs)
+            own_hidden = block_input(block, partial(own_encode, inputs, normalize=False))
+            assert_same(hidden, own_hidden[:, : hidden.shape[1]])
+            assert_same(tower.embed_from(hidden, inputs), expected)
+            assert (tower.layer, tower.block) == (layer, block)
+            if kind == "image" and hidden.ndim == 4:
+                assert (tower.prefix_tokens, tower.grid) == (0, hidden.shape[2:])
+            elif kind == "image":
+                assert hidden.shape[1] == tower.prefix_tokens + math.prod(tower.grid)
+
+
+@torch.no_grad()
+def test_the_grid_runs_from_left_to_right_and_top_to_bottom(encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of("oblong_pooled_before_norm")
     images, _ = probes(encoder)
-    for layer in layers_of(name, "image"):
-        split = encoder.image_at_layer(layer)
-        hidden = split.features_before(images)
-        rows, columns = split.grid
-        if hidden.ndim == 4:
-            assert split.prefix_tokens == 0
-            assert hidden.shape[2:] == (rows, columns)
-        else:
-            assert hidden.shape[1] == split.prefix_tokens + rows * columns
-    if encoder.image_transform.size == (32, 48):
-        changed = images.clone()
-        changed[:, :, 8:16, 40:48] = 0  # second row, last column
-        split = encoder.image_at_layer(0)
-        assert split.grid == (4, 6)
-        differing = (split.features_before(changed) != split.features_before(images)).any(dim=2)[0].nonzero().flatten()
-        assert differing.tolist() == [split.prefix_tokens + 1 * 6 + 5]
+    changed = images.clone()
+    changed[:, :, 8:16, 40:48] = 0  # second row, last column
+    tower = encoder.image_at_layer(0)
+    assert tower.grid == (4, 6)
+    differing = (tower.features_before(changed) != tower.features_before(images)).any(dim=2)[0].nonzero().flatten()
+    assert differing.tolist() == [tower.prefix_tokens + 1 * 6 + 5]
 
 
-@pytest.mark.parametrize("references", [1, 3])
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_a_path_is_the_tail_of_every_mixture_of_reference_and_input(
-    name: str, references: int, encoder_of: Callable[[str], DualEncoder]
+def test_a_path_embeds_every_mixture_of_reference_and_input(
+    name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:
     encoder = encoder_of(name)
     images, tokens = probes(encoder)
     generator = torch.Generator().manual_seed(2)
-    for split, inputs in ((encoder.image_at_layer(), images), (encoder.text_at_layer(), tokens)):
-        hidden = split.features_before(inputs)
+    towers: list[tuple[TowerAtLayer, Tensor]] = [(encoder.image_at_layer(), images), (encoder.text_at_layer(), tokens)]
+    for (tower, inputs), references in product(towers, (1, 3)):
+        hidden = tower.features_before(inputs)
         reference = torch.randn(references, *hidden.shape[1:], generator=generator).double()
         count = hidden[0, 0].numel() if hidden.ndim == 4 else hidden.shape[1]
         alpha = torch.rand(3, 2, count, generator=generator).double()
-        embeddings = split.path(hidden, reference, inputs)(alpha)
+        embeddings = tower.path(hidden, reference, inputs)(alpha)
         for point in range(2):
             weight = alpha[:, point]
-            weight = weight.reshape(3, 1, *split.grid) if hidden.ndim == 4 else weight.unsqueeze(2)
-            assert_same(embeddings[:, point], split.embed_from(reference + weight * (hidden - reference), inputs))
+            weight = weight.reshape(3, 1, *tower.grid) if hidden.ndim == 4 else weight.unsqueeze(2)
+            assert_same(embeddings[:, point], tower.embed_from(reference + weight * (hidden - reference), inputs))
 
 
 @torch.no_grad()
@@ -215,10 +208,10 @@ def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
     assert_same(image.captured(own_hidden), image.features_before(images))
 
 
-def test_a_text_tail_without_positions_to_read_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
-    split = encoder_of("vit").text_at_layer()
+def test_text_without_positions_to_read_says_what_is_missing(encoder_of: Callable[[str], DualEncoder]) -> None:
+    tower = encoder_of("vit").text_at_layer()
     with pytest.raises(ValueError, match="token ids"):
-        split.embed_from(split.features_before(probes(encoder_of("vit"))[1]))
+        tower.embed_from(tower.features_before(probes(encoder_of("vit"))[1]))
 
 
 @pytest.mark.parametrize(
@@ -264,10 +257,10 @@ def test_visible_tokens_are_those_that_the_embedding_changes_with(
     mixture = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(2)).double()
     (gradient,) = torch.autograd.grad((embedding * mixture).sum(), hidden)
     changes = gradient.abs().sum(dim=2) > 1e-12
-    split = encoder.text_at_layer(0)
-    assert torch.equal(split.visible(tokens), changes[:, : tokens.shape[1]])
+    tower = encoder.text_at_layer(0)
+    assert torch.equal(tower.visible(tokens), changes[:, : tokens.shape[1]])
     # What `features_before` leaves out, the embedding does not see.
-    assert not changes[:, split.features_before(tokens).shape[1] :].any()
+    assert not changes[:, tower.features_before(tokens).shape[1] :].any()
 
 
 @pytest.mark.parametrize("name", ["siglips_text", "sine_positions_text_read_first", "coca", *MASKS])
@@ -302,7 +295,7 @@ def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Cal
     assert result.interactions.abs().max() > 1e-4
 
 
-def test_text_that_is_not_pooled_is_not_split(tmp_path: Path) -> None:
+def test_text_that_is_not_pooled_has_no_layers(tmp_path: Path) -> None:
     text = TEXT | {"pool_type": "none", "proj_type": "none", "no_causal_mask": True}
     encoder = build({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": text}, tmp_path)
     _, tokens = probes(encoder)
@@ -363,10 +356,10 @@ def test_differentiable_allows_forward_and_reverse_derivatives_in_inference_mode
         hidden = encoder.image_at_layer(1).features_before(probes(encoder)[0])
         with differentiable(encoder.model):
             point = as_constant(hidden).requires_grad_()
-            tail = encoder.image_at_layer(1).embed_from
-            (gradient,) = torch.autograd.grad(tail(point).sum(), point)
+            embed = encoder.image_at_layer(1).embed_from
+            (gradient,) = torch.autograd.grad(embed(point).sum(), point)
             direction = torch.randn(point.shape, generator=torch.Generator().manual_seed(3)).double()
-            slope = torch.func.jvp(tail, (point.detach(),), (direction,))[1]
+            slope = torch.func.jvp(embed, (point.detach(),), (direction,))[1]
     assert_same(slope.sum(), (gradient * direction).sum())
 
 

@@ -83,15 +83,14 @@ def with_dropout(tmp_path: Path) -> DualEncoder:
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_average_pool", "vit_custom_block"])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
-def test_chunks_of_any_size_give_loss_and_gradients_of_the_whole_batch(
-    make_encoder: MakeEncoder, name: str, chunk_size: int
-) -> None:
-    encoder = make_encoder(name, torch.float64).train()
-    images, tokens = batch_of(encoder)
-    plain = step(encoder, images, tokens)
-    assert_same(step(encoder, images, tokens, chunk_size), plain)
-    assert_same(step(encoder, images, encoder.cut_tokens(tokens), chunk_size), plain)
+def test_chunks_of_any_size_give_loss_and_gradients_of_the_whole_batch(make_encoder: MakeEncoder, name: str) -> None:
+    cases: list[int] = [1, 3, 7, 100]
+    for chunk_size in cases:
+        encoder = make_encoder(name, torch.float64).train()
+        images, tokens = batch_of(encoder)
+        plain = step(encoder, images, tokens)
+        assert_same(step(encoder, images, tokens, chunk_size), plain)
+        assert_same(step(encoder, images, encoder.trim_tokens(tokens), chunk_size), plain)
 
 
 def test_chunks_give_the_gradients_in_float32_within_its_rounding(make_encoder: MakeEncoder) -> None:
@@ -100,15 +99,15 @@ def test_chunks_give_the_gradients_in_float32_within_its_rounding(make_encoder: 
     assert_same(step(encoder, images, tokens, 2), step(encoder, images, tokens), 1e-5)
 
 
-def test_captions_are_cut_behind_the_batchs_longest_and_no_earlier(make_encoder: MakeEncoder) -> None:
+def test_captions_are_trimmed_to_the_batchs_longest_and_no_shorter(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64).train()
     images, tokens = batch_of(encoder)
-    cut = encoder.cut_tokens(tokens)
-    assert cut.shape == (PAIRS, 2 + PAIRS + 1)  # the longest caption's words, start and end
-    assert_same(step(encoder, images, cut), step(encoder, images, tokens))
+    trimmed = encoder.trim_tokens(tokens)
+    assert trimmed.shape == (PAIRS, 2 + PAIRS + 1)  # the longest caption's words, start and end
+    assert_same(step(encoder, images, trimmed), step(encoder, images, tokens))
     last = make_encoder("vit_average_pool")  # reads the last token, wherever the caption ends
-    assert last.cut_tokens(tokens) is not None
-    assert last.cut_tokens(tokens).shape == tokens.shape
+    assert last.trim_tokens(tokens) is not None
+    assert last.trim_tokens(tokens).shape == tokens.shape
 
 
 def test_a_chunk_that_is_run_again_draws_what_it_drew_before(with_dropout: DualEncoder) -> None:
@@ -165,7 +164,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less(
     encoder = timm_tower_and_class_token(tmp_path) if name == "timm" else make_encoder(name)
     encoder = encoder.double().train()
     images, tokens = batch_of(encoder)
-    tokens = encoder.cut_tokens(tokens)
+    tokens = encoder.trim_tokens(tokens)
     plain, kept = step(encoder, images, tokens), kept_by(encoder, images, tokens)
     encoder.checkpoint_blocks()
     assert_same(step(encoder, images, tokens), plain)
@@ -225,7 +224,7 @@ def test_compiled_towers_give_the_same_numbers_at_any_length_of_captions_and_are
     encoder = make_encoder("vit_layer_scale_quick_gelu").train()
     keys = list(encoder.state_dict())
     lengths = [
-        (images, encoder.cut_tokens(tokens)) for images, tokens in (batch_of(encoder, 8, n) for n in range(2, 9))
+        (images, encoder.trim_tokens(tokens)) for images, tokens in (batch_of(encoder, 8, n) for n in range(2, 9))
     ]
     assert len({tokens.shape for _, tokens in lengths}) == 7
     plain = [step(encoder, *batch) for batch in lengths]
