@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -136,9 +136,9 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
 def _command(name: str) -> Any:
     """The function, the functions by their names, or the class of options behind a command."""
     if name == "prepare":
-        from lightning_xai.commands.prepare import prepare_commands
+        from lightning_xai.commands.prepare import SOURCES
 
-        return prepare_commands()
+        return SOURCES
     if name == "export":
         from lightning_xai.commands.export import export
 
@@ -174,8 +174,11 @@ def _run_command(name: str, arguments: list[str]) -> None:
             return text
 
     command = _command(name)
-    if isinstance(command, dict) and arguments:
-        arguments = [arguments[0].replace("_", "-"), *arguments[1:]]  # `prepare ms_cxr` is `prepare ms-cxr`
+    if isinstance(command, Mapping):
+        chosen = arguments[0].replace("_", "-") if arguments else ""  # `prepare ms_cxr` is `prepare ms-cxr`
+        arguments = [chosen, *arguments[1:]] if arguments else arguments
+        # The others are not even loaded: a broken plug-in must not stop them all.
+        command = {chosen: command[chosen]} if chosen in command else dict(command)
     more: dict[str, Any] = {}
     if isinstance(command, type):
         # Parsers show the first line of a docstring alone.

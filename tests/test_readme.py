@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> 
     called: list[str] = []
 
     def recording(command: Any) -> Any:
-        if isinstance(command, dict):
+        if isinstance(command, Mapping):
             return {name: recording(function) for name, function in command.items()}
         if isinstance(command, type):
             monkeypatch.setattr(command, "__call__", lambda self: called.append(type(self).__name__))

@@ -1,4 +1,4 @@
-"""`verify`: check that prepared shards hold what their manifest says."""
+"""`verify`: see whether prepared shards are whole, every byte and every image."""
 
 from __future__ import annotations
 
