@@ -139,7 +139,7 @@ def measure_callback(model: str, device: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = module.encoder.image_transform.size[0]
-        write_shards(read_shapes("val", 128, 0, size), folder / "val", name="bench", left_out=Counter(), progress=False)
+        write_shards(read_shapes("val", 128, 0, size), folder / "val", name="bench", excluded=Counter(), progress=False)
         epoch(folder, [])
         rounds = [(epoch(folder, []), epoch(folder, [GroundingCallback()])) for _ in range(3)]
     plain, measured = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))

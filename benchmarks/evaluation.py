@@ -45,7 +45,7 @@ class Bench:
         self.plain = ContrastiveFineTuning(model, None)
         size = self.plain.encoder.image_transform.size[0]
         samples = read_shapes("val", images, 0, size)
-        write_shards(samples, folder / "val", name="bench", left_out=Counter(), progress=False)
+        write_shards(samples, folder / "val", name="bench", excluded=Counter(), progress=False)
         self.encoded: Counter[str] = Counter()
         for tower in ("encode_image", "encode_text"):
             self._count(tower)

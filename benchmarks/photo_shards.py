@@ -31,7 +31,7 @@ def write_photo_shards(folder: Path, images: int, seed: int = 0) -> Manifest:
     The images are smooth structures under the grain of a camera, so that decoding them costs what a photograph costs.
     """
     samples = _photos(images, seed)
-    return write_shards(samples, folder, name="photos", left_out=Counter(), progress=False)
+    return write_shards(samples, folder, name="photos", excluded=Counter(), progress=False)
 
 
 def _photos(images: int, seed: int) -> Iterator[Sample]:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from captioned_shards import make_shards
 
+from lightning_xai.data import CaptionTokenizer
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.models import DualEncoder, load_dual_encoder
 
@@ -122,6 +124,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shapes") / "shapes"
     prepare_shapes(root, 96, 40)
     return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
 
 
 @pytest.fixture(scope="session")

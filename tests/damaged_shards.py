@@ -17,7 +17,7 @@ from captioned_shards import TRANSFORM, make_shards
 from lightning.pytorch import LightningModule
 
 from lightning_xai.data.batch import Batch
-from lightning_xai.data.faults import FaultCounts
+from lightning_xai.data.excluded import ExcludedByShard
 from lightning_xai.data.spans import CaptionTokenizer
 
 Members = list[tuple[str, bytes]]
@@ -103,9 +103,9 @@ def make_damaged(folder: Path) -> Path:
     return folder
 
 
-DAMAGE: FaultCounts = Counter(
+DAMAGE: ExcludedByShard = Counter(
     {
-        ("shard-000001.tar", "damaged image"): 1,
+        ("shard-000001.tar", "corrupt image"): 1,
         ("shard-000002.tar", "member without its pair"): 1,
         ("shard-000003.tar", "duplicate key"): 1,
         ("shard-000004.tar", "unreadable shard"): 4,

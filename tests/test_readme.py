@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> 
     called: list[str] = []
 
     def recording(command: Any) -> Any:
-        if isinstance(command, dict):
+        if isinstance(command, Mapping):
             return {name: recording(function) for name, function in command.items()}
         if isinstance(command, type):
             monkeypatch.setattr(command, "__call__", lambda self: called.append(type(self).__name__))
@@ -72,10 +72,10 @@ def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> 
     commands = re.findall(rf"python -m lightning_xai ((?:{names}) (?:[^\n\\]|\\\n)*)", "\n".join(blocks("bash")))
     for command in commands:
         cli.main(shlex.split(command.replace("\\\n", " ")))
-    expected = ["prepare_coco_shards", "prepare_coco_shards", "export", "Explain", "Explain", "SanityCheck", "Explain"]
+    expected = ["prepare_coco", "prepare_coco", "export", "Explain", "Explain", "SanityCheck", "Explain"]
     expected += ["Roar", "Report", "Roar", "Roar", "Report"]
     sources = ("flickr30k", "hnc", "conceptual_captions", "ms_cxr", "roco", "rsicd")
-    assert called == expected + [f"prepare_{source}_shards" for source in sources]
+    assert called == expected + [f"prepare_{source}" for source in sources]
 
 
 def test_the_table_of_methods_is_complete() -> None:

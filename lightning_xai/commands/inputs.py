@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,12 +182,13 @@ def find_phrase(caption: str, phrase: str) -> list[Span]:
     >>> find_phrase("A dog, another dog and two dogs", "DOG")
     [(2, 5), (15, 18)]
     """
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
-    if not words:
+    from lightning_xai.data.phrase_finder import find_phrases
+
+    if not phrase.strip():
         raise InputError("the span is empty; give a phrase of the caption, or leave it out")
-    spans = [match.span() for match in re.finditer(rf"(?<!\w){words}(?!\w)", caption, flags=re.IGNORECASE)]
+    spans = find_phrases(caption, [phrase], exact=False)
     if not spans:
-        within = " as whole words" if re.search(words, caption, flags=re.IGNORECASE) else ""
+        within = " as whole words" if " ".join(phrase.split()).lower() in " ".join(caption.split()).lower() else ""
         raise InputError(f"the span {phrase!r} is not in the caption{within}: {caption!r}")
     return spans
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_xai.data.sample import Sample
+
+__all__ = ["SOURCES"]
+
+_OUT = "folder to make."
+_COMMON = {
+    "samples_per_shard": (int, 1000, "images in a shard."),
+    "overwrite": (bool, False, "replace a folder of shards that is there already."),
+}
 
 
-def prepare_shapes_shards(out: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
+def prepare_shapes(out: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
     """Make the embedded world of coloured shapes: images, captions, boxes and phrases.
 
     Args:
@@ -16,248 +29,87 @@ def prepare_shapes_shards(out: Path, train: int | None = None, val: int | None =
         val: number of validation images.
         seed: the same seed gives the same bytes.
     """
-    from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
+    from lightning_xai.data import shapes
     from lightning_xai.data.shards import Manifest, describe
 
-    prepare_shapes(out, TRAIN_SAMPLES if train is None else train, VAL_SAMPLES if val is None else val, seed)
+    counts = shapes.TRAIN_SAMPLES if train is None else train, shapes.VAL_SAMPLES if val is None else val
+    shapes.prepare_shapes(out, *counts, seed)
     for split in ("train", "val"):
         print(describe(Manifest.load(out / split)))  # noqa: T201 - the summary is the command's output
 
 
-def prepare_coco_shards(
-    images: Path,
-    captions: Path,
-    instances: Path,
-    split: str,
-    out: Path,
-    karpathy: Path | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> None:
-    """Convert COCO 2014 or 2017: five captions an image, all boxes, and where captions name their classes.
+def _command(name: str) -> Callable[..., None]:
+    """The function that prepares a data set: the options of its source, and those that all have."""
+    from lightning_xai.data import sources
 
-    Args:
-        images: folder of the image files.
-        captions: annotations/captions_*.json.
-        instances: annotations/instances_*.json.
-        split: name of the split; with `karpathy` the split to take: train, restval, val, test, or several
-            joined by "+" (COCO 2014 keeps restval among the images and annotations of val2014).
-        out: folder to make.
-        karpathy: dataset_coco.json of the Karpathy splits.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.coco import prepare_coco
+    read = sources.SOURCES[name]
 
-    manifest = prepare_coco(
-        images=images,
-        captions=captions,
-        instances=instances,
-        out=out,
-        split=split,
-        karpathy=karpathy,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-    )
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
+    def prepare(*, out: Path, samples_per_shard: int, overwrite: bool, **options: Any) -> None:
+        from lightning_xai.data.shards import describe, write_shards
+
+        split, excluded = options.get("split"), Counter[str]()
+        manifest = write_shards(
+            _checked(read(**options, excluded=excluded), name),
+            out,
+            name=name if split is None else f"{name}/{split}",
+            samples_per_shard=samples_per_shard,
+            excluded=excluded,
+            overwrite=overwrite,
+        )
+        print(describe(manifest))  # noqa: T201 - the summary is the command's output
+
+    options = sources.source_options(read)
+    required = [option for option in options.values() if option.default is option.empty]
+    optional = [option for option in options.values() if option.default is not option.empty]
+    own = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, annotation=Path)
+    common = [own.replace(name=key, annotation=kind, default=value) for key, (kind, value, _) in _COMMON.items()]
+    parameters = [*required, own, *optional, *common]
+    prepare.__name__ = f"prepare_{name.replace('-', '_')}"
+    prepare.__doc__ = _help(read)
+    # Parsers read these rather than the code.
+    prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    prepare.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return prepare
 
 
-def prepare_flickr30k_shards(
-    images: Path,
-    entities: Path,
-    split: str,
-    out: Path,
-    karpathy: Path | None = None,
-    leave_out_unrelated: bool = False,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> None:
-    """Convert Flickr30k with the boxes of Flickr30k Entities: five captions an image, phrases marked by hand.
-
-    Args:
-        images: folder of the image files (flickr30k-images).
-        entities: folder of Flickr30k Entities: Sentences/ and Annotations/ (unpack annotations.zip there) beside
-            train.txt, val.txt and test.txt.
-        split: train, val, test, or several joined by "+".
-        out: folder to make.
-        karpathy: dataset_flickr30k.json of the Karpathy splits, instead of the lists; captions are those of Entities.
-        leave_out_unrelated: leave out the captions that UNRELATED_CAPTIONS lists.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.flickr30k import prepare_flickr30k
-
-    manifest = prepare_flickr30k(
-        images=images,
-        entities=entities,
-        out=out,
-        split=split,
-        karpathy=karpathy,
-        leave_out_unrelated=leave_out_unrelated,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-    )
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
+def _help(read: Callable[..., Any]) -> str:
+    """The first line of a source's docstring and the texts of its options, and those of the common ones."""
+    summary, _, rest = (inspect.getdoc(read) or "").partition("\n\n")
+    arguments = rest.partition("Args:\n")[2].partition("\n\n")[0] or ""
+    texts = {"out": _OUT, **{key: text for key, (_, _, text) in _COMMON.items()}}
+    common = "\n".join(f"    {key}: {text}" for key, text in texts.items())
+    return f"{summary}\n\nArgs:\n{arguments}\n{common}\n"
 
 
-def prepare_hnc_shards(
-    images: Path,
-    captions: Path,
-    split: str,
-    out: Path,
-    types: str = "relation_subj+relation_obj+relation_pred",
-    scene_graphs: Path | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> None:
-    """Convert HNC: captions made from GQA's scene graphs, and hard negatives that are wrong about one object.
+def _checked(samples: Iterable[Sample], name: str) -> Iterator[Sample]:
+    """The samples of a source; anything else is an error that names the package that it comes from."""
+    from lightning_xai.data import Sample
+    from lightning_xai.data.sources import SOURCES
+    from lightning_xai.registry import PluginError
 
-    Args:
-        images: folder of GQA's image files.
-        captions: the split's JSON file (hnc_clean_strict_val.json).
-        split: name of the split.
-        out: folder to make.
-        types: caption types to take, joined by "+", or all; the default are the "<subject> <predicate> <object>"
-            captions of the papers.
-        scene_graphs: GQA's train_sceneGraphs.json or val_sceneGraphs.json. Only objects that are the single one of
-            their class are measured; without this file, those that no caption mentions are not counted.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.hnc import prepare_hnc
-
-    manifest = prepare_hnc(
-        images=images,
-        captions=captions,
-        out=out,
-        split=split,
-        types=types,
-        scene_graphs=scene_graphs,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-    )
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
+    where = f"plug-in {SOURCES.origin(name)}, entry {name!r} of {SOURCES.group}"
+    if not isinstance(samples, Iterable):
+        raise PluginError(f"{where}: a source yields lightning_xai.data.Samples; it returned {samples!r}")
+    for sample in samples:
+        if not isinstance(sample, Sample):
+            raise PluginError(f"{where}: a source yields lightning_xai.data.Samples; got a {type(sample).__name__}")
+        yield sample
 
 
-def prepare_conceptual_captions_shards(
-    split: str,
-    out: Path,
-    captions: Path | None = None,
-    images: Path | None = None,
-    shards: Path | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> None:
-    """Convert Conceptual Captions after its images were fetched: one caption an image, no boxes; nothing is downloaded.
+class _Commands(Mapping[str, Callable[..., None]]):
+    """The function that prepares each data set, made when it is looked up: listing the names imports no source."""
 
-    Args:
-        split: name of the split: train or val.
-        out: folder to make.
-        captions: TSV file without header, each line a caption, a tab and the path of the image below --images (which
-            has to be given, too). Lines with an address in place of the path were not fetched: they are counted.
-        images: folder that the paths in --captions start from.
-        shards: instead of both, the folder that `img2dataset --output_format webdataset` wrote: tar files with .jpg,
-            .txt and .json members.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.conceptual_captions import prepare_conceptual_captions
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        return prepare_shapes if name == "shapes" else _command(name)
 
-    manifest = prepare_conceptual_captions(
-        out=out,
-        split=split,
-        captions=captions,
-        images=images,
-        shards=shards,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-    )
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
+    def __iter__(self) -> Iterator[str]:
+        from lightning_xai.data.sources import SOURCES
+
+        yield from ("shapes", *SOURCES)
+
+    def __len__(self) -> int:
+        return len(list(self))
 
 
-def prepare_ms_cxr_shards(
-    images: Path,
-    annotations: Path,
-    out: Path,
-    split: str | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> None:
-    """Convert MS-CXR: phrases of radiology reports and the boxes that radiologists drew for each.
-
-    Args:
-        images: folder of MIMIC-CXR-JPG that holds files/ (or that folder itself), in the original resolution.
-        annotations: MS_CXR_Local_Alignment_v1.1.0.json or .csv.
-        out: folder to make.
-        split: train, val, test, or several joined by "+" (from version 1.1.0 on); all annotations by default.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.ms_cxr import prepare_ms_cxr
-
-    manifest = prepare_ms_cxr(
-        images=images,
-        annotations=annotations,
-        out=out,
-        split=split,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
-    )
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
-
-
-def prepare_roco_shards(
-    folder: Path, split: str, out: Path, samples_per_shard: int = 1000, overwrite: bool = False
-) -> None:
-    """Convert ROCO: radiology images with one caption each, no boxes.
-
-    Args:
-        folder: folder of the splits; each holds radiology/captions.txt and radiology/images/.
-        split: which of them: train, validation or test.
-        out: folder to make.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.roco import prepare_roco
-
-    manifest = prepare_roco(folder, out, split, samples_per_shard, overwrite)
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
-
-
-def prepare_rsicd_shards(
-    images: Path, karpathy: Path, split: str, out: Path, samples_per_shard: int = 1000, overwrite: bool = False
-) -> None:
-    """Convert RSICD: aerial images with five captions each, no boxes.
-
-    Args:
-        images: folder of the image files (RSICD_images).
-        karpathy: dataset_rsicd.json, which has the form of the Karpathy splits.
-        split: train, val, test, or several joined by "+".
-        out: folder to make.
-        samples_per_shard: images in a shard.
-        overwrite: replace a folder of shards that is there already.
-    """
-    from lightning_xai.data.shards import describe
-    from lightning_xai.data.sources.rsicd import prepare_rsicd
-
-    manifest = prepare_rsicd(images, karpathy, out, split, samples_per_shard, overwrite)
-    print(describe(manifest))  # noqa: T201 - the summary is the command's output
-
-
-SOURCES: dict[str, Callable[..., Any]] = {
-    "shapes": prepare_shapes_shards,
-    "coco": prepare_coco_shards,
-    "flickr30k": prepare_flickr30k_shards,
-    "hnc": prepare_hnc_shards,
-    "conceptual-captions": prepare_conceptual_captions_shards,
-    "ms-cxr": prepare_ms_cxr_shards,
-    "roco": prepare_roco_shards,
-    "rsicd": prepare_rsicd_shards,
-}
+SOURCES = _Commands()
 """`prepare NAME` calls the function; its parameters are the options, its docstring the help."""

@@ -191,7 +191,7 @@ class RoarRun:
         train, validation = (Manifest.load(folder) for folder in self._originals)
         left_out = {"broken record": self.broken}
         for manifest in (train, validation):
-            for reason, count in manifest.left_out.items():
+            for reason, count in manifest.excluded.items():
                 left_out[reason] = left_out.get(reason, 0) + count
         data = {
             "name": self.manifest.name,

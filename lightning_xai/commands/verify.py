@@ -13,7 +13,7 @@ from rich.markup import escape
 
 @dataclass
 class Verify:
-    """Read sets of shards once as a whole, and say which of them are damaged.
+    """Read sets of shards once as a whole, and report which of them are corrupt.
 
     Compares sizes and SHA-256 with the manifest, decodes every record and image, and looks for records without their
     image or text, for keys that come twice, and for wrong counts. Ends with status 1 where anything is wrong.
@@ -27,7 +27,7 @@ class Verify:
     Attributes:
         sets: folders of shards, or folders of such; or addresses and commands as the data module takes them.
         quick: compare sizes and SHA-256 only, without decoding.
-        workers: processes that read; left out: as many as there are CPU cores.
+        workers: processes that read; by default as many as there are CPU cores.
         retries: how often a shard from elsewhere is opened again where its stream breaks off.
     """
 
@@ -55,7 +55,7 @@ class Verify:
 
 
 class _Result(NamedTuple):
-    """How large a set is, and what is wrong with it."""
+    """The size of a set, and what is wrong with it."""
 
     samples: int
     shards: int
@@ -76,7 +76,7 @@ def _sets_in(given: str) -> list[str]:
 
 def _verify(place: str, options: Verify, workers: int) -> _Result:
     """Check one set, and show the faults of its shards."""
-    from lightning_xai.data.faults import fault_table, worst_shards
+    from lightning_xai.data.excluded import shard_table, worst_shards
     from lightning_xai.data.shard_store import open_store
     from lightning_xai.data.shards import Manifest, ShardError, progress_bar
     from lightning_xai.data.verification import Verification, read_reports
@@ -100,7 +100,7 @@ def _verify(place: str, options: Verify, workers: int) -> _Result:
     wrong = ""
     if counts:
         more = verification.findings - len(verification.messages)
-        lines = [f"{store}:", fault_table(counts), *verification.messages, *([f"and {more:,} more"] if more else [])]
+        lines = [f"{store}:", shard_table(counts), *verification.messages, *([f"and {more:,} more"] if more else [])]
         print("\n".join(lines))  # noqa: T201 - this is what was asked
         faults = "fault" if counts.total() == 1 else "faults"
         wrong = (

@@ -1,12 +1,21 @@
-from lightning_xai.data.batch import Batch
-from lightning_xai.data.datamodule import ShardDataModule
-from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.phrases import Phrases
-from lightning_xai.data.sample import RecordError, Region, Sample
-from lightning_xai.data.shapes_datamodule import ShapesDataModule
-from lightning_xai.data.shards import Manifest, write_shards
-from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.exclusion import Exclusion
+"""Samples, shards and batches.
+
+Names are loaded when they are first used: `prepare --help` needs the list of data sets, but not torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_xai.data.batch import Batch
+    from lightning_xai.data.datamodule import ShardDataModule
+    from lightning_xai.data.image_transform import ImageTransform
+    from lightning_xai.data.phrases import Phrases
+    from lightning_xai.data.sample import RecordError, Region, Sample
+    from lightning_xai.data.shapes_datamodule import ShapesDataModule
+    from lightning_xai.data.shards import Manifest, write_shards
+    from lightning_xai.data.spans import CaptionTokenizer
+    from lightning_xai.exclusion import Exclusion
 
 __all__ = [
     "Batch",
@@ -22,3 +31,24 @@ __all__ = [
     "ShardDataModule",
     "write_shards",
 ]
+
+_MODULES = {
+    "Batch": "data.batch",
+    "CaptionTokenizer": "data.spans",
+    "Exclusion": "exclusion",
+    "ImageTransform": "data.image_transform",
+    "Manifest": "data.shards",
+    "Phrases": "data.phrases",
+    "RecordError": "data.sample",
+    "Region": "data.sample",
+    "Sample": "data.sample",
+    "ShapesDataModule": "data.shapes_datamodule",
+    "ShardDataModule": "data.datamodule",
+    "write_shards": "data.shards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lightning_xai.{_MODULES[name]}"), name)

@@ -8,15 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_xai.data.faults import Fault
+from lightning_xai.data.excluded import Fault
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.negatives import NegativeRows, Negatives
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.phrases import NamedBoxes, PhraseRows, Phrases, named_boxes
-from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image
+from lightning_xai.data.phrases import (
+    NamedBoxes,
+    NegativeRows,
+    Negatives,
+    PhraseRows,
+    Phrases,
+    TensorFields,
+    named_boxes,
+)
+from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image, stable_hash
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.data.stable_hash import stable_hash
-from lightning_xai.data.tensor_fields import TensorFields
 
 __all__ = ["Batch", "EvaluationCollate", "Record", "TrainingCollate"]
 

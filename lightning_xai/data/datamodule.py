@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
 from lightning_xai.data.dataset import EvaluationDataset, ShardLoader, TrainingDataset, TrainingLoader, count_batches
-from lightning_xai.data.fault_counter import FaultCounter
-from lightning_xai.data.faults import FaultCounts
+from lightning_xai.data.excluded import ExcludedByShard, FaultCounter
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.data.verification import find_wrong_checksums
+from lightning_xai.results.record import settings_that_differ
 
 __all__ = ["ShardDataModule"]
 
@@ -71,7 +71,7 @@ class ShardDataModule(LightningDataModule):
         captions_per_image: only the first so many captions of an image are used (the usual COCO protocol takes 5);
             None: all.
         swap_objects: give evaluation hard negatives made from the captions, see `lightning_xai.data.object_swaps`,
-            beside those that the data set has.
+            in addition to those that the data set has.
         max_fault_fraction: share of broken records, 0 to 1, above which a run stops.
         verify: before a run, compare every shard's SHA-256 with the manifest. All bytes are read once, each shard by
             one of the ranks.
@@ -197,7 +197,7 @@ class ShardDataModule(LightningDataModule):
         """Broken records that this rank has met, by split; each in the latest epoch or evaluation."""
         return {split: counter.counts.total() for split, counter in self._faults.items()}
 
-    def gather_faults(self, split: str) -> FaultCounts:
+    def gather_faults(self, split: str) -> ExcludedByShard:
         """Broken records of all ranks in the latest epoch or evaluation of a split; to be called on all ranks.
 
         Raises:
@@ -207,21 +207,21 @@ class ShardDataModule(LightningDataModule):
         if counter is None:
             return Counter()
         parts = self._gather((counter.counts, counter.read))
-        counts: FaultCounts = Counter()
+        counts: ExcludedByShard = Counter()
         for part, _ in parts:
             counts.update(part)
         counter.check_sum(counts, sum(read for _, read in parts))
         return counts
 
     def train_dataloader(self) -> TrainingLoader:
-        """Batches with one caption per image, shuffled anew in each epoch.
+        """Batches with one caption per image, in another order in each epoch.
 
         Raises:
             ValueError: the split is not given, no model is known, or there is less than one batch for each rank.
         """
         manifest = self.manifest("train")
         transform, tokenizer = self._encoding()
-        rank, world = self._place()
+        rank, world_size = self._place()
         dataset = TrainingDataset(
             self._store("train"),
             manifest,
@@ -229,10 +229,10 @@ class ShardDataModule(LightningDataModule):
             batch_size=self.batch_size,
             shuffle_buffer=self.shuffle_buffer,
             rank=rank,
-            world=world,
+            world_size=world_size,
         )
         loader = TrainingLoader(dataset, current_epoch=self._current_epoch, **self._options(len(dataset)))
-        self._begin("train", len(dataset) * self.batch_size, loader, world)
+        self._begin("train", len(dataset) * self.batch_size, loader, world_size)
         self._train_loader = loader
         self._go_on()
         return loader
@@ -278,7 +278,7 @@ class ShardDataModule(LightningDataModule):
             checkpoint = (self.trainer and self.trainer.ckpt_path) or "CHECKPOINT"
             raise ValueError(
                 "training cannot go on from this checkpoint, since its batches would hold other samples: "
-                f"{'; '.join(changes)}. Restore the former values; or, to start a new run from its weights, leave out "
+                f"{'; '.join(changes)}. Restore the former values; or, to start a new run from its weights, omit "
                 f"ckpt_path and give --model.init_args.model={checkpoint} --model.init_args.pretrained=null"
             )
         self._restored = state_dict
@@ -309,55 +309,56 @@ class ShardDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         manifest = self.manifest(split)
         transform, tokenizer = self._encoding()
-        rank, world = self._place()
+        rank, world_size = self._place()
         dataset = EvaluationDataset(
             self._store(split),
             manifest,
             EvaluationCollate(transform, tokenizer, manifest.labels, self.captions_per_image, self.swap_objects),
             batch_size=self.eval_batch_size,
             rank=rank,
-            world=world,
+            world_size=world_size,
         )
         loader = _EvaluationLoader(dataset, **self._options(len(dataset)))
-        self._begin(split, -(-manifest.samples // world), loader, world)
+        self._begin(split, -(-manifest.samples // world_size), loader, world_size)
         loader.on_start = self._faults[split].begin
         return loader
 
-    def _begin(self, split: str, records: int, loader: DataLoader[Batch], world: int) -> None:
+    def _begin(self, split: str, records: int, loader: DataLoader[Batch], world_size: int) -> None:
         """Get ready to count faults, and say once what there is to read: `records` on each rank."""
         manifest = self.manifest(split)
         if split not in self._faults:
-            total = min(world * records, manifest.samples)  # the last rank may have padding
-            counter = FaultCounter(split, self._store(split), manifest, total, self.max_fault_fraction)
-            self._faults[split] = counter
+            total = min(world_size * records, manifest.samples)  # the last rank may have padding
+            shards = {entry.name: entry.samples for entry in manifest.shards}
+            place = str(self._store(split))
+            self._faults[split] = FaultCounter(split, place, shards, total, self.max_fault_fraction)
         if split in self._reported:
             return
         self._reported.add(split)
         size = self.batch_size if split == "train" else self.eval_batch_size
         line = (
             f"{split}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({self._store(split)}); "
-            f"{len(loader):,} batches of {size} on each of {world} ranks, {loader.num_workers} workers each"
+            f"{len(loader):,} batches of {size} on each of {world_size} ranks, {loader.num_workers} workers each"
         )
         if split == "train":
-            line += f"; {manifest.samples - world * records:,} samples sit out each epoch, others each time"
+            line += f"; {manifest.samples - world_size * records:,} samples sit out each epoch, others each time"
         rank_zero_info(line)
 
     def _verify(self, split: str) -> None:
         store, manifest = self._store(split), self.manifest(split)
-        rank, world = self._place()
-        parts = self._gather(find_wrong_checksums(store, manifest.shards[rank::world]))
+        rank, world_size = self._place()
+        parts = self._gather(find_wrong_checksums(store, manifest.shards[rank::world_size]))
         refuse_faults(store, manifest, [fault for part in parts for fault in part])
 
     def _plan(self) -> dict[str, Any]:
         """All that decides which samples the training batches of an epoch hold."""
         manifest = self.manifest("train")
-        world = self._place()[1]
-        batches = count_batches(self._store("train"), manifest, self.batch_size, world)
+        world_size = self._place()[1]
+        batches = count_batches(self._store("train"), manifest, self.batch_size, world_size)
         return {
             "samples": manifest.samples,
             "fingerprint": manifest.fingerprint,
             "seed": self.seed,
-            "world": world,
+            "world_size": world_size,
             "batch_size": self.batch_size,
             "shuffle_buffer": self.shuffle_buffer,
             # One worker and none, where the main process reads, give the same order.
@@ -367,9 +368,9 @@ class ShardDataModule(LightningDataModule):
 
     def _gather(self, value: _T) -> list[_T]:
         """The values of all ranks, by rank."""
-        world = self._place()[1]
-        values: list[Any] = [value] * world
-        if world > 1:
+        world_size = self._place()[1]
+        values: list[Any] = [value] * world_size
+        if world_size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
 
@@ -442,7 +443,7 @@ class ShardDataModule(LightningDataModule):
 
 
 class _EvaluationLoader(ShardLoader):
-    """Tells when an evaluation starts; Lightning tells a data module nothing of it."""
+    """A loader that calls back when an evaluation starts, of which Lightning does not notify a data module."""
 
     on_start: Callable[[], None] | None = None
 
@@ -452,9 +453,11 @@ class _EvaluationLoader(ShardLoader):
         return super().__iter__()
 
 
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What a plan says otherwise than a former one, in words."""
-    changes = [f"{name} was {was.get(name)} and is {value}" for name, value in now.items() if was.get(name) != value]
+    if "world" in was:  # as checkpoints of versions before 0.2 call it
+        was = {("world_size" if name == "world" else name): value for name, value in was.items()}
+    changes = settings_that_differ(was, now)
     if was.get("fingerprint") != now["fingerprint"]:
         changes.insert(0, "the shard list or the content of a shard has changed since the checkpoint was written")
     return changes

@@ -1,4 +1,4 @@
-"""Shards as iterable datasets: which samples of an epoch go to which rank, worker and batch, and where to resume.
+"""Iterable datasets over shards: they deal the samples of an epoch out to ranks, workers and batches, and resume.
 
 Every rank gets the same number of batches, whatever the number of shards, ranks and workers, so that no rank ever waits
 for a batch that does not come. The split is by sample, not by shard, and is worked out from counts alone.
@@ -25,25 +25,26 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
+from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest
-from lightning_xai.data.stable_hash import stable_hash
 
 __all__ = ["EvaluationDataset", "ShardLoader", "TrainingDataset", "TrainingLoader", "count_batches"]
 
 
-def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world: int) -> int:
-    """How many whole training batches each of `world` ranks gets in an epoch.
+def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world_size: int) -> int:
+    """The number of whole training batches that each of `world_size` ranks gets in an epoch.
 
     Raises:
         ValueError: not one.
     """
-    batches = manifest.samples // world // batch_size
+    batches = manifest.samples // world_size // batch_size
     if batches == 0:
-        each = manifest.samples // world
+        each = manifest.samples // world_size
         raise ValueError(
-            f"{store}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world} ranks; "
+            f"{store}: {manifest.samples} samples do not fill one batch of {batch_size} on each of {world_size} "
+            "ranks; "
             + (f"lower batch_size to at most {each}, " if each else "")
             + "use fewer devices, or prepare more samples"
         )
@@ -55,7 +56,8 @@ class TrainingDataset(IterableDataset[Batch]):
 
     In each epoch the shards are laid end to end in an order drawn from (seed, epoch), the same on all ranks, and the
     line is entered at a position drawn likewise and closed to a ring. Rank r takes the r-th contiguous part of whole
-    batches; what is left over at the end of the ring, fewer than `world * batch_size` samples, waits for another epoch.
+    batches; what is left over at the end of the ring, fewer than `world_size * batch_size` samples, waits for another
+    epoch.
     A worker takes a contiguous part of its rank's batches and shuffles it through a buffer of undecoded samples.
 
     Args:
@@ -65,7 +67,7 @@ class TrainingDataset(IterableDataset[Batch]):
         batch_size: images per batch and rank.
         shuffle_buffer: samples that a worker holds while it shuffles; 0 or 1: the order of the shards.
         rank: of this process, from 0.
-        world: number of ranks.
+        world_size: number of ranks.
 
     Raises:
         ValueError: there is less than one batch for each rank.
@@ -80,7 +82,7 @@ class TrainingDataset(IterableDataset[Batch]):
         batch_size: int,
         shuffle_buffer: int = 1000,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
         super().__init__()
         self.store = open_store(place)
@@ -89,8 +91,8 @@ class TrainingDataset(IterableDataset[Batch]):
         self.batch_size = batch_size
         self.shuffle_buffer = shuffle_buffer
         self.rank = rank
-        self.world = world
-        self._batches = count_batches(self.store, manifest, batch_size, world)
+        self.world_size = world_size
+        self._batches = count_batches(self.store, manifest, batch_size, world_size)
         # Epoch and first batch are in shared memory: persistent workers keep the copy of the dataset they started with.
         share: Callable[[], torch.Tensor] = torch.zeros(2, dtype=torch.int64).share_memory_
         self._position = share()
@@ -100,7 +102,7 @@ class TrainingDataset(IterableDataset[Batch]):
         return self._batches
 
     def seek(self, epoch: int, batch: int = 0) -> None:
-        """Choose the epoch, and how many of its batches to pass over undecoded, for iterations that start later."""
+        """Choose the epoch, and how many of its batches to skip undecoded, for iterations that start later."""
         self._position.copy_(torch.tensor([epoch, batch]))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -127,7 +129,7 @@ class TrainingDataset(IterableDataset[Batch]):
         begin += self.rank * self._batches * self.batch_size
         unread = order.to_come()
         records = self._read(epoch, begin, unread)
-        positions = (position for position in unread.span if position not in unread.passed_over)
+        positions = (position for position in unread.span if position not in unread.skipped)
         waiting: dict[int, Record] = {}  # read, as they lie before one that was to be given out first
         for position in order:
             while position not in waiting:
@@ -135,23 +137,23 @@ class TrainingDataset(IterableDataset[Batch]):
             yield waiting.pop(position)
 
     def _read(self, epoch: int, begin: int, unread: _Unread) -> Iterator[Record]:
-        """The samples at those positions behind `begin`, in turn."""
+        """The samples at those positions after `begin`, in turn."""
         samples = self.manifest.samples
         shards = self.manifest.order(self.collate.seed, epoch)
         for turn in (0, samples):  # a part may run over the end of the line into its beginning
             shift = begin - turn
             lower, upper = max(unread.span.start + shift, 0), min(unread.span.stop + shift, samples)
             if lower < upper:
-                passed_over = [position + shift for position in unread.passed_over]
-                yield from read_samples(self.store, self.manifest, shards, lower, upper, passed_over)
+                skipped = [position + shift for position in unread.skipped]
+                yield from read_samples(self.store, self.manifest, shards, lower, upper, skipped)
 
 
 @dataclass(frozen=True)
 class _Unread:
-    """Positions of samples that are still to be read: those of `span` without those that are passed over."""
+    """Positions of samples that are still to be read: those of `span` without those that are skipped."""
 
     span: range
-    passed_over: frozenset[int]
+    skipped: frozenset[int]
 
 
 class _ShuffledOrder:
@@ -181,7 +183,7 @@ class _ShuffledOrder:
             yield position
 
     def skip(self, count: int) -> None:
-        """Pass over that many positions."""
+        """Skip that many positions."""
         deque(islice(self, count), maxlen=0)
 
     def to_come(self) -> _Unread:
@@ -199,9 +201,9 @@ class _ShuffledOrder:
 class EvaluationDataset(IterableDataset[Batch]):
     """The evaluation batches of one rank: every sample of the split exactly once over all ranks and workers.
 
-    Rank r takes the r-th contiguous part of ceil(N / world) samples; a rank whose part is shorter is padded with
+    Rank r takes the r-th contiguous part of ceil(N / world_size) samples; a rank whose part is shorter is padded with
     invalid samples, so that all ranks have the same number of batches of the same sizes. There is no shuffling; with
-    several workers the batches come in turn from contiguous parts of the rank's part: `Batch.index` tells the place.
+    several workers the batches come in turn from contiguous parts of the rank's part: `Batch.index` gives the place.
 
     Args:
         place: where the shards lie, as `open_store` takes it.
@@ -209,7 +211,7 @@ class EvaluationDataset(IterableDataset[Batch]):
         collate: makes a batch.
         batch_size: images per batch and rank.
         rank: of this process, from 0.
-        world: number of ranks.
+        world_size: number of ranks.
     """
 
     def __init__(
@@ -220,7 +222,7 @@ class EvaluationDataset(IterableDataset[Batch]):
         *,
         batch_size: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
         super().__init__()
         self.store = open_store(place)
@@ -228,8 +230,8 @@ class EvaluationDataset(IterableDataset[Batch]):
         self.collate = collate
         self.batch_size = batch_size
         self.rank = rank
-        self.world = world
-        self._per_rank = -(-manifest.samples // world)
+        self.world_size = world_size
+        self._per_rank = -(-manifest.samples // world_size)
 
     def __len__(self) -> int:
         """Batches of this rank; the same on every rank."""
@@ -241,7 +243,7 @@ class EvaluationDataset(IterableDataset[Batch]):
         yield from wds.DataPipeline(records, wds.batched(self.batch_size, collation_fn=self.collate))
 
     def _records(self, start: int, stop: int) -> Iterator[Record]:
-        """The samples from `start` to `stop` of this rank's part, and padding behind the last sample of the split."""
+        """The samples from `start` to `stop` of this rank's part, and padding after the last sample of the split."""
         samples = self.manifest.samples
         lower, upper = (min(self.rank * self._per_rank + position, samples) for position in (start, stop))
         order = range(len(self.manifest.shards))
@@ -251,7 +253,7 @@ class EvaluationDataset(IterableDataset[Batch]):
 
 
 class ShardLoader(DataLoader[Batch]):
-    """A DataLoader of whole batches whose workers outlive a signal that is meant for the whole job.
+    """A DataLoader of whole batches whose workers survive a signal to the whole job.
 
     `scancel`, preemption and Ctrl-C reach every process. A rank finishes its batch and saves, for which it needs its
     workers; it ends them itself, and that SIGTERM is the one that counts.
@@ -264,11 +266,11 @@ class ShardLoader(DataLoader[Batch]):
     def __init__(self, dataset: IterableDataset[Batch], **options: Any) -> None:
         super().__init__(dataset, **(options | {"batch_size": None, "worker_init_fn": _heed_parent_only}))
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch names a private class of its own
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch names a private class
         """The batches."""
-        if self.num_workers == 0 or self._iterator is not None:  # nobody is started: persistent workers are there
+        if self.num_workers == 0 or self._iterator is not None:  # no process is started: persistent workers are there
             return super().__iter__()
-        with _held_signals(self.multiprocessing_context):  # else one could catch a worker that does not listen yet
+        with _held_signals(self.multiprocessing_context):  # else one could reach a worker that does not ignore it yet
             return super().__iter__()
 
 
@@ -276,12 +278,12 @@ class TrainingLoader(ShardLoader):
     """A loader that starts each epoch's workers with the number of that epoch, and resumes inside an epoch.
 
     Lightning makes an iterator before it has worked out where a checkpoint leaves off, and then keeps that iterator:
-    there the epoch's number can still be one behind. So the number is read, and workers are started, when the first
+    there the epoch's number can still be one too low. So the number is read, and workers are started, when the first
     batch is asked for.
 
     Args:
         dataset: the batches; this loader seeks in it.
-        current_epoch: tells the epoch.
+        current_epoch: gives the epoch.
         **options: of DataLoader.
     """
 
@@ -310,7 +312,7 @@ class TrainingLoader(ShardLoader):
         return {"epoch": epoch, "batches": consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the batches that `state` counts, if the next epoch asked for is still the same."""
+        """Continue after the batches that `state` counts, if the next epoch asked for is still the same."""
         self._resume = (state["epoch"], state["batches"])
 
 
@@ -334,15 +336,15 @@ def _held_signals(context: Any) -> Iterator[None]:
 
 
 def _heed_parent_only(worker: int) -> None:
-    """Make a worker deaf to all but its parent's SIGTERM."""
+    """Ignore every signal except SIGTERM from the parent process."""
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
-        if hasattr(signal, "pthread_sigmask"):  # macOS cannot tell who has sent a signal: any SIGTERM counts
+        if hasattr(signal, "pthread_sigmask"):  # macOS does not say which process sent a signal: any SIGTERM counts
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process()  # not os.getppid(): a server of forks is nobody's trainer
+    parent = multiprocessing.parent_process()  # not os.getppid(): that may be a fork server, which trains nothing
     assert parent is not None
     threading.Thread(target=_end_for_parent, args=(parent.pid,), daemon=True).start()
 

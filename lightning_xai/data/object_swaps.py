@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from lightning_xai.data.sample import HardNegative, Sample, Span
-from lightning_xai.data.stable_hash import stable_hash
+from lightning_xai.data.phrase_finder import find_phrases
+from lightning_xai.data.sample import HardNegative, Sample, Span, stable_hash
 
 __all__ = ["object_swaps", "swapped"]
 
@@ -62,13 +62,13 @@ def swapped(caption: str, span: Span, label: str, other: str) -> tuple[str, Span
     ('an orange heart and a star', (3, 15))
     """
     start, end = span
-    before, words, behind = caption[:start], caption[start:end], caption[end:]
-    named = re.search(rf"\b{re.escape(label)}\b", words, re.IGNORECASE)
-    new = other if named is None else words[: named.start()] + other + words[named.end() :]
+    before, words, after = caption[:start], caption[start:end], caption[end:]
+    first, last = next(iter(find_phrases(words, [label], exact=False)), (0, len(words)))
+    new = words[:first] + other + words[last:]
     article = _ARTICLE.search(before)
     if article and new[: len(other)] == other:
         fitting = "an" if other[0].lower() in "aeiou" else "a"
         if article[1][0].isupper():
             fitting = fitting.capitalize()
         before = before[: article.start()] + fitting + article[2]
-    return before + new + behind, (len(before), len(before) + len(new))
+    return before + new + after, (len(before), len(before) + len(new))

@@ -7,6 +7,7 @@ unpickled: a shard may come from anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lightning_xai.data.faults import BROKEN_RECORD, DAMAGED_IMAGE, UNPAIRED_MEMBER
+from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER
 
 SCHEMA_VERSION = 1
 # MPO is what Pillow calls a JPEG file that holds further pictures, as some phones and cameras write it.
@@ -47,7 +48,7 @@ class RecordError(ValueError):
 
     Args:
         message: the message.
-        kind: of the fault, for counting; see `lightning_xai.data.faults`.
+        kind: of the fault, for counting; see `lightning_xai.data.excluded`.
     """
 
     def __init__(self, message: str, *, kind: str = BROKEN_RECORD) -> None:
@@ -65,7 +66,7 @@ class Region:
         box: `(x, y, width, height)` in pixels of the upright image; x to the right and y down from the top left corner.
         spans: caption index -> character spans `(start, end)` of that caption that name the region (end exclusive).
         crowd: the box holds a group of instances, not one.
-        entity: tells things of one class apart where the annotation says which of them a phrase names, as
+        entity: distinguishes things of one class where the annotation says which of them a phrase names, as
             Flickr30k Entities does with its chains; empty where phrases name the class alone.
     """
 
@@ -121,6 +122,19 @@ class Sample:
     blanks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
+def stable_hash(*parts: int | str) -> int:
+    """A non-negative 63-bit number from some parts: the same on every machine, process and Python version.
+
+    It stands in for a random draw wherever processes must not choose differently.
+
+    >>> stable_hash("epoch", 0) == stable_hash("epoch", 0)
+    True
+    >>> stable_hash("epoch", 0) == stable_hash("epoch", 1)
+    False
+    """
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
 def read_image(data: bytes, origin: str) -> Image.Image:
     """Decode an image file to upright 8-bit RGB.
 
@@ -133,7 +147,7 @@ def read_image(data: bytes, origin: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
             opened.load()
-            # Not ImageOps.exif_transpose: it also writes the EXIF block anew, and crashes on blocks with other faults.
+            # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
             turn = _UPRIGHT.get(exif_orientation(opened))
             image: Image.Image = opened if turn is None else opened.transpose(turn)
             if image.mode.startswith("I"):
@@ -146,7 +160,7 @@ def read_image(data: bytes, origin: str) -> Image.Image:
         # Pillow would name the buffer that the bytes lie in.
         reason = "no JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else error
         raise RecordError(
-            f"{origin}: the image does not decode ({reason}); replace the file or drop the record", kind=DAMAGED_IMAGE
+            f"{origin}: the image does not decode ({reason}); replace the file or drop the record", kind=CORRUPT_IMAGE
         ) from error
 
 

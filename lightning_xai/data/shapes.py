@@ -64,7 +64,7 @@ _SHAPE_SIZES = (14, 26)
 _ANGLES = (-12.0, 0.0, 12.0)
 _HOLE = 0.55  # of a ring's radius
 _SUPERSAMPLING = 4
-_FAINTEST = 1 / 8  # pixels of which less is covered are left out, so that the box ends where the eye sees it end
+_FAINTEST = 1 / 8  # pixels of which less is covered are not drawn, so that the box ends where the eye sees it end
 _OBJECTS = 4
 _NAMED = 2
 _SAME_SHAPE_RATE = 0.15  # of images with a distractor, which two thirds are: a tenth of all
@@ -104,7 +104,7 @@ def prepare_shapes(
     """Write the shards `out/train` and `out/val`, unless they are there with the same numbers and seed.
 
     Raises:
-        ShardError: `out` holds shards with other settings, damaged ones, or something else.
+        ShardError: `out` holds shards with other settings, corrupt ones, or something else.
     """
     wanted = {"train": train, "val": val}
     missing = [split for split, count in wanted.items() if not _is_prepared(out, split, count, seed)]
@@ -284,7 +284,7 @@ def _plan(rng: np.random.Generator, pairs: _Ints, stamps: _Stamps, image_size: i
 def _others(rng: np.random.Generator, taken: _Ints, choices: int) -> _Ints:
     """For each row of `taken` [n, t], 2 distinct random numbers below `choices` that are not among them: [n, 2]."""
     keys = rng.random((len(taken), choices))
-    np.put_along_axis(keys, taken, 2.0, axis=1)  # behind all others
+    np.put_along_axis(keys, taken, 2.0, axis=1)  # after all others
     return np.argsort(keys, axis=1)[:, : _OBJECTS - _NAMED]
 
 

@@ -83,6 +83,6 @@ class ShapesDataModule(ShardDataModule):
         """Make the shards in `root`, unless they are there.
 
         Raises:
-            ShardError: `root` holds shards with other settings, damaged ones, or something else.
+            ShardError: `root` holds shards with other settings, corrupt ones, or something else.
         """
         prepare_shapes(self.root, self.train_samples, self.val_samples, self.data_seed)

@@ -1,7 +1,7 @@
 """Where shards lie: a folder of this machine, or an object store that webdataset opens as a stream.
 
 Streams of a store break off in practice: servers restart, connections are cut. Then the file is opened again, and the
-stream goes on behind the bytes that were already given out, so that who reads it notices nothing but the delay.
+stream goes on after the bytes that were already given out, so that a reader notices nothing but the delay.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from webdataset.gopen import Pipe, gopen, gopen_ais, gopen_curl, gopen_gsutil, gopen_hf, gopen_htgs, gopen_schemes
 
-from lightning_xai.data.tar_records import open_file
-
-__all__ = ["LocalStore", "Place", "RemoteStore", "ShardStore", "open_store"]
+__all__ = ["LocalStore", "Place", "RemoteStore", "ShardStore", "open_file", "open_store"]
 
 _NAME = "{}"
 _EXAMPLE = "pipe:aws s3 cp s3://BUCKET/FOLDER/{} -"
@@ -79,8 +77,8 @@ def open_store(place: Place, retries: int = 3) -> ShardStore:
         place: a folder; an address of a scheme that webdataset opens (`https://HOST/coco/train`,
             `gs://BUCKET/coco/train`), below which the files lie, or in which `{}` stands for a file's name
             (`https://HOST/coco/train/{}?token=...`); or a shell command that writes a file to its standard output, with
-            `{}` for the name (`pipe:aws s3 cp s3://BUCKET/coco/train/{} -`). It is run as it stands: take it from
-            nobody but yourself.
+            `{}` for the name (`pipe:aws s3 cp s3://BUCKET/coco/train/{} -`). It is run as it stands: never take
+            one from somebody else.
         retries: how often a stream that broke off is opened again.
 
     Raises:
@@ -106,6 +104,17 @@ def open_store(place: Place, retries: int = 3) -> ShardStore:
     if urlsplit(place).query and _NAME not in place:
         raise ValueError(f"{_shown(place)}: an address with a query has to hold {_NAME} where a file's name goes")
     return RemoteStore(place if _NAME in place else f"{place.rstrip('/')}/{_NAME}", retries)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file to read.
+
+    Raises:
+        FileNotFoundError: there is none; opening a pipe or a device could block for ever.
+    """
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    return path.open("rb")
 
 
 @dataclass(frozen=True)

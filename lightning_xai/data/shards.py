@@ -1,4 +1,4 @@
-"""Shards: a data set as plain tar files beside a manifest, written once and streamed from any position.
+"""Shards: a data set as plain tar files with a manifest, written once and streamed from any position.
 
 A folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `manifest.json`, which lists each shard with its number
 of samples, bytes and SHA-256. The same samples give the same bytes, so that two machines can compare hashes.
@@ -26,12 +26,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from webdataset.writer import TarWriter
 
-from lightning_xai.data.faults import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
+from lightning_xai.data.excluded import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
 from lightning_xai.data.sample import RecordError, Sample, encode_sample
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
+_EXCLUDED_KEY = "left_out"  # as version 1 of the file calls it: shards that are prepared stay readable
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*\.tar")  # commands take a leading "-" for an option
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -90,7 +91,7 @@ class Manifest:
         name: the data set and split, for people (`"coco-val2017"`).
         shards: in the order in which they were written; a sample's global index counts through them.
         labels: every region label that occurs, sorted.
-        left_out: reason -> records of the source that were not written.
+        excluded: reason -> records of the source that were not written.
         captions: number of captions over all samples.
         version: version of the manifest's own schema.
     """
@@ -98,7 +99,7 @@ class Manifest:
     name: str
     shards: tuple[ShardEntry, ...]
     labels: tuple[str, ...]
-    left_out: Mapping[str, int]
+    excluded: Mapping[str, int]
     captions: int
     version: int = MANIFEST_VERSION
 
@@ -121,7 +122,7 @@ class Manifest:
     def load(cls, place: Place) -> Manifest:
         """`read` a manifest, and check that each shard is there with the size that the manifest states.
 
-        What a store does not tell before a shard is read, is not checked.
+        What a store does not know before a shard is read is not checked.
 
         Raises:
             ShardError: of `read`; or shards are missing or of another size, of which it names the first ten.
@@ -156,7 +157,8 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json`; the same manifest gives the same bytes."""
-        record = asdict(self) | {"left_out": dict(sorted(self.left_out.items())), "samples": self.samples}
+        record = asdict(self) | {"samples": self.samples}
+        record[_EXCLUDED_KEY] = dict(sorted(record.pop("excluded").items()))
         text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -202,7 +204,7 @@ def describe(manifest: Manifest) -> str:
       labels            2
       shards            1
       bytes         1.5 MB
-      left out          3
+      excluded          3
         empty caption  3
     """
     size = f"{manifest.bytes / 1e6:.1f} MB" if manifest.bytes < 1e9 else f"{manifest.bytes / 1e9:.2f} GB"
@@ -213,9 +215,9 @@ def describe(manifest: Manifest) -> str:
         ("shards", f"{len(manifest.shards):,}"),
     ]
     lines = [manifest.name, *(f"  {title:<8}{value:>11}" for title, value in rows), f"  {'bytes':<8}{size:>12}"]
-    lines.append(f"  {'left out':<8}{sum(manifest.left_out.values()):>11,}")
-    width = max(map(len, manifest.left_out), default=0)
-    ranked = sorted(manifest.left_out.items(), key=lambda item: (-item[1], item[0]))
+    lines.append(f"  {'excluded':<8}{sum(manifest.excluded.values()):>11,}")
+    width = max(map(len, manifest.excluded), default=0)
+    ranked = sorted(manifest.excluded.items(), key=lambda item: (-item[1], item[0]))
     lines += [f"    {reason:<{width}}  {count:,}" for reason, count in ranked]
     return "\n".join(lines)
 
@@ -226,14 +228,14 @@ def write_shards(
     *,
     name: str,
     samples_per_shard: int = 1000,
-    left_out: Counter[str] | None = None,
+    excluded: Counter[str] | None = None,
     progress: bool = True,
     overwrite: bool = False,
     total: int | None = None,
 ) -> Manifest:
     """Write samples as shards and a manifest into the folder `out`, all or nothing.
 
-    Everything is built in a hidden folder beside `out`, which is renamed at the end: a run that fails or is killed
+    Everything is built in a hidden folder next to `out`, which is renamed at the end: a run that fails or is killed
     leaves no half-made `out`.
 
     Args:
@@ -241,7 +243,7 @@ def write_shards(
         out: folder to make; missing parents are made as well.
         name: the data set and split, for people.
         samples_per_shard: size of all shards but the last.
-        left_out: reason -> count, filled by the source while it is iterated. A sample that breaks the contract (a
+        excluded: reason -> count, filled by the source while it is iterated. A sample that breaks the contract (a
             `RecordError` of `encode_sample`) is added to it as `"broken record"` and logged, and the rest goes on.
         progress: show a progress bar on stderr.
         overwrite: replace a folder that already holds shards. Any other folder that is not empty is never touched.
@@ -256,20 +258,20 @@ def write_shards(
         raise ValueError(f"samples_per_shard has to be at least 1; got {samples_per_shard}")
     out = out.resolve()
     _check_target(out, overwrite)
-    left_out = Counter() if left_out is None else left_out
+    excluded = Counter() if excluded is None else excluded
     partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     try:
         with _ShardWriter(partial, samples_per_shard) as writer, progress_bar(progress) as bar:
             for sample in bar.track(samples, total=total, description=escape(name)):
-                _write_sample(writer, sample, left_out)
+                _write_sample(writer, sample, excluded)
         if not writer.shards:
-            raise ShardError(f"{out}: no sample to write for {name!r}; left out: {dict(left_out) or 'nothing'}")
+            raise ShardError(f"{out}: no sample to write for {name!r}; excluded: {dict(excluded) or 'nothing'}")
         manifest = Manifest(
             name=name,
             shards=tuple(writer.shards),
             labels=tuple(sorted(writer.labels)),
-            left_out={reason: count for reason, count in sorted(left_out.items()) if count},
+            excluded={reason: count for reason, count in sorted(excluded.items()) if count},
             captions=writer.captions,
         )
         manifest.save(partial)
@@ -366,19 +368,19 @@ class _ShardWriter:
             self._open = None
 
 
-def _write_sample(writer: _ShardWriter, sample: Sample, left_out: Counter[str]) -> None:
+def _write_sample(writer: _ShardWriter, sample: Sample, excluded: Counter[str]) -> None:
     try:
         members = encode_sample(sample)
     except RecordError as error:
-        left_out[BROKEN_RECORD] += 1
-        if left_out[BROKEN_RECORD] <= _LOGGED_RECORDS:
-            _log.warning("left out: %s", error)
+        excluded[BROKEN_RECORD] += 1
+        if excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
+            _log.warning("excluded: %s", error)
         return
     writer.write(sample, members)
 
 
 def progress_bar(enabled: bool) -> Progress:
-    """A bar on stderr that counts and tells the time."""
+    """A bar on stderr with the count and the time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -439,7 +441,7 @@ def _parse_manifest(record: Any, path: str) -> Manifest:
                 for shard in record["shards"]
             ),
             labels=tuple(record["labels"]),
-            left_out=dict(record["left_out"]),
+            excluded=dict(record[_EXCLUDED_KEY]),
             captions=record["captions"],
         )
     except ShardError as error:
@@ -462,6 +464,6 @@ def _find_fault(manifest: Manifest) -> str | None:
         "'labels' are not sorted texts": all(isinstance(label, str) for label in manifest.labels)
         and list(manifest.labels) == sorted(set(manifest.labels)),
         "'captions' is not a count": _is_count(manifest.captions, 0),
-        "'left_out' does not hold counts": all(_is_count(count, 0) for count in manifest.left_out.values()),
+        f"'{_EXCLUDED_KEY}' does not hold counts": all(_is_count(count, 0) for count in manifest.excluded.values()),
     }
     return next((fault for fault, holds in checks.items() if not holds), None)

@@ -1,15 +1,9 @@
-"""From a phrase to its characters in a caption, and from characters to the tokens a text encoder sees.
-
-`find_mentions` says where a caption names a class; `CaptionTokenizer` turns such a place into token positions exactly,
-or says why it cannot.
-"""
+"""From characters of a caption to the tokens that a text encoder sees: exactly, or with the reason why not."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,177 +11,19 @@ from torch import Tensor
 
 from lightning_xai.data.sample import Span
 
-# An apostrophe belongs to what follows it only inside a word: "dog's" is "dog" + "'s", "'dog'" is "dog". So "dog's"
-# names a dog, while "o'clock" ("o" + "'clock") names no clock.
-_WORD = re.compile(r"(?:(?<=\w)['\u2019])?\w+")
-_HYPHENS = frozenset("-\u2010\u2011")
-_PHRASE_PART = re.compile(r"\(([^()]*)\)|([^()]+)")
 _MEMO_SIZE = 4096
 
 
 class SpanError(ValueError):
-    """A span of characters has no tokens of its own."""
+    """A span of characters is not made of whole tokens."""
 
 
 class SpanCutOffError(SpanError):
-    """The span lies, in whole or in part, behind the tokenizer's context length."""
+    """The span lies, in whole or in part, beyond the tokenizer's context length."""
 
 
 class SpanAlignmentError(SpanError):
     """The span starts or ends inside a token, or the tokenizer's cleaning changed it beyond recognition."""
-
-
-@dataclass(frozen=True)
-class _Phrase:
-    """A dictionary entry: the words of the mention and the words that have to stand before and behind it."""
-
-    label: str | None
-    before: tuple[str, ...]
-    core: tuple[str, ...]
-    behind: tuple[str, ...]
-
-    @property
-    def rank(self) -> tuple[int, int, bool]:
-        """Which of two entries wins where both fit: longer mention, then more context, then the one that blocks."""
-        context = len(self.before) + len(self.behind)
-        return len(self.core), context, self.label is None
-
-
-@dataclass(frozen=True)
-class _Words:
-    """A caption split into words. `gaps[i]` stands before word i: "" within a word, " ", "-", or "." for the rest."""
-
-    texts: tuple[str, ...]
-    spans: tuple[Span, ...]
-    gaps: tuple[str, ...]
-
-
-class MentionFinder:
-    """Finds where a caption names one of the classes of a dictionary.
-
-    A phrase of the dictionary is a sequence of whole words, compared without case. Words in parentheses have to be
-    there but are not part of the mention: `"glass (of wine)"` finds `glass` in "a glass of wine" only. Where several
-    phrases fit the same words, the one with the longest mention wins, then the one with more words in parentheses,
-    whatever their classes; phrases in `blocked` compete like all others and then name nothing.
-
-    Hyphens count as spaces inside a phrase ("hot-dog" is "hot dog"), but a hyphenated compound that is longer than the
-    phrase is another word: "man-made" names no man. A possessive names its owner, without the "'s".
-
-    Args:
-        synonyms: class -> phrases, in singular and plural as wanted.
-        blocked: phrases that name no class but contain words that would ("bus stop").
-
-    Raises:
-        ValueError: a phrase has no word outside its parentheses, or belongs to two classes.
-    """
-
-    def __init__(self, synonyms: Mapping[str, Sequence[str]], blocked: Iterable[str] = ()) -> None:
-        owners: dict[tuple[tuple[str, ...], ...], str | None] = {}
-        self._by_first_word: dict[str, list[_Phrase]] = {}
-        entries = [(label, text) for label, texts in synonyms.items() for text in texts]
-        for label, text in [*entries, *((None, text) for text in blocked)]:
-            phrase = _parse_phrase(text, label)
-            parts = (phrase.before, phrase.core, phrase.behind)
-            if parts in owners:
-                if owners[parts] != label:
-                    raise ValueError(f"{text!r} stands for both {owners[parts]!r} and {label!r}; keep one of them")
-                continue
-            owners[parts] = label
-            self._by_first_word.setdefault(phrase.core[0], []).append(phrase)
-
-    def find(self, caption: str) -> dict[str, tuple[Span, ...]]:
-        """The character spans `(start, end)` (end exclusive) of every mention, by class, from left to right."""
-        words = _split(caption)
-        fits = [
-            (phrase, index)
-            for index, text in enumerate(words.texts)
-            for phrase in self._by_first_word.get(text, ())
-            if _fits(phrase, words, index)
-        ]
-        fits.sort(key=lambda fit: fit[0].rank, reverse=True)  # stable: of equals the leftmost stays first
-        taken: set[int] = set()
-        found: list[tuple[str, Span]] = []
-        for phrase, index in fits:
-            covered = range(index, index + len(phrase.core))
-            if taken.isdisjoint(covered):
-                taken.update(covered)
-                if phrase.label is not None:
-                    found.append((phrase.label, (words.spans[index][0], words.spans[covered[-1]][1])))
-        mentions: dict[str, tuple[Span, ...]] = {}
-        for label, span in sorted(found, key=lambda item: item[1]):
-            mentions[label] = (*mentions.get(label, ()), span)
-        return mentions
-
-
-def find_mentions(
-    caption: str, synonyms: Mapping[str, Sequence[str]], blocked: Sequence[str] = ()
-) -> dict[str, tuple[Span, ...]]:
-    """Where a caption names the classes of a dictionary; `MentionFinder` has the rules.
-
-    Args:
-        caption: any text.
-        synonyms: class -> phrases.
-        blocked: phrases that name no class.
-
-    Returns:
-        class -> character spans `(start, end)` (end exclusive) from left to right; classes without mention are absent.
-
-    Raises:
-        ValueError: a phrase has no word outside its parentheses, or belongs to two classes.
-
-    Example:
-        >>> synonyms = {"dog": ["dog", "dogs"], "hot dog": ["hot dog", "hot dogs"]}
-        >>> find_mentions("A dog's hot-dog.", synonyms)
-        {'dog': ((2, 5),), 'hot dog': ((8, 15),)}
-        >>> find_mentions("a dog park", synonyms, blocked=["dog park"])
-        {}
-    """
-    return _finder(tuple((label, tuple(phrases)) for label, phrases in synonyms.items()), tuple(blocked)).find(caption)
-
-
-@lru_cache(maxsize=8)
-def _finder(synonyms: tuple[tuple[str, tuple[str, ...]], ...], blocked: tuple[str, ...]) -> MentionFinder:
-    return MentionFinder(dict(synonyms), blocked)
-
-
-def _split(text: str) -> _Words:
-    texts, spans, gaps, end = [], [], [], 0
-    for match in _WORD.finditer(text):
-        between = text[end : match.start()]
-        gaps.append("-" if between in _HYPHENS else " " if between.isspace() else "." if between else "")
-        # Word by word, because lowering may change the number of characters.
-        texts.append(match.group().lower().replace("\u2019", "'"))
-        spans.append(match.span())
-        end = match.end()
-    return _Words(tuple(texts), tuple(spans), tuple(gaps))
-
-
-def _parse_phrase(text: str, label: str | None) -> _Phrase:
-    before: tuple[str, ...] = ()
-    core: tuple[str, ...] = ()
-    behind: tuple[str, ...] = ()
-    for context, mention in _PHRASE_PART.findall(text):
-        words = _split(context or mention).texts
-        if mention and words:
-            if core:
-                raise ValueError(f"{text!r}: the words outside parentheses have to stand together")
-            core = words
-        elif core:
-            behind += words
-        else:
-            before += words
-    if not core:
-        raise ValueError(f"{text!r}: a phrase needs a word outside parentheses")
-    return _Phrase(label, before, core, behind)
-
-
-def _fits(phrase: _Phrase, words: _Words, index: int) -> bool:
-    first, last = index - len(phrase.before), index + len(phrase.core) + len(phrase.behind)
-    if first < 0 or words.texts[first:last] != phrase.before + phrase.core + phrase.behind:
-        return False
-    if any(gap == "." for gap in words.gaps[first + 1 : last]):
-        return False
-    return words.gaps[first] != "-" and (last == len(words.gaps) or words.gaps[last] != "-")
 
 
 class CaptionTokenizer:
@@ -249,7 +85,7 @@ class CaptionTokenizer:
             A slice of the caption's row of `encode`; tokens that the tokenizer adds in front are counted.
 
         Raises:
-            SpanCutOffError: a token of the span lies behind the context length.
+            SpanCutOffError: a token of the span lies beyond the context length.
             SpanAlignmentError: the span starts or ends inside a token, or does not survive the tokenizer's cleaning.
             ValueError: the caption is empty, the span leaves it, or the tokenizer cannot align spans at all.
         """
@@ -300,7 +136,7 @@ class CaptionTokenizer:
         return own & ((tokens == end_id) & own).cumsum(dim=1).eq(0)
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """The text of token ids [T]; tokens that mark start and end, and padding behind the end, are left out.
+        """The text of token ids [T], without tokens that mark start and end, and without padding after the end.
 
         Raises:
             ValueError: the tokenizer cannot decode.
@@ -308,7 +144,7 @@ class CaptionTokenizer:
         return " ".join("".join(self._piece(token) for token in self._content(_to_list(tokens))).split())
 
     def token_strings(self, tokens: Tensor | Sequence[int]) -> list[str]:
-        """One string for each of the token ids [L], without spaces: "" for padding behind the end token.
+        """One string for each of the token ids [L], without spaces: "" for padding after the end token.
 
         Raises:
             ValueError: the tokenizer cannot decode.
@@ -345,7 +181,7 @@ class CaptionTokenizer:
         return str(clean(text)) if clean is not None else text
 
     def _probe(self) -> tuple[int, int, int | None]:
-        """How many tokens stand before a caption's own, how many of its own fit, and which token ends it."""
+        """The number of tokens before a caption's own, the number of its own that fit, and the token that ends it."""
         if self._encode_text is None:
             return 0, 0, None
         short = self._encode_text("a b")

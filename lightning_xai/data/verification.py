@@ -1,4 +1,4 @@
-"""Checks whether a set of shards holds what its manifest says."""
+"""Checks of whether a set of shards holds what its manifest says."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_xai.data.faults import (
+from lightning_xai.data.excluded import (
     DUPLICATE_KEY,
     MISSING_SHARD,
     UNREADABLE_SHARD,
     WRONG_CHECKSUM,
     WRONG_COUNT,
+    ExcludedByShard,
     Fault,
-    FaultCounts,
 )
 from lightning_xai.data.sample import RecordError, Sample, decode_image
-from lightning_xai.data.shard_reader import RECORD_MEMBERS, decode_records
+from lightning_xai.data.shard_reader import RECORD_MEMBERS, TarRecords, decode_records
 from lightning_xai.data.shard_store import ShardStore
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardEntry, find_file_fault
-from lightning_xai.data.tar_records import TarRecords
 
 __all__ = ["ShardReport", "Verification", "find_wrong_checksums", "read_reports"]
 
@@ -79,7 +78,7 @@ class Verification:
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self.counts: FaultCounts = Counter()
+        self.counts: ExcludedByShard = Counter()
         self.findings = 0
         self.messages: list[str] = []
         self._manifest = manifest
@@ -97,7 +96,7 @@ class Verification:
         self._keys.append(report.keys)
 
     def compare(self) -> None:
-        """Behind the last report of whole reading: look for keys in several shards, and check the manifest's counts."""
+        """After the last report of a full read: look for keys in several shards, and check the manifest's counts."""
         names = [entry.name for entry in self._manifest.shards]
         for shard, record, other, first in _repeated_keys(self._keys):
             self.counts[names[shard], DUPLICATE_KEY] += 1
@@ -174,8 +173,8 @@ def _read_records(store: ShardStore, report: ShardReport, same_size: bool) -> No
         keys.append(hashlib.blake2b(key.encode(), digest_size=_KEY_BYTES).digest())
         _look_at(item, report)
     report.keys = np.array(keys, dtype=f"S{_KEY_BYTES}")
-    if records.damage or len(keys) < entry.samples:
-        reason = records.damage or f"it ends after {len(keys)} records"
+    if records.error or len(keys) < entry.samples:
+        reason = records.error or f"it ends after {len(keys)} records"
         lost = max(entry.samples - len(keys), 1)
         report.add(UNREADABLE_SHARD, f"{entry.name}: {lost:,} of {entry.samples:,} records are lost ({reason})", lost)
     elif len(keys) > entry.samples:

@@ -26,11 +26,10 @@ from lightning_xai.attribution.base import upsample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.dataset import EvaluationDataset
 from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_tokens
-from lightning_xai.data.faults import BROKEN_RECORD
-from lightning_xai.data.sample import RecordError, Sample, read_image
+from lightning_xai.data.excluded import BROKEN_RECORD
+from lightning_xai.data.sample import RecordError, Sample, read_image, stable_hash
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardsExistError, write_shards
-from lightning_xai.data.stable_hash import stable_hash
 from lightning_xai.models.dual_encoder import DualEncoder
 
 __all__ = ["Partition", "attribute_pairs", "count_ties", "partition", "read_keys", "write_degraded", "write_original"]
@@ -240,7 +239,7 @@ def _write(out: Path, name: str, samples: Iterator[Sample], left_out: Counter[st
     if (out / MANIFEST_NAME).is_file():
         return Manifest.load(out)
     try:
-        return write_shards(samples, out, name=name, left_out=left_out, progress=False)
+        return write_shards(samples, out, name=name, excluded=left_out, progress=False)
     except ShardsExistError:
         return Manifest.load(out)
 

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_xai.data.datamodule import ShardDataModule
-from lightning_xai.data.faults import fault_table
+from lightning_xai.data.excluded import shard_table
 
 __all__ = ["DataFaults"]
 
@@ -47,4 +47,4 @@ class DataFaults(Callback):
             pl_module.log(f"{split}/broken_records", float(counts.total()), on_step=False, on_epoch=True)
         if counts and trainer.is_global_zero:
             epoch = f" of epoch {trainer.current_epoch}" if split == "train" else ""
-            print(f"\nBroken records in {split}{epoch}, left out:\n{fault_table(counts)}", flush=True)  # noqa: T201
+            print(f"\nBroken records in {split}{epoch}, left out:\n{shard_table(counts)}", flush=True)  # noqa: T201

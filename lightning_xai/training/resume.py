@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_xai.data.stable_hash import stable_hash
+from lightning_xai.data.sample import stable_hash
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
 
 __all__ = ["Resume", "RunStoppedError"]

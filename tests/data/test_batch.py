@@ -5,14 +5,13 @@ import pickle
 from collections import Counter
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
-from lightning_xai.data.faults import BROKEN_RECORD, DAMAGED_IMAGE, UNPAIRED_MEMBER, Fault
+from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER, Fault
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.data.sample import RecordError, Region, Sample, Span
@@ -21,11 +20,6 @@ from lightning_xai.exclusion import Exclusion
 
 LABELS = ("cat", "dog", "kite", "person")
 TRANSFORM = ImageTransform(size=(32, 32))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +112,7 @@ def test_boxes_go_through_the_same_geometry_as_pixels(evaluation: EvaluationColl
     assert (x0, y0, x1, y1) == (int(columns[0]), int(lines[0]), int(columns[-1]) + 1, int(lines[-1]) + 1)
 
 
-def test_several_instances_and_crowds_are_left_out(evaluation: EvaluationCollate) -> None:
+def test_several_instances_and_crowds_are_excluded(evaluation: EvaluationCollate) -> None:
     captions = ("a dog and people",)
     regions = (
         Region("dog", (10, 0, 20, 16), {0: ((2, 5),)}),
@@ -131,7 +125,7 @@ def test_several_instances_and_crowds_are_left_out(evaluation: EvaluationCollate
     ]
 
 
-def test_entities_are_told_apart_within_their_class(evaluation: EvaluationCollate) -> None:
+def test_entities_are_distinguished_within_their_class(evaluation: EvaluationCollate) -> None:
     captions = ("a dog bites a puppy near dogs", "the dog")
     regions = (
         Region("dog", (10, 0, 20, 16), {0: ((0, 5),), 1: ((0, 7),)}, entity="1"),
@@ -151,7 +145,7 @@ def test_entities_are_told_apart_within_their_class(evaluation: EvaluationCollat
     assert not torch.equal(boxes[0], boxes[2])
 
 
-def test_a_cropped_box_is_left_out_and_a_touched_one_is_not(evaluation: EvaluationCollate) -> None:
+def test_a_cropped_box_is_excluded_and_a_touched_one_is_not(evaluation: EvaluationCollate) -> None:
     regions = (
         Region("dog", (0, 0, 7, 48), {0: ((0, 3),)}),  # 64 x 48 becomes 42 x 32 and loses 5 pixels on each side
         Region("cat", (0, 0, 12, 48), {0: ((4, 7),)}),
@@ -163,7 +157,7 @@ def test_a_cropped_box_is_left_out_and_a_touched_one_is_not(evaluation: Evaluati
     assert x1 == pytest.approx(12 * 42 / 64 - 5, abs=1e-4)
 
 
-def test_spans_behind_the_context_are_left_out(evaluation: EvaluationCollate) -> None:
+def test_spans_after_the_context_are_excluded(evaluation: EvaluationCollate) -> None:
     caption = "the dog " + "very " * 80 + "big cat and dog"
     regions = (
         Region("dog", (20, 10, 20, 16), spans_of("dog", caption)),
@@ -186,7 +180,7 @@ def test_several_mentions_are_one_mask(evaluation: EvaluationCollate) -> None:
     assert batch.phrases.reason.tolist() == [Exclusion.MEASURED]
 
 
-def test_a_span_inside_a_token_is_left_out(evaluation: EvaluationCollate) -> None:
+def test_a_span_inside_a_token_is_excluded(evaluation: EvaluationCollate) -> None:
     region = Region("dog", (20, 10, 20, 16), {0: ((2, 4),)})
     assert rows(evaluation([(0, make_sample("a", ("a dog",), (region,)))])) == [
         (0, "dog", Exclusion.SPAN_NOT_ALIGNED, "do")
@@ -220,7 +214,7 @@ def test_broken_images_and_padding_are_invalid_rows_in_evaluation(evaluation: Ev
     assert batch.phrases.image_row.tolist() == [2]
     assert batch.images[[0, 1, 3]].abs().sum() == 0
     image_fault, record_fault = batch.faults
-    assert (image_fault.index, image_fault.kind) == (0, DAMAGED_IMAGE)
+    assert (image_fault.index, image_fault.kind) == (0, CORRUPT_IMAGE)
     assert "record 'broken' (test/broken.png): the image does not decode" in image_fault.message
     assert record_fault == Fault(1, UNPAIRED_MEMBER, "shard-7.tar, record x: no json")
 

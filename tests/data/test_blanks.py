@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -18,11 +17,6 @@ from lightning_xai.data.spans import CaptionTokenizer
 
 Collate = Callable[[list[Record]], Batch]
 CAPTIONS = ("a red ring and a star", "one blue heart")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
 
 
 @pytest.fixture(scope="module", params=["training", "evaluation"])

@@ -65,45 +65,49 @@ def go_on(checkpoint: Path, data: ShardDataModule) -> CountingReader:
     return module
 
 
-@pytest.mark.parametrize(
-    ("options", "change"),
-    [
-        ({"batch_size": 5}, "batch_size was 4 and is 5"),
-        ({"seed": 3}, "seed was 0 and is 3"),
-        ({"shuffle_buffer": 6}, "shuffle_buffer was 5 and is 6"),
-        ({"num_workers": 2}, "num_workers was 1 and is 2"),
-        ({"captions_per_image": 1}, "captions_per_image was None and is 1"),
-        ({"seed": 3, "num_workers": 2}, "seed was 0 and is 3; num_workers was 1 and is 2"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_batches(
-    checkpoint: Path, shards: Path, options: dict[str, Any], change: str
-) -> None:
-    data = data_of(shards, **options)
-    module = CountingReader()
-    with pytest.raises(ValueError, match="cannot go on from this checkpoint") as caught:
-        quiet_trainer(checkpoint.parent).fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    assert f"would hold other samples: {change}. Restore the former values; or, to start a new run" in str(caught.value)
-    assert f"--model.init_args.model={checkpoint} --model.init_args.pretrained=null" in str(caught.value)
-    assert module.batches == 0
+OTHER_BATCHES: list[tuple[dict[str, Any], str]] = [
+    ({"batch_size": 5}, "batch_size was 4 and is 5"),
+    ({"seed": 3}, "seed was 0 and is 3"),
+    ({"shuffle_buffer": 6}, "shuffle_buffer was 5 and is 6"),
+    ({"num_workers": 2}, "num_workers was 1 and is 2"),
+    ({"captions_per_image": 1}, "captions_per_image was None and is 1"),
+    ({"seed": 3, "num_workers": 2}, "seed was 0 and is 3; num_workers was 1 and is 2"),
+]
+
+
+def test_a_run_does_not_go_on_with_other_batches(checkpoint: Path, shards: Path) -> None:
+    for options, change in OTHER_BATCHES:
+        data = data_of(shards, **options)
+        module = CountingReader()
+        with pytest.raises(ValueError, match="cannot go on from this checkpoint") as caught:
+            quiet_trainer(checkpoint.parent).fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        assert f"would hold other samples: {change}. Restore the former values; or, to start a new run" in str(
+            caught.value
+        )
+        assert f"--model.init_args.model={checkpoint} --model.init_args.pretrained=null" in str(caught.value)
+        assert module.batches == 0
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"num_workers": 1},  # the same order as without a worker
-        {"eval_batch_size": 3},
-        {"max_fault_fraction": 0.5},
-        {"persistent_workers": True, "num_workers": 1},
-        {"swap_objects": True},
+        {"num_workers": 1, "persistent_workers": True},  # the same order as without a worker
+        {"eval_batch_size": 3, "max_fault_fraction": 0.5, "swap_objects": True},
     ],
 )
 def test_a_run_goes_on_where_the_batches_are_the_same(checkpoint: Path, shards: Path, options: dict[str, Any]) -> None:
     assert go_on(checkpoint, data_of(shards, **options)).batches == 14 - 5
 
 
-def test_changed_shards_are_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_version_that_named_the_world_size_otherwise_goes_on(checkpoint: Path, shards: Path) -> None:
+    record = torch.load(checkpoint, weights_only=True)
+    plan = record["ShardDataModule"]["plan"]
+    plan["world"] = plan.pop("world_size")
+    torch.save(record, checkpoint)
+    assert go_on(checkpoint, data_of(shards)).batches == 14 - 5
+
+
+def test_changed_shards_are_noticed(checkpoint: Path, tmp_path: Path) -> None:
     other = make_shards(tmp_path / "other", 57, broken=[2])
     with pytest.raises(ValueError, match="the shard list or the content of a shard has changed") as caught:
         go_on(checkpoint, data_of(other))
@@ -135,9 +139,10 @@ def go_on_with_others(checkpoint: str, shards: str, out: str) -> str:
     return ""
 
 
+@pytest.mark.distributed
 def test_another_number_of_processes_is_refused_by_all(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
     for told in run_distributed(go_on_with_others, str(checkpoint), str(shards), str(tmp_path)):
-        assert "would hold other samples: world was 1 and is 2. Restore" in told
+        assert "would hold other samples: world_size was 1 and is 2. Restore" in told
 
 
 # --- before a run ---
@@ -195,7 +200,8 @@ def verify_on_this_rank(folder: str, out: str) -> str:
     return ""
 
 
-def test_all_ranks_tell_what_each_of_them_has_found(two_changed: Path, tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_all_ranks_report_what_each_of_them_has_found(two_changed: Path, tmp_path: Path) -> None:
     first, second = run_distributed(verify_on_this_rank, str(two_changed), str(tmp_path))
     assert first == second
     assert "2 of 5 shards" in first

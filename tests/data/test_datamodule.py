@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from captioned_shards import TRANSFORM, keys, make_samples, make_shards
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
-from lightning_xai.data.fault_counter import BrokenRecordWarning, TooManyBrokenRecordsError
+from lightning_xai.data.excluded import BrokenRecordWarning, TooManyBrokenRecordsError
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
 from lightning_xai.data.shapes_datamodule import ShapesDataModule
@@ -33,11 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*`srun` command is available",
     "ignore:.*callbacks used to create the checkpoint",
 )
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
 
 
 def test_the_global_random_state_stays_as_it_is(shards: Path, tokenizer: CaptionTokenizer) -> None:
@@ -112,11 +106,13 @@ SAVING: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(
-    ("workers", "length"),
-    [(0, {"max_epochs": 4}), (2, {"max_epochs": 4}), (0, {"max_epochs": -1, "max_steps": 56})],
-    ids=["epochs", "epochs with workers", "steps"],
+    ("saving", "workers", "length"),
+    [
+        *((saving, 0, {"max_epochs": 4}) for saving in SAVING),
+        ("in the middle of the epoch", 2, {"max_epochs": 4}),
+        ("at the last step of the epoch", 0, {"max_epochs": -1, "max_steps": 56}),
+    ],
 )
-@pytest.mark.parametrize("saving", SAVING)
 def test_a_resumed_run_sees_the_very_same_samples(
     tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer, workers: int, saving: str, length: dict[str, int]
 ) -> None:
@@ -312,7 +308,7 @@ def test_at_most_ten_broken_records_are_shown(tmp_path: Path, tokenizer: Caption
     assert data.fault_counts == {"val": 12}
 
 
-def test_broken_records_are_counted_anew_in_each_training_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+def test_broken_records_are_counted_from_0_in_each_training_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
     # An epoch reads 16 of 30 samples in a row and meets one of these two; one is allowed, both would be too many.
     folder = make_shards(tmp_path / "s", 30, per_shard=30, broken=[0, 15])
     data = ShardDataModule(train=folder, batch_size=16, num_workers=0)
@@ -332,36 +328,37 @@ def test_a_missing_folder_names_the_argument_and_the_command(tmp_path: Path) -> 
         ShardDataModule(train=tmp_path).setup("fit")
 
 
-@pytest.mark.parametrize(
-    ("stage", "split"), [("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "val")]
-)
-def test_a_split_that_a_stage_needs_has_to_be_given(stage: str, split: str) -> None:
-    with pytest.raises(ValueError, match=f"no {split} shards are given: set '{split}'"):
-        ShardDataModule().setup(stage)
+STAGES = [("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "val")]
 
 
-def test_a_damaged_manifest_is_found_before_the_run(tmp_path: Path) -> None:
+def test_a_split_that_a_stage_needs_has_to_be_given() -> None:
+    for stage, split in STAGES:
+        with pytest.raises(ValueError, match=f"no {split} shards are given: set '{split}'"):
+            ShardDataModule().setup(stage)
+
+
+def test_a_corrupt_manifest_is_found_before_the_run(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "s", 5)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ShardError, match="broken JSON"):
         ShardDataModule(train=folder).setup("fit")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_size": 0},
-        {"eval_batch_size": 0},
-        {"num_workers": -1},
-        {"shuffle_buffer": -1},
-        {"seed": -1},
-        {"captions_per_image": 0},
-        {"max_fault_fraction": 1.5},
-    ],
-)
-def test_options_out_of_range_are_errors_that_name_them(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        ShardDataModule(**options)
+OUT_OF_RANGE: list[dict[str, Any]] = [
+    {"batch_size": 0},
+    {"eval_batch_size": 0},
+    {"num_workers": -1},
+    {"shuffle_buffer": -1},
+    {"seed": -1},
+    {"captions_per_image": 0},
+    {"max_fault_fraction": 1.5},
+]
+
+
+def test_options_out_of_range_are_errors_that_name_them() -> None:
+    for options in OUT_OF_RANGE:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ShardDataModule(**options)
 
 
 def test_label_names_are_those_of_the_evaluation_split(tmp_path: Path, shards: Path) -> None:

@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import webdataset as wds
 from captioned_shards import TRANSFORM, keys, make_shards
@@ -19,33 +18,28 @@ from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader
+from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import Manifest
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.data.stable_hash import stable_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*worker processes in total")
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
-
-
 def training(
-    folder: Path, tokenizer: CaptionTokenizer, rank: int = 0, world: int = 1, seed: int = 0, **options: Any
+    folder: Path, tokenizer: CaptionTokenizer, rank: int = 0, world_size: int = 1, seed: int = 0, **options: Any
 ) -> TrainingDataset:
     collate = TrainingCollate(TRANSFORM, tokenizer, seed=seed)
     options = {"batch_size": 4, "shuffle_buffer": 5} | options
-    return TrainingDataset(folder, Manifest.load(folder), collate, rank=rank, world=world, **options)
+    return TrainingDataset(folder, Manifest.load(folder), collate, rank=rank, world_size=world_size, **options)
 
 
 def evaluation(
-    folder: Path, tokenizer: CaptionTokenizer, batch_size: int, rank: int = 0, world: int = 1
+    folder: Path, tokenizer: CaptionTokenizer, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> EvaluationDataset:
     manifest = Manifest.load(folder)
     collate = EvaluationCollate(TRANSFORM, tokenizer, manifest.labels)
-    return EvaluationDataset(folder, manifest, collate, batch_size=batch_size, rank=rank, world=world)
+    return EvaluationDataset(folder, manifest, collate, batch_size=batch_size, rank=rank, world_size=world_size)
 
 
 def load(dataset: TrainingDataset | EvaluationDataset, workers: int) -> list[Batch]:
@@ -55,33 +49,32 @@ def load(dataset: TrainingDataset | EvaluationDataset, workers: int) -> list[Bat
 # --- evaluation: every sample exactly once ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 1), (3, 4), (8, 4), (2, 100)])
 def test_evaluation_has_every_sample_exactly_once(
-    one_shard: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int
+    one_shard: Path, tokenizer: CaptionTokenizer, world_size: int, batch_size: int
 ) -> None:
-    ranks = [list(evaluation(one_shard, tokenizer, batch_size, rank, world)) for rank in range(world)]
+    ranks = [list(evaluation(one_shard, tokenizer, batch_size, rank, world_size)) for rank in range(world_size)]
     index = [i for batches in ranks for batch in batches for i in batch.index[batch.valid].tolist()]
     assert index == list(range(23))
     assert {tuple(len(batch.valid) for batch in batches) for batches in ranks} == {
         tuple(len(batch.valid) for batch in ranks[0])
     }
-    assert {len(batches) for batches in ranks} == {len(evaluation(one_shard, tokenizer, batch_size, 0, world))}
+    assert {len(batches) for batches in ranks} == {len(evaluation(one_shard, tokenizer, batch_size, 0, world_size))}
     padded = sum(int((~batch.valid).sum()) for batches in ranks for batch in batches)
-    assert padded == -(-23 // world) * world - 23
+    assert padded == -(-23 // world_size) * world_size - 23
     assert not any(batch.faults for batches in ranks for batch in batches)
 
 
 @pytest.mark.parametrize(
-    ("world", "batch_size", "workers"),
-    [(1, 4, 2), (2, 3, 3), (3, 4, 2), (1, 100, 2)],  # the last: more workers than batches
+    ("world_size", "batch_size", "workers"),
+    [(2, 3, 3), (1, 100, 2)],  # the last: more workers than batches
 )
 def test_evaluation_has_every_sample_exactly_once_with_workers(
-    shards: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int, workers: int
+    shards: Path, tokenizer: CaptionTokenizer, world_size: int, batch_size: int, workers: int
 ) -> None:
     counts: Counter[int] = Counter()
-    for rank in range(world):
-        dataset = evaluation(shards, tokenizer, batch_size, rank, world)
+    for rank in range(world_size):
+        dataset = evaluation(shards, tokenizer, batch_size, rank, world_size)
         batches = load(dataset, workers)
         assert len(batches) == len(dataset)
         counts.update(i for batch in batches for i in batch.index[batch.valid].tolist())
@@ -100,21 +93,21 @@ def test_evaluation_keeps_captions_and_phrases_with_their_image(shards: Path, to
 # --- training: equal counts, no repetition, shuffled, the same again -------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (3, 5), (8, 7), (5, 11)])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (3, 5), (8, 7)])
 def test_training_ranks_have_equally_many_full_batches_of_different_samples(
-    shards: Path, tokenizer: CaptionTokenizer, world: int, batch_size: int
+    shards: Path, tokenizer: CaptionTokenizer, world_size: int, batch_size: int
 ) -> None:
     for epoch in range(3):
         seen: list[str] = []
-        for rank in range(world):
-            dataset = training(shards, tokenizer, rank, world, batch_size=batch_size)
+        for rank in range(world_size):
+            dataset = training(shards, tokenizer, rank, world_size, batch_size=batch_size)
             dataset.seek(epoch)
             batches = list(dataset)
-            assert len(batches) == len(dataset) == 57 // world // batch_size
+            assert len(batches) == len(dataset) == 57 // world_size // batch_size
             assert {len(batch.keys) for batch in batches} == {batch_size}
             seen += keys(batches)
         assert len(set(seen)) == len(seen)
-        assert len(seen) == world * (57 // world // batch_size) * batch_size
+        assert len(seen) == world_size * (57 // world_size // batch_size) * batch_size
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -191,7 +184,7 @@ class Numbers(IterableDataset):
     def __iter__(self):
         return iter(range(3))
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler raises where nobody hears it
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler raises where it is not expected
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), sent))
 for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     loader = ShardLoader(Numbers(), num_workers=2, multiprocessing_context="fork")
@@ -205,7 +198,7 @@ for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_workers_end_when_their_own_process_tells_them_and_not_when_others_do(
+def test_workers_end_at_a_signal_of_their_own_process_and_not_at_that_of_others(
     method: str, shards: Path, tokenizer: CaptionTokenizer
 ) -> None:
     options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": method}
@@ -232,9 +225,9 @@ def test_spawned_workers_give_what_the_main_process_gives(shards: Path, tokenize
 # --- the loader: epochs and resuming ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize(
-    ("batch_size", "shuffle_buffer"), [(4, 5), (4, 1000), (4, 0), (28, 10)], ids=["small", "large", "off", "2 batches"]
+    ("workers", "batch_size", "shuffle_buffer"),
+    [(0, 4, 5), (0, 4, 1000), (0, 4, 0), (1, 28, 10), (2, 4, 5), (3, 4, 5), (3, 28, 10)],
 )
 def test_resuming_at_any_batch_gives_the_batches_still_to_come(
     shards: Path, tokenizer: CaptionTokenizer, workers: int, batch_size: int, shuffle_buffer: int
@@ -272,19 +265,18 @@ def test_persistent_workers_resume_and_go_on_with_the_next_epoch(shards: Path, t
         assert [batch.keys for batch in resumed] == whole[3]
 
 
-@pytest.mark.parametrize("shuffle_buffer", [0, 2, 5, 20, 1000])
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize(("world_size", "shuffle_buffer"), [(1, 0), (1, 5), (1, 1000), (3, 2), (3, 20)])
 def test_the_order_is_that_of_a_shuffle_buffer_full_of_samples(
-    shards: Path, tokenizer: CaptionTokenizer, shuffle_buffer: int, world: int
+    shards: Path, tokenizer: CaptionTokenizer, shuffle_buffer: int, world_size: int
 ) -> None:
     manifest = Manifest.load(shards)
-    part = 57 // world // 4 * 4
+    part = 57 // world_size // 4 * 4
     for epoch in range(3):
         order = manifest.order(0, epoch)
         ring = [index for index, _ in read_samples(shards, manifest, order, 0, 57)] * 2
         entry = stable_hash("entry", 0, epoch) % 57
-        for rank in range(world):
-            dataset = training(shards, tokenizer, rank, world, shuffle_buffer=shuffle_buffer)
+        for rank in range(world_size):
+            dataset = training(shards, tokenizer, rank, world_size, shuffle_buffer=shuffle_buffer)
             dataset.seek(epoch)
             samples = iter(ring[entry + rank * part :][:part])
             if shuffle_buffer > 1:
@@ -316,7 +308,7 @@ def test_each_sample_still_to_come_is_read_once_and_no_more_are_held_than_the_bu
         assert len(given) == 4 * (14 - consumed)
 
 
-def test_a_damaged_shard_has_the_same_faults_in_a_resumed_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+def test_a_corrupt_shard_has_the_same_faults_in_a_resumed_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
     folder = make_shards(tmp_path / "s", 40, per_shard=20)
     manifest = Manifest.load(folder)
     shard = folder / "shard-000001.tar"
@@ -330,7 +322,7 @@ def test_a_damaged_shard_has_the_same_faults_in_a_resumed_epoch(tmp_path: Path, 
         assert [(batch.keys, batch.faults) for batch in dataset] == whole[consumed:]
 
 
-def test_passed_over_batches_are_not_decoded(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+def test_skipped_batches_are_not_decoded(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
     folder = make_shards(tmp_path / "s", 20, broken=range(20))
     dataset = training(folder, tokenizer)
     dataset.seek(0, 4)

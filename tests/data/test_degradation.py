@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,26 +12,26 @@ import torch
 from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_pixels, important_tokens
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 12])
-def test_the_number_of_tokens_is_the_floor_or_the_ceiling_and_they_are_the_largest(
-    tokens: int, fraction: float
-) -> None:
-    generator = np.random.default_rng(tokens)
-    scores, own = generator.normal(size=16).astype(np.float32), np.zeros(16, dtype=bool)
-    own[1 : 1 + tokens] = True
-    for round_up, count in ((False, np.floor), (True, np.ceil)):
+def test_the_number_of_tokens_is_the_floor_or_the_ceiling_and_they_are_the_largest() -> None:
+    rounding = ((False, np.floor), (True, np.ceil))
+    for tokens, fraction, (round_up, count) in product((1, 2, 5, 12), (0.0, 0.1, 0.25, 0.5, 0.9, 1.0), rounding):
+        generator = np.random.default_rng(tokens)
+        scores, own = generator.normal(size=16).astype(np.float32), np.zeros(16, dtype=bool)
+        own[1 : 1 + tokens] = True
         chosen = important_tokens(torch.tensor(scores), torch.tensor(own), fraction, round_up=round_up).numpy()
         expected = sorted(scores[own], reverse=True)[: int(count(fraction * tokens))]
         assert sorted(scores[chosen], reverse=True) == expected
         assert not (chosen & ~own).any()
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.29, 29), (0.57, 57), (0.07, 7)])
-def test_a_share_that_binary_fractions_miss_is_still_exact(fraction: float, count: int) -> None:
-    scores, own = torch.arange(100.0), torch.ones(100, dtype=torch.bool)
-    for round_up in (False, True):
-        assert int(important_tokens(scores, own, fraction, round_up=round_up).sum()) == count
+SHARES = [(0.29, 29), (0.57, 57), (0.07, 7)]
+
+
+def test_a_share_that_binary_fractions_miss_is_still_exact() -> None:
+    for fraction, count in SHARES:
+        scores, own = torch.arange(100.0), torch.ones(100, dtype=torch.bool)
+        for round_up in (False, True):
+            assert int(important_tokens(scores, own, fraction, round_up=round_up).sum()) == count
 
 
 def test_scores_of_marks_and_padding_do_not_count_even_where_they_are_not_finite() -> None:
@@ -53,19 +54,19 @@ def test_of_equal_scores_the_first_are_taken() -> None:
     assert not chosen[250:].any()
 
 
-@pytest.mark.parametrize(
-    ("scores", "own", "fraction", "tied"),
-    [
-        ([1.0, 2.0, 2.0, 3.0], [1, 1, 1, 1], 0.5, True),
-        ([1.0, 2.0, 2.0, 3.0], [1, 1, 1, 1], 0.75, False),
-        ([1.0, 2.0, 2.0, 3.0], [1, 1, 0, 1], 0.7, False),  # the other one is no token of the caption's own
-        ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], 0.0, False),  # nothing is taken
-        ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], 1.0, False),  # nothing is left
-        ([0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], 0.5, False),
-    ],
-)
-def test_a_cut_through_equal_scores_is_told(scores: list[float], own: list[int], fraction: float, tied: bool) -> None:
-    assert bool(cut_through_ties(torch.tensor(scores), torch.tensor(own, dtype=torch.bool), fraction)) == tied
+CUTS = [
+    ([1.0, 2.0, 2.0, 3.0], [1, 1, 1, 1], 0.5, True),
+    ([1.0, 2.0, 2.0, 3.0], [1, 1, 1, 1], 0.75, False),
+    ([1.0, 2.0, 2.0, 3.0], [1, 1, 0, 1], 0.7, False),  # the other one is no token of the caption's own
+    ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], 0.0, False),  # nothing is taken
+    ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1], 1.0, False),  # nothing is left
+    ([0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], 0.5, False),
+]
+
+
+def test_a_cut_through_equal_scores_is_noticed() -> None:
+    for scores, own, fraction, tied in CUTS:
+        assert bool(cut_through_ties(torch.tensor(scores), torch.tensor(own, dtype=torch.bool), fraction)) == tied
 
 
 def test_a_constant_map_loses_as_many_pixels_as_any_other_from_the_top() -> None:
@@ -73,12 +74,15 @@ def test_a_constant_map_loses_as_many_pixels_as_any_other_from_the_top() -> None
     assert chosen.flatten().nonzero()[:, 0].tolist() == list(range(15))
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (224, 224)])
-def test_an_image_loses_exactly_its_share_of_pixels_those_with_the_largest_values(size: tuple[int, int]) -> None:
-    heat = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    chosen = important_pixels(heat, 0.25)
-    assert int(chosen.sum()) == size[0] * size[1] // 4
-    assert heat[chosen].min() > heat[~chosen].max()
+SIZES = [(8, 8), (7, 9), (224, 224)]
+
+
+def test_an_image_loses_exactly_its_share_of_pixels_those_with_the_largest_values() -> None:
+    for size in SIZES:
+        heat = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        chosen = important_pixels(heat, 0.25)
+        assert int(chosen.sum()) == size[0] * size[1] // 4
+        assert heat[chosen].min() > heat[~chosen].max()
 
 
 def test_replaced_pixels_show_the_mean_of_their_channel_and_others_stay() -> None:
@@ -101,18 +105,18 @@ def test_a_color_of_ones_own_is_taken_as_it_is() -> None:
     assert torch.equal(degrade_image(pixels, torch.rand(4, 4), 0.0, fill), pixels)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: important_tokens(torch.zeros(3), torch.ones(4, dtype=torch.bool), 0.5), r"\[3\] and \[4\]"),
-        (lambda: important_tokens(torch.zeros(3), torch.ones(3), 0.5), "torch.float32"),
-        (lambda: important_pixels(torch.zeros(3, 3), 1.5), r"in \[0, 1\]; got 1.5"),
-        (lambda: important_pixels(torch.zeros(3, 3), float("nan")), r"in \[0, 1\]; got nan"),
-        (lambda: important_pixels(torch.tensor([[0.0, torch.nan]]), 0.5), "NaN or infinity"),
-        (lambda: degrade_image(torch.zeros(3, 4, 4), torch.zeros(2, 2), 0.5), r"\[3, 4, 4\], \[2, 2\] and none"),
-        (lambda: degrade_image(torch.zeros(3, 2, 2), torch.zeros(2, 2), 0.5, torch.zeros(1)), r"and \[1\]"),
-    ],
-)
-def test_nonsense_is_refused_with_what_came(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
+NONSENSE: list[tuple[Callable[[], object], str]] = [
+    (lambda: important_tokens(torch.zeros(3), torch.ones(4, dtype=torch.bool), 0.5), r"\[3\] and \[4\]"),
+    (lambda: important_tokens(torch.zeros(3), torch.ones(3), 0.5), "torch.float32"),
+    (lambda: important_pixels(torch.zeros(3, 3), 1.5), r"in \[0, 1\]; got 1.5"),
+    (lambda: important_pixels(torch.zeros(3, 3), float("nan")), r"in \[0, 1\]; got nan"),
+    (lambda: important_pixels(torch.tensor([[0.0, torch.nan]]), 0.5), "NaN or infinity"),
+    (lambda: degrade_image(torch.zeros(3, 4, 4), torch.zeros(2, 2), 0.5), r"\[3, 4, 4\], \[2, 2\] and none"),
+    (lambda: degrade_image(torch.zeros(3, 2, 2), torch.zeros(2, 2), 0.5, torch.zeros(1)), r"and \[1\]"),
+]
+
+
+def test_nonsense_is_refused_with_what_came() -> None:
+    for call, message in NONSENSE:
+        with pytest.raises(ValueError, match=message):
+            call()

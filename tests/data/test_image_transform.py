@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,11 @@ def edges(profile: np.ndarray) -> tuple[float, float]:
     return begin, end
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
-def test_boxes_lie_where_the_pixels_lie(resize_mode: str, target: tuple[int, int]) -> None:
-    transform = ImageTransform(size=target, resize_mode=resize_mode, interpolation="bilinear", mean=ZEROS, std=ONES)
-    for width, height in SIZES:
+def test_boxes_lie_where_the_pixels_lie(resize_mode: str) -> None:
+    options: dict[str, Any] = {"interpolation": "bilinear", "mean": ZEROS, "std": ONES}
+    for target, (width, height) in product(TARGETS, SIZES):
+        transform = ImageTransform(size=target, resize_mode=resize_mode, **options)
         box = (int(width * 0.4), int(height * 0.35), max(width // 4, 8), max(height // 4, 8))
         pixels = transform(draw((width, height), box)).mean(0).numpy()
         x0, y0, x1, y1 = transform.boxes(torch.tensor([box]), (width, height))[0].tolist()
@@ -55,28 +56,25 @@ def test_boxes_lie_where_the_pixels_lie(resize_mode: str, target: tuple[int, int
         )
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
-def test_the_whole_image_covers_exactly_the_pixels_that_show_it(resize_mode: str, target: tuple[int, int]) -> None:
+def test_the_whole_image_covers_exactly_the_pixels_that_show_it(resize_mode: str) -> None:
     # Whole-pixel arithmetic of padding: white images against black filling.
-    transform = ImageTransform(size=target, resize_mode=resize_mode, mean=ZEROS, std=ONES)
-    for width, height in [*SIZES, (65, 64), (64, 65), (130, 67)]:
+    for target, (width, height) in product(TARGETS, [*SIZES, (65, 64), (64, 65), (130, 67)]):
+        transform = ImageTransform(size=target, resize_mode=resize_mode, mean=ZEROS, std=ONES)
         white = (transform(Image.new("RGB", (width, height), "white")).mean(0) > 0.5).numpy()
         x0, y0, x1, y1 = transform.boxes(torch.tensor([[0, 0, width, height]]), (width, height))[0].tolist()
         columns, rows = np.flatnonzero(white.any(0)), np.flatnonzero(white.any(1))
         assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == (x0, y0, x1, y1), (width, height)
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest"])
-def test_cropping_offsets_agree_to_the_pixel(resize_mode: str, target: tuple[int, int]) -> None:
+def test_cropping_offsets_agree_to_the_pixel(resize_mode: str) -> None:
     # Images that are not scaled (one side already fits) show each source column as it is.
-    transform = ImageTransform(size=target, resize_mode=resize_mode, mean=ZEROS, std=ONES)
-    height, width = target
-    sizes = [(width + extra, height) for extra in range(6)] + [(width, height + extra) for extra in range(6)]
-    if resize_mode == "longest":
-        sizes = [(width - extra, height) for extra in range(6)] + [(width, height - extra) for extra in range(6)]
-    for size in sizes:
+    sign = -1 if resize_mode == "longest" else 1
+    for target, extra, tall in product(TARGETS, range(6), (False, True)):
+        transform = ImageTransform(size=target, resize_mode=resize_mode, mean=ZEROS, std=ONES)
+        height, width = target
+        size = (width, height + sign * extra) if tall else (width + sign * extra, height)
         box = (11, 13, 20, 17)
         pixels = transform(draw(size, box)).mean(0) > 0.5
         x0, y0, x1, y1 = (int(edge) for edge in transform.boxes(torch.tensor([box]), size)[0].tolist())
@@ -85,14 +83,12 @@ def test_cropping_offsets_agree_to_the_pixel(resize_mode: str, target: tuple[int
         assert torch.equal(pixels, expected), size
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
-@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
-def test_pixels_are_those_of_open_clip(resize_mode: str, interpolation: str) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    config = PreprocessCfg(size=(48, 64), resize_mode=resize_mode, interpolation=interpolation, fill_color=7)
-    transform = ImageTransform(size=(48, 64), resize_mode=resize_mode, interpolation=interpolation, fill_color=7)
-    assert torch.equal(transform(image), image_transform_v2(config, is_train=False)(image))
+def test_pixels_are_those_of_open_clip() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8))
+    for mode, interpolation in product(("shortest", "longest", "squash"), ("bicubic", "bilinear", "random")):
+        options: dict[str, Any] = {"resize_mode": mode, "interpolation": interpolation, "fill_color": 7}
+        expected = image_transform_v2(PreprocessCfg(size=(48, 64), **options), is_train=False)(image)
+        assert torch.equal(ImageTransform(size=(48, 64), **options)(image), expected), options
 
 
 def test_boxes_outside_the_crop_have_no_area() -> None:
@@ -153,14 +149,14 @@ def test_an_image_too_thin_to_resize_is_a_broken_record() -> None:
         ImageTransform(size=(32, 32), resize_mode="longest")(Image.new("RGB", (1, 500)))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": (0, 5)}, "size"),
-        ({"size": (5, 5), "resize_mode": "crop"}, "shortest"),
-        ({"size": (5, 5), "interpolation": "nearest"}, "bicubic"),
-    ],
-)
-def test_options_that_open_clip_lacks_are_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ImageTransform(**options)
+WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"size": (0, 5)}, "size"),
+    ({"size": (5, 5), "resize_mode": "crop"}, "shortest"),
+    ({"size": (5, 5), "interpolation": "nearest"}, "bicubic"),
+]
+
+
+def test_options_that_open_clip_lacks_are_errors() -> None:
+    for options, message in WRONG_OPTIONS:
+        with pytest.raises(ValueError, match=message):
+            ImageTransform(**options)

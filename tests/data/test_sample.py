@@ -80,11 +80,14 @@ def test_a_sample_comes_back_as_it_was_written() -> None:
     assert decode_sample("000000000042", members, "shard") == sample()
 
 
-@pytest.mark.parametrize(("image_format", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
-def test_the_member_is_named_after_the_image_format(image_format: str, extension: str) -> None:
-    data = encode(Image.fromarray(gradient()), image_format)
-    assert image_extension(data, "test") == extension
-    assert encode_sample(sample(image=data))[extension] == data
+FORMATS = [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")]
+
+
+def test_the_member_is_named_after_the_image_format() -> None:
+    for image_format, extension in FORMATS:
+        data = encode(Image.fromarray(gradient()), image_format)
+        assert image_extension(data, "test") == extension
+        assert encode_sample(sample(image=data))[extension] == data
 
 
 def test_records_without_hard_negatives_blanks_and_entities_do_not_name_them() -> None:
@@ -101,75 +104,75 @@ def test_other_members_are_never_looked_at() -> None:
     assert decode_sample("000000000042", members, "shard") == sample()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"key": "a.b"}, "key"),
-        ({"key": "../a"}, "key"),
-        ({"key": ""}, "key"),
-        ({"size": (0, 4)}, "positive"),
-        ({"captions": ()}, "caption"),
-        ({"captions": ("a dog and a dog", " \n")}, "caption"),
-        ({"regions": (Region("dog", (1.0, 1.0, 0.0, 2.0)),)}, "no area"),
-        ({"regions": (Region("dog", (1.0, 1.0, 2.0, -2.0)),)}, "no area"),
-        ({"regions": (Region("dog", (float("nan"), 1.0, 2.0, 2.0)),)}, "no area"),
-        ({"regions": (Region("dog", (6.0, 1.0, 2.0, 2.0)),)}, "outside"),
-        ({"regions": (Region("dog", (-2.0, 1.0, 2.0, 2.0)),)}, "outside"),
-        ({"regions": (Region("dog", (1.0, 4.0, 2.0, 2.0)),)}, "outside"),
-        ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {2: ((0, 1),)}),)}, "caption 2 of 2"),
-        ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((0, 16),)}),)}, "leaves caption 0"),
-        ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((3, 3),)}),)}, "leaves caption 0"),
-        (negative(caption=2), "belongs to caption 2 of 2"),
-        (negative(region=2), "region 2"),
-        (negative(span=(2, 16)), "leaves its caption 'a hen"),
-        (negative(true_span=(5, 5)), "leaves its caption 'a dog"),
-        ({"blanks": {2: (1,)}}, "caption 2 of 2"),
-        ({"blanks": {0: (-1,)}}, "blanks"),
-        ({"captions": ("a dog and a dog \ud83d", "two")}, "is no text"),
-        ({"source": "test/42.png \udce9"}, "is no text"),
-        ({"regions": (Region("\ud83d", (1.0, 1.0, 2.0, 2.0)),)}, "is no text"),
-        ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), entity="\ud83d"),)}, "is no text"),
-        (negative(text="a hen \ud83d"), "is no text"),
-        ({"image": b"no image"}, "no JPEG, PNG or WebP"),
-        ({"image": b""}, "no JPEG, PNG or WebP"),
-        ({"image": encode(Image.fromarray(gradient()), "GIF")}, "no JPEG, PNG or WebP"),
-        ({"image": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, "no JPEG, PNG or WebP"),
-    ],
-)
-def test_a_sample_that_breaks_the_contract_is_not_written(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(RecordError, match=message) as caught:
-        encode_sample(sample(**changes))
-    assert "test/42.png" in str(caught.value)
+WRONG_SAMPLES: list[tuple[dict[str, Any], str]] = [
+    ({"key": "a.b"}, "key"),
+    ({"key": "../a"}, "key"),
+    ({"key": ""}, "key"),
+    ({"size": (0, 4)}, "positive"),
+    ({"captions": ()}, "caption"),
+    ({"captions": ("a dog and a dog", " \n")}, "caption"),
+    ({"regions": (Region("dog", (1.0, 1.0, 0.0, 2.0)),)}, "no area"),
+    ({"regions": (Region("dog", (1.0, 1.0, 2.0, -2.0)),)}, "no area"),
+    ({"regions": (Region("dog", (float("nan"), 1.0, 2.0, 2.0)),)}, "no area"),
+    ({"regions": (Region("dog", (6.0, 1.0, 2.0, 2.0)),)}, "outside"),
+    ({"regions": (Region("dog", (-2.0, 1.0, 2.0, 2.0)),)}, "outside"),
+    ({"regions": (Region("dog", (1.0, 4.0, 2.0, 2.0)),)}, "outside"),
+    ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {2: ((0, 1),)}),)}, "caption 2 of 2"),
+    ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((0, 16),)}),)}, "leaves caption 0"),
+    ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), {0: ((3, 3),)}),)}, "leaves caption 0"),
+    (negative(caption=2), "belongs to caption 2 of 2"),
+    (negative(region=2), "region 2"),
+    (negative(span=(2, 16)), "leaves its caption 'a hen"),
+    (negative(true_span=(5, 5)), "leaves its caption 'a dog"),
+    ({"blanks": {2: (1,)}}, "caption 2 of 2"),
+    ({"blanks": {0: (-1,)}}, "blanks"),
+    ({"captions": ("a dog and a dog \ud83d", "two")}, "is no text"),
+    ({"source": "test/42.png \udce9"}, "is no text"),
+    ({"regions": (Region("\ud83d", (1.0, 1.0, 2.0, 2.0)),)}, "is no text"),
+    ({"regions": (Region("dog", (1.0, 1.0, 2.0, 2.0), entity="\ud83d"),)}, "is no text"),
+    (negative(text="a hen \ud83d"), "is no text"),
+    ({"image": b"no image"}, "no JPEG, PNG or WebP"),
+    ({"image": b""}, "no JPEG, PNG or WebP"),
+    ({"image": encode(Image.fromarray(gradient()), "GIF")}, "no JPEG, PNG or WebP"),
+    ({"image": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, "no JPEG, PNG or WebP"),
+]
 
 
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"json": encode_sample(sample())["json"]}, "one image member"),
-        ({"jpg": b"", **encode_sample(sample())}, "found 2"),
-        ({"png": b""}, "json member is missing"),
-        ({"png": b"", "json": b"{"}, "broken JSON"),
-        ({"png": b"", "json": b"\xff\xfe\xfd"}, "broken JSON"),
-        ({"png": b"", "json": b"[]"}, "schema version None"),
-        (record(version=2), "schema version 2"),
-        (record(width="wide"), "field"),
-        (record(regions=None), "field"),
-        (record(regions=[{"label": "dog"}]), "field"),
-        (record(regions=[{"label": "dog", "box": [1, 2, 3], "crowd": False, "spans": {}}]), "field"),
-        (record(regions=[{"label": "dog", "box": [1, 2, 3, 1], "crowd": False, "spans": {"x": []}}]), "field"),
-        (record(negatives=[{"text": "a hen and a dog"}]), "field"),
-        (record(blanks={"0": ["x"]}), "field"),
-        (record(blanks={"0": [-1]}), "blanks"),
-        (record(captions=["a dog and a dog", None]), "caption"),
-        (record(captions=["a dog and a dog"]), "caption 1 of 1"),
-        (record(captions=["a dog and a \ud83d", "two"]), "is no text"),
-        (record(height=0), "positive"),
-    ],
-)
-def test_a_broken_record_is_an_error_that_names_shard_and_record(members: dict[str, bytes], message: str) -> None:
-    with pytest.raises(RecordError, match=message) as caught:
-        decode_sample("000000000042", members, "shard-000007.tar")
-    assert "shard-000007.tar, record 000000000042" in str(caught.value)
+def test_a_sample_that_breaks_the_contract_is_not_written() -> None:
+    for changes, message in WRONG_SAMPLES:
+        with pytest.raises(RecordError, match=message) as caught:
+            encode_sample(sample(**changes))
+        assert "test/42.png" in str(caught.value)
+
+
+BROKEN_RECORDS: list[tuple[dict[str, bytes], str]] = [
+    ({"json": encode_sample(sample())["json"]}, "one image member"),
+    ({"jpg": b"", **encode_sample(sample())}, "found 2"),
+    ({"png": b""}, "json member is missing"),
+    ({"png": b"", "json": b"{"}, "broken JSON"),
+    ({"png": b"", "json": b"\xff\xfe\xfd"}, "broken JSON"),
+    ({"png": b"", "json": b"[]"}, "schema version None"),
+    (record(version=2), "schema version 2"),
+    (record(width="wide"), "field"),
+    (record(regions=None), "field"),
+    (record(regions=[{"label": "dog"}]), "field"),
+    (record(regions=[{"label": "dog", "box": [1, 2, 3], "crowd": False, "spans": {}}]), "field"),
+    (record(regions=[{"label": "dog", "box": [1, 2, 3, 1], "crowd": False, "spans": {"x": []}}]), "field"),
+    (record(negatives=[{"text": "a hen and a dog"}]), "field"),
+    (record(blanks={"0": ["x"]}), "field"),
+    (record(blanks={"0": [-1]}), "blanks"),
+    (record(captions=["a dog and a dog", None]), "caption"),
+    (record(captions=["a dog and a dog"]), "caption 1 of 1"),
+    (record(captions=["a dog and a \ud83d", "two"]), "is no text"),
+    (record(height=0), "positive"),
+]
+
+
+def test_a_broken_record_is_an_error_that_names_shard_and_record() -> None:
+    for members, message in BROKEN_RECORDS:
+        with pytest.raises(RecordError, match=message) as caught:
+            decode_sample("000000000042", members, "shard-000007.tar")
+        assert "shard-000007.tar, record 000000000042" in str(caught.value)
 
 
 def test_greyscale_palette_and_two_level_images_become_rgb() -> None:
@@ -227,31 +230,34 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
 
 
 def exif_block(tag: int, kind: int, count: int, value: bytes) -> bytes:
-    """A little-endian EXIF block with one broken entry behind orientation 6."""
+    """A little-endian EXIF block with one broken entry after orientation 6."""
     entries = struct.pack("<HHI4s", ORIENTATION, 3, 1, struct.pack("<HH", 6, 0))
     entries += struct.pack("<HHI4s", tag, kind, count, value)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
 
 
-@pytest.mark.parametrize(
-    ("block", "size"),
-    [
-        (b"Exif\0\0no such thing", (6, 4)),
-        # A resolution stored as text: PIL can read this block but not write it again.
-        (exif_block(0x011A, 2, 4, b"ab\0\0"), (4, 6)),
-        (exif_block(0x0128, 2, 4, b"ab\0\0"), (4, 6)),
-    ],
-)
-def test_broken_exif_does_not_lose_the_image(block: bytes, size: tuple[int, int]) -> None:
-    data = encode(Image.fromarray(gradient()), "JPEG", exif=block)
-    assert read_image(data, "test").size == size
+BROKEN_EXIF = [
+    (b"Exif\0\0no such thing", (6, 4)),
+    # A resolution stored as text: PIL can read this block but not write it again.
+    (exif_block(0x011A, 2, 4, b"ab\0\0"), (4, 6)),
+    (exif_block(0x0128, 2, 4, b"ab\0\0"), (4, 6)),
+]
 
 
-@pytest.mark.parametrize("value", [0, 9, 700])
-def test_an_orientation_that_does_not_exist_means_upright(value: int) -> None:
-    exif = Image.Exif()
-    exif[ORIENTATION] = value
-    assert (pixels(encode(Image.fromarray(gradient()), exif=exif)) == gradient()).all()
+def test_broken_exif_does_not_lose_the_image() -> None:
+    for block, size in BROKEN_EXIF:
+        data = encode(Image.fromarray(gradient()), "JPEG", exif=block)
+        assert read_image(data, "test").size == size
+
+
+NO_ORIENTATIONS = [0, 9, 700]
+
+
+def test_an_orientation_that_does_not_exist_means_upright() -> None:
+    for value in NO_ORIENTATIONS:
+        exif = Image.Exif()
+        exif[ORIENTATION] = value
+        assert (pixels(encode(Image.fromarray(gradient()), exif=exif)) == gradient()).all()
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
@@ -262,7 +268,10 @@ def test_a_truncated_image_is_an_error_that_names_it(image_format: str) -> None:
         read_image(data[: len(data) // 2], "some/image")
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", bytes(100)])
-def test_bytes_that_are_no_image_are_an_error(data: bytes) -> None:
-    with pytest.raises(RecordError, match="does not decode"):
-        read_image(data, "some/image")
+NO_IMAGES = [b"", b"<html>404</html>", bytes(100)]
+
+
+def test_bytes_that_are_no_image_are_an_error() -> None:
+    for data in NO_IMAGES:
+        with pytest.raises(RecordError, match="does not decode"):
+            read_image(data, "some/image")

@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +148,8 @@ def _gap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return max(across, down)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("angle", [-12.0, 0.0, 12.0])
-def test_a_drawn_shape_is_tight_soft_and_of_the_asked_size(shape: str, angle: float) -> None:
-    for size in range(14, 27):
+def test_a_drawn_shape_is_tight_soft_and_of_the_asked_size() -> None:
+    for shape, angle, size in product(SHAPES, (-12.0, 0.0, 12.0), range(14, 27)):
         mask = draw_shape(shape, size, angle)
         assert size - 1 <= max(mask.shape) <= size + 1
         for border in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):
@@ -255,9 +253,8 @@ def test_larger_images_have_larger_shapes() -> None:
     assert 27 <= min(widths) <= max(widths) <= 53
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_spans_are_exactly_the_phrases(template: str) -> None:
-    for first in range(8):
+def test_spans_are_exactly_the_phrases() -> None:
+    for template, first in product(TEMPLATES, range(8)):
         caption, span, other = render_caption(template, (first, 0), (4, 3))
         assert caption[slice(*span)] == f"{list(COLORS)[first]} circle"
         assert caption[slice(*other)] == "orange star"
@@ -266,18 +263,18 @@ def test_spans_are_exactly_the_phrases(template: str) -> None:
         assert not any(left == right == " " for left, right in pairwise(caption))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("training", 1, 0, 64), "expected a split of train, val, test; got 'training'"),
-        (("train", -1, 0, 64), "expected count >= 0"),
-        (("train", 1, -1, 64), "seed >= 0"),
-        (("train", 1, 0, 16), "image_size >= 32"),
-    ],
-)
-def test_wrong_arguments_are_refused_at_once(arguments: tuple[str, int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_shapes(*arguments)
+WRONG_ARGUMENTS = [
+    (("training", 1, 0, 64), "expected a split of train, val, test; got 'training'"),
+    (("train", -1, 0, 64), "expected count >= 0"),
+    (("train", 1, -1, 64), "seed >= 0"),
+    (("train", 1, 0, 16), "image_size >= 32"),
+]
+
+
+def test_wrong_arguments_are_refused_at_once() -> None:
+    for arguments, message in WRONG_ARGUMENTS:
+        with pytest.raises(ValueError, match=message):
+            read_shapes(*arguments)
 
 
 def test_prepared_shards_hold_the_world_and_are_made_once(tmp_path: Path) -> None:
@@ -297,17 +294,18 @@ def _times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("settings", [{"seed": 1}, {"train": 50}, {"val": 20}])
-def test_other_settings_are_refused_and_nothing_is_written(tmp_path: Path, settings: dict[str, int]) -> None:
+def test_other_settings_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     usual = {"train": 40, "val": 10, "seed": 0}
     prepare_shapes(tmp_path, **usual, progress=False)
     before = _times(tmp_path)
-    with pytest.raises(ShardError, match=r"holds 'shapes-.*, asked for is 'shapes-.*choose another folder, or delete"):
-        prepare_shapes(tmp_path, **(usual | settings), progress=False)
-    assert _times(tmp_path) == before
+    told = r"holds 'shapes-.*, asked for is 'shapes-.*choose another folder, or delete"
+    for settings in ({"seed": 1}, {"train": 50}, {"val": 20}):
+        with pytest.raises(ShardError, match=told):
+            prepare_shapes(tmp_path, **(usual | settings), progress=False)
+        assert _times(tmp_path) == before
 
 
-def test_only_the_missing_split_is_made_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+def test_only_the_missing_split_is_made_and_a_corrupt_one_is_an_error(tmp_path: Path) -> None:
     prepare_shapes(tmp_path, train=40, val=10, progress=False)
     for path in (tmp_path / "val").iterdir():
         path.unlink()

@@ -13,7 +13,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 from captioned_shards import TRANSFORM, make_shards
 from shard_files import make_samples, write
@@ -56,9 +55,9 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Attributes: `refused` requests are answered with 503, then `cut` ones are cut off behind `cut_at` bytes.
+    """Attributes: `refused` requests are answered with 503, then `cut` ones are cut off after `cut_at` bytes.
 
-    Where it is `silent`, nothing tells that they were, until it is `released`.
+    Where it is `silent`, no end shows that they were, until it is `released`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -109,10 +108,13 @@ def test_places_are_folders_addresses_and_commands(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(store)) == store
 
 
-@pytest.mark.parametrize("place", ["pipe:cat folder", "nowhere://bucket/train", "file:///data"])
-def test_other_places_are_refused_with_what_is_possible(place: str) -> None:
-    with pytest.raises(ValueError, match=r"aws s3 cp s3://BUCKET/FOLDER/\{\} -"):
-        open_store(place)
+NO_PLACES = ["pipe:cat folder", "nowhere://bucket/train", "file:///data"]
+
+
+def test_other_places_are_refused_with_what_is_possible() -> None:
+    for place in NO_PLACES:
+        with pytest.raises(ValueError, match=r"aws s3 cp s3://BUCKET/FOLDER/\{\} -"):
+            open_store(place)
 
 
 def test_messages_hold_no_password_and_no_token() -> None:
@@ -129,7 +131,7 @@ def test_samples_are_streamed_from_a_server(server: Server, manifest: Manifest, 
     assert [index for index, _ in some] == [9, 11, 0, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("cut_at", [0, 100, 512, 3000, -1000])
+@pytest.mark.parametrize("cut_at", [0, 512, 3000])
 def test_a_stream_that_breaks_off_goes_on_where_it_was(
     server: Server, manifest: Manifest, samples: list[Sample], cut_at: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,13 +213,13 @@ def test_a_command_may_write_the_shards(
 
 def check_commands(tmp_path: Path, manifest: Manifest, samples: list[Sample]) -> None:
     assert read_all(RemoteStore(f"pipe:cat {tmp_path}/out/{{}}"), manifest) == samples
-    # what comes behind the bytes that the manifest states is not waited for
+    # what comes after the bytes that the manifest states is not waited for
     begin = time.perf_counter()
     assert read_all(RemoteStore(f"pipe:cat {tmp_path}/out/{{}}; sleep 100"), manifest) == samples
     assert time.perf_counter() - begin < 50
 
 
-@pytest.mark.parametrize("failure", ["exit 7", "head -c 2000 $FILE; exit 7", "head -c 2000 $FILE", "kill -9 $$"])
+@pytest.mark.parametrize("failure", ["head -c 2000 $FILE; exit 7", "head -c 2000 $FILE", "kill -9 $$"])
 def test_a_command_that_fails_at_first_is_run_again(
     tmp_path: Path, manifest: Manifest, samples: list[Sample], failure: str
 ) -> None:
@@ -267,30 +269,29 @@ def test_a_manifest_that_is_not_there_says_what_was_tried(server: Server, manife
         Manifest.load(RemoteStore(f"{server.address}/nowhere/{{}}", retries=0))
 
 
-@pytest.mark.parametrize(
-    "name", ["x; touch owned #.tar", "$(touch owned).tar", "`touch owned`.tar", "-x.tar", "a/../b.tar"]
-)
 def test_no_hostile_name_of_a_manifest_gets_into_a_command(
-    tmp_path: Path, manifest: Manifest, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "out" / MANIFEST_NAME
+    path, commands = tmp_path / "out" / MANIFEST_NAME, tmp_path / "commands"
     record = json.loads(path.read_text())
-    record["shards"][0]["name"] = name
-    path.write_text(json.dumps(record))
-    commands = tmp_path / "commands"
-    with pytest.raises(ShardError, match="is not allowed"):
-        Manifest.load(f"pipe:echo run >> {commands}; cat out/{{}}")
-    assert commands.read_text() == "run\n"  # for the manifest
+    for name in ("x; touch owned #.tar", "$(touch owned).tar", "`touch owned`.tar", "-x.tar", "a/../b.tar"):
+        record["shards"][0]["name"] = name
+        path.write_text(json.dumps(record))
+        commands.unlink(missing_ok=True)
+        with pytest.raises(ShardError, match="is not allowed"):
+            Manifest.load(f"pipe:echo run >> {commands}; cat out/{{}}")
+        assert commands.read_text() == "run\n"  # for the manifest
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_reads_from_a_server_as_from_a_folder(tmp_path: Path, workers: int) -> None:
+def test_training_reads_from_a_server_as_from_a_folder(
+    tmp_path: Path, tokenizer: CaptionTokenizer, workers: int
+) -> None:
     folder = make_shards(tmp_path / "out", 23)
     with Server(folder) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
         batches: list[list[str]] = []
         for place in (folder, server.address):
             data = ShardDataModule(train=place, val=place, batch_size=4, num_workers=workers, verify=True)

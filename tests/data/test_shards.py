@@ -12,12 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shard_files import make_sample, make_samples, read, write
 from stopped_runs import start
 
-from lightning_xai.data.faults import BROKEN_RECORD
+from lightning_xai.data.excluded import BROKEN_RECORD
 from lightning_xai.data.sample import Sample
 from lightning_xai.data.shards import (
     MANIFEST_NAME,
@@ -30,7 +31,7 @@ from lightning_xai.data.shards import (
 )
 
 
-def edit_manifest(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / MANIFEST_NAME
     record = json.loads(path.read_text(encoding="utf-8"))
     change(record)
@@ -76,29 +77,31 @@ def test_the_order_is_a_permutation_of_seed_and_epoch() -> None:
 def test_a_sample_that_breaks_the_contract_is_counted_and_the_rest_survives(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    left_out = Counter({"empty caption": 2})
+    excluded = Counter({"empty caption": 2})
     samples = make_samples(3)
     broken = dataclasses.replace(samples[1], captions=("", "x"))
     manifest = write_shards(
-        [samples[0], broken, samples[2]], tmp_path / "out", name="made", left_out=left_out, progress=False
+        [samples[0], broken, samples[2]], tmp_path / "out", name="made", excluded=excluded, progress=False
     )
     assert read(tmp_path / "out", manifest) == [samples[0], samples[2]]
-    assert Manifest.load(tmp_path / "out").left_out == {"empty caption": 2, BROKEN_RECORD: 1} == dict(left_out)
+    assert Manifest.load(tmp_path / "out").excluded == {"empty caption": 2, BROKEN_RECORD: 1} == dict(excluded)
     assert "sample_0001" in caplog.text
 
 
-def test_what_the_source_leaves_out_while_it_is_read_is_in_the_manifest(tmp_path: Path) -> None:
-    left_out: Counter[str] = Counter()
+def test_what_the_source_excludes_while_it_is_read_is_in_the_manifest(tmp_path: Path) -> None:
+    excluded: Counter[str] = Counter()
 
     def source() -> Iterator[Sample]:
         for number, sample in enumerate(make_samples(6)):
             if number % 2:
-                left_out["odd"] += 1
+                excluded["odd"] += 1
             else:
                 yield sample
 
-    manifest = write_shards(source(), tmp_path / "out", name="made", left_out=left_out, progress=False)
-    assert manifest.left_out == {"odd": 3}
+    manifest = write_shards(source(), tmp_path / "out", name="made", excluded=excluded, progress=False)
+    assert manifest.excluded == {"odd": 3}
+    # The file keeps the name that it had before 0.2: shards that users have prepared stay readable.
+    assert json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["left_out"] == {"odd": 3}
     assert Manifest.load(tmp_path / "out").samples == 3
 
 
@@ -109,14 +112,14 @@ def test_a_duplicate_key_is_an_error_that_names_it_and_leaves_nothing(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_sample_at_all_is_an_error_that_tells_what_was_left_out(tmp_path: Path) -> None:
+def test_no_sample_at_all_is_an_error_that_tells_what_was_excluded(tmp_path: Path) -> None:
     broken = dataclasses.replace(make_sample(0), captions=())
-    with pytest.raises(ShardError, match=r"no sample to write for 'made'; left out: \{'broken record': 1\}"):
+    with pytest.raises(ShardError, match=r"no sample to write for 'made'; excluded: \{'broken record': 1\}"):
         write(tmp_path / "out", [broken])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def source() -> Iterator[Sample]:
         yield from make_samples(6)
         raise RuntimeError("the disk of the source failed")
@@ -143,6 +146,7 @@ def test_a_run_killed_halfway_leaves_no_half_made_folder(tmp_path: Path) -> None
     program = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from lightning_xai.data.shapes import read_shapes
 from lightning_xai.data.shards import write_shards
 def source():
@@ -219,46 +223,53 @@ HOSTILE_NAMES = [
     "x.tgz",
     "-x.tar",
     "",
+    "http://host/x.tar",
+    "{0..9}.tar",
+    "$HOME.tar",
+    None,
+    3,
 ]
 
 
-@pytest.mark.parametrize("name", [*HOSTILE_NAMES, "http://host/x.tar", "{0..9}.tar", "$HOME.tar", None, 3])
-def test_a_hostile_shard_name_is_refused(tmp_path: Path, name: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_shard_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "out", make_samples(2))
-    shard = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())["shards"][0]
-    edit_manifest(tmp_path / "out", lambda record: record.update(shards=[shard | {"name": name}]))
-    with pytest.raises(ShardError, match=r"manifest\.json: shard name .* is not allowed"):
-        Manifest.load(tmp_path / "out")
+    path = tmp_path / "out" / MANIFEST_NAME
+    record = json.loads(path.read_text())
+    for name in HOSTILE_NAMES:
+        record["shards"][0]["name"] = name
+        path.write_text(json.dumps(record))
+        with pytest.raises(ShardError, match=r"manifest\.json: shard name .* is not allowed"):
+            Manifest.load(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda record: record.update(version=99), "manifest version 99, expected 1"),
-        (lambda record: record.pop("labels"), r"field missing or of the wrong type \(KeyError\('labels'\)\)"),
-        (lambda record: record.update(shards=7), "field missing or of the wrong type"),
-        (lambda record: record.update(shards=["shard-000000.tar"]), "field missing or of the wrong type"),
-        (lambda record: record.update(shards=[]), "no shard is listed"),
-        (lambda record: record.update(shards=record["shards"] * 2), "a shard is listed twice"),
-        (lambda record: record.update(name=None), "'name' is not a text"),
-        (lambda record: record.update(labels=["dog", "cat"]), "'labels' are not sorted texts"),
-        (lambda record: record.update(labels=[1, "cat"]), "'labels' are not sorted texts"),
-        (lambda record: record.update(captions="many"), "'captions' is not a count"),
-        (lambda record: record.update(left_out={"x": -1}), "'left_out' does not hold counts"),
-        (lambda record: record["shards"][0].update(samples=0), "samples and bytes have to be positive"),
-        (lambda record: record["shards"][0].update(samples=True), "samples and bytes have to be positive"),
-        (lambda record: record["shards"][0].update(sha256="ABC"), "64 hexadecimal digits"),
-    ],
-)
-def test_a_wrong_manifest_is_refused_with_file_and_remedy(
-    tmp_path: Path, change: Callable[[dict[str, object]], object], message: str
-) -> None:
+WRONG_MANIFESTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda record: record.update(version=99), "manifest version 99, expected 1"),
+    (lambda record: record.pop("labels"), r"field missing or of the wrong type \(KeyError\('labels'\)\)"),
+    (lambda record: record.update(shards=7), "field missing or of the wrong type"),
+    (lambda record: record.update(shards=["shard-000000.tar"]), "field missing or of the wrong type"),
+    (lambda record: record.update(shards=[]), "no shard is listed"),
+    (lambda record: record.update(shards=record["shards"] * 2), "a shard is listed twice"),
+    (lambda record: record.update(name=None), "'name' is not a text"),
+    (lambda record: record.update(labels=["dog", "cat"]), "'labels' are not sorted texts"),
+    (lambda record: record.update(labels=[1, "cat"]), "'labels' are not sorted texts"),
+    (lambda record: record.update(captions="many"), "'captions' is not a count"),
+    (lambda record: record.update(left_out={"x": -1}), "'left_out' does not hold counts"),
+    (lambda record: record["shards"][0].update(samples=0), "samples and bytes have to be positive"),
+    (lambda record: record["shards"][0].update(samples=True), "samples and bytes have to be positive"),
+    (lambda record: record["shards"][0].update(sha256="ABC"), "64 hexadecimal digits"),
+]
+
+
+def test_a_wrong_manifest_is_refused_with_file_and_remedy(tmp_path: Path) -> None:
     write(tmp_path, make_samples(2))
-    edit_manifest(tmp_path, change)
-    with pytest.raises(ShardError, match=rf"{MANIFEST_NAME}: .*{message}.*(again|positive)"):
-        Manifest.load(tmp_path)
+    whole = (tmp_path / MANIFEST_NAME).read_text()
+    for change, message in WRONG_MANIFESTS:
+        (tmp_path / MANIFEST_NAME).write_text(whole)
+        edit_manifest(tmp_path, change)
+        with pytest.raises(ShardError, match=rf"{MANIFEST_NAME}: .*{message}.*(again|positive)"):
+            Manifest.load(tmp_path)
 
 
 def test_a_missing_or_broken_manifest_says_what_to_do(tmp_path: Path) -> None:
@@ -302,4 +313,4 @@ def test_the_description_lists_the_reasons_by_number() -> None:
     assert lines[0] == ["coco-val"]
     assert ["samples", "12,345"] in lines
     assert ["bytes", "2.50", "GB"] in lines
-    assert lines[-3:] == [["left", "out", "1,235"], ["frequent", "1,234"], ["rare", "1"]]
+    assert lines[-3:] == [["excluded", "1,235"], ["frequent", "1,234"], ["rare", "1"]]

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
@@ -12,97 +10,20 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
+from lightning_xai.data.phrase_finder import MentionFinder
+from lightning_xai.data.sources.coco_classes import read_classes
 from lightning_xai.data.spans import (
     CaptionTokenizer,
-    MentionFinder,
     SpanAlignmentError,
     SpanCutOffError,
-    find_mentions,
 )
 
-ANIMALS = {"dog": ["dog", "dogs"], "hot dog": ["hot dog", "hot dogs"], "bear": ["bear"], "teddy bear": ["teddy bear"]}
 
-
-@pytest.fixture(scope="module")
-def tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
-
-
-def phrases(caption: str, synonyms: Any = ANIMALS, blocked: Any = ()) -> dict[str, list[str]]:
-    found = find_mentions(caption, synonyms, blocked)
-    return {label: [caption[start:end] for start, end in spans] for label, spans in found.items()}
-
-
-@pytest.mark.parametrize(
-    ("caption", "expected"),
-    [
-        ("A dog eats a hot dog.", {"dog": ["dog"], "hot dog": ["hot dog"]}),
-        ("HOT  DOGS and Dogs", {"hot dog": ["HOT  DOGS"], "dog": ["Dogs"]}),
-        ("a hot-dog, a hot\ndog", {"hot dog": ["hot-dog", "hot\ndog"]}),
-        ("it is hot. dog sleeps", {"dog": ["dog"]}),
-        ("it is hot, dog sleeps", {"dog": ["dog"]}),
-        ("the teddy bear's ear and the bear\u2019s ear", {"teddy bear": ["teddy bear"], "bear": ["bear"]}),
-        ("the dogs' bowls, a 'dog', (dog)", {"dog": ["dogs", "dog", "dog"]}),
-        ("a dogma, a hotdog, underdogs, dog_1, 2dogs", {}),
-        ("a dog-friendly cafe and a guard-dog", {}),
-        ("a dog - a bear -- dog", {"dog": ["dog", "dog"], "bear": ["bear"]}),
-        ("", {}),
-        ("...", {}),
-    ],
-)
-def test_whole_words_are_found_and_the_longest_phrase_wins(caption: str, expected: dict[str, list[str]]) -> None:
-    assert phrases(caption) == expected
-
-
-def test_spans_are_character_positions_from_left_to_right() -> None:
-    assert find_mentions("dogs, a hot dog, dog", ANIMALS) == {"dog": ((0, 4), (17, 20)), "hot dog": ((8, 15),)}
-
-
-def test_spans_stay_right_where_lower_case_has_more_characters() -> None:
-    caption = "\u0130\u0130\u0130 Dog"
-    assert find_mentions(caption, ANIMALS) == {"dog": ((4, 7),)}
-
-
-def test_a_longer_phrase_wins_also_over_one_that_starts_before_it() -> None:
-    synonyms = {"a": ["big red"], "b": ["red fire truck"]}
-    assert phrases("a big red fire truck", synonyms) == {"b": ["red fire truck"]}
-
-
-def test_words_in_parentheses_have_to_be_there_but_do_not_belong_to_the_mention() -> None:
-    synonyms = {"wine glass": ["glass (of wine)", "(wine) goblet"], "ski": ["skis"]}
-    assert phrases("a glass of water, a glass of wine", synonyms) == {"wine glass": ["glass"]}
-    assert find_mentions("a glass of water, a glass of wine", synonyms) == {"wine glass": ((20, 25),)}
-    assert phrases("a goblet, a wine goblet; glass. of wine", synonyms) == {"wine glass": ["goblet"]}
-    assert phrases("a man skis on skis", synonyms, ["(man) skis"]) == {"ski": ["skis"]}
-    assert find_mentions("a man skis on skis", synonyms, ["(man) skis"]) == {"ski": ((14, 18),)}
-
-
-def test_a_blocked_phrase_names_nothing_and_leaves_the_rest() -> None:
-    assert phrases("a dog in a dog park", blocked=["dog park"]) == {"dog": ["dog"]}
-
-
-@pytest.mark.parametrize("text", ["", "  ", "(of wine)", "glass (of) wine", "!"])
-def test_a_phrase_without_a_mention_of_its_own_is_an_error(text: str) -> None:
-    with pytest.raises(ValueError, match="parenthes"):
-        MentionFinder({"x": [text]})
-
-
-def test_a_phrase_for_two_classes_is_an_error_that_names_both() -> None:
-    with pytest.raises(ValueError, match="'Jet' stands for both 'plane' and 'boat'"):
-        MentionFinder({"plane": ["jet"], "boat": ["Jet"]})
-    with pytest.raises(ValueError, match="stands for both 'plane' and None"):
-        MentionFinder({"plane": ["jet"]}, blocked=["jet"])
-
-
-def test_tokens_of_every_span_of_coco_mini_decode_to_the_phrase(tokenizer: CaptionTokenizer) -> None:
-    folder = os.environ.get("LIGHTNING_XAI_COCO")
-    if not folder:
-        pytest.skip("LIGHTNING_XAI_COCO is not set to a folder with COCO's images and annotations")
+def test_tokens_of_every_span_of_coco_mini_decode_to_the_phrase(tokenizer: CaptionTokenizer, coco_mini: Path) -> None:
     count = 0
-    for path in sorted(Path(folder).glob("annotations/captions_*.json")):
+    for path in sorted(coco_mini.glob("annotations/captions_*.json")):
         captions = [annotation["caption"] for annotation in json.loads(path.read_bytes())["annotations"]]
-        finder = MentionFinder(COCO_SYNONYMS, COCO_BLOCKED)
+        finder = MentionFinder(*read_classes())
         for caption, row in zip(captions, tokenizer.encode(captions), strict=True):
             for spans in finder.find(caption).values():
                 for start, end in spans:
@@ -112,28 +33,26 @@ def test_tokens_of_every_span_of_coco_mini_decode_to_the_phrase(tokenizer: Capti
     assert count > 1000
 
 
-@pytest.mark.parametrize(
-    ("caption", "phrase", "tokens"),
-    [
-        ("dog", "dog", ["dog"]),
-        ("  Two  DOGS,\nplaying. ", "DOGS", ["dogs"]),
-        ("the dog's bowl", "dog", ["dog"]),
-        ("the dog's bowl", "dog's", ["dog", "'s"]),
-        ("a (hot-dog)!", "hot-dog", ["hot", "-", "dog"]),
-        ("cats &amp; dogs &lt;3", "dogs", ["dogs"]),
-        ("cats &amp; dogs &lt;3", "&amp; dogs", ["&", "dogs"]),
-        ("a \u201cdog\u201d", "dog", ["dog"]),
-        ("a caf\u00e9 \U0001f436 dog", "dog", ["dog"]),
-        ("a schnauzerdoodle sits", "schnauzerdoodle", ["schnau", "zer", "doodle"]),
-        ("a dog ", "dog ", ["dog"]),
-    ],
-)
-def test_tokens_are_those_of_the_phrase_in_its_place(
-    tokenizer: CaptionTokenizer, caption: str, phrase: str, tokens: list[str]
-) -> None:
-    start = caption.index(phrase)
-    row = tokenizer.encode([caption])[0]
-    assert tokenizer.token_strings(row[tokenizer.token_span(caption, (start, start + len(phrase)))]) == tokens
+PLACES: list[tuple[str, str, list[str]]] = [
+    ("dog", "dog", ["dog"]),
+    ("  Two  DOGS,\nplaying. ", "DOGS", ["dogs"]),
+    ("the dog's bowl", "dog", ["dog"]),
+    ("the dog's bowl", "dog's", ["dog", "'s"]),
+    ("a (hot-dog)!", "hot-dog", ["hot", "-", "dog"]),
+    ("cats &amp; dogs &lt;3", "dogs", ["dogs"]),
+    ("cats &amp; dogs &lt;3", "&amp; dogs", ["&", "dogs"]),
+    ("a \u201cdog\u201d", "dog", ["dog"]),
+    ("a caf\u00e9 \U0001f436 dog", "dog", ["dog"]),
+    ("a schnauzerdoodle sits", "schnauzerdoodle", ["schnau", "zer", "doodle"]),
+    ("a dog ", "dog ", ["dog"]),
+]
+
+
+def test_tokens_are_those_of_the_phrase_in_its_place(tokenizer: CaptionTokenizer) -> None:
+    for caption, phrase, tokens in PLACES:
+        start = caption.index(phrase)
+        row = tokenizer.encode([caption])[0]
+        assert tokenizer.token_strings(row[tokenizer.token_span(caption, (start, start + len(phrase)))]) == tokens
 
 
 def test_the_second_of_two_equal_words_has_its_own_tokens(tokenizer: CaptionTokenizer) -> None:
@@ -142,24 +61,22 @@ def test_the_second_of_two_equal_words_has_its_own_tokens(tokenizer: CaptionToke
     assert tokenizer.token_span(caption, (12, 15)) == slice(5, 6)
 
 
-@pytest.mark.parametrize(
-    ("caption", "span"),
-    [
-        ("two hotdogs", (4, 7)),  # ends inside a word
-        ("two hotdogs", (7, 11)),  # starts inside a word
-        ("a dog", (1, 2)),  # only a space
-        ("cats &amp; dogs", (6, 9)),  # inside an HTML entity
-        ("a Ã©clair", (2, 3)),  # broken encoding that the tokenizer's cleaning repairs
-    ],
-)
-def test_a_span_that_is_not_made_of_tokens_is_an_alignment_error(
-    tokenizer: CaptionTokenizer, caption: str, span: tuple[int, int]
-) -> None:
-    with pytest.raises(SpanAlignmentError):
-        tokenizer.token_span(caption, span)
+NOT_ALIGNED = [
+    ("two hotdogs", (4, 7)),  # ends inside a word
+    ("two hotdogs", (7, 11)),  # starts inside a word
+    ("a dog", (1, 2)),  # only a space
+    ("cats &amp; dogs", (6, 9)),  # inside an HTML entity
+    ("a Ã©clair", (2, 3)),  # broken encoding that the tokenizer's cleaning repairs
+]
 
 
-def test_a_span_behind_the_context_length_is_cut_off(tokenizer: CaptionTokenizer) -> None:
+def test_a_span_that_is_not_made_of_tokens_is_an_alignment_error(tokenizer: CaptionTokenizer) -> None:
+    for caption, span in NOT_ALIGNED:
+        with pytest.raises(SpanAlignmentError):
+            tokenizer.token_span(caption, span)
+
+
+def test_a_span_after_the_context_length_is_cut_off(tokenizer: CaptionTokenizer) -> None:
     inside = "a " * 74 + "dog dog"
     row = tokenizer.encode([inside])[0]
     position = tokenizer.token_span(inside, (148, 151))
@@ -167,14 +84,17 @@ def test_a_span_behind_the_context_length_is_cut_off(tokenizer: CaptionTokenizer
     assert position == slice(75, 76)
     with pytest.raises(SpanCutOffError, match="77"):
         tokenizer.token_span(inside, (152, 155))
-    with pytest.raises(SpanCutOffError):  # begins before the cut, ends behind it
+    with pytest.raises(SpanCutOffError):  # begins before the cut, ends after it
         tokenizer.token_span(inside, (148, 155))
 
 
-@pytest.mark.parametrize("span", [(-1, 2), (0, 0), (3, 2), (0, 6)])
-def test_a_span_that_leaves_the_caption_is_an_error(tokenizer: CaptionTokenizer, span: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="leaves the caption"):
-        tokenizer.token_span("a dog", span)
+OUTSIDE = [(-1, 2), (0, 0), (3, 2), (0, 6)]
+
+
+def test_a_span_that_leaves_the_caption_is_an_error(tokenizer: CaptionTokenizer) -> None:
+    for span in OUTSIDE:
+        with pytest.raises(ValueError, match="leaves the caption"):
+            tokenizer.token_span("a dog", span)
 
 
 def test_an_empty_caption_is_an_error_that_names_it(tokenizer: CaptionTokenizer) -> None:

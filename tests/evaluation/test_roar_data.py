@@ -123,7 +123,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(encoder: DualEncoder, shape
     assert (len(keys), unreadable) == (4, 0)
     manifest = write_original(encoder, tmp_path / "source", frozenset(keys[:3]), tmp_path / "out", "some")
     assert [sample.key for sample in samples_of(tmp_path / "out")] == [good.key]
-    assert manifest.left_out == {"broken record": 1, "caption without tokens": 1}
+    assert manifest.excluded == {"broken record": 1, "caption without tokens": 1}
 
 
 def test_keys_of_records_that_cannot_be_read_are_counted(shapes: Path, tmp_path: Path) -> None:

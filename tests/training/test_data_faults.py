@@ -15,8 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from quiet_trainer import quiet_trainer
 
 from lightning_xai.data.datamodule import ShardDataModule
-from lightning_xai.data.fault_counter import TooManyBrokenRecordsError
-from lightning_xai.data.faults import FaultCounts
+from lightning_xai.data.excluded import ExcludedByShard, TooManyBrokenRecordsError
 from lightning_xai.training.data_faults import DataFaults
 
 pytestmark = pytest.mark.filterwarnings(
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*smaller than the logging interval",
     "ignore:.*LeafSpec",
     "ignore:.*Total length of `list` across ranks is zero",
-    "ignore::lightning_xai.data.fault_counter.BrokenRecordWarning",
+    "ignore::lightning_xai.data.excluded.BrokenRecordWarning",
 )
 
 
@@ -39,7 +38,7 @@ class Watcher(Callback):
     """Keeps what all ranks have counted in each epoch, and what this one has."""
 
     def __init__(self) -> None:
-        self.counts: list[FaultCounts] = []
+        self.counts: list[ExcludedByShard] = []
         self.own: list[int] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +86,7 @@ def test_every_kind_of_damage_is_counted_by_shard(
     assert [(row[0], row[1].strip(), row[-1].strip()) for row in rows] == [
         ("shard-000005.tar", "missing shard", "10"),
         ("shard-000004.tar", "unreadable shard", "4"),
-        ("shard-000001.tar", "damaged image", "1"),
+        ("shard-000001.tar", "corrupt image", "1"),
         ("shard-000002.tar", "member without its pair", "1"),
         ("shard-000003.tar", "duplicate key", "1"),
     ]
@@ -145,7 +144,7 @@ def test_too_many_in_what_a_short_epoch_reads_stop_the_run(tmp_path: Path) -> No
     for record in range(4):
         damage_image(folder, 0, record)
     trainer = trainer_in(tmp_path, limit_val_batches=1)
-    told = r"val .*: 4 of 10 records are broken, .*=0\.1 allows 1\. They are in shard-000000\.tar \(4 damaged image\)\."
+    told = r"val .*: 4 of 10 records are broken, .*=0\.1 allows 1\. They are in shard-000000\.tar \(4 corrupt image\)\."
     with pytest.raises(TooManyBrokenRecordsError, match=told):
         trainer.validate(Reader(), data_of(folder, eval_batch_size=10, max_fault_fraction=0.1), verbose=False)
     trainer_in(tmp_path).validate(Reader(), data_of(folder, max_fault_fraction=0.1), verbose=False)

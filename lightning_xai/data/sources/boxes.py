@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import Box
-from lightning_xai.data.sources.left_out import ExcludedError
 
 
 @dataclass(frozen=True)

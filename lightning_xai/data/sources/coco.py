@@ -4,7 +4,7 @@ Captions come from `captions_*.json` (or `dataset_coco.json`), boxes from `insta
 Where a caption names a class is found with the dictionary in `coco_classes`. What cannot be used is counted by reason,
 and the rest goes on; only input that makes no sense at all (a missing file, broken JSON, unknown split) is an error.
 
-Reasons for leaving out
+Reasons for exclusion
 
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (it leaves the images
   folder), `image_without_caption`, `image_without_record` (the instances file does not have it), `image_twice`,
@@ -25,14 +25,14 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
+from lightning_xai.data.excluded import ExcludedError, counting
+from lightning_xai.data.phrase_finder import MentionFinder
 from lightning_xai.data.sample import Region, Sample, Span
-from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
-from lightning_xai.data.sources.coco_classes import COCO_BLOCKED, COCO_SYNONYMS
+from lightning_xai.data.sources.coco_classes import read_classes
+from lightning_xai.data.sources.entries import kept_captions, usable_samples
 from lightning_xai.data.sources.files import check_file, check_folder, listed_records, load_json, read_image_file
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
-from lightning_xai.data.sources.left_out import ExcludedError, counting, kept_captions, usable_samples
-from lightning_xai.data.spans import MentionFinder
 
 
 @dataclass(frozen=True)
@@ -53,73 +53,33 @@ class _Instances:
     annotations: Mapping[int, list[dict[str, Any]]]
 
 
-def prepare_coco(
-    images: Path,
-    captions: Path,
-    instances: Path,
-    out: Path,
-    split: str,
-    karpathy: Path | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> Manifest:
-    """Convert native COCO files to shards.
-
-    Args:
-        images: folder with the image files.
-        captions: `captions_{split}.json`.
-        instances: `instances_{split}.json`.
-        out: folder to make for the shards.
-        split: the split's name; with `karpathy`, which of its splits to take ("train", "restval", "val", "test", or
-            several joined by "+").
-        karpathy: Karpathy's `dataset_coco.json`, for his split and its captions.
-        samples_per_shard: size of all shards but the last.
-        overwrite: replace shards that are already in `out`.
-
-    Returns:
-        The manifest; its `left_out` counts, by reason, what could not be used.
-
-    Raises:
-        FileNotFoundError: a file or folder is missing.
-        ValueError: a file is broken or of another kind, the split is unknown, or not one image could be used.
-    """
-    left_out: Counter[str] = Counter()
-    samples = read_coco(images, captions, instances, split, karpathy, left_out)
-    return write_shards(
-        samples,
-        out,
-        name=f"coco/{split}",
-        samples_per_shard=samples_per_shard,
-        left_out=left_out,
-        overwrite=overwrite,
-    )
-
-
 def read_coco(
+    *,
     images: Path,
     captions: Path,
     instances: Path,
     split: str,
     karpathy: Path | None = None,
-    left_out: Counter[str] | None = None,
+    excluded: Counter[str],
 ) -> Iterator[Sample]:
-    """Read COCO's images one after the other, in the order of the captions file (or of Karpathy's).
+    """COCO 2014 or 2017: five captions an image, all boxes, and where captions name their classes.
 
-    Every annotated object becomes a region, `iscrowd` ones as `crowd`. Every region of a class carries all mentions of
-    that class in all captions of its image. Boxes are clipped to the image.
+    Images come in the order of the captions file (or of Karpathy's). Every annotated object becomes a region, `iscrowd`
+    ones as `crowd`. Every region of a class carries all mentions of that class in all captions of its image. Boxes are
+    clipped to the image.
 
-    Boxes are in pixels of the upright image. COCO's annotated width and height tell which image was annotated where
+    Boxes are in pixels of the upright image. COCO's annotated width and height show which image was annotated where
     EXIF orientation swaps the sides (5 to 8): boxes drawn on the stored pixels are turned with them. Orientations 2 to
     4 (and square images) keep the size; there the boxes are taken as drawn on the upright image.
 
     Args:
-        images: folder with the image files. With `karpathy`, files may also lie in its sub-folders (`val2014/...`).
-        captions: `captions_{split}.json`.
-        instances: `instances_{split}.json`; with `karpathy`, images that are not in it are left out and counted.
-        split: name of the split, used in `Sample.source`; with `karpathy`, which of its splits to take, several joined
-            by "+" ("train+restval" is what papers usually fine-tune on).
-        karpathy: Karpathy's `dataset_coco.json`; the captions are then its sentences.
-        left_out: filled while iterated: reason (see the module's text) -> count.
+        images: folder of the image files; with `karpathy`, also in its sub-folders (val2014/...).
+        captions: annotations/captions_*.json.
+        instances: annotations/instances_*.json; with `karpathy`, images that are not in it are excluded.
+        split: name of the split; with `karpathy` the split to take: train, restval, val, test, or several
+            joined by "+" (COCO 2014 keeps restval among the images and annotations of val2014).
+        karpathy: dataset_coco.json of the Karpathy splits; the captions are then its sentences.
+        excluded: filled while iterated: reason (see the module's text) -> count.
 
     Returns:
         An iterator of samples; the annotation files are read and checked before it is returned.
@@ -128,40 +88,39 @@ def read_coco(
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    left_out = Counter() if left_out is None else left_out
     _check_paths(images, captions, instances)
     chosen = None if karpathy is None else read_karpathy(karpathy, split, need_cocoid=True)
     caption_index = _load_coco(captions, "captions", ("images", "annotations"))
     instance_index = _load_coco(instances, "instances", ("images", "annotations", "categories"))
     objects = _read_instances(instance_index, instances)
-    entries = _caption_entries(caption_index, captions, left_out)
+    entries = _caption_entries(caption_index, captions, excluded)
     known = {entry.image_id for entry in entries} | set(objects.sizes)
-    _count_unknown(objects, known, left_out)
+    _count_unknown(objects, known, excluded)
     if chosen is not None:
         names = {entry.image_id: entry.files for entry in entries}
         entries = [_karpathy_entry(image, names) for image in chosen]
     return usable_samples(
         entries,
-        _Reader(images, objects, split, left_out).read,
-        left_out,
+        _Reader(images, objects, split, excluded).read,
+        excluded,
         what=f"image of {split!r} in {images}",
         advice="Check that the images, captions and instances belong together (the same year and split)",
     )
 
 
 class _Reader:
-    """Builds samples from entries; counts the captions and regions that it leaves out."""
+    """Builds samples from entries; counts the captions and regions that it excludes."""
 
-    def __init__(self, images: Path, objects: _Instances, split: str, left_out: Counter[str]) -> None:
+    def __init__(self, images: Path, objects: _Instances, split: str, excluded: Counter[str]) -> None:
         self._images = images
         self._objects = objects
         self._split = split
-        self._left_out = left_out
-        self._finder = MentionFinder(COCO_SYNONYMS, COCO_BLOCKED)
+        self._excluded = excluded
+        self._finder = MentionFinder(*read_classes())
 
     def read(self, entry: _Entry) -> Sample:
         """The entry's sample."""
-        captions = kept_captions(entry.captions, self._left_out)
+        captions = kept_captions(entry.captions, self._excluded)
         if entry.image_id not in self._objects.sizes:
             raise ExcludedError("image_without_record")
         file = read_image_file(self._images, entry.files)
@@ -169,7 +128,7 @@ class _Reader:
         mentions = [self._finder.find(caption) for caption in captions]
         regions = []
         for annotation in self._objects.annotations.get(entry.image_id, ()):
-            with counting(self._left_out):
+            with counting(self._excluded):
                 regions.append(self._region(annotation, to_upright, file.size, mentions))
         source = f"coco/{self._split}/{file.name}"
         return Sample(f"{entry.image_id:012d}", file.data, file.size, captions, tuple(regions), source)
@@ -194,8 +153,8 @@ def _label(annotation: Mapping[str, Any], objects: _Instances) -> str:
     return objects.categories[category]
 
 
-def _count_unknown(objects: _Instances, known: set[int], left_out: Counter[str]) -> None:
-    left_out["annotation_of_unknown_image"] += sum(
+def _count_unknown(objects: _Instances, known: set[int], excluded: Counter[str]) -> None:
+    excluded["annotation_of_unknown_image"] += sum(
         len(annotations) for image, annotations in objects.annotations.items() if image not in known
     )
 
@@ -248,8 +207,8 @@ def _annotated_size(record: Mapping[str, Any], path: Path) -> tuple[int, int]:
         ) from error
 
 
-def _caption_entries(index: COCO, path: Path, left_out: Counter[str]) -> list[_Entry]:
-    left_out["caption_of_unknown_image"] += sum(
+def _caption_entries(index: COCO, path: Path, excluded: Counter[str]) -> list[_Entry]:
+    excluded["caption_of_unknown_image"] += sum(
         len(annotations) for image, annotations in index.imgToAnns.items() if image not in index.imgs
     )
     entries = []

@@ -4,7 +4,7 @@ The images lie in a folder and a file lists `caption<TAB>path`, without header a
 do with addresses in place of paths; or img2dataset fetched them (see `img2dataset`, also for its reasons for leaving
 out). Nothing is downloaded here. Rows that cannot be used are normal in this data set: they are counted by reason.
 
-Reasons for leaving out
+Reasons for exclusion
 
 - a row: `row_malformed` (it has not two fields), `row_not_utf8`;
 - an image: `image_not_fetched` (the row has an address, no path), `image_missing`, `image_unreadable`,
@@ -20,101 +20,68 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.shards import Manifest, write_shards
-from lightning_xai.data.sources.files import check_file, check_folder, read_image_file
-from lightning_xai.data.sources.img2dataset import read_img2dataset
-from lightning_xai.data.sources.left_out import ExcludedError, kept_captions, key_from, usable_samples
-from lightning_xai.data.sources.tab_separated import read_rows
+from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
+from lightning_xai.data.sources.files import check_file, check_folder, read_image_file, read_rows
 
 _NAME = "conceptual-captions"
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
-def prepare_conceptual_captions(
-    out: Path,
+def read_conceptual_captions(
+    *,
     split: str,
     captions: Path | None = None,
     images: Path | None = None,
     shards: Path | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> Manifest:
-    """Convert fetched images with their captions to shards; from `captions` and `images`, or from `shards`.
-
-    Args:
-        out: folder to make for the shards.
-        split: the split's name.
-        captions: TSV file of captions and paths.
-        images: folder that the paths start from.
-        shards: folder of tar files that img2dataset wrote.
-        samples_per_shard: size of all shards but the last.
-        overwrite: replace shards that are already in `out`.
-
-    Returns:
-        The manifest; its `left_out` counts, by reason, what could not be used.
-
-    Raises:
-        FileNotFoundError: a file or folder is missing.
-        ValueError: neither or both ways were given, or not one image could be used.
-    """
-    left_out: Counter[str] = Counter()
-    if shards is not None and captions is None and images is None:
-        samples = read_img2dataset(shards, f"{_NAME}/{split}", left_out)
-    elif shards is None and captions is not None and images is not None:
-        samples = read_conceptual_captions(captions, images, split, left_out)
-    else:
-        raise ValueError(
-            "give captions (a TSV file) with images (their folder), or shards (img2dataset's folder) alone"
-        )
-    return write_shards(
-        samples,
-        out,
-        name=f"{_NAME}/{split}",
-        samples_per_shard=samples_per_shard,
-        left_out=left_out,
-        overwrite=overwrite,
-    )
-
-
-def read_conceptual_captions(
-    captions: Path, images: Path, split: str, left_out: Counter[str] | None = None
+    excluded: Counter[str],
 ) -> Iterator[Sample]:
-    """Read the images of a TSV file one after the other, in its order.
+    """Conceptual Captions after its images were fetched: one caption an image, no boxes; nothing is downloaded.
 
     Args:
-        captions: the TSV file, UTF-8: a caption and a path below `images` in each line.
-        images: folder that the paths start from.
-        split: the split's name, used in `Sample.source`.
-        left_out: filled while iterated: reason (see the module's text) -> count.
+        split: name of the split: train or val.
+        captions: TSV file without header, each line a caption, a tab and the path of the image below --images (which
+            has to be given, too). Lines with an address in place of the path were not fetched: they are counted.
+        images: folder that the paths in --captions start from.
+        shards: instead of both, the folder that `img2dataset --output_format webdataset` wrote: tar files with .jpg,
+            .txt and .json members.
+        excluded: filled while iterated: reason (see the module's text) -> count.
 
     Returns:
         An iterator of samples.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: (at the end) no image could be used.
+        ValueError: neither or both ways were given, or (at the end) no image could be used.
     """
-    left_out = Counter() if left_out is None else left_out
+    if shards is not None and captions is None and images is None:
+        from lightning_xai.data.sources.img2dataset import read_img2dataset  # loads torch by way of webdataset
+
+        return read_img2dataset(shards, f"{_NAME}/{split}", excluded)
+    if shards is not None or captions is None or images is None:
+        raise ValueError(
+            "give captions (a TSV file) with images (their folder), or shards (img2dataset's folder) alone"
+        )
     check_file(captions, "captions", "the TSV file of captions and paths")
     check_folder(images, "images", "the images that were fetched")
     return usable_samples(
-        read_rows(captions, left_out),
-        partial(_sample, images=images, split=split, left_out=left_out),
-        left_out,
+        read_rows(captions, excluded),
+        partial(_sample, images=images, split=split, excluded=excluded),
+        excluded,
         what=f"row of {captions}",
         advice="Fetch the images first; each row needs its caption, a tab and the path of its image below the images "
         "folder. For img2dataset's tar files give shards instead",
     )
 
 
-def _sample(row: tuple[str, str], images: Path, split: str, left_out: Counter[str]) -> Sample:
+def _sample(row: tuple[str, str], images: Path, split: str, excluded: Counter[str]) -> Sample:
     caption, path = row
     if "\t" in path:
         raise ExcludedError("row_malformed")
     if _ADDRESS.match(path):
         raise ExcludedError("image_not_fetched")
-    captions = kept_captions([caption], left_out)
+    captions = kept_captions([caption], excluded)
     file = read_image_file(images, [str(PurePosixPath(path))])
     key = key_from(file.name.removesuffix(".jpg"))
     return Sample(key, file.data, file.size, captions, source=f"{_NAME}/{split}/{file.name}")

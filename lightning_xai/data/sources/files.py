@@ -1,4 +1,4 @@
-"""The files of a data set as they lie on a user's disk: image files below a folder, and JSON.
+"""The files of a data set as they lie on a user's disk: image files below a folder, JSON, and tab-separated text.
 
 Names of image files come from annotation files, which may come from anywhere: a name that leaves the images folder is
 never opened.
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
+from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import RecordError, exif_orientation, read_image
 from lightning_xai.data.sources.boxes import BoxTransform
-from lightning_xai.data.sources.left_out import ExcludedError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ImageFile:
     def from_annotated(self, size: tuple[int, int]) -> BoxTransform:
         """What turns boxes that were drawn on an image of `size` (width, height) into boxes of the upright image.
 
-        The annotated size tells which image was annotated where EXIF orientation swaps the sides (5 to 8): boxes drawn
+        The annotated size shows which image was annotated where EXIF orientation swaps the sides (5 to 8): boxes drawn
         on the stored pixels are turned with them. Orientations 2 to 4 (and square images) keep the size; there the
         boxes are taken as drawn on the upright image.
 
@@ -185,3 +188,26 @@ def listed_records(
             if not isinstance(record, dict) or key not in record:
                 raise ValueError(f"{origin}: {part}[{index}] has no {key!r}; is it {kind}?")
     return records
+
+
+def read_rows(path: Path, excluded: Counter[str]) -> Iterator[tuple[str, str]]:
+    """The rows of a text file, one after the other: what stands before the first tab, and what follows it.
+
+    Nothing is quoted: a `"` is a character like any other.
+
+    Args:
+        path: the file, UTF-8.
+        excluded: filled while iterated: `row_not_utf8`, `row_malformed` (there is no tab).
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines):
+            try:
+                text = (line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line).decode()
+            except UnicodeDecodeError:
+                excluded["row_not_utf8"] += 1
+                continue
+            first, tab, rest = text.rstrip("\r\n").partition("\t")
+            if tab:
+                yield first, rest
+            else:
+                excluded["row_malformed"] += 1

@@ -7,7 +7,7 @@ shows several of the same kind; its `label`, by which tables group, is the chain
 animals, vehicles, instruments, scene or other.
 
 What cannot be used is counted by reason, and the rest goes on; only input that makes no sense at all (a missing folder,
-an unknown split) is an error. Reasons for leaving out
+an unknown split) is an error. Reasons for exclusion
 
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its id leaves the
   folder), `image_without_caption`, `image_twice`, `sentences_missing`, `sentences_unreadable`, `size_mismatch` (it is
@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import NoReturn
 from xml.etree import ElementTree
 
+from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.sample import Box, Region, Sample, Span
-from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sources.entries import key_from, usable_samples
 from lightning_xai.data.sources.files import check_folder, is_safe_name, read_image_file
 from lightning_xai.data.sources.karpathy import read_karpathy
-from lightning_xai.data.sources.left_out import ExcludedError, counting, key_from, usable_samples
 
 # [/EN#<chain>/<type>/.../<type> <words>]
 _PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)+)\s([^\[\]]*)\]")
@@ -68,71 +68,33 @@ class _Annotation:
     without_box: set[str] = field(default_factory=set)
 
 
-def prepare_flickr30k(
-    images: Path,
-    entities: Path,
-    out: Path,
-    split: str,
-    karpathy: Path | None = None,
-    leave_out_unrelated: bool = False,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> Manifest:
-    """Convert native Flickr30k Entities files to shards.
-
-    Args:
-        images: folder with the image files (`flickr30k-images`).
-        entities: folder with `Sentences/`, `Annotations/` and the split lists.
-        out: folder to make for the shards.
-        split: "train", "val", "test", or several joined by "+".
-        karpathy: Karpathy's `dataset_flickr30k.json`, for his split.
-        leave_out_unrelated: leave out the captions that the publishers list as unrelated to their image.
-        samples_per_shard: size of all shards but the last.
-        overwrite: replace shards that are already in `out`.
-
-    Returns:
-        The manifest; its `left_out` counts, by reason, what could not be used.
-
-    Raises:
-        FileNotFoundError: a file or folder is missing.
-        ValueError: a file is broken or of another kind, the split is unknown, or not one image could be used.
-    """
-    left_out: Counter[str] = Counter()
-    samples = read_flickr30k(images, entities, split, karpathy, leave_out_unrelated, left_out)
-    return write_shards(
-        samples,
-        out,
-        name=f"flickr30k/{split}",
-        samples_per_shard=samples_per_shard,
-        left_out=left_out,
-        overwrite=overwrite,
-    )
-
-
 def read_flickr30k(
+    *,
     images: Path,
     entities: Path,
     split: str,
     karpathy: Path | None = None,
-    leave_out_unrelated: bool = False,
-    left_out: Counter[str] | None = None,
+    exclude_unrelated: bool = False,
+    excluded: Counter[str],
 ) -> Iterator[Sample]:
-    """Read Flickr30k's images one after the other, in the order of the split list (or of Karpathy's file).
+    """Flickr30k with the boxes of Flickr30k Entities: five captions an image, phrases marked by hand.
 
-    Captions are the annotated sentences without their markup, as the publishers tokenised them ("a man 's arm"), also
-    with Karpathy's split: the phrases are places in these. Every box becomes one region for each chain that it belongs
-    to. Where the phrases of a chain have several types, the most frequent one is its label, of equals the first.
+    Images come in the order of the split list (or of Karpathy's file). Captions are the annotated sentences without
+    their markup, as the publishers tokenised them ("a man 's arm"), also with Karpathy's split: the phrases are places
+    in these. Every box becomes one region for each chain that it belongs to. Where the phrases of a chain have several
+    types, the most frequent one is its label, of equals the first.
 
     Boxes count pixels from 1 and include both ends: `xmin` 1 and `xmax` 5 are the 5 pixels from x = 0. They are turned
-    with the image where it says by EXIF that it lies on its side, and clipped to it.
+    with the image where EXIF says that it lies on its side, and clipped to it.
 
     Args:
-        images: folder with the image files (`flickr30k-images`), `{id}.jpg` each.
-        entities: folder with `Sentences/{id}.txt`, `Annotations/{id}.xml` and the lists `{split}.txt` of image ids.
-        split: which list to take ("train", "val", "test"), several joined by "+"; with `karpathy`, of its splits.
-        karpathy: Karpathy's `dataset_flickr30k.json`; the split lists are then not needed.
-        leave_out_unrelated: leave out the captions that the file `UNRELATED_CAPTIONS` in `entities` lists.
-        left_out: filled while iterated: reason (see the module's text) -> count.
+        images: folder of the image files (flickr30k-images).
+        entities: folder of Flickr30k Entities: Sentences/ and Annotations/ (unpack annotations.zip there), with
+            train.txt, val.txt and test.txt.
+        split: train, val, test, or several joined by "+".
+        karpathy: dataset_flickr30k.json of the Karpathy splits, instead of the lists; captions are those of Entities.
+        exclude_unrelated: exclude the captions that UNRELATED_CAPTIONS lists.
+        excluded: filled while iterated: reason (see the module's text) -> count.
 
     Returns:
         An iterator of samples; lists of images and captions are read and checked before it is returned.
@@ -141,17 +103,16 @@ def read_flickr30k(
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    left_out = Counter() if left_out is None else left_out
     check_folder(images, "images", "the image files")
     check_folder(entities, "entities", "Sentences/ and Annotations/")
     for name in ("Sentences", "Annotations"):
         check_folder(entities / name, "entities", f"Flickr30k Entities' {name} (unpack annotations.zip)")
     ids = _listed(entities, split) if karpathy is None else _karpathys(karpathy, split)
-    unrelated = _read_unrelated(entities) if leave_out_unrelated else frozenset()
+    unrelated = _read_unrelated(entities) if exclude_unrelated else frozenset()
     return usable_samples(
         ids,
-        _Reader(images, entities, split, unrelated, left_out).read,
-        left_out,
+        _Reader(images, entities, split, unrelated, excluded).read,
+        excluded,
         what=f"image of {split!r} in {images}",
         advice=f"Check that the images and the annotations in {entities} belong together",
     )
@@ -188,16 +149,16 @@ def parse_sentence(line: str) -> tuple[str, tuple[Phrase, ...]]:
 
 
 class _Reader:
-    """Builds samples from image ids; counts the captions, phrases and regions that it leaves out."""
+    """Builds samples from image ids; counts the captions, phrases and regions that it excludes."""
 
     def __init__(
-        self, images: Path, entities: Path, split: str, unrelated: frozenset[tuple[str, int]], left_out: Counter[str]
+        self, images: Path, entities: Path, split: str, unrelated: frozenset[tuple[str, int]], excluded: Counter[str]
     ) -> None:
         self._images = images
         self._entities = entities
         self._split = split
         self._unrelated = unrelated
-        self._left_out = left_out
+        self._excluded = excluded
 
     def read(self, image_id: str) -> Sample:
         """The image's sample."""
@@ -223,7 +184,7 @@ class _Reader:
             lines.pop()
         sentences = []
         for number, line in enumerate(lines, start=1):
-            with counting(self._left_out):
+            with counting(self._excluded):
                 sentences.append(self._sentence(image_id, number, line))
         if not sentences:
             raise ExcludedError("image_without_caption")
@@ -242,7 +203,7 @@ class _Reader:
     def _annotation(self, image_id: str) -> _Annotation:
         """What the image's XML says; nothing, and counted, where it cannot be used."""
         annotation = _Annotation()
-        with counting(self._left_out):
+        with counting(self._excluded):
             annotation = self._parse(_read_xml(self._entities / "Annotations" / f"{image_id}.xml"))
         return annotation
 
@@ -252,7 +213,7 @@ class _Reader:
             chains = [name.text.strip() for name in thing.findall("name") if name.text and name.text.strip()]
             corners = thing.find("bndbox")
             if corners is not None:
-                with counting(self._left_out):
+                with counting(self._excluded):
                     box = _voc_box(corners)
                     annotation.boxes += [(chain, box) for chain in chains]
             if _flag(thing, "scene"):
@@ -277,7 +238,7 @@ class _Reader:
         labels = _labels(phrases)
         regions = []
         for chain, box in annotation.boxes:
-            with counting(self._left_out):
+            with counting(self._excluded):
                 if chain not in labels:
                     raise ExcludedError("box_of_unmentioned_chain")
                 clipped = clip_box(to_upright(box), size)
@@ -288,15 +249,15 @@ class _Reader:
         boxed = {chain for chain, _ in annotation.boxes}
         for phrase in (phrase for found in phrases for phrase in found):
             if not _is_visual(phrase):
-                self._left_out["phrase_notvisual"] += 1
+                self._excluded["phrase_notvisual"] += 1
             elif phrase.chain in boxed:
                 continue
             elif phrase.chain in annotation.scenes:
-                self._left_out["phrase_scene"] += 1
+                self._excluded["phrase_scene"] += 1
             elif phrase.chain in annotation.without_box:
-                self._left_out["phrase_no_box"] += 1
+                self._excluded["phrase_no_box"] += 1
             else:
-                self._left_out["phrase_not_annotated"] += 1
+                self._excluded["phrase_not_annotated"] += 1
 
 
 def _is_visual(phrase: Phrase) -> bool:
@@ -384,7 +345,7 @@ def _read_unrelated(entities: Path) -> frozenset[tuple[str, int]]:
     """Image ids and sentence numbers (from 1) of the captions that the publishers found to be of another image."""
     path = entities / _UNRELATED
     if not path.is_file():
-        raise FileNotFoundError(f"entities: {path} is not there, which lists the captions to leave out")
+        raise FileNotFoundError(f"entities: {path} is not there, which lists the captions to exclude")
     found = set()
     for line in _lines(path):
         if not line.startswith("#"):

@@ -15,11 +15,11 @@ counts. Hard negatives (label 0) that replace one object's name become `HardNega
 Every object that any caption of the image mentions is a region, also where the caption itself is not taken: two of one
 name are several instances. Objects that no caption mentions are known only from GQA's own scene graphs.
 
-What is accepted beside the published form, because versions of the data differ: the captions without `captions`
+Accepted in addition to the published form, because versions of the data differ: the captions without `captions`
 around them; `bboxes` as a list of `{"name", "bbox"}` or as names -> boxes; a box as `[x, y, w, h]` or with `width` and
 `height`; numbers as text; `label` as true and false.
 
-What cannot be used is counted by reason, and the rest goes on. Reasons for leaving out
+What cannot be used is counted by reason, and the rest goes on. Reasons for exclusion
 
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its id leaves the
   folder), `image_record_malformed`, `image_without_caption`, `size_mismatch` (it is not the image of the scene graph);
@@ -41,11 +41,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_xai.data.excluded import ExcludedError, counting
+from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.sample import Box, HardNegative, Region, Sample, Span
-from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sources.entries import key_from, usable_samples
 from lightning_xai.data.sources.files import check_file, check_folder, load_json, read_image_file
-from lightning_xai.data.sources.left_out import ExcludedError, counting, key_from, usable_samples
 
 TRIPLETS = "relation_subj+relation_obj+relation_pred"
 """The types of "The <subject> is <predicate> the <object>." captions, which the papers use."""
@@ -58,7 +59,7 @@ _VERB = re.compile(r"\b(?:is|are)\b")
 
 @dataclass(frozen=True)
 class _Object:
-    """A thing of an image: what tells it apart, its name, and whatever stands for its box."""
+    """A thing of an image: its key, its name, and the raw value of its box."""
 
     key: str
     name: str
@@ -78,113 +79,73 @@ class _Caption:
     objects: tuple[_Object, ...]
 
 
-def prepare_hnc(
-    images: Path,
-    captions: Path,
-    out: Path,
-    split: str,
-    types: str = TRIPLETS,
-    scene_graphs: Path | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> Manifest:
-    """Convert a native HNC file to shards.
-
-    Args:
-        images: folder with GQA's image files.
-        captions: the split's JSON file.
-        out: folder to make for the shards.
-        split: the split's name.
-        types: which types of captions to take, joined by "+"; "all" for all.
-        scene_graphs: GQA's `{split}_sceneGraphs.json`, for the objects that no caption mentions.
-        samples_per_shard: size of all shards but the last.
-        overwrite: replace shards that are already in `out`.
-
-    Returns:
-        The manifest; its `left_out` counts, by reason, what could not be used.
-
-    Raises:
-        FileNotFoundError: a file or folder is missing.
-        ValueError: a file is broken or of another kind, a type is unknown, or not one image could be used.
-    """
-    left_out: Counter[str] = Counter()
-    samples = read_hnc(images, captions, split, types, scene_graphs, left_out)
-    return write_shards(
-        samples,
-        out,
-        name=f"hnc/{split}",
-        samples_per_shard=samples_per_shard,
-        left_out=left_out,
-        overwrite=overwrite,
-    )
-
-
 def read_hnc(
+    *,
     images: Path,
     captions: Path,
     split: str,
     types: str = TRIPLETS,
     scene_graphs: Path | None = None,
-    left_out: Counter[str] | None = None,
+    excluded: Counter[str],
 ) -> Iterator[Sample]:
-    """Read HNC's images one after the other, in the order of the file.
+    """HNC: captions made from GQA's scene graphs, and hard negatives that are wrong about one object.
 
-    The whole file is held in memory. Boxes are clipped to the image. With scene graphs, which state the annotated size,
-    they are turned with an image that lies on its side by EXIF; without, they are taken as drawn on the upright image.
+    Images come in the order of the file, which is held in memory. Boxes are clipped to the image. With scene graphs,
+    which state the annotated size, they are turned with an image that lies on its side by EXIF; without, they are taken
+    as drawn on the upright image.
 
     Args:
-        images: folder with GQA's image files, `{id}.jpg` (or Visual Genome's, with its sub-folders).
-        captions: the split's JSON file.
-        split: name of the split, used in `Sample.source`.
-        types: which types of captions to take, joined by "+" (`TRIPLETS`, the default, is what the papers use); "all"
-            for all. Hard negatives have the type of their true caption.
-        scene_graphs: GQA's `train_sceneGraphs.json` or `val_sceneGraphs.json`. The papers measure objects that are the
-            only ones of their class in the image: without this file, those that no caption mentions are not counted.
-        left_out: filled while iterated: reason (see the module's text) -> count.
+        images: folder of GQA's image files (or of Visual Genome's, with its sub-folders).
+        captions: the split's JSON file (hnc_clean_strict_val.json).
+        split: name of the split.
+        types: caption types to take, joined by "+", or all; the default are the "<subject> <predicate> <object>"
+            captions of the papers. Hard negatives have the type of their true caption.
+        scene_graphs: GQA's train_sceneGraphs.json or val_sceneGraphs.json. Only objects that are the single one of
+            their class are measured; without this file, those that no caption mentions are not counted.
+        excluded: filled while iterated: reason (see the module's text) -> count.
 
     Returns:
-        An iterator of samples; the files are read and checked before it is returned.
+        An iterator of samples; the annotation files are read and checked before it is returned.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: a file is broken or of another kind, a type does not occur in it, or (at the end) no image could be
-            used.
+        ValueError: a file is broken or of another kind, a type does not occur in it, or (at the end) no image
+            could be used.
     """
-    left_out = Counter() if left_out is None else left_out
     check_folder(images, "images", "the image files")
     check_file(captions, "captions", "HNC's JSON file of this split")
     if scene_graphs is not None:
         check_file(scene_graphs, "scene_graphs", "GQA's JSON file of scene graphs")
     records = load_json(captions, "captions")
     graphs = {} if scene_graphs is None else load_json(scene_graphs, "scene_graphs")
-    reader = _Reader(images, split, graphs, _wanted_types(records, types, captions), left_out)
+    reader = _Reader(images, split, graphs, _wanted_types(records, types, captions), excluded)
     return usable_samples(
         records.items(),
         reader.read,
-        left_out,
+        excluded,
         what=f"image of {captions}",
         advice=f"Check that it is HNC's file of the images in {images}",
     )
 
 
 class _Reader:
-    """Builds samples from the records of images; counts the captions, objects and negatives that it leaves out."""
+    """Builds samples from the records of images; counts the captions, objects and negatives that it excludes."""
 
     def __init__(
-        self, images: Path, split: str, graphs: Mapping[str, Any], types: frozenset[str], left_out: Counter[str]
+        self, images: Path, split: str, graphs: Mapping[str, Any], types: frozenset[str], excluded: Counter[str]
     ) -> None:
         self._images = images
         self._split = split
         self._graphs = graphs
         self._types = types
-        self._left_out = left_out
+        self._excluded = excluded
 
     def read(self, entry: tuple[str, Any]) -> Sample:
         """The sample of an image id and its record."""
         image_id, record = entry
         found = self._captions(record)
         taken = [caption for caption in found if caption.kind in self._types]
-        self._left_out["caption_of_other_type"] += len(found) - len(taken)
+        self._excluded["caption_of_other_type"] += len(found) - len(taken)
         positives = [caption for caption in taken if caption.is_true]
         if not positives:
             raise ExcludedError("image_without_caption")
@@ -211,7 +172,7 @@ class _Reader:
         if isinstance(graph, Mapping):
             return graph
         if self._graphs:
-            self._left_out["scene_graph_missing"] += 1
+            self._excluded["scene_graph_missing"] += 1
         return {}
 
     def _captions(self, record: Any) -> list[_Caption]:
@@ -220,7 +181,7 @@ class _Reader:
             raise ExcludedError("image_record_malformed")
         found = []
         for key, caption in captions.items():
-            with counting(self._left_out):
+            with counting(self._excluded):
                 found.append(self._caption(key, caption))
         return found
 
@@ -243,7 +204,7 @@ class _Reader:
     def _objects(self, boxes: Any) -> tuple[_Object, ...]:
         things = []
         for key, value in _keyed(boxes):
-            with counting(self._left_out):
+            with counting(self._excluded):
                 things.append(_object(key, value))
         return tuple(things)
 
@@ -254,7 +215,7 @@ class _Reader:
         spans = _mentions({thing.name for thing in things}, captions)
         regions = {}
         for thing in things:
-            with counting(self._left_out):
+            with counting(self._excluded):
                 box = clip_box(to_upright(_box(thing.box)), size)
                 regions[thing.key] = Region(thing.name, box, spans.get(thing.name, {}))
         return regions
@@ -267,7 +228,7 @@ class _Reader:
         negatives = []
         for caption in taken:
             if not caption.is_true:
-                with counting(self._left_out):
+                with counting(self._excluded):
                     if caption.positive not in true:
                         raise ExcludedError("negative_without_positive")
                     number, positive = true[caption.positive]
@@ -303,8 +264,8 @@ def _swapped(true: str, original: str, wrong: str, replacement: str) -> tuple[Sp
     >>> _swapped("The man is near the car.", "man", "The men are near the car.", "men")
     ((4, 7), (4, 7))
     """
-    for start, end in _places((original,), true):
-        for other_start, other_end in _places((replacement,), wrong):
+    for start, end in find_phrases(true, [original]):
+        for other_start, other_end in find_phrases(wrong, [replacement]):
             before = _VERB.sub("is", true[:start]) == _VERB.sub("is", wrong[:other_start])
             if before and _VERB.sub("is", true[end:]) == _VERB.sub("is", wrong[other_end:]):
                 return (start, end), (other_start, other_end)
@@ -316,20 +277,10 @@ def _mentions(names: set[str], captions: Sequence[str]) -> dict[str, dict[int, t
     found: dict[str, dict[int, tuple[Span, ...]]] = {}
     if names:
         for index, caption in enumerate(captions):
-            for start, end in _places(sorted(names, key=len, reverse=True), caption):
+            for start, end in find_phrases(caption, sorted(names, key=len, reverse=True)):
                 places = found.setdefault(caption[start:end], {})
                 places[index] = (*places.get(index, ()), (start, end))
     return found
-
-
-def _places(names: Sequence[str], caption: str) -> list[Span]:
-    """Where one of the names stands in a caption, as whole words; of those that begin together, the one listed first.
-
-    >>> _places(("car door", "car"), "A car door, carpets and a car.")
-    [(2, 10), (26, 29)]
-    """
-    pattern = "|".join(re.escape(name) for name in names)
-    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", caption)]
 
 
 # Records
@@ -363,7 +314,7 @@ def _keyed(boxes: Any) -> Sequence[tuple[str | None, Any]]:
 
 
 def _object(key: str | None, value: Any) -> _Object:
-    """An object from an entry of `bboxes`, or of a scene graph, where the box stands beside the name."""
+    """An object from an entry of `bboxes`, or of a scene graph, where the box stands next to the name."""
     if isinstance(value, Mapping) and "name" in value:
         name, box = value["name"], value.get("bbox", value)
     else:

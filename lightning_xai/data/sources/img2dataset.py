@@ -1,10 +1,10 @@
 """What img2dataset fetched: a folder of tar files whose records are an image, its caption and how it was fetched.
 
 `img2dataset --output_format webdataset` writes `00000.tar`, `00001.tar`, ... with `000000000.jpg` (or .png, .webp),
-`000000000.txt` and `000000000.json` for each image. The `.parquet` and `_stats.json` files beside them, which also list
-what could not be fetched, are not needed.
+`000000000.txt` and `000000000.json` for each image. The `.parquet` and `_stats.json` files next to them, which list
+what could not be fetched as well, are not needed.
 
-Reasons for leaving out
+Reasons for exclusion
 
 - a tar file from the place on where it cannot be read: `shard_damaged`;
 - an image: `image_not_fetched` (its .json says so), `image_missing`, `image_does_not_decode`, `image_without_caption`,
@@ -22,10 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import IMAGE_MEMBERS, Sample
+from lightning_xai.data.shard_reader import TarRecord, TarRecords
+from lightning_xai.data.shard_store import open_file
+from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
 from lightning_xai.data.sources.files import check_folder, decode_image_file
-from lightning_xai.data.sources.left_out import ExcludedError, kept_captions, key_from, usable_samples
-from lightning_xai.data.tar_records import TarRecord, TarRecords, open_file
 
 _MEMBERS = (*IMAGE_MEMBERS, "txt", "json")
 _FETCHED = "success"
@@ -33,16 +35,16 @@ _FETCHED = "success"
 _log = logging.getLogger(__name__)
 
 
-def read_img2dataset(shards: Path, name: str, left_out: Counter[str] | None = None) -> Iterator[Sample]:
+def read_img2dataset(shards: Path, name: str, excluded: Counter[str]) -> Iterator[Sample]:
     """Read the images of all tar files of a folder one after the other, in the order of the files' names.
 
     The caption is the .txt member, or what the .json calls `caption` where there is none. Keys hold the tar file's
-    name: img2dataset's first versions began anew to count in each.
+    name: img2dataset's first versions counted from 0 in each.
 
     Args:
         shards: folder with the tar files.
         name: data set and split, used in `Sample.source` ("conceptual-captions/train").
-        left_out: filled while iterated: reason (see the module's text) -> count.
+        excluded: filled while iterated: reason (see the module's text) -> count.
 
     Returns:
         An iterator of samples.
@@ -51,7 +53,6 @@ def read_img2dataset(shards: Path, name: str, left_out: Counter[str] | None = No
         FileNotFoundError: there is no such folder.
         ValueError: it holds no tar file, or (at the end) no image could be used.
     """
-    left_out = Counter() if left_out is None else left_out
     check_folder(shards, "shards", "the tar files that img2dataset wrote")
     files = sorted(shards.glob("*.tar"))
     if not files:
@@ -60,26 +61,26 @@ def read_img2dataset(shards: Path, name: str, left_out: Counter[str] | None = No
             "--output_format webdataset"
         )
     return usable_samples(
-        _records(files, left_out),
-        partial(_sample, name=name, left_out=left_out),
-        left_out,
+        _records(files, excluded),
+        partial(_sample, name=name, excluded=excluded),
+        excluded,
         what=f"image in the tar files of {shards}",
         advice="Check that img2dataset wrote them with --output_format webdataset and the column of the captions",
     )
 
 
-def _records(files: Iterable[Path], left_out: Counter[str]) -> Iterator[tuple[str, TarRecord]]:
+def _records(files: Iterable[Path], excluded: Counter[str]) -> Iterator[tuple[str, TarRecord]]:
     """Every record with the name of its tar file."""
     for file in files:
         records = TarRecords(partial(open_file, file), _MEMBERS)
         for record in records:
             yield file.stem, record
-        if records.damage:
-            left_out["shard_damaged"] += 1
-            _log.warning("%s: only %d records could be read (%s); fetch it again", file, records.seen, records.damage)
+        if records.error:
+            excluded["shard_damaged"] += 1
+            _log.warning("%s: only %d records could be read (%s); fetch it again", file, records.seen, records.error)
 
 
-def _sample(entry: tuple[str, TarRecord], name: str, left_out: Counter[str]) -> Sample:
+def _sample(entry: tuple[str, TarRecord], name: str, excluded: Counter[str]) -> Sample:
     shard, record = entry
     images = [record.members[extension] for extension in IMAGE_MEMBERS if extension in record.members]
     if record.fault or len(images) > 1:
@@ -87,7 +88,7 @@ def _sample(entry: tuple[str, TarRecord], name: str, left_out: Counter[str]) -> 
     about = _parse(record.members.get("json", b"{}"))
     if about.get("status", _FETCHED) != _FETCHED:
         raise ExcludedError("image_not_fetched")
-    captions = kept_captions([_caption(record.members.get("txt"), about)], left_out)
+    captions = kept_captions([_caption(record.members.get("txt"), about)], excluded)
     if not images:
         raise ExcludedError("image_missing")
     key = key_from(f"{shard}-{record.key}")

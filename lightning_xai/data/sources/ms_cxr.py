@@ -1,21 +1,21 @@
 """MS-CXR, chest radiographs with phrases of their reports and the boxes that radiologists drew, as it is published.
 
-`MS_CXR_Local_Alignment_v1.1.0.json` (of COCO's form) and the `.csv` beside it hold the same annotations: a phrase, the
+`MS_CXR_Local_Alignment_v1.1.0.json` (of COCO's form) and the `.csv` next to it hold the same annotations: a phrase, the
 finding that it states and one box each. The images are MIMIC-CXR-JPG's, by their paths there.
 
 Several boxes of one phrase are one target. So a caption is a phrase of the image, and each of its boxes is a region
 that the whole caption names: the boxes that a caption names are together what its map should show. The region's label
 is the finding; its `entity` is the phrase, as an image may have two phrases with the same finding. Where a box of a
-phrase cannot be used, the whole phrase is left out, as the rest would be another target.
+phrase cannot be used, the whole phrase is excluded, as the rest would be another target.
 
-Reasons for leaving out
+Reasons for exclusion
 
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its path leaves the
   images folder), `image_without_caption` (no phrase is left), `image_twice`, `size_malformed` (no whole numbers, or its
   annotations contradict each other), `size_mismatch` (it is not the image that was annotated: it was made smaller);
 - an annotation: `annotation_malformed` (a row with too few or too many fields), `annotation_of_unknown_image`,
   `annotation_twice` (the same phrase, finding and box), `phrase_empty`;
-- a phrase with all its boxes: `phrase_incomplete`, beside the reason for each box that could not be used:
+- a phrase with all its boxes: `phrase_incomplete`, in addition to the reason for each box that could not be used:
   `category_unknown`, `box_malformed`, `box_without_area`, `box_outside_image`.
 """
 
@@ -29,11 +29,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.sample import Region, Sample
-from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sources.entries import key_from, usable_samples
 from lightning_xai.data.sources.files import check_file, check_folder, listed_records, load_json, read_image_file
-from lightning_xai.data.sources.left_out import ExcludedError, counting, key_from, usable_samples
 
 _COLUMNS = ("path", "category_name", "label_text", "x", "y", "w", "h", "image_width", "image_height")
 _ROOT = "files/"
@@ -51,77 +51,41 @@ class _Annotation:
     split: object
 
 
-def prepare_ms_cxr(
-    images: Path,
-    annotations: Path,
-    out: Path,
-    split: str | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
-) -> Manifest:
-    """Convert MS-CXR to shards.
-
-    Args:
-        images: folder of MIMIC-CXR-JPG.
-        annotations: `MS_CXR_Local_Alignment_v1.1.0.json` or `.csv`.
-        out: folder to make for the shards.
-        split: "train", "val", "test", or several joined by "+"; None: all annotations.
-        samples_per_shard: size of all shards but the last.
-        overwrite: replace shards that are already in `out`.
-
-    Returns:
-        The manifest; its `left_out` counts, by reason, what could not be used.
-
-    Raises:
-        FileNotFoundError: a file or folder is missing.
-        ValueError: the file is broken or of another kind, the split is unknown, or not one image could be used.
-    """
-    left_out: Counter[str] = Counter()
-    return write_shards(
-        read_ms_cxr(images, annotations, split, left_out),
-        out,
-        name=_name(split),
-        samples_per_shard=samples_per_shard,
-        left_out=left_out,
-        overwrite=overwrite,
-    )
-
-
 def read_ms_cxr(
-    images: Path, annotations: Path, split: str | None = None, left_out: Counter[str] | None = None
+    *, images: Path, annotations: Path, split: str | None = None, excluded: Counter[str]
 ) -> Iterator[Sample]:
-    """Read the annotated images one after the other, in the order of their first annotations.
+    """MS-CXR: phrases of radiology reports and the boxes that radiologists drew for each.
 
-    White space in phrases becomes single spaces: reports break lines within sentences.
+    Images come in the order of their first annotations. White space in phrases becomes single spaces: reports break
+    lines within sentences. The .json and the .csv file give the same samples.
 
     Args:
-        images: folder of MIMIC-CXR-JPG that holds `files/`, or that folder itself. Images in another resolution than
-            the publishers' are not the ones that were annotated, and are left out.
-        annotations: the `.json` or the `.csv` file; both give the same samples.
-        split: which of the publishers' splits to take ("train", "val", "test"), several joined by "+"; None: all.
-        left_out: filled while iterated: reason (see the module's text) -> count.
+        images: folder of MIMIC-CXR-JPG that holds files/ (or that folder itself), in the original resolution; other
+            images are not the ones that were annotated, and are excluded.
+        annotations: MS_CXR_Local_Alignment_v1.1.0.json or .csv.
+        split: train, val, test, or several joined by "+" (from version 1.1.0 on); all annotations by default.
+        excluded: filled while iterated: reason (see the module's text) -> count.
 
     Returns:
-        An iterator of samples; the annotations are read and checked before it is returned.
+        An iterator of samples; the annotation files are read and checked before it is returned.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
         ValueError: the file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    left_out = Counter() if left_out is None else left_out
     check_folder(images, "images", "MIMIC-CXR-JPG's files/")
     check_file(annotations, "annotations", "MS_CXR_Local_Alignment_v1.1.0.json or .csv")
     read = {".json": _read_json, ".csv": _read_csv}.get(annotations.suffix.lower())
     if read is None:
         raise ValueError(f"annotations: {annotations} is neither a .json nor a .csv file; give one of MS-CXR's two")
-    found = read(annotations, left_out)
+    found = read(annotations, excluded)
     by_image: dict[str, list[_Annotation]] = {}
     for annotation in found if split is None else _of_split(found, split, annotations):
         by_image.setdefault(annotation.path, []).append(annotation)
     return usable_samples(
         by_image.values(),
-        partial(_sample, images=images, name=_name(split), left_out=left_out),
-        left_out,
+        partial(_sample, images=images, name=_name(split), excluded=excluded),
+        excluded,
         what=f"image of {annotations}",
         advice=f"Check that {images} holds MIMIC-CXR-JPG's images in their original resolution, by the paths that the "
         "file gives (files/p10/...)",
@@ -145,16 +109,16 @@ def _of_split(annotations: Sequence[_Annotation], split: str, path: Path) -> lis
 # An image
 
 
-def _sample(annotations: Sequence[_Annotation], images: Path, name: str, left_out: Counter[str]) -> Sample:
+def _sample(annotations: Sequence[_Annotation], images: Path, name: str, excluded: Counter[str]) -> Sample:
     path = annotations[0].path
     size = _annotated_size(annotations)
     file = read_image_file(images, (path, path.removeprefix(_ROOT)))
     to_upright = file.from_annotated(size)
     captions: list[str] = []
     regions: list[Region] = []
-    for phrase, boxes in _by_phrase(annotations, left_out).items():
-        with counting(left_out):
-            regions += _target(phrase, len(captions), boxes, to_upright, file.size, left_out)
+    for phrase, boxes in _by_phrase(annotations, excluded).items():
+        with counting(excluded):
+            regions += _target(phrase, len(captions), boxes, to_upright, file.size, excluded)
             captions.append(phrase)
     if not captions:
         raise ExcludedError("image_without_caption")
@@ -182,14 +146,14 @@ def _whole_number(value: object) -> int:
     return int(number)
 
 
-def _by_phrase(annotations: Sequence[_Annotation], left_out: Counter[str]) -> dict[str, list[_Annotation]]:
+def _by_phrase(annotations: Sequence[_Annotation], excluded: Counter[str]) -> dict[str, list[_Annotation]]:
     phrases: dict[str, list[_Annotation]] = {}
     for annotation in annotations:
         phrase = " ".join(annotation.phrase.split()) if isinstance(annotation.phrase, str) else ""
         if phrase:
             phrases.setdefault(phrase, []).append(annotation)
         else:
-            left_out["phrase_empty"] += 1
+            excluded["phrase_empty"] += 1
     return phrases
 
 
@@ -199,19 +163,19 @@ def _target(
     annotations: Sequence[_Annotation],
     to_upright: BoxTransform,
     size: tuple[int, int],
-    left_out: Counter[str],
+    excluded: Counter[str],
 ) -> list[Region]:
     """A region for each box of a phrase, which is the caption of that index."""
     spans = {caption: ((0, len(phrase)),)}
     regions: list[Region] = []
     for annotation in annotations:
-        with counting(left_out):
+        with counting(excluded):
             box = clip_box(to_upright(parse_box(annotation.box)), size)
             regions.append(Region(_label(annotation), box, spans, entity=phrase))
     if len(regions) < len(annotations):
         raise ExcludedError("phrase_incomplete")
     distinct = [region for index, region in enumerate(regions) if region not in regions[:index]]
-    left_out["annotation_twice"] += len(regions) - len(distinct)
+    excluded["annotation_twice"] += len(regions) - len(distinct)
     return distinct
 
 
@@ -224,7 +188,7 @@ def _label(annotation: _Annotation) -> str:
 # The two files
 
 
-def _read_json(path: Path, left_out: Counter[str]) -> list[_Annotation]:
+def _read_json(path: Path, excluded: Counter[str]) -> list[_Annotation]:
     data = load_json(path, "annotations")
     read = partial(listed_records, data, origin=f"annotations: {path}", kind="MS-CXR's .json file")
     images = _by_id(read("images", ("id", "path", "width", "height")))
@@ -233,7 +197,7 @@ def _read_json(path: Path, left_out: Counter[str]) -> list[_Annotation]:
     for record in read("annotations", ("image_id", "category_id", "bbox", "label_text")):
         image = _look_up(images, record["image_id"])
         if not isinstance(image.get("path"), str):
-            left_out["annotation_of_unknown_image"] += 1
+            excluded["annotation_of_unknown_image"] += 1
             continue
         annotations.append(
             _Annotation(
@@ -257,7 +221,7 @@ def _look_up(records: Mapping[int | str, Mapping[str, Any]], identity: object) -
     return records.get(identity, {}) if isinstance(identity, (int, str)) else {}
 
 
-def _read_csv(path: Path, left_out: Counter[str]) -> list[_Annotation]:
+def _read_csv(path: Path, excluded: Counter[str]) -> list[_Annotation]:
     annotations = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -270,7 +234,7 @@ def _read_csv(path: Path, left_out: Counter[str]) -> list[_Annotation]:
                 )
             for row in rows:
                 if None in row or None in row.values():  # more fields than the header, or fewer
-                    left_out["annotation_malformed"] += 1
+                    excluded["annotation_malformed"] += 1
                     continue
                 annotations.append(
                     _Annotation(

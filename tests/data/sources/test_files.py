@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import Sample
+from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
 from lightning_xai.data.sources.files import read_image_file
-from lightning_xai.data.sources.left_out import ExcludedError, kept_captions, key_from, usable_samples
 
 
 def png(size: tuple[int, int] = (4, 3)) -> bytes:
@@ -57,12 +58,12 @@ def test_keys_from_names_are_keys_and_stay_distinct() -> None:
 
 
 def test_captions_lose_white_space_and_those_without_text_are_counted() -> None:
-    left_out: Counter[str] = Counter()
-    assert kept_captions([" a dog\n", "", None, 3, "\t", "a cat"], left_out) == ("a dog", "a cat")
-    assert left_out == {"caption_empty": 4}
+    excluded: Counter[str] = Counter()
+    assert kept_captions([" a dog\n", "", None, 3, "\t", "a cat"], excluded) == ("a dog", "a cat")
+    assert excluded == {"caption_empty": 4}
     with pytest.raises(ExcludedError, match="image_without_caption"):
-        kept_captions(["", " "], left_out)
-    assert left_out == {"caption_empty": 6}
+        kept_captions(["", " "], excluded)
+    assert excluded == {"caption_empty": 6}
 
 
 def build(key: str) -> Sample:
@@ -72,18 +73,18 @@ def build(key: str) -> Sample:
 
 
 def test_what_cannot_be_used_is_counted_and_the_rest_comes_in_order() -> None:
-    left_out: Counter[str] = Counter()
+    excluded: Counter[str] = Counter()
     entries = ["b", "bad", "a", "b", "bad"]
-    samples = usable_samples(entries, build, left_out, what="image", advice="Check")
+    samples = usable_samples(entries, build, excluded, what="image", advice="Check")
     assert [sample.key for sample in samples] == ["b", "a"]
-    assert left_out == {"image_missing": 2, "image_twice": 1}
+    assert excluded == {"image_missing": 2, "image_twice": 1}
 
 
 def test_nothing_at_all_is_an_error_that_says_what_and_why() -> None:
-    left_out = Counter({"caption_empty": 0})
-    with pytest.raises(ValueError, match=r"^no image of x could be used; left out: \{'image_missing': 1\}. Check it$"):
-        list(usable_samples(["bad"], build, left_out, what="image of x", advice="Check it"))
-    with pytest.raises(ValueError, match="left out: nothing"):
+    excluded = Counter({"caption_empty": 0})
+    with pytest.raises(ValueError, match=r"^no image of x could be used; excluded: \{'image_missing': 1\}. Check it$"):
+        list(usable_samples(["bad"], build, excluded, what="image of x", advice="Check it"))
+    with pytest.raises(ValueError, match="excluded: nothing"):
         list(usable_samples([], build, Counter(), what="image", advice="Check"))
 
 

@@ -1,22 +1,18 @@
 from __future__ import annotations
 
-import io
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from image_files import jpeg
+from source_files import prepare, read_all
 
-from lightning_xai.cli import main
-from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Manifest, Sample
+from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Sample
 from lightning_xai.data.batch import EvaluationCollate
-from lightning_xai.data.sample import encode_sample
-from lightning_xai.data.shard_reader import read_samples
-from lightning_xai.data.sources.flickr30k import parse_sentence, prepare_flickr30k, read_flickr30k
+from lightning_xai.data.sources.flickr30k import parse_sentence, read_flickr30k
 
 BOY = "[/EN#283585/people A young white boy]"
 # The data set's own kinds of marks: several types, the null chain, a scene, a chain without box, one with two boxes.
@@ -25,14 +21,6 @@ SENTENCES = f"""\
 [/EN#283585/people/other The boy] 's [/EN#283589/bodyparts hair] is out in [/EN#283592/scene the yard] .
 [/EN#0/notvisual It] makes [/EN#283590/people the men] feel [/EN#283593/other joy] .
 """
-
-
-def jpeg(size: tuple[int, int] = (100, 80), orientation: int = 1) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    Image.new("RGB", size, "grey").save(buffer, "JPEG", exif=exif)
-    return buffer.getvalue()
 
 
 def thing(chains: str, corners: str = "", flags: str = "") -> str:
@@ -96,11 +84,7 @@ class World:
         return paths
 
     def read(self, split: str = "val", **options: Any) -> tuple[list[Sample], dict[str, int]]:
-        left_out: Counter[str] = Counter()
-        samples = list(read_flickr30k(**self.paths(), split=split, left_out=left_out, **options))
-        for sample in samples:
-            encode_sample(sample)  # every sample keeps the contract
-        return samples, {reason: count for reason, count in left_out.items() if count}
+        return read_all(read_flickr30k, **self.paths(), split=split, **options)
 
 
 USUAL = {"phrase_notvisual": 1, "phrase_scene": 1, "phrase_no_box": 1}  # of SENTENCES with OBJECTS
@@ -120,7 +104,7 @@ def words(sample: Sample, number: int) -> list[tuple[int, str]]:
 
 
 def test_sentences_lose_their_marks_and_phrases_become_regions_of_their_chains(world: World) -> None:
-    (sample,), left_out = world.read()
+    (sample,), excluded = world.read()
     assert (sample.key, sample.size, sample.source) == ("1000092795", (100, 80), "flickr30k/val/1000092795.jpg")
     assert sample.captions == (
         "A young white boy with short hair smiling at two men .",
@@ -137,23 +121,20 @@ def test_sentences_lose_their_marks_and_phrases_become_regions_of_their_chains(w
     assert words(sample, 0) == [(0, "A young white boy"), (1, "The boy")]
     assert words(sample, 1) == [(0, "short hair"), (1, "hair")]
     assert words(sample, 2) == words(sample, 3) == [(0, "two men"), (2, "the men")]
-    assert left_out == USUAL
+    assert excluded == USUAL
 
 
 def test_each_chain_with_one_box_is_measured_and_phrases_are_spelled_by_their_tokens(
     world: World, tmp_path: Path
 ) -> None:
-    out = tmp_path / "shards"
-    manifest = prepare_flickr30k(**world.paths(), out=out, split="val")
-    assert Manifest.load(out) == manifest
-    assert manifest.labels == ("bodyparts", "people")
-    assert manifest.left_out == USUAL
-    records = list(read_samples(out, manifest, [0], 0, 1))
-    assert [sample for _, sample in records] == world.read()[0]
+    manifest, stored = prepare("flickr30k", tmp_path / "shards", **world.paths(), split="val")
+    assert (manifest.name, manifest.labels) == ("flickr30k/val", ("bodyparts", "people"))
+    assert manifest.excluded == USUAL
+    assert stored == world.read()[0]
 
     tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
     transform = ImageTransform(size=(80, 80))  # 10 pixels at the left and right are cropped
-    batch = EvaluationCollate(transform, tokenizer, manifest.labels)(records)
+    batch = EvaluationCollate(transform, tokenizer, manifest.labels)([(0, stored[0])])
     phrases = batch.phrases
     spelled = [
         tokenizer.decode(batch.tokens[row][mask])
@@ -183,7 +164,7 @@ def test_the_most_frequent_type_of_a_chain_is_its_label_and_of_equals_the_first(
 
 @pytest.mark.parametrize(("size", "orientation"), [((80, 100), 6), ((100, 80), 1)])
 def test_boxes_are_turned_with_the_image(world: World, size: tuple[int, int], orientation: int) -> None:
-    world.add("2", data=jpeg((100, 80), orientation))
+    world.add("2", data=jpeg((100, 80), orientation=orientation))
     samples, _ = world.read()
     assert samples[1].size == size
     assert samples[1].regions[0].box == ((20, 10, 40, 30) if orientation == 6 else (10, 20, 30, 40))
@@ -226,7 +207,7 @@ def test_a_missing_path_is_named_with_its_argument(world: World, name: str) -> N
     else:
         (world.entities / name).rename(world.folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match=rf"^{name if name in paths else 'entities'}: "):
-        read_flickr30k(**paths, split="val")
+        read_all(read_flickr30k, **paths, split="val")
 
 
 def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
@@ -238,11 +219,11 @@ def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
     (world.entities / "Sentences" / "5.txt").unlink()
     world.add("6", sentences=b"caf\xe9")
     world.add("7", sentences="\n \n")
-    (world.folder / "secret.jpg").write_bytes(jpeg())
+    (world.folder / "secret.jpg").write_bytes(jpeg((100, 80)))
     world.lists["val"] += ["../../secret", "/etc/passwd", "..\\secret", "9\0", "1000092795"]
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.key for sample in samples] == ["1000092795"]
-    images = {reason: count for reason, count in left_out.items() if not reason.startswith("phrase")}
+    images = {reason: count for reason, count in excluded.items() if not reason.startswith("phrase")}
     assert images == {
         "image_missing": 1,
         "image_does_not_decode": 1,
@@ -270,10 +251,10 @@ def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
 )
 def test_malformed_marks_lose_the_caption_and_not_the_image(world: World, sentence: str) -> None:
     world.add("2", f"first\n{sentence}\n\n{BOY}\r\n", OBJECTS[:1])
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert samples[1].captions == ("first", "A young white boy")
     assert samples[1].regions[0].spans == {1: ((0, 17),)}
-    assert left_out == {**USUAL, "caption_markup_malformed": 1, "caption_empty": 1}
+    assert excluded == {**USUAL, "caption_markup_malformed": 1, "caption_empty": 1}
 
 
 def test_marks_are_read_in_time_that_grows_with_the_sentence_alone() -> None:
@@ -307,9 +288,9 @@ def test_an_annotation_that_cannot_be_used_leaves_the_captions(world: World, xml
         (world.entities / "Annotations" / "2.xml").unlink()
     else:
         world.annotate("2", xml)
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert (samples[1].captions, samples[1].regions) == (("A young white boy",), ())
-    assert left_out == {**USUAL, reason: 1, "phrase_not_annotated": 1}
+    assert excluded == {**USUAL, reason: 1, "phrase_not_annotated": 1}
 
 
 @pytest.mark.parametrize(
@@ -326,48 +307,38 @@ def test_an_annotation_that_cannot_be_used_leaves_the_captions(world: World, xml
 )
 def test_bad_boxes_are_counted_and_the_rest_survives(world: World, corners: str, reason: str) -> None:
     world.add("2", BOY, (thing("283585", corners), thing("283585", "91 71 120 90")))
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [region.box for region in samples[1].regions] == [(90, 70, 10, 10)]
-    assert left_out == {**USUAL, reason: 1}
+    assert excluded == {**USUAL, reason: 1}
 
 
 def test_boxes_of_chains_that_no_sentence_names_are_counted(world: World) -> None:
     world.add("2", f"{BOY} and [/EN#0/notvisual it]", (thing("9", "1 1 5 5"), thing("0", "1 1 5 5"), thing("283585")))
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert samples[1].regions == ()
-    assert left_out == {**USUAL, "phrase_notvisual": 2, "box_of_unmentioned_chain": 2, "phrase_not_annotated": 1}
+    assert excluded == {**USUAL, "phrase_notvisual": 2, "box_of_unmentioned_chain": 2, "phrase_not_annotated": 1}
 
 
-def test_captions_that_are_listed_as_unrelated_are_left_out_where_that_is_asked_for(world: World) -> None:
+def test_captions_that_are_listed_as_unrelated_are_excluded_where_that_is_asked_for(world: World) -> None:
     listed = world.entities / "UNRELATED_CAPTIONS"
     listed.write_text("# format: <imageID> <sentence number>\n1000092795 2\n129602216 5\n")
     assert len(world.read()[0][0].captions) == 3
-    (sample,), left_out = world.read(leave_out_unrelated=True)
+    (sample,), excluded = world.read(exclude_unrelated=True)
     assert sample.captions == (
         "A young white boy with short hair smiling at two men .",
         "It makes the men feel joy .",
     )
-    assert left_out["caption_unrelated"] == 1
+    assert excluded["caption_unrelated"] == 1
     assert words(sample, 2) == [(0, "two men"), (1, "the men")]
     listed.write_text("1000092795 two\n")
     with pytest.raises(ValueError, match="'1000092795 two' is no image id"):
-        world.read(leave_out_unrelated=True)
+        world.read(exclude_unrelated=True)
     listed.unlink()
     with pytest.raises(FileNotFoundError, match="UNRELATED_CAPTIONS"):
-        world.read(leave_out_unrelated=True)
+        world.read(exclude_unrelated=True)
 
 
 def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
     (world.images / "1000092795.jpg").unlink()
     with pytest.raises(ValueError, match=r"'val'.*image_missing.*belong together"):
         world.read()
-
-
-def test_the_command_line_makes_shards_and_says_what_was_left_out(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = world.paths()
-    options = [f"--images={paths['images']}", f"--entities={paths['entities']}", f"--out={tmp_path / 'out'}"]
-    main(["prepare", "flickr30k", *options, "--split=val"])
-    assert Manifest.load(tmp_path / "out").samples == 1
-    assert "phrase_scene" in capsys.readouterr().out

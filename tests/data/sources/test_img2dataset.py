@@ -3,17 +3,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from image_files import HTML, jpeg
+from source_files import prepare, read_all
 
-from lightning_xai.cli import main
-from lightning_xai.data.sample import Sample, encode_sample
-from lightning_xai.data.shard_reader import read_samples
-from lightning_xai.data.shards import Manifest
+from lightning_xai.data.sample import Sample
 from lightning_xai.data.sources.img2dataset import read_img2dataset
 
 Members = list[tuple[str, bytes]]
@@ -67,11 +64,7 @@ class World:
         return path
 
     def read(self) -> tuple[list[Sample], dict[str, int]]:
-        left_out: Counter[str] = Counter()
-        samples = list(read_img2dataset(self.folder, "conceptual-captions/val", left_out))
-        for sample in samples:
-            encode_sample(sample)  # every sample keeps the contract
-        return samples, dict(+left_out)
+        return read_all(read_img2dataset, shards=self.folder, name="conceptual-captions/val")
 
 
 @pytest.fixture
@@ -82,34 +75,34 @@ def world(tmp_path: Path) -> World:
 
 
 def test_triples_become_samples_in_the_order_of_the_files(world: World) -> None:
-    world.write("00010", triple("000100000", "behind", jpeg((30, 40))))
+    world.write("00010", triple("000100000", "the last", jpeg((30, 40))))
     world.write("00002", triple("000020000", " in the middle\n"))
-    (first, second, third), left_out = world.read()
-    assert left_out == {}
+    (first, second, third), excluded = world.read()
+    assert excluded == {}
     assert (first.key, first.captions, first.size, first.image) == ("00000-000000001", ("a bus",), (40, 30), jpeg())
     assert first.source == "conceptual-captions/val/00000-000000001"
-    assert (second.captions, third.captions, third.size) == (("in the middle",), ("behind",), (30, 40))
+    assert (second.captions, third.captions, third.size) == (("in the middle",), ("the last",), (30, 40))
 
 
-def test_keys_stay_unique_where_each_file_counts_anew(world: World) -> None:
+def test_keys_stay_unique_where_each_file_counts_from_0(world: World) -> None:
     world.write("00001", triple("000000001"))
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.key for sample in samples] == ["00000-000000001", "00001-000000001"]
-    assert left_out == {}
+    assert excluded == {}
 
 
 def test_other_image_formats_and_names_in_folders_are_read(world: World) -> None:
     world.write("00001", [("../../a b.webp", jpeg()), ("../../a b.TXT", b"a bus"), ("../../a b.cls", b"7")])
-    (_, sample), left_out = world.read()
-    assert (sample.captions, left_out) == (("a bus",), {})
+    (_, sample), excluded = world.read()
+    assert (sample.captions, excluded) == (("a bus",), {})
     assert ".." not in sample.key + sample.source
 
 
 def test_the_json_gives_the_caption_where_there_is_no_text(world: World) -> None:
     world.write("00001", [member for member in triple("9") if not member[0].endswith("txt")])
-    (_, sample), left_out = world.read()
+    (_, sample), excluded = world.read()
     assert sample.captions == ("caption of 9",)
-    assert left_out == {}
+    assert excluded == {}
 
 
 @pytest.mark.parametrize(
@@ -135,26 +128,26 @@ def test_the_json_gives_the_caption_where_there_is_no_text(world: World) -> None
 )  # fmt: skip
 def test_bad_records_are_counted_and_the_rest_survives(world: World, members: Members, reasons: dict[str, int]) -> None:
     world.write("00000", [*members, *triple("last", "a dog")])
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert samples[-1].captions == ("a dog",)
     assert "9" not in {sample.key.rpartition("-")[2] for sample in samples}
-    assert left_out == reasons
+    assert excluded == reasons
 
 
 def test_a_name_that_comes_back_is_no_second_image(world: World) -> None:
     world.write("00000", [*triple("9"), *triple("8"), *triple("9", "comes back")])
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.captions for sample in samples] == [("a bus",), ("a bus",)]
-    assert left_out == {"record_malformed": 1}
+    assert excluded == {"record_malformed": 1}
 
 
 def test_what_could_run_or_be_unpickled_is_never_looked_at(world: World) -> None:
     world.write(
         "00001", [("9.pyd", b"cos\nsystem\n(S'touch owned'\ntR."), ("pipe:touch owned.pickle", b""), *triple("9")]
     )
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.key for sample in samples] == ["00000-000000001", "00001-9"]
-    assert left_out == {}
+    assert excluded == {}
     assert not list(world.folder.rglob("owned*"))
 
 
@@ -164,18 +157,18 @@ def test_a_truncated_file_gives_what_is_whole_and_is_counted(world: World, caplo
         end = tar.getmember("b.jpg").offset_data + 100
     path.write_bytes(path.read_bytes()[:end])
     world.write("00002", triple("d"))
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.key for sample in samples] == ["00000-000000001", "00001-a", "00002-d"]
-    assert left_out == {"shard_damaged": 1}
+    assert excluded == {"shard_damaged": 1}
     assert "00001.tar" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", HTML * 100])
 def test_a_file_that_is_no_tar_file_is_counted(world: World, content: bytes) -> None:
     (world.folder / "00001.tar").write_bytes(content)
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert len(samples) == 1
-    assert left_out == {"shard_damaged": 1}
+    assert excluded == {"shard_damaged": 1}
 
 
 def test_a_file_without_a_fetched_image_is_not_damaged(world: World) -> None:
@@ -188,20 +181,17 @@ def test_shards_are_written_and_read_back(world: World) -> None:
     samples, _ = world.read()
     half_a_character = about("7", caption="a bus \ud83d")
     world.write("00002", [triple("7")[0], ("7.json", half_a_character)])
-    out = world.folder.parent / "out"
-    main(["prepare", "conceptual-captions", "--shards", str(world.folder), "--split", "val", "--out", str(out)])
-    manifest = Manifest.load(out)
-    assert manifest.name == "conceptual-captions/val"
-    assert manifest.left_out == {"image_not_fetched": 1, "broken record": 1}
-    assert [sample for _, sample in read_samples(out, manifest, [0], 0, 2)] == samples
+    manifest, stored = prepare("conceptual-captions", world.folder.parent / "out", shards=world.folder, split="val")
+    assert (manifest.name, stored) == ("conceptual-captions/val", samples)
+    assert manifest.excluded == {"image_not_fetched": 1, "broken record": 1}
 
 
 def test_a_folder_without_tar_files_says_what_is_expected(world: World) -> None:
     with pytest.raises(FileNotFoundError, match=r"^shards: .*nowhere"):
-        read_img2dataset(world.folder / "nowhere", "name")
+        read_all(read_img2dataset, shards=world.folder / "nowhere", name="name")
     (world.folder / "00000.tar").unlink()
     with pytest.raises(ValueError, match=r"holds no \.tar file.*--output_format webdataset"):
-        read_img2dataset(world.folder, "name")
+        read_all(read_img2dataset, shards=world.folder, name="name")
 
 
 def test_no_usable_image_at_all_is_an_error_that_says_why(world: World) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,10 @@ import open_clip
 import pytest
 import torch
 from image_files import HTML, UNSAFE_NAMES, jpeg
+from source_files import prepare, read_all
 
-from lightning_xai.cli import main
-from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Manifest, Sample
+from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Sample
 from lightning_xai.data.batch import EvaluationCollate
-from lightning_xai.data.sample import encode_sample
-from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.sources.ms_cxr import read_ms_cxr
 
 FINDINGS = ("Pneumonia", "Pneumothorax")
@@ -94,11 +91,8 @@ class World:
         return path
 
     def read(self, split: str | None = None, path: Path | None = None) -> tuple[list[Sample], dict[str, int]]:
-        left_out: Counter[str] = Counter()
-        samples = list(read_ms_cxr(self.root, path or self.json_file(), split, left_out))
-        for sample in samples:
-            encode_sample(sample)  # every sample keeps the contract
-        return samples, dict(+left_out)
+        annotations = path or self.json_file()
+        return read_all(read_ms_cxr, images=self.root, annotations=annotations, split=split)
 
 
 @pytest.fixture
@@ -107,8 +101,8 @@ def world(tmp_path: Path) -> World:
 
 
 def test_each_phrase_is_a_caption_whose_boxes_are_one_target(world: World) -> None:
-    (first, second), left_out = world.read()
-    assert left_out == {}
+    (first, second), excluded = world.read()
+    assert excluded == {}
     assert (first.key, second.key) == (FIRST, SECOND)
     assert first.source == f"ms-cxr/files/p10/p100000/s5/{FIRST}.jpg"
     assert first.captions == ("Patchy opacities in both lower lobes", "left upper lobe pneumonia")
@@ -144,12 +138,12 @@ def test_both_files_give_the_same_samples(world: World) -> None:
 
 @pytest.mark.parametrize("split", ["train", "test", "test+train"])
 def test_a_split_of_the_publishers_is_taken(world: World, split: str) -> None:
-    samples, left_out = world.read(split)
+    samples, excluded = world.read(split)
     assert [sample.key for sample in samples] == [
         key for key, its in ((FIRST, "train"), (SECOND, "test")) if its in split
     ]
     assert samples[0].source.startswith(f"ms-cxr/{split}/files/")
-    assert left_out == {}
+    assert excluded == {}
     assert world.read(split, world.csv_file())[0] == samples
 
 
@@ -166,8 +160,8 @@ def test_an_unknown_split_is_an_error_that_lists_those_there(world: World) -> No
 def test_the_images_folder_may_be_files_itself(world: World) -> None:
     expected, _ = world.read()
     world.root = world.root / "files"
-    samples, left_out = world.read()
-    assert left_out == {}
+    samples, excluded = world.read()
+    assert excluded == {}
     assert [sample.image for sample in samples] == [sample.image for sample in expected]
     assert [sample.key for sample in samples] == [FIRST, SECOND]
 
@@ -181,27 +175,29 @@ def test_the_images_folder_may_be_files_itself(world: World) -> None:
         ([5, 5, float("nan"), 5], "box_malformed"),
     ],
 )
-def test_a_phrase_is_left_out_where_one_of_its_boxes_is_bad(world: World, box: Any, reason: str) -> None:
+def test_a_phrase_is_excluded_where_one_of_its_boxes_is_bad(world: World, box: Any, reason: str) -> None:
     world.add(0, "Patchy opacities in both lower lobes", box)
     for path in (world.json_file(), world.csv_file()):
-        (first, _), left_out = world.read(path=path)
+        (first, _), excluded = world.read(path=path)
         assert first.captions == ("left upper lobe pneumonia",)
         assert [region.spans for region in first.regions] == [{0: ((0, 25),)}]
-        assert left_out == {reason: 1, "phrase_incomplete": 1}
+        assert excluded == {reason: 1, "phrase_incomplete": 1}
 
 
-@pytest.mark.parametrize("box", [None, 3, [5, 5, 5]])
-def test_a_box_of_another_form_is_malformed(world: World, box: Any) -> None:
-    world.add(0, "left upper lobe pneumonia", box)
-    assert world.read()[1] == {"box_malformed": 1, "phrase_incomplete": 1}
+def test_boxes_of_another_form_are_malformed(world: World) -> None:
+    world.add(0, "left upper lobe pneumonia", None)
+    for box in (None, 3, [5, 5, 5]):
+        world.annotations[-1]["bbox"] = box
+        assert world.read()[1] == {"box_malformed": 1, "phrase_incomplete": 1}
 
 
-@pytest.mark.parametrize("finding", [3, None, [1]])
-def test_an_unknown_finding_leaves_its_phrase_out(world: World, finding: Any) -> None:
-    world.add(0, "left upper lobe pneumonia", [1, 1, 5, 5], finding=finding)
-    (first, _), left_out = world.read()
-    assert len(first.captions) == 1
-    assert left_out == {"category_unknown": 1, "phrase_incomplete": 1}
+def test_an_unknown_finding_excludes_its_phrase(world: World) -> None:
+    world.add(0, "left upper lobe pneumonia", [1, 1, 5, 5])
+    for finding in (3, None, [1]):
+        world.annotations[-1]["category_id"] = finding
+        (first, _), excluded = world.read()
+        assert len(first.captions) == 1
+        assert excluded == {"category_unknown": 1, "phrase_incomplete": 1}
 
 
 def test_bad_annotations_are_counted_and_the_rest_survives(world: World) -> None:
@@ -211,16 +207,16 @@ def test_bad_annotations_are_counted_and_the_rest_survives(world: World) -> None
     world.add(0, "left  upper lobe pneumonia", [22, 1, 6, 6])
     world.add(0, "of an image that is not there", [1, 1, 5, 5])
     world.annotations[-1]["image_id"] = [4711]
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert samples == expected
-    assert left_out == {"phrase_empty": 2, "annotation_twice": 1, "annotation_of_unknown_image": 1}
+    assert excluded == {"phrase_empty": 2, "annotation_twice": 1, "annotation_of_unknown_image": 1}
 
 
 def test_an_image_without_a_usable_phrase_is_counted(world: World) -> None:
     world.annotations[1]["bbox"] = [0, 0, -1, 10]
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.key for sample in samples] == [FIRST]
-    assert left_out == {"box_without_area": 1, "phrase_incomplete": 1, "image_without_caption": 1}
+    assert excluded == {"box_without_area": 1, "phrase_incomplete": 1, "image_without_caption": 1}
 
 
 def test_boxes_are_clipped_to_the_image(world: World) -> None:
@@ -240,39 +236,33 @@ def test_boxes_are_clipped_to_the_image(world: World) -> None:
 def test_bad_images_are_counted_and_the_rest_survives(world: World, data: bytes | None, reason: str) -> None:
     path = world.root / world.images[1]["path"]
     path.unlink() if data is None else path.write_bytes(data)
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.key for sample in samples] == [FIRST]
-    assert left_out == {reason: 1}
+    assert excluded == {reason: 1}
 
 
-@pytest.mark.parametrize("width", [None, "wide", 30.5, float("inf"), [30], 10**400])
-def test_a_size_that_is_none_is_counted(world: World, width: Any) -> None:
-    world.images[1]["width"] = width
-    assert world.read()[1] == {"size_malformed": 1}
+def test_sizes_that_are_none_are_counted(world: World) -> None:
+    for width in (None, "wide", 30.5, float("inf"), [30], 10**400):
+        world.images[1]["width"] = width
+        assert world.read()[1] == {"size_malformed": 1}
 
 
 def test_rows_of_an_image_that_contradict_each_other_are_counted(world: World) -> None:
     path = world.csv_file()
     path.write_text(path.read_text().replace(",40,30,train", ",41,30,train", 1))
-    samples, left_out = world.read(path=path)
+    samples, excluded = world.read(path=path)
     assert [sample.key for sample in samples] == [SECOND]
-    assert left_out == {"size_malformed": 1}
+    assert excluded == {"size_malformed": 1}
 
 
-@pytest.mark.parametrize("name", UNSAFE_NAMES)
-def test_a_path_that_leaves_the_images_folder_is_never_opened(world: World, name: str) -> None:
+def test_paths_that_leave_the_images_folder_are_never_opened(world: World) -> None:
     secret = world.root.parent / "secret.jpg"
     secret.write_bytes(jpeg((30, 40)))
-    world.images[1]["path"] = name.format(absolute=secret)
-    samples, left_out = world.read()
-    assert [sample.key for sample in samples] == [FIRST]
-    assert left_out == {"image_name_unsafe": 1}
-
-
-def test_a_path_behind_files_that_leaves_the_folder_is_never_opened(world: World) -> None:
-    (world.folder / "secret.jpg").write_bytes(jpeg((30, 40)))
-    world.images[1]["path"] = f"files/{world.folder / 'secret.jpg'}"
-    assert world.read()[1] == {"image_name_unsafe": 1}
+    for name in (*UNSAFE_NAMES, "files/{absolute}"):
+        world.images[1]["path"] = name.format(absolute=secret)
+        samples, excluded = world.read()
+        assert [sample.key for sample in samples] == [FIRST]
+        assert excluded == {"image_name_unsafe": 1}
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(world: World) -> None:
@@ -291,9 +281,9 @@ def test_rows_of_another_length_are_counted(world: World) -> None:
     path = world.csv_file()
     with path.open("a") as file:
         file.write("02aa804e,Pneumonia,too short\n" + ",".join("x" * (len(HEADER) + 1)) + "\n")
-    samples, left_out = world.read(path=path)
+    samples, excluded = world.read(path=path)
     assert samples == expected
-    assert left_out == {"annotation_malformed": 2}
+    assert excluded == {"annotation_malformed": 2}
 
 
 @pytest.mark.parametrize(
@@ -338,11 +328,12 @@ def test_a_broken_json_file_is_an_error_that_names_it(world: World, content: byt
 
 def test_nonsense_paths_are_errors_that_say_what_was_expected(world: World) -> None:
     with pytest.raises(FileNotFoundError, match=r"^images: .*nowhere.*MIMIC-CXR-JPG"):
-        read_ms_cxr(world.folder / "nowhere", world.json_file())
+        read_all(read_ms_cxr, images=world.folder / "nowhere", annotations=world.json_file())
     with pytest.raises(FileNotFoundError, match=r"^annotations: .*nowhere"):
-        read_ms_cxr(world.root, world.folder / "nowhere.json")
+        read_all(read_ms_cxr, images=world.root, annotations=world.folder / "nowhere.json")
+    renamed = world.json_file().rename(world.folder / "annotations.txt")
     with pytest.raises(ValueError, match=r"neither a \.json nor a \.csv"):
-        read_ms_cxr(world.root, world.json_file().rename(world.folder / "annotations.txt"))
+        read_all(read_ms_cxr, images=world.root, annotations=renamed)
 
 
 def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
@@ -353,11 +344,10 @@ def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
 
 def test_shards_are_written_and_read_back(world: World) -> None:
     world.add(1, "", [1, 1, 2, 2])
-    samples, _ = world.read("train+test")
-    out = world.folder / "out"
-    options = {"images": world.root, "annotations": world.json_file(), "split": "train+test", "out": out}
-    main(["prepare", "ms-cxr", *(f"--{option}={value}" for option, value in options.items())])
-    manifest = Manifest.load(out)
+    samples, excluded = world.read("train+test")
+    options = {"images": world.root, "annotations": world.json_file(), "split": "train+test"}
+    manifest, stored = prepare("ms-cxr", world.folder / "out", **options)
     assert (manifest.name, manifest.labels, manifest.captions) == ("ms-cxr/train+test", FINDINGS, 3)
-    assert manifest.left_out == {"phrase_empty": 1}
-    assert [sample for _, sample in read_samples(out, manifest, [0], 0, 2)] == samples
+    assert stored == samples
+    assert manifest.excluded == excluded == {"phrase_empty": 1}
+    assert prepare("ms_cxr", world.folder / "all", **options | {"split": None})[0].name == "ms-cxr"

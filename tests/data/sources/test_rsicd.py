@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from image_files import HTML, UNSAFE_NAMES, jpeg
+from source_files import prepare, read_all
 
-from lightning_xai.cli import main
-from lightning_xai.data.sample import Sample, encode_sample
-from lightning_xai.data.shard_reader import read_samples
-from lightning_xai.data.shards import Manifest
+from lightning_xai.data.sample import Sample
 from lightning_xai.data.sources.rsicd import read_rsicd
 
 
@@ -35,11 +32,7 @@ class World:
             (self.images / name).write_bytes(jpeg((224, 224)) if data is None else data)
 
     def read(self, split: str = "train") -> tuple[list[Sample], dict[str, int]]:
-        left_out: Counter[str] = Counter()
-        samples = list(read_rsicd(self.images, self.path(), split, left_out))
-        for sample in samples:
-            encode_sample(sample)  # every sample keeps the contract
-        return samples, dict(+left_out)
+        return read_all(read_rsicd, images=self.images, karpathy=self.path(), split=split)
 
     def path(self) -> Path:
         path = self.folder / "dataset_rsicd.json"
@@ -53,11 +46,11 @@ def world(tmp_path: Path) -> World:
 
 
 def test_images_of_a_split_with_all_their_captions(world: World) -> None:
-    (sample,), left_out = world.read()
+    (sample,), excluded = world.read()
     assert (sample.key, sample.size, sample.source) == ("airport_1", (224, 224), "rsicd/train/airport_1.jpg")
     assert sample.captions == ("Many planes .", "many planes are parked", "Many planes .")
     assert (sample.image, sample.regions) == (jpeg((224, 224)), ())
-    assert left_out == {}
+    assert excluded == {}
     assert [sample.key for sample in world.read("test+train")[0]] == ["airport_1", "viaduct_7"]
 
 
@@ -68,9 +61,9 @@ def test_bad_images_and_captions_are_counted_and_the_rest_survives(world: World)
     world.add("silent.jpg", "train", ["", None])
     world.add("port.tif", "train", [" ", "a port"])
     world.add("airport_1.jpg", "train", ["again"])
-    samples, left_out = world.read()
+    samples, excluded = world.read()
     assert [sample.captions for sample in samples[1:]] == [("a port",)]
-    assert left_out == {
+    assert excluded == {
         "image_does_not_decode": 1,
         "image_missing": 1,
         "image_without_caption": 1,
@@ -79,21 +72,22 @@ def test_bad_images_and_captions_are_counted_and_the_rest_survives(world: World)
     }
 
 
-@pytest.mark.parametrize("name", [*UNSAFE_NAMES[:3], *UNSAFE_NAMES[4:]])
-def test_a_file_name_that_leaves_the_images_folder_is_never_opened(world: World, name: str) -> None:
+def test_file_names_that_leave_the_images_folder_are_never_opened(world: World) -> None:
     secret = world.folder / "secret.jpg"
     secret.write_bytes(jpeg())
-    world.add(name.format(absolute=secret), "train", ["a secret"])
-    samples, left_out = world.read()
+    names = [name for name in UNSAFE_NAMES if not name.startswith("C:")]  # a file here, which `add` would write
+    for name in names:
+        world.add(name.format(absolute=secret), "train", ["a secret"])
+    samples, excluded = world.read()
     assert len(samples) == 1
-    assert left_out == {"image_name_unsafe": 1}
+    assert excluded == {"image_name_unsafe": len(names)}
 
 
 def test_nonsense_is_an_error_that_says_what_was_expected(world: World) -> None:
     with pytest.raises(ValueError, match=r"no split 'val'; it has \['test', 'train'\]"):
         world.read("val")
     with pytest.raises(FileNotFoundError, match=r"^images: .*nowhere"):
-        read_rsicd(world.folder / "nowhere", world.path(), "train")
+        read_all(read_rsicd, images=world.folder / "nowhere", karpathy=world.path(), split="train")
     world.dataset = {"info": {}}
     with pytest.raises(ValueError, match="has no list 'images'"):
         world.read()
@@ -107,11 +101,8 @@ def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
 
 def test_shards_are_written_and_read_back(world: World) -> None:
     world.add("broken.jpg", "train", ["a field"], HTML)
-    samples, _ = world.read()
-    out = world.folder / "out"
-    options = {"images": world.images, "karpathy": world.path(), "split": "train", "out": out}
-    main(["prepare", "rsicd", *(f"--{option}={value}" for option, value in options.items())])
-    manifest = Manifest.load(out)
-    assert (manifest.name, manifest.captions) == ("rsicd/train", 3)
-    assert manifest.left_out == {"image_does_not_decode": 1}
-    assert [sample for _, sample in read_samples(out, manifest, [0], 0, 1)] == samples
+    samples, excluded = world.read()
+    options = {"images": world.images, "karpathy": world.path(), "split": "train"}
+    manifest, stored = prepare("rsicd", world.folder / "out", **options)
+    assert (manifest.name, manifest.captions, stored) == ("rsicd/train", 3, samples)
+    assert manifest.excluded == excluded == {"image_does_not_decode": 1}

@@ -1,8 +1,8 @@
-"""What every data set does alike with rows that cannot be used: they are counted by reason, and the rest goes on.
+"""What every data set does alike with entries that cannot be used: they are counted by reason, and the rest goes on.
 
-A function that finds something unusable raises `ExcludedError(reason)`; whoever can go on without it (without the
-region, the caption or the whole image) catches and counts it. Reasons are words joined by `_` that begin with what is
-left out, and each source's module text lists its own.
+A function that finds something unusable raises `ExcludedError(reason)`; the caller that can go on without it (without
+the region, the caption or the whole image) counts it. Reasons are words joined by `_` that begin with what is excluded,
+and each source's module text lists its reasons.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
+from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.sample import Sample
 
 Entry = TypeVar("Entry")
@@ -23,37 +23,15 @@ _LONGEST_KEY = 200
 _HASH_DIGITS = 16
 
 
-class ExcludedError(Exception):
-    """A region, a caption or an image is left out; the message is the reason under which it is counted."""
-
-
-@contextmanager
-def counting(left_out: Counter[str]) -> Iterator[None]:
-    """Go on behind a `ExcludedError`, and count its reason.
-
-    >>> left_out = Counter()
-    >>> for side in (2, 0):
-    ...     with counting(left_out):
-    ...         if not side:
-    ...             raise ExcludedError("box_without_area")
-    >>> left_out
-    Counter({'box_without_area': 1})
-    """
-    try:
-        yield
-    except ExcludedError as reason:
-        left_out[str(reason)] += 1
-
-
 def usable_samples(
-    entries: Iterable[Entry], build: Callable[[Entry], Sample], left_out: Counter[str], *, what: str, advice: str
+    entries: Iterable[Entry], build: Callable[[Entry], Sample], excluded: Counter[str], *, what: str, advice: str
 ) -> Iterator[Sample]:
     """The samples of all entries that can be used, in order; the others are counted.
 
     Args:
         entries: a data set's own description of its images, whatever it is.
         build: makes an entry's sample, or raises `ExcludedError`.
-        left_out: reason -> count; filled while iterated. An entry with the key of an earlier sample is an
+        excluded: reason -> count; filled while iterated. An entry with the key of an earlier sample is an
             `image_twice`.
         what: what an entry is, for the error where not one can be used ("image of 'val' in coco/val2014").
         advice: what to check in that case, as a sentence without full stop.
@@ -63,21 +41,17 @@ def usable_samples(
     """
     keys: set[str] = set()
     for entry in entries:
-        try:
+        with counting(excluded):
             sample = build(entry)
-        except ExcludedError as reason:
-            left_out[str(reason)] += 1
-            continue
-        if sample.key in keys:
-            left_out["image_twice"] += 1
-            continue
-        keys.add(sample.key)
-        yield sample
+            if sample.key in keys:
+                raise ExcludedError("image_twice")
+            keys.add(sample.key)
+            yield sample
     if not keys:
-        raise ValueError(f"no {what} could be used; left out: {dict(+left_out) or 'nothing'}. {advice}")
+        raise ValueError(f"no {what} could be used; excluded: {dict(+excluded) or 'nothing'}. {advice}")
 
 
-def kept_captions(texts: Iterable[object], left_out: Counter[str]) -> tuple[str, ...]:
+def kept_captions(texts: Iterable[object], excluded: Counter[str]) -> tuple[str, ...]:
     """The captions without white space around them; those that are empty or no text count as `caption_empty`.
 
     Raises:
@@ -85,7 +59,7 @@ def kept_captions(texts: Iterable[object], left_out: Counter[str]) -> tuple[str,
     """
     stripped = [text.strip() if isinstance(text, str) else "" for text in texts]
     captions = tuple(text for text in stripped if text)
-    left_out["caption_empty"] += len(stripped) - len(captions)
+    excluded["caption_empty"] += len(stripped) - len(captions)
     if not captions:
         raise ExcludedError("image_without_caption")
     return captions

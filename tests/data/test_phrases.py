@@ -1,11 +1,11 @@
-"""Hard negatives of a batch: which tokens and boxes they are about, and why some cannot be measured."""
+"""What can be measured of a batch: the boxes that captions name, and hard negatives with their tokens."""
 
 from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import dataclass
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.negatives import NegativeRows, Negatives
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample
+from lightning_xai.data.phrases import NamedBoxes, NegativeRows, Negatives, TensorFields, named_boxes
+from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
 
@@ -25,11 +25,6 @@ CAPTIONS = ("A dog, and two Cats!", "the cat sleeps")
 DOG = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
 CAT = Region("cat", (30, 20, 10, 10), {0: ((11, 19),), 1: ((4, 7),)})
 ELEPHANT = HardNegative("A dog, and an Indian elephant!", (11, 29), 0, (11, 19), 1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> CaptionTokenizer:
-    return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
 
 
 def make_sample(
@@ -66,7 +61,7 @@ def test_masks_spell_the_true_words_and_what_stands_in_their_place(tokenizer: Ca
     assert (negatives.text, negatives.replacement) == (["two Cats"], ["an Indian elephant"])
     assert negatives.captions == [ELEPHANT.text]
     assert torch.equal(negatives.tokens, tokenizer.encode([ELEPHANT.text]))
-    assert negatives.caption_row.tolist() == [1]  # behind the caption of the plain image
+    assert negatives.caption_row.tolist() == [1]  # after the caption of the plain image
     assert negatives.image_row.tolist() == [2]
     assert [LABELS[label] for label in negatives.label.tolist()] == ["cat"]
     assert negatives.reason.tolist() == [Exclusion.MEASURED]
@@ -113,7 +108,7 @@ def test_without_swaps_there_are_only_stored_ones(tokenizer: CaptionTokenizer) -
     assert collated(tokenizer, make_sample("a", negatives=(ELEPHANT,)))[1].captions == [ELEPHANT.text]
 
 
-def test_negatives_of_captions_that_take_no_part_are_left_out(tokenizer: CaptionTokenizer) -> None:
+def test_negatives_of_captions_that_take_no_part_are_excluded(tokenizer: CaptionTokenizer) -> None:
     second = HardNegative("the cow sleeps", (4, 7), 1, (4, 7), 1)
     sample = make_sample(negatives=(second, ELEPHANT))
     _, everything = collated(tokenizer, sample, swap=True)
@@ -125,32 +120,30 @@ def test_negatives_of_captions_that_take_no_part_are_left_out(tokenizer: Caption
     assert first.caption_row.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("negative", "box", "reason"),
-    [
-        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.MEASURED),
-        (HardNegative("a cow", (2, 4), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.SPAN_NOT_ALIGNED),
-        (HardNegative("a cow", (2, 5), 0, (2, 4), 0), (20, 10, 20, 16), Exclusion.SPAN_NOT_ALIGNED),
-        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
-        (HardNegative("a cow", (2, 5), 1, (402, 405), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
-        # The first reason that applies is the one that counts, and the wrong caption is looked at first.
-        (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 4), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
-        (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (0, 0, 7, 48), Exclusion.OUTSIDE_CROP),
-        (HardNegative("a cow", (2, 4), 0, (2, 4), 0), (0, 0, 7, 48), Exclusion.OUTSIDE_CROP),
-    ],
-)
-def test_what_cannot_be_measured_has_a_reason(
-    tokenizer: CaptionTokenizer, negative: HardNegative, box: tuple[float, ...], reason: Exclusion
-) -> None:
-    captions = ("a dog", "a " + "very " * 80 + "dog")
-    x, y, width, height = box
-    sample = make_sample(captions=captions, regions=(Region("dog", (x, y, width, height)),), negatives=(negative,))
-    _, negatives = collated(tokenizer, sample)
-    assert [Exclusion(value) for value in negatives.reason.tolist()] == [reason]
-    assert len(negatives) == len(negatives.text) == len(negatives.mask) == 1
-    if reason is Exclusion.MEASURED:
-        assert negatives.mask.any()
-        assert negatives.true_mask.any()
+UNMEASURED: list[tuple[HardNegative, tuple[float, float, float, float], Exclusion]] = [
+    (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.MEASURED),
+    (HardNegative("a cow", (2, 4), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.SPAN_NOT_ALIGNED),
+    (HardNegative("a cow", (2, 5), 0, (2, 4), 0), (20, 10, 20, 16), Exclusion.SPAN_NOT_ALIGNED),
+    (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 5), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
+    (HardNegative("a cow", (2, 5), 1, (402, 405), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
+    # The first reason that applies is the one that counts, and the wrong caption is looked at first.
+    (HardNegative("a " + "very " * 80 + "cow", (402, 405), 0, (2, 4), 0), (20, 10, 20, 16), Exclusion.SPAN_CUT_OFF),
+    (HardNegative("a cow", (2, 5), 0, (2, 5), 0), (0, 0, 7, 48), Exclusion.OUTSIDE_CROP),
+    (HardNegative("a cow", (2, 4), 0, (2, 4), 0), (0, 0, 7, 48), Exclusion.OUTSIDE_CROP),
+]
+
+
+def test_what_cannot_be_measured_has_a_reason(tokenizer: CaptionTokenizer) -> None:
+    for negative, box, reason in UNMEASURED:
+        captions = ("a dog", "a " + "very " * 80 + "dog")
+        x, y, width, height = box
+        sample = make_sample(captions=captions, regions=(Region("dog", (x, y, width, height)),), negatives=(negative,))
+        _, negatives = collated(tokenizer, sample)
+        assert [Exclusion(value) for value in negatives.reason.tolist()] == [reason]
+        assert len(negatives) == len(negatives.text) == len(negatives.mask) == 1
+        if reason is Exclusion.MEASURED:
+            assert negatives.mask.any()
+            assert negatives.true_mask.any()
 
 
 def test_a_batch_without_negatives_has_the_usual_shapes(tokenizer: CaptionTokenizer) -> None:
@@ -203,3 +196,110 @@ def test_training_batches_have_none_and_move_all_the_same(tokenizer: CaptionToke
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
+
+
+# --- boxes that captions name ---
+
+HERE, THERE = (20.0, 10.0, 20.0, 16.0), (30.0, 20.0, 10.0, 10.0)
+GONE, TOUCHED = (0.0, 0.0, 7.0, 48.0), (0.0, 0.0, 12.0, 48.0)
+SPAN: tuple[Span, ...] = ((0, 3),)
+
+
+def sample_of(*regions: Region, captions: int = 3) -> Sample:
+    return Sample("a", b"", (64, 48), tuple(f"dog {number}" for number in range(captions)), regions)
+
+
+def row_boxes(named: NamedBoxes) -> list[tuple[int, tuple[float, ...]]]:
+    return [(row, tuple(box)) for row, box in zip(named.caption_row.tolist(), named.boxes.tolist(), strict=True)]
+
+
+def after(box: tuple[float, float, float, float]) -> tuple[float, ...]:
+    return tuple(TRANSFORM.boxes(torch.tensor([box]), (64, 48))[0].tolist())
+
+
+def test_every_caption_gets_every_box_that_it_names_several_instances_included() -> None:
+    sample = sample_of(
+        Region("dog", HERE, {0: SPAN, 2: SPAN}),
+        Region("dog", THERE, {0: SPAN, 2: SPAN}),
+        Region("cat", TOUCHED, {1: ((0, 3), (4, 5))}),
+        Region("kite", HERE),
+    )
+    found = row_boxes(named_boxes([(sample, 10)], None, TRANSFORM))
+    expected = [(10, after(HERE)), (10, after(THERE)), (11, after(TOUCHED)), (12, after(HERE)), (12, after(THERE))]
+    assert sorted(found) == sorted(expected)
+
+
+def test_rows_count_from_each_samples_first_caption() -> None:
+    samples = [(sample_of(Region("dog", HERE, {1: SPAN})), 0), (sample_of(Region("dog", THERE, {0: SPAN})), 3)]
+    assert row_boxes(named_boxes(samples, None, TRANSFORM)) == [(1, after(HERE)), (3, after(THERE))]
+
+
+def test_boxes_of_which_the_crop_leaves_nothing_are_not_among_them() -> None:
+    sample = sample_of(Region("dog", GONE, {0: SPAN}), Region("dog", TOUCHED, {0: SPAN}))
+    found = row_boxes(named_boxes([(sample, 0)], None, TRANSFORM))
+    assert found == [(0, after(TOUCHED))]
+    x0, _, x1, _ = found[0][1]
+    assert 0 == x0 < x1 < 12 * 42 / 64
+
+
+def test_captions_that_take_no_part_name_nothing() -> None:
+    sample = sample_of(Region("dog", HERE, {0: SPAN, 1: SPAN, 2: SPAN}), Region("cat", THERE, {2: SPAN}))
+    assert row_boxes(named_boxes([(sample, 5)], 2, TRANSFORM)) == [(5, after(HERE)), (6, after(HERE))]
+    assert len(row_boxes(named_boxes([(sample, 5)], None, TRANSFORM))) == 4
+
+
+def test_a_caption_without_a_place_that_names_the_region_does_not_name_it() -> None:
+    sample = sample_of(Region("dog", HERE, {0: (), 1: SPAN}))
+    assert row_boxes(named_boxes([(sample, 0)], None, TRANSFORM)) == [(1, after(HERE))]
+
+
+def test_no_boxes_have_the_usual_shapes() -> None:
+    for samples in ([], [(sample_of(Region("dog", HERE)), 0)]):
+        named = named_boxes(samples, None, TRANSFORM)
+        assert named.caption_row.shape == (0,)
+        assert named.caption_row.dtype == torch.int64
+        assert named.boxes.shape == (0, 4)
+        assert named.boxes.dtype == torch.float32
+
+
+# --- moving to a device ---
+
+
+@dataclass
+class Inner(TensorFields):
+    numbers: Tensor
+    words: list[str]
+
+
+@dataclass
+class Outer(TensorFields):
+    inner: Inner
+    weights: Tensor
+    absent: Inner | None = None
+    name: str = "outer"
+
+
+def test_tensors_of_all_depths_move_and_the_rest_stays_as_it_is() -> None:
+    words = ["a"]
+    record = Outer(Inner(torch.arange(3), words), torch.ones(2), None, "other")
+    moved = record.to("meta")
+    assert isinstance(moved, Outer)
+    assert isinstance(moved.inner, Inner)
+    assert moved.inner.numbers.device.type == moved.weights.device.type == "meta"
+    assert moved.inner.words is words
+    assert (moved.absent, moved.name) == (None, "other")
+    assert record.weights.device.type == record.inner.numbers.device.type == "cpu"
+
+
+def test_page_locked_memory_reaches_all_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(len(tensor))
+        return tensor + 1
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    record = Outer(Inner(torch.zeros(3), []), torch.zeros(2), Inner(torch.zeros(1), ["x"])).pin_memory()
+    assert pinned == [3, 2, 1]
+    assert record.absent is not None
+    assert [part.sum().item() for part in (record.inner.numbers, record.weights, record.absent.numbers)] == [3, 2, 1]

@@ -1,0 +1,163 @@
+"""Where captions name things: `find_phrases` looks for given words, `MentionFinder` for the classes of a dictionary.
+
+Both find whole words only. `spans.CaptionTokenizer` turns a place that they found into tokens. No torch is needed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["MentionFinder", "find_phrases"]
+
+Span = tuple[int, int]
+
+# An apostrophe belongs to what follows it only inside a word: "dog's" is "dog" + "'s", "'dog'" is "dog". So "dog's"
+# names a dog, while "o'clock" ("o" + "'clock") names no clock.
+_WORD = re.compile(r"(?:(?<=\w)['\u2019])?\w+")
+_HYPHENS = frozenset("-\u2010\u2011")
+_PHRASE_PART = re.compile(r"\(([^()]*)\)|([^()]+)")
+
+
+def find_phrases(caption: str, phrases: Sequence[str], *, exact: bool = True) -> list[Span]:
+    """Where one of several phrases stands in a caption, as whole words: character spans, end exclusive.
+
+    Args:
+        caption: any text.
+        phrases: of those that begin at the same place, the one listed first counts.
+        exact: whether case and white space between words have to be the same.
+
+    >>> find_phrases("A car door, carpets and a car.", ["car door", "car"])
+    [(2, 10), (26, 29)]
+    >>> find_phrases("A dog, another dog and two dogs", ["DOG"], exact=False)
+    [(2, 5), (15, 18)]
+    """
+    patterns = [re.escape(phrase) if exact else r"\s+".join(map(re.escape, phrase.split())) for phrase in phrases]
+    pattern = "|".join(pattern for pattern in patterns if pattern)
+    if not pattern:
+        return []
+    flags = 0 if exact else re.IGNORECASE
+    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", caption, flags)]
+
+
+@dataclass(frozen=True)
+class _Phrase:
+    """A dictionary entry: the words of the mention and the words that have to stand before and after it."""
+
+    label: str | None
+    before: tuple[str, ...]
+    core: tuple[str, ...]
+    after: tuple[str, ...]
+
+    @property
+    def rank(self) -> tuple[int, int, bool]:
+        """Which of two entries wins where both fit: longer mention, then more context, then the one that blocks."""
+        context = len(self.before) + len(self.after)
+        return len(self.core), context, self.label is None
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A caption split into words. `gaps[i]` stands before word i: "" within a word, " ", "-", or "." for the rest."""
+
+    texts: tuple[str, ...]
+    spans: tuple[Span, ...]
+    gaps: tuple[str, ...]
+
+
+class MentionFinder:
+    """Finds where a caption names one of the classes of a dictionary.
+
+    A phrase of the dictionary is a sequence of whole words, compared without case. Words in parentheses have to be
+    there but are not part of the mention: `"glass (of wine)"` finds `glass` in "a glass of wine" only. Where several
+    phrases fit the same words, the one with the longest mention wins, then the one with more words in parentheses,
+    whatever their classes; phrases in `blocked` compete like all others and then name nothing.
+
+    Hyphens count as spaces inside a phrase ("hot-dog" is "hot dog"), but a hyphenated compound that is longer than the
+    phrase is another word: "man-made" names no man. A possessive names its owner, without the "'s".
+
+    Args:
+        synonyms: class -> phrases, in singular and plural as wanted.
+        blocked: phrases that name no class but contain words that would ("bus stop").
+
+    Raises:
+        ValueError: a phrase has no word outside its parentheses, or belongs to two classes.
+    """
+
+    def __init__(self, synonyms: Mapping[str, Sequence[str]], blocked: Iterable[str] = ()) -> None:
+        owners: dict[tuple[tuple[str, ...], ...], str | None] = {}
+        self._by_first_word: dict[str, list[_Phrase]] = {}
+        entries = [(label, text) for label, texts in synonyms.items() for text in texts]
+        for label, text in [*entries, *((None, text) for text in blocked)]:
+            phrase = _parse_phrase(text, label)
+            parts = (phrase.before, phrase.core, phrase.after)
+            if parts in owners:
+                if owners[parts] != label:
+                    raise ValueError(f"{text!r} stands for both {owners[parts]!r} and {label!r}; keep one of them")
+                continue
+            owners[parts] = label
+            self._by_first_word.setdefault(phrase.core[0], []).append(phrase)
+
+    def find(self, caption: str) -> dict[str, tuple[Span, ...]]:
+        """The character spans `(start, end)` (end exclusive) of every mention, by class, from left to right."""
+        words = _split(caption)
+        fits = [
+            (phrase, index)
+            for index, text in enumerate(words.texts)
+            for phrase in self._by_first_word.get(text, ())
+            if _fits(phrase, words, index)
+        ]
+        fits.sort(key=lambda fit: fit[0].rank, reverse=True)  # stable: of equals the leftmost stays first
+        taken: set[int] = set()
+        found: list[tuple[str, Span]] = []
+        for phrase, index in fits:
+            covered = range(index, index + len(phrase.core))
+            if taken.isdisjoint(covered):
+                taken.update(covered)
+                if phrase.label is not None:
+                    found.append((phrase.label, (words.spans[index][0], words.spans[covered[-1]][1])))
+        mentions: dict[str, tuple[Span, ...]] = {}
+        for label, span in sorted(found, key=lambda item: item[1]):
+            mentions[label] = (*mentions.get(label, ()), span)
+        return mentions
+
+
+def _split(text: str) -> _Words:
+    texts, spans, gaps, end = [], [], [], 0
+    for match in _WORD.finditer(text):
+        between = text[end : match.start()]
+        gaps.append("-" if between in _HYPHENS else " " if between.isspace() else "." if between else "")
+        # Word by word, because lowering may change the number of characters.
+        texts.append(match.group().lower().replace("\u2019", "'"))
+        spans.append(match.span())
+        end = match.end()
+    return _Words(tuple(texts), tuple(spans), tuple(gaps))
+
+
+def _parse_phrase(text: str, label: str | None) -> _Phrase:
+    before: tuple[str, ...] = ()
+    core: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    for context, mention in _PHRASE_PART.findall(text):
+        words = _split(context or mention).texts
+        if mention and words:
+            if core:
+                raise ValueError(f"{text!r}: the words outside parentheses have to stand together")
+            core = words
+        elif core:
+            after += words
+        else:
+            before += words
+    if not core:
+        raise ValueError(f"{text!r}: a phrase needs a word outside parentheses")
+    return _Phrase(label, before, core, after)
+
+
+def _fits(phrase: _Phrase, words: _Words, index: int) -> bool:
+    first, last = index - len(phrase.before), index + len(phrase.core) + len(phrase.after)
+    if first < 0 or words.texts[first:last] != phrase.before + phrase.core + phrase.after:
+        return False
+    if any(gap == "." for gap in words.gaps[first + 1 : last]):
+        return False
+    return words.gaps[first] != "-" and (last == len(words.gaps) or words.gaps[last] != "-")
