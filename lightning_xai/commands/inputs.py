@@ -201,27 +201,26 @@ def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str | None
     Raises:
         InputError: it is not in the caption, is cut off by the context length, or shares a token with other words.
     """
+    from lightning_xai.data.spans import SpanCutOffError, SpanError
+
     if phrase is None:
         return [], []
-    found = [(span, _tokens_of(tokenizer, caption, span)) for span in find_phrase(caption, phrase)]
-    read = [(span, tokens) for span, tokens in found if tokens is not None]
-    if not read:
+    spans: list[Span] = []
+    positions: list[int] = []
+    for span in find_phrase(caption, phrase):
+        try:
+            tokens = tokenizer.token_span(caption, span)
+        except SpanCutOffError:
+            continue
+        except SpanError as error:
+            raise InputError(f"the span does not consist of whole tokens: {error}") from error
+        spans.append(span)
+        positions += range(tokens.start, tokens.stop)
+    if not spans:
         raise InputError(
             f"the span {phrase!r} is cut off: the model reads {tokenizer.context_length} tokens; shorten the caption"
         )
-    return [span for span, _ in read], [place for _, tokens in read for place in range(tokens.start, tokens.stop)]
-
-
-def _tokens_of(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice | None:
-    """Token positions of characters; None where the context length cuts them off."""
-    from lightning_xai.data.spans import SpanCutOffError, SpanError
-
-    try:
-        return tokenizer.token_span(caption, span)
-    except SpanCutOffError:
-        return None
-    except SpanError as error:
-        raise InputError(f"the span does not consist of whole tokens: {error}") from error
+    return spans, positions
 
 
 def transformed_box(encoder: TwoTowerEncoder, text: str | None, size: tuple[int, int]) -> Box | None:
