@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, on real shards, from preparation to export."""
+"""The command line as a user meets it: in its own process, on real shards, from preparation to export."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,10 @@ import pytest
 import torch
 
 from lightning_xai.cli import main
-from lightning_xai.data import Manifest, Sample
-from lightning_xai.data.sources import SOURCES
+from lightning_xai.commands import COMMANDS, summary
+from lightning_xai.data import Manifest
 from lightning_xai.models import load_dual_encoder
+from lightning_xai.registry import Registry
 from lightning_xai.training import ContrastiveFineTuning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
@@ -33,7 +35,7 @@ class Result(NamedTuple):
 
 
 def together(folder: Path, *commands: list[str]) -> list[Result]:
-    """Run commands side by side, each in a process of its own: much of their time is loading torch."""
+    """Run commands side by side, each in its own process: much of their time is loading torch."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     started = [
         subprocess.Popen(
@@ -92,20 +94,42 @@ def config_in(folder: Path, architecture: Path, train: Path, val: Path) -> Path:
     return path
 
 
-# --- in processes of their own ---
+@dataclass
+class Join:
+    """Join parts.
+
+    An example:
+      join a b
+
+    Attributes:
+        parts: what to join.
+        dry_run: only say what would be joined.
+    """
+
+    parts: list[Path]
+    dry_run: bool = False
+
+    def __call__(self) -> None:
+        sys.stdout.write(f"{self}\n")
 
 
-def test_the_overview_lists_every_command(tmp_path: Path) -> None:
-    asked, bare = (done(result) for result in together(tmp_path, ["--help"], []))
-    assert asked.out == bare.out
-    commands = ("prepare", "export", "explain", "sanity-check", "roar", "report")
-    for command in ("fit", "validate", "test", "predict", *commands):
-        assert f"\n  {command} " in asked.out
-    assert "fit --config configs/demo.yaml" in asked.out
+# --- in their own processes ---
+
+
+def test_the_overview_lists_every_command_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    asked = capsys.readouterr().out
+    main([])
+    assert capsys.readouterr().out == asked
+    for command in ("fit", "validate", "test", "predict", *COMMANDS):
+        (line,) = re.findall(rf"\n  {command} +(\w.*)", asked)
+        assert line.endswith(summary(command).removesuffix(".") if command in COMMANDS else "")
+    assert "fit --config configs/demo.yaml" in asked
+    assert max(map(len, asked.splitlines())) <= 120
 
 
 @pytest.mark.slow
-def test_shapes_are_prepared_trained_on_measured_and_exported_and_mistakes_on_the_way_are_told_shortly(
+def test_shapes_are_prepared_trained_on_measured_and_exported_and_mistakes_on_the_way_get_short_messages(
     tmp_path: Path, architecture_file: Callable[[str], Path]
 ) -> None:
     prepare, shards = ["prepare", "shapes", "--out", "shapes"], tmp_path / "shapes"
@@ -138,10 +162,10 @@ def test_shapes_are_prepared_trained_on_measured_and_exported_and_mistakes_on_th
     check_exported(checkpoint, done(exported).out)
 
 
-def check_exported(checkpoint: Path, told: str) -> None:
+def check_exported(checkpoint: Path, printed: str) -> None:
     """The lines that the command prints build the very same function."""
     place: dict[str, Any] = {}
-    exec(told[told.index("import open_clip") :], place)
+    exec(printed[printed.index("import open_clip") :], place)
     model, encoder = place["model"].eval(), load_dual_encoder(checkpoint).eval()
     images = torch.randn(2, 3, *encoder.image_transform.size, generator=torch.Generator().manual_seed(0))
     tokens = encoder.tokenizer.encode(["a red ring", "a blue star"])
@@ -213,21 +237,36 @@ def message_of(*args: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "message"),
     [
-        (["--model.init_args.model=ViT-B-61"], "unknown model 'ViT-B-61'; did you mean ViT-B-16"),
-        (["--model.init_args.model=missing.json"], "missing.json cannot be read"),
-        (["--model.init_args.pretrained=nobody"], "neither a file nor a tag"),
-        (["--model.init_args.initial_lr=-1"], "have to be positive; got -1"),
-        (["--data.init_args.batch_size=0"], "batch_size has to be at least 1; got 0"),
-        (["--data.init_args.batch_size=97"], "lower batch_size to at most 96"),
-        (["--trainer.callbacks.init_args.filename=x", "--ckpt_path=gone.ckpt"], "gone.ckpt"),
-        (["--trainer.inference_mode=true"], "--trainer.inference_mode=false"),
-        (["--trainer.max_epochs=-1"], "give the trainer max_epochs or max_steps"),
+        ("--model.init_args.initial_lr=-1", "have to be positive; got -1"),
+        ("--data.init_args.batch_size=97", "lower batch_size to at most 96"),
+        ("--ckpt_path=gone.ckpt", "gone.ckpt"),
+        ("--trainer.inference_mode=true", "--trainer.inference_mode=false"),
+        ("--trainer.max_epochs=-1", "give the trainer max_epochs or max_steps"),
     ],
 )
-def test_a_wrong_setting_is_named_without_a_traceback(config: Path, options: list[str], message: str) -> None:
-    assert message in message_of("fit", "--config", str(config), *options)
+def test_a_wrong_setting_is_named_without_a_traceback(config: Path, option: str, message: str) -> None:
+    assert message in message_of("fit", "--config", str(config), option)
+
+
+@pytest.mark.slow
+def test_class_paths_of_version_0_1_still_train(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = json.loads(config.read_text())
+    settings["model"]["class_path"] = "lightning_xai.tasks.ContrastiveFineTuning"
+    settings["trainer"]["callbacks"][0]["class_path"] = "lightning_xai.callbacks.GroundingCallback"
+    settings["trainer"]["limit_train_batches"] = 1
+    config.write_text(json.dumps(settings))
+    main(["fit", "--config", str(config)])
+    assert "Grounding per epoch" in capsys.readouterr().out
+
+
+def test_a_class_path_that_names_nothing_is_reported_with_its_module(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--model.class_path=lightning_xai.tasks.FineTuning"])
+    assert "module 'lightning_xai.tasks' has no attribute 'FineTuning'" in capsys.readouterr().err
 
 
 def test_a_callback_with_a_layer_that_does_not_exist_is_named(config: Path) -> None:
@@ -244,14 +283,13 @@ def test_a_checkpoint_of_another_architecture_is_named(
     checkpoint: dict[str, Any] = {"state_dict": other.state_dict(), "pytorch-lightning_version": "2.5.0", "epoch": 0}
     other.on_save_checkpoint(checkpoint)
     torch.save(checkpoint | {"global_step": 0, "callbacks": {}}, tmp_path / "other.ckpt")
-    told = message_of("validate", "--config", str(config), "--ckpt_path", str(tmp_path / "other.ckpt"))
-    assert "a resnet of another configuration, this run trains a vit" in told
+    message = message_of("validate", "--config", str(config), "--ckpt_path", str(tmp_path / "other.ckpt"))
+    assert "a resnet of another configuration, this run trains a vit" in message
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["export", "gone.ckpt", "out.pt"], "gone.ckpt does not exist"),
         (["export", "weights.pt", "out.pt"], "export takes a .ckpt file that fit has written; got weights.pt"),
         (["export", "broken.ckpt", "out.pt"], "broken.ckpt cannot be read"),
         (["export", "plain.ckpt", "out.pt"], "no checkpoint of this project"),
@@ -260,10 +298,6 @@ def test_a_checkpoint_of_another_architecture_is_named(
             "i is not a folder",
         ),
         (["explain", "--model.name=ViT-B-32", "--out=o"], "lightning_xai explain: give an image"),
-        (
-            ["sanity-check", "--model.name=ViT-B-32", "--image=i", "--out=o", "--limit=0"],
-            "lightning_xai sanity-check: --limit has to be at least 1; got 0",
-        ),
     ],
 )
 def test_a_wrong_file_is_named_without_a_traceback(
@@ -273,16 +307,6 @@ def test_a_wrong_file_is_named_without_a_traceback(
     Path("broken.ckpt").write_bytes(b"this is no checkpoint")
     torch.save({"weight": torch.zeros(1)}, "plain.ckpt")
     assert message in message_of(*args)
-
-
-def test_shards_that_are_there_are_not_overwritten(coco_mini: Path, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
-    notes = coco_mini / "annotations"
-    args = ["--images", str(coco_mini / "val2017"), "--captions", str(notes / "captions_val2017.json")]
-    args += ["--instances", str(notes / "instances_val2017.json"), "--split", "val", "--out", str(tmp_path)]
-    told = message_of("prepare", "coco", *args)
-    assert str(tmp_path) in told
-    assert "overwrite" in told
 
 
 @pytest.mark.parametrize(
@@ -300,30 +324,45 @@ def test_a_mistyped_command_line_gives_usage_and_what_was_expected(
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert "usage:" in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "usage:" in printed
 
 
-@pytest.mark.parametrize("name", ["two-words", "two_words"])
-def test_a_data_set_of_two_words_is_found_with_either_sign_between_them(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_one_of_several_functions_is_found_with_either_sign_and_takes_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[int, bool]] = []
+
+    def prepare(rows_a_shard: int = 1, overwrite: bool = False) -> None:
+        called.append((rows_a_shard, overwrite))
+
+    module = ModuleType("two_words")
+    module.__dict__["prepare"] = prepare
+    monkeypatch.setitem(sys.modules, "two_words", module)
+    # An entry that is broken stops only itself: the other one is not loaded.
+    sources: Registry[Any] = Registry(
+        "data set", {"two-words": "two_words:prepare", "broken": "no_such_module:prepare"}
+    )
+    monkeypatch.setattr("lightning_xai.cli.COMMANDS", {"prepare": sources})
+    main(["prepare", "two-words", "--rows-a-shard=2", "--overwrite"])
+    main(["prepare", "two_words", "--overwrite", "false", "--rows_a_shard", "3"])
+    assert called == [(2, True), (3, False)]
+
+
+def test_a_list_without_a_default_is_given_by_its_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called: list[int] = []
-
-    def read(*, rows_an_image: int = 1, excluded: Counter[str]) -> Iterator[Sample]:
-        called.append(rows_an_image)
-        return iter(())
-
-    monkeypatch.setattr(SOURCES, "_builtin", {"two-words": "not imported"})
-    monkeypatch.setattr(SOURCES, "_loaded", {"two-words": read})
-    with pytest.raises(SystemExit, match="no sample to write for 'two-words'"):
-        main(["prepare", name, "--rows-an-image=2", f"--out={tmp_path / 'out'}"])
-    assert called == [2]
+    monkeypatch.setattr("lightning_xai.cli.COMMANDS", {"join": Join})
+    main(["join", "a", "b", "--dry-run"])
+    assert capsys.readouterr().out == f"{Join([Path('a'), Path('b')], dry_run=True)}\n"
+    with pytest.raises(SystemExit):
+        main(["join", "--help"])
+    helped = capsys.readouterr().out
+    assert "  join a b\n" in helped
+    assert re.search(r"part +what to join", helped)
 
 
-@pytest.mark.parametrize("error", [KeyError("a slip"), ValueError("of somebody else"), AssertionError("an invariant")])
-def test_an_error_that_nobody_foresaw_keeps_its_traceback(
+@pytest.mark.parametrize("error", [ValueError("of another package"), AssertionError("an invariant")])
+def test_an_unforeseen_error_keeps_its_traceback(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slip(*args: Any) -> None:
@@ -338,6 +377,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(
 # --- export ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quick_gelu", "suffix"), [(False, ".pt"), (True, ".safetensors")])
 def test_a_model_that_open_clip_knows_is_exported_under_its_name_and_with_its_activation(
     tmp_path: Path, quick_gelu: bool, suffix: str, capsys: pytest.CaptureFixture[str]
@@ -353,7 +393,7 @@ def test_a_model_that_open_clip_knows_is_exported_under_its_name_and_with_its_ac
     task.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "fine-tuned.ckpt")
     main(["export", str(tmp_path / "fine-tuned.ckpt"), str(tmp_path / f"fine-tuned{suffix}")])
-    told = capsys.readouterr().out
-    assert f"create_model('{name}'" in told
-    assert ("force_quick_gelu=True" in told) == quick_gelu
-    check_exported(tmp_path / "fine-tuned.ckpt", told)
+    printed = capsys.readouterr().out
+    assert f"create_model('{name}'" in printed
+    assert ("force_quick_gelu=True" in printed) == quick_gelu
+    check_exported(tmp_path / "fine-tuned.ckpt", printed)

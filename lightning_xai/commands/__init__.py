@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "summary"]
 COMMANDS: Registry[Any] = Registry(
     "command",
     {
-        "prepare": "lightning_xai.commands.prepare:PREPARE",
+        "prepare": "lightning_xai.commands.prepare:SOURCES",
         "verify": "lightning_xai.commands.verify:Verify",
         "export": "lightning_xai.commands.export:export",
         "explain": "lightning_xai.commands.explain:Explain",

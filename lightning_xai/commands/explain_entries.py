@@ -13,8 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID
 
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.outputs import write_all
-from lightning_xai.report.tables import per_pair_csv
+from lightning_xai.commands.outputs import write_all, write_csv
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
@@ -70,7 +69,7 @@ class Explainer:
             task = bar.add_task("explaining", total=len(entries) * len(self.chosen))
             for start in range(0, len(entries), batch_size):
                 rows += self._explain_batch(entries[start : start + batch_size], bar, task)
-        per_pair_csv(self.out / "summary.csv", rows, _SUMMARY)
+        write_csv(self.out / "summary.csv", rows, _SUMMARY)
         reasons = [f"  {row['name']}: {row['skipped']}" for row in rows if "skipped" in row]
         skipped = len(reasons)
         if skipped > _MOST_REASONS:

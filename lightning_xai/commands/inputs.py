@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import sys
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.report.tables import read_csv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,7 @@ def read_entries(
 
 
 def _listed(path: Path, root: Path) -> list[Entry]:
-    rows = [{key.removeprefix("\ufeff"): value for key, value in row.items()} for row in read_csv(path)]
+    rows = _read_csv(path)
     if not rows:
         raise ValueError(f"{path} lists no image: give a line for each, below the header image,caption")
     unknown, missing = rows[0].keys() - set(_COLUMNS), {"image", "caption"} - rows[0].keys()
@@ -150,6 +150,23 @@ def _listed(path: Path, root: Path) -> list[Entry]:
         for i, row in enumerate(rows)
         for path in [root / row["image"]]
     ]
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file by its header; a ValueError names what is no such file."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark in front
+            lines = csv.reader(file, strict=True)
+            header = next(lines, [])
+            rows = []
+            for fields in filter(None, lines):
+                if len(fields) != len(header):
+                    message = f"expected {len(header)} fields as in the header, found {len(fields)}"
+                    raise ValueError(f"{path}, line {lines.line_num}: {message}; put fields with commas in quotes")
+                rows.append(dict(zip(header, fields, strict=True)))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); write it again") from error
+    return rows
 
 
 def _numbered(number: int, path: Path) -> str:
@@ -201,27 +218,26 @@ def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str | None
     Raises:
         InputError: it is not in the caption, is cut off by the context length, or shares a token with other words.
     """
+    from lightning_xai.data.spans import SpanCutOffError, SpanError
+
     if phrase is None:
         return [], []
-    found = [(span, _tokens_of(tokenizer, caption, span)) for span in find_phrase(caption, phrase)]
-    read = [(span, tokens) for span, tokens in found if tokens is not None]
-    if not read:
+    spans: list[Span] = []
+    positions: list[int] = []
+    for span in find_phrase(caption, phrase):
+        try:
+            tokens = tokenizer.token_span(caption, span)
+        except SpanCutOffError:
+            continue
+        except SpanError as error:
+            raise InputError(f"the span does not consist of whole tokens: {error}") from error
+        spans.append(span)
+        positions += range(tokens.start, tokens.stop)
+    if not spans:
         raise InputError(
             f"the span {phrase!r} is cut off: the model reads {tokenizer.context_length} tokens; shorten the caption"
         )
-    return [span for span, _ in read], [place for _, tokens in read for place in range(tokens.start, tokens.stop)]
-
-
-def _tokens_of(tokenizer: CaptionTokenizer, caption: str, span: Span) -> slice | None:
-    """Token positions of characters; None where the context length cuts them off."""
-    from lightning_xai.data.spans import SpanCutOffError, SpanError
-
-    try:
-        return tokenizer.token_span(caption, span)
-    except SpanCutOffError:
-        return None
-    except SpanError as error:
-        raise InputError(f"the span does not consist of whole tokens: {error}") from error
+    return spans, positions
 
 
 def transformed_box(encoder: TwoTowerEncoder, text: str | None, size: tuple[int, int]) -> Box | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,18 @@ def write_all(folder: Path, arrays: Mapping[str, NDArray[Any]], record: Mapping[
     write_json(folder / "explanation.json", record)
     save_figure(sheet, folder / PICTURE)
     return f"Saved {folder / PICTURE}, with all numbers in attribution.npz and all settings in explanation.json"
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write a table: floats with all their digits, NaN as nan, None and missing values as empty fields."""
+    with (
+        replaced_at_once(path) as part,
+        # Captions may hold lone surrogates, which are no UTF-8: spell them out rather than lose the table.
+        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerEncoder) -> dict[str, Any]:

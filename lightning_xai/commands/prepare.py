@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_xai.data.sample import Sample
 
-__all__ = ["PREPARE"]
+__all__ = ["SOURCES"]
 
 _OUT = "folder to make."
 _COMMON = {
     "samples_per_shard": (int, 1000, "images in a shard."),
     "overwrite": (bool, False, "replace a folder of shards that is there already."),
 }
-
-
-class _Commands(Mapping[str, Callable[..., None]]):
-    """A function for each data set, made when it is looked up; its parameters and docstring make the command line.
-
-    Raises:
-        PluginError: on lookup: an installed package adds a source that breaks the contract.
-    """
-
-    def __getitem__(self, name: str) -> Callable[..., None]:
-        return prepare_shapes if name == "shapes" else _command(name)
-
-    def __iter__(self) -> Iterator[str]:
-        from lightning_xai.data.sources import SOURCES
-
-        yield "shapes"
-        yield from SOURCES
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def prepare_shapes(out: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
@@ -60,9 +40,9 @@ def prepare_shapes(out: Path, train: int | None = None, val: int | None = None, 
 
 def _command(name: str) -> Callable[..., None]:
     """The function that prepares a data set: the options of its source, and those that all have."""
-    from lightning_xai.data.sources import SOURCES, source_options
+    from lightning_xai.data import sources
 
-    read = SOURCES[name]
+    read = sources.SOURCES[name]
 
     def prepare(*, out: Path, samples_per_shard: int, overwrite: bool, **options: Any) -> None:
         from lightning_xai.data.shards import describe, write_shards
@@ -78,7 +58,7 @@ def _command(name: str) -> Callable[..., None]:
         )
         print(describe(manifest))  # noqa: T201 - the summary is the command's output
 
-    options = source_options(read)
+    options = sources.source_options(read)
     required = [option for option in options.values() if option.default is option.empty]
     optional = [option for option in options.values() if option.default is not option.empty]
     own = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, annotation=Path)
@@ -101,20 +81,35 @@ def _help(read: Callable[..., Any]) -> str:
     return f"{summary}\n\nArgs:\n{arguments}\n{common}\n"
 
 
-def _checked(samples: Iterator[Sample], name: str) -> Iterator[Sample]:
+def _checked(samples: Iterable[Sample], name: str) -> Iterator[Sample]:
     """The samples of a source; anything else is an error that names the package that it comes from."""
-    from lightning_xai.data.sample import Sample
+    from lightning_xai.data import Sample
     from lightning_xai.data.sources import SOURCES
     from lightning_xai.registry import PluginError
 
+    where = f"plug-in {SOURCES.origin(name)}, entry {name!r} of {SOURCES.group}"
+    if not isinstance(samples, Iterable):
+        raise PluginError(f"{where}: a source yields lightning_xai.data.Samples; it returned {samples!r}")
     for sample in samples:
         if not isinstance(sample, Sample):
-            raise PluginError(
-                f"plug-in {SOURCES.origin(name)}, entry {name!r} of {SOURCES.group}: a source yields "
-                f"lightning_xai.data.Samples; got a {type(sample).__name__}"
-            )
+            raise PluginError(f"{where}: a source yields lightning_xai.data.Samples; got a {type(sample).__name__}")
         yield sample
 
 
-PREPARE = _Commands()
-"""Name of each data set -> the function that prepares it."""
+class _Commands(Mapping[str, Callable[..., None]]):
+    """The function that prepares each data set, made when it is looked up: listing the names imports no source."""
+
+    def __getitem__(self, name: str) -> Callable[..., None]:
+        return prepare_shapes if name == "shapes" else _command(name)
+
+    def __iter__(self) -> Iterator[str]:
+        from lightning_xai.data.sources import SOURCES
+
+        yield from ("shapes", *SOURCES)
+
+    def __len__(self) -> int:
+        return len(list(self))
+
+
+SOURCES = _Commands()
+"""`prepare NAME` calls the function; its parameters are the options, its docstring the help."""

@@ -1,4 +1,4 @@
-"""`roar`: see whether heat maps find what a model learns from: remove it, retrain, measure (ROAR+)."""
+"""`roar`: ROAR+, which tests whether heat maps find what a model learns from, in trials that many jobs can share."""
 
 from __future__ import annotations
 

@@ -14,10 +14,9 @@ from lightning_xai.atomic_file import write_json
 from lightning_xai.commands.explain_pair import PreparedEntry, prepare_entry
 from lightning_xai.commands.inputs import Entry, InputError, load_model, read_entries
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import describe, numpy_of
+from lightning_xai.commands.outputs import describe, numpy_of, write_csv
 from lightning_xai.report.plots import Example, save_figure
 from lightning_xai.report.sanity import COLUMNS, sanity_curves, sanity_sheet, sanity_table
-from lightning_xai.report.tables import per_pair_csv
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
@@ -92,7 +91,7 @@ class SanityCheck:
         }
         write_json(self.out / "sanity.json", record)
         rows = [asdict(row) for row in result.rows]
-        per_pair_csv(self.out / "sanity.csv", rows, COLUMNS)
+        write_csv(self.out / "sanity.csv", rows, COLUMNS)
         title = f"{encoder.name}: maps while the weights are randomised"
         save_figure(sanity_curves(rows, f"{title} ({len(pairs)} pairs)"), self.out / "sanity.png")
         pixels = encoder.pictures(pairs[0].pixels[None])[0]

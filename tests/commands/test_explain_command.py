@@ -32,6 +32,7 @@ from lightning_xai.attribution import (
 from lightning_xai.cli import main
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_clap, load_dual_encoder, save_open_clip
 
+Explained = Callable[..., tuple[dict[str, NDArray[Any]], Any]]
 CAPTION = "a red ring and a blue ring"
 SIZE = (48, 64)  # the encoder sees 32 x 32: the upper and lower 5 of 42 rows are cropped
 
@@ -115,17 +116,25 @@ def assert_equal(arrays: dict[str, NDArray[Any]], result: Attribution, prefix: s
             np.testing.assert_allclose(arrays[prefix + name], expected[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def explained(model: list[str], image: Path, tmp_path: Path) -> Explained:
+    """Explain `image` and CAPTION with some options; returns arrays and record."""
+
+    def run(*options: object) -> tuple[dict[str, NDArray[Any]], Any]:
+        explain("--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out", *options)
+        return arrays_of(tmp_path / "out"), record_of(tmp_path / "out")
+
+    return run
+
+
 # --- one image ---
 
 
 def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
-    model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    explained: Explained, model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    explain("--image", image, "--caption", CAPTION, "--span", "Blue  RING", *model, "--out", out)
-    encoder = loaded(model)
+    (arrays, _), out, encoder = explained("--span", "Blue  RING"), tmp_path / "out", loaded(model)
     result = FeaturePairAttribution(encoder).attribute(*inputs(encoder, image))
-    arrays = arrays_of(out)
     assert_equal(arrays, result)
     assert arrays["tokens"].tolist() == encoder.tokenizer.encode([CAPTION])[0].tolist()
     assert arrays["span_mask"].nonzero()[0].tolist() == [6, 7]
@@ -136,9 +145,8 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
     assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "explanation.png"]
 
 
-def test_every_occurrence_of_the_span_counts(model: list[str], image: Path, tmp_path: Path) -> None:
-    explain("--image", image, "--caption", CAPTION, "--span", "ring", *model, "--out", tmp_path / "out")
-    arrays, record = arrays_of(tmp_path / "out"), record_of(tmp_path / "out")
+def test_every_occurrence_of_the_span_counts(explained: Explained) -> None:
+    arrays, record = explained("--span", "ring")
     assert record["span"] == {
         "phrase": "ring", "characters": [[6, 10], [22, 26]], "positions": [3, 7], "tokens": ["ring", "ring"],
     }  # fmt: skip
@@ -146,12 +154,11 @@ def test_every_occurrence_of_the_span_counts(model: list[str], image: Path, tmp_
 
 
 def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
-    model: list[str], image: Path, tmp_path: Path
+    explained: Explained, model: list[str]
 ) -> None:
     # Two thirds of 48 x 64 pixels, less the 5 rows cropped above: x from 16 to 32 are the patches 2 and 3 across, y
     # from 3 to 19 the patches 0 and 1 down.
-    explain("--image", image, "--caption", CAPTION, "--box", "24,12.5,24,24", *model, "--out", tmp_path / "out")
-    arrays, record = arrays_of(tmp_path / "out"), record_of(tmp_path / "out")
+    arrays, record = explained("--box", "24,12.5,24,24")
     expected = np.zeros((4, 4), dtype=bool)
     expected[0:2, 2:4] = True
     np.testing.assert_array_equal(arrays["box_mask"], expected)
@@ -162,10 +169,10 @@ def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
     np.testing.assert_allclose(record["box"]["x0,y0,x1,y1 transformed"], boxes[0])
 
 
-def test_the_record_has_every_setting_with_defaults_resolved(model: list[str], image: Path, tmp_path: Path) -> None:
-    options = ["--options.steps", "4", "--options.rule", "midpoint"]
-    explain("--image", image, "--caption", CAPTION, *model, *options, "--out", tmp_path / "out")
-    record, arrays = record_of(tmp_path / "out"), arrays_of(tmp_path / "out")
+def test_the_record_has_every_setting_with_defaults_resolved(
+    explained: Explained, model: list[str], image: Path
+) -> None:
+    arrays, record = explained("--options.steps", "4", "--options.rule", "midpoint")
     assert (record["span"], "span_mask" in arrays) == (None, False)
     np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
     assert record["model"] | {"parameters": 0} == {
@@ -194,16 +201,13 @@ def test_the_record_has_every_setting_with_defaults_resolved(model: list[str], i
 
 
 def test_options_are_also_taken_as_json_and_the_scale_follows_the_method(
-    model: list[str], image: Path, tmp_path: Path
+    explained: Explained, model: list[str], image: Path
 ) -> None:
-    given = ["--method", "rise", "--options", '{"image_masks": 9, "text_masks": 5, "seed": 3}']
-    explain("--image", image, "--caption", CAPTION, *given, *model, "--out", tmp_path / "out")
+    arrays, record = explained("--method=rise", "--options", '{"image_masks": 9, "text_masks": 5, "seed": 3}')
     encoder = loaded(model)
-    result = RISE(encoder, image_masks=9, text_masks=5, seed=3).attribute(*inputs(encoder, image))
-    assert_equal(arrays_of(tmp_path / "out"), result)
-    assert record_of(tmp_path / "out")["methods"]["rise"]["scale"] == "range"
-    explain("--image", image, "--caption", CAPTION, "--method", "saliency", *model, "--out", tmp_path / "saliency")
-    record = record_of(tmp_path / "saliency")["methods"]["saliency"]
+    assert_equal(arrays, RISE(encoder, image_masks=9, text_masks=5, seed=3).attribute(*inputs(encoder, image)))
+    assert record["methods"]["rise"]["scale"] == "range"
+    record = explained("--method=saliency")[1]["methods"]["saliency"]
     assert (record["scale"], record["completeness_error"]) == ("positive", None)
 
 
@@ -235,23 +239,19 @@ def test_constant_maps_are_warned_of_and_in_a_list_counted_and_named(
 
 
 def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_named(
-    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    explained: Explained,
+    model: list[str],
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     some: dict[str, type[AttributionMethod]] = {
         "similarity_grad_cam": SimilarityGradCAM, "unsupported": Unsupported, "saliency": Saliency, "rise": RISE,
     }  # fmt: skip
     monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", some)
-    options = [
-        "--options.rise.image_masks",
-        "9",
-        "--options.rise.text_masks",
-        "5",
-        "--options.internal_batch_size",
-        "2",
-    ]
-    out = tmp_path / "out"
-    explain("--image", image, "--caption", CAPTION, "--method", "all", *options, *model, "--out", out)
-    encoder, arrays, record = loaded(model), arrays_of(out), record_of(out)
+    options = "--options.rise.image_masks 9 --options.rise.text_masks 5 --options.internal_batch_size 2"
+    arrays, record = explained("--method", "all", *options.split())
+    encoder = loaded(model)
     pair = inputs(encoder, image)
     assert_equal(arrays, SimilarityGradCAM(encoder).attribute(*pair), "similarity_grad_cam/")
     assert_equal(arrays, Saliency(encoder).attribute(*pair), "saliency/")
@@ -262,7 +262,7 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
     assert record["not_served"] == {"unsupported": "this tower has no attention; saliency serves it"}
     assert "Skipped unsupported: this tower has no attention" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="saliency serves it; other methods: similarity_grad_cam, saliency, rise"):
-        explain("--image", image, "--caption", CAPTION, "--method", "unsupported", *model, "--out", out)
+        explained("--method", "unsupported")
 
 
 # --- two of a kind ---
@@ -511,6 +511,8 @@ def test_a_list_of_no_use_is_reported(model: list[str], tmp_path: Path) -> None:
         "image,caption\n": "lists no image",
         "image,text\na.png,b\n": "expected the columns image,caption and if need be span,box; got image,text",
         "image,caption\ngone.png,b\n": "none of the 1 entries can be used:\n  0000-gone: ",
+        "image,caption\na.png,b, c\n": "list.csv, line 2: expected 2 fields as in the header, found 3; put fields with",
+        'image,caption\na.png,"b\n': "not a CSV file in UTF-8",
     }.items():
         (tmp_path / "list.csv").write_text(content)
         assert message in message_of("--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out")

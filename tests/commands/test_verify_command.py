@@ -12,7 +12,7 @@ from lightning_xai.commands.verify import Verify
 from lightning_xai.data.shards import write_shards
 
 
-def told(place: Path | str, quick: bool = False, workers: int = 0) -> str:
+def reported(place: Path | str, quick: bool = False, workers: int = 0) -> str:
     """What the command fails with."""
     with pytest.raises(ValueError, match=r"\d fault|manifest\.json: ") as caught:
         Verify([str(place)], quick=quick, workers=workers, retries=0)()
@@ -26,8 +26,7 @@ def damaged(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("workers", [None, 0, 2])
+@pytest.mark.parametrize(("quick", "workers"), [(False, None), (True, 2), (False, 0)])
 def test_sound_shards_are_ok(
     shards: Path, quick: bool, workers: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,10 +39,12 @@ def test_sound_shards_are_ok(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_all_that_is_wrong_is_told_by_shard(damaged: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
-    error = told(damaged, workers=workers)
+def test_all_that_is_wrong_is_reported_by_shard(
+    damaged: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = reported(damaged, workers=workers)
     assert error == (
-        f"{damaged}: 10 faults in shard-000004.tar (4 unreadable shard, 1 wrong checksum), shard-000001.tar (1 damaged "
+        f"{damaged}: 10 faults in shard-000004.tar (4 unreadable shard, 1 wrong checksum), shard-000001.tar (1 corrupt "
         "image, 1 wrong checksum), shard-000002.tar (1 member without its pair), shard-000003.tar (1 duplicate key), "
         "shard-000005.tar (1 missing shard). Copy these shards again from where they are whole, or prepare the data "
         "again"
@@ -67,27 +68,27 @@ def test_quick_looks_at_sizes_and_checksums_alone(damaged: Path) -> None:
     assert (
         "4 faults in shard-000000.tar (1 wrong size), shard-000001.tar (1 wrong checksum), shard-000004.tar (1 wrong "
         "checksum), shard-000005.tar (1 missing shard)."
-    ) in told(damaged, quick=True)
+    ) in reported(damaged, quick=True)
 
 
 def test_a_broken_image_is_found_though_the_checksum_is_right(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "s", 30, broken=[17])
     Verify([str(folder)], quick=True, workers=0)()
-    assert "1 fault in shard-000001.tar (1 corrupt image)." in told(folder)
+    assert "1 fault in shard-000001.tar (1 corrupt image)." in reported(folder)
 
 
 def test_one_changed_byte_between_the_records_is_found(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "s", 20)
     data = bytearray(shard_path(folder, 1).read_bytes())
-    data[-1] ^= 1  # behind the end of the archive, where tar does not look
+    data[-1] ^= 1  # after the end of the archive, where tar does not look
     shard_path(folder, 1).write_bytes(data)
-    assert "1 fault in shard-000001.tar (1 wrong checksum)." in told(folder)
+    assert "1 fault in shard-000001.tar (1 wrong checksum)." in reported(folder)
 
 
 def test_a_key_in_two_shards_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_shards(tmp_path / "s", 30)
     rewrite(folder, 2, lambda members: [(name.replace("k23.", "k4."), data) for name, data in members])
-    assert "1 fault in shard-000002.tar (1 duplicate key)." in told(folder, workers=2)
+    assert "1 fault in shard-000002.tar (1 duplicate key)." in reported(folder, workers=2)
     assert "shard-000002.tar: record 3 has the key of record 4 of shard-000000.tar (from 0)" in capsys.readouterr().out
 
 
@@ -97,7 +98,7 @@ def test_too_many_and_too_few_records_are_found(tmp_path: Path) -> None:
     for shard, samples in enumerate((8, 10, 11)):
         manifest["shards"][shard]["samples"] = samples
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "3 faults in shard-000000.tar (2 wrong count), shard-000002.tar (1 unreadable shard)." in told(folder)
+    assert "3 faults in shard-000000.tar (2 wrong count), shard-000002.tar (1 unreadable shard)." in reported(folder)
 
 
 def test_sums_of_the_manifest_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +106,7 @@ def test_sums_of_the_manifest_are_checked(tmp_path: Path, capsys: pytest.Capture
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"captions": 31, "labels": ["cat"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "2 faults in manifest.json (2 wrong count)" in told(folder)
+    assert "2 faults in manifest.json (2 wrong count)" in reported(folder)
     printed = capsys.readouterr().out
     assert "manifest.json says captions: 31, the shards hold 30" in printed
     assert "manifest.json says labels: ('cat',), the shards hold ('cat', 'dog')" in printed
@@ -118,25 +119,25 @@ def test_a_folder_of_sets_and_several_sets_are_all_checked(tmp_path: Path, capsy
     assert capsys.readouterr().out == "ok: 30 samples in 3 shards\n"
     damage_image(tmp_path / "set" / "val", 0, 0)
     (tmp_path / "set" / "train" / "manifest.json").write_text("{")
-    first, second = told(tmp_path / "set").splitlines()
+    first, second = reported(tmp_path / "set").splitlines()
     assert "train/manifest.json: broken JSON" in first
     assert "val: 2 faults in shard-000000.tar (1 corrupt image, 1 wrong checksum)" in second
 
 
 def test_a_folder_without_shards_says_how_to_make_some(tmp_path: Path) -> None:
-    assert "manifest.json: not found; check the path, or make the shards with" in told(tmp_path)
+    assert "manifest.json: not found; check the path, or make the shards with" in reported(tmp_path)
 
 
 def test_what_a_command_fetches_is_checked_as_well(damaged: Path, shards: Path) -> None:
     Verify([f"pipe:cat {shards}/{{}}"], workers=0, retries=0)()
-    error = told(f"pipe:cat {damaged}/{{}}")
+    error = reported(f"pipe:cat {damaged}/{{}}")
     assert "shard-000001.tar (1 corrupt image, 1 wrong checksum)" in error
     assert "shard-000005.tar (10 unreadable shard)" in error
 
 
-def test_many_faults_are_counted_and_ten_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_faults_are_counted_and_ten_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(make_samples(30, broken=range(12)), tmp_path / "s", name="s", samples_per_shard=10, progress=False)
-    error = told(tmp_path / "s")
+    error = reported(tmp_path / "s")
     assert "12 faults in shard-000000.tar (10 corrupt image), shard-000001.tar (2 corrupt image)." in error
     printed = capsys.readouterr().out
     assert printed.count("does not decode") == 10

@@ -47,7 +47,7 @@ def source_options(read: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         raise ValueError(f"the types of a source's options have to exist at run time ({error})") from error
     for name, option in options.items():
         if option.kind not in (option.KEYWORD_ONLY, option.POSITIONAL_OR_KEYWORD):
-            raise ValueError(f"options of a source are given by name; {str(option)!r} cannot be")
+            raise ValueError(f"options of a source are given by name; {name!r} cannot be")
         if name in RESERVED:
             raise ValueError(f"`prepare` has an option {name!r} for every source; give the source's own another name")
         if name not in types:
