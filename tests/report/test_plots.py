@@ -150,7 +150,7 @@ def test_wrong_shapes_are_refused(image: Any, values: Any, vmax: float | None, m
         overlay(image, values, vmax=vmax)
 
 
-@pytest.mark.parametrize("count", (1, 2, 6, 7, 23))
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 23])
 def test_columns_are_spread_evenly_from_the_first_to_the_last(count: int) -> None:
     chosen = evenly(count, 6)
     assert chosen == sorted(set(chosen))
