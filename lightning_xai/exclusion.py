@@ -1,4 +1,4 @@
-"""Why something that a data set offers is not measured."""
+"""Reasons why something that a data set offers is not measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ __all__ = ["Exclusion"]
 
 
 class Exclusion(IntEnum):
-    """Why a phrase is not measured; the lower-case name is its key in metrics and tables.
+    """A reason why a target has no value; tables hold its `key`.
 
-    The first reason that applies, in this order, is the one that counts.
+    The first reason that applies, in this order, is the one that counts. The data decide what they know, up to
+    NOT_MENTIONED except for SMALLER_THAN_PATCH; the evaluation decides the rest.
     """
 
     MEASURED = 0
@@ -21,3 +22,14 @@ class Exclusion(IntEnum):
     SPAN_NOT_ALIGNED = 5
     NOT_MENTIONED = 6
     NO_POSITIVE = 7
+    NO_BOX = 8
+    NO_VALUE = 9
+
+    @property
+    def key(self) -> str:
+        """The lower-case name; empty for MEASURED.
+
+        >>> Exclusion.NO_POSITIVE.key, Exclusion.MEASURED.key
+        ('no_positive', '')
+        """
+        return self.name.lower() if self else ""

@@ -4,24 +4,22 @@ from lightning_xai.attribution.base import (
     AttributionMethod,
     ConstantMapWarning,
     InteractionAttribution,
-    min_max,
-    upsample,
 )
 from lightning_xai.attribution.baselines import CentredGaussian, RandomMap
 from lightning_xai.attribution.feature_pair import (
     FeaturePairAttribution,
-    HiddenStates,
-    IntraModalAttribution,
-    References,
+    FeaturePairs,
     SimilarityGradCAM,
 )
 from lightning_xai.attribution.grad_cam import GradCAM
 from lightning_xai.attribution.integrated_gradients import IntegratedGradients
 from lightning_xai.attribution.kernel_shap import KernelSHAP
 from lightning_xai.attribution.m2ib import M2IB
+from lightning_xai.attribution.pairwise import HiddenStates, IntraModalAttribution, PairwiseMethod, References
 from lightning_xai.attribution.path_integral import quadrature
 from lightning_xai.attribution.rise import RISE
 from lightning_xai.attribution.saliency import Saliency
+from lightning_xai.heat_maps import min_max, upsample
 
 METHODS: dict[str, type[AttributionMethod]] = {
     "feature_pair": FeaturePairAttribution,
@@ -48,12 +46,14 @@ __all__ = [
     "CentredGaussian",
     "ConstantMapWarning",
     "FeaturePairAttribution",
+    "FeaturePairs",
     "GradCAM",
     "HiddenStates",
     "IntegratedGradients",
     "InteractionAttribution",
     "IntraModalAttribution",
     "KernelSHAP",
+    "PairwiseMethod",
     "RandomMap",
     "References",
     "Saliency",

@@ -56,6 +56,7 @@ class AttentionRelevance(AttributionMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._image_split, self._text_split = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
+        self.grid = self._image_split.grid
         self._image = _Tower("image", self._image_split, encoder.image_at_layer(-1))
         self._text = _Tower("text", self._text_split, encoder.text_at_layer(-1))
         weight = next(encoder.parameters())

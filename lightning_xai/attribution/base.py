@@ -9,21 +9,23 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import cosine_similarity
 
 from lightning_xai.models.at_layer import as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.registry import PluginError
 
 _ROUNDING, _NOTHING = 1e-6, 1e-12  # differences within a map that say nothing: relative to its largest, and absolute
 _A = TypeVar("_A", bound="Attribution")
 
 
 class ConstantMapWarning(UserWarning):
-    """A method gave a map that tells no place from another."""
+    """An attribution map is constant."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ class InteractionAttribution(Attribution):
 
     interactions: Tensor
     prefix: Tensor
-    completeness_error: Tensor
 
 
 class AttributionMethod(ABC):
@@ -83,6 +84,8 @@ class AttributionMethod(ABC):
         stochastic: whether results depend on an option `seed`.
         baseline: whether the model is ignored, as by random maps.
         has_zero: whether 0 means "no influence"; elsewhere only differences within a map mean something.
+        label: how messages call it; for a method of another package also the package and its entry.
+        grid: rows and columns of image maps; those of the last layer unless a method sets others.
 
     Raises:
         ValueError: `internal_batch_size` is not positive.
@@ -99,6 +102,12 @@ class AttributionMethod(ABC):
             raise ValueError(f"internal_batch_size has to be at least 1, or None; got {internal_batch_size}")
         self.encoder = encoder
         self.internal_batch_size = internal_batch_size
+        self.label = type(self).__name__
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image maps."""
+        return self.encoder.image_at_layer().grid
 
     def attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         """Explain the similarity of each image and its caption.
@@ -109,17 +118,42 @@ class AttributionMethod(ABC):
 
         Raises:
             ValueError: shapes do not match, or the similarity or the result is not finite (the message says which).
+            PluginError: `_attribute` returned no attribution, or one of another shape.
         """
         check_batch(images, tokens)
         with differentiable(self.encoder):
             result = self._attribute(as_constant(images), as_constant(tokens))
-        method = type(self).__name__
+        self._check_shapes(result, *tokens.shape)
         for part, what in ((result.similarity, "similarity"), (result.image, "image map"), (result.text, "text map")):
-            check_finite(part, what, method)
+            check_finite(part, what, self.label)
         image = result.image.flatten(1)
-        _warn_if_constant(image, torch.ones_like(image, dtype=torch.bool), "image", method)
-        _warn_if_constant(result.text, self.encoder.tokenizer.content_mask(tokens), "text", method)
+        _warn_if_constant(image, torch.ones_like(image, dtype=torch.bool), "image", self.label)
+        _warn_if_constant(result.text, self.encoder.tokenizer.content_mask(tokens), "text", self.label)
         return result
+
+    def _check_shapes(self, result: Attribution, batch: int, length: int) -> None:
+        """Raise a PluginError that names the method and the rule where a result breaks the contract."""
+        kind = InteractionAttribution if self.pairwise else Attribution
+        if not isinstance(result, kind):
+            raise PluginError(
+                f"{self.label}: `_attribute` has to return an {kind.__name__}; got a {type(result).__name__}"
+            )
+        shapes = {
+            "image": (batch, *self.grid),
+            "text": (batch, length),
+            "similarity": (batch,),
+            "interactions": (batch, length, *self.grid),
+            "prefix": (batch, length),
+            "completeness_error": (batch,),
+        }
+        for name, shape in shapes.items():
+            part = getattr(result, name)
+            optional = name == "completeness_error" or (not self.pairwise and name in ("interactions", "prefix"))
+            if part is None and optional:
+                continue
+            if not isinstance(part, Tensor) or part.shape != shape:
+                got = [*part.shape] if isinstance(part, Tensor) else type(part).__name__
+                raise PluginError(f"{self.label}: `{name}` of an attribution has to be a tensor {[*shape]}; got {got}")
 
     @abstractmethod
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
@@ -184,37 +218,3 @@ def cosine_with(embedding: Tensor) -> Callable[[Tensor], Tensor]:
         return cosine_similarity(other, embedding.repeat_interleave(len(other) // len(embedding), dim=0), dim=1)
 
     return score
-
-
-def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps at patch resolution, interpolated to pixels (bilinear between patch centres; adds no extremum, no sign).
-
-    Args:
-        maps: [..., H, W].
-        size: (height, width) in pixels.
-
-    Returns:
-        [..., height, width]
-
-    Example:
-        >>> upsample(torch.tensor([[0.0, 1.0]]), (1, 4)).tolist()
-        [[0.0, 0.25, 0.75, 1.0]]
-    """
-    flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    return interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
-
-
-def min_max(maps: Tensor, dims: int = 2) -> Tensor:
-    """Each map scaled to [0, 1]: its smallest entry is 0, its largest 1; a constant map is 0 everywhere.
-
-    Args:
-        maps: [..., H, W], or [..., L] with `dims=1`.
-        dims: how many of the last axes make one map.
-
-    Example:
-        >>> min_max(torch.tensor([[-1.0, 0.0, 3.0]]), dims=1).tolist()
-        [[0.0, 0.25, 1.0]]
-    """
-    axes = tuple(range(-dims, 0))
-    low, high = maps.amin(dim=axes, keepdim=True), maps.amax(dim=axes, keepdim=True)
-    return (maps - low) / torch.where(high > low, high - low, 1.0)

@@ -35,16 +35,16 @@ class RandomMap(AttributionMethod):
 
     def __init__(self, encoder: TwoTowerEncoder, *, seed: int = 0, internal_batch_size: int | None = None) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._grid = encoder.image_at_layer().grid
+        self.grid = encoder.image_at_layer().grid
         self._seed = seed
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         image_BK, text_BK = self._embeddings(images, tokens)
         content_BL = self.encoder.tokenizer.content_mask(tokens)
-        image, text = image_BK.new_zeros(len(images), *self._grid), image_BK.new_zeros(tokens.shape)
+        image, text = image_BK.new_zeros(len(images), *self.grid), image_BK.new_zeros(tokens.shape)
         for row, content_L in enumerate(content_BL):
             generator = self._generator(images[row], tokens[row, content_L])
-            image[row] = torch.rand(self._grid, generator=generator)
+            image[row] = torch.rand(self.grid, generator=generator)
             text[row, content_L] = torch.rand(int(content_L.sum()), generator=generator).to(text)
         return Attribution(image, text, cosine_similarity(image_BK, text_BK))
 
@@ -79,7 +79,7 @@ class CentredGaussian(AttributionMethod):
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         if not width > 0:
             raise ValueError(f"width has to be positive; got {width}")
-        self._grid = encoder.image_at_layer().grid
+        self.grid = encoder.image_at_layer().grid
         self._width = width
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
@@ -93,7 +93,7 @@ class CentredGaussian(AttributionMethod):
         rows_H, columns_W = (
             # Distances of the patches' centres from the middle, in pixels.
             torch.exp(-((((torch.arange(count) + 0.5) / count - 0.5) * side / sigma) ** 2) / 2)
-            for count, side in zip(self._grid, sides, strict=True)
+            for count, side in zip(self.grid, sides, strict=True)
         )
         return torch.outer(rows_H, columns_W)
 

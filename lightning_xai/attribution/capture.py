@@ -2,69 +2,60 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_xai.models.at_layer import TowerAtLayer, as_constant
 
+__all__ = ["Captured", "capture"]
 
-class InputCapture:
-    """Keeps what enters a split's block, from `open` to `close`, without graph.
 
-    The model is touched by one hook, which `close` removes; as a context manager it is removed after an exception too.
+@dataclass(frozen=True)
+class Captured:
+    """Inputs of a layer, one for each forward pass through it, as `TowerAtLayer.features_before` returns them.
 
     Attributes:
-        hidden: the block's inputs since the last `clear`, one a forward pass, as `features_before` returns them.
+        image: those of the image tower.
+        text: those of the text tower.
     """
 
-    def __init__(self, split: TowerAtLayer) -> None:
-        self._split = split
-        self._handle: Any = None
-        self._listening = True
-        self.hidden: list[Tensor] = []
+    image: list[Tensor] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
 
-    def open(self) -> None:
-        """Start keeping inputs."""
-        if self._split.block is None:
-            raise ValueError(
-                f"layer {self._split.layer} is the head, which has no block to listen to; take a layer before"
-            )
-        if self._handle is None:
-            self._handle = self._split.block.register_forward_pre_hook(self._keep)
+    @staticmethod
+    def only(kept: list[Tensor], count: int) -> Tensor | None:
+        """The one input kept, if it is of `count` images or captions; else the pass that is meant is not known."""
+        return as_constant(kept[0]) if len(kept) == 1 and len(kept[0]) == count else None
 
-    def close(self) -> None:
-        """Stop, and let go of everything kept."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        self.clear()
 
-    def clear(self) -> None:
-        """Let go of everything kept, and listen to what comes next."""
-        self.hidden.clear()
-        self._listening = True
+@contextmanager
+def capture(image: TowerAtLayer, text: TowerAtLayer) -> Iterator[Captured]:
+    """Inside, keep what enters both towers' layers, without graph; the hooks are removed also after an exception.
 
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self._listening:
-            self.hidden.append(self._split.captured(inputs[0]).detach())
+    Example:
+        >>> with capture(image, text) as captured:  # doctest: +SKIP
+        ...     model(images, tokens)
+        >>> hidden = Captured.only(captured.image, len(images))  # doctest: +SKIP
 
-    def take(self) -> Tensor | None:
-        """The one input kept since the last `clear`, or None where there was not exactly one forward pass.
+    Raises:
+        ValueError: the layer is the head, which has no block.
+    """
+    captured, handles = Captured(), []
+    try:
+        for tower, kept in ((image, captured.image), (text, captured.text)):
+            if tower.block is None:
+                raise ValueError(
+                    f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
+                )
 
-        Nothing is kept until the next `clear`: attributing may run the block itself, on many points of a path.
-        """
-        taken = as_constant(self.hidden[0]) if len(self.hidden) == 1 else None
-        self.hidden.clear()
-        self._listening = False
-        return taken
+            def keep(_: object, inputs: tuple[Tensor, ...], at: TowerAtLayer = tower, to: list[Tensor] = kept) -> None:
+                to.append(at.captured(inputs[0]).detach())
 
-    def __enter__(self) -> InputCapture:
-        self.open()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+            handles.append(tower.block.register_forward_pre_hook(keep))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -15,15 +15,16 @@ L tokens as given, T tokens run, P image tokens, K embedding width, H x W the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.base import AttributionMethod, InteractionAttribution, check_batch, check_finite
+from lightning_xai.attribution.base import InteractionAttribution, check_finite
+from lightning_xai.attribution.capture import Captured, capture
+from lightning_xai.attribution.pairwise import HiddenStates, IntraModalAttribution, PairwiseMethod, References
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.at_layer import Path, TowerAtLayer, as_constant, differentiable
@@ -31,55 +32,10 @@ from lightning_xai.models.encoder import TwoTowerEncoder
 
 
 @dataclass(frozen=True)
-class IntraModalAttribution:
-    """What parts of two images, or of two captions, add to their similarity.
+class FeaturePairs(InteractionAttribution):
+    """An attribution to pairs of token and patch whose sum is known."""
 
-    Attributes:
-        interactions: [B, H, W, H, W] for images, [B, L, L] for captions: parts of the first input, then of the second; signed,
-            in units of the similarity. CLS, registers and padding are left out.
-        similarity: [B], the cosine similarity that is explained, in [-1, 1].
-        completeness_error: [B], as for `Attribution`.
-    """
-
-    interactions: Tensor
-    similarity: Tensor
     completeness_error: Tensor
-
-    @property
-    def first(self) -> Tensor:
-        """[B, H, W] or [B, L]: contribution of each part of the first input, with the whole second one."""
-        return self.interactions.sum(dim=tuple(range(self.interactions.ndim // 2 + 1, self.interactions.ndim)))
-
-    @property
-    def second(self) -> Tensor:
-        """[B, H, W] or [B, L]: contribution of each part of the second input, with the whole first one."""
-        return self.interactions.sum(dim=tuple(range(1, self.interactions.ndim // 2 + 1)))
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """What enters the layers that are attributed to: made by a forward pass, or captured from one.
-
-    Attributes:
-        image: [B, P, D], or [B, C, H, W] for feature maps.
-        text: [B, T, D].
-        tokens: [B, L], the captions' token ids.
-    """
-
-    image: Tensor
-    text: Tensor
-    tokens: Tensor
-
-    def __getitem__(self, rows: slice) -> HiddenStates:
-        return HiddenStates(self.image[rows], self.text[rows], self.tokens[rows])
-
-
-@dataclass(frozen=True)
-class References:
-    """Hidden states of the two uninformative references, [1, ...] each; valid while the weights stay as they are."""
-
-    image: Tensor
-    text: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,11 +48,11 @@ class _Side:
 
     @classmethod
     def of(
-        cls, split: TowerAtLayer, hidden: Tensor, reference: Tensor, inputs: Tensor | None, dtype: torch.dtype
+        cls, tower: TowerAtLayer, hidden: Tensor, reference: Tensor, inputs: Tensor | None, dtype: torch.dtype
     ) -> _Side:
         hidden, reference = as_constant(hidden).to(dtype), as_constant(reference).to(dtype)
         # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
-        path, tokens = split.path(hidden, reference, inputs), split.count(hidden)
+        path, tokens = tower.path(hidden, reference, inputs), tower.count(hidden)
         return cls(path, embedding_at(path, 1.0, len(hidden), tokens, hidden), tokens)
 
     def every_token(self) -> Tensor:
@@ -109,7 +65,7 @@ class _Side:
         return self.embedding_BK - embedding_at(self.path, 0.0, batch, self.tokens, self.embedding_BK)
 
 
-class FeaturePairAttribution(AttributionMethod):
+class FeaturePairAttribution(PairwiseMethod):
     """Attributions between the tokens of a caption and the patches of an image (feature-pair paper, Eq. 10).
 
     Args:
@@ -129,7 +85,7 @@ class FeaturePairAttribution(AttributionMethod):
     """
 
     signed = True
-    pairwise = True
+    intra_modal = True
 
     def __init__(
         self,
@@ -146,28 +102,29 @@ class FeaturePairAttribution(AttributionMethod):
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self.image = encoder.image_at_layer(image_layer)
         self.text = encoder.text_at_layer(text_layer)
+        self.grid = self.image.grid
         self._points, self._weights = (as_constant(numbers) for numbers in quadrature(rule, steps))
         self._image_reference = image_reference
         self._text_reference = text_reference
 
-    def attribute(self, images: Tensor, tokens: Tensor) -> InteractionAttribution:
+    def attribute(self, images: Tensor, tokens: Tensor) -> FeaturePairs:
         """All pairs of tokens and patches; see `AttributionMethod.attribute`."""
         result = super().attribute(images, tokens)
-        assert isinstance(result, InteractionAttribution)
+        assert isinstance(result, FeaturePairs)
         return result
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> InteractionAttribution:
+    def _attribute(self, images: Tensor, tokens: Tensor) -> FeaturePairs:
         references = self.references(tokens.shape[1])
-        return InteractionAttribution.concatenate(
+        return FeaturePairs.concatenate(
             [
                 self.attribute_states(self.hidden_states(images[rows], tokens[rows]), references)
                 for rows in self._chunks(len(images))
             ]
         )
 
-    def attribute_states(self, states: HiddenStates, references: References) -> InteractionAttribution:
+    def attribute_states(self, states: HiddenStates, references: References) -> FeaturePairs:
         """`attribute` of hidden states that a forward pass has already made."""
-        with self._differentiable():
+        with differentiable(self.encoder):
             return self._interactions(states, references)
 
     def attribute_images(self, images: Tensor, others: Tensor) -> IntraModalAttribution:
@@ -183,17 +140,15 @@ class FeaturePairAttribution(AttributionMethod):
             )
 
         def side(rows: slice, batch: Tensor) -> _Side:
-            with torch.no_grad():
-                hidden = self.image.features_before(batch[rows])
-            return _Side.of(self.image, hidden, reference, None, self._dtype)
+            return _Side.of(self.image, self.image_states(batch[rows]), reference, None, self._dtype)
 
-        with self._differentiable():
+        with differentiable(self.encoder):
             reference = self.references().image
             parts = [self._compare(side(rows, images), side(rows, others)) for rows in self._chunks(len(images))]
         matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         first_last = self.image.on_grid(matrix_BPP).movedim(1, -1)
         interactions = self.image.on_grid(first_last).movedim((1, 2), (3, 4))
-        check_finite(interactions, "attribution", type(self).__name__)
+        check_finite(interactions, "attribution", self.label)
         return IntraModalAttribution(interactions, similarity, error)
 
     def attribute_texts(self, tokens: Tensor, others: Tensor) -> IntraModalAttribution:
@@ -212,74 +167,51 @@ class FeaturePairAttribution(AttributionMethod):
             return _Side.of(self.text, hidden, reference[:, : hidden.shape[1]], batch[rows], self._dtype)
 
         length = tokens.shape[1]
-        with self._differentiable():
+        with differentiable(self.encoder):
             reference = self.references(length).text
             parts = [self._compare(side(rows, tokens), side(rows, others)) for rows in self._chunks(len(tokens))]
         matrix_BTT, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         matrix_BTL = self.text.on_caption(matrix_BTT, length) * self.text.visible(others)[:, None]
         matrix_BLL = self.text.on_caption(matrix_BTL.mT, length).mT * self.text.visible(tokens)[:, :, None]
-        check_finite(matrix_BLL, "attribution", type(self).__name__)
+        check_finite(matrix_BLL, "attribution", self.label)
         return IntraModalAttribution(matrix_BLL, similarity, error)
-
-    def span_map(self, images: Tensor, tokens: Tensor, span_mask: Tensor) -> Tensor:
-        """How much the tokens of a span, together, match each patch: the sum of their rows of `attribute`, far cheaper.
-
-        Args:
-            images: [B, 3, H, W].
-            tokens: [B, L] token ids.
-            span_mask: [B, L] bool, the tokens of the span.
-
-        Returns:
-            [B, H, W], signed, in units of the similarity.
-
-        Raises:
-            ValueError: shapes do not match, a row selects no token of its caption, or the map is not finite.
-        """
-        check_batch(images, tokens)
-        if span_mask.shape != tokens.shape:
-            raise ValueError(
-                f"span_mask has to be of the tokens' shape {tuple(tokens.shape)}; got {tuple(span_mask.shape)}"
-            )
-        self._check_span(tokens, span_mask)
-        with self._differentiable():
-            references = self.references(tokens.shape[1])
-            parts = [
-                self.span_map_of(self.hidden_states(images[rows], tokens[rows]), span_mask[rows], references)
-                for rows in self._chunks(len(images))
-            ]
-        maps = torch.cat(parts)
-        check_finite(maps, "span map", type(self).__name__)
-        return maps
 
     def span_map_of(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
         """`span_map` of hidden states that a forward pass has already made; span_mask is [B, L]."""
         self._check_span(states.tokens, span_mask)
-        with self._differentiable():
+        with differentiable(self.encoder):
             maps = [self._span_map(states[rows], span_mask[rows], references) for rows in self._chunks(len(span_mask))]
         return torch.cat(maps)
 
-    def _check_span(self, tokens: Tensor, span_mask: Tensor) -> None:
-        empty = ~(span_mask & self.text.visible(tokens)).any(dim=1)
-        if empty.any():
-            raise ValueError(f"rows {empty.nonzero()[:, 0].tolist()} of span_mask select no token of their caption")
+    def capturing(self) -> AbstractContextManager[Captured]:
+        """Inside, keep what enters the layers that are attributed to, in the model's own forward passes."""
+        return capture(self.image, self.text)
 
     @torch.no_grad()
-    def hidden_states(self, images: Tensor, tokens: Tensor) -> HiddenStates:
-        """Run both stems: everything before the layers that are attributed to."""
-        return HiddenStates(self.image.features_before(images), self.text.features_before(tokens), tokens)
+    def image_states(self, images: Tensor) -> Tensor:
+        """Hidden states at the image layer: [B, P, D], or [B, C, H, W] for feature maps."""
+        return self.image.features_before(images)
+
+    @torch.no_grad()
+    def text_states(self, tokens: Tensor) -> Tensor:
+        """Hidden states at the text layer: [B, T, D]."""
+        return self.text.features_before(tokens)
 
     @torch.no_grad()
     def references(self, length: int | None = None) -> References:
         """Hidden states of both references; of the text's first `length` tokens (default: the context length)."""
         weight = next(self.encoder.parameters())
         length = length or self.encoder.tokenizer.context_length
-        with self._differentiable(), torch.no_grad():
+        with differentiable(self.encoder), torch.no_grad():
             image = self.image.features_before(self._reference_image().to(weight)[None])
             text = self.text.features_before(self._reference_tokens(length).to(weight.device)[None], length)
             return References(
                 torch.zeros_like(image) if self._is(self._image_reference, "features") else image,
                 torch.zeros_like(text) if self._is(self._text_reference, "features") else text,
             )
+
+    def _visible(self, tokens: Tensor) -> Tensor:
+        return self.text.visible(tokens)
 
     @staticmethod
     def _is(reference: str | Tensor, kind: str) -> bool:
@@ -305,11 +237,6 @@ class FeaturePairAttribution(AttributionMethod):
         if self._text_reference not in ("padding", "features"):
             raise ValueError(f"text_reference is 'padding', 'features' or token ids; got {self._text_reference!r}")
         return self.encoder.tokenizer.padding_caption()[:length]
-
-    @contextmanager
-    def _differentiable(self) -> Iterator[None]:
-        with differentiable(self.encoder):
-            yield
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -345,12 +272,12 @@ class FeaturePairAttribution(AttributionMethod):
         expected = (rows.change() * columns.change()).sum(dim=1) / norms
         return matrix_BTP, similarity, matrix_BTP.sum(dim=(1, 2)) - expected
 
-    def _interactions(self, states: HiddenStates, references: References) -> InteractionAttribution:
+    def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
         matrix_BTP, similarity, error = self._compare(*self._sides(states, references))
         tokens, prefix = states.tokens, self.image.prefix_tokens
         matrix_BPL = self.text.on_caption(matrix_BTP.mT, tokens.shape[1]) * self.text.visible(tokens)[:, None]
         interactions = self.image.on_grid(matrix_BPL.mT)
-        return InteractionAttribution(
+        return FeaturePairs(
             image=interactions.sum(dim=1),
             text=interactions.sum(dim=(2, 3)),
             similarity=similarity,

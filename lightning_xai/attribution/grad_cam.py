@@ -48,6 +48,7 @@ class GradCAM(AttributionMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._image = _split_at_the_end(encoder) if image_layer is None else encoder.image_at_layer(image_layer)
+        self.grid = self._image.grid
         self._text = encoder.text_at_layer(-1 if text_layer is None else text_layer)
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:

@@ -63,7 +63,7 @@ class IntegratedGradients(AttributionMethod):
         if steps < least:
             raise ValueError(f"the {rule} rule needs at least {least} integration step(s); got steps={steps}")
         reference_image(encoder, image_reference)
-        self._patches = PatchGrid(encoder.image_at_layer().grid)
+        self._patches = PatchGrid(self.grid)
         self._text = encoder.text_at_layer(0)
         self._steps = steps
         self._rule = rule

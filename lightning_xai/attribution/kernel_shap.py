@@ -72,7 +72,7 @@ class KernelSHAP(AttributionMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         reference_image(encoder, image_reference)
-        rows, columns = encoder.image_at_layer().grid
+        rows, columns = self.grid
         _check_samples("image_samples", image_samples, rows * columns, "patches")
         self._patches = PatchGrid((rows, columns))
         self._image_samples = image_samples

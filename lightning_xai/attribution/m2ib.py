@@ -112,6 +112,7 @@ class M2IB(AttributionMethod):
         image_layer, text_layer = layer if isinstance(layer, tuple) else (layer, layer)
         self.image = encoder.image_at_layer(_behind(image_layer, encoder.image_at_layer(), "image"))
         self.text = encoder.text_at_layer(_behind(text_layer, encoder.text_at_layer(), "text"))
+        self.grid = self.image.grid
         self.beta, self.variance = beta, variance
         self.steps, self.samples, self.lr, self.seed = steps, samples, lr, seed
 

@@ -66,7 +66,7 @@ class RISE(AttributionMethod):
                 raise ValueError(f"{name} has to be at least 1; got {number}")
         if not 0 < probability < 1:
             raise ValueError(f"probability has to lie between 0 and 1, or no mask hides a part; got {probability}")
-        self._patches = PatchGrid(encoder.image_at_layer().grid)
+        self._patches = PatchGrid(self.grid)
         self._image_masks = image_masks
         self._text_masks = text_masks
         self._cells = cells

@@ -33,7 +33,7 @@ class Saliency(AttributionMethod):
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._patches = PatchGrid(encoder.image_at_layer().grid)
+        self._patches = PatchGrid(self.grid)
         self._text = encoder.text_at_layer(0)
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:

@@ -12,45 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_xai.heat_maps import important_pixels, important_tokens
+
 __all__ = ["cut_through_ties", "degrade_image", "important_pixels", "important_tokens"]
-
-_ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
-
-
-def important_tokens(scores: Tensor, content_mask: Tensor, fraction: float, *, round_up: bool = False) -> Tensor:
-    """The share of a caption's own tokens with the largest scores.
-
-    Of n own tokens floor(fraction * n) are chosen. Of equal scores the earlier token is chosen.
-
-    Args:
-        scores: [..., L] float; only those of own tokens count, and only they have to be finite.
-        content_mask: [..., L] bool, the caption's own tokens (`CaptionTokenizer.content_mask`).
-        fraction: in [0, 1].
-        round_up: choose ceil(fraction * n), so that a caption never loses all its tokens where the rest is dropped.
-
-    Returns:
-        [..., L] bool, true only where `content_mask` is.
-
-    Raises:
-        ValueError: shapes that differ, a fraction outside [0, 1], or a score that is not finite.
-
-    Example:
-        >>> scores, own = torch.tensor([9.0, 0.2, 0.7, 0.5, 0.0]), torch.tensor([False, True, True, True, False])
-        >>> important_tokens(scores, own, 0.5).tolist()
-        [False, False, True, False, False]
-        >>> important_tokens(scores, own, 0.5, round_up=True).tolist()
-        [False, False, True, True, False]
-    """
-    if scores.shape != content_mask.shape or content_mask.dtype != torch.bool:
-        raise ValueError(
-            f"expected scores and a bool mask of one shape; got {list(scores.shape)} and {list(content_mask.shape)} "
-            f"of {content_mask.dtype}"
-        )
-    _check(scores[content_mask], fraction)
-    counts = content_mask.sum(dim=-1, keepdim=True).double() * fraction
-    counts = (counts - _ROUNDING).ceil() if round_up else (counts + _ROUNDING).floor()
-    order = scores.masked_fill(~content_mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return order.argsort(dim=-1) < counts
 
 
 def cut_through_ties(scores: Tensor, content_mask: Tensor, fraction: float) -> Tensor:
@@ -76,29 +40,6 @@ def cut_through_ties(scores: Tensor, content_mask: Tensor, fraction: float) -> T
     lowest_taken = scores.masked_fill(~chosen, torch.inf).amin(dim=-1)
     highest_left = scores.masked_fill(chosen | ~content_mask, -torch.inf).amax(dim=-1)
     return lowest_taken == highest_left
-
-
-def important_pixels(heat: Tensor, fraction: float) -> Tensor:
-    """The share of an image's pixels with the largest values.
-
-    Of h * w pixels floor(fraction * h * w) are chosen; of equal values those further up, then those further left.
-
-    Args:
-        heat: [..., h, w] float, a map at pixel resolution.
-        fraction: in [0, 1].
-
-    Returns:
-        [..., h, w] bool.
-
-    Raises:
-        ValueError: a fraction outside [0, 1], or a value that is not finite.
-
-    Example:
-        >>> important_pixels(torch.tensor([[0.0, 3.0], [1.0, 1.0]]), 0.5).tolist()
-        [[False, True], [True, False]]
-    """
-    flat = heat.flatten(-2)
-    return important_tokens(flat, torch.ones_like(flat, dtype=torch.bool), fraction).reshape(heat.shape)
 
 
 def degrade_image(pixels: Tensor, heat: Tensor, fraction: float, fill: Tensor | None = None) -> Tensor:
@@ -131,10 +72,3 @@ def degrade_image(pixels: Tensor, heat: Tensor, fraction: float, fill: Tensor | 
     if not pixels.is_floating_point():
         color = color.round()
     return torch.where(important_pixels(heat, fraction), color.to(pixels)[:, None, None], pixels)
-
-
-def _check(values: Tensor, fraction: float) -> None:
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction has to be in [0, 1]; got {fraction}")
-    if not values.isfinite().all():
-        raise ValueError("scores have to be finite; look for NaN or infinity in the map")

@@ -1,7 +1,7 @@
 """Evaluates explanations of a model: grounding, signs, hard negatives, confidence and localization, by any methods.
 
 One `test` of one model on one split: each batch passes through the model once, each method attributes each of its items
-once, and all metrics share what comes out. Every item's rows are kept on disk, so that a run that was killed goes on
+once, and all metrics share what comes out. Every item's rows are kept on disk, so that a run that was killed continues
 where it was, with any number of processes.
 """
 
@@ -10,64 +10,57 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from lightning_xai.attribution.base import ConstantMapWarning
 from lightning_xai.attribution.method_options import check_method, choose_method
-from lightning_xai.attribution.reference import ImageReference
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
-from lightning_xai.evaluation.evaluation_cell import EvaluationCell, Rows, picture_of
-from lightning_xai.evaluation.evaluation_files import Shown, write_evaluation
-from lightning_xai.evaluation.example_gallery import ExampleGallery
-from lightning_xai.evaluation.item_measures import Embeddings, MeasureOptions
-from lightning_xai.evaluation.table_metrics import counts_of
+from lightning_xai.evaluation.examples import ExampleGallery, Pixels, write_gallery
+from lightning_xai.evaluation.method_run import MethodRun
+from lightning_xai.evaluation.ranks import from_first, gather_to_first
+from lightning_xai.evaluation.rows import Embeddings
+from lightning_xai.evaluation.terminal_table import terminal_tables
+from lightning_xai.metrics.chosen import ChosenMetric, choose_metrics
 from lightning_xai.models.dual_encoder import load_dual_encoder
+from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
-from lightning_xai.report.evaluation_table import evaluation_table
-from lightning_xai.results.schema import (
-    TABLES,
-    EvaluationResult,
-    MethodResult,
-    method_of,
-    package_versions,
-)
+from lightning_xai.results.labels import method_of
+from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions
 
-__all__ = ["AttributionEvaluation", "MetricName"]
+if TYPE_CHECKING:
+    from lightning_xai.results.table import ResultTable
 
-MetricName = Literal["grounding", "other_objects", "hard_negatives", "confidence", "localization"]
-_NEED_BOXES = ("grounding", "other_objects", "hard_negatives", "localization")
-_T = TypeVar("_T")
+__all__ = ["AttributionEvaluation"]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank has done: broken records, pairs attributed, time taken, rows and what has none, by label."""
+    """The work of one rank: broken records, pairs attributed, time taken, and its rows of the long table."""
 
     broken: int
     pairs: int
     seconds: float
-    rows: dict[str, Rows]
-    left_out: Counter[tuple[str, str, str]]
+    targets: list[dict[str, Any]]
+    values: list[tuple[str, int, str, str, float, str]]
 
 
 class AttributionEvaluation(L.LightningModule):
-    """Measures what the attributions of a model are worth, in `test`.
+    """Measures how good the attributions of a model are, in `test`.
 
     For each method and item: gamma and rho (feature-pair paper, 4.2), signs of the attributions to other objects (4.3)
     and delta of hard negatives (4.4), these two for signed methods only; confidence drop and increase of image and text
-    and localization (M2IB paper, 4.3 and 4.4). Logs `test/METHOD/METRIC`, writes the result files that `report` reads
-    into `out`, and prints a table.
+    and localization (M2IB paper, 4.3 and 4.4); and the metrics of installed plug-ins. Logs `test/METHOD/SCORE`, writes
+    the result folder `out` that `report` reads, and prints a table for each metric.
 
     Items that are there already from an earlier run that was interrupted are read from `out`, not computed again.
 
@@ -76,27 +69,24 @@ class AttributionEvaluation(L.LightningModule):
         pretrained: an open_clip tag, a checkpoint file, or null for the weights of the `.ckpt`.
         out: folder for the results; a run with other settings needs another one.
         methods: name, or any label, of each method -> its options; `{"m2ib_8": {"method": "m2ib", "layer": 8}}` has
-            a label of its own. Null: feature_pair.
-        metrics: what to measure; null: all that the data allow.
-        seeds: how often a method that draws random numbers is repeated, with seeds from its own `seed` on.
-        keep_tokens: share of a caption's tokens that is kept for confidence.
-        keep_pixels: share of an image's pixels that is kept for confidence, those with the largest values of its map.
-            Null: as in the paper, the image is multiplied by its map in [0, 1], which lets a map that is high
-            everywhere keep more of the image than one that points at something.
-        hidden_image: what is seen of an image where it is not kept, for confidence.
-        localization_quantile: of a map's values, above which it is taken to point at something.
+            another label. Null: feature_pair.
+        metrics: what to measure, by name; null: all that the data allow.
+        metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
+        seeds: how often a stochastic method is repeated, with seeds from its `seed` on.
         examples: heat maps of so many first images are kept to look at.
         examples_per_class: and of so many images of each class.
         failures: and of so many images with the lowest gamma.
         internal_batch_size: pairs that are attributed at a time; bounds memory, changes no number.
 
     Attributes:
-        result: what was found, on the first rank, after `test`.
+        result: the record of the results, on the first rank, after `test`.
+        table: the long table, likewise.
 
     Raises:
-        ValueError: unknown model, weights, method, option or metric; a number outside its range; at set-up:
+        ValueError: unknown model, weights, method, metric or option; a number outside its range; at set-up:
             `inference_mode` is on, `out` cannot be written or holds results of other settings, or metrics were asked
             for that need boxes and the data have none; at the end: metrics were asked for, and there was not one item.
+        PluginError: a method or metric of another package breaks its contract.
     """
 
     def __init__(  # noqa: PLR0913 - the signature is the configuration
@@ -106,12 +96,9 @@ class AttributionEvaluation(L.LightningModule):
         *,
         out: Path,
         methods: dict[str, dict[str, Any] | None] | None = None,
-        metrics: list[MetricName] | None = None,
+        metrics: list[str] | None = None,
+        metric_options: dict[str, dict[str, Any]] | None = None,
         seeds: int = 1,
-        keep_tokens: float = 0.5,
-        keep_pixels: float | None = None,
-        hidden_image: ImageReference = "zeros",
-        localization_quantile: float = 0.75,
         examples: int = 6,
         examples_per_class: int = 2,
         failures: int = 12,
@@ -120,33 +107,20 @@ class AttributionEvaluation(L.LightningModule):
         super().__init__()
         if seeds < 1 or internal_batch_size < 1:
             raise ValueError(f"seeds and internal_batch_size have to be at least 1; got {seeds}, {internal_batch_size}")
-        shares = {
-            "keep_tokens": keep_tokens,
-            "keep_pixels": keep_pixels,
-            "localization_quantile": localization_quantile,
-        }
-        for name, share in shares.items():
-            if share is not None and not 0 <= share <= 1:
-                raise ValueError(f"{name} has to be in [0, 1]; got {share}")
         self.out = Path(out)
         self.methods = methods or {"feature_pair": None}
         for label, options in self.methods.items():
             check_method(method_of(label, options)[0])
-        self.metrics = None if metrics is None else tuple(dict.fromkeys(metrics))
+        self.metrics = choose_metrics(metrics, metric_options or {})
+        self.asked_for = tuple(metrics or ())
         self.seeds = seeds
-        self.options = MeasureOptions(
-            metrics=frozenset(),
-            keep_tokens=keep_tokens,
-            keep_pixels=keep_pixels,
-            hidden_image=hidden_image,
-            localization_quantile=localization_quantile,
-            batch_size=internal_batch_size,
-        )
+        self.internal_batch_size = internal_batch_size
         self.shown = (examples, examples_per_class, failures)
         self.encoder = load_dual_encoder(model, pretrained)
-        self.result: EvaluationResult | None = None
+        self.result: ResultRecord | None = None
+        self.table: ResultTable | None = None
         self._source = {"name": model, "pretrained": pretrained}
-        self._cells: list[EvaluationCell] = []
+        self._runs: list[MethodRun] = []
         self._broken = self._pairs = 0
         self._started = 0.0
 
@@ -172,76 +146,74 @@ class AttributionEvaluation(L.LightningModule):
     def on_test_start(self) -> None:
         """Build the methods, and take up what an earlier run has computed."""
         data = self._data()
-        labels = data.manifest("test").labels
-        options = replace(self.options, metrics=self._tables(labels))
+        manifest = data.manifest("test")
         settings = {
             "weights": weights_fingerprint(self.encoder),
             # The same weights are another function with another activation, and see other images.
             "architecture": self.encoder.architecture["model_cfg"],
             "preprocessing": self.encoder.architecture["preprocess_cfg"],
-            "data": data.manifest("test").fingerprint,
+            "data": manifest.fingerprint,
             "captions_per_image": data.captions_per_image,
             "swap_objects": data.swap_objects,
         }
-        self._cells = [cell for label in self.methods for cell in self._build(label, labels, options, settings)]
+        metrics = self._possible(has_boxes=bool(manifest.labels))
+        self._runs = [run for label in self.methods for run in self._build(label, metrics, settings)]
         # A process that comes late would take what others have just written for an earlier run's.
         self.trainer.strategy.barrier()
-        for cell in self._cells:
-            cell.maker.listen()
         self._broken = self._pairs = 0
         self._started = time.perf_counter()
-        restored = sum(cell.stored for cell in self._cells)
-        if restored:
-            rank_zero_info(f"{self.out}: {restored:,} items are there already and are taken as they are")
-        damaged = sum(cell.damaged for cell in self._cells)
+        stored, damaged = sum(len(run.cache) for run in self._runs), sum(run.cache.damaged for run in self._runs)
+        if stored:
+            rank_zero_info(f"{self.out}: {stored:,} items are there already and are taken as they are")
         if damaged:
             rank_zero_info(f"{self.out}: {damaged:,} stored lines are damaged, their items are computed again")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Attribute what is not there yet; the numbers are computed at the end."""
+        """Attribute what is not there yet; scores are computed at the end."""
         self._broken += len(batch.faults)
         indices = [index for index in batch.index.tolist() if index >= 0]
-        todo = [cell for cell in self._cells if not cell.has(indices)]
+        todo = [run for run in self._runs if not run.has(indices)]
         if todo:
             # The derivatives of a tail in half precision would be noise.
             with torch.autocast(self.device.type, enabled=False), warnings.catch_warnings():
-                # A map that says nothing shows in every number; one line a batch and method would bury the rest.
+                # A constant map shows in every number; a line for each batch and method would bury the rest.
                 warnings.simplefilter("ignore", ConstantMapWarning)
                 self._compute(batch, todo)
-        pixels = picture_of(self.encoder, batch)
-        for cell in self._cells:
-            cell.collect(indices, pixels)
+        pixels = _picture_of(self.encoder, batch)
+        for run in self._runs:
+            run.collect(indices, pixels)
 
     def on_test_epoch_end(self) -> None:
-        """Put the ranks' numbers together, log and write them."""
+        """Join the ranks' rows on the first one, log the scores, write and show everything."""
         seconds = time.perf_counter() - self._started
-        self._close()
-        cells, self._cells = self._cells, []
-        computed = {(cell.label, cell.seed): cell.metrics.compute() for cell in cells}
-        for (label, seed), (numbers, _) in computed.items():
-            repeated = sum(cell.label == label for cell in cells) > 1
-            for name, value in numbers.items():
+        runs = self._close()
+        targets = list({name: target for run in runs for name, target in run.targets.items()}.values())
+        values = [row for run in runs for row in run.values]
+        parts = gather_to_first(_Part(self._broken, self._pairs, seconds, targets, values))
+        scores, measured = from_first(lambda: self._summed_up(runs, parts))
+        for run in runs:
+            repeated = sum(other.label == run.label for other in runs) > 1
+            for score in (score for metric in run.metrics.values() for score in metric.spec.scores):
                 # Every rank holds the same number already.
-                self.log(f"test/{label}/{name}" + (f"/seed={seed}" if repeated else ""), value)
-        left_out = Counter({(cell.label, *what): n for cell in cells for what, n in cell.left_out.items()})
-        parts = _of_all_ranks(_Part(self._broken, self._pairs, seconds, _rows_by_label(cells), left_out))
-        shown = {cell.label: _shown(cell.gallery) for cell in cells if cell.gallery is not None}
+                name = f"test/{run.label}/{score.name}" + (f"/seed={run.seed}" if repeated else "")
+                self.log(name, scores.get((run.label, run.seed, score.name), math.nan))
+        kept = {run.label: (run.gallery, gather_to_first(run.gallery.kept)) for run in runs if run.gallery is not None}
         if self.trainer.is_global_zero:
-            rows = _joined(part.rows for part in parts)
-            self.result = self._result(cells, {key: numbers for key, (numbers, _) in computed.items()}, rows, parts)
-            classes = {label: summary for (label, _), (_, summary) in reversed(computed.items()) if summary is not None}
-            write_evaluation(self.out, self.result, rows, classes, shown)
-            self._show(self.result)
-        self._check_asked_for(
-            {name for numbers, _ in computed.values() for name, value in numbers.items() if not math.isnan(value)}
-        )
+            self._write({label: gallery.shown(parts) for label, (gallery, parts) in kept.items()})
+            self._show(scores)
+        missing = [name for name in self.asked_for if name not in measured]
+        if missing:
+            raise ValueError(
+                f"no item was left to measure {', '.join(missing)}: {self.out / 'values.csv'} has the reason for each "
+                "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method)"
+            )
 
     def on_exception(self, exception: BaseException) -> None:
-        """Leave the model as it was, and what was computed on disk."""
+        """Leave what was computed on disk."""
         self._close()
 
     def teardown(self, stage: str) -> None:
-        """Leave the model as it was."""
+        """Leave what was computed on disk."""
         self._close()
 
     def _data(self) -> ShardDataModule:
@@ -250,56 +222,63 @@ class AttributionEvaluation(L.LightningModule):
             raise ValueError("AttributionEvaluation measures the test split of a ShardDataModule; give it as the data")
         return data
 
-    def _tables(self, label_names: Sequence[str]) -> frozenset[str]:
-        """The tables to fill: those asked for, or all that the data allow."""
-        if label_names:
-            return frozenset(TABLES if self.metrics is None else self.metrics)
-        without = [name for name in self.metrics or () if name in _NEED_BOXES]
+    def _possible(self, *, has_boxes: bool) -> dict[str, ChosenMetric]:
+        """The metrics asked for, or all that the data allow."""
+        possible = {name: metric for name, metric in self.metrics.items() if has_boxes or not metric.spec.needs_boxes}
+        without = [name for name in self.asked_for if name not in possible]
         if without:
             raise ValueError(
                 f"{', '.join(without)} cannot be measured without boxes, and the test shards have none: prepare a data "
-                "set with boxes, or ask for the metric confidence alone"
+                f"set with boxes, or ask for other metrics, such as {', '.join(possible) or 'confidence'}"
             )
-        return frozenset({"confidence"})
+        return possible
 
     def _build(
-        self, label: str, label_names: Sequence[str], options: MeasureOptions, settings: Mapping[str, Any]
-    ) -> Iterator[EvaluationCell]:
-        """The cells of a method: one, or one for each seed where it draws random numbers."""
+        self, label: str, metrics: Mapping[str, ChosenMetric], settings: Mapping[str, Any]
+    ) -> Iterator[MethodRun]:
+        """The runs of a method: one, or one for each seed where it is stochastic."""
         name, own = method_of(label, self.methods[label])
         chosen = choose_method(self.encoder, name, own)
-        first = int(chosen.options.get("seed", 0))
-        for number in range(self.seeds if "seed" in chosen.options else 1):
+        first = int(chosen.options["seed"]) if chosen.method.stochastic else 0
+        for number in range(self.seeds if chosen.method.stochastic else 1):
             if number:
                 chosen = choose_method(self.encoder, name, own | {"seed": first + number})
-            gallery = ExampleGallery(*self.shown) if not number and "grounding" in options.metrics else None
-            yield EvaluationCell(label, chosen, self.encoder, label_names, options, self.out, settings, gallery)
+            gallery = None if number else ExampleGallery(*self.shown)
+            yield MethodRun(label, chosen, metrics, self.out, settings, gallery, self.internal_batch_size)
 
-    def _compute(self, batch: Batch, cells: Sequence[EvaluationCell]) -> None:
-        """One forward pass of the model, and what each of the methods makes of it."""
-        for cell in cells:
-            cell.maker.forget()
-        with torch.no_grad():
-            embeddings = Embeddings(self.encoder.encode_image(batch.images), self.encoder.encode_text(batch.tokens))
-        for cell in cells:
-            cell.maker.take(batch)
-        for cell in cells:
-            cell.compute(batch, embeddings)
+    def _compute(self, batch: Batch, runs: list[MethodRun]) -> None:
+        """One forward pass of the model, and the rows that each of the methods makes from it."""
+        with ExitStack() as passes:
+            for run in runs:
+                passes.enter_context(run.maps.forward_pass())
+            embeddings = Embeddings.of(self.encoder, batch)
+        for run in runs:
+            run.compute(batch, embeddings)
             self._pairs += len(batch.tokens)
 
-    def _result(
-        self,
-        cells: Sequence[EvaluationCell],
-        numbers: Mapping[tuple[str, int], Mapping[str, float]],
-        rows: Mapping[str, Rows],
-        parts: Sequence[_Part],
-    ) -> EvaluationResult:
+    def _summed_up(
+        self, runs: list[MethodRun], parts: list[_Part]
+    ) -> tuple[dict[tuple[str, int, str], float], set[str]]:
+        """On the first rank: join the rows, and return all scores and the names of the metrics that were measured."""
+        # Not before: pandas takes a while to import, and other ranks do not need it.
+        from lightning_xai.results.table import ResultTable, score_table
+
+        table = ResultTable.of(
+            (row for part in parts for row in part.values), (row for part in parts for row in part.targets)
+        )
+        self.table, self.result = table, self._record(runs, parts)
+        summed = score_table(table.values, self.result.scores.values())
+        scores = {(row.method, row.seed, row.score): row.value for row in summed.itertuples()}
+        there = set(table.values.loc[table.values["excluded"] == "", "metric"])
+        return scores, {name for name, metric in self.metrics.items() if there & set(metric.spec.values)}
+
+    def _record(self, runs: list[MethodRun], parts: list[_Part]) -> ResultRecord:
         data = self._data()
         manifest = data.manifest("test")
         pairs, seconds = sum(part.pairs for part in parts), max(part.seconds for part in parts)
-        left_out = sum((part.left_out for part in parts), Counter[tuple[str, str, str]]())
-        settings = asdict(self.options) | {"metrics": self.metrics, "seeds": self.seeds, "shown": self.shown}
-        return EvaluationResult(
+        metrics = {name: metric for run in runs for name, metric in run.metrics.items()}
+        return ResultRecord(
+            kind="evaluation",
             model={
                 **self._source,
                 "architecture": self.encoder.name,
@@ -315,104 +294,68 @@ class AttributionEvaluation(L.LightningModule):
                 "swap_objects": data.swap_objects,
                 "broken_records": sum(part.broken for part in parts),
             },
-            settings=settings,
+            settings={
+                "metrics": list(self.asked_for) or None,
+                "metric_options": {name: metric.options for name, metric in metrics.items() if metric.options},
+                "seeds": self.seeds,
+                "shown": self.shown,
+                "internal_batch_size": self.internal_batch_size,
+            },
             versions=package_versions(),
-            methods={label: _method_result(label, cells, numbers, rows[label], left_out) for label in self.methods},
+            methods={
+                label: MethodRecord(
+                    name=own[0].chosen.name,
+                    options=own[0].chosen.options,
+                    signed=own[0].chosen.method.signed,
+                    baseline=own[0].chosen.method.baseline,
+                    seeds=tuple(run.seed for run in own),
+                )
+                for label in self.methods
+                if (own := [run for run in runs if run.label == label])
+            },
+            metrics={
+                name: metrics[name].spec.record(metrics[name].options) for name in self.metrics if name in metrics
+            },
             speed={"pairs": float(pairs), "seconds": seconds, "pairs_per_second": pairs / max(seconds, 1e-9)},
         )
 
-    def _show(self, result: EvaluationResult) -> None:
+    def _write(self, shown: Mapping[str, Any]) -> None:
+        from lightning_xai.results.table import write_result
+
+        assert self.result is not None
+        assert self.table is not None
+        write_gallery(self.out, shown)
+        write_result(self.out, self.result, self.table)
+
+    def _show(self, scores: Mapping[tuple[str, int, str], float]) -> None:
+        assert self.result is not None
         console = Console()
-        for table in evaluation_table(result):
+        for table in terminal_tables(self.result, scores):
             console.print(table)
-        speed = result.speed
+        speed = self.result.speed
         lines = [
             f"{speed['pairs']:,.0f} pairs attributed, {speed['pairs_per_second']:.1f} a second",
-            f"All numbers: {self.out}",
+            f"Saved {self.out}",
             f"As a page: python -m lightning_xai report {self.out} --out {self.out / 'report'}",
         ]
         for line in lines:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-    def _check_asked_for(self, measured: set[str]) -> None:
-        """An error where a metric was asked for by name and there was not one item; all the rest has been written."""
-        first = {
-            "grounding": "gamma_mean",
-            "other_objects": "other_negative",
-            "hard_negatives": "delta_mean",
-            "confidence": "image_drop",
-            "localization": "localization_iou",
-        }
-        missing = [name for name in self.metrics or () if first[name] not in measured]
-        if missing:
-            raise ValueError(
-                f"no item was left to measure {', '.join(missing)}: {self.out / 'result.json'} counts what was left "
-                "out and why (hard negatives need swap_objects or a data set that has them, signs a signed method)"
-            )
-
-    def _close(self) -> None:
-        for cell in self._cells:
-            cell.close()
+    def _close(self) -> list[MethodRun]:
+        """Write what is left to the caches, and let go of the runs."""
+        runs, self._runs = self._runs, []
+        for run in runs:
+            run.cache.close()
+        return runs
 
 
-def _method_result(
-    label: str,
-    cells: Sequence[EvaluationCell],
-    numbers: Mapping[tuple[str, int], Mapping[str, float]],
-    rows: Rows,
-    left_out: Mapping[tuple[str, str, str], int],
-) -> MethodResult:
-    own = [cell for cell in cells if cell.label == label]
-    found = [numbers.get((label, cell.seed), {}) for cell in own]
-    names = dict.fromkeys(name for each in found for name in each)
-    metrics = {name: tuple(each[name] for each in found) for name in names}
-    return MethodResult(
-        method=own[0].chosen.name,
-        options=own[0].chosen.options,
-        signed=own[0].chosen.method.signed,
-        seeds=tuple(cell.seed for cell in own),
-        # A metric of which there was no item at all is left out rather than shown as a dash everywhere.
-        metrics={name: values for name, values in metrics.items() if not all(map(math.isnan, values))},
-        counts={
-            table: counts_of(table, rows[table])
-            | {why: n for (whose, of, why), n in sorted(left_out.items()) if (whose, of) == (label, table)}
-            for table in own[0].tables
-        },
-    )
+def _picture_of(encoder: TwoTowerEncoder, batch: Batch) -> Callable[[int], Pixels]:
+    """From the index of a sample of a batch to its picture as the model saw it, [H, W, 3] bytes."""
+    rows = {index: row for row, index in enumerate(batch.index.tolist())}
 
+    def pixels(index: int) -> Pixels:
+        picture = encoder.pictures(batch.images[[rows[index]]].float().cpu())[0].permute(1, 2, 0)
+        levels: Pixels = (picture * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        return levels
 
-def _rows_by_label(cells: Sequence[EvaluationCell]) -> dict[str, Rows]:
-    """The rows of this rank, those of several seeds together."""
-    return _joined({cell.label: cell.rows} for cell in cells)
-
-
-def _joined(parts: Iterable[Mapping[str, Rows]]) -> dict[str, Rows]:
-    joined: dict[str, Rows] = {}
-    for part in parts:
-        for label, tables in part.items():
-            own = joined.setdefault(label, {})  # also of a method that has no table: its sign says nothing
-            for table, rows in tables.items():
-                own.setdefault(table, []).extend(rows)
-    return joined
-
-
-def _shown(gallery: ExampleGallery) -> list[Shown]:
-    """The examples that are chosen of all ranks'; only their maps and pictures travel."""
-    candidates = [replace(candidate, record={}) for candidate in gallery.kept]
-    chosen = gallery.choose(candidate for part in _of_all_ranks(candidates) for candidate in part)
-    own = [
-        Shown(chosen[candidate.place], candidate, pixels)
-        for candidate in gallery.kept
-        if candidate.place in chosen and (pixels := gallery.pixels(candidate.index)) is not None
-    ]
-    shown = [example for part in _of_all_ranks(own) for example in part]
-    return sorted(shown, key=lambda example: example.candidate.place)
-
-
-def _of_all_ranks(part: _T) -> list[_T]:
-    """What every rank has given, by rank; every rank has to call this."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [part]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, part)
-    return gathered
+    return pixels

@@ -1,7 +1,7 @@
-"""What has been computed, kept on disk item by item: a run that is killed goes on where it was.
+"""Results kept on disk item by item, so that a run that is killed continues where it was.
 
-Every process writes a file of its own, a line for each item, and reads the files of all on opening: the next run may
-have another number of processes. A line that was cut off is as if it had never been written.
+Every process writes its own file, a line for each item, and reads the files of all on opening: the next run may have
+another number of processes. A line that was cut off counts as not written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lightning_xai.results.schema import write_json
+from lightning_xai.atomic_file import write_json
+from lightning_xai.results.record import settings_that_differ
 
 __all__ = ["CacheError", "ResultCache"]
 
@@ -20,14 +21,14 @@ _SETTINGS = "settings.json"
 
 
 class CacheError(ValueError):
-    """A folder of rows that belongs to other settings; the message says which, and what to do."""
+    """A folder holds results of other settings; the message names them, and says what to do."""
 
 
 class ResultCache:
     """Records by the number of their item.
 
     Args:
-        folder: of this store alone; made where it does not exist.
+        folder: of this cache alone; created if needed.
         settings: all that the records depend on, as plain values.
 
     Attributes:
@@ -88,17 +89,11 @@ class ResultCache:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"{path}: cannot be read ({error}); delete {self._folder} to compute it again") from error
-        if not isinstance(found, dict):
-            found = {}
-        changed = [
-            f"{name} was {found.get(name)!r} and is {settings.get(name)!r}"
-            for name in sorted(found.keys() | settings.keys())
-            if found.get(name) != settings.get(name)
-        ]
+        changed = settings_that_differ(found if isinstance(found, dict) else {}, settings)
         if changed:
             raise CacheError(
                 f"{self._folder} holds results of other settings: {'; '.join(changed)}. Choose another folder, or "
-                "delete this one to have all of it computed again"
+                "delete this one to compute all of it again"
             )
 
     def _load(self, path: Path) -> None:

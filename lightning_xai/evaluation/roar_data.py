@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_xai.attribution import Attribution, AttributionMethod, ConstantMapWarning
-from lightning_xai.attribution.base import upsample
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.dataset import EvaluationDataset
 from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_tokens
@@ -31,6 +30,7 @@ from lightning_xai.data.sample import RecordError, Sample, read_image
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardsExistError, write_shards
 from lightning_xai.data.stable_hash import stable_hash
+from lightning_xai.heat_maps import upsample
 from lightning_xai.models.dual_encoder import DualEncoder
 
 __all__ = ["Partition", "attribute_pairs", "count_ties", "partition", "read_keys", "write_degraded", "write_original"]

@@ -1,6 +1,13 @@
+from lightning_xai.metrics.base import (
+    CaptionTargets,
+    MetricSpec,
+    NegativeTargets,
+    PhrasePairTargets,
+    PhraseTargets,
+    check_spec,
+)
 from lightning_xai.metrics.confidence import ConfidenceMetric, confidence_drop, confidence_increase
 from lightning_xai.metrics.grounding import (
-    ClassGrounding,
     GroundingMetric,
     GroundingSummary,
     box_attribution,
@@ -13,15 +20,32 @@ from lightning_xai.metrics.localization import LocalizationMetric, binarised, bo
 from lightning_xai.metrics.map_similarity import spearman, ssim
 from lightning_xai.metrics.other_objects import OtherObjectsMetric, directed_pairs
 from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
+from lightning_xai.registry import Registry
+
+METRICS: Registry[MetricSpec] = Registry(
+    "metric",
+    {
+        name: f"lightning_xai.metrics.{name}:SPEC"
+        for name in ("grounding", "other_objects", "hard_negatives", "confidence", "localization")
+    },
+    group="lightning_xai.metrics",
+    check=check_spec,
+)
+"""Every metric by the name that configs and results use. A new one is one file and one entry."""
 
 __all__ = [
-    "ClassGrounding",
+    "METRICS",
+    "CaptionTargets",
     "ConfidenceMetric",
     "GroundingMetric",
     "GroundingSummary",
     "HardNegativesMetric",
     "LocalizationMetric",
+    "MetricSpec",
+    "NegativeTargets",
     "OtherObjectsMetric",
+    "PhrasePairTargets",
+    "PhraseTargets",
     "RetrievalMetric",
     "attribution_difference",
     "binarised",

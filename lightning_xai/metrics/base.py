@@ -8,17 +8,33 @@ Shape suffixes: M targets, H x W the patch grid, h x w pixels, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
+from lightning_xai.exclusion import Exclusion
 from lightning_xai.results.record import MetricRecord, Score
 
-__all__ = ["CaptionTargets", "Kind", "MetricSpec", "NegativeTargets", "PhrasePairTargets", "PhraseTargets"]
+__all__ = [
+    "CaptionTargets",
+    "HiddenImage",
+    "Kind",
+    "MetricSpec",
+    "NegativeTargets",
+    "PhrasePairTargets",
+    "PhraseTargets",
+    "ValueMetric",
+    "check_spec",
+    "no_targets",
+]
 
 Kind = Literal["phrase", "phrase_pair", "negative", "caption"]
+HiddenImage = Literal["zeros", "black"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,9 @@ class PhraseTargets:
     masks: Tensor
     signed: bool
 
+    def __len__(self) -> int:
+        return len(self.maps)
+
 
 @dataclass(frozen=True)
 class PhrasePairTargets:
@@ -50,6 +69,9 @@ class PhrasePairTargets:
     masks: Tensor
     other_masks: Tensor
 
+    def __len__(self) -> int:
+        return len(self.maps)
+
 
 @dataclass(frozen=True)
 class NegativeTargets:
@@ -64,6 +86,9 @@ class NegativeTargets:
     true_maps: Tensor
     replacement_maps: Tensor
     masks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.masks)
 
 
 @dataclass(frozen=True)
@@ -94,9 +119,17 @@ class CaptionTargets:
     box_owner: Tensor
     image_size: tuple[int, int]
     signed: bool
-    similarity_of_images: Callable[[slice, Tensor, str], Tensor]
+    similarity_of_images: Callable[[slice, Tensor, HiddenImage], Tensor]
     similarity_of_texts: Callable[[Tensor], Tensor]
     batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.image_maps)
+
+    def slices(self) -> Iterator[slice]:
+        """Slices of at most `batch_size` targets: masks at pixel resolution are large."""
+        for start in range(0, len(self), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +139,16 @@ class MetricSpec:
     Attributes:
         name: its key in configs and results.
         kind: what it is measured on.
-        compute: the targets -> for each of `values` a number for each target, [M] float or bool; NaN where a target has
-            none. Its keyword-only parameters are the metric's options.
+        compute: the targets, of the class that belongs to `kind` -> for each of `values` a number for each target, [M]
+            float or bool; NaN where a target has none. It is called with M = 0, too. Its keyword-only parameters are
+            the metric's options.
         values: the names that `compute` returns: metrics of the long table.
         scores: how they are summed up.
         title: of its table in reports.
         note: what the numbers mean, in one or two sentences.
         needs_boxes: whether data sets without boxes have no such targets.
         needs_sign: whether it only makes sense for methods whose maps are signed.
-        empty: value -> the reason that is recorded where a target has no number (NaN).
+        empty: value -> the reason that is recorded where a target has no number (NaN); else NO_VALUE.
         chart: how reports draw the values; None: not at all.
     """
 
@@ -127,7 +161,7 @@ class MetricSpec:
     note: str
     needs_boxes: bool = False
     needs_sign: bool = False
-    empty: Mapping[str, str]
+    empty: Mapping[str, Exclusion] = field(default_factory=dict)
     chart: Literal["cumulative", "distribution", "bars"] | None = None
 
     def record(self, options: Mapping[str, Any]) -> MetricRecord:
@@ -141,3 +175,112 @@ class MetricSpec:
             chart=self.chart,
             options=dict(options),
         )
+
+
+_TARGETS = {
+    "phrase": PhraseTargets,
+    "phrase_pair": PhrasePairTargets,
+    "negative": NegativeTargets,
+    "caption": CaptionTargets,
+}
+
+
+def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTargets | CaptionTargets:
+    """Return targets of a kind with M = 0, on a grid of one patch, to try a metric and its options out."""
+    maps, masks = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1, dtype=torch.bool)
+    if kind == "phrase":
+        return PhraseTargets(maps, masks, signed=True)
+    if kind == "phrase_pair":
+        return PhrasePairTargets(maps, masks, masks)
+    if kind == "negative":
+        return NegativeTargets(maps, maps, masks)
+    nothing = torch.zeros(0)
+    return CaptionTargets(
+        image_maps=maps,
+        text_maps=torch.zeros(0, 1),
+        content=torch.zeros(0, 1, dtype=torch.bool),
+        similarity=nothing,
+        boxes=torch.zeros(0, 4),
+        box_owner=torch.zeros(0, dtype=torch.int64),
+        image_size=(1, 1),
+        signed=True,
+        similarity_of_images=lambda rows, kept, hidden: nothing,
+        similarity_of_texts=lambda kept: nothing,
+        batch_size=1,
+    )
+
+
+def check_spec(name: str, entry: Any) -> None:
+    """Raise a ValueError that states the rule which an entry of the registry of metrics breaks."""
+    if not isinstance(entry, MetricSpec):
+        raise ValueError(f"a metric has to be a MetricSpec; got {type(entry).__name__}")
+    if entry.name != name:
+        raise ValueError(f"the name of a MetricSpec has to be that of its entry; got {entry.name!r}")
+    if entry.kind not in get_args(Kind):
+        raise ValueError(f"kind has to be one of {', '.join(get_args(Kind))}; got {entry.kind!r}")
+    if not entry.values or not entry.scores:
+        raise ValueError("a MetricSpec needs at least one of `values` and one of `scores`")
+    unknown = {score.value for score in entry.scores} | set(entry.empty)
+    if unknown := unknown - set(entry.values):
+        raise ValueError(f"scores and empty have to name values ({', '.join(entry.values)}); got {sorted(unknown)}")
+
+
+class ValueMetric(Metric):
+    """Collects values of targets, and sums them up as the long table of results does.
+
+    The result is the same to the last bit for any order, batches and number of processes. `update` of a subclass turns
+    what it is given into values and calls `collect`.
+
+    Args:
+        spec: the metric whose `scores` are computed.
+        columns: what is collected of each target; default: the values that `scores` sum up.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    collected: list[Tensor]
+
+    def __init__(self, spec: MetricSpec, columns: Sequence[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.spec = spec
+        self.columns = tuple(columns or dict.fromkeys(score.value for score in spec.scores))
+        self.add_state("collected", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> ValueMetric:
+        """Do nothing: values are kept as they came at any precision."""
+        return self
+
+    def reset(self) -> None:
+        """Forget all values."""
+        super().reset()
+        # torchmetrics cannot gather from a rank that holds nothing.
+        self.collected.append(torch.zeros(0, len(self.columns), dtype=torch.int64, device=self.device))
+
+    def collect(self, values: Mapping[str, Tensor]) -> None:
+        """Add targets: for each of `columns` a number for each target, [M]; NaN where the target has none.
+
+        Raises:
+            ValueError: other names, other shapes, or an infinite number.
+        """
+        shapes = {name: list(value.shape) for name, value in values.items()}
+        if values.keys() != set(self.columns) or len({tuple(shape) for shape in shapes.values()}) != 1:
+            raise ValueError(f"expected {', '.join(self.columns)}, each [M]; got {shapes}")
+        # On the CPU, since Apple's GPUs have no float64; as bits, since some devices and casts would round float64.
+        rows = torch.stack([values[name].detach().cpu().double() for name in self.columns], dim=-1)
+        if rows.ndim != 2 or rows.isinf().any():
+            raise ValueError(f"expected finite numbers or NaN, [M] for each of {', '.join(self.columns)}; got {shapes}")
+        self.collected.append(rows.view(torch.int64).to(self.device))
+
+    def rows(self) -> Tensor:
+        """All values so far, [M, columns] float64 on the CPU."""
+        collected: Tensor = dim_zero_cat(self.collected)
+        return collected.cpu().view(torch.float64)
+
+    def compute(self) -> Any:
+        """Every score by its name, over all targets of all ranks; NaN where there is none."""
+        columns = dict(zip(self.columns, self.rows().unbind(dim=1), strict=True))
+        return {
+            score.name: score.of(columns[score.value][~columns[score.value].isnan()].tolist())
+            for score in self.spec.scores
+        }

@@ -1,7 +1,6 @@
 """How much of a phrase's attribution falls into the box of the object it names: gamma and rho.
 
-Definitions: "Explaining caption-image interactions in CLIP models with second-order attributions", section 4.2. The
-formulas stand here once, as functions; `GroundingMetric` only accumulates what they return.
+Definitions: "Explaining caption-image interactions in CLIP models with second-order attributions", section 4.2.
 
 Shapes: R rows (a phrase and the object it names), H x W the patch grid of the map, h x w the image in pixels.
 Boxes are (x0, y0, x1, y1) in pixels of the image that the model saw, x to the right and y down.
@@ -9,24 +8,24 @@ Boxes are (x0, y0, x1, y1) in pixels of the image that the model saw, x to the r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_xai.exclusion import Exclusion
-from lightning_xai.metrics.exact_means import FRACTION_BITS, to_fixed
+from lightning_xai.metrics.base import MetricSpec, PhraseTargets, ValueMetric
+from lightning_xai.results.record import Score
 
 __all__ = [
-    "ClassGrounding",
+    "SPEC",
     "GroundingMetric",
     "GroundingSummary",
     "box_attribution",
     "gamma",
+    "grounding",
     "larger_than_patch",
     "measurable",
     "patch_mask",
@@ -188,61 +187,77 @@ def box_attribution(maps: Tensor, masks: Tensor) -> Tensor:
     return maps.detach().to(_widest_float(maps.device)).masked_fill(~masks, 0).sum(dim=(1, 2))
 
 
+def grounding(targets: PhraseTargets) -> dict[str, Tensor]:
+    """Compute gamma and rho of phrases, both NaN where a map has no positive entry."""
+    shares = gamma(targets.maps, targets.masks)
+    hits = rho(targets.maps, targets.masks).to(shares)
+    return {"gamma": shares, "rho": hits.masked_fill(shares.isnan(), torch.nan)}
+
+
+SPEC = MetricSpec(
+    name="grounding",
+    kind="phrase",
+    compute=grounding,
+    values=("gamma", "rho"),
+    scores=(
+        Score(name="gamma_mean", value="gamma", heading="γ mean", better="up"),
+        Score(name="gamma_std", value="gamma", reduce="std", heading="γ std"),
+        Score(
+            name="gamma_above_50",
+            value="gamma",
+            reduce="share_above",
+            threshold=0.5,
+            heading="γ > 0.5",
+            better="up",
+            percent=True,
+        ),
+        Score(
+            name="gamma_above_80",
+            value="gamma",
+            reduce="share_above",
+            threshold=0.8,
+            heading="γ > 0.8",
+            better="up",
+            percent=True,
+        ),
+        Score(name="rho", value="rho", heading="ρ", better="up", percent=True),
+    ),
+    title="Visual-linguistic grounding",
+    note="γ: share of a phrase's positive attribution that lies in the box of its object; ρ: share of phrases whose "
+    "largest attribution lies in it.",
+    needs_boxes=True,
+    empty={"gamma": Exclusion.NO_POSITIVE, "rho": Exclusion.NO_POSITIVE},
+    chart="cumulative",
+)
+
+
 @dataclass  # not frozen: torchmetrics copies what compute returns field by field
-class ClassGrounding:
-    """The grounding of a set of pairs; fractions in [0, 1], higher is better, NaN where there is no pair.
+class GroundingSummary:
+    """The grounding of a set of phrases; fractions in [0, 1], higher is better, NaN where nothing was measured.
 
     Attributes:
-        pairs: the pairs measured.
-        gamma_mean: mean over pairs.
-        gamma_std: sample standard deviation over pairs (divided by pairs - 1); NaN below two pairs.
-        gamma_above_50: share of pairs with gamma > 0.5.
-        gamma_above_80: share of pairs with gamma > 0.8.
-        rho: share of pairs whose largest attribution lies inside the box.
-        left_out: rows that were not measured, by reason (every reason of `Exclusion` but MEASURED, in lower case).
+        targets: the phrases measured.
+        gamma_mean: mean over phrases.
+        gamma_std: sample standard deviation over phrases (divided by phrases - 1); NaN below two.
+        gamma_above_50: share of phrases with gamma above one half.
+        gamma_above_80: share of phrases with gamma above 0.8.
+        rho: share of phrases whose largest attribution lies inside the box.
+        excluded: phrases that were not measured, by reason (every reason of `Exclusion` but MEASURED, in lower case).
+        per_class: label -> its grounding, for every label in the order given to the metric; empty for a class.
     """
 
-    pairs: int
+    targets: int
     gamma_mean: float
     gamma_std: float
     gamma_above_50: float
     gamma_above_80: float
     rho: float
-    left_out: dict[str, int]
-
-    def scalars(self) -> dict[str, float]:
-        """The numbers to log, by name; the same names whether or not anything was measured."""
-        return {
-            "gamma_mean": self.gamma_mean,
-            "gamma_above_50": self.gamma_above_50,
-            "gamma_above_80": self.gamma_above_80,
-            "rho": self.rho,
-            "grounding_pairs": float(self.pairs),
-        }
+    excluded: dict[str, int]
+    per_class: dict[str, GroundingSummary] = field(default_factory=dict)
 
 
-@dataclass
-class GroundingSummary(ClassGrounding):
-    """The grounding over all pairs, and the same per class.
-
-    Attributes:
-        per_class: label -> its grounding, for every label in the order given to the metric.
-    """
-
-    per_class: dict[str, ClassGrounding]
-
-
-# gamma enters the sums as a fixed-point number. A square has up to 80 bits and is kept as the three products of the
-# halves, so that it, too, is exact; 2^23 pairs with gamma = 1 (8 million a class) fill an int64.
-_HALF_BITS = FRACTION_BITS // 2
-_COLUMNS = 8  # pairs, gamma, high^2, high * low, low^2, gamma > 0.5, gamma > 0.8, hits
-
-
-class GroundingMetric(Metric):
-    """Accumulates gamma and rho per class; the same result on one process and on many.
-
-    The states are int64 counts and fixed-point sums (a step of 2^-40, an error below 1e-12), so they need no float64
-    on the device, and converting the model that holds the metric to another precision does not touch them.
+class GroundingMetric(ValueMetric):
+    """Collects gamma and rho by class; the same result on one process and on many.
 
     Args:
         label_names: the classes; `label` in `update` counts into this sequence.
@@ -257,34 +272,23 @@ class GroundingMetric(Metric):
         ...     torch.tensor([0.5, 0.75, 0.0]), torch.tensor([False, True, False]), torch.tensor([0, 0, 1]), reason
         ... )
         >>> summary = metric.compute()
-        >>> summary.pairs, summary.gamma_mean, summary.gamma_above_50, summary.rho, summary.left_out["span_cut_off"]
+        >>> summary.targets, summary.gamma_mean, summary.gamma_above_50, summary.rho, summary.excluded["span_cut_off"]
         (2, 0.625, 0.5, 0.5, 1)
-        >>> summary.per_class["cat"].pairs
+        >>> summary.per_class["cat"].targets
         0
     """
 
-    full_state_update = False
     higher_is_better = True
-    is_differentiable = False
-    totals: Tensor
-    reasons: Tensor
 
     def __init__(self, label_names: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(SPEC, ("gamma", "rho", "label", "reason"), **kwargs)
         self.label_names = tuple(label_names)
         if len(set(self.label_names)) != len(self.label_names):
             repeated = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
             raise ValueError(f"label names have to differ; given more than once: {repeated}")
-        self.add_state("totals", torch.zeros(len(self.label_names), _COLUMNS, dtype=torch.int64), dist_reduce_fx="sum")
-        reasons = torch.zeros(len(self.label_names), len(Exclusion), dtype=torch.int64)
-        self.add_state("reasons", reasons, dist_reduce_fx="sum")
-
-    def set_dtype(self, dst_type: str | torch.dtype) -> GroundingMetric:
-        """Does nothing: the states are integers at any precision."""
-        return self
 
     def update(self, gamma: Tensor, hit: Tensor, label: Tensor, reason: Tensor) -> None:
-        """Add rows; a measured row without a gamma (NaN) counts as NO_POSITIVE.
+        """Add phrases; a measured one without a gamma (NaN) counts as NO_POSITIVE.
 
         Args:
             gamma: [R] float, in [0, 1] or NaN where measured; anything elsewhere.
@@ -298,10 +302,8 @@ class GroundingMetric(Metric):
         shapes = [tuple(tensor.shape) for tensor in (gamma, hit, label, reason)]
         if gamma.ndim != 1 or len(set(shapes)) != 1:
             raise ValueError(f"GroundingMetric.update expects gamma, hit, label and reason, each [R]; got {shapes}")
-        device = self.totals.device
-        gamma, hit, label, reason = (tensor.detach().to(device) for tensor in (gamma, hit, label, reason))
-        known = torch.arange(len(Exclusion), device=device)
-        if not torch.isin(reason, known).all():
+        gamma, hit, label, reason = (tensor.detach().cpu() for tensor in (gamma, hit, label, reason))
+        if not ((reason >= 0) & (reason < len(Exclusion))).all():
             raise ValueError(
                 f"reason holds values that are not in Exclusion (0 to {len(Exclusion) - 1}): {reason.tolist()}"
             )
@@ -310,56 +312,34 @@ class GroundingMetric(Metric):
                 f"label counts into the {len(self.label_names)} label names; "
                 f"got values from {label.min()} to {label.max()}"
             )
-        no_positive = (reason == Exclusion.MEASURED) & gamma.isnan()
-        reason = reason.masked_fill(no_positive, int(Exclusion.NO_POSITIVE))
-        measured = reason == Exclusion.MEASURED
-        rows = self._rows(gamma[measured], hit[measured])
-        # Out of place: a state made under inference_mode could not be changed outside of it.
-        self.totals = self.totals.index_add(0, label[measured], rows)
-        self.reasons = self.reasons.index_add(0, label, (reason[:, None] == known).long())
+        reason = reason.masked_fill((reason == Exclusion.MEASURED) & gamma.isnan(), int(Exclusion.NO_POSITIVE))
+        shares = gamma.double().masked_fill(reason != Exclusion.MEASURED, torch.nan)
+        if not (shares.isnan() | ((shares >= 0) & (shares <= 1))).all():
+            raise ValueError(f"gamma is a fraction in [0, 1]; got {gamma.tolist()}")
+        self.collect({"gamma": shares, "rho": hit, "label": label, "reason": reason})
 
     def compute(self) -> GroundingSummary:
-        """The grounding over everything added since the last reset, on all ranks; NaN where there is no pair."""
-        totals: list[list[int]] = self.totals.tolist()
-        reasons: list[list[int]] = self.reasons.tolist()
-        # Summed as Python's integers, which have room for all classes together.
-        overall = _grounding(_column_sums(totals, _COLUMNS), _column_sums(reasons, len(Exclusion)))
-        per_class = {
-            name: _grounding(row, counts) for name, row, counts in zip(self.label_names, totals, reasons, strict=True)
+        """The grounding over all phrases of all ranks; NaN where nothing was measured."""
+        rows = self.rows()
+        summary = self._summary(rows)
+        label = self.columns.index("label")
+        summary.per_class = {
+            name: self._summary(rows[rows[:, label] == number]) for number, name in enumerate(self.label_names)
         }
-        return GroundingSummary(**vars(overall), per_class=per_class)
+        return summary
 
-    def _rows(self, gamma: Tensor, hit: Tensor) -> Tensor:
-        """[n] each, all measured -> [n, columns] int64, what each pair adds to its class."""
-        if not ((gamma >= 0) & (gamma <= 1)).all():
-            raise ValueError(f"gamma is a fraction in [0, 1]; got values from {gamma.min()} to {gamma.max()}")
-        fixed = to_fixed(gamma)
-        high, low = fixed >> _HALF_BITS, fixed & (2**_HALF_BITS - 1)
-        columns = [torch.ones_like(fixed), fixed, high * high, high * low, low * low, gamma > 0.5, gamma > 0.8, hit]
-        return torch.stack([column.long() for column in columns], dim=1)
-
-
-def _column_sums(rows: Sequence[Sequence[int]], columns: int) -> list[int]:
-    return [sum(row[column] for row in rows) for column in range(columns)]
-
-
-def _grounding(row: Sequence[int], reasons: Sequence[int]) -> ClassGrounding:
-    """One row of the totals (exact integers) -> means; Python's integers do not overflow."""
-    left_out = {why.name.lower(): reasons[why] for why in Exclusion if why is not Exclusion.MEASURED}
-    pairs, total, high_high, high_low, low_low, above_50, above_80, hits = row
-    if pairs == 0:
-        return ClassGrounding(0, math.nan, math.nan, math.nan, math.nan, math.nan, left_out)
-    squares = (high_high << 2 * _HALF_BITS) + (high_low << _HALF_BITS + 1) + low_low
-    variance = (pairs * squares - total * total) / (pairs * (pairs - 1) << 2 * FRACTION_BITS) if pairs > 1 else math.nan
-    return ClassGrounding(
-        pairs=pairs,
-        gamma_mean=total / (pairs << FRACTION_BITS),
-        gamma_std=math.sqrt(variance),
-        gamma_above_50=above_50 / pairs,
-        gamma_above_80=above_80 / pairs,
-        rho=hits / pairs,
-        left_out=left_out,
-    )
+    def _summary(self, rows: Tensor) -> GroundingSummary:
+        columns = dict(zip(self.columns, rows.unbind(dim=1), strict=True))
+        reasons = columns["reason"].tolist()
+        measured = columns["reason"] == Exclusion.MEASURED
+        scores: dict[str, Any] = {
+            score.name: score.of(columns[score.value][measured].tolist()) for score in SPEC.scores
+        }
+        return GroundingSummary(
+            targets=int(measured.sum()),
+            **scores,
+            excluded={why.key: reasons.count(why) for why in Exclusion if why is not Exclusion.MEASURED},
+        )
 
 
 def _in_patches(

@@ -1,4 +1,4 @@
-"""Hard negatives: does a box lose attribution when the caption names something else (feature-pair paper, 4.4)?
+"""Hard negatives: a box should lose attribution when the caption names something else (feature-pair paper, 4.4).
 
 Shape suffix: N hard negatives.
 """
@@ -9,17 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_xai.metrics.exact_means import ExactMeans
+from lightning_xai.metrics.base import MetricSpec, NegativeTargets, ValueMetric
+from lightning_xai.metrics.grounding import box_attribution
+from lightning_xai.results.record import Score
 
-__all__ = ["HardNegativesMetric", "attribution_difference"]
+__all__ = ["SPEC", "HardNegativesMetric", "attribution_difference", "hard_negatives"]
 
 
 def attribution_difference(negative: Tensor, positive: Tensor) -> Tensor:
-    """delta: what a replacement attributes to the true object's box, minus what the true phrase does; lower is better.
+    """Compute delta, the attribution of a replacement to the true object's box minus that of the true phrase.
 
     Args:
         negative: [N], of the replacement in the wrong caption.
         positive: [N], of the true phrase in the true caption.
+
+    Returns:
+        [N]; lower is better.
 
     >>> import torch
     >>> attribution_difference(torch.tensor([-0.25]), torch.tensor([0.5]))
@@ -28,7 +33,31 @@ def attribution_difference(negative: Tensor, positive: Tensor) -> Tensor:
     return negative - positive
 
 
-class HardNegativesMetric(ExactMeans):
+def hard_negatives(targets: NegativeTargets) -> dict[str, Tensor]:
+    """Compute the attributions of both phrases to the true object's box, and their difference."""
+    positive = box_attribution(targets.true_maps, targets.masks)
+    negative = box_attribution(targets.replacement_maps, targets.masks)
+    return {"positive": positive, "negative": negative, "delta": attribution_difference(negative, positive)}
+
+
+SPEC = MetricSpec(
+    name="hard_negatives",
+    kind="negative",
+    compute=hard_negatives,
+    values=("positive", "negative", "delta"),
+    scores=(
+        Score(name="delta_negative", value="delta", reduce="share_below", heading="δ < 0", better="up", percent=True),
+        Score(name="delta_mean", value="delta", heading="δ mean", better="down"),
+    ),
+    title="Hard negatives",
+    note="δ: attribution of a replaced phrase to the true object's box, minus that of the true phrase.",
+    needs_boxes=True,
+    needs_sign=True,
+    chart="distribution",
+)
+
+
+class HardNegativesMetric(ValueMetric):
     """Share of negative deltas, and mean delta; the same on one process and on many.
 
     Example:
@@ -40,10 +69,10 @@ class HardNegativesMetric(ExactMeans):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(("delta_negative", "delta_mean"), **kwargs)
+        super().__init__(SPEC, **kwargs)
 
-    def update(self, delta: Tensor) -> None:  # type: ignore[override]
+    def update(self, delta: Tensor) -> None:
         """Add hard negatives: `delta` [N], finite, from `attribution_difference`."""
         if not delta.isfinite().all():
             raise ValueError(f"delta has to be finite; got {delta.tolist()}")
-        super().update({"delta_negative": (delta < 0).double(), "delta_mean": delta})
+        self.collect({"delta": delta})

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_xai.metrics.exact_means import ExactMeans
+from lightning_xai.exclusion import Exclusion
+from lightning_xai.heat_maps import upsample
+from lightning_xai.metrics.base import CaptionTargets, MetricSpec, ValueMetric
+from lightning_xai.results.record import Score
 
-__all__ = ["LocalizationMetric", "binarised", "box_union", "intersection_over_union"]
+__all__ = ["SPEC", "LocalizationMetric", "binarised", "box_union", "intersection_over_union", "localization"]
 
 _ROUNDING = 1e-9  # 0.07 * 100 is 7.000000000000001
 
@@ -91,7 +94,42 @@ def intersection_over_union(predicted: Tensor, truth: Tensor) -> Tensor:
     return both.double() / either.double()
 
 
-class LocalizationMetric(ExactMeans):
+def localization(targets: CaptionTargets, *, quantile: float = 0.75) -> dict[str, Tensor]:
+    """Compute the IoU of each binarised map with the union of its boxes; NaN where there is neither.
+
+    Args:
+        targets: captions with their images.
+        quantile: of a map's values, above which it is taken to point at something.
+    """
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile has to be in [0, 1]; got {quantile}")
+    ious = [torch.zeros(0, dtype=torch.float64, device=targets.image_maps.device)]
+    for rows in targets.slices():
+        here = (targets.box_owner >= rows.start) & (targets.box_owner < rows.stop)
+        predicted = binarised(upsample(targets.image_maps[rows].float(), targets.image_size), quantile)
+        owner = targets.box_owner[here] - rows.start
+        truth = box_union(targets.boxes[here], owner, len(predicted), targets.image_size)
+        ious.append(intersection_over_union(predicted, truth))
+    boxes = torch.bincount(targets.box_owner, minlength=len(targets))
+    # A box between the centres of pixels covers none of them: with a constant map, 0 / 0.
+    return {"iou": torch.cat(ious).masked_fill(boxes == 0, torch.nan)}
+
+
+SPEC = MetricSpec(
+    name="localization",
+    kind="caption",
+    compute=localization,
+    values=("iou",),
+    scores=(Score(name="localization_iou", value="iou", heading="IoU", better="up", percent=True),),
+    title="Localization",
+    note="IoU of the strongest quarter of a map with the boxes of all objects that the caption names.",
+    needs_boxes=True,
+    empty={"iou": Exclusion.NO_BOX},
+    chart="bars",
+)
+
+
+class LocalizationMetric(ValueMetric):
     """Mean IoU over the maps that have boxes; the same on one process and on many.
 
     Example:
@@ -104,8 +142,8 @@ class LocalizationMetric(ExactMeans):
     higher_is_better = True
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(("localization_iou",), **kwargs)
+        super().__init__(SPEC, **kwargs)
 
-    def update(self, iou: Tensor) -> None:  # type: ignore[override]
+    def update(self, iou: Tensor) -> None:
         """Add maps: `iou` [N], from `intersection_over_union`; NaN where there is no box."""
-        super().update({"localization_iou": iou})
+        self.collect({"iou": iou})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from lightning_xai.attribution.base import min_max
+from lightning_xai.heat_maps import min_max
 
 __all__ = ["SSIM_WINDOW", "spearman", "ssim"]
 

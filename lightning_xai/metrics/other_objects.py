@@ -1,4 +1,4 @@
-"""Attributions to the boxes of other objects: does a phrase speak against what it does not name?
+"""Attributions to the boxes of other objects, which a phrase does not name.
 
 Feature-pair paper, section 4.3 and Figure 12. Shape suffixes: R phrases, P pairs of phrases.
 """
@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_xai.metrics.exact_means import ExactMeans
+from lightning_xai.metrics.base import MetricSpec, PhrasePairTargets, ValueMetric
+from lightning_xai.metrics.grounding import box_attribution
+from lightning_xai.results.record import Score
 
-__all__ = ["OtherObjectsMetric", "directed_pairs"]
+__all__ = ["SPEC", "OtherObjectsMetric", "directed_pairs", "other_objects"]
 
 
 def directed_pairs(caption: Tensor, label: Tensor) -> Tensor:
-    """Every two phrases of one caption that name different classes, in both directions.
+    """Find every two phrases of one caption that name different classes, in both directions.
 
     Args:
         caption: [R] int64, the caption of each phrase.
@@ -32,7 +34,41 @@ def directed_pairs(caption: Tensor, label: Tensor) -> Tensor:
     return together.nonzero()
 
 
-class OtherObjectsMetric(ExactMeans):
+def other_objects(targets: PhrasePairTargets) -> dict[str, Tensor]:
+    """Compute the total attribution of each phrase to its own box and to the other object's."""
+    return {
+        "own": box_attribution(targets.maps, targets.masks),
+        "other": box_attribution(targets.maps, targets.other_masks),
+    }
+
+
+SPEC = MetricSpec(
+    name="other_objects",
+    kind="phrase_pair",
+    compute=other_objects,
+    values=("own", "other"),
+    # Zero is neither positive nor negative.
+    scores=(
+        Score(
+            name="own_positive",
+            value="own",
+            reduce="share_above",
+            heading="own box positive",
+            better="up",
+            percent=True,
+        ),
+        Score(name="other_negative", value="other", reduce="share_below", heading="other box negative", percent=True),
+    ),
+    title="Signs of attributions",
+    note="Share of phrases with a positive attribution to their own object, and with a negative one to another object "
+    "that the caption names.",
+    needs_boxes=True,
+    needs_sign=True,
+    chart="distribution",
+)
+
+
+class OtherObjectsMetric(ValueMetric):
     """Share of positive attributions to the own box, and of negative ones to the other object's; on any processes.
 
     Zero is neither positive nor negative.
@@ -46,10 +82,10 @@ class OtherObjectsMetric(ExactMeans):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(("own_positive", "other_negative"), **kwargs)
+        super().__init__(SPEC, **kwargs)
 
-    def update(self, own: Tensor, other: Tensor) -> None:  # type: ignore[override]
-        """Add pairs.
+    def update(self, own: Tensor, other: Tensor) -> None:
+        """Add pairs of phrases.
 
         Args:
             own: [P], total attribution of each phrase to its own box.
@@ -58,4 +94,4 @@ class OtherObjectsMetric(ExactMeans):
         for name, value in (("own", own), ("other", other)):
             if not value.isfinite().all():
                 raise ValueError(f"the attribution to the {name} box has to be finite; got {value.tolist()}")
-        super().update({"own_positive": (own > 0).double(), "other_negative": (other < 0).double()})
+        self.collect({"own": own, "other": other})

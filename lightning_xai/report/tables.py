@@ -38,7 +38,7 @@ _GROUNDING_COLUMNS = {
     "gamma_above_50": "γ > 0.5 [%]",
     "gamma_above_80": "γ > 0.8 [%]",
     "rho": "ρ [%]",
-    "pairs": "pairs",
+    "targets": "targets",
 }
 _PERCENT = ("gamma_above_50", "gamma_above_80", "rho", "recall", "accuracy")
 
@@ -80,7 +80,7 @@ def grounding_table(rows: Sequence[Mapping[str, object]], title: str = "Groundin
     Args:
         rows: in the order to show. `epoch` is needed: the number of finished epochs (0: before training) or a name.
             `gamma_mean`, `gamma_above_50`, `gamma_above_80` and `rho` are fractions in [0, 1], higher is better;
-            `pairs` is how many were measured. Every further key becomes a column of its own behind these (`val_loss`,
+            `targets` is how many were measured. Every further key becomes a column of its own behind these (`val_loss`,
             `image_to_text_recall@1`, ...), in the order of first appearance. Missing and NaN values show as a dash.
         title: stands above the table.
 
@@ -88,10 +88,10 @@ def grounding_table(rows: Sequence[Mapping[str, object]], title: str = "Groundin
         ValueError: a row has no `epoch`.
 
     >>> from rich.console import Console
-    >>> row = {"epoch": 0, "gamma_mean": 0.25, "gamma_above_50": 0.04, "gamma_above_80": 0.0, "rho": 0.231, "pairs": 9}
+    >>> row = {"epoch": 0, "gamma_mean": 0.25, "gamma_above_50": 0.04, "gamma_above_80": 0.0, "rho": 0.231, "targets": 9}
     >>> table = grounding_table([row, row | {"epoch": 1, "rho": 0.5, "val_loss": 3.21}])
     >>> [str(column.header) for column in table.columns]
-    ['epoch', 'γ mean', 'γ > 0.5 [%]', 'γ > 0.8 [%]', 'ρ [%]', 'pairs', 'val loss']
+    ['epoch', 'γ mean', 'γ > 0.5 [%]', 'γ > 0.8 [%]', 'ρ [%]', 'targets', 'val loss']
     >>> [str(cell) for cell in table.columns[4].cells]
     ['23.1', '50.0']
     """

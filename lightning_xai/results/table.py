@@ -21,14 +21,28 @@ import pandas as pd
 from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.results.record import ResultError, ResultRecord, Score, read_record, write_record
 
-__all__ = ["TARGET_COLUMNS", "VALUE_COLUMNS", "ResultTable", "exclusions", "read_result", "score_table", "write_result"]
+__all__ = [
+    "TARGET_COLUMNS",
+    "VALUE_COLUMNS",
+    "ResultTable",
+    "exclusions",
+    "read_csv",
+    "read_result",
+    "score_table",
+    "summary_table",
+    "write_csv",
+    "write_result",
+]
 
 VALUES_NAME = "values.csv"
 TARGETS_NAME = "targets.csv"
 VALUE_COLUMNS = ("method", "seed", "target", "metric", "value", "excluded")
 TARGET_COLUMNS = ("target", "kind", "index", "ordinal", "key", "caption_index", "caption", "label")
 """Columns that every target has; each kind adds its own (`phrase`, `x0`, `y0`, `x1`, `y1`, ...), empty elsewhere."""
-_TEXT = {"method", "target", "metric", "excluded", "kind", "key", "caption", "label", "phrase", "other_label"}
+_TEXT = {
+    *("method", "target", "metric", "excluded", "kind", "key", "caption", "label"),
+    *("phrase", "other_label", "negative_caption", "replacement"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +67,17 @@ class ResultTable:
         """
         described = {target["target"]: target for target in targets}
         ordered = sorted(described.values(), key=lambda row: (row["index"], row["kind"], row["ordinal"]))
-        places = {row["target"]: place for place, row in enumerate(ordered)}
-        rows = sorted(values, key=lambda row: (row[0], row[1], places[row[2]], row[3]))
         more = sorted({column for row in ordered for column in row} - set(TARGET_COLUMNS))
-        return cls(
-            pd.DataFrame(rows, columns=list(VALUE_COLUMNS)).astype({"value": "float64"}),
-            pd.DataFrame(ordered, columns=[*TARGET_COLUMNS, *more]),
+        frame = pd.DataFrame(ordered, columns=[*TARGET_COLUMNS, *more])
+        texts = [column for column in frame.columns if column in _TEXT]
+        frame[texts] = frame[texts].fillna("").astype("str")
+        places = {row["target"]: place for place, row in enumerate(ordered)}
+        found = pd.DataFrame(list(values), columns=list(VALUE_COLUMNS)).astype(
+            {"value": "float64"} | {column: "str" for column in VALUE_COLUMNS if column in _TEXT}
         )
+        found["place"] = found["target"].map(places)
+        found = found.sort_values(["method", "seed", "place", "metric"], kind="stable", ignore_index=True)
+        return cls(found.drop(columns="place"), frame)
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -85,12 +103,45 @@ def score_table(frame: pd.DataFrame, scores: Iterable[Score], by: Sequence[str] 
         (measured values). `value` is NaN where nothing was measured.
     """
     rows = []
-    wanted = list(scores)
-    for (metric, *group), part in frame.groupby(["metric", *by], sort=True, dropna=False):
-        own = [score for score in wanted if score.value == metric]
-        measured = part.loc[part["excluded"] == "", "value"].tolist() if own else []
-        rows += [(*group, score.name, score.of(measured), len(measured)) for score in own]
+    wanted: dict[str, list[Score]] = {}
+    for score in scores:
+        wanted.setdefault(score.value, []).append(score)
+    columns = ["metric", *by, "value", "excluded"]
+    frame = frame.loc[frame["metric"].isin(list(wanted)), columns]
+    for (metric, *group), part in frame.groupby(["metric", *by], sort=True, dropna=False, observed=True):
+        measured = part.loc[part["excluded"] == "", "value"].tolist()
+        rows += [(*group, score.name, score.of(measured), len(measured)) for score in wanted[metric]]
     return pd.DataFrame(rows, columns=[*by, "score", "value", "count"])
+
+
+def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str] = ()) -> pd.DataFrame:
+    """Scores of one metric, in columns: a line for each group.
+
+    Args:
+        frame: as for `score_table`.
+        scores: of one metric; the first one's value counts the targets.
+        by: columns whose combinations make a group; none: all rows together.
+
+    Returns:
+        The columns `by`, `targets` (measured ones), each score by its name, and `excluded_REASON` for each reason that
+        some target has.
+    """
+    summed = score_table(frame, scores, by)
+    counts = summed.loc[summed["score"] == scores[0].name, [*by, "count"]].rename(columns={"count": "targets"})
+    lines = counts.reset_index(drop=True)
+    for score in scores:
+        column = summed.loc[summed["score"] == score.name, [*by, "value"]].reset_index(drop=True)
+        lines[score.name] = column["value"]
+    reasons = exclusions(frame[frame["metric"] == scores[0].value], [*by, "metric"])
+    for reason in sorted(set(reasons["excluded"]) - {""}):
+        own = reasons[reasons["excluded"] == reason]
+        name = f"excluded_{reason}"
+        if by:
+            lines = lines.merge(own[[*by, "count"]].rename(columns={"count": name}), on=list(by), how="left")
+            lines[name] = lines[name].fillna(0).astype("int64")
+        else:
+            lines[name] = int(own["count"].sum())
+    return lines
 
 
 def exclusions(frame: pd.DataFrame, by: Sequence[str] = ("method", "metric")) -> pd.DataFrame:

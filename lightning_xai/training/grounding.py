@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import Rule
 from lightning_xai.data.batch import Batch
+from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.report.plots import rasterize
 from lightning_xai.training.grounding_pass import GroundingPass, Measured
-from lightning_xai.training.grounding_report import Row, history_row, show, write
+from lightning_xai.training.grounding_report import LOGGED, Row, history_row, show, write
 
 __all__ = ["GroundingCallback"]
 
-_SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
+_SCALARS = (*LOGGED, "grounding_targets")
 
 
 class GroundingCallback(Callback):
@@ -30,13 +32,13 @@ class GroundingCallback(Callback):
     Works with any LightningModule that has a `DualEncoder` (as attribute `encoder`, or anywhere among its modules) and
     evaluates `Batch`es. The hidden states come out of the validation's own forward pass, so that only the layers from
     the chosen ones on run again. Logs `val/gamma_mean`, `val/gamma_above_50`, `val/gamma_above_80`, `val/rho`
-    (fractions in [0, 1]) and `val/grounding_pairs`, which checkpoint callbacks can monitor (`test/...` in a test run).
-    All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
+    (fractions in [0, 1]) and `val/grounding_targets`, which checkpoint callbacks can monitor (`test/...` in a test
+    run). All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
 
-    In the run's folder, under `grounding/`: a table with a line a pair for each epoch (`pairs-*.csv`), one with a line
-    a class (`classes-*.csv`), `summary.csv`, `curves.png`, and `progress.png`, on which the heat maps of a few fixed
-    examples move from epoch to epoch. `trainer.validate` and `trainer.test` write files of their own
-    (`summary-test.csv`, ...).
+    In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
+    record, and `classes.csv` with a line for each class), `summary.csv`, `curves.png`, and `progress.png`, on which the
+    heat maps of a few fixed examples change from epoch to epoch. `trainer.validate` and `trainer.test` write
+    `validate/` and `test/`, `summary-test.csv` and so on.
 
     Args:
         image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
@@ -116,7 +118,7 @@ class GroundingCallback(Callback):
             trainer.num_sanity_val_steps = float("inf")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start listening to the forward pass, in epochs that are measured."""
+        """Start a measurement, in epochs that are measured."""
         if trainer.sanity_checking:
             due = self._first_is_due()
         else:
@@ -125,34 +127,36 @@ class GroundingCallback(Callback):
             self._start(trainer, "val")
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start listening to the forward pass."""
+        """Start a measurement."""
         self._start(trainer, "test")
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """Forget what a forward pass outside the batch may have left."""
+        """Capture what the batch's forward pass computes."""
         if self._pass is not None:
-            self._pass.forget()
+            self._pass.open()
 
     on_test_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Attribute the batch's phrases, from the hidden states its forward pass has made."""
+        """Attribute the batch's phrases, from the hidden states of its forward pass."""
         if self._pass is not None and isinstance(batch, Batch):
             self._pass.add(batch)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the ranks' numbers together, and log them."""
+        """Join the ranks' rows, and log the scores."""
         if self._pass is None:
             return
         self._pass.close()
-        self._measured, self._pass = self._pass.result(), None
-        for name, value in self._measured.summary.scalars().items():
+        measured, self._pass = self._pass.result(), None
+        self._measured = measured
+        numbers = {name: measured.scores[name] for name in LOGGED} | {"grounding_targets": float(measured.targets)}
+        for name, value in numbers.items():
             # Every rank holds the same number already.
-            pl_module.log(f"{self._measured.split}/{name}", value, prog_bar=name == "rho")
+            pl_module.log(f"{measured.split}/{name}", value, prog_bar=name == "rho")
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -180,7 +184,7 @@ class GroundingCallback(Callback):
     on_test_end = on_validation_end
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the table of grounding per epoch, and where the pictures lie."""
+        """Show the table of grounding per epoch, and where the pictures are."""
         folder = _folder(trainer)
         if trainer.is_global_zero and self.history:
             show(folder, self.history)
@@ -194,12 +198,18 @@ class GroundingCallback(Callback):
         self._abandon()
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurements so far: a run that goes on from a checkpoint goes on with its table and pictures."""
+        """The measurements so far, so that a resumed run continues its table and pictures."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the measurements of the run that wrote the checkpoint."""
-        self.history = list(state_dict["history"])
+        self.history = [row for row in state_dict["history"] if "targets" in row]
+        if len(self.history) < len(state_dict["history"]):
+            warnings.warn(
+                "Skipped grounding measured by an earlier release, in another format; measurements start again from "
+                "this checkpoint on",
+                stacklevel=2,
+            )
 
     def _first_is_due(self) -> bool:
         """A run that resumes has a history from its checkpoint, which the measurement before training belongs to."""
@@ -221,7 +231,7 @@ class GroundingCallback(Callback):
         self._pass = self._measured = None
 
     def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: Measured) -> None:
-        sheet = write(folder, rows, measured)
+        sheet = write(folder, rows, measured, self._options, _about(trainer, measured.split, self._encoder_name()))
         if sheet is not None:
             picture = rasterize(sheet)
             for logger in trainer.loggers:
@@ -230,6 +240,10 @@ class GroundingCallback(Callback):
                     logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
         if not _fitting(trainer):
             show(folder, rows)
+
+    def _encoder_name(self) -> str:
+        assert self._attribution is not None, "Lightning calls setup first"
+        return self._attribution.encoder.name
 
     def _check_monitors(self, trainer: L.Trainer) -> None:
         """A checkpoint would otherwise compare epochs by numbers that are missing, or are those of an earlier epoch."""
@@ -255,6 +269,16 @@ def _find_encoder(module: L.LightningModule) -> DualEncoder:
             "made by lightning_xai.models.load_dual_encoder"
         )
     return found
+
+
+def _about(trainer: L.Trainer, split: str, architecture: str) -> dict[str, dict[str, Any]]:
+    """`model` and `data` of a measurement's record, as far as they are known."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, ShardDataModule):
+        return {"model": {"architecture": architecture}}
+    manifest = data.manifest(split)
+    described = {"name": manifest.name, "folder": str(data.stores[split]), "fingerprint": manifest.fingerprint}
+    return {"model": {"architecture": architecture}, "data": described | {"samples": manifest.samples, "split": split}}
 
 
 def _fitting(trainer: L.Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""What a run shows of its grounding: tables and pictures in a folder, and a table on the terminal."""
+"""Tables and pictures of a run's grounding in a folder, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lightning_xai.evaluation.phrase_grounding import class_rows
+from lightning_xai.exclusion import Exclusion
+from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.plots import curves, progress_sheet, save_figure
-from lightning_xai.report.tables import PAIR_COLUMNS, epoch_name, format_value, grounding_table, per_pair_csv
-from lightning_xai.training.grounding_pass import Measured
+from lightning_xai.report.tables import epoch_name, format_value, grounding_table
+from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions
+from lightning_xai.training.grounding_pass import METHOD, Measured
 
-__all__ = ["Row", "history_row", "show", "write"]
+__all__ = ["LOGGED", "Row", "history_row", "measurement_name", "show", "write"]
 
 Row = dict[str, Any]
-"""A measurement: `epoch` (finished epochs, or `"validate"`, `"test"`), `step`, `pairs`, gamma and rho, what the module
-logged, `left_out`, and `examples` (see `Drawn.state`); tensors and plain values, so that checkpoints can hold it."""
+"""A measurement: `epoch` (finished epochs, or `"validate"`, `"test"`), `step`, `targets`, gamma and rho, what the
+module logged, `excluded`, and `examples` (see `Drawn.state`); tensors and plain values, so that checkpoints can hold
+it."""
 
-_BOXED_PAIR_COLUMNS = (*PAIR_COLUMNS, "x0", "y0", "x1", "y1")
+LOGGED = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho")
+"""Scores that the callback logs, besides `grounding_targets`."""
+_OWN = {*LOGGED, "grounding_targets"}
 _SHOWN = {  # of what the module logs, what 80 columns have room for, and its heading
     "loss": "loss",
     "image_to_text_recall_at_1": "i→t R@1 [%]",
@@ -29,34 +34,55 @@ _SHOWN = {  # of what the module logs, what 80 columns have room for, and its he
 
 
 def history_row(measured: Measured, epoch: int | str, step: int, logged: Mapping[str, float]) -> Row:
-    """One measurement, with what the module has logged in the same evaluation (`val/loss` becomes `loss`)."""
-    scalars = measured.summary.scalars()
-    row: Row = {"epoch": epoch, "step": step, "pairs": measured.summary.pairs}
-    row |= {name: value for name, value in scalars.items() if name != "grounding_pairs"}
+    """Make one measurement, with what the module has logged in the same evaluation (`val/loss` becomes `loss`)."""
+    row: Row = {"epoch": epoch, "step": step, "targets": measured.targets}
+    row |= {name: measured.scores[name] for name in LOGGED}
     others = {name.removeprefix(f"{measured.split}/"): value for name, value in logged.items()}
-    row |= {name: value for name, value in others.items() if name not in row.keys() | scalars.keys()}
-    return row | {"left_out": dict(measured.summary.left_out), "examples": measured.drawn.state}
+    row |= {name: value for name, value in others.items() if name not in row.keys() | _OWN}
+    return row | {"excluded": dict(measured.excluded), "examples": measured.drawn.state}
 
 
-def write(folder: Path, rows: Sequence[Row], measured: Measured) -> Figure | None:
-    """Write the tables and pictures of the last of `rows`, which is `measured`, and of all rows together.
+def measurement_name(epoch: int | str) -> str:
+    """Name a measurement's folder: "epoch=003", "validate" or "test"."""
+    return f"epoch={epoch:03d}" if isinstance(epoch, int) else epoch
 
-    A validation or test outside of training has files of its own, so that it leaves those of the training as they are.
+
+def write(
+    folder: Path, rows: Sequence[Row], measured: Measured, options: Mapping[str, Any], about: Mapping[str, Any]
+) -> Figure | None:
+    """Write the result folder of the last of `rows`, which is `measured`, and tables and pictures of all rows together.
+
+    A validation or test outside of training has files with its own names, so that it leaves those of the training as
+    they are.
+
+    Args:
+        folder: of the run's grounding.
+        rows: measurements.
+        measured: the last one.
+        options: of the attribution method.
+        about: `model` and `data` of the record.
 
     Returns:
         The sheet of heat maps, or None where nothing could be measured.
     """
-    epoch = rows[-1]["epoch"]
-    training = isinstance(epoch, int)
-    name = f"epoch={epoch:03d}" if training else str(epoch)
-    suffix = "" if training else f"-{epoch}"
-    per_pair_csv(folder / f"pairs-{name}.csv", measured.pairs, _BOXED_PAIR_COLUMNS)
-    classes = [{"epoch": epoch} | row for row in class_rows(measured.summary)]
-    per_pair_csv(folder / f"classes-{name}.csv", classes, tuple(classes[0]) if classes else ("epoch", "label"))
-    lines = [_flat(row) for row in rows]
-    per_pair_csv(folder / f"summary{suffix}.csv", lines, tuple(dict.fromkeys(key for line in lines for key in line)))
-    if training and any(row["pairs"] for row in rows):
-        save_figure(curves(rows, scores=()), folder / "curves.png")
+    from lightning_xai.results.table import summary_table, write_csv, write_result
+
+    last = rows[-1]
+    training = isinstance(last["epoch"], int)
+    suffix = "" if training else f"-{last['epoch']}"
+    here = folder / measurement_name(last["epoch"])
+    assert measured.table is not None, "the first rank holds the table"
+    classes = summary_table(measured.table.frame, SPEC.scores, ["label"]).set_index("label")
+    # Every class of the split has a line, in the split's order.
+    classes = classes.reindex(measured.label_names)
+    counts = [column for column in classes.columns if column == "targets" or column.startswith("excluded_")]
+    classes[counts] = classes[counts].fillna(0).astype("int64")
+    write_csv(here / "classes.csv", classes.rename_axis("label").reset_index())
+    write_result(here, _record(last, options, about), measured.table)
+    lines = _lines(rows)
+    write_csv(folder / f"summary{suffix}.csv", lines)
+    if training and any(row["targets"] for row in rows):
+        save_figure(curves(rows, scores=SPEC.scores), folder / "curves.png")
     if not measured.drawn.examples:
         return None
     sheet = _progress(rows, measured)
@@ -65,23 +91,48 @@ def write(folder: Path, rows: Sequence[Row], measured: Measured) -> Figure | Non
 
 
 def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> None:
-    """Print the table of grounding, what was left out of the last measurement, and where to look."""
+    """Print the table of grounding, what was excluded from the last measurement, and where to look."""
     console = console or Console()
     last = rows[-1]
     shown = [
-        {key: row[key] for key in ("epoch", "gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "pairs")}
+        {key: row[key] for key in ("epoch", *LOGGED, "targets")}
         | {heading: format_value(key, row[key]) for key, heading in _SHOWN.items() if key in row}
         for row in rows
     ]
     console.print(grounding_table(shown))
-    counts = last["left_out"] | {"broken_records": int(last.get("broken_records", 0))}
+    counts = last["excluded"] | {"broken_records": int(last.get("broken_records", 0))}
     reasons = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in counts.items() if n)
     suffix = "" if isinstance(last["epoch"], int) else f"-{last['epoch']}"
-    picture, table = folder / f"progress{suffix}.png", folder / f"summary{suffix}.csv"
-    look = f"Look at {picture}; all numbers: {table}" if picture.exists() else f"All numbers: {table}"
+    saved = (folder / f"progress{suffix}.png", folder / f"summary{suffix}.csv")
     # Paths are neither to be wrapped nor to be read as rich's markup.
-    for line in (f"Left out: {reasons or 'nothing'}.", look):
+    for line in (f"Excluded: {reasons or 'nothing'}.", *(f"Saved {path}" for path in saved if path.exists())):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _record(row: Row, options: Mapping[str, Any], about: Mapping[str, Any]) -> ResultRecord:
+    own = {"epoch", "step", "targets", "excluded", "examples", *LOGGED}
+    return ResultRecord(
+        kind="training",
+        **about,
+        versions=package_versions(),
+        methods={METHOD: MethodRecord(name=METHOD, options=dict(options), signed=True)},
+        metrics={SPEC.name: SPEC.record({})},
+        state={"epoch": row["epoch"], "step": row["step"]},
+        logged={name: value for name, value in row.items() if name not in own},
+    )
+
+
+def _lines(rows: Sequence[Row]) -> Any:
+    """A frame with a line for each measurement: a column for each reason of exclusion, nothing that is no number."""
+    import pandas as pd
+
+    reasons = [why.key for why in Exclusion if any(row["excluded"].get(why.key) for row in rows)]
+    lines = [
+        {key: value for key, value in row.items() if key not in ("excluded", "examples")}
+        | {f"excluded_{why}": row["excluded"].get(why, 0) for why in reasons}
+        for row in rows
+    ]
+    return pd.DataFrame(lines)
 
 
 def _progress(rows: Sequence[Row], measured: Measured) -> Figure:
@@ -95,9 +146,3 @@ def _progress(rows: Sequence[Row], measured: Measured) -> Figure:
         f"What the phrase matches in the image ({measured.split}): red more, blue less similar",
         hits=[row["examples"]["hits"] for row in same],
     )
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    """A line of a table: a column for each reason of what was left out, nothing that is no number or name."""
-    plain = {key: value for key, value in row.items() if key not in ("left_out", "examples")}
-    return plain | {f"left_out_{why}": count for why, count in row["left_out"].items()}

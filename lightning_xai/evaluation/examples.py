@@ -1,21 +1,30 @@
-"""Which heat maps of an evaluation are kept to look at: the first ones, some of each class, and the worst.
+"""Heat maps of an evaluation to look at: the first ones, some of each class, and the worst.
 
 Shape suffixes: H x W pixels, h x w patches.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-__all__ = ["Candidate", "ExampleGallery"]
+from lightning_xai.atomic_file import replaced_at_once
+from lightning_xai.evaluation.rows import places_of
+from lightning_xai.results.examples import ExampleRecord, write_examples
+
+__all__ = ["Candidate", "ExampleGallery", "Shown", "write_gallery"]
 
 Pixels = NDArray[np.uint8]
+_QUALITY = 92
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Candidate:
         caption_index: which of its captions.
         label: the class that the phrase names.
         gamma: NaN where the map has nothing positive, which counts as the worst.
-        record: what an `ExampleRecord` holds beside why and image; plain values.
+        record: what else an `ExampleRecord` holds but for why and image; plain values.
     """
 
     index: int
@@ -36,16 +45,33 @@ class Candidate:
     gamma: float
     record: dict[str, Any] = field(compare=False, hash=False)
 
+    @classmethod
+    def of(cls, target: Mapping[str, Any], gamma: float, hit: bool, heat: Sequence[Sequence[float]]) -> Candidate:
+        """A phrase, given its row of the table of targets and what was measured."""
+        record = {name: target[name] for name in ("key", "caption", "phrase")}
+        record |= {"spans": places_of(target["caption"], target["phrase"]), "hit": hit, "heat": tuple(map(tuple, heat))}
+        record |= {"box": tuple(target[side] for side in ("x0", "y0", "x1", "y1"))}
+        return cls(target["index"], target["caption_index"], target["label"], gamma, record)
+
     @property
     def place(self) -> tuple[int, int, str]:
         """Where it stands in the data."""
         return self.index, self.caption_index, self.label
 
 
-class ExampleGallery:
-    """Keeps few candidates of many; which ones does not depend on the order in which they come, nor on the rank.
+@dataclass(frozen=True)
+class Shown:
+    """An example that was chosen: the reasons, the phrase, and its picture [H, W, 3]."""
 
-    What is chosen of all is among what each process has kept of its own part.
+    why: tuple[str, ...]
+    candidate: Candidate
+    pixels: Pixels
+
+
+class ExampleGallery:
+    """Keeps few candidates of many; which ones depends neither on the order in which they come nor on the rank.
+
+    What is chosen of all is among what each process has kept of its part.
 
     Args:
         fixed: the first phrase of each of so many first images, whatever the model.
@@ -75,16 +101,18 @@ class ExampleGallery:
         self._pixels = {index: self._pixels[index] if index in self._pixels else pixels(index) for index in indices}
 
     @property
-    def kept(self) -> list[Candidate]:
-        """The candidates of this process."""
-        return list(self._kept.values())
+    def kept(self) -> list[tuple[Candidate, Pixels]]:
+        """The candidates of this process with their pictures."""
+        return [(candidate, self._pixels[candidate.index]) for candidate in self._kept.values()]
 
-    def pixels(self, index: int) -> Pixels | None:
-        """The picture of a sample, where this process has it."""
-        return self._pixels.get(index)
+    def shown(self, parts: Iterable[Iterable[tuple[Candidate, Pixels]]]) -> list[Shown]:
+        """Choose from what the galleries of all processes have `kept`."""
+        by_place = {candidate.place: (candidate, pixels) for part in parts for candidate, pixels in part}
+        chosen = self.choose(candidate for candidate, _ in by_place.values())
+        return [Shown(why, *by_place[place]) for place, why in chosen.items()]
 
     def choose(self, candidates: Iterable[Candidate]) -> dict[tuple[int, int, str], tuple[str, ...]]:
-        """Which places are shown, and why: "fixed", "class" and "failure", in the order of the data."""
+        """Choose the places to show, each with its reasons ("fixed", "class", "failure"), in the order of the data."""
         fixed, per_class, failures = self._numbers
         in_order = sorted(candidates, key=lambda candidate: candidate.place)
         labels = dict.fromkeys(candidate.label for candidate in in_order)
@@ -99,6 +127,40 @@ class ExampleGallery:
             for candidate in group:
                 reasons[candidate.place] = (*reasons.get(candidate.place, ()), why)
         return dict(sorted(reasons.items()))
+
+
+def write_gallery(out: Path, shown: Mapping[str, Sequence[Shown]]) -> None:
+    """Write `METHOD/examples.json` for each method, and all pictures.
+
+    Args:
+        out: the result folder.
+        shown: label of a method -> examples.
+    """
+    for label, examples in shown.items():
+        write_examples(out / label, [_record(example) for example in examples])
+    pictures = {_picture(example): example.pixels for examples in shown.values() for example in examples}
+    for name, pixels in pictures.items():
+        # Always written again: an earlier run in this folder may have been of a model that sees another size.
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+        with replaced_at_once(out / name) as part:
+            part.write_bytes(buffer.getvalue())
+
+
+def _record(example: Shown) -> ExampleRecord:
+    candidate = example.candidate
+    return ExampleRecord(
+        why=example.why,
+        image=_picture(example),
+        label=candidate.label,
+        gamma=None if math.isnan(candidate.gamma) else candidate.gamma,
+        **candidate.record,
+    )
+
+
+def _picture(example: Shown) -> str:
+    """The file of a sample's picture; of its key only letters, digits, '_' and '-' stay."""
+    return f"examples/{re.sub(r'[^A-Za-z0-9_-]', '_', example.candidate.record['key'])}.jpg"
 
 
 def _badness(candidate: Candidate) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,16 +12,23 @@ import torch
 from evaluation_batches import evaluation_batch
 from torch import Tensor, nn
 
-from lightning_xai.attribution import AttributionMethod, FeaturePairAttribution, Saliency, SimilarityGradCAM
+from lightning_xai.attribution import (
+    AttributionMethod,
+    FeaturePairAttribution,
+    InteractionAttribution,
+    PairwiseMethod,
+    Saliency,
+    SimilarityGradCAM,
+)
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import Phrases
-from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, PairMapMaker, Wanted, map_maker
+from lightning_xai.evaluation.maps import BatchMaps, MethodMaps, Wanted, maps_of
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.models import DualEncoder
 
 MakeEncoder = Callable[..., DualEncoder]
 ENCODERS = pytest.mark.parametrize("name", ["vit", "resnet"])
-SIZES = pytest.mark.parametrize("batch_size", [1, 2, 64])
+SIZES = pytest.mark.parametrize("batch_size", [2, 64])
 CAPTIONS = pytest.mark.parametrize("captions", [True, False], ids=["captions", "spans"])
 
 
@@ -45,20 +53,16 @@ def forward(encoder: DualEncoder, images: Tensor, tokens: Tensor) -> None:
         encoder.encode_text(tokens)
 
 
-def made(maker: MapMaker, batch: Batch, wanted: Wanted) -> BatchMaps:
-    """The maps as an evaluation asks for them, around a forward pass of the model."""
-    encoder = maker.method.encoder
+def made(maps: MethodMaps, batch: Batch, wanted: Wanted) -> BatchMaps:
+    """The maps as an evaluation asks for them, after a forward pass of the model."""
+    encoder = maps.method.encoder
     assert isinstance(encoder, DualEncoder)
-    maker.listen()
-    maker.forget()
-    forward(encoder, batch.images, batch.tokens)
-    maker.take(batch)
-    maps = maker.maps(batch, wanted)
-    maker.close()
-    return maps
+    with maps.forward_pass():
+        forward(encoder, batch.images, batch.tokens)
+    return maps.maps(batch, wanted)
 
 
-def assert_spans_agree(maps: BatchMaps, method: FeaturePairAttribution, batch: Batch, wanted: Wanted) -> None:
+def assert_spans_agree(maps: BatchMaps, method: PairwiseMethod, batch: Batch, wanted: Wanted) -> None:
     """Every phrase, true word and replacement is the span map of one image and one caption."""
     phrases, negatives = batch.phrases, batch.negatives
     assert negatives is not None
@@ -79,8 +83,6 @@ def assert_spans_agree(maps: BatchMaps, method: FeaturePairAttribution, batch: B
 
 
 def assert_captions_agree(maps: BatchMaps, method: AttributionMethod, batch: Batch) -> None:
-    assert maps.image is not None
-    assert maps.text is not None
     assert len(maps.image) == len(maps.text) == len(batch.tokens) == 5
     for row, image in enumerate(batch.caption_image.tolist()):
         alone = method.attribute(batch.images[[image]], batch.tokens[[row]])
@@ -91,37 +93,36 @@ def assert_captions_agree(maps: BatchMaps, method: AttributionMethod, batch: Bat
 @ENCODERS
 @SIZES
 @CAPTIONS
-def test_pairs_are_those_of_each_phrase_where_it_stands(
+def test_interactions_are_those_of_each_phrase_within_its_caption(
     make_encoder: MakeEncoder, name: str, batch_size: int, captions: bool
 ) -> None:
     encoder, batch = encoder_and_batch(make_encoder, name)
     method, wanted = FeaturePairAttribution(encoder, steps=3), everything(batch, captions)
-    maps = made(map_maker(method, batch_size), batch, wanted)
+    maps = made(maps_of(method, batch_size), batch, wanted)
     assert_spans_agree(maps, method, batch, wanted)
     if captions:
         assert_captions_agree(maps, method, batch)
     else:
-        assert maps.image is None
-        assert maps.text is None
+        assert len(maps.image) == len(maps.text) == 0
 
 
 @pytest.mark.parametrize("layers", [(0, 1), (1, 0)])
-def test_pairs_at_other_layers_and_of_grad_cam_alike(make_encoder: MakeEncoder, layers: tuple[int, int]) -> None:
+def test_interactions_at_other_layers_and_of_grad_cam_alike(make_encoder: MakeEncoder, layers: tuple[int, int]) -> None:
     encoder, batch = encoder_and_batch(make_encoder, "vit")
     wanted = everything(batch, captions=False)
     for method in (FeaturePairAttribution(encoder, *layers, steps=2), SimilarityGradCAM(encoder, *layers)):
-        assert_spans_agree(made(map_maker(method, 2), batch, wanted), method, batch, wanted)
+        assert_spans_agree(made(maps_of(method, 2), batch, wanted), method, batch, wanted)
 
 
 @ENCODERS
 @SIZES
 @CAPTIONS
-def test_a_method_with_one_map_a_caption_takes_a_phrase_for_a_caption_of_its_own(
+def test_a_method_with_one_map_a_caption_explains_each_phrase_as_a_separate_caption(
     make_encoder: MakeEncoder, name: str, batch_size: int, captions: bool
 ) -> None:
     encoder, batch = encoder_and_batch(make_encoder, name)
     method, wanted = Saliency(encoder), everything(batch, captions)
-    maps = made(map_maker(method, batch_size), batch, wanted)
+    maps = made(maps_of(method, batch_size), batch, wanted)
     negatives = batch.negatives
     assert negatives is not None
 
@@ -138,8 +139,7 @@ def test_a_method_with_one_map_a_caption_takes_a_phrase_for_a_caption_of_its_own
     if captions:
         assert_captions_agree(maps, method, batch)
     else:
-        assert maps.image is None
-        assert maps.text is None
+        assert len(maps.image) == len(maps.text) == 0
 
 
 def test_the_same_question_is_answered_once_and_no_more_at_a_time_than_allowed(
@@ -158,7 +158,7 @@ def test_the_same_question_is_answered_once_and_no_more_at_a_time_than_allowed(
         return plain(images, tokens)
 
     monkeypatch.setattr(method, "attribute", recorded)
-    made(map_maker(method, 3), batch, wanted)
+    made(maps_of(method, 3), batch, wanted)
     rows = [(int(batch.phrases.image_row[row]), batch.phrases.text[row]) for row in wanted.phrases.tolist()]
     for row in wanted.negatives.tolist():
         image = int(negatives.image_row[row])
@@ -168,7 +168,7 @@ def test_the_same_question_is_answered_once_and_no_more_at_a_time_than_allowed(
 
 
 def stems_run(method: FeaturePairAttribution, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """How many inputs went through each stem, call by call, beside the model's own forward pass."""
+    """How many inputs went through each stem, call by call, besides the model's own forward pass."""
     sizes: dict[str, list[int]] = {"image": [], "text": []}
 
     def listen(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -191,7 +191,7 @@ def test_hidden_states_of_the_forward_pass_are_taken_and_no_stem_is_run_again(
     method = FeaturePairAttribution(encoder, steps=2)
     wanted = replace(everything(batch), negatives=torch.arange(3))
     sizes = stems_run(method, monkeypatch)
-    maps = made(map_maker(method, 64), batch, wanted)
+    maps = made(maps_of(method, 64), batch, wanted)
     assert sizes == {"image": [1], "text": [1, 3]}  # references, and wrong captions
     assert_spans_agree(maps, method, batch, wanted)
 
@@ -219,16 +219,13 @@ def test_own_stems_are_run_where_the_forward_pass_was_another(
 ) -> None:
     encoder, batch = encoder_and_batch(make_encoder, name)
     method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch)
-    maker, sizes = map_maker(method, 64), stems_run(method, monkeypatch)
-    maker.listen()
-    maker.forget()
-    passes(encoder, batch)
-    maker.take(batch)
-    assert sizes == {"image": [4], "text": [5]}
-    maps = maker.maps(batch, wanted)
-    maker.close()
-    assert_spans_agree(maps, method, batch, wanted)
-    assert_captions_agree(maps, method, batch)
+    maps, sizes = maps_of(method, 64), stems_run(method, monkeypatch)
+    with maps.forward_pass():
+        passes(encoder, batch)
+    found = maps.maps(batch, wanted)
+    assert (sizes["image"][0], sizes["text"][0]) == (4, 5)
+    assert_spans_agree(found, method, batch, wanted)
+    assert_captions_agree(found, method, batch)
 
 
 def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other(
@@ -236,42 +233,27 @@ def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other
 ) -> None:
     encoder, batch = encoder_and_batch(make_encoder, "vit")
     method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch, captions=False)
-    maker, other = map_maker(method, 64), replace(batch, images=batch.images.flip(3))
-    sizes = stems_run(method, monkeypatch)
-    maker.listen()
+    maps, other = maps_of(method, 64), replace(batch, images=batch.images.flip(3))
     forward(encoder, other.images, other.tokens)  # a sanity check, say
     for current in (batch, other, batch):
-        maker.forget()
-        forward(encoder, current.images, current.tokens)
-        maker.take(current)
-        assert sizes == {"image": [], "text": []}
-        assert_spans_agree(maker.maps(current, wanted), method, current, wanted)
-        sizes["image"].clear()
-        sizes["text"].clear()
-    maker.close()
+        sizes = stems_run(method, monkeypatch)
+        found = made(maps, current, wanted)
+        assert sizes["image"] in ([1], [])  # the reference, once
+        assert_spans_agree(found, method, current, wanted)
 
 
 def hooks_in(module: nn.Module) -> int:
     return sum(len(child._forward_pre_hooks) + len(child._forward_hooks) for child in module.modules())
 
 
-def test_closing_takes_the_hooks_off_and_forgets_references_of_other_weights(make_encoder: MakeEncoder) -> None:
+def test_the_hooks_are_gone_after_the_forward_pass_and_after_an_exception(make_encoder: MakeEncoder) -> None:
     encoder, batch = encoder_and_batch(make_encoder, "vit")
-    before = hooks_in(encoder)
-    method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch, captions=False)
-    maker = map_maker(method, 64)
-    maker.listen()
-    maker.listen()
-    assert hooks_in(encoder) == before + 2
-    first = made(maker, batch, wanted)
+    before, maps = hooks_in(encoder), maps_of(FeaturePairAttribution(encoder, steps=2), 64)
+    with contextlib.suppress(KeyError), maps.forward_pass():
+        assert hooks_in(encoder) == before + 2
+        raise KeyError
+    made(maps, batch, everything(batch, captions=False))
     assert hooks_in(encoder) == before
-    maker.close()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.mul_(1.05)
-    second = made(maker, batch, wanted)
-    assert (first.phrases - second.phrases).abs().max() > 1e-6
-    assert_spans_agree(second, method, batch, wanted)
 
 
 @pytest.mark.parametrize("kind", [FeaturePairAttribution, Saliency])
@@ -279,14 +261,31 @@ def test_nothing_wanted_has_the_usual_shapes(make_encoder: MakeEncoder, kind: ty
     encoder, full = encoder_and_batch(make_encoder, "vit")
     none = torch.zeros(0, dtype=torch.int64)
     for batch in (full, replace(full, negatives=None), replace(full, phrases=Phrases.empty(16))):
-        maps = made(map_maker(kind(encoder), 2), batch, Wanted(none, none, captions=False))
+        maps = made(maps_of(kind(encoder), 2), batch, Wanted(none, none, captions=False))
         assert maps.phrases.shape == maps.true.shape == maps.replacements.shape == (0, 4, 4)
-        assert maps.image is None
-        assert maps.text is None
+        assert maps.image.shape == (0, 4, 4)
+        assert maps.text.shape == (0, 16)
 
 
-def test_the_maker_fits_the_method(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("vit")
-    makers = {kind: map_maker(kind(encoder), 2) for kind in (FeaturePairAttribution, SimilarityGradCAM, Saliency)}
-    assert [type(maker) for maker in makers.values()] == [PairMapMaker, PairMapMaker, MapMaker]
-    assert {maker.grid for maker in makers.values()} == {(4, 4)}
+class Product(PairwiseMethod):
+    """Another pairwise method: outer products of gradients, without hidden states."""
+
+    signed = True
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> InteractionAttribution:
+        found = Saliency(self.encoder).attribute(images, tokens)
+        interactions = torch.einsum("bl,bhw->blhw", found.text - 0.1, found.image)
+        prefix = torch.zeros_like(found.text)
+        error = torch.zeros_like(found.similarity)
+        sums = (interactions.sum(dim=1), interactions.sum(dim=(2, 3)))
+        return InteractionAttribution(*sums, found.similarity, interactions, prefix, error)
+
+
+@CAPTIONS
+def test_any_pairwise_method_explains_phrases_within_their_captions(make_encoder: MakeEncoder, captions: bool) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    method, wanted = Product(encoder), everything(batch, captions)
+    maps = made(maps_of(method, 2), batch, wanted)
+    assert_spans_agree(maps, method, batch, wanted)
+    if captions:
+        assert_captions_agree(maps, method, batch)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_batches import BOXES, evaluation_batch
+from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, Wanted
+from lightning_xai.evaluation.item_measures import Embeddings, ItemMeasures, MeasureOptions
 from linear_encoder import LinearEncoder
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,8 +20,6 @@ from torch import Tensor
 from lightning_xai.attribution import Attribution, AttributionMethod
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import NamedBoxes
-from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, Wanted
-from lightning_xai.evaluation.item_measures import Embeddings, ItemMeasures, MeasureOptions
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import patch_mask
 from lightning_xai.results.schema import TABLES
