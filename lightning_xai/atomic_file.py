@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plain", "replaced_at_once", "write_json"]
+__all__ = ["plain", "put_in_place", "replaced_at_once", "write_json"]
 
 
 @contextmanager
@@ -30,9 +30,24 @@ def replaced_at_once(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-        part.replace(path)
+            put_in_place(part, path)
+        else:
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Rename a complete file so that it keeps its new name after a power failure."""
+    part.replace(path)
+    if os.name == "nt":
+        return  # Windows opens no folders
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # The name is an entry of the folder: without this, only the content is on the disk.
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

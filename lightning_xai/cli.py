@@ -51,7 +51,7 @@ Start here (3 minutes on a laptop, no download):
 """
 
 
-_FLAGS = ("--prepare", "--list_cells", "--gather", "--quick")  # given without a value, where the parser wants one
+_FLAGS = ("--prepare", "--list_trials", "--gather", "--quick")  # given without a value, where the parser wants one
 _COMMANDS = ("prepare", "verify", "export", "explain", "sanity-check", "roar", "report")
 # Commands that take any number of things by their place, which `auto_cli` does not offer: field, type, help.
 _SEVERAL: dict[str, tuple[str, type, str]] = {
@@ -213,8 +213,8 @@ def _as_parsed(arguments: Sequence[str]) -> list[str]:
     `--other-image` becomes `--other_image`. Of options two levels down, such as `--options.rise.seed 1`, the parser
     would keep only the last, so that those of one method are given to it as one.
 
-    >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2", "--list-cells"])
-    ['--a_b=c-d', '--list_cells=true', '--options.rise={"seed": "1", "cells": "2"}']
+    >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2", "--list-trials"])
+    ['--a_b=c-d', '--list_trials=true', '--options.rise={"seed": "1", "cells": "2"}']
     """
     parsed: list[str] = []
     nested: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Submit the scripts of slurm/ to a real Slurm, look into their jobs, and wait for them."""
+"""Submit the scripts of slurm/ to a real Slurm, inspect their jobs, and wait for them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _RUNNING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQ
 
 
 def why_not() -> str:
-    """Why no jobs can be submitted here; empty where they can.
+    """The reason why no jobs can be submitted here; empty if they can.
 
-    A user who only runs the tests must not find jobs in the queue of a cluster that others pay for.
+    Users who only run the tests must not find jobs in their cluster's queue.
     """
     if os.environ.get("LIGHTNING_XAI_SLURM") != "1":
         return (
-            "submits jobs of two nodes that share the temporary folder: set LIGHTNING_XAI_SLURM=1, or use .ci/cluster"
+            "submits jobs of two nodes that share the temporary folder: set LIGHTNING_XAI_SLURM=1, or use .ci/cluster "
+            "with SLURM_ONE_MACHINE"
         )
     if shutil.which("sbatch") is None:
         return "there is no Slurm: no sbatch"
@@ -34,7 +35,7 @@ def why_not() -> str:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a shell in which this test's environment is active and no job runs; numbers do not depend on threads."""
+    """Environment variables of a shell with this test's Python, outside of any job, with one thread."""
     kept = {name: value for name, value in os.environ.items() if not re.match("(SLURM|SBATCH|SRUN)_", name)}
     return kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -115,7 +116,7 @@ class Job:
 
 
 def call(*command: str) -> str:
-    """Run a command of Slurm's and return what it says."""
+    """Run a command of Slurm and return its output."""
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
     )
@@ -129,5 +130,5 @@ def _environments() -> Iterator[tuple[int, set[str]]]:
             try:
                 variables = (folder / "environ").read_bytes()
             except OSError:
-                continue  # it has ended meanwhile, or belongs to somebody else
+                continue  # it has ended meanwhile, or belongs to another user
             yield int(folder.name), {variable.decode(errors="replace") for variable in variables.split(b"\0")}

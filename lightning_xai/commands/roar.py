@@ -1,4 +1,4 @@
-"""`roar`: do heat maps find what a model learns from? ROAR+ of any methods, in cells that many jobs can share."""
+"""`roar`: ROAR+, which tests whether heat maps find what a model learns from, in trials that many jobs can share."""
 
 from __future__ import annotations
 
@@ -9,69 +9,42 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.roar_cells import ORIGINAL, Cell, gather, plan_cells
-from lightning_xai.report.roar import grid_tables, roar_table
-from lightning_xai.results.schema import CONTROLS, MODALITIES, check_label, method_of
+from lightning_xai.results.labels import check_label, method_of
+from lightning_xai.results.trials import MODALITIES, ORIGINAL, Retraining, Trial, gather, loss_rows, plan_trials
 
-# No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
+# No `if TYPE_CHECKING` in a module whose class holds options: the parser would import those names, and so torch.
 
+BASELINES = ("random", "gaussian")
+"""Methods that `baselines` adds: the built-in ones that ignore the model, by name, since listing trials loads no torch.
+
+Their own flag `baseline`, and that of baselines which other packages add and settings name, goes into the result.
+"""
 _CHANGES_NO_NUMBER = ("eval_batch_size",)
-
-
-@dataclass
-class Retraining:
-    """How a cell is trained.
-
-    Attributes:
-        epochs: passes over the training part.
-        batch_size: images in a training batch, each other's negatives.
-        lr: learning rate of AdamW, constant.
-        weight_decay: of AdamW.
-        betas: AdamW's running averages.
-        max_logit_scale: upper bound of the factor on similarities.
-        val_group_size: images that are each other's negatives in the validation loss.
-        precision: of Lightning's Trainer, such as bf16-mixed.
-        num_workers: processes that read and decode; the order of the samples depends on it.
-        eval_batch_size: images in an evaluation batch; changes no number.
-    """
-
-    epochs: int = 5
-    batch_size: int = 64
-    lr: float = 1e-5
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_logit_scale: float = 100.0
-    val_group_size: int = 64
-    precision: str = "32-true"
-    num_workers: int = 0
-    eval_batch_size: int = 256
 
 
 @dataclass
 class Roar:
     """Remove what heat maps find important, retrain, and see how much worse the model gets (ROAR+).
 
-    A part of a split is explained once by each method. From its images the most important pixels are taken (the mean of
-    each channel takes their place), or from its captions the most important words (padding does). The model is
-    fine-tuned on what is left, and measured on another part of the split as it is: the score of a method is
-    (l_c - l_o) / l_o, where l_c is that loss and l_o the loss after fine-tuning on the original data. The higher the
-    better: the method has found what matters. Random maps and a Gaussian in the middle are the controls to beat.
+    Each method explains a part of a split once. The most important pixels of its images are replaced by the mean of
+    each channel, or the most important words of its captions by padding. The model is fine-tuned on the rest, and
+    measured on another, unchanged part of the split: the score of a method is (l_c - l_o) / l_o, where l_c is that loss
+    and l_o the loss after fine-tuning on the original data. Higher is better: the method has found what matters. Random
+    maps and a Gaussian at the centre are the baselines to beat.
 
-    Each retraining is a cell (method, modality, seed), whose result is a file. A cell that is done is never run again:
-    call the same line again after an interruption, or to add methods and seeds.
+    Each retraining is a trial (method, modality, seed), whose result is a file. A trial that is done is never run
+    again: repeat the same command after an interruption, or to add methods and seeds.
 
-    Everything, one cell after another (needs the model of `fit --config configs/demo.yaml`):
+    Everything, one trial after another (needs the model of `fit --config configs/demo.yaml`):
       python -m lightning_xai roar --config configs/roar_demo.yaml
-    Which cells there are, and which are done:
-      python -m lightning_xai roar --config configs/roar_demo.yaml --list-cells
-    On a Slurm cluster, one cell a job, and the table at last:
+    List the trials, and which of them are done:
+      python -m lightning_xai roar --config configs/roar_demo.yaml --list-trials
+    On a Slurm cluster, one trial a job, and the table at the end:
       slurm/roar.sh configs/roar_paper.yaml
     The same by hand:
       python -m lightning_xai roar --config configs/roar_demo.yaml --prepare
-      python -m lightning_xai roar --config configs/roar_demo.yaml --cell 0
+      python -m lightning_xai roar --config configs/roar_demo.yaml --trial 0
       python -m lightning_xai roar --config configs/roar_demo.yaml --gather
     The hyperparameters of a method (Table 2 of the M2IB paper):
       python -m lightning_xai roar --config configs/roar_grid.yaml
@@ -79,34 +52,34 @@ class Roar:
     Attributes:
         model: the base model, which is explained and then retrained.
         data: folder of shards of one split, as prepare writes them.
-        out: folder to write to: cells/, the degraded data, and result.json.
-        methods: name, or any label, of each method -> its options, as {m2ib: {beta: 0.01}}; one that goes by another
-            label is named among them: {tight: {method: m2ib, beta: 1.0}}.
-        controls: random and gaussian take part as well.
+        out: folder to write to: trials/, the degraded data, and the result.
+        methods: name, or any label, of each method -> its options, as {m2ib: {beta: 0.01}}; under another label the
+            options name the method: {tight: {method: m2ib, beta: 1.0}}.
+        baselines: random and gaussian take part as well.
         grid: option -> values; the one method given takes part with each combination of them.
         modalities: what is degraded: image, text.
-        seeds: of the retraining; one cell for each.
+        seeds: of the retraining; one trial for each.
         samples: how many samples of the split take part, drawn at random; left out: all.
-        skip: how many of the samples in their random order to pass over; samples: 500 and skip: 500 do not overlap.
+        skip: how many samples in their random order to skip; samples: 500 and skip: 500 do not overlap.
         split_seed: of that order, and of which samples are validated on.
         validation: share of the samples that is validated on.
-        pixels: share of an image's pixels that is taken away.
-        tokens: share of a caption's tokens that is taken away.
-        fill: what pixels are replaced by: model_mean, the mean of each channel that the model's normalisation
-            subtracts; or image_mean, that over the image itself, which lets some of the color through that is taken.
-        training: how a cell is trained.
+        pixels: share of an image's pixels that is removed.
+        tokens: share of a caption's tokens that is removed.
+        fill: color that replaces pixels: model_mean, the mean of each channel that the model's normalisation subtracts;
+            or image_mean, that over the image itself, which keeps some of the color that is removed.
+        training: how a trial is trained.
         batch_size: pairs that are explained at a time; changes no number.
-        cell: run this cell alone, by its number in --list-cells.
-        prepare: only explain, and write the data that cells need; where many jobs share the cells, one does so first.
-        list_cells: only list the cells.
-        gather: only put together what is done.
+        trial: run this trial alone, by its number in --list-trials.
+        prepare: only explain, and write the data that trials need; where many jobs share the trials, one does so first.
+        list_trials: only list the trials.
+        gather: only collect the results of the trials that are done.
     """
 
     model: ModelChoice
     data: Path
     out: Path
     methods: dict[str, dict[str, Any] | None]
-    controls: bool = True
+    baselines: bool = True
     grid: dict[str, list[Any]] = field(default_factory=dict)
     modalities: tuple[str, ...] = MODALITIES
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -119,34 +92,39 @@ class Roar:
     fill: Literal["model_mean", "image_mean"] = "model_mean"
     training: Retraining = field(default_factory=Retraining)
     batch_size: int = 32
-    cell: int | None = None
+    trial: int | None = None
     prepare: bool = False
-    list_cells: bool = False
+    list_trials: bool = False
     gather: bool = False
 
     def __call__(self) -> None:
-        """Run the cells that are not done, and put all together.
+        """Run the trials that are not done, and collect all results.
 
         Raises:
             ValueError: settings that cannot be met, no such method, model or data, or results of other settings.
             RuntimeError: a loss is not finite.
         """
         methods = all_methods(self)
-        cells = plan_cells(list(methods), self._modalities(), self._seeds())
-        if self.list_cells:
-            for number, cell in enumerate(cells):
-                print(number, cell, "done" if cell.path(self.out).is_file() else "to do")  # noqa: T201
+        trials = plan_trials(list(methods), self._modalities(), self._seeds())
+        if (self.out / "cells").is_dir():
+            raise ValueError(
+                f"{self.out} holds results of an earlier release, whose format has changed: use another --out folder "
+                "to run the trials again"
+            )
+        if self.list_trials:
+            for number, trial in enumerate(trials):
+                print(number, trial, "done" if trial.path(self.out).is_file() else "to do")  # noqa: T201
             return
-        if (self.cell is not None) + self.prepare + self.gather > 1:
-            raise ValueError("--cell, --prepare and --gather are different things to do: give one of them at a time")
-        if self.cell is not None and not 0 <= self.cell < len(cells):
-            raise ValueError(f"--cell has to be 0 to {len(cells) - 1} (see --list-cells); got {self.cell}")
+        if (self.trial is not None) + self.prepare + self.gather > 1:
+            raise ValueError("--trial, --prepare and --gather exclude each other: give one of them at a time")
+        if self.trial is not None and not 0 <= self.trial < len(trials):
+            raise ValueError(f"--trial has to be 0 to {len(trials) - 1} (see --list-trials); got {self.trial}")
         if not self.gather:
-            self._run(cells if self.cell is None else [cells[self.cell]], methods)
-        if self.cell is None and not self.prepare:
-            self._report(cells, methods)
+            self._run(trials if self.trial is None else [trials[self.trial]], methods)
+        if self.trial is None and not self.prepare:
+            self._report(trials, methods)
 
-    def _run(self, cells: list[Cell], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    def _run(self, trials: list[Trial], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
         from lightning_xai.commands.roar_run import RoarRun
 
         _check_checkpoint(self.model.name)
@@ -154,18 +132,24 @@ class Roar:
         if self.prepare:
             run.prepare()
         else:
-            run.run(cells)
+            run.run(trials)
 
-    def _report(self, cells: list[Cell], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
-        result = gather(self.out, cells, methods, partial(recipe_settings, self), self.grid)
-        result.save(self.out)
+    def _report(self, trials: list[Trial], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+        # Frames take half a second to load, which a help text and a list of trials do without.
+        from rich.console import Console
+
+        from lightning_xai.report.terminal import roar_tables
+        from lightning_xai.results.table import ResultTable, write_result
+
+        record, done = gather(self.out, trials, methods, partial(recipe_settings, self), self.grid)
+        table = ResultTable.of(*loss_rows(done))
+        write_result(self.out, record, table)
         console = Console()
-        console.print(roar_table(result))
-        for table in grid_tables(result):
-            console.print(table)
-        if result.missing:
-            print(f"{len(result.missing)} of {len(cells)} cells are missing; see --list-cells")  # noqa: T201
-        print(f"Written: {self.out / 'result.json'}; the losses of each epoch: {self.out / 'cells'}")  # noqa: T201
+        for shown in roar_tables(record, table):
+            console.print(shown)
+        if missing := len(trials) - len(done):
+            print(f"{missing} of {len(trials)} trials are missing; see --list-trials")  # noqa: T201
+        print(f"Saved {self.out / 'result.json'}; the losses of each epoch are in {self.out / 'trials'}")  # noqa: T201
 
     def _modalities(self) -> tuple[str, ...]:
         if not self.modalities or not set(self.modalities) <= set(MODALITIES):
@@ -179,30 +163,33 @@ class Roar:
 
 
 def all_methods(roar: Roar) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Label -> name and options of every method that takes part, controls and points of a grid included.
+    """Label -> name and options of every method that takes part, baselines and points of a grid included.
 
     Raises:
-        ValueError: a label or an entry that is none, a grid without its one method, or nobody takes part.
+        ValueError: a label or an entry that is none, a grid without its one method, or no method takes part.
     """
     given = {label: method_of(label, options) for label, options in roar.methods.items()}
     if ORIGINAL in given:
         raise ValueError(f"the label {ORIGINAL!r} stands for the data as they are; give the method another one")
     if roar.grid:
         given = _grid_points(given, roar.grid)
-    for name in CONTROLS if roar.controls else ():
+    for name in BASELINES if roar.baselines else ():
         given.setdefault(name, (name, {}))
     if not given:
-        raise ValueError("no method takes part: give some as methods, or set controls to true")
+        raise ValueError("no method takes part: give some as methods, or set baselines to true")
     return given
 
 
-def recipe_settings(roar: Roar, cell: Cell) -> dict[str, Any]:
-    """What a cell's result depends on, as far as the settings tell."""
-    taken = {"image": {"pixels": roar.pixels, "fill": roar.fill}, "text": {"tokens": roar.tokens}}
+def recipe_settings(roar: Roar, trial: Trial) -> dict[str, dict[str, Any]]:
+    """The fields of a trial's recipe that follow from the settings alone."""
+    removed: dict[str, dict[str, Any]] = {
+        "image": {"pixels": roar.pixels, "fill": roar.fill},
+        "text": {"tokens": roar.tokens},
+    }
     training = asdict(roar.training)
     return {
         "selection": {name: getattr(roar, name) for name in ("samples", "skip", "split_seed", "validation")},
-        "degradation": taken.get(cell.modality, {}),
+        "degradation": removed.get(trial.modality, {}),
         "training": {name: value for name, value in training.items() if name not in _CHANGES_NO_NUMBER},
     }
 

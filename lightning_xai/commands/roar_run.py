@@ -1,10 +1,11 @@
-"""One process that runs cells of `roar`: the model it has loaded, and the data it makes or finds."""
+"""One process that runs trials of `roar`: it loads the model once, and creates the data that are missing."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,22 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_xai.atomic_file import write_json
 from lightning_xai.attribution.method_options import ChosenMethod, choose_method
 from lightning_xai.commands.inputs import load_model
 from lightning_xai.commands.outputs import describe
 from lightning_xai.commands.roar import Roar, recipe_settings
-from lightning_xai.commands.roar_cells import (
-    NOTHING,
-    ORIGINAL,
-    Cell,
-    CellResult,
-    check_recipe,
-    options_that_count,
-    read_cell,
-)
+from lightning_xai.data.faults import BROKEN_RECORD
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest
 from lightning_xai.evaluation.roar_data import (
     attribute_pairs,
@@ -39,12 +34,22 @@ from lightning_xai.evaluation.roar_data import (
 )
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
-from lightning_xai.results.schema import write_json
+from lightning_xai.results.trials import (
+    NO_MODALITY,
+    ORIGINAL,
+    About,
+    Recipe,
+    Trial,
+    TrialResult,
+    check_recipe,
+    options_that_count,
+    read_trial,
+)
 from lightning_xai.training.roar import retrain
 
 
 class RoarRun:
-    """Runs cells in this process.
+    """Runs trials in this process.
 
     Args:
         roar: all settings.
@@ -65,53 +70,52 @@ class RoarRun:
         self.weights = weights_fingerprint(encoder)
         self.broken = 0  # records of the split that cannot be read
 
-    def run(self, cells: list[Cell]) -> None:
-        """Run those of the cells that are not done; data that they need are made on the way.
+    def run(self, trials: list[Trial]) -> None:
+        """Run those of the trials that are not done, and create the data that they need.
 
         Raises:
-            ValueError: a cell is done, but with other settings, data or weights.
+            ValueError: a trial is done, but with other settings, data or weights.
             NonFiniteLossError: a loss is NaN or infinite.
         """
-        to_do = [cell for cell in cells if not self._is_done(cell)]
+        to_do = [trial for trial in trials if not self._is_done(trial)]
         with _progress() as bar:
-            task = bar.add_task("cells", total=len(cells), completed=len(cells) - len(to_do))
-            for cell in to_do:
-                train = self._training_data(cell, bar)
-                bar.update(task, description=str(cell))
-                self._retrain(cell, train)
+            task = bar.add_task("trials", total=len(trials), completed=len(trials) - len(to_do))
+            for trial in to_do:
+                train = self._training_data(trial, bar)
+                bar.update(task, description=str(trial))
+                self._retrain(trial, train)
                 bar.advance(task)
 
     def prepare(self) -> None:
-        """Only make the data that cells need: one job does so before many that share the cells."""
+        """Create the data that trials need; one job does so before many that share the trials."""
         with _progress() as bar:
             for label in (ORIGINAL, *self.chosen):
                 for modality in self.roar.modalities:
-                    self._training_data(Cell(label, modality, 0), bar)
+                    self._training_data(Trial(label, modality, 0), bar)
 
-    def _is_done(self, cell: Cell) -> bool:
-        found = read_cell(self.roar.out, cell)
+    def _is_done(self, trial: Trial) -> bool:
+        found = read_trial(self.roar.out, trial)
         if found is not None:
-            check_recipe(found, self._recipe(cell), self.roar.out)
+            check_recipe(found, self._recipe(trial), self.roar.out)
         return found is not None
 
-    def _recipe(self, cell: Cell) -> dict[str, Any]:
-        """All that a cell's losses depend on."""
-        method, architecture = self.chosen.get(cell.label), self.encoder.architecture
-        return {
-            "model": {
+    def _recipe(self, trial: Trial) -> Recipe:
+        method, architecture = self.chosen.get(trial.label), self.encoder.architecture
+        return Recipe(
+            model={
                 "architecture": architecture["model_cfg"],
                 "preprocessing": architecture["preprocess_cfg"],
                 "weights": self.weights,
             },
-            "data": {"shards": self.manifest.fingerprint},
-            "method": {} if method is None else {"name": method.name, "options": options_that_count(method.options)},
-            **recipe_settings(self.roar, cell),
-        }
+            data={"shards": self.manifest.fingerprint},
+            method={} if method is None else {"name": method.name, "options": options_that_count(method.options)},
+            **recipe_settings(self.roar, trial),
+        )
 
     @cached_property
     def _originals(self) -> tuple[Path, Path]:
-        """Folders of the training and the validation part."""
-        parts, settings = self._partition, recipe_settings(self.roar, Cell(ORIGINAL, NOTHING, 0))["selection"]
+        """Folders of the training and validation parts."""
+        parts, settings = self._partition, recipe_settings(self.roar, Trial(ORIGINAL, NO_MODALITY, 0))["selection"]
         transform = self.encoder.architecture["preprocess_cfg"], self.encoder.image_transform.size
         digest = _digest([self.manifest.fingerprint, settings, transform])
         folders = []
@@ -127,16 +131,16 @@ class RoarRun:
         roar = self.roar
         return partition(keys, validation=roar.validation, samples=roar.samples, skip=roar.skip, seed=roar.split_seed)
 
-    def _training_data(self, cell: Cell, bar: Progress) -> Path:
-        """The folder that a cell trains on; where it is missing, the method's data of all modalities are made."""
+    def _training_data(self, trial: Trial, bar: Progress) -> Path:
+        """The folder that a trial trains on; if it is missing, the method's data of all modalities are created."""
         source, _ = self._originals
-        if cell.label == ORIGINAL:
+        if trial.label == ORIGINAL:
             return source
-        folder = self._degraded_folder(cell)
+        folder = self._degraded_folder(trial)
         if not (folder / MANIFEST_NAME).is_file():
-            maps = self._attribute(cell.label, source, bar)
+            maps = self._attribute(trial.label, source, bar)
             for modality in self.roar.modalities:
-                target = Cell(cell.label, modality, 0)
+                target = Trial(trial.label, modality, 0)
                 write_degraded(
                     self.encoder,
                     source,
@@ -145,14 +149,14 @@ class RoarRun:
                     modality=modality,  # type: ignore[arg-type]  # checked to be one of MODALITIES
                     fraction=self.roar.pixels if modality == "image" else self.roar.tokens,
                     fill=self.roar.fill,
-                    name=f"{self.manifest.name}: training part without the {modality} of {cell.label}",
+                    name=f"{self.manifest.name}: training part without the {modality} of {trial.label}",
                 )
         return folder
 
-    def _degraded_folder(self, cell: Cell) -> Path:
-        """Named after all that its content depends on, so that it never holds what other settings made."""
-        recipe = {name: part for name, part in self._recipe(cell).items() if name != "training"}
-        return self.roar.out / "degraded" / f"{cell.label}--{cell.modality}--{_digest(recipe)}"
+    def _degraded_folder(self, trial: Trial) -> Path:
+        """Named after everything that its content depends on, so that it never holds data of other settings."""
+        recipe = msgspec.structs.asdict(self._recipe(trial)) | {"training": {}}
+        return self.roar.out / "degraded" / f"{trial.label}--{trial.modality}--{_digest(recipe)}"
 
     def _attribute(self, label: str, source: Path, bar: Progress) -> Any:
         pairs = Manifest.load(source).samples
@@ -176,23 +180,27 @@ class RoarRun:
         write_json(self.roar.out / "degraded" / f"{label}.json", {**speed, "cut_through_ties": ties})
         return maps
 
-    def _retrain(self, cell: Cell, train: Path) -> None:
+    def _retrain(self, trial: Trial, train: Path) -> None:
         start = time.perf_counter()
-        options = asdict(self.roar.training)
         _, validation = self._originals
-        curve = retrain(self.encoder, train, validation, cell=str(cell), seed=cell.seed, **options)
-        recipe, seconds = self._recipe(cell), time.perf_counter() - start
-        CellResult(cell, tuple(curve), recipe, self._about, seconds).save(self.roar.out)
+        curve = retrain(self.encoder, train, validation, self.roar.training, name=str(trial), seed=trial.seed)
+        seconds, about = time.perf_counter() - start, self._about
+        if trial.label in self.chosen:
+            method = self.chosen[trial.label].method
+            flags = {"signed": method.signed, "baseline": method.baseline}
+            about = msgspec.structs.replace(about, flags=flags)
+        TrialResult(trial=trial, curve=tuple(curve), recipe=self._recipe(trial), about=about, seconds=seconds).save(
+            self.roar.out
+        )
 
     @cached_property
-    def _about(self) -> dict[str, dict[str, Any]]:
+    def _about(self) -> About:
         roar = self.roar
         described = describe({}, roar.model, self.encoder)
         train, validation = (Manifest.load(folder) for folder in self._originals)
-        left_out = {"broken record": self.broken}
+        left_out = Counter({BROKEN_RECORD: self.broken})
         for manifest in (train, validation):
-            for reason, count in manifest.left_out.items():
-                left_out[reason] = left_out.get(reason, 0) + count
+            left_out.update(manifest.left_out)
         data = {
             "name": self.manifest.name,
             "folder": str(roar.data),
@@ -203,14 +211,10 @@ class RoarRun:
             "fingerprint": self.manifest.fingerprint,
         }
         settings = asdict(roar)
-        for name in ("model", "data", "out", "methods", "cell", "prepare", "list_cells", "gather"):
+        for name in ("model", "data", "out", "methods", "trial", "prepare", "list_trials", "gather"):
             settings.pop(name)
-        return {
-            "model": described["model"] | {"fingerprint": self.weights},
-            "data": data,
-            "settings": settings,
-            "versions": described["versions"],
-        }
+        model = described["model"] | {"fingerprint": self.weights}
+        return About(model, data, settings, described["versions"])
 
 
 def _choose(encoder: DualEncoder, label: str, name: str, options: dict[str, Any]) -> ChosenMethod:
@@ -221,7 +225,7 @@ def _choose(encoder: DualEncoder, label: str, name: str, options: dict[str, Any]
 
 
 def _digest(value: Any) -> str:
-    """A short name for plain values."""
+    """A short name that depends on plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""Lightning's verbs, with what this project adds: a run's folder, exact resuming, and checks before the start."""
+"""Lightning's verbs, with a folder for each run, exact resuming, and checks before the start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_xai.training.run_folder import RunFolder
 
 __all__ = ["TrainingCLI"]
 
-# What may differ when a run goes on: where things lie, what is shown, and what cannot change a number.
+# Settings that may differ when a run is resumed: paths, what is shown, and what cannot change a number.
 _FREE = {
     "": {"run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only"},
     "trainer": {
@@ -36,30 +36,30 @@ _FREE = {
 
 
 class TrainingCLI(LightningCLI):
-    """The LightningCLI behind `fit`, `validate`, `test` and `predict`."""
+    """The LightningCLI of `fit`, `validate`, `test` and `predict`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what belongs to a run as a whole."""
+        """Add the options of a run as a whole."""
         parser.add_argument(
             "--run",
             type=Path | None,
             default=None,
-            help="folder for everything of a training run. Where it holds a run that was stopped, `fit` goes on with "
-            "it, exactly; where it holds none, a new one begins; the other verbs write into a folder of their name in "
-            "it. Default: a new folder for each start; for `fit` inside a Slurm job, slurm-JOBID in "
-            "trainer.default_root_dir, so that a requeued job goes on",
+            help="folder of a training run. If it holds a run that was stopped, `fit` resumes it exactly; if it holds "
+            "none, a new one starts; the other verbs write into a folder of their name in it. Default: a new folder "
+            "for each start; for `fit` inside a Slurm job, slurm-JOBID in trainer.default_root_dir, so that a requeued "
+            "job resumes",
         )
         parser.add_argument(
             "--save_every_minutes",
             type=float,
             default=10.0,
-            help="of `fit`: most time between two checkpoints to go on from",
+            help="of `fit`: most time between two checkpoints to resume from",
         )
         parser.add_argument(
             "--collective_timeout",
             type=float,
             default=600.0,
-            help="seconds after which processes that wait for one that has died or hangs give up",
+            help="seconds after which processes give up waiting for one that has died or hangs",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -76,12 +76,12 @@ class TrainingCLI(LightningCLI):
             config.run = config.run or _job_folder(config)
             if config.run is not None:
                 self._enter(config.run)
-        elif config.run is not None:  # as a run's own config.yaml says, which is not to be overwritten
+        elif config.run is not None:  # a run's config.yaml names its folder, and must not be overwritten
             self._write_into(config.run / self.subcommand, version=None)
-        _refuse_strangers(config)
+        _refuse_foreign(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, with the callbacks and plugins that every run has."""
+        """Create the trainer, with the callbacks and plugins that every run has."""
         given = self._get(self.config_init, "trainer", default={})
         plugins = given.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
@@ -96,7 +96,7 @@ class TrainingCLI(LightningCLI):
             and self.subcommand != "predict"
             and given.get("enable_checkpointing") is not False
         ):
-            # Last, so that its checkpoints hold what all others have done in a step.
+            # Last, so that its checkpoints hold the state of all other callbacks after a step.
             chosen = None if self._checkpoint is None else self._checkpoint.name
             minutes = self._get(self.config, "save_every_minutes")
             if not any(isinstance(callback, Checkpoint) for callback in callbacks):
@@ -113,30 +113,30 @@ class TrainingCLI(LightningCLI):
         return trainer
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Train, from the newest checkpoint of the run where there is one."""
+        """Train, from the newest checkpoint of the run if there is one."""
         if self._checkpoint is not None:
             kwargs["ckpt_path"] = self._checkpoint
         self.trainer.fit(model, **kwargs)
 
     def _enter(self, run: Path) -> None:
-        """Lock a run's folder, put all that the run writes there, and look what it holds."""
+        """Lock a run's folder, direct all output there, and find the checkpoint to resume from."""
         self._folder = RunFolder(run)
         if _is_first():
             self._folder.lock()
         record = self._folder.read()
         if record is not None:
             self._checkpoint = self._folder.newest(record)
-            for name, reason in self._folder.passed_over.items():
-                _say(f"Passing over {name} in {self._folder.checkpoints}: {reason}")
+            for name, reason in self._folder.skipped.items():
+                _say(f"Skipped {name} in {self._folder.checkpoints}: {reason}")
             if self._checkpoint is None and not record.finished:
                 self._folder.refuse_unreadable()
-                _say(f"The run in {run} was stopped before its first checkpoint; it begins anew.")
+                _say(f"The run in {run} was stopped before its first checkpoint; it starts over.")
             else:
                 self._folder.check(record, self._settings)
                 if record.finished:
                     _say(f"The run in {run} is finished; --run=ANOTHER_FOLDER starts a new one.")
                     raise SystemExit(0)
-                _say(f"Going on with the run in {run} from {self._checkpoint}")
+                _say(f"Resuming the run in {run} from {self._checkpoint}")
             if _is_first():
                 _set_aside(run / "metrics.csv")
         self._write_into(run, version="")
@@ -147,7 +147,7 @@ class TrainingCLI(LightningCLI):
         trainer.logger = _inside(trainer.logger, folder, version)
 
     def _deciding_settings(self) -> dict[str, Any]:
-        """The configuration without what cannot change a number; nested plain values."""
+        """The configuration without settings that cannot change a number; nested plain values."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         settings: dict[str, Any] = json.loads(parser.dump(config, format="json"))
         for group, names in _FREE.items():
@@ -159,7 +159,7 @@ class TrainingCLI(LightningCLI):
 
 
 def _job_folder(config: Any) -> Path | None:
-    """The folder of this Slurm job's run; the job keeps its number when it is requeued."""
+    """Folder of this Slurm job's run; the job keeps its number when it is requeued."""
     if not {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys() or os.environ.get("SLURM_JOB_NAME") in (
         "bash",
         "interactive",
@@ -170,19 +170,20 @@ def _job_folder(config: Any) -> Path | None:
     return Path(config.trainer.default_root_dir or ".") / f"slurm-{name}"
 
 
-def _refuse_strangers(config: Any) -> None:
-    """Refuse checkpoints that Lightning would start from inside a Slurm job, whoever has left them there."""
-    root = Path(config.trainer.default_root_dir or ".")
-    strangers = sorted(root.glob("hpc_ckpt_*")) if "SLURM_JOB_ID" in os.environ and not config.get("ckpt_path") else []
-    if strangers:
+def _refuse_foreign(config: Any) -> None:
+    """Refuse checkpoints of other jobs that Lightning would start from inside a Slurm job."""
+    if "SLURM_JOB_ID" not in os.environ or config.get("ckpt_path"):
+        return
+    foreign = sorted(Path(config.trainer.default_root_dir or ".").glob("hpc_ckpt_*"))
+    if foreign:
         raise ValueError(
-            f"{strangers[-1]} is a checkpoint of an earlier job, and Lightning would start from it: move it away, or "
-            f"name it with --ckpt_path={strangers[-1]} if you mean it"
+            f"{foreign[-1]} is a checkpoint of an earlier job, and Lightning would start from it: move it away, or "
+            f"name it with --ckpt_path={foreign[-1]} to start from it"
         )
 
 
 def _inside(logger: Any, folder: Path, version: str | None) -> Any:
-    """Loggers, as configured, that write into a folder itself (version ""), or into a new one of its own (None)."""
+    """Configured loggers that write into a folder itself (version ""), or into a new folder in it (None)."""
     if logger is False:
         return False
     loggers = logger if isinstance(logger, list) else [logger]
@@ -200,7 +201,7 @@ def _inside(logger: Any, folder: Path, version: str | None) -> Any:
 
 
 def _set_aside(table: Path) -> None:
-    """Keep the rows that a run had logged before it was stopped: CSVLogger begins by deleting its table."""
+    """Keep the rows that a run had logged before it was stopped: CSVLogger deletes its table at the start."""
     if table.exists():
         number = next(i for i in itertools.count(1) if not table.with_name(f"{table.stem}-{i}.csv").exists())
         table.rename(table.with_name(f"{table.stem}-{number}.csv"))
@@ -208,10 +209,10 @@ def _set_aside(table: Path) -> None:
 
 def _say(text: str) -> None:
     if _is_first():
-        print(text, flush=True)  # noqa: T201 - where a run goes on is what its user wants to know first
+        print(text, flush=True)  # noqa: T201 - the user has to see where a run resumes
 
 
 def _is_first() -> bool:
-    """Whether this is rank 0; Lightning has worked that out from the environment when it was imported."""
+    """Whether this is rank 0, which Lightning found out from the environment at import."""
     first_node = all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "GROUP_RANK"))
     return first_node and int(getattr(rank_zero_only, "rank", 0)) == 0

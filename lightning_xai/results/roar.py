@@ -16,13 +16,9 @@ import pandas as pd
 
 from lightning_xai.results.record import MetricRecord, ResultRecord, Score
 from lightning_xai.results.table import ResultTable
+from lightning_xai.results.trials import LOSS, MODALITIES, ORIGINAL
 
 __all__ = ["LOSS", "MODALITIES", "ORIGINAL", "ROAR", "label_at", "roar_result", "roar_scores"]
-
-MODALITIES = ("image", "text")
-ORIGINAL = "original"
-"""The method that stands for retraining without any degradation; its target is "none"."""
-LOSS = "validation_loss"
 
 
 ROAR = MetricRecord(

@@ -33,43 +33,56 @@ __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
 
 
 class ContrastiveModule(L.LightningModule):
-    """Trains the dual encoder it is given; `ContrastiveFineTuning` says how, and loads one.
+    """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
+
+    The one signature of training options: subclasses decide which model is trained, and pass the options on.
+
+    Logs `train/loss`, `train/accuracy`, `train/learning_rate` and `train/logit_scale` as the step was taken with them,
+    and `train/samples_per_second`, all ranks together, from the start of the previous step to that of this one,
+    loading included; the first step of an epoch and the one after a validation have none. In validation: `val/loss`,
+    `val/accuracy` and recall at k in both directions. Validation counts all captions of an image as its positives; its
+    loss is over fixed groups of images, so that it does not depend on the number of processes.
 
     Args:
-        encoder: the model.
-        initial_lr: see `ContrastiveFineTuning`, as all the following.
-        final_lr: learning rate of the last step.
-        weight_decay: AdamW's weight decay.
+        encoder: the model to train.
+        initial_lr: learning rate of the first step.
+        final_lr: learning rate of the last step; it rises (or falls) exponentially in between.
+        weight_decay: AdamW's weight decay, on all parameters as in the paper.
         betas: AdamW's running averages.
-        max_logit_scale: upper bound of the learned factor on similarities.
+        max_logit_scale: the learned factor on similarities is kept between 1 and this.
         recall_at: k of the validation's recall.
         val_group_size: images that are each other's negatives in the validation loss.
-        gradient_checkpointing: run blocks again in the backward pass.
-        chunk_size: pairs that are embedded at a time in training.
-        compile: compile the towers for training.
+        gradient_checkpointing: keep only the inputs of the towers' blocks for the backward pass, and run each block
+            again there: less memory for a third more computing, the same numbers.
+        chunk_size: pairs that are embedded at a time in training, where a batch's activations do not fit in memory
+            (GradCache). All pairs of the batch, over all ranks, stay each other's negatives; the gradient is the same,
+            for a third more computing. Null embeds the whole batch at once. Where both are given, memory is that of a
+            chunk with gradient checkpointing, and computing two thirds more.
+        compile: run the towers of the training step through torch.compile; validation and attribution run them as
+            they are. Checkpoints are the same with and without.
 
     Raises:
-        ValueError: learning rates that are not positive, a bound or a chunk size below 1, or an encoder that an option
-            does not suit.
+        ValueError: learning rates that are not positive, a bound or a chunk size below 1, or a model that an option
+            does not suit: one with batch statistics cannot be run in chunks or again.
     """
 
     def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         encoder: DualEncoder,
         *,
-        initial_lr: float,
-        final_lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        max_logit_scale: float,
-        recall_at: Sequence[int],
-        val_group_size: int,
+        initial_lr: float = 1e-7,
+        final_lr: float = 1e-5,
+        weight_decay: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        max_logit_scale: float = 100.0,
+        recall_at: Sequence[int] = (1, 5, 10),
+        val_group_size: int = 64,
         gradient_checkpointing: bool = False,
         chunk_size: int | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        # Said of every module that has this hook and gets a data module, which has its own only rarely.
+        # Lightning warns of every module that has this hook, although data modules rarely have their own.
         warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device` in `LightningModule`")
         if not (initial_lr > 0 and final_lr > 0):
             raise ValueError(f"initial_lr and final_lr have to be positive; got {initial_lr} and {final_lr}")
@@ -120,7 +133,10 @@ class ContrastiveModule(L.LightningModule):
         shard_encoder(self.encoder, mesh["data_parallel"])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Cut a training batch's captions behind its longest, while it takes no waiting for the device to find it."""
+        """Cut a training batch's captions after its longest one.
+
+        Done on the host: finding the longest caption on the device would make the host wait for it.
+        """
         if isinstance(batch, Batch) and self.trainer.training:
             batch = replace(batch, tokens=self.encoder.cut_tokens(batch.tokens).contiguous())
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -149,7 +165,7 @@ class ContrastiveModule(L.LightningModule):
         mend_optimizer_state(self.encoder, self.trainer.optimizers[0])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Take the time that passed since the step before began, loading this batch included."""
+        """Measure the time since the previous step began, loading this batch included."""
         now = time.perf_counter()
         self._last_step = now - self._batch_started if self._batch_started else None
         self._batch_started = now
@@ -165,57 +181,49 @@ class ContrastiveModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy, prog_bar=True)
         self.log("train/logit_scale", scale.detach())
-        # All of it here: a checkpoint is written in a callback's on_train_batch_end, before the module's, and holds
-        # what was logged by then; and the scheduler has moved on to the next step's rate when the batch ends.
+        # Logged here, not in on_train_batch_end: callbacks write checkpoints, with all that is logged by then, before
+        # the module's turn comes, and the scheduler has already moved on to the next step's rate.
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         if self._last_step is not None:
             self.log("train/samples_per_second", len(batch.images) * self.trainer.world_size / self._last_step)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and clamp the logit scale: whoever looks at the model after a step sees it clamped."""
+        """Step and clamp the logit scale, so that the model is never seen with a scale out of bounds."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.encoder.logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
 
     def on_train_epoch_end(self) -> None:
-        """Stop the clock: validation is no training time."""
+        """Stop the clock: validation does not count as training time."""
         self._batch_started = 0.0
 
     def on_validation_start(self) -> None:
-        """Stop the clock where validation interrupts an epoch, and evaluate one and the same model on all ranks."""
+        """Stop the clock where validation interrupts an epoch, and evaluate the same model on all ranks."""
         self._batch_started = 0.0
         self._share_buffers()
         gather_parameters(self.encoder)
 
-    def on_validation_end(self) -> None:
-        """Let go of what `on_validation_start` has gathered."""
-        release_parameters(self.encoder)
-
-    def on_test_start(self) -> None:
-        """Evaluate one and the same model on all ranks."""
-        self._share_buffers()
-        gather_parameters(self.encoder)
-
-    def on_test_end(self) -> None:
-        """Let go of what `on_test_start` has gathered."""
-        release_parameters(self.encoder)
+    on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
-        """Put the parameters together where they are spread over ranks."""
+        """Gather parameters that are spread over ranks."""
         gather_parameters(self.encoder)
 
-    def on_predict_end(self) -> None:
-        """Let go of what `on_predict_start` has gathered."""
+    def on_validation_end(self) -> None:
+        """Release the gathered parameters."""
         release_parameters(self.encoder)
+
+    on_test_end = on_predict_end = on_validation_end
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Embed images and all their captions; the numbers are computed at the end of the epoch."""
-        self._evaluate(batch)
+        image, text = self(batch)
+        self.retrieval.update(
+            image, text, batch.index, batch.caption_image, batch.caption_index, self.encoder.logit_scale.exp()
+        )
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As `validation_step`."""
-        self._evaluate(batch)
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/...`."""
@@ -252,16 +260,10 @@ class ContrastiveModule(L.LightningModule):
             )
 
     def _share_buffers(self) -> None:
-        """Give all ranks the first one's batch statistics; in training each rank has followed its own batches."""
+        """Give all ranks the first one's batch statistics; in training each rank collects those of its batches."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for buffer in self.encoder.buffers():
                 dist.broadcast(buffer, src=0)
-
-    def _evaluate(self, batch: Batch) -> None:
-        image, text = self(batch)
-        self.retrieval.update(
-            image, text, batch.index, batch.caption_image, batch.caption_index, self.encoder.logit_scale.exp()
-        )
 
     def _log_retrieval(self, split: str) -> None:
         results = self.retrieval.compute()
@@ -269,7 +271,7 @@ class ContrastiveModule(L.LightningModule):
         results[f"{split}/loss"] = results.pop("contrastive_loss")
         results[f"{split}/accuracy"] = results.pop("accuracy")
         for name, value in results.items():
-            # Every rank holds the same number already.
+            # Reduced over the ranks by the metric: every rank holds the same number.
             self.log(name if "/" in name else f"{split}/{name}", value, prog_bar=name == f"{split}/loss")
 
 
@@ -281,71 +283,24 @@ def _refuse_batch_statistics(encoder: DualEncoder) -> None:
     found = next((name for name, child in encoder.model.named_modules() if isinstance(child, _BatchNorm)), None)
     if found is not None:
         raise ValueError(
-            f"{encoder.name} has batch statistics ({found}), which are others in a chunk than in the batch, and "
+            f"{encoder.name} has batch statistics ({found}), which differ between a chunk and the whole batch, and "
             "would be counted twice where layers are run again: set chunk_size to null and gradient_checkpointing to "
             "false, or take a model without BatchNorm, such as a ViT"
         )
 
 
 class ContrastiveFineTuning(ContrastiveModule):
-    """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
-
-    Logs `train/loss`, `train/accuracy`, `train/learning_rate` and `train/logit_scale` as the step was taken with them,
-    and `train/samples_per_second`, all ranks together, from the beginning of the step before to that of this one,
-    loading included; the first step of an epoch and the one after a validation have none. In validation: `val/loss`,
-    `val/accuracy` and recall at k in both directions. Validation counts all captions of an image as its own; its loss
-    is over fixed groups of images, so that it does not depend on the number of processes.
+    """Load a dual encoder and fine-tune it, with the recipe of the feature-pair paper as defaults.
 
     Args:
         model: an open_clip name, the path of a JSON model config, or a checkpoint of this project (`.ckpt`).
         pretrained: an open_clip tag, a checkpoint file, or null for random weights.
-        initial_lr: learning rate of the first step.
-        final_lr: learning rate of the last step; it rises (or falls) exponentially in between.
-        weight_decay: AdamW's weight decay, on all parameters as in the paper.
-        betas: AdamW's running averages.
-        max_logit_scale: the learned factor on similarities is kept between 1 and this.
-        recall_at: k of the validation's recall.
-        val_group_size: images that are each other's negatives in the validation loss.
-        gradient_checkpointing: keep only the inputs of the towers' blocks for the backward pass, and run each block
-            again there: less memory for a third more computing, the same numbers.
-        chunk_size: pairs that are embedded at a time in training, where a batch's activations do not fit in memory
-            (GradCache). All pairs of the batch, over all ranks, stay each other's negatives; the gradient is the same,
-            for a third more computing. Null embeds the whole batch at once. Where both are given, memory is that of a
-            chunk with gradient checkpointing, and computing two thirds more.
-        compile: run the towers of the training step through torch.compile; validation and attribution run them as
-            they are. Checkpoints are the same with and without.
+        options: see `ContrastiveModule`, which also lists what is logged.
 
     Raises:
-        ValueError: unknown model or weights, learning rates that are not positive, or a model that an option does not
-            suit: one with batch statistics cannot be run in chunks or again.
+        ValueError: unknown model or weights, or as `ContrastiveModule`.
     """
 
-    def __init__(  # noqa: PLR0913 - the signature is the configuration
-        self,
-        model: str = "ViT-B-16",
-        pretrained: str | None = "openai",
-        *,
-        initial_lr: float = 1e-7,
-        final_lr: float = 1e-5,
-        weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_logit_scale: float = 100.0,
-        recall_at: Sequence[int] = (1, 5, 10),
-        val_group_size: int = 64,
-        gradient_checkpointing: bool = False,
-        chunk_size: int | None = None,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(
-            load_dual_encoder(model, pretrained),
-            initial_lr=initial_lr,
-            final_lr=final_lr,
-            weight_decay=weight_decay,
-            betas=betas,
-            max_logit_scale=max_logit_scale,
-            recall_at=recall_at,
-            val_group_size=val_group_size,
-            gradient_checkpointing=gradient_checkpointing,
-            chunk_size=chunk_size,
-            compile=compile,
-        )
+    # The parser of configs follows `options` to the signature that they are passed on to.
+    def __init__(self, model: str = "ViT-B-16", pretrained: str | None = "openai", **options: Any) -> None:
+        super().__init__(load_dual_encoder(model, pretrained), **options)

@@ -1,4 +1,4 @@
-"""Says at the end of every epoch which shards held records that could not be used."""
+"""Report at the end of every epoch which shards held records that could not be used."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["DataFaults"]
 
 
 class DataFaults(Callback):
-    """Logs how many records were broken, and shows the shards and kinds where there were any.
+    """Logs how many records were broken, and prints their shards and kinds.
 
     Logs `train/broken_records`, `val/broken_records` and `test/broken_records`, each at the end of its epoch, summed
-    over all ranks; 0 where nothing was wrong. Predicting shows, but logs nothing, as always. Where they are more than
-    the data module's `max_fault_fraction` allows, all ranks raise its `TooManyBrokenRecordsError`. With other data
-    modules than `ShardDataModule` it does nothing.
+    over all ranks; 0 if there were none. In `predict` they are printed, not logged, since Lightning logs nothing there.
+    If they are more than the data module's `max_fault_fraction` allows, all ranks raise its
+    `TooManyBrokenRecordsError`. Does nothing with other data modules than `ShardDataModule`.
     """
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the epoch's."""
+        """Log those of the epoch."""
         self._report(trainer, pl_module, "train")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log those of a whole validation; the few batches that only try out the code say nothing."""
+        """Log those of a whole validation, not of Lightning's sanity check of a few batches."""
         if not trainer.sanity_checking:
             self._report(trainer, pl_module, "val")
 
@@ -34,7 +34,7 @@ class DataFaults(Callback):
         self._report(trainer, pl_module, "test")
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show those of the split that was embedded."""
+        """Print those of the split that was embedded."""
         self._report(trainer, pl_module, None)
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, logged: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Writes what `predict` computes: the embeddings of a split's images and captions."""
+"""Save what `predict` computes: the embeddings of a split's images and captions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class EmbeddingWriter(BasePredictionWriter):
         predictions: Sequence[dict[str, Any]],
         batch_indices: Sequence[Any],
     ) -> None:
-        """Gather this rank's batches into one file."""
+        """Write this rank's batches to one file."""
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "embeddings"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank_{trainer.global_rank}.npz"
         np.savez(path, **_arrays(predictions))
-        print(f"Embeddings: {path}")  # noqa: T201 - where to look is what the command is asked for
+        print(f"Saved {path}")  # noqa: T201 - the result of the command
 
 
 def _arrays(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:

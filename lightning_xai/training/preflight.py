@@ -1,4 +1,4 @@
-"""Says at the start what a run is about to do, and refuses what could not work before any time is spent on it."""
+"""Print at the start what a run will do, and refuse what cannot work before any time is spent on it."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ __all__ = ["Preflight", "check_allocation"]
 
 
 class Preflight(Callback):
-    """Shows, before training, how many samples make a step and how many steps make a run.
+    """Prints, before training, how many samples make a step and how many steps make a run.
 
     The global batch is what the contrastive loss sees: all processes' samples are negatives of each other.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show it."""
+        """Print it."""
         text = describe(trainer, pl_module)
         if trainer.is_global_zero:
-            print(text, flush=True)  # noqa: T201 - what is about to happen is what the user waits for
+            print(text, flush=True)  # noqa: T201 - shown before hours of computing
 
 
 def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
-    """What is about to be trained, on what, in which steps."""
-    world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    """Describe what will be trained, on which devices, in which steps."""
+    world_size, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     device = trainer.strategy.root_device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     lines = [
-        f"{parameters / 1e6:.1f} M parameters in {trainer.precision} on {world} x {where}"
+        f"{parameters / 1e6:.1f} M parameters in {trainer.precision} on {world_size} x {where}"
         + (f" ({trainer.num_nodes} nodes)" if trainer.num_nodes > 1 else "")
     ]
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     if isinstance(size, int):
-        line = f"batch: {size:,} on each device, {size * world:,} in all, which are each other's negatives"
+        line = f"batch: {size:,} on each device, {size * world_size:,} in all, which are each other's negatives"
         chunk = getattr(module, "chunk_size", None)
         if chunk:
             line += f"; encoded {chunk} at a time"
         if accumulate > 1:
-            line += f"; {accumulate} batches ({size * world * accumulate:,} samples) make a step"
+            line += f"; {accumulate} batches ({size * world_size * accumulate:,} samples) make a step"
         lines.append(line)
     total = trainer.estimated_stepping_batches
     batches = trainer.num_training_batches
@@ -55,7 +55,7 @@ def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
 
 
 def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") -> None:
-    """Compare what a run wants with what Slurm has given it; does nothing outside a Slurm job step.
+    """Compare what a run needs with what Slurm has allocated; does nothing outside a Slurm job step.
 
     Args:
         devices: the trainer's, as configured: a number (or its text), a list, `"auto"`.
@@ -63,13 +63,13 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
         accelerator: the trainer's, as configured.
 
     Raises:
-        ValueError: they do not fit, GPUs would lie idle, or tasks would have none; or the first node's name cannot be
+        ValueError: they do not fit, GPUs would be idle, tasks would have none, or the first node's name cannot be
             resolved.
     """
     if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"} <= os.environ.keys():
         return
     if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return  # as Lightning does: an allocation to try things in
+        return  # an interactive allocation, which Lightning also treats as no job
     tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
     each = os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
     if each.isdecimal() and int(each) * nodes != tasks:
@@ -107,7 +107,7 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
 
 
 def _count(devices: Any) -> int | None:
-    """How many devices a setting names; None for `"auto"` and all."""
+    """Number of devices that a setting names; None for `"auto"` and all."""
     if isinstance(devices, (list, tuple)):
         return len(devices)
     text = str(devices)

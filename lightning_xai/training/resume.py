@@ -1,4 +1,4 @@
-"""Nothing is lost when a job is stopped: checkpoints inside epochs, signals, requeueing, and an exact way back."""
+"""Stop a training run at any moment and resume it exactly: checkpoints within epochs, signals, requeueing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _KEPT = 2  # the newest, and one more in case a disk damages it
 
 
 class RunStoppedError(RuntimeError):
-    """A signal has stopped the run at the end of a batch; the message says how to go on.
+    """A signal has stopped the run at the end of a batch; the message says how to resume it.
 
     Attributes:
         code: the process's exit status.
@@ -45,28 +45,28 @@ class RunStoppedError(RuntimeError):
 
 
 class Resume(Checkpoint):
-    """Lets a training run be stopped at any moment and end with the weights and numbers of one that never was.
+    """Lets a training run be stopped at any moment and end with the weights and numbers of an uninterrupted one.
 
     Checkpoints are written into the run's folder at the end of a batch: every `minutes`, before the last batch of an
-    epoch, after each validation and epoch, and when the process is told to stop. One whose writing is interrupted is
-    never seen, see `RunFolder`. SIGUSR1, which Slurm sends before the time limit, means: save, put the job back into
-    the queue, end. SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C; a second one ends at once) mean: save,
-    end. All ranks do either at the same batch, whichever was told. In evaluation a signal ends the run between two
-    batches; nothing is saved, since results that can be resumed are stored by whoever computes them.
+    epoch, after each validation and epoch, and when the process has to stop. A checkpoint whose writing is interrupted
+    is never visible, see `RunFolder`. On SIGUSR1, which Slurm sends before the time limit, the run saves, puts the job
+    back into the queue, and ends. On SIGTERM (preemption, `scancel`, `kill`) and SIGINT (Ctrl-C; a second one ends at
+    once) it saves and ends. All ranks do so at the same batch, no matter which of them got the signal. In evaluation a
+    signal ends the run between two batches; nothing is saved, since evaluations store results that can be resumed
+    themselves.
 
-    So that a resumed run repeats what it would have done, the random numbers of each training batch depend on nothing
-    but the seed, the epoch, the batch and the rank. A checkpoint gets its name only when all that was logged before is
-    on disk.
+    So that a resumed run repeats what it would have done, the random numbers of each training batch depend only on the
+    seed, the epoch, the batch and the rank. A checkpoint gets its name only when all that was logged before is on disk.
 
     Args:
         folder: of the run; None: that of the trainer's logger.
         minutes: most time between two checkpoints, above 0.
-        settings: all that decides the run's numbers; written down, to be compared when the run goes on.
-        chosen: the file name of the checkpoint that this process has been told to start from; all ranks have to agree.
+        settings: all that decides the run's numbers; recorded, and compared when the run is resumed.
+        chosen: file name of the checkpoint that this process starts from; all ranks have to agree.
 
     Raises:
         ValueError: `minutes` is not positive.
-        RunFolderError: at set-up: the folder is in use or cannot be written to, or ranks would start differently.
+        RunFolderError: in `setup`: the folder is in use or cannot be written to, or ranks would start differently.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Resume(Checkpoint):
         self._cut_short = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the run's folder, and make sure that all ranks go on from the same checkpoint."""
+        """Lock the run's folder, and check that all ranks start from the same checkpoint."""
         self._received.clear()
         self._pending = self._stopping = None
         self._cut_short = False
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
-            # Whether to stop is agreed on by numbers in the host's memory: no step has to wait for its device.
+            # Ranks agree on stopping by numbers in the host's memory, so that no step has to wait for its device.
             self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
@@ -125,31 +125,29 @@ class Resume(Checkpoint):
             )
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen to signals in place of Lightning, which has set its own handlers by now."""
+        """Handle signals in place of Lightning, which has set its own handlers by now."""
         self._listen()
 
+    on_test_start = on_sanity_check_start
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock of checkpoints."""
+        """Start the clock for checkpoints."""
         self._listen()
         self._saved_at = time.monotonic()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Complete the checkpoint of the batch before."""
+        """Complete the checkpoint of the previous batch."""
         self._listen()
         self._commit(trainer)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen to signals in place of Lightning."""
-        self._listen()
-
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Complete the checkpoint of the epoch before."""
+        """Complete the checkpoint of the previous epoch."""
         self._settle(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Complete the checkpoint of the batch before, and stop there if that was asked for; else draw numbers anew."""
+        """Complete the checkpoint of the previous batch, stop there if a signal asked for it, else seed this batch."""
         self._settle(trainer)
         seed = stable_hash("batch", self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.manual_seed(seed)
@@ -159,7 +157,7 @@ class Resume(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if it is time to or a signal has come; where a validation follows, that waits until it is over."""
+        """Save if it is time to or a signal has come; where a validation follows, only after it."""
         last = trainer.is_last_batch
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
             return  # gradients that are still being summed up are in no checkpoint
@@ -170,7 +168,7 @@ class Resume(Checkpoint):
         if last or _validation_follows(trainer, batch_idx):
             self._stop(trainer, signum)
             return
-        # Lightning ends an epoch that `max_time` cuts short with a validation, as if it were over; we go on inside.
+        # Lightning validates after an epoch that `max_time` cuts short, as if it were over; we resume within it.
         self._cut_short = trainer.should_stop
         if due or signum is not None or self._cut_short:
             self._stopping = signum
@@ -183,13 +181,13 @@ class Resume(Checkpoint):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save behind a validation inside an epoch; behind one at its end, the epoch's end follows."""
+        """Save after a validation within an epoch; after one at its end, `on_train_epoch_end` saves."""
         inside = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.is_last_batch
         if inside and not self._cut_short:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save, where the epoch is over."""
+        """Save if the epoch is over."""
         if not self._cut_short:
             self._save(trainer)
 
@@ -198,36 +196,36 @@ class Resume(Checkpoint):
         self._commit(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that the run is finished."""
+        """Record that the run is finished."""
         if self._folder is None or self._record is None or not trainer.is_global_zero:
             return
         if _out_of_time(trainer):
             rank_zero_warn(
                 f"max_time is over, the run in {self._folder.path} is not finished: --run={self._folder.path} with a "
-                "longer max_time goes on with it"
+                "longer max_time resumes it"
             )
             return
         self._folder.finish(self._record)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let others into the folder, and end the processes that Lightning has started itself: it would leave them."""
+        """Release the folder, and end the processes that Lightning has started, which it would leave running."""
         self.teardown(trainer, pl_module, "fit")
         kill = getattr(trainer.strategy.launcher, "kill", None)
         if kill is not None and not isinstance(exception, RunStoppedError):
             kill(signal.SIGTERM)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let others into the folder."""
+        """Release the folder."""
         if self._folder is not None:
             self._folder.release()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say in every checkpoint which run it belongs to."""
+        """Write the run's id into every checkpoint."""
         if self._record is not None:
             checkpoint[CHECKPOINT_KEY] = {"id": self._record.id}
 
     def _listen(self) -> None:
-        # Lightning has noted whose the signals were before, and gives them back when it is torn down.
+        # Lightning has kept the handlers from before, and restores them in its teardown.
         if threading.current_thread() is threading.main_thread():
             for signum in _SIGNALS:
                 signal.signal(signum, self._receive)
@@ -235,11 +233,11 @@ class Resume(Checkpoint):
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in self._received:
             raise KeyboardInterrupt
-        # Nothing else can be done safely here: a collective operation may be under way.
+        # Only noted: a collective operation may be under way, so nothing else is safe here.
         self._received.add(signum)
 
     def _agree(self, trainer: L.Trainer) -> tuple[bool, int | None]:
-        """Whether to save and by which signal to stop, the same on all ranks."""
+        """Decide whether to save and by which signal to stop, the same on all ranks."""
         due = trainer.is_global_zero and time.monotonic() - self._saved_at > 60 * self.minutes
         wishes = [due, *(signum in self._received for signum in _SIGNALS)]
         if trainer.world_size > 1:
@@ -249,9 +247,9 @@ class Resume(Checkpoint):
         return wishes[0], next((signum for signum, wish in zip(_SIGNALS, wishes[1:], strict=True) if wish), None)
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Write a checkpoint under a name that nobody takes for one, until what belongs to it is logged."""
+        """Write a checkpoint under a temporary name, until all that was logged before is on disk."""
         if self._folder is None or self._record is None:
-            return  # a dry run (fast_dev_run) leaves nothing
+            return  # a dry run (fast_dev_run) leaves no files
         self._commit(trainer)
         step = trainer.global_step
         trainer.save_checkpoint(self._folder.pending(step), weights_only=False)
@@ -278,19 +276,19 @@ class Resume(Checkpoint):
         if signum is None:
             return
         name = signal.Signals(signum).name
-        step = f"stopped by {name} behind step {trainer.global_step}"
+        step = f"stopped by {name} after step {trainer.global_step}"
         if signum == signal.SIGUSR1 and _may_requeue(trainer):
             requeued = _requeue() if trainer.is_global_zero else ""
             requeued = trainer.strategy.broadcast(requeued)
             if not requeued:
-                raise RunStoppedError(f"{step}; the job is back in the queue and will go on from there", 0)
+                raise RunStoppedError(f"{step}; the job is back in the queue and will resume from there", 0)
             raise RunStoppedError(f"{step}, but the job could not be requeued ({requeued}): submit it again", 1)
         how = "" if self._named or self._folder is None else f" with --run={self._folder.path}"
-        raise RunStoppedError(f"{step}; start the same command again{how} to go on", 128 + signum)
+        raise RunStoppedError(f"{step}; start the same command again{how} to resume", 128 + signum)
 
 
 def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates behind a batch inside an epoch."""
+    """Whether Lightning validates after a batch within an epoch."""
     every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or every is None or every == float("inf"):
         return False
@@ -311,7 +309,7 @@ def _may_requeue(trainer: L.Trainer) -> bool:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if isinstance(environment, SLURMEnvironment):
         return environment.auto_requeue
-    # A strategy of one process knows no environment.
+    # A strategy of one process has no environment.
     return environment is None and {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys()
 
 
@@ -323,7 +321,7 @@ def _requeue() -> str:
     try:
         # Nothing here comes from a user: the job's number is Slurm's own.
         result = subprocess.run(  # noqa: S603
-            ["scontrol", "requeue", job],  # noqa: S607 - wherever the cluster keeps it
+            ["scontrol", "requeue", job],  # noqa: S607 - its folder depends on the cluster
             capture_output=True,
             text=True,
             timeout=60,

@@ -1,4 +1,4 @@
-"""`fit`, stopped and started again: the same weights, numbers and tables as if nothing had happened."""
+"""`fit`, stopped and resumed: the same weights, numbers and tables as without interruption; and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
 
-from lightning_xai.training.preflight import check_allocation
 from lightning_xai.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
 
 ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
@@ -29,15 +29,14 @@ def config(tmp_path_factory: pytest.TempPathFactory, architecture_file: Callable
 
 @pytest.fixture(scope="module")
 def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has stopped."""
+    """A run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert finish(["fit", f"--config={config}", f"--run={folder / 'run'}"], folder / "log") == 0
     return folder / "run"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_runs_stopped_at_20_random_moments_end_as_one_that_never_was(
+def test_runs_stopped_at_20_random_moments_end_as_an_uninterrupted_one(
     workers: int, config: Path, tmp_path: Path
 ) -> None:
     options = [f"--config={config}", f"--data.init_args.num_workers={workers}", "--save_every_minutes=0.001"]
@@ -64,7 +63,7 @@ def test_runs_stopped_at_20_random_moments_end_as_one_that_never_was(
 
 
 def refusal(log: Path, *arguments: str) -> str:
-    """What a command that has to fail says, in one piece."""
+    """The message of a command that has to fail, on one line."""
     log.unlink(missing_ok=True)
     assert finish(arguments, log) == 1, log.read_text()[-3000:]
     text = log.read_text()
@@ -72,24 +71,29 @@ def refusal(log: Path, *arguments: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.fixture(scope="module")
-def stopped(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after its first epoch's checkpoint."""
-    folder = tmp_path_factory.mktemp("stopped")
-    run, log = folder / "run", folder / "log"
-    process = start(["fit", f"--config={config}", f"--run={run}", "--save_every_minutes=0.0001"], log)
+def stop_after_a_checkpoint(arguments: list[str], run: Path, log: Path) -> None:
+    process = start([*arguments, "--save_every_minutes=0.0001"], log)
     while not (run / "resume").is_dir() or not list((run / "resume").glob("step=*")):
         assert process.exitcode is None, log.read_text()[-3000:]
         time.sleep(0.02)
     os.kill(process.pid or 0, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
-    assert "start the same command again to go on" in log.read_text()
-    return run
+    assert "start the same command again to resume" in log.read_text()
 
 
-def test_a_finished_run_says_so_and_changes_nothing(config: Path, whole: Path, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != "lock"}
+@pytest.fixture(scope="module")
+def stopped(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after its first checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    stop_after_a_checkpoint(["fit", f"--config={config}", f"--run={folder / 'run'}"], folder / "run", folder / "log")
+    return folder / "run"
+
+
+def test_rerunning_a_finished_run_prints_a_message_and_changes_nothing(
+    config: Path, whole: Path, tmp_path: Path
+) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.name != "lock.owner"}
     assert finish(["fit", f"--config={config}", f"--run={whole}"], tmp_path / "log") == 0
     assert "is finished" in (tmp_path / "log").read_text()
     assert {path: path.read_bytes() for path in before} == before
@@ -109,17 +113,17 @@ def test_other_verbs_with_a_runs_config_leave_the_run_as_it_is(whole: Path, tmp_
     assert (run / "test/version_1/config.yaml").is_file()
 
 
-def test_a_run_goes_on_only_with_the_settings_it_was_started_with(config: Path, stopped: Path, tmp_path: Path) -> None:
-    told = refusal(
+def test_a_run_resumes_only_with_the_settings_it_was_started_with(config: Path, stopped: Path, tmp_path: Path) -> None:
+    message = refusal(
         tmp_path / "log", "fit", f"--config={config}", f"--run={stopped}", "--model.init_args.initial_lr=0.5",
         "--trainer.max_epochs=7", "--trainer.log_every_n_steps=3",
     )  # fmt: skip
-    assert "model.init_args.initial_lr was 0.001, is 0.5" in told
-    assert "trainer.max_epochs was 2, is 7" in told
-    assert "log_every_n_steps" not in told  # changes what is shown, no number
+    assert "model.init_args.initial_lr was 0.001 and is 0.5" in message
+    assert "trainer.max_epochs was 2 and is 7" in message
+    assert "log_every_n_steps" not in message  # changes what is shown, no number
 
 
-def test_a_run_goes_on_only_with_the_number_of_processes_it_was_started_with(
+def test_a_run_resumes_only_with_the_number_of_processes_it_was_started_with(
     config: Path, stopped: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "run"
@@ -128,44 +132,38 @@ def test_a_run_goes_on_only_with_the_number_of_processes_it_was_started_with(
     content = torch.load(newest, weights_only=True)
     content["ShardDataModule"]["plan"]["world"] = 4
     torch.save(content, newest)
-    told = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={copy}")
-    assert "world was 4" in told
-    assert "--model.init_args.model=" in told
+    message = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={copy}")
+    assert "world was 4" in message
+    assert "--model.init_args.model=" in message
 
 
 def test_a_folder_that_another_job_uses_is_refused(config: Path, stopped: Path, tmp_path: Path) -> None:
     holder = RunFolder(stopped)
     holder.lock()
-    told = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={stopped}")
+    message = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={stopped}")
     holder.release()
-    assert f"{stopped} is in use by process {os.getpid()} on " in told
+    assert f"{stopped} is in use by process {os.getpid()} on " in message
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    told = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={tmp_path / 'file' / 'run'}")
-    assert "cannot be written to" in told
-
-
-def test_checkpoints_of_another_run_are_passed_over_and_named(
+def test_corrupt_and_foreign_checkpoints_are_skipped_and_named(
     config: Path, stopped: Path, whole: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(stopped, run)
     newest = RunFolder(run).files()[0]
-    stranger = shutil.copy(RunFolder(whole).files()[0], RunFolder(run).place(99))
-    broken = RunFolder(run).place(50)
-    broken.write_bytes(newest.read_bytes()[:1000])
+    foreign = shutil.copy(RunFolder(whole).files()[0], RunFolder(run).place(99))
+    corrupt = RunFolder(run).place(50)
+    corrupt.write_bytes(newest.read_bytes()[:1000])
     assert finish(["fit", f"--config={config}", f"--run={run}"], log) == 0
-    told = log.read_text()
-    assert f"Passing over {Path(stranger).name}" in told
-    assert "it belongs to another run" in told
-    assert f"Passing over {broken.name}" in told
-    assert f"from {newest}" in told
+    message = log.read_text()
+    assert f"Skipped {Path(foreign).name}" in message
+    assert "it belongs to another run" in message
+    assert f"Skipped {corrupt.name}" in message
+    assert f"from {newest}" in message
     assert differences(left_by(run)._replace(step=0), left_by(whole)._replace(step=0)) == []
 
 
-def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(
+def test_a_run_whose_checkpoints_cannot_be_read_does_not_start_over(
     config: Path, stopped: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -174,18 +172,18 @@ def test_a_run_whose_checkpoints_cannot_be_read_does_not_begin_anew(
     for path in files:
         path.write_bytes(path.read_bytes()[:1000])
     before = (run / "run.json").read_bytes()
-    told = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={run}")
-    assert f"none of the run's checkpoints in {run / 'resume'} can be read ({files[0].name}" in told
+    message = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={run}")
+    assert f"none of the run's checkpoints in {run / 'resume'} can be read ({files[0].name}" in message
     assert (run / "run.json").read_bytes() == before
     for path in files:
-        shutil.copy(stopped / "resume" / path.name, path)  # what the refused start has left can go on
+        shutil.copy(stopped / "resume" / path.name, path)  # the refused start left everything that is needed to resume
     assert finish(["fit", f"--config={config}", f"--run={run}"], tmp_path / "log") == 0
 
 
 def test_a_stale_checkpoint_that_lightning_would_take_inside_a_job_is_refused(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_job(monkeypatch, tasks=1, nodes=1)
+    in_job(monkeypatch, tasks=1)
     root = tmp_path / "runs"
     root.mkdir()
     (root / "hpc_ckpt_3.ckpt").write_text("")
@@ -194,76 +192,31 @@ def test_a_stale_checkpoint_that_lightning_would_take_inside_a_job_is_refused(
         assert "hpc_ckpt_3.ckpt is a checkpoint of an earlier job" in refusal(tmp_path / "log", verb, *options)
 
 
-@pytest.mark.parametrize(
-    ("job", "options", "expected"),
-    [
-        ({"tasks": 4, "nodes": 2}, [], "trainer.devices=1, but Slurm has started 2 task(s) on each node"),
-        ({"tasks": 2, "nodes": 2}, [], "trainer.num_nodes=1, but the job has 2 node(s)"),
-        ({"tasks": 3, "nodes": 2, "each": 2}, [], "3 tasks on 2 nodes with 2 a node"),
-        ({"tasks": 1, "nodes": 1, "address": "no-such-host.invalid"}, [], "MASTER_ADDR=no-such-host.invalid cannot be"),
-        (
-            {"tasks": 1, "nodes": 1, "gpus": 4},
-            ["--trainer.accelerator=gpu"],
-            "4 GPU(s) and started 1 task(s) on it, and every task takes one: submit with --ntasks-per-node=4",
-        ),
-    ],
-)
-def test_devices_that_do_not_match_the_allocation_are_refused_before_anything_is_loaded(
-    job: dict[str, Any],
-    options: list[str],
-    expected: str,
-    config: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    in_job(monkeypatch, **job)
-    told = refusal(tmp_path / "log", "fit", f"--config={config}", "--trainer.devices=1", *options)
-    assert expected in told
-
-
-@pytest.mark.parametrize(("gpus", "accelerator"), [(None, "gpu"), (0, "gpu"), (2, "gpu"), (4, "cpu")])
-def test_devices_that_match_the_allocation_are_accepted(
-    gpus: int | None, accelerator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_job(monkeypatch, tasks=4, nodes=2, gpus=gpus)
-    for devices in (2, "2", "auto", [0, 1]):
-        check_allocation(devices, 2, accelerator)
-    with pytest.raises(ValueError, match=r"trainer\.devices=3, but Slurm has started 2"):  # so they were looked at
-        check_allocation(3, 2, accelerator)
-
-
-def in_job(
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    tasks: int,
-    nodes: int,
-    each: int | None = None,
-    address: str = "",
-    gpus: int | None = None,
-) -> None:
-    """Make the environment that of one of Slurm's tasks."""
-    variables = {
-        "JOB_ID": 7, "JOB_NAME": "test", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NTASKS": tasks, "NNODES": nodes,
-        "NTASKS_PER_NODE": each or tasks // nodes,
-    }  # fmt: skip
-    for name, value in variables.items():
+def in_job(monkeypatch: pytest.MonkeyPatch, tasks: int) -> None:
+    """Make the environment that of one of Slurm's tasks on a single node."""
+    variables = {"JOB_ID": 7, "JOB_NAME": "test", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NNODES": 1}
+    for name, value in (variables | {"NTASKS": tasks, "NTASKS_PER_NODE": tasks}).items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    if gpus is not None:
-        monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(gpus))
-    if address:
-        monkeypatch.setenv("MASTER_ADDR", address)
 
 
-def test_inside_a_job_the_job_is_the_run(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_job(monkeypatch, tasks=1, nodes=1)
+def test_devices_that_do_not_match_the_allocation_are_refused_before_anything_is_loaded(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, tasks=2)
+    message = refusal(tmp_path / "log", "fit", f"--config={config}", "--trainer.devices=1", "--model.model=missing")
+    assert "trainer.devices=1, but Slurm has started 2 task(s) on each node" in message
+
+
+def test_a_job_is_a_run_and_prints_its_steps(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_job(monkeypatch, tasks=1)
     root = tmp_path / "runs"
-    assert (
-        finish(
-            ["fit", f"--config={config}", f"--trainer.default_root_dir={root}", "--trainer.max_epochs=1"],
-            tmp_path / "log",
-        )
-        == 0
-    )
+    options = ["--trainer.max_epochs=1", "--trainer.accumulate_grad_batches=4"]
+    arguments = ["fit", f"--config={config}", f"--trainer.default_root_dir={root}", *options]
+    assert finish(arguments, tmp_path / "log") == 0
+    message = (tmp_path / "log").read_text()
+    assert "batch: 16 on each device, 16 in all" in message
+    assert "4 batches (64 samples) make a step" in message
+    assert "steps: 2 an epoch, 1 epochs, 2 in all" in message
     assert [path.name for path in root.iterdir()] == ["slurm-7"]
     saved = root / "slurm-7/config.yaml"
     before = saved.read_bytes()
@@ -274,26 +227,15 @@ def test_inside_a_job_the_job_is_the_run(config: Path, tmp_path: Path, monkeypat
     }
 
 
-def test_what_a_run_will_do_is_said_before_it_begins(config: Path, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    options = ["--trainer.max_epochs=1", "--trainer.accumulate_grad_batches=4"]
-    assert finish(["fit", f"--config={config}", f"--run={tmp_path / 'run'}", *options], log) == 0
-    told = log.read_text()
-    assert "batch: 16 on each device, 16 in all" in told
-    assert "4 batches (64 samples) make a step" in told
-    assert "steps: 2 an epoch, 1 epochs, 2 in all" in told
-
-
 def test_too_few_samples_for_a_batch_are_refused_before_the_first_validation(config: Path, tmp_path: Path) -> None:
-    told = refusal(
+    message = refusal(
         tmp_path / "log", "fit", f"--config={config}", f"--run={tmp_path / 'run'}", "--data.init_args.batch_size=97"
     )
-    assert "96 samples do not fill one batch of 97" in told
-    assert "val:" not in told
+    assert "96 samples do not fill one batch of 97" in message
+    assert "val:" not in message
 
 
-def test_a_dry_run_leaves_nothing(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_dry_run_leaves_no_files(config: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     options = [f"--config={config}", f"--trainer.default_root_dir={root}", "--trainer.fast_dev_run=true"]
     log = tmp_path / "log"
@@ -302,25 +244,19 @@ def test_a_dry_run_leaves_nothing(config: Path, tmp_path: Path, monkeypatch: pyt
     assert not list(root.glob("**/run.json"))
 
 
-def test_a_run_without_a_checkpoint_begins_anew_with_any_settings(config: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_starts_over_with_any_settings(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     RunFolder(run).lock()
     RunFolder(run).begin({"model": "one that did not fit into memory"})
     assert finish(["fit", f"--config={config}", f"--run={run}", "--trainer.max_epochs=1"], log) == 0
-    assert "was stopped before its first checkpoint; it begins anew" in log.read_text()
+    assert "was stopped before its first checkpoint; it starts over" in log.read_text()
 
 
 def test_a_table_of_csv_keeps_the_rows_from_before_a_stop(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    arguments = ["fit", f"--config={config}", f"--run={run}", "--save_every_minutes=0.0001"]
-    arguments.append("--trainer.logger=lightning.pytorch.loggers.CSVLogger")
-    arguments.append("--trainer.logger.save_dir=.")
-    process = start(arguments, log)
-    while not (run / "resume").is_dir() or not list((run / "resume").glob("step=*")):
-        assert process.exitcode is None, log.read_text()[-3000:]
-        time.sleep(0.02)
-    os.kill(process.pid or 0, signal.SIGTERM)
-    process.join(60)
+    arguments = ["fit", f"--config={config}", f"--run={run}"]
+    arguments += ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."]
+    stop_after_a_checkpoint(arguments, run, log)
     assert finish(arguments, log) == 0
     steps = [set(), set()]  # type: list[set[str]]
     for rows, name in zip(steps, ("metrics-1.csv", "metrics.csv"), strict=True):

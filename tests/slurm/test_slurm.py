@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real Slurm of two nodes: what is requeued, cancelled or killed, and what comes out."""
+"""The scripts of slurm/ on a real Slurm of two nodes: requeued, cancelled and killed jobs, and their results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def submit(place: Path) -> Iterator[Submit]:
 
     yield submitted
     if jobs:
-        call("scancel", *(job.id for job in jobs))  # those that a failed test has left
+        call("scancel", *(job.id for job in jobs))  # those of a failed test
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +156,10 @@ def test_a_job_whose_time_runs_out_is_requeued_and_ends_with_the_weights_of_one_
     job.start_again("TimeLimit=10")
     assert job.wait() == "COMPLETED", job.text()
     assert job.restarts == 1
-    assert re.search(r"stopped by SIGUSR1 behind step \d+; the job is back in the queue", job.text())
+    assert re.search(r"stopped by SIGUSR1 after step \d+; the job is back in the queue", job.text())
     assert f"(restart 1) on {job.show('NodeList')}" in job.text()
     run = place / "runs" / f"slurm-{job.id}"
-    assert re.search(rf"Going on with the run in {run} from {run}/resume/step=\d+\.ckpt", job.text())
+    assert re.search(rf"Resuming the run in {run} from {run}/resume/step=\d+\.ckpt", job.text())
     assert differences(left_by(run), left_by(whole[1])) == []
 
 
@@ -173,11 +173,11 @@ def test_a_cancelled_job_ends_with_a_message_and_another_one_finishes_its_run(
     call("scancel", job.id)
     assert job.wait(timeout=60) == "CANCELLED"
     ended_completely(job)
-    told = re.search(r"stopped by SIGTERM behind step (\d+)", job.text())
-    assert told is not None, job.text()
+    stop = re.search(r"stopped by SIGTERM after step (\d+)", job.text())
+    assert stop is not None, job.text()
     other = submit("fit", *short, options=TWO_NODES, run=run)
     assert other.wait() == "COMPLETED", other.text()
-    assert f"from {run}/resume/step={int(told.group(1)):08d}.ckpt" in other.text()
+    assert f"from {run}/resume/step={int(stop.group(1)):08d}.ckpt" in other.text()
     assert left_by(run).step == STEPS // EPOCHS
     assert "epoch 1" in other.text()
 
@@ -231,28 +231,29 @@ def test_an_evaluation_that_was_requeued_has_the_results_of_one_process(
 # --- ROAR+ ---
 
 
-def test_an_array_of_cells_has_the_result_of_one_command(whole: tuple[Job, Path], world: Path, place: Path) -> None:
+def test_an_array_of_trials_has_the_result_of_one_command(whole: tuple[Job, Path], world: Path, place: Path) -> None:
     options = [
         f"--model.name={whole[1] / 'checkpoints' / 'last.ckpt'}",
         f"--data={world / 'val'}",
         '--methods={"grad_cam": {}}',
-        "--controls=false",
+        "--baselines=false",
         "--seeds=[0]",
         *("--training.epochs=1", "--training.batch_size=8", "--training.val_group_size=8"),
     ]
     here, there = place / "roar" / "here", place / "roar" / "there"
-    told = call(
+    submitted = call(
         *("slurm/roar.sh", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5", f"--output={place}/%x-%A.out"),
         *("configs/roar_demo.yaml", *options, f"--out={there}"),
     )
     jobs = re.fullmatch(
-        r"3 cells, to do: 0,1,2\nexplain: job (\d+)\nretrain: job array (\d+)\ngather: job (\d+)\n", told
+        r"3 trials, to do: 0,1,2\nexplain: job (\d+)\nretrain: job array (\d+)\ngather: job (\d+)\n", submitted
     )
-    assert jobs is not None, told
+    assert jobs is not None, submitted
     gather = Job(jobs.group(3), place / f"lightning_xai_roar_gather-{jobs.group(3)}.out")
     try:
         python("roar", "--config=configs/roar_demo.yaml", *options, f"--out={here}")
         assert gather.wait() == "COMPLETED", gather.text()
     finally:
         call("scancel", *jobs.groups())
-    assert (there / "result.json").read_text() == (here / "result.json").read_text()
+    for name in ("result.json", "values.csv", "targets.csv"):
+        assert (there / name).read_text() == (here / name).read_text()

@@ -1,4 +1,4 @@
-"""Retraining of one cell: the same numbers wherever it runs, and the known answer of a world with one object."""
+"""Retraining of one trial: the same numbers wherever it runs, and the known answer of a world with one object."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from lightning_xai.evaluation.roar_data import write_degraded, write_original
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.models.loss import contrastive_loss
+from lightning_xai.results.trials import Retraining
 from lightning_xai.training.roar import NonFiniteLossError, retrain
 
 COLORS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "white": (250, 250, 250)}
@@ -42,10 +44,14 @@ def folders(encoder: DualEncoder, shapes: Path, tmp_path: Path) -> tuple[Path, P
     return tmp_path / "train", tmp_path / "val"
 
 
+def losses(encoder: DualEncoder, train: Path, val: Path, seed: int = 0, name: str = "x", **options: Any) -> list[float]:
+    return retrain(encoder, train, val, Retraining(**({"epochs": 1, "batch_size": 8} | options)), name=name, seed=seed)
+
+
 def test_losses_are_those_of_fixed_groups_of_the_validation_part(
     encoder: DualEncoder, folders: tuple[Path, Path]
 ) -> None:
-    curve = retrain(encoder, *folders, cell="x", seed=0, epochs=2, batch_size=8, eval_batch_size=4, val_group_size=5)
+    curve = losses(encoder, *folders, epochs=2, eval_batch_size=4, val_group_size=5)
     collate = EvaluationCollate(encoder.image_transform, encoder.tokenizer, ())
     (batch,) = EvaluationDataset(folders[1], Manifest.load(folders[1]), collate, batch_size=10)
     with torch.no_grad():
@@ -58,65 +64,48 @@ def test_losses_are_those_of_fixed_groups_of_the_validation_part(
     assert len(curve) == 3
     assert curve[0] == pytest.approx(float(groups[0] + groups[1]) / 2, rel=1e-5)
     assert curve[1] != curve[0] != curve[2]
+    assert losses(encoder, *folders, epochs=2, eval_batch_size=64, val_group_size=5) == pytest.approx(curve, rel=1e-6)
 
 
-def test_a_cell_gets_the_same_numbers_whatever_ran_before_and_leaves_the_model_as_it_was(
+def test_a_trial_gets_the_same_numbers_whatever_ran_before_and_leaves_the_model_as_it_was(
     encoder: DualEncoder, folders: tuple[Path, Path]
 ) -> None:
     before, modes = weights_fingerprint(encoder), [module.training for module in encoder.modules()]
-
-    def run(seed: int) -> list[float]:
-        return retrain(encoder, *folders, cell="x", seed=seed, epochs=2, batch_size=8, lr=1e-3)
-
-    first = run(0)
+    in_training: list[bool] = []
+    probe = encoder.model.visual.transformer.resblocks[0]
+    hook = probe.register_forward_pre_hook(lambda module, inputs: in_training.append(module.training))
+    first = losses(encoder, *folders, lr=1e-3)
+    hook.remove()
+    assert in_training == [False, True, True, True, False]
     torch.manual_seed(123)
-    other = run(1)
-    assert run(0) == first
+    other = losses(encoder, *folders, lr=1e-3, seed=1)
+    assert losses(encoder, *folders, lr=1e-3) == first
     assert other[0] == first[0]  # nothing has been trained yet
     assert other[1:] != first[1:]
     assert weights_fingerprint(encoder) == before
     assert [module.training for module in encoder.modules()] == modes
     assert all(parameter.grad is None for parameter in encoder.parameters())
-    assert not torch.are_deterministic_algorithms_enabled()  # what is explained next in this process runs as usual
+    assert not torch.are_deterministic_algorithms_enabled()  # explanations in the same process run as usual
 
 
-def test_evaluation_batches_change_no_number(encoder: DualEncoder, folders: tuple[Path, Path]) -> None:
-    curves = [
-        retrain(encoder, *folders, cell="x", seed=0, epochs=1, batch_size=8, eval_batch_size=size) for size in (3, 64)
-    ]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
-
-
-def test_layers_train_in_training_mode(encoder: DualEncoder, folders: tuple[Path, Path]) -> None:
-    modes: list[bool] = []
-    probe = encoder.model.visual.transformer.resblocks[0]
-    probe.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
-    retrain(encoder, *folders, cell="x", seed=0, epochs=1, batch_size=8)
-    assert modes == [False, True, True, True, False]
-
-
-def test_a_loss_that_is_not_finite_names_its_cell(encoder: DualEncoder, folders: tuple[Path, Path]) -> None:
-    with pytest.raises(NonFiniteLossError, match=r"cell m2ib/text/3: the training loss of epoch 0, batch 1 is nan"):
-        retrain(encoder, *folders, cell="m2ib/text/3", seed=0, epochs=1, batch_size=8, lr=1e30)
+def test_a_loss_that_is_not_finite_names_its_trial(encoder: DualEncoder, folders: tuple[Path, Path]) -> None:
+    with pytest.raises(NonFiniteLossError, match=r"trial m2ib/text/3: the training loss of epoch 0, batch 1 is nan"):
+        losses(encoder, *folders, name="m2ib/text/3", lr=1e30)
     with torch.no_grad():
         encoder.model.visual.proj.fill_(torch.nan)
-    with pytest.raises(NonFiniteLossError, match=r"cell a/image/0: the validation loss after 0 epochs is nan"):
-        retrain(encoder, *folders, cell="a/image/0", seed=0, epochs=1, batch_size=8)
+    with pytest.raises(NonFiniteLossError, match=r"trial a/image/0: the validation loss after 0 epochs is nan"):
+        losses(encoder, *folders, name="a/image/0")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"epochs": 0}, "epochs has to be at least 1"),
-        ({"lr": 0.0}, "have to be positive"),
-        ({"batch_size": 25}, "do not fill one batch of 25"),
-    ],
+    [({"epochs": 0}, "epochs has to be at least 1"), ({"batch_size": 25}, "do not fill one batch of 25")],
 )
 def test_settings_that_cannot_be_met_are_refused(
-    encoder: DualEncoder, folders: tuple[Path, Path], options: dict[str, float], message: str
+    encoder: DualEncoder, folders: tuple[Path, Path], options: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        retrain(encoder, *folders, cell="x", seed=0, **options)  # type: ignore[arg-type]
+        losses(encoder, *folders, **options)
 
 
 def colored_squares(count: int, seed: int) -> list[tuple[Sample, torch.Tensor]]:
@@ -148,12 +137,8 @@ def test_a_map_of_the_object_scores_far_above_maps_of_the_background(encoder: Du
         folders[name] = tmp_path / name
         given = Attribution(image, torch.zeros(len(train), encoder.tokenizer.context_length), image[:, 0, 0])
         write_degraded(encoder, tmp_path / "train", given, folders[name], modality="image", fraction=0.25, name=name)
-    losses = {
-        name: retrain(
-            encoder, folder, tmp_path / "val", cell=name, seed=0, epochs=7, batch_size=4, lr=1e-3, val_group_size=4
-        )[-1]
-        for name, folder in folders.items()
-    }
-    assert losses["original"] < losses["background"] < losses["object"], losses
-    assert losses["background"] < 0.75 * math.log(4)  # a guess among four costs log(4)
-    assert losses["object"] > 0.9 * math.log(4)  # nothing of the color is left to learn from
+    options = {"epochs": 7, "batch_size": 4, "lr": 1e-3, "val_group_size": 4}
+    last = {name: losses(encoder, folder, tmp_path / "val", **options)[-1] for name, folder in folders.items()}
+    assert last["original"] < last["background"] < last["object"], last
+    assert last["background"] < 0.75 * math.log(4)  # a guess among four costs log(4)
+    assert last["object"] > 0.9 * math.log(4)  # nothing of the color is left to learn from
