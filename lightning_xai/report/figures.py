@@ -80,7 +80,7 @@ def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, m
 
 @styled
 def distribution(panels: Mapping[str, Sequence[Sample]], title: str, value: str) -> Figure:
-    """Draw a histogram of values around zero, after Figure 5 (right); each panel has a scale of its own.
+    """Draw a histogram of values around zero, after Figure 5 (right); each panel has its own scale.
 
     Args:
         panels: heading -> samples; a name has the same colour in all panels.

@@ -9,10 +9,10 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_xai.report.figures import Sample, bars, class_bars, cumulative, distribution, follows_reader, svg_text
+from lightning_xai.report.plots import rasterize
 from lightning_xai.results.runs import Estimate
 
 DRAW = np.random.default_rng(0)
@@ -75,7 +75,7 @@ def test_classes_are_ordered_by_the_first_run() -> None:
 @pytest.mark.parametrize("draw", [cumulative, distribution])
 def test_a_legend_and_a_title_are_never_cut_off(count: int, draw: Callable[..., Figure]) -> None:
     figure = draw({"panel": [sample(f"{LONG} {i}") for i in range(count)]}, f"{LONG} " * 3, "γ")
-    FigureCanvasAgg(figure).draw()
+    rasterize(figure)
     for artist in (figure.legends[0], *figure.texts):
         extent = artist.get_window_extent()
         assert extent.x0 >= 0

@@ -134,7 +134,7 @@ def opened(browser: Browser, path: Path, *, width: int = 1280, dark: bool = Fals
     complaints: list[str] = []
     shown.on("console", lambda message: complaints.append(message.text))
     shown.on("pageerror", lambda error: complaints.append(str(error)))
-    shown.on("request", lambda request: request.url.startswith(("data:", "file:")) or complaints.append(request.url))
+    shown.on("request", lambda request: complaints.append(f"asks for {request.url[:50]}"))
     shown.goto(path.as_uri())
     return shown, complaints
 
@@ -154,7 +154,7 @@ def test_every_picture_loads_without_complaint_and_the_page_never_scrolls_sidewa
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
-    assert complaints == []
+    assert not [each for each in complaints if not each.startswith(("asks for data:", "asks for file:"))]
 
 
 def rows_of(page: Page, table: str) -> list[list[Any]]:

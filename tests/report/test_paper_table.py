@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from lightning_xai.report.paper_table import Column, PaperTable, latex_escaped, markdown_escaped
+from lightning_xai.report.paper_table import Column, PaperTable, Value, latex_escaped, markdown_escaped
 from lightning_xai.results.runs import Estimate
 
 HOSTILE = [
@@ -36,8 +36,8 @@ COLUMNS = (
 
 def table(baselines: int = len(HOSTILE) - 3) -> PaperTable:
     scores = (Estimate(0.51, 0.01, 9), 0.5525, math.nan)
-    rows = [[text, score, 1234, -0.5] for text, score in zip(HOSTILE[:3], scores, strict=True)]
-    rest = [[text, 1.0, None, math.nan] for text in HOSTILE[3:]]
+    rows: list[list[Value]] = [[text, score, 1234, -0.5] for text, score in zip(HOSTILE[:3], scores, strict=True)]
+    rest: list[list[Value]] = [[text, 1.0, None, math.nan] for text in HOSTILE[3:]]
     return PaperTable("a-table", "Title <b> & _", "Note: 5 % | x", COLUMNS, [*rows, *rest], baselines)
 
 

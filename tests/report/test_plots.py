@@ -20,7 +20,6 @@ from lightning_xai.report.plots import (
     example_sheet,
     heat_fault,
     overlay,
-    progress_gif,
     progress_sheet,
     rasterize,
     save_figure,
@@ -272,16 +271,12 @@ def test_curves_accept_names_single_rows_and_nothing_but_nan() -> None:
         curves([], scores=SCORES)
 
 
-def test_figures_and_gifs_are_written_whole_in_the_size_they_were_laid_out(tmp_path: Path) -> None:
+def test_figures_are_written_whole_in_the_size_they_were_laid_out(tmp_path: Path) -> None:
     sheet = example_sheet([example()], [heat()], [0.5], "t")
     save_figure(sheet, tmp_path / "new" / "sheet.png")
     saved = np.asarray(Image.open(tmp_path / "new" / "sheet.png").convert("RGB"))
     assert np.array_equal(saved, rasterize(sheet))
-    names = ["before", "epoch 1", "epoch 2"]
-    progress_gif(tmp_path / "new" / "p.gif", [example()], [[heat(i)] for i in range(3)], names, [[0.1], [0.2], [0.3]])
-    with Image.open(tmp_path / "new" / "p.gif") as gif:
-        assert getattr(gif, "n_frames", 1) == 3
-    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["p.gif", "sheet.png"]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["sheet.png"]
     with pytest.raises(ValueError, match="docx"):
         save_figure(sheet, tmp_path / "sheet.docx")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import stats
 from lightning_xai.results.effect_size import grounding_change, knowledge_gaps, standardised_mean_difference
 
 
-def rows(excluded: dict[str, str] | None = None, **gammas: list[float]) -> pd.DataFrame:
+def rows(excluded: Mapping[str, str] | None = None, /, **gammas: list[float]) -> pd.DataFrame:
     found = [(label, gamma, "") for label, values in gammas.items() for gamma in values]
     found += [(label, math.nan, why) for label, why in (excluded or {}).items()]
     return pd.DataFrame(found, columns=["label", "value", "excluded"])
