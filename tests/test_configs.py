@@ -141,7 +141,7 @@ def test_a_config_of_roar_plans_its_cells(
     name: str, cells: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    main(["roar", "--config", f"configs/{name}", "--list-cells"])
+    main(["roar", "--config", f"configs/{name}", "--list-trials"])
     assert len(capsys.readouterr().out.splitlines()) == cells
 
 

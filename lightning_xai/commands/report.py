@@ -26,9 +26,9 @@ class Report:
     Attributes:
         runs: folders of finished runs; several are compared.
         out: folder to write to.
-        names: of the runs, joined by commas, in their order; left out: as much of their paths as tells them apart.
+        names: of the runs, joined by commas, in their order; left out: as much of their paths as distinguishes them.
         title: of the page.
-        method: label of the method whose gamma tells about classes; left out: feature_pair, or else the first.
+        method: label of the method whose gamma ranks classes; left out: feature_pair, or else the first.
         alpha: significance level of the comparisons of gamma.
         epsilon: threshold of almost stochastic order; lower is stricter.
         bootstrap_samples: of the comparisons.

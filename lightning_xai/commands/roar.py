@@ -138,7 +138,7 @@ class Roar:
         # Frames take half a second to load, which a help text and a list of trials do without.
         from rich.console import Console
 
-        from lightning_xai.report.roar import roar_tables
+        from lightning_xai.report.terminal import roar_tables
         from lightning_xai.results.table import ResultTable, write_result
 
         record, done = gather(self.out, trials, methods, partial(recipe_settings, self), self.grid)

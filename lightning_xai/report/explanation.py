@@ -1,7 +1,7 @@
 """Pictures of attributions: heat maps over the image, the caption's tokens on coloured ground, and what they mean.
 
 Red is for the similarity, blue against it. Maps of methods that know no sign are drawn from white to red. Every map has
-its own scale, which the picture states in numbers; a map that tells no part from another is said to be constant.
+its own scale, which the picture states in numbers; a map whose values are all equal is labelled constant.
 
 Drawn from numpy arrays; nothing here needs torch.
 """

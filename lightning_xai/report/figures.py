@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from lightning_xai.report.sheet import printable, style, styled, text_width
+from lightning_xai.report.sheet import FONT_PT, printable, style, styled, text_width, wrap
 from lightning_xai.results.runs import Estimate
 from lightning_xai.results.stochastic_order import survival_curve
 
@@ -80,7 +80,7 @@ def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, m
 
 @styled
 def distribution(panels: Mapping[str, Sequence[Sample]], title: str, value: str) -> Figure:
-    """Draw a histogram of values around zero, after Figure 5 (right); each panel has a scale of its own.
+    """Draw a histogram of values around zero, after Figure 5 (right); each panel has its own scale.
 
     Args:
         panels: heading -> samples; a name has the same colour in all panels.
@@ -206,8 +206,9 @@ def _axes(
     every = list(figure.subplots(*grid, squeeze=False, **options).flat)
     for axes in every[count:]:
         axes.remove()
-    # A letter of the title takes about 8.5 pixels.
-    figure.suptitle(textwrap.fill(printable(title), int(figure.get_figwidth() * figure.dpi / 8.5)))
+    # `wrap` measures at `FONT_PT`; titles are larger.
+    room = figure.get_figwidth() * figure.dpi * FONT_PT / 12
+    figure.suptitle("\n".join(line.text for line in wrap(title, (), room)))
     return figure, every[:count]
 
 
@@ -240,7 +241,11 @@ def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
     if len(figure.axes) == 1 and len(looks) <= _IN_THE_CORNER:
         figure.axes[0].legend(lines, names, loc="upper right", frameon=True, framealpha=1.0)
     else:
-        figure.legend(lines, names, loc="outside lower center", ncols=_columns(figure, looks))
+        columns = _columns(figure, looks)
+        rows = math.ceil(len(names) / columns) * max(name.count("\n") + 1 for name in names)
+        # Two rows have room below the axes; a row takes about a fifth of an inch.
+        figure.set_figheight(figure.get_figheight() + 0.2 * max(rows - 2, 0))
+        figure.legend(lines, names, loc="outside lower center", ncols=columns)
 
 
 def _columns(figure: Figure, names: Iterator[str] | Mapping[str, object]) -> int:

@@ -1,7 +1,7 @@
 """Pictures of a run: heat maps over images with the phrase they belong to, their change over epochs, curves.
 
 Figures are made with matplotlib's objects on the Agg canvas, never through pyplot: a training process draws many of
-them, beside whatever plotting of its own the user does. Nothing here needs torch.
+them, and users may plot with pyplot at the same time. Nothing here needs torch.
 
 Sheets are laid out by hand in pixels of the finished picture. Images are scaled to that size once and then shown pixel
 for pixel, so that small images stay crisp, and a caption's lines are broken by the measured width of their text.
@@ -68,9 +68,9 @@ def overlay(
 ) -> NDArray[np.uint8]:
     """Lay a signed heat map over an image: red is positive, blue negative, and stronger colour a larger magnitude.
 
-    The image is shown with little of its own colour, or a red object could not be told from a red patch. The map is
-    interpolated linearly between patch centres, which adds no extremum and no sign of its own. A map that says nothing
-    (`heat_fault`) leaves the image as it is, with the box: say so beside the picture.
+    The image is shown with little colour, or a red object would look like a red patch. The map is
+    interpolated linearly between patch centres, which adds neither an extremum nor a sign. A map that says nothing
+    (`heat_fault`) leaves the image as it is, with the box: say so near the picture.
 
     Args:
         image: [H, W, 3] floats in [0, 1].
@@ -227,44 +227,6 @@ def progress_sheet(
         y += heights[i]
     sheet.colour_bar()
     return sheet.figure
-
-
-def progress_gif(
-    path: Path,
-    examples: Sequence[Example],
-    heats: Sequence[Sequence[Heat]],
-    epoch_names: Sequence[str],
-    gammas: Sequence[Sequence[float]],
-    *,
-    hits: Sequence[Sequence[bool]] | None = None,
-    side: int = 192,
-    seconds: float = 0.8,
-) -> None:
-    """Write an animated GIF with one `example_sheet` for each epoch; the last one stays three times as long.
-
-    Args:
-        path: ends in `.gif`; its folder is made where it does not exist.
-        examples: what every frame shows.
-        heats: [epoch][example] signed [h, w] maps.
-        epoch_names: the frames' titles.
-        gammas: [epoch][example], in [0, 1]; NaN where it does not exist.
-        hits: [epoch][example], whether the largest entry lies inside the box; left out, no mark is drawn.
-        side: pixels of a picture's longer side.
-        seconds: how long a frame stays.
-
-    Raises:
-        ValueError: the sequences differ in length or are empty.
-    """
-    _check_lengths(len(epoch_names), heats=heats, gammas=gammas, **({} if hits is None else {"hits": hits}))
-    frames = []
-    for epoch, name in enumerate(epoch_names):
-        marks = None if hits is None else hits[epoch]
-        sheet = example_sheet(examples, heats[epoch], gammas[epoch], name, hits=marks, side=side)
-        # Without dithering equal areas stay equal from frame to frame, which is what GIF compresses well.
-        frames.append(Image.fromarray(rasterize(sheet)).quantize(128, dither=Image.Dither.NONE))
-    durations = [round(1000 * seconds)] * (len(frames) - 1) + [round(3000 * seconds)]
-    with replaced_at_once(path) as part:
-        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
 
 @styled

@@ -1,7 +1,7 @@
 """A picture laid out by hand in pixels: text whose width is known, captions with highlights, images pixel for pixel.
 
 Figures are made with matplotlib's objects on the Agg canvas, never through pyplot: a training process draws many of
-them, beside whatever plotting of its own the user does. Nothing here needs torch.
+them, and users may plot with pyplot at the same time. Nothing here needs torch.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def grounding_table(rows: Sequence[Mapping[str, object]], title: str = "Groundin
     Args:
         rows: in the order to show. `epoch` is needed: the number of finished epochs (0: before training) or a name.
             `gamma_mean`, `gamma_above_50`, `gamma_above_80` and `rho` are fractions in [0, 1], higher is better;
-            `targets` is how many were measured. Every further key becomes a column of its own behind these (`val_loss`,
+            `targets` is how many were measured. Every further key becomes a further column (`val_loss`,
             `image_to_text_recall@1`, ...), in the order of first appearance. Missing and NaN values show as a dash.
         title: stands above the table.
 

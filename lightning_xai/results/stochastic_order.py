@@ -29,7 +29,7 @@ _UNDECIDED = 0.5
 
 @dataclass(frozen=True)
 class StochasticOrder:
-    """Whether the distribution behind a first sample lies above that behind a second one.
+    """The test of whether a first sample comes from a distribution above that of a second one.
 
     Attributes:
         violation_ratio: of the samples, in [0, 1]; 0: the first is the larger one at every quantile, 1: the second is.

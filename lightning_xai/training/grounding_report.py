@@ -82,9 +82,7 @@ def write(
     lines = _lines(rows)
     write_csv(folder / f"summary{suffix}.csv", lines)
     if training and any(row["targets"] for row in rows):
-        save_figure(
-            curves(rows, scores=[score for score in SPEC.scores if score.reduce != "std"]), folder / "curves.png"
-        )
+        save_figure(curves(rows, scores=SPEC.scores), folder / "curves.png")
     if not measured.drawn.examples:
         return None
     sheet = _progress(rows, measured)

@@ -42,7 +42,7 @@ def example() -> Example:
 
 
 def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.texts]
+    return [text.get_text() for text in figure.axes[0].texts]
 
 
 def test_curves_start_at_one_and_show_each_method_in_each_panel() -> None:
@@ -79,7 +79,7 @@ def test_the_sheet_has_a_row_for_each_method_and_keeps_the_first_and_the_last_st
     stages = ["original", *(f"block {i}" for i in range(11, -1, -1)), "embedding"]
     maps = {method: [generator.normal(size=(4, 6)) for _ in stages] for method in METHODS}
     sheet = sanity_sheet(example(), maps, stages, columns=5)
-    assert len(sheet.axes) == len(METHODS) * (1 + 5)
+    assert len(sheet.axes[0].images) == len(METHODS) * (1 + 5)
     shown = texts(sheet)
     assert all(method in shown for method in METHODS)
     assert "a dog on $5 mat" in shown
@@ -88,7 +88,7 @@ def test_the_sheet_has_a_row_for_each_method_and_keeps_the_first_and_the_last_st
     assert headings[1] == "original"
     assert headings[-1] == "embedding"
     assert len(headings) == 6
-    for text in sheet.texts:
+    for text in sheet.axes[0].texts:
         extent = text.get_window_extent()
         assert extent.x0 >= 0
         assert extent.x1 <= sheet.bbox.width + 1
@@ -97,7 +97,7 @@ def test_the_sheet_has_a_row_for_each_method_and_keeps_the_first_and_the_last_st
 
 
 def panel(figure: Figure, number: int) -> Any:
-    return figure.axes[number].images[0].get_array()
+    return figure.axes[0].images[number].get_array()
 
 
 def test_signed_maps_are_red_and_blue_and_others_go_from_least_to_most() -> None:

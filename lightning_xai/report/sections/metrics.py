@@ -136,14 +136,14 @@ def _cumulative_chart(metric: MetricRecord, panels: dict[str, list[Sample]], abo
     shares = [
         score for score in metric.scores if score.reduce == "share_above" and score.value == metric.scores[0].value
     ]
-    told = [f"{heading} {each.name} {_percent(shares[0], each)}".strip() for heading, samples in panels.items()
+    named = [f"{heading} {each.name} {_percent(shares[0], each)}".strip() for heading, samples in panels.items()
             for each in samples] if shares else []  # fmt: skip
     title = f"Cumulative distributions of {value}, {about}"
     return Chart(
         f"{metric.scores[0].value}-{about}",
         title,
         "The higher a curve, the better. Dotted: the thresholds of the table.",
-        f"Curves of the share of targets above each {value}. {shares[0].heading if shares else ''}: {', '.join(told)}.",
+        f"Curves of the share of targets above each {value}. {shares[0].heading if shares else ''}: {', '.join(named)}.",
         cumulative(panels, title, value, [score.threshold for score in shares]),
     )
 
@@ -164,7 +164,7 @@ def _distribution_charts(metric: MetricRecord, group: Sequence[Measurement]) -> 
             for label, samples in panels.items()
             for each in samples
         )
-        note = "Each method has a scale of its own; the outermost bins hold what lies beyond."
+        note = "Each method has its own scale; the outermost bins hold what lies beyond."
         figure = distribution(panels, title, value)
         yield Chart(f"{metric.scores[0].value}-{group[0].data}", title, note, f"{'; '.join(shares)}.", figure)
 
