@@ -33,7 +33,7 @@ _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What the data module needs of a model: `LightningModule.encoder` has these two attributes."""
+    """The part of a model that the data module needs: `LightningModule.encoder` has these two attributes."""
 
     image_transform: ImageTransform
     tokenizer: CaptionTokenizer
@@ -250,7 +250,7 @@ class ShardDataModule(LightningDataModule):
         return self._evaluation_loader(self.predict_split)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has come in its epoch, the faults in it so far, and all that decides what its batches hold.
+        """The position in the training epoch, the faults in it so far, and all that decides what its batches hold.
 
         To be called on all ranks, as Lightning does for a checkpoint.
 
@@ -454,7 +454,7 @@ class _EvaluationLoader(ShardLoader):
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a plan says otherwise than a former one, in words."""
+    """The differences of a plan from a former one, in words."""
     if "world" in was:  # as checkpoints of versions before 0.2 call it
         was = {("world_size" if name == "world" else name): value for name, value in was.items()}
     changes = settings_that_differ(was, now)

@@ -1,4 +1,4 @@
-"""What is taken away from images and captions to see whether a heat map found what matters.
+"""Removal of pixels and tokens, to see whether a heat map found what matters.
 
 The M2IB paper replaces the most important pixels by the channel mean and the most important tokens by padding
 (sections 4.3 and 4.4). How many are taken is exact whatever the values: a map with equal values around the cut loses as
@@ -54,7 +54,7 @@ def important_tokens(scores: Tensor, content_mask: Tensor, fraction: float, *, r
 
 
 def cut_through_ties(scores: Tensor, content_mask: Tensor, fraction: float) -> Tensor:
-    """Whether a token that `important_tokens` leaves scores as high as one that it takes: place decides, not the score.
+    """True where `important_tokens` leaves a token that scores as high as one that it takes: place decides, not the score.
 
     Args:
         scores: [..., L] float.

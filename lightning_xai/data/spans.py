@@ -121,7 +121,7 @@ class CaptionTokenizer:
         return tokens
 
     def content_mask(self, tokens: Tensor) -> Tensor:
-        """Which of the token ids [B, L] are a caption's own, not marks of start and end or padding: bool [B, L].
+        """The mask of a caption's own tokens in ids [B, L], without marks of start and end or padding: bool [B, L].
 
         Example:
             >>> import open_clip
