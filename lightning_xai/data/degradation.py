@@ -54,7 +54,7 @@ def important_tokens(scores: Tensor, content_mask: Tensor, fraction: float, *, r
 
 
 def cut_through_ties(scores: Tensor, content_mask: Tensor, fraction: float) -> Tensor:
-    """True where `important_tokens` leaves a token that scores as high as one that it takes: place decides, not the score.
+    """True where `important_tokens` leaves a token with the score of one that it takes, so that place decides.
 
     Args:
         scores: [..., L] float.
