@@ -15,11 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch
-from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
 from lightning_xai.data.excluded import BrokenRecordWarning, TooManyBrokenRecordsError
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.shapes_datamodule import ShapesDataModule
 from lightning_xai.data.shards import ShardError, write_shards
 from lightning_xai.data.spans import CaptionTokenizer
 
