@@ -101,7 +101,7 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
     # Configs and the command line may use the bare names of classes that are loaded.
-    for classes in ("data", "evaluation", "training"):
+    for classes in ("data.datamodule", "evaluation", "training"):
         import_module(f"lightning_xai.{classes}")
     return TrainingCLI(
         LightningModule,

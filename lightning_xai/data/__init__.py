@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_xai.data.batch import Batch
-    from lightning_xai.data.datamodule import ShardDataModule
+    from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
     from lightning_xai.data.image_transform import ImageTransform
     from lightning_xai.data.phrases import Phrases
     from lightning_xai.data.sample import RecordError, Region, Sample
-    from lightning_xai.data.shapes_datamodule import ShapesDataModule
     from lightning_xai.data.shards import Manifest, write_shards
     from lightning_xai.data.spans import CaptionTokenizer
     from lightning_xai.exclusion import Exclusion
@@ -42,7 +41,7 @@ _MODULES = {
     "RecordError": "data.sample",
     "Region": "data.sample",
     "Sample": "data.sample",
-    "ShapesDataModule": "data.shapes_datamodule",
+    "ShapesDataModule": "data.datamodule",
     "ShardDataModule": "data.datamodule",
     "write_shards": "data.shards",
 }

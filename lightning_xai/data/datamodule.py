@@ -1,4 +1,4 @@
-"""The data module that streams shards to any number of ranks and workers."""
+"""The data module that streams shards to any number of ranks and workers, and the one that makes its own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
 from lightning_xai.data.dataset import EvaluationDataset, ShardLoader, TrainingDataset, TrainingLoader, count_batches
 from lightning_xai.data.excluded import ExcludedByShard, FaultCounter
 from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
 from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.data.verification import find_wrong_checksums
 from lightning_xai.results.record import settings_that_differ
 
-__all__ = ["ShardDataModule"]
+__all__ = ["ShapesDataModule", "ShardDataModule"]
 
 _T = TypeVar("_T")
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -33,7 +34,7 @@ _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What the data module needs of a model: `LightningModule.encoder` has these two attributes."""
+    """The part of a model that the data module needs: `LightningModule.encoder` has these two attributes."""
 
     image_transform: ImageTransform
     tokenizer: CaptionTokenizer
@@ -250,7 +251,7 @@ class ShardDataModule(LightningDataModule):
         return self._evaluation_loader(self.predict_split)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has come in its epoch, the faults in it so far, and all that decides what its batches hold.
+        """The position in the training epoch, the faults in it so far, and all that decides what its batches hold.
 
         To be called on all ranks, as Lightning does for a checkpoint.
 
@@ -442,6 +443,84 @@ class ShardDataModule(LightningDataModule):
         return store
 
 
+class ShapesDataModule(ShardDataModule):
+    """`ShardDataModule` on shards of the `shapes` world, which `prepare_data()` makes where they are missing.
+
+    Training uses `root/train`; validation and test both use `root/val`.
+
+    Args:
+        root: folder of the shards; made on first use, and used again as long as numbers and seed are the same.
+        train_samples: number of training images.
+        val_samples: number of validation images.
+        data_seed: of the images and captions; at least 0.
+        batch_size: see `ShardDataModule`, as all the following.
+        eval_batch_size: images per evaluation batch and rank.
+        num_workers: processes per rank that read and decode.
+        shuffle_buffer: undecoded samples that each worker holds to shuffle from.
+        seed: of the order of samples and the choice of captions; at least 0.
+        captions_per_image: only the first so many captions of an image are used.
+        swap_objects: give evaluation hard negatives made from the captions.
+        max_fault_fraction: share of broken records above which a run stops.
+        verify: before a run, compare every shard's SHA-256 with the manifest.
+        persistent_workers: keep workers from epoch to epoch.
+        pin_memory: batches in page-locked memory.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
+        self,
+        *,
+        root: Path = Path("data/shapes"),
+        train_samples: int = TRAIN_SAMPLES,
+        val_samples: int = VAL_SAMPLES,
+        data_seed: int = 0,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 2,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+        captions_per_image: int | None = None,
+        swap_objects: bool = False,
+        max_fault_fraction: float = 0.01,
+        verify: bool = False,
+        persistent_workers: bool = False,
+        pin_memory: bool | None = None,
+    ) -> None:
+        root = Path(root)
+        super().__init__(
+            train=root / "train",
+            val=root / "val",
+            test=root / "val",
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            shuffle_buffer=shuffle_buffer,
+            seed=seed,
+            captions_per_image=captions_per_image,
+            swap_objects=swap_objects,
+            max_fault_fraction=max_fault_fraction,
+            verify=verify,
+            persistent_workers=persistent_workers,
+            pin_memory=pin_memory,
+        )
+        self.root = root
+        self.train_samples = train_samples
+        self.val_samples = val_samples
+        self.data_seed = data_seed
+        # One process of the whole job writes: nodes of a cluster mostly share the folder.
+        self.prepare_data_per_node = False
+
+    def prepare_data(self) -> None:
+        """Make the shards in `root`, unless they are there.
+
+        Raises:
+            ShardError: `root` holds shards with other settings, corrupt ones, or something else.
+        """
+        prepare_shapes(self.root, self.train_samples, self.val_samples, self.data_seed)
+
+
 class _EvaluationLoader(ShardLoader):
     """A loader that calls back when an evaluation starts, of which Lightning does not notify a data module."""
 
@@ -454,7 +533,7 @@ class _EvaluationLoader(ShardLoader):
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a plan says otherwise than a former one, in words."""
+    """The differences of a plan from a former one, in words."""
     if "world" in was:  # as checkpoints of versions before 0.2 call it
         was = {("world_size" if name == "world" else name): value for name, value in was.items()}
     changes = settings_that_differ(was, now)

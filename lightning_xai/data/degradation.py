@@ -1,4 +1,4 @@
-"""What is taken away from images and captions to see whether a heat map found what matters.
+"""Removal of pixels and tokens, to see whether a heat map found what matters.
 
 The M2IB paper replaces the most important pixels by the channel mean and the most important tokens by padding
 (sections 4.3 and 4.4). How many are taken is exact whatever the values: a map with equal values around the cut loses as
@@ -18,7 +18,7 @@ __all__ = ["cut_through_ties", "degrade_image", "important_pixels", "important_t
 
 
 def cut_through_ties(scores: Tensor, content_mask: Tensor, fraction: float) -> Tensor:
-    """Whether a token that `important_tokens` leaves scores as high as one that it takes: place decides, not the score.
+    """True where `important_tokens` leaves a token with the score of one that it takes, so that place decides.
 
     Args:
         scores: [..., L] float.

@@ -1,4 +1,4 @@
-"""What could not be used, by reason: of a data set's own files, of prepared shards, and in a run.
+"""Counts by reason of what could not be used: of a data set's own files, of prepared shards, and in a run.
 
 Nothing that cannot be used stops the rest: it is excluded, counted under its reason, and shown. A data set's reader
 counts reasons (`Counter[str]`); readers of shards count pairs of shard and reason (`ExcludedByShard`).

@@ -103,7 +103,7 @@ class ImageTransform:
         return self._pixels(image)
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Where boxes lie after the transform.
+        """Transform boxes as the pixels.
 
         Args:
             boxes: `[N, 4]` as `(x, y, width, height)` in pixels of the original image.

@@ -1,4 +1,4 @@
-"""Where captions name things: `find_phrases` looks for given words, `MentionFinder` for the classes of a dictionary.
+"""Find phrases in captions: `find_phrases` looks for given words, `MentionFinder` for the classes of a dictionary.
 
 Both find whole words only. `spans.CaptionTokenizer` turns a place that they found into tokens. No torch is needed here.
 """
@@ -21,7 +21,7 @@ _PHRASE_PART = re.compile(r"\(([^()]*)\)|([^()]+)")
 
 
 def find_phrases(caption: str, phrases: Sequence[str], *, exact: bool = True) -> list[Span]:
-    """Where one of several phrases stands in a caption, as whole words: character spans, end exclusive.
+    """Find the places of several phrases in a caption, as whole words: character spans, end exclusive.
 
     Args:
         caption: any text.
@@ -52,7 +52,7 @@ class _Phrase:
 
     @property
     def rank(self) -> tuple[int, int, bool]:
-        """Which of two entries wins where both fit: longer mention, then more context, then the one that blocks."""
+        """The order in which entries that fit win: longer mention, then more context, then the one that blocks."""
         context = len(self.before) + len(self.after)
         return len(self.core), context, self.label is None
 

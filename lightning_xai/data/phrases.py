@@ -1,4 +1,4 @@
-"""What can be measured of a batch: phrases that name objects with boxes, and hard negatives, each with its tokens.
+"""The measurable parts of a batch: phrases that name objects with boxes, and hard negatives, each with its tokens.
 
 Where something cannot be measured, its row says why (`Exclusion`).
 """
@@ -292,7 +292,7 @@ def _has_area(box: Tensor) -> bool:
 
 
 def _geometry_reason(instances: Sequence[Region], box: Tensor) -> Exclusion:
-    """Why the boxes of a class do not allow to measure it; `box` is `[4]` after the transform."""
+    """The reason why the boxes of a class do not allow to measure it; `box` is `[4]` after the transform."""
     if len(instances) > 1 or instances[0].crowd:
         return Exclusion.SEVERAL_INSTANCES
     return Exclusion.MEASURED if _has_area(box) else Exclusion.OUTSIDE_CROP

@@ -130,7 +130,7 @@ def split_pairs(split: str, seed: int = 0) -> tuple[tuple[Object, Object], ...]:
 
 
 def phrase(thing: Object) -> str:
-    """How captions call an object.
+    """The words that captions use for an object.
 
     >>> phrase((0, 4))
     'red ring'
@@ -238,7 +238,7 @@ def _draw_stamps(image_size: int) -> _Stamps:
 
 @dataclass(frozen=True)
 class _Scenes:
-    """What n images show. Objects 0 and 1 are the named ones.
+    """The content of n images. Objects 0 and 1 are the named ones.
 
     Attributes:
         colors: [n, 4] index into `COLORS`.

@@ -1,4 +1,4 @@
-"""Where shards lie: a folder of this machine, or an object store that webdataset opens as a stream.
+"""Stores of shards: a folder of this machine, or an object store that webdataset opens as a stream.
 
 Streams of a store break off in practice: servers restart, connections are cut. Then the file is opened again, and the
 stream goes on after the bytes that were already given out, so that a reader notices nothing but the delay.
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class ShardStore(Protocol):
-    """Where the files of a set of shards lie; its text is for messages. Stores can be pickled."""
+    """The place of the files of a set of shards; its text is for messages. Stores can be pickled."""
 
     def open(self, name: str, size: int | None = None) -> BinaryIO:
         """Open a file of the set to read.
@@ -67,7 +67,7 @@ class ShardStore(Protocol):
 
 
 Place: TypeAlias = "str | Path | ShardStore"
-"""Where shards lie: a folder, or a text as `open_store` takes it."""
+"""The place of shards: a folder, or a text as `open_store` takes it."""
 
 
 def open_store(place: Place, retries: int = 3) -> ShardStore:
@@ -184,7 +184,7 @@ class RemoteStore:
         return _shown(self.pattern.replace(_NAME, name))
 
     def address(self, name: str) -> str:
-        """What `gopen` opens."""
+        """The address that `gopen` opens."""
         return self.pattern.replace(_NAME, name)
 
 
@@ -284,7 +284,7 @@ def _read_from(pipe: BinaryIO, size: int) -> bytes:
 
 
 def _status_of(command: subprocess.Popen[bytes]) -> int:
-    """How a command ended that has closed its output."""
+    """The exit status of a command that has closed its output."""
     try:
         return command.wait(_SILENCE)
     except subprocess.TimeoutExpired as error:

@@ -85,7 +85,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds.
+    """The content of a folder of shards.
 
     Attributes:
         name: the data set and split, for people (`"coco-val2017"`).
@@ -183,7 +183,7 @@ def refuse_faults(store: ShardStore, manifest: Manifest, faults: Iterable[Fault 
 
 
 def find_file_fault(store: ShardStore, entry: ShardEntry) -> Fault | None:
-    """What is wrong with a shard's file at first sight: it is missing, or has another size than the manifest states."""
+    """The fault of a shard's file that shows at once: it is missing, or has another size than the manifest states."""
     try:
         size = store.size(entry.name)
     except FileNotFoundError:

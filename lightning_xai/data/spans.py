@@ -121,7 +121,7 @@ class CaptionTokenizer:
         return tokens
 
     def content_mask(self, tokens: Tensor) -> Tensor:
-        """Which of the token ids [B, L] are a caption's own, not marks of start and end or padding: bool [B, L].
+        """The mask of a caption's own tokens in ids [B, L], without marks of start and end or padding: bool [B, L].
 
         Example:
             >>> import open_clip
@@ -181,7 +181,7 @@ class CaptionTokenizer:
         return str(clean(text)) if clean is not None else text
 
     def _probe(self) -> tuple[int, int, int | None]:
-        """The number of tokens before a caption's own, the number of its own that fit, and the token that ends it."""
+        """The number of tokens before a caption's own, how many tokens fit after them, and the token that ends it."""
         if self._encode_text is None:
             return 0, 0, None
         short = self._encode_text("a b")

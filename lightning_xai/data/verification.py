@@ -37,7 +37,7 @@ _KEY_BYTES = 16
 
 @dataclass
 class ShardReport:
-    """What is in one shard, and what is wrong with it.
+    """The content of one shard, and what is wrong with it.
 
     Attributes:
         entry: the shard, as the manifest lists it.

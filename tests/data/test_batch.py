@@ -13,7 +13,6 @@ from PIL import Image
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER, Fault
 from lightning_xai.data.image_transform import ImageTransform
-from lightning_xai.data.phrases import Phrases
 from lightning_xai.data.sample import RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
@@ -87,31 +86,6 @@ def test_every_caption_and_class_becomes_a_phrase(evaluation: EvaluationCollate)
     assert len(batch.phrases) == 4
 
 
-def test_the_tokens_of_a_phrase_spell_it(evaluation: EvaluationCollate, tokenizer: CaptionTokenizer) -> None:
-    captions = ("A Dalmatian, running; and two cats!", "cats")
-    regions = (
-        Region("dog", (0, 0, 20, 16), spans_of("A Dalmatian", *captions)),
-        Region("cat", (0, 0, 20, 16), spans_of("two cats", *captions)),
-    )
-    batch = evaluation([(0, make_sample("a", captions, regions))])
-    spelled = [
-        tokenizer.decode(batch.tokens[row][mask])
-        for row, mask in zip(batch.phrases.caption_row, batch.phrases.span_mask, strict=True)
-    ]
-    assert spelled == ["two cats", "a dalmatian"]
-
-
-def test_boxes_go_through_the_same_geometry_as_pixels(evaluation: EvaluationCollate) -> None:
-    image = Image.new("RGB", (100, 60))
-    image.paste((255, 255, 255), (40, 15, 70, 45))
-    region = Region("dog", (40, 15, 30, 30), {0: ((0, 5),)})
-    batch = evaluation([(0, Sample("a", encode(image), (100, 60), ("a dog",), (region,)))])
-    white = TRANSFORM.denormalize(batch.images[0]).mean(0) > 0.5
-    x0, y0, x1, y1 = (round(edge) for edge in batch.phrases.boxes[0].tolist())
-    columns, lines = white.any(0).nonzero(), white.any(1).nonzero()
-    assert (x0, y0, x1, y1) == (int(columns[0]), int(lines[0]), int(columns[-1]) + 1, int(lines[-1]) + 1)
-
-
 def test_several_instances_and_crowds_are_excluded(evaluation: EvaluationCollate) -> None:
     captions = ("a dog and people",)
     regions = (
@@ -170,14 +144,6 @@ def test_spans_after_the_context_are_excluded(evaluation: EvaluationCollate) -> 
     ]
     assert batch.phrases.span_mask.sum(1).tolist() == [0, 1]
     assert batch.phrases.span_mask[1, 2]  # BOS, the, dog
-
-
-def test_several_mentions_are_one_mask(evaluation: EvaluationCollate) -> None:
-    caption = "a dog chases a dog"
-    region = Region("dog", (20, 10, 20, 16), spans_of("dog", caption))
-    batch = evaluation([(0, make_sample("a", (caption,), (region,)))])
-    assert batch.phrases.span_mask[0].nonzero().flatten().tolist() == [2, 5]
-    assert batch.phrases.reason.tolist() == [Exclusion.MEASURED]
 
 
 def test_a_span_inside_a_token_is_excluded(evaluation: EvaluationCollate) -> None:
@@ -239,13 +205,6 @@ def test_an_annotation_of_another_size_is_a_fault(evaluation: EvaluationCollate)
     assert (fault.index, fault.kind) == (3, BROKEN_RECORD)
     assert "(64, 48)" in fault.message
     assert "(48, 64)" in fault.message
-
-
-def test_a_greyscale_image_is_three_equal_channels(evaluation: EvaluationCollate) -> None:
-    sample = Sample("a", encode(noise(mode="L"), "JPEG"), (64, 48), ("an x-ray",))
-    pixels = TRANSFORM.denormalize(evaluation([(0, sample)]).images[0])
-    assert torch.allclose(pixels[0], pixels[1], atol=1e-6)
-    assert pixels.std() > 0.05
 
 
 def test_a_label_that_the_manifest_lacks_is_an_error(evaluation: EvaluationCollate) -> None:
@@ -348,10 +307,3 @@ def test_batches_pin(evaluation: EvaluationCollate) -> None:
     assert batch.images.is_pinned()
     assert batch.phrases.boxes.is_pinned()
     assert batch.to("cuda").phrases.boxes.device.type == "cuda"
-
-
-def test_no_phrases_at_all_have_the_usual_shapes() -> None:
-    empty = Phrases.empty(77)
-    assert len(empty) == 0
-    assert empty.span_mask.shape == (0, 77)
-    assert {empty.caption_row.dtype, empty.label.dtype, empty.reason.dtype, empty.image_row.dtype} == {torch.int64}

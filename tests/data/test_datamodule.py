@@ -15,11 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch
-from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
 from lightning_xai.data.excluded import BrokenRecordWarning, TooManyBrokenRecordsError
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.shapes_datamodule import ShapesDataModule
 from lightning_xai.data.shards import ShardError, write_shards
 from lightning_xai.data.spans import CaptionTokenizer
 
@@ -189,13 +188,6 @@ def test_validate_test_and_predict_read_their_split(
     assert sum(len(run) for run in predictions) == 57
 
 
-def test_training_runs_without_validation(tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer) -> None:
-    module = Recorder(tokenizer)
-    make_trainer(tmp_path, max_epochs=1).fit(module, ShardDataModule(train=shards, batch_size=8, num_workers=0))
-    assert len(module.train_keys[0]) == 56
-    assert module.val_keys == []
-
-
 def test_a_model_without_an_encoder_is_told_what_it_lacks(tmp_path: Path, shards: Path) -> None:
     data = ShardDataModule(train=shards, batch_size=8, num_workers=0)
     with pytest.raises(ValueError, match=r"Recorder.encoder is .*bind"):
@@ -261,20 +253,6 @@ def test_a_broken_image_is_counted_and_the_rest_survives(
     assert set(module.train_keys[0]) == {f"k{i}" for i in range(30)}
 
 
-def test_a_shard_that_lost_records_is_counted(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
-    folder = make_shards(tmp_path / "s", 30)
-    shard = folder / "shard-000001.tar"
-    size = shard.stat().st_size
-    shard.write_bytes(shard.read_bytes()[: size // 2].ljust(size, b"\0"))
-    data = ShardDataModule(val=folder, batch_size=10, num_workers=0, max_fault_fraction=0.5)
-    data.bind(TRANSFORM, tokenizer)
-    batches = list(data.val_dataloader())
-    assert [len(batch.valid) for batch in batches if isinstance(batch, Batch)] == [10, 10, 10]
-    with pytest.warns(BrokenRecordWarning, match="shard-000001.tar"):
-        make_trainer(tmp_path).validate(Recorder(None), data, verbose=False)
-    assert 3 <= data.fault_counts["val"] <= 7
-
-
 def test_too_many_broken_records_stop_the_run(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
     folder = make_shards(tmp_path / "s", 30, broken=[3, 9, 21])
     with (
@@ -288,24 +266,6 @@ def test_too_many_broken_records_stop_the_run(tmp_path: Path, tokenizer: Caption
     with pytest.warns(BrokenRecordWarning):
         make_trainer(tmp_path).validate(Recorder(tokenizer), allowed, verbose=False)
     assert allowed.fault_counts == {"val": 3}
-
-
-def test_no_broken_record_is_allowed_where_the_fraction_is_zero(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
-    folder = make_shards(tmp_path / "s", 30, broken=[3])
-    data = ShardDataModule(val=folder, batch_size=30, max_fault_fraction=0.0, num_workers=0)
-    with pytest.warns(BrokenRecordWarning), pytest.raises(TooManyBrokenRecordsError, match="allows 0"):
-        make_trainer(tmp_path).validate(Recorder(tokenizer), data, verbose=False)
-
-
-def test_at_most_ten_broken_records_are_shown(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
-    folder = make_shards(tmp_path / "s", 30, broken=range(12))
-    data = ShardDataModule(val=folder, batch_size=30, max_fault_fraction=1.0, num_workers=0)
-    with pytest.warns(BrokenRecordWarning) as caught:
-        make_trainer(tmp_path).validate(Recorder(tokenizer), data, verbose=False)
-    messages = [str(warning.message) for warning in caught if warning.category is BrokenRecordWarning]
-    assert len(messages) == 10
-    assert messages[-1].endswith("further ones are counted, not shown")
-    assert data.fault_counts == {"val": 12}
 
 
 def test_broken_records_are_counted_from_0_in_each_training_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -110,16 +109,6 @@ def test_training_ranks_have_equally_many_full_batches_of_different_samples(
         assert len(seen) == world_size * (57 // world_size // batch_size) * batch_size
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_training_workers_share_the_work_without_overlap(
-    one_shard: Path, tokenizer: CaptionTokenizer, workers: int
-) -> None:
-    # one shard for 2 ranks x workers
-    batches = [load(training(one_shard, tokenizer, rank, 2, batch_size=2), workers) for rank in range(2)]
-    assert [len(part) for part in batches] == [5, 5]
-    assert len(set(keys(batches[0] + batches[1]))) == 20
-
-
 def test_the_samples_of_an_epoch_do_not_depend_on_ranks_and_workers(shards: Path, tokenizer: CaptionTokenizer) -> None:
     # 56 of 57 samples for any of these splits
     whole = set(keys(training(shards, tokenizer, batch_size=7)))
@@ -165,12 +154,6 @@ def test_the_shuffle_buffer_shuffles_within_a_shard(one_shard: Path, tokenizer: 
 def test_less_than_a_batch_per_rank_is_an_error_with_the_numbers(shards: Path, tokenizer: CaptionTokenizer) -> None:
     with pytest.raises(ValueError, match=r"57 samples do not fill one batch of 20 on each of 3 ranks; .*at most 19"):
         training(shards, tokenizer, 0, 3, batch_size=20)
-
-
-def test_datasets_pickle_for_spawned_workers(shards: Path, tokenizer: CaptionTokenizer) -> None:
-    dataset = training(shards, tokenizer)
-    dataset.seek(2)
-    assert keys(pickle.loads(pickle.dumps(dataset))) == keys(dataset)
 
 
 def test_workers_outlive_a_signal_to_the_whole_job_in_the_moment_in_which_they_start() -> None:
@@ -322,25 +305,8 @@ def test_a_corrupt_shard_has_the_same_faults_in_a_resumed_epoch(tmp_path: Path, 
         assert [(batch.keys, batch.faults) for batch in dataset] == whole[consumed:]
 
 
-def test_skipped_batches_are_not_decoded(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
-    folder = make_shards(tmp_path / "s", 20, broken=range(20))
-    dataset = training(folder, tokenizer)
-    dataset.seek(0, 4)
-    assert [len(batch.faults) for batch in dataset] == [4]
-
-
 def test_a_state_of_another_epoch_changes_nothing(shards: Path, tokenizer: CaptionTokenizer) -> None:
     loader = TrainingLoader(training(shards, tokenizer), current_epoch=lambda: 1)
     whole = keys(loader)
     loader.load_state_dict(loader.state_dict() | {"epoch": 0})
     assert keys(loader) == whole
-
-
-def test_persistent_workers_follow_the_epoch(shards: Path, tokenizer: CaptionTokenizer) -> None:
-    data = training(shards, tokenizer)
-    epochs = iter(range(3))
-    loader = TrainingLoader(data, current_epoch=lambda: next(epochs), num_workers=2, persistent_workers=True)
-    kept = [keys(loader) for _ in range(3)]
-    fresh = [keys(TrainingLoader(data, current_epoch=partial(int, epoch), num_workers=2)) for epoch in range(3)]
-    assert kept == fresh
-    assert kept[0] != kept[1] != kept[2]

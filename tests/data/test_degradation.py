@@ -69,11 +69,6 @@ def test_a_cut_through_equal_scores_is_noticed() -> None:
         assert bool(cut_through_ties(torch.tensor(scores), torch.tensor(own, dtype=torch.bool), fraction)) == tied
 
 
-def test_a_constant_map_loses_as_many_pixels_as_any_other_from_the_top() -> None:
-    chosen = important_pixels(torch.full((10, 6), 0.3), 0.25)
-    assert chosen.flatten().nonzero()[:, 0].tolist() == list(range(15))
-
-
 SIZES = [(8, 8), (7, 9), (224, 224)]
 
 

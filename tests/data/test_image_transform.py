@@ -98,16 +98,6 @@ def test_boxes_outside_the_crop_have_no_area() -> None:
     assert areas == [0, 0, 25 * 100]
 
 
-def test_boxes_do_not_reach_into_the_padding() -> None:
-    transform = ImageTransform(size=(100, 100), resize_mode="longest")
-    boxes = transform.boxes(torch.tensor([[-10.0, -50.0, 120.0, 200.0]]), (100, 50))
-    assert boxes.tolist() == [[0, 25, 100, 75]]
-
-
-def test_no_boxes_stay_no_boxes() -> None:
-    assert ImageTransform(size=(10, 10)).boxes(torch.zeros(0, 4), (5, 7)).shape == (0, 4)
-
-
 def test_boxes_leave_their_argument_alone() -> None:
     boxes = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
     ImageTransform(size=(10, 10)).boxes(boxes, (50, 70))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
+from lightning_xai.data.batch import Batch, EvaluationCollate
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.object_swaps import object_swaps
 from lightning_xai.data.phrases import NamedBoxes, NegativeRows, Negatives, TensorFields, named_boxes
@@ -102,12 +102,6 @@ def test_stored_negatives_come_before_swaps_and_each_says_the_words_it_is_about(
     assert negatives.reason.tolist() == [Exclusion.MEASURED] * 7
 
 
-def test_without_swaps_there_are_only_stored_ones(tokenizer: CaptionTokenizer) -> None:
-    assert len(collated(tokenizer, make_sample("a"))[1]) == 0
-    assert len(collated(tokenizer, make_sample("a"), swap=True)[1]) == 3
-    assert collated(tokenizer, make_sample("a", negatives=(ELEPHANT,)))[1].captions == [ELEPHANT.text]
-
-
 def test_negatives_of_captions_that_take_no_part_are_excluded(tokenizer: CaptionTokenizer) -> None:
     second = HardNegative("the cow sleeps", (4, 7), 1, (4, 7), 1)
     sample = make_sample(negatives=(second, ELEPHANT))
@@ -187,13 +181,6 @@ def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer:
     assert copy.negatives.replacement == negatives.replacement
 
 
-def test_training_batches_have_none_and_move_all_the_same(tokenizer: CaptionTokenizer) -> None:
-    batch = TrainingCollate(TRANSFORM, tokenizer)([(0, make_sample(negatives=(ELEPHANT,)))]).to("meta")
-    assert batch.negatives is None
-    assert batch.named is None
-    assert batch.tokens.device.type == "meta"
-
-
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
@@ -229,11 +216,6 @@ def test_every_caption_gets_every_box_that_it_names_several_instances_included()
     assert sorted(found) == sorted(expected)
 
 
-def test_rows_count_from_each_samples_first_caption() -> None:
-    samples = [(sample_of(Region("dog", HERE, {1: SPAN})), 0), (sample_of(Region("dog", THERE, {0: SPAN})), 3)]
-    assert row_boxes(named_boxes(samples, None, TRANSFORM)) == [(1, after(HERE)), (3, after(THERE))]
-
-
 def test_boxes_of_which_the_crop_leaves_nothing_are_not_among_them() -> None:
     sample = sample_of(Region("dog", GONE, {0: SPAN}), Region("dog", TOUCHED, {0: SPAN}))
     found = row_boxes(named_boxes([(sample, 0)], None, TRANSFORM))
@@ -251,15 +233,6 @@ def test_captions_that_take_no_part_name_nothing() -> None:
 def test_a_caption_without_a_place_that_names_the_region_does_not_name_it() -> None:
     sample = sample_of(Region("dog", HERE, {0: (), 1: SPAN}))
     assert row_boxes(named_boxes([(sample, 0)], None, TRANSFORM)) == [(1, after(HERE))]
-
-
-def test_no_boxes_have_the_usual_shapes() -> None:
-    for samples in ([], [(sample_of(Region("dog", HERE)), 0)]):
-        named = named_boxes(samples, None, TRANSFORM)
-        assert named.caption_row.shape == (0,)
-        assert named.caption_row.dtype == torch.int64
-        assert named.boxes.shape == (0, 4)
-        assert named.boxes.dtype == torch.float32
 
 
 # --- moving to a device ---

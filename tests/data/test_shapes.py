@@ -173,16 +173,6 @@ def test_the_eight_shapes_differ_at_the_smallest_size() -> None:
             assert np.minimum(first, second).sum() / np.maximum(first, second).sum() < 0.85
 
 
-def test_boxes_overlap_little(samples: list[Sample]) -> None:
-    for sample in samples:
-        for i, a in enumerate(sample.regions):
-            for b in sample.regions[:i]:
-                width = min(a.box[0] + a.box[2], b.box[0] + b.box[2]) - max(a.box[0], b.box[0])
-                height = min(a.box[1] + a.box[3], b.box[1] + b.box[3]) - max(a.box[1], b.box[1])
-                smaller = min(a.box[2] * a.box[3], b.box[2] * b.box[3])
-                assert max(width, 0) * max(height, 0) <= 0.3 * smaller
-
-
 def test_distractors_are_named_nowhere_and_repeat_a_named_shape_in_a_tenth(samples: list[Sample]) -> None:
     repeats = 0
     numbers = Counter(len(sample.regions) for sample in samples)
@@ -203,12 +193,6 @@ def test_no_caption_and_no_image_is_shared_between_splits() -> None:
             assert not captions[0] & captions[1]
             assert not images[0] & images[1]
             assert len(images[0]) == COUNT
-
-
-def test_the_layouts_of_two_splits_are_unrelated(samples: list[Sample]) -> None:
-    other = read_shapes("val", 200)
-    alike = [len(a.regions) == len(b.regions) for a, b in zip(samples, other, strict=False)]
-    assert 0.2 < np.mean(alike) < 0.5  # a third by chance
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -244,13 +228,6 @@ print(hashlib.sha256(repr(list(read_shapes("train", 200, seed=5))).encode()).hex
 def test_a_sample_does_not_depend_on_how_many_are_read(samples: list[Sample]) -> None:
     for count in (0, 1, 63, 64, 65, 129):
         assert list(read_shapes("train", count)) == samples[:count]
-
-
-def test_larger_images_have_larger_shapes() -> None:
-    large = list(read_shapes("val", 50, image_size=128))
-    widths = [max(region.box[2:]) for sample in large for region in sample.regions]
-    assert {sample.size for sample in large} == {(128, 128)}
-    assert 27 <= min(widths) <= max(widths) <= 53
 
 
 def test_spans_are_exactly_the_phrases() -> None:

@@ -129,18 +129,6 @@ def test_records_that_the_manifest_does_not_know_are_not_read(tmp_path: Path) ->
     assert read(tmp_path / "out", write_by_hand(tmp_path / "out", members, samples=2)) == samples[:2]
 
 
-def test_missing_records_are_errors_so_that_the_count_is_right(tmp_path: Path) -> None:
-    a, b = make_samples(2)
-    manifest = write_by_hand(tmp_path / "out", [*members_of(a), *members_of(b)], samples=5)
-    items = read(tmp_path / "out", manifest)
-    assert items[:2] == [a, b]
-    assert len(items) == 5
-    assert all("cannot be read (the shard ends after 2 records)" in str(item) for item in items[2:])
-    later = list(read_samples(tmp_path / "out", manifest, [0], 3, 5))
-    assert [index for index, _ in later] == [3, 4]
-    assert [str(item) for _, item in later] == [str(item) for item in items[3:]]
-
-
 def test_a_truncated_shard_gives_what_is_whole_and_the_exact_count(tmp_path: Path) -> None:
     samples = make_samples(6)
     manifest = write(tmp_path, samples, samples_per_shard=3)
@@ -278,13 +266,6 @@ def test_members_of_one_name_are_a_record_and_unknown_extensions_are_ignored(tmp
     records = opened(path, ("txt", "json"))
     assert list(records) == [TarRecord("x", {"txt": b"1", "json": b"{}"}, ""), TarRecord("sub/y", {"txt": b"2"}, "")]
     assert (records.error, records.seen) == ("", 2)
-
-
-def test_only_the_slice_that_was_asked_for_is_read(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [(f"{number}.txt", b"%d" % number) for number in range(5)])
-    records = opened(path, ("txt",), start=1, stop=3)
-    assert [record.key for record in records] == ["1", "2"]
-    assert records.error == ""
 
 
 def test_what_names_alone_show_to_be_wrong_is_noted_by_record(tmp_path: Path) -> None:

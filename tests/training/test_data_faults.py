@@ -170,7 +170,7 @@ def test_all_ranks_fail_with_one_message_where_only_their_sum_is_too_much(tmp_pa
     first, second = run_distributed(too_many_together, str(folder), 0.05)
     assert first == second
     assert first[1] == 2
-    told = "4 of 60 records are broken, and max_fault_fraction=0.05 allows 3. They are in shard-000004.tar (2 damaged "
+    told = "4 of 60 records are broken, and max_fault_fraction=0.05 allows 3. They are in shard-000004.tar (2 corrupt "
     assert told in first[0]
 
 

@@ -1,15 +1,11 @@
 """The data sets that `prepare` reads: one module each, which reads files as their publishers ship them.
 
-A source is a function with keyword options that yields `Sample`s:
+A source is a function that yields `Sample`s:
 
-    def read(*, images: Path, split: str, excluded: Counter[str]) -> Iterator[Sample]:
-        '''One line for `prepare --help`.
+    def read(*, images: Path, split: str, excluded: Counter[str]) -> Iterator[Sample]: ...
 
-Args:
-            images: help of the option --images.
-            split: help of the option --split.
-            excluded: filled while iterated: reason -> count of what could not be used.
-        '''
+Its parameters are the options of `prepare NAME`. The first line of its docstring is the help of the command, `Args:`
+holds that of the options. While it is iterated, it counts in `excluded`, by reason, what could not be used.
 
 Other packages add theirs under the entry points `lightning_xai.sources`.
 """

@@ -101,14 +101,14 @@ def read_coco(
         entries = [_karpathy_entry(image, names) for image in chosen]
     return usable_samples(
         entries,
-        _Reader(images, objects, split, excluded).read,
+        _CocoReader(images, objects, split, excluded).read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice="Check that the images, captions and instances belong together (the same year and split)",
     )
 
 
-class _Reader:
+class _CocoReader:
     """Builds samples from entries; counts the captions and regions that it excludes."""
 
     def __init__(self, images: Path, objects: _Instances, split: str, excluded: Counter[str]) -> None:

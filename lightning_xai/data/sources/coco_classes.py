@@ -1,4 +1,4 @@
-"""What people write in captions for the 80 classes of COCO.
+"""The words that people write in captions for the 80 classes of COCO.
 
 The policy, in the order in which it decides:
 

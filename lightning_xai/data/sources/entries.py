@@ -1,4 +1,4 @@
-"""What every data set does alike with entries that cannot be used: they are counted by reason, and the rest goes on.
+"""Entries of any data set that cannot be used are counted by reason, and the rest goes on.
 
 A function that finds something unusable raises `ExcludedError(reason)`; the caller that can go on without it (without
 the region, the caption or the whole image) counts it. Reasons are words joined by `_` that begin with what is excluded,

@@ -40,7 +40,7 @@ class ImageFile:
     orientation: int
 
     def from_annotated(self, size: tuple[int, int]) -> BoxTransform:
-        """What turns boxes that were drawn on an image of `size` (width, height) into boxes of the upright image.
+        """The transform of boxes that were drawn on an image of `size` (width, height) into boxes of the upright image.
 
         The annotated size shows which image was annotated where EXIF orientation swaps the sides (5 to 8): boxes drawn
         on the stored pixels are turned with them. Orientations 2 to 4 (and square images) keep the size; there the
@@ -85,7 +85,7 @@ def decode_image_file(name: str, data: bytes) -> ImageFile:
 
 
 def is_safe_name(name: str) -> bool:
-    r"""Whether a file name stays below the folder that it is looked up in, on any system.
+    r"""True where a file name stays below the folder that it is looked up in, on any system.
 
     Only the name is judged: a link below the folder that leads elsewhere was put there by its owner.
 

@@ -60,7 +60,7 @@ class Phrase:
 
 @dataclass
 class _Annotation:
-    """What one XML file says: the annotated size, boxes by chain, and the chains that have none."""
+    """The content of one XML file: the annotated size, boxes by chain, and the chains that have none."""
 
     size: tuple[int, int] | None = None
     boxes: list[tuple[str, Box]] = field(default_factory=list)
@@ -111,7 +111,7 @@ def read_flickr30k(
     unrelated = _read_unrelated(entities) if exclude_unrelated else frozenset()
     return usable_samples(
         ids,
-        _Reader(images, entities, split, unrelated, excluded).read,
+        _Flickr30kReader(images, entities, split, unrelated, excluded).read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice=f"Check that the images and the annotations in {entities} belong together",
@@ -148,7 +148,7 @@ def parse_sentence(line: str) -> tuple[str, tuple[Phrase, ...]]:
     return text, tuple(phrases)
 
 
-class _Reader:
+class _Flickr30kReader:
     """Builds samples from image ids; counts the captions, phrases and regions that it excludes."""
 
     def __init__(
@@ -201,7 +201,7 @@ class _Reader:
             raise ExcludedError("caption_markup_malformed") from error
 
     def _annotation(self, image_id: str) -> _Annotation:
-        """What the image's XML says; nothing, and counted, where it cannot be used."""
+        """The content of the image's XML; nothing, and counted, where it cannot be used."""
         annotation = _Annotation()
         with counting(self._excluded):
             annotation = self._parse(_read_xml(self._entities / "Annotations" / f"{image_id}.xml"))

@@ -118,7 +118,7 @@ def read_hnc(
         check_file(scene_graphs, "scene_graphs", "GQA's JSON file of scene graphs")
     records = load_json(captions, "captions")
     graphs = {} if scene_graphs is None else load_json(scene_graphs, "scene_graphs")
-    reader = _Reader(images, split, graphs, _wanted_types(records, types, captions), excluded)
+    reader = _HncReader(images, split, graphs, _wanted_types(records, types, captions), excluded)
     return usable_samples(
         records.items(),
         reader.read,
@@ -128,7 +128,7 @@ def read_hnc(
     )
 
 
-class _Reader:
+class _HncReader:
     """Builds samples from the records of images; counts the captions, objects and negatives that it excludes."""
 
     def __init__(
@@ -259,7 +259,7 @@ def _replaced(pair: Any) -> tuple[str, str]:
 
 
 def _swapped(true: str, original: str, wrong: str, replacement: str) -> tuple[Span, Span]:
-    """Where the captions have the original and the replacement, if all else is the same but for "is" and "are".
+    """The spans of the original and the replacement, if all else is the same but for "is" and "are".
 
     >>> _swapped("The man is near the car.", "man", "The men are near the car.", "men")
     ((4, 7), (4, 7))
@@ -273,7 +273,7 @@ def _swapped(true: str, original: str, wrong: str, replacement: str) -> tuple[Sp
 
 
 def _mentions(names: set[str], captions: Sequence[str]) -> dict[str, dict[int, tuple[Span, ...]]]:
-    """Where each name stands, by the index of the caption."""
+    """The spans of each name, by the index of the caption."""
     found: dict[str, dict[int, tuple[Span, ...]]] = {}
     if names:
         for index, caption in enumerate(captions):

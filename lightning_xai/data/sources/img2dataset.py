@@ -1,4 +1,4 @@
-"""What img2dataset fetched: a folder of tar files whose records are an image, its caption and how it was fetched.
+"""The output of img2dataset: a folder of tar files whose records are an image, its caption and how it was fetched.
 
 `img2dataset --output_format webdataset` writes `00000.tar`, `00001.tar`, ... with `000000000.jpg` (or .png, .webp),
 `000000000.txt` and `000000000.json` for each image. The `.parquet` and `_stats.json` files next to them, which list
