@@ -54,11 +54,11 @@ class Phrases:
 
 def read_phrases(encoder: DualEncoder, shards: Path, count: int) -> Phrases:
     """The first phrases of a split that can be measured."""
-    data = ShardDataModule(val=shards, eval_batch_size=64, num_workers=0)
+    data = ShardDataModule(test=shards, eval_batch_size=64, num_workers=0)
     data.bind(encoder.image_transform, encoder.tokenizer)
-    data.setup("validate")
+    data.setup("test")
     parts: list[tuple[Tensor, ...]] = []
-    for batch in data.val_dataloader():
+    for batch in data.test_dataloader():
         phrases = batch.phrases
         rows = (phrases.reason == Exclusion.MEASURED).nonzero()[:, 0]
         images, tokens = batch.images[phrases.image_row[rows]], batch.tokens[phrases.caption_row[rows]]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
 
+from lightning_xai import cli
 from lightning_xai.attribution import METHODS
+from lightning_xai.commands import COMMANDS
 from lightning_xai.data.shapes import prepare_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +70,33 @@ def test_all_python_compiles_and_all_yaml_parses() -> None:
                 compile(block.code, str(page), "exec")
             if block.language == "yaml":
                 yaml.safe_load(block.code)
+
+
+def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def recording(name: str, command: Any) -> Any:
+        """The command with the same options, which only says that it was called."""
+        if isinstance(command, Mapping):
+            return {key: recording(f"{name} {key}", entry) for key, entry in command.items()}
+        if isinstance(command, type):
+            monkeypatch.setattr(command, "__call__", lambda self: called.append(name))
+            return command
+
+        @functools.wraps(command)
+        def record(*args: Any, **kwargs: Any) -> None:
+            called.append(name)
+
+        return record
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: recording(name, command) for name, command in COMMANDS.items()})
+    pattern = rf"^python -m lightning_xai ((?:{'|'.join(COMMANDS)}) (?:[^\n\\]|\\\n)*)"
+    shown = [block.code for block in blocks(TEXT) if block.language == "bash"]
+    for command in re.findall(pattern, "\n".join(shown), re.MULTILINE):
+        if "prepare folder" not in command:  # of the package that a how-to builds, see below
+            cli.main(shlex.split(command.replace("\\\n", " ")))
+    assert {name.split()[0] for name in called} == set(COMMANDS)
+    assert {name.split()[1] for name in called if name.startswith("prepare")} == set(COMMANDS["prepare"]) - {"shapes"}
 
 
 def test_files_that_the_pages_name_exist() -> None:
