@@ -114,19 +114,21 @@ class Explainer:
         several = len(explanations) + len(self.missing) > 1
         arrays = prepared.arrays
         for each in explanations:
-            arrays |= {f"{each.name}/{key}": values for key, values in each.arrays.items()} if several else each.arrays
-        methods = {each.name: each.record for each in explanations}
+            prefix = f"{each.saliency.method}/" if several else ""
+            arrays |= {prefix + key: values for key, values in each.arrays.items()}
+        methods = {each.saliency.method: each.record for each in explanations}
         record = {"methods": methods, "not_served": self.missing, "arrays": ARRAYS}
         picture = sheet(self.encoder, prepared, explanations, self.missing)
         return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)
 
 
 def _scores(explanation: Explanation) -> dict[str, Any]:
+    record = explanation.record
     return {
-        "method": explanation.name,
-        "similarity": explanation.similarity,
-        "completeness_error": explanation.completeness_error,
-        "fault": "; ".join(f"{name}: {fault}" for name, fault in explanation.faults.items() if fault is not None),
+        "method": explanation.saliency.method,
+        "similarity": record["similarity"],
+        "completeness_error": record["completeness_error"],
+        "fault": "; ".join(f"{name}: {fault}" for name, fault in record["fault"].items() if fault is not None),
     }
 
 

@@ -113,65 +113,32 @@ class Explanation:
     """What one method says of one entry.
 
     Attributes:
-        name: of the method.
+        saliency: as it is drawn: values of the patches and of the caption's own tokens.
         options: of the method.
-        has_zero: whether 0 means "no influence".
         arrays: as `ARRAYS` names them.
-        content: positions of the caption's own tokens.
     """
 
-    name: str
+    saliency: Saliency
     options: Mapping[str, Any]
-    has_zero: bool
     arrays: dict[str, NDArray[Any]]
-    content: list[int]
-
-    @property
-    def similarity(self) -> float:
-        """Cosine similarity of image and caption."""
-        return float(self.arrays["similarity"])
-
-    @property
-    def completeness_error(self) -> float | None:
-        """None for methods that have none."""
-        error = self.arrays.get("completeness_error")
-        return None if error is None else float(error)
 
     @property
     def maps(self) -> dict[str, NDArray[Any]]:
-        """The values of the picture, of the patches and of the caption's own tokens."""
-        return {"image": self.arrays["shown_image"], "text": self.arrays["shown_text"][self.content]}
-
-    @property
-    def faults(self) -> dict[str, str | None]:
-        """What is wrong with each map, see `heat_fault`."""
-        return {name: heat_fault(values) for name, values in self.maps.items()}
-
-    @property
-    def scale(self) -> Scale:
-        """How values become colours."""
-        if not self.has_zero:
-            return "range"
-        return "signed" if min(self.arrays["image"].min(), self.arrays["text"].min()) < 0 else "positive"
+        """The values that are drawn."""
+        return {"image": self.saliency.image, "text": self.saliency.text}
 
     @property
     def record(self) -> dict[str, Any]:
         """What the record says of the method."""
         return {
             "options": dict(self.options),
-            "similarity": self.similarity,
-            "completeness_error": self.completeness_error,
-            "scale": self.scale,
+            "similarity": self.saliency.similarity,
+            "completeness_error": self.saliency.completeness_error,
+            "scale": self.saliency.scale,
             "patches": list(self.arrays["image"].shape),
             "range": {name: [float(values.min()), float(values.max())] for name, values in self.maps.items()},
-            "fault": self.faults,
+            "fault": {name: heat_fault(values) for name, values in self.maps.items()},
         }
-
-    @property
-    def saliency(self) -> Saliency:
-        """The maps as they are drawn."""
-        maps = self.maps
-        return Saliency(self.name, maps["image"], maps["text"], self.similarity, self.scale, self.completeness_error)
 
 
 def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
@@ -202,7 +169,21 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
     )
     for row, each in enumerate(prepared):
         arrays = _arrays(result, row, each)
-        yield Explanation(chosen.name, chosen.options, chosen.method.has_zero, arrays, each.content)
+        saliency = Saliency(
+            chosen.name,
+            arrays["shown_image"],
+            arrays["shown_text"][each.content],
+            similarity=arrays["similarity"].item(),
+            scale=_scale(chosen.method.has_zero, arrays),
+            completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
+        )
+        yield Explanation(saliency, chosen.options, arrays)
+
+
+def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
+    if not has_zero:
+        return "range"
+    return "signed" if min(arrays["image"].min(), arrays["text"].min()) < 0 else "positive"
 
 
 def _arrays(result: Attribution, row: int, prepared: PreparedEntry) -> dict[str, NDArray[Any]]:
@@ -262,14 +243,14 @@ def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
     if len(found) > 1:
         read = "all of them" if len(prepared.spans) == len(found) else f"the {len(prepared.spans)} that the model reads"
         notes.append(f"The phrase occurs {len(found)} times in the caption; {read} count.")
-    error = explanation.completeness_error
-    if error is not None and "steps" in explanation.options and abs(error) > _INCOMPLETE * abs(explanation.similarity):
+    error, most = explanation.saliency.completeness_error, _INCOMPLETE * abs(explanation.saliency.similarity)
+    if error is not None and "steps" in explanation.options and abs(error) > most:
         notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
     full = prepared.content[-1] >= len(prepared.tokens) - 2  # the end mark follows, in the last place
     if full and not entry.caption.rstrip().lower().endswith(prepared.shown[-1].text):
         notes.append(f"The model reads {len(prepared.tokens)} tokens; the rest of the caption is cut off.")
     if "interactions" in arrays:
-        marks = arrays["shown_text"].sum() - explanation.maps["text"].sum()
+        marks = arrays["shown_text"].sum() - explanation.saliency.text.sum()
         prefix = arrays["prefix"]
         outside = f", and {prefix.sum():+.2g} of the image's CLS or registers" if prefix.any() else ""
         notes.append(f"Not shown: marks of start and end of the text, {marks:+.2g} together{outside}.")
