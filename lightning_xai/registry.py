@@ -30,7 +30,7 @@ class Registry(Mapping[str, T]):
     Args:
         kind: what an entry is, in messages: "attribution method".
         builtin: name -> `"module:attribute"`.
-        group: entry-point group in which other packages add entries; None: nobody can.
+        group: entry-point group in which other packages add entries; None: the registry is closed.
         check: raises a ValueError that states the rule which an entry breaks; called for entries of other packages.
 
     Raises:

@@ -158,7 +158,7 @@ def test_shapes_are_prepared_trained_on_measured_and_exported_and_mistakes_on_th
         ["export", str(checkpoint), str(weights)],
     )
     assert "val/gamma_mean" in done(measured).out
-    assert "pairs-validate.csv" in {path.name for path in tmp_path.rglob("*.csv")}
+    assert "summary-validate.csv" in {path.name for path in tmp_path.rglob("*.csv")}
     check_exported(checkpoint, done(exported).out)
 
 

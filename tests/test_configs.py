@@ -43,7 +43,7 @@ RELEASES = {
 PAPERS = ("coco_vit_b16.yaml", "flickr30k_vit_b16.yaml")
 SHARDED = "coco_vit_h14_sharded.yaml"
 LOGGED = {"val/loss", "val/accuracy"} | {
-    f"val/{name}" for name in ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
+    f"val/{name}" for name in ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning"
 
 WORLDS = (2, 4)
 RECALLS = tuple(f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 3))
-GROUNDING = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
+GROUNDING = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
 
 
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
@@ -197,7 +197,7 @@ def test_the_numbers_of_an_evaluation_are_those_of_one_process(
         logged = rank[name]["logged"]
         assert str(logged) == str(ranks[0][name]["logged"])  # NaN equals nothing, but reads as itself
         assert logged.keys() == expected.keys()
-        assert logged["grounding_pairs"] == expected["grounding_pairs"]
+        assert logged["grounding_targets"] == expected["grounding_targets"]
         assert logged["broken_records"] == expected["broken_records"] == len(case.broken)
         tolerance = 0 if case.batch == 1 else 1e-6
         assert logged == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)

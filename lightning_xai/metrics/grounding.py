@@ -112,7 +112,7 @@ def measurable(reason: Tensor, boxes: Tensor, grid: tuple[int, int], image_size:
 
 
 def gamma(maps: Tensor, masks: Tensor) -> Tensor:
-    """The share of a map's positive part that lies inside the mask (section 4.2 of the paper).
+    """Compute the share of a map's positive part inside the mask (section 4.2 of the paper).
 
     Args:
         maps: [R, H, W] signed attributions.
@@ -138,7 +138,7 @@ def gamma(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def rho(maps: Tensor, masks: Tensor) -> Tensor:
-    """Whether the largest entry of a map lies inside the mask (section 4.2 of the paper).
+    """Find the maps whose largest entry is inside the mask (section 4.2 of the paper).
 
     Where several entries are largest, all of them have to lie inside: which one a search meets first says nothing
     about the model. A map without a positive entry has no hit (its gamma is NaN, and the metric leaves it out).

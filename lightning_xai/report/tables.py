@@ -88,12 +88,12 @@ def grounding_table(rows: Sequence[Mapping[str, object]], title: str = "Groundin
         ValueError: a row has no `epoch`.
 
     >>> from rich.console import Console
-    >>> row = {"epoch": 0, "gamma_mean": 0.25, "gamma_above_50": 0.04, "gamma_above_80": 0.0, "rho": 0.231, "targets": 9}
+    >>> row = {"epoch": 0, "gamma_mean": 0.25, "gamma_above_50": 0.04, "gamma_above_80": 0.0, "rho": 0.2, "targets": 9}
     >>> table = grounding_table([row, row | {"epoch": 1, "rho": 0.5, "val_loss": 3.21}])
     >>> [str(column.header) for column in table.columns]
     ['epoch', 'γ mean', 'γ > 0.5 [%]', 'γ > 0.8 [%]', 'ρ [%]', 'targets', 'val loss']
     >>> [str(cell) for cell in table.columns[4].cells]
-    ['23.1', '50.0']
+    ['20.0', '50.0']
     """
     for number, row in enumerate(rows):
         if "epoch" not in row:

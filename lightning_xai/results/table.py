@@ -44,6 +44,11 @@ _TEXT = {
     *("phrase", "other_label", "negative_caption", "replacement"),
 }
 
+# Before pandas 3.1, the default parser may be off by a bit; since then, the option is deprecated.
+_EXACT: dict[str, Any] = (
+    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+)
+
 
 @dataclass(frozen=True, eq=False)
 class ResultTable:
@@ -200,8 +205,7 @@ def read_csv(path: Path) -> pd.DataFrame:
             dtype=text,
             keep_default_na=False,
             na_values=numbers,
-            # The default parser may be off by a bit.
-            float_precision="round_trip",
+            **_EXACT,
         )
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise ResultError(f"{path}: not a table of results ({error}); run it again") from error

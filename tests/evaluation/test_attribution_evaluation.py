@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import time
@@ -25,11 +24,13 @@ from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
 from lightning_xai.data.sample import HardNegative, Region, read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
-from lightning_xai.evaluation import AttributionEvaluation, evaluation_cell
+from lightning_xai.evaluation import AttributionEvaluation, method_run
 from lightning_xai.evaluation.result_cache import CacheError, ResultCache
 from lightning_xai.metrics import gamma, patch_mask
 from lightning_xai.models import DualEncoder
-from lightning_xai.results.schema import TABLES, EvaluationResult, read_examples
+from lightning_xai.results.examples import read_examples
+from lightning_xai.results.record import ResultRecord
+from lightning_xai.results.table import ResultTable, exclusions, read_result, score_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch")
 
@@ -65,14 +66,21 @@ def evaluate(
     return task
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def rows_of(folder: Path, method: str, metric: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Every target that a metric looks at, with the columns that describe it."""
+    _, table = read_result(folder)
+    frame = table.frame
+    rows = frame[(frame["method"] == method) & (frame["metric"] == metric) & (frame["seed"] == seed)]
+    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
-def numbers(path: Path, column: str, **where: str) -> list[float]:
-    rows = [row for row in rows_of(path) if all(row[name] == value for name, value in where.items())]
-    return [float(row[column]) for row in rows if row[column]]
+def numbers(folder: Path, method: str, metric: str, seed: int = 0) -> list[float]:
+    return [row["value"] for row in rows_of(folder, method, metric, seed) if not row["excluded"]]
+
+
+def scores_of(table: ResultTable, record: ResultRecord) -> dict[tuple[str, int, str], float]:
+    summed = score_table(table.values, record.scores.values())
+    return {(row.method, row.seed, row.score): row.value for row in summed.itertuples()}
 
 
 def samples_of(folder: Path) -> list[Sample]:
@@ -84,7 +92,8 @@ def samples_of(folder: Path) -> list[Sample]:
 class Done(NamedTuple):
     task: AttributionEvaluation
     out: Path
-    result: EvaluationResult
+    result: ResultRecord
+    table: ResultTable
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +101,8 @@ def done(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory
     out = tmp_path_factory.mktemp("done") / "out"
     task = evaluate(architecture_file("vit"), data_of(world), out)
     assert task.result is not None
-    return Done(task, out, task.result)
+    assert task.table is not None
+    return Done(task, out, task.result, task.table)
 
 
 def inputs_of(encoder: DualEncoder, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -103,10 +113,10 @@ def inputs_of(encoder: DualEncoder, sample: Sample) -> tuple[Tensor, Tensor]:
 def test_every_phrase_has_the_gamma_of_its_own_span_map_computed_alone(done: Done, world: Path) -> None:
     encoder, samples = done.task.encoder.eval(), samples_of(world)
     method = FeaturePairAttribution(encoder)
-    rows = [row for row in rows_of(done.out / "feature_pair" / "grounding.csv") if row["reason"] == "measured"]
+    rows = [row for row in rows_of(done.out, "feature_pair", "gamma") if not row["excluded"]]
     assert len(rows) > 20
     for row in rows:
-        sample, caption = samples[int(row["index"])], int(row["caption_index"])
+        sample, caption = samples[row["index"]], row["caption_index"]
         image, tokens = inputs_of(encoder, sample)
         (region,) = (region for region in sample.regions if region.label == row["label"])
         mask = torch.zeros(1, tokens.shape[1], dtype=torch.bool)
@@ -114,7 +124,7 @@ def test_every_phrase_has_the_gamma_of_its_own_span_map_computed_alone(done: Don
         heat = method.span_map(image, tokens[[caption]], mask)
         box = encoder.boxes(torch.tensor([region.box]), sample.size)
         share = gamma(heat, patch_mask(box.float(), (4, 4), (32, 32)))
-        assert float(row["gamma"]) == pytest.approx(float(share), rel=1e-4)
+        assert row["value"] == pytest.approx(float(share), rel=1e-4)
 
 
 def test_confidence_is_that_of_images_and_captions_masked_by_hand(done: Done, world: Path) -> None:
@@ -133,83 +143,64 @@ def test_confidence_is_that_of_images_and_captions_masked_by_hand(done: Done, wo
         with torch.no_grad():
             pictures = torch.cat([encoder.encode_image(image), encoder.encode_image(image * heat)])
             texts = torch.cat([encoder.encode_text(tokens[[caption]]), encoder.encode_text(short)])
-        (row,) = (
-            row
-            for row in rows_of(done.out / "saliency" / "confidence.csv")
-            if (row["index"], row["caption_index"]) == ("5", str(caption))
-        )
+        found = [
+            row["value"]
+            for metric in ("similarity", "image_kept", "text_kept")
+            for row in rows_of(done.out, "saliency", metric)
+            if (row["index"], row["caption_index"]) == (5, caption)
+        ]
         expected = [cosine_similarity(pictures[i], texts[j], dim=0) for i, j in ((0, 0), (1, 0), (0, 1))]
-        found = [float(row[name]) for name in ("similarity", "image_kept", "text_kept")]
         assert found == pytest.approx([float(value) for value in expected], abs=1e-5)
 
 
-def test_the_numbers_are_the_means_of_the_tables(done: Done) -> None:
+def test_scores_are_the_means_and_shares_of_the_values(done: Done) -> None:
+    scores = scores_of(done.table, done.result)
     for label, method in done.result.methods.items():
-        folder = done.out / label
-        for place, seed in enumerate(method.seeds):
-            where = {"seed": str(seed)}
-            found = {name: values[place] for name, values in method.metrics.items()}
-            gammas = numbers(folder / "grounding.csv", "gamma", **where)
-            similarity = numbers(folder / "confidence.csv", "similarity", **where)
-            kept = numbers(folder / "confidence.csv", "image_kept", **where)
-            iou = numbers(folder / "localization.csv", "iou", **where)
-            pairs = list(zip(similarity, kept, strict=True))
+        for seed in method.seeds:
+            values = {name: numbers(done.out, label, name, seed) for name in set(done.table.values["metric"])}
+            gammas, pairs = values["gamma"], list(zip(values["similarity"], values["image_kept"], strict=True))
             expected = {
                 "gamma_mean": sum(gammas) / len(gammas),
                 "gamma_above_50": sum(value > 0.5 for value in gammas) / len(gammas),
-                "rho": sum(numbers(folder / "grounding.csv", "hit", **where)) / len(gammas),
+                "rho": sum(values["rho"]) / len(gammas),
                 "image_drop": sum(max(0.0, o - s) for o, s in pairs) / len(pairs),
                 "image_increase": sum(s > o for o, s in pairs) / len(pairs),
-                "localization_iou": sum(iou) / len(iou),
+                "localization_iou": sum(values["iou"]) / len(values["iou"]),
             }
             if method.signed:
-                other, delta = (
-                    numbers(folder / f"{table}.csv", column)
-                    for table, column in (("other_objects", "other"), ("hard_negatives", "delta"))
-                )
+                other, delta = values["other"], values["delta"]
                 expected["other_negative"] = sum(value < 0 for value in other) / len(other)
                 expected["delta_negative"] = sum(value < 0 for value in delta) / len(delta)
-            assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-9)
-            assert {name for name in found if name.startswith("delta")} == (
-                {"delta_mean", "delta_negative"} if method.signed else set()
-            )
+            found = {name: value for (of, at, name), value in scores.items() if (of, at) == (label, seed)}
+            assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+            assert ("delta_mean" in found) == method.signed
+    logged = done.task.trainer.callback_metrics
+    assert float(logged["test/compressed/rho/seed=1"]) == pytest.approx(scores["compressed", 1, "rho"])
+    assert float(logged["test/saliency/gamma_std"]) == pytest.approx(scores["saliency", 0, "gamma_std"])
 
 
-def test_methods_that_draw_are_repeated_and_others_are_not(done: Done) -> None:
+def test_stochastic_methods_are_repeated_and_others_are_not(done: Done) -> None:
     seeds = {label: method.seeds for label, method in done.result.methods.items()}
     assert seeds == {"feature_pair": (0,), "compressed": (0, 1), "saliency": (0,)}
-    repeated = done.result.methods["compressed"]
-    assert repeated.method == "m2ib"
-    first, second = repeated.metrics["gamma_mean"]
-    assert first != second
-    assert repeated.estimate("gamma_mean").standard_error == pytest.approx(abs(first - second) / 2)
-    assert {row["seed"] for row in rows_of(done.out / "compressed" / "grounding.csv")} == {"0", "1"}
+    assert done.result.methods["compressed"].name == "m2ib"
+    assert numbers(done.out, "compressed", "gamma", 0) != numbers(done.out, "compressed", "gamma", 1)
 
 
-def test_the_files_hold_the_result_every_column_and_what_was_left_out(done: Done) -> None:
-    assert EvaluationResult.load(done.out) == EvaluationResult.load(done.out)
-    assert EvaluationResult.load(done.out).methods.keys() == METHODS.keys()
-    for label, method in done.result.methods.items():
-        tables = set(TABLES) if method.signed else {"grounding", "confidence", "localization"}
-        assert {path.stem for path in (done.out / label).glob("*.csv")} == tables | {"classes"}
-        for table in tables:
-            lines = (done.out / label / f"{table}.csv").read_text().splitlines()
-            assert tuple(lines[0].split(",")) == TABLES[table]
-        counts = method.counts["grounding"]
-        assert sum(counts.values()) == len(rows_of(done.out / label / "grounding.csv"))
-        assert counts["measured"] == sum(
-            row["reason"] == "measured" for row in rows_of(done.out / label / "grounding.csv")
-        )
-    assert done.result.data["samples"] == 13
+def test_the_folder_holds_the_record_and_the_table_to_the_last_bit(done: Done) -> None:
+    record, table = read_result(done.out)
+    assert (record.kind, record.data["samples"], list(record.methods)) == ("evaluation", 13, list(METHODS))
+    assert record.metrics == done.result.metrics
+    assert record.metrics["confidence"].options["keep_tokens"] == 0.5
+    assert table.values.equals(done.table.values)
+    assert table.targets.equals(done.table.targets)
 
 
 def test_examples_are_the_first_some_of_each_class_and_the_worst_with_their_pictures(done: Done) -> None:
     shown = read_examples(done.out / "feature_pair")
     assert all((done.out / example.image).is_file() for example in shown)
-    rows = [row for row in rows_of(done.out / "feature_pair" / "grounding.csv") if row["gamma"]]
-    worst = min(rows, key=lambda row: float(row["gamma"]))
-    failures = [example for example in shown if "failure" in example.why]
-    assert min(example.gamma for example in failures) == pytest.approx(float(worst["gamma"]))
+    rows = [row for row in rows_of(done.out, "feature_pair", "gamma") if not row["excluded"]]
+    failures = [example.gamma for example in shown if "failure" in example.why]
+    assert min(gamma for gamma in failures if gamma is not None) == min(row["value"] for row in rows)
     assert {example.label for example in shown if "class" in example.why} == {row["label"] for row in rows}
     assert len([example for example in shown if "fixed" in example.why]) == 6
     for example in shown:
@@ -263,23 +254,19 @@ def test_a_run_that_dies_goes_on_with_what_it_has_and_ends_with_the_same_numbers
     # Other batches than before: 13 images in batches of 5, of which the first holds nothing new.
     task = evaluate(architecture_file("vit"), data_of(world, eval_batch_size=5), tmp_path)
     assert len(asked) == 2 * 2
-    for label in METHODS:
-        for path in sorted((done.out / label).glob("*.csv")):
-            ours, theirs = rows_of(tmp_path / label / path.name), rows_of(path)
-            assert len(ours) == len(theirs)
-            for one, other in zip(ours, theirs, strict=True):
-                assert_alike(one, other)
+    assert_alike(tmp_path, done.out)
     assert hooks_in(task.encoder) == 0
 
 
-def assert_alike(one: dict[str, str], other: dict[str, str]) -> None:
-    """Equal, but for rounding in numbers with a point: batches of another size are multiplied in another order."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        if "." in value and name not in ("caption", "negative_caption"):
-            assert float(value) == pytest.approx(float(other[name]), rel=1e-3, abs=1e-5)
-        else:
-            assert value == other[name]
+def assert_alike(folder: Path, expected: Path) -> None:
+    """Equal, but for rounding: batches of another size are multiplied in another order."""
+    (_, ours), (_, theirs) = read_result(folder), read_result(expected)
+    assert ours.targets.equals(theirs.targets)
+    columns = ["method", "seed", "target", "metric", "excluded"]
+    assert ours.values[columns].equals(theirs.values[columns])
+    assert ours.values["value"].tolist() == pytest.approx(
+        theirs.values["value"].tolist(), rel=1e-3, abs=1e-5, nan_ok=True
+    )
 
 
 def test_what_is_there_is_never_computed_again_and_other_settings_are_refused(
@@ -297,8 +284,10 @@ def test_what_is_there_is_never_computed_again_and_other_settings_are_refused(
     assert {key: value for key, value in after.items() if key != "speed"} == {
         key: value for key, value in before.items() if key != "speed"
     }
-    with pytest.raises(CacheError, match=r"keep_tokens was 0.5 and is 0.25.*Choose another folder"):
-        evaluate(architecture_file("vit"), data_of(world), done.out, keep_tokens=0.25)
+    with pytest.raises(CacheError, match=r"confidence.keep_tokens was 0.5 and is 0.25.*Choose another folder"):
+        evaluate(
+            architecture_file("vit"), data_of(world), done.out, metric_options={"confidence": {"keep_tokens": 0.25}}
+        )
     with pytest.raises(CacheError, match="captions_per_image was None and is 1"):
         evaluate(architecture_file("vit"), data_of(world, captions_per_image=1), done.out)
 
@@ -306,8 +295,8 @@ def test_what_is_there_is_never_computed_again_and_other_settings_are_refused(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model_cfg": ARCHITECTURES["vit"] | {"quick_gelu": True}}, "architecture was .* and is .*'quick_gelu': True"),
-        ({"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}, r"preprocessing was .* and is .*\[0.1, 0.2, 0.3\]"),
+        ({"model_cfg": ARCHITECTURES["vit"] | {"quick_gelu": True}}, "architecture.quick_gelu was None and is True"),
+        ({"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}, r"preprocessing.mean was .* and is \[0.1, 0.2, 0.3\]"),
     ],
 )
 def test_the_same_weights_with_another_activation_or_other_images_are_another_model(
@@ -328,11 +317,12 @@ def test_the_same_weights_with_another_activation_or_other_images_are_another_mo
         ({"methods": {"all": {}}}, {}, "expected one method, got 'all'"),
         ({"methods": {"../up": {"method": "m2ib"}}}, {}, "a label has"),
         ({"methods": {"m2ib": {"colour": 1}}}, {}, "m2ib has no option colour"),
-        ({"keep_tokens": 1.5}, {}, "keep_tokens has to be in"),
+        ({"metric_options": {"confidence": {"keep_tokens": 1.5}}}, {}, "keep_tokens has to be in"),
+        ({"metrics": ["nonsense"]}, {}, "unknown metric 'nonsense'"),
         ({"seeds": 0}, {}, "at least 1"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_is_computed(
+def test_what_cannot_work_is_refused_before_anything_is_computed(
     options: dict[str, Any],
     trainer: dict[str, Any],
     message: str,
@@ -345,7 +335,7 @@ def test_what_cannot_work_is_told_before_anything_is_computed(
     assert not (tmp_path / "rows").exists() or not list((tmp_path / "rows").rglob("*.jsonl"))
 
 
-def test_a_folder_that_is_a_file_is_told_early(
+def test_a_folder_that_is_a_file_is_refused_early(
     architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("")
@@ -367,9 +357,7 @@ def test_data_without_boxes_have_confidence_and_nothing_that_needs_boxes(
         evaluate(architecture_file("vit"), data_of(plain), tmp_path / "out", metrics=["confidence", "grounding"])
     task = evaluate(architecture_file("vit"), data_of(plain), tmp_path / "out", methods={"saliency": {}})
     assert task.result is not None
-    assert task.result.methods["saliency"].metrics.keys() == {
-        "image_drop", "image_increase", "text_drop", "text_increase",
-    }  # fmt: skip
+    assert list(task.result.metrics) == ["confidence"]
 
 
 def test_hard_negatives_that_cannot_be_measured_are_counted_by_reason(
@@ -390,11 +378,11 @@ def test_hard_negatives_that_cannot_be_measured_are_counted_by_reason(
         architecture_file("vit"), data_of(tmp_path / "data"), tmp_path / "out", methods={"feature_pair": None},
         metrics=["hard_negatives"],
     )  # fmt: skip
-    assert task.result is not None
-    counts = task.result.methods["feature_pair"].counts["hard_negatives"]
-    rows = rows_of(tmp_path / "out" / "feature_pair" / "hard_negatives.csv")
-    assert counts == {"measured": len(rows), "smaller_than_patch": 1, "span_cut_off": 1}
-    assert rows
+    assert task.table is not None
+    counts = exclusions(task.table.values[task.table.values["metric"] == "delta"], ["metric"])
+    found = dict(zip(counts["excluded"], counts["count"], strict=True))
+    assert found == {"": found[""], "smaller_than_patch": 1, "span_cut_off": 1}
+    assert found[""] > 0
 
 
 def test_a_metric_that_was_asked_for_and_has_no_item_is_an_error_after_all_is_written(
@@ -405,7 +393,7 @@ def test_a_metric_that_was_asked_for_and_has_no_item_is_an_error_after_all_is_wr
             architecture_file("vit"), data_of(world, swap_objects=False), tmp_path, methods={"feature_pair": {}},
             metrics=["grounding", "hard_negatives"],
         )  # fmt: skip
-    assert "gamma_mean" in EvaluationResult.load(tmp_path).methods["feature_pair"].metrics
+    assert numbers(tmp_path, "feature_pair", "gamma")
 
 
 def test_a_method_without_a_sign_has_nothing_where_only_signs_are_asked_for(
@@ -413,9 +401,8 @@ def test_a_method_without_a_sign_has_nothing_where_only_signs_are_asked_for(
 ) -> None:
     both: dict[str, Any] = {"saliency": {}, "feature_pair": {}}
     task = evaluate(architecture_file("vit"), data_of(world), tmp_path, methods=both, metrics=["hard_negatives"])
-    assert task.result is not None
-    assert task.result.methods["saliency"].metrics == {}
-    assert "delta_mean" in task.result.methods["feature_pair"].metrics
+    assert task.table is not None
+    assert set(task.table.values["method"]) == {"feature_pair"}
     with pytest.raises(ValueError, match=r"no item was left to measure hard_negatives.*a signed method"):
         evaluate(
             architecture_file("vit"), data_of(world), tmp_path / "unsigned", methods={"saliency": {}},
@@ -431,7 +418,7 @@ def test_broken_records_are_counted(architecture_file: Callable[[str], Path], wo
     task = evaluate(architecture_file("vit"), data, tmp_path / "out", methods={"feature_pair": {}})
     assert task.result is not None
     assert task.result.data["broken_records"] == 1
-    assert {row["index"] for row in rows_of(tmp_path / "out" / "feature_pair" / "confidence.csv")} == set("01345")
+    assert {row["index"] for row in rows_of(tmp_path / "out", "feature_pair", "similarity")} == {0, 1, 3, 4, 5}
 
 
 def test_it_only_tests(architecture_file: Callable[[str], Path], world: Path, tmp_path: Path) -> None:
@@ -450,21 +437,16 @@ def evaluate_on_this_rank(config: str, world: str, out: str, options: dict[str, 
     return {name: float(value) for name, value in task.trainer.callback_metrics.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_find_what_one_finds_item_by_item(
     done: Done, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:
     one, other = run_distributed(evaluate_on_this_rank, str(architecture_file("vit")), str(world), str(tmp_path), {})
     assert one == other
-    assert one["test/feature_pair/gamma_mean"] == pytest.approx(
-        done.result.methods["feature_pair"].metrics["gamma_mean"][0], abs=1e-5
-    )
+    expected = scores_of(done.table, done.result)["feature_pair", 0, "gamma_mean"]
+    assert one["test/feature_pair/gamma_mean"] == pytest.approx(expected, abs=1e-5)
+    assert_alike(tmp_path, done.out)
     for label in METHODS:
-        for path in sorted((done.out / label).glob("*.csv")):
-            ours, theirs = rows_of(tmp_path / label / path.name), rows_of(path)
-            assert len(ours) == len(theirs)
-            for line, expected in zip(ours, theirs, strict=True):
-                assert_alike(line, expected)
         mine, alone = read_examples(tmp_path / label), read_examples(done.out / label)
         assert [(example.key, example.phrase, example.why) for example in mine] == [
             (example.key, example.phrase, example.why) for example in alone
@@ -489,7 +471,7 @@ def torn(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory
 ONE_AT_A_TIME = {"eval_batch_size": 1, "max_fault_fraction": 1.0}
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 4])  # of four, one has padding only
 def test_with_one_sample_a_batch_any_number_of_processes_writes_the_very_same_files(
     torn: Torn, architecture_file: Callable[[str], Path], tmp_path: Path, size: int
@@ -501,7 +483,11 @@ def test_with_one_sample_a_batch_any_number_of_processes_writes_the_very_same_fi
         for root in (torn.alone, tmp_path)
     )
     assert found.keys() == expected.keys()
-    assert {Path(label, name) for label in METHODS for name in ("grounding.csv", "examples.json")} <= expected.keys()
+    assert {
+        Path("values.csv"),
+        Path("targets.csv"),
+        *(Path(label, "examples.json") for label in METHODS),
+    } <= found.keys()
     for path, content in expected.items():
         if path.name != "result.json":
             assert found[path] == content, path
@@ -522,13 +508,13 @@ def items_found_on_opening(config: str, world: str, out: str) -> list[int]:
             super().__init__(folder, settings)
             found.append(len(self))
 
-    evaluation_cell.ResultCache = LateStore  # type: ignore[attr-defined]
+    method_run.ResultCache = LateStore  # type: ignore[attr-defined]
     options = join_lightning() | {"limit_test_batches": 1}
     evaluate(Path(config), data_of(Path(world)), Path(out), trainer=options, methods={"saliency": {}})
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_process_that_comes_late_takes_nothing_of_the_others_for_an_earlier_run(
     architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:

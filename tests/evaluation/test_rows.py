@@ -1,4 +1,4 @@
-"""What maps come to, against plain loops: maps are given, and the model's similarity is known in closed form."""
+"""Rows of a batch against plain loops: maps are given, and the model's similarity is known in closed form."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from evaluation_batches import BOXES, evaluation_batch
-from lightning_xai.evaluation.batch_maps import BatchMaps, MapMaker, Wanted
-from lightning_xai.evaluation.item_measures import Embeddings, ItemMeasures, MeasureOptions
 from linear_encoder import LinearEncoder
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,19 +18,16 @@ from torch import Tensor
 from lightning_xai.attribution import Attribution, AttributionMethod
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import NamedBoxes
+from lightning_xai.evaluation.maps import BatchMaps, MethodMaps, Wanted
+from lightning_xai.evaluation.rows import BatchRows, Embeddings, measure_batch
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.metrics import METRICS
+from lightning_xai.metrics.chosen import choose_metrics
 from lightning_xai.metrics.grounding import patch_mask
-from lightning_xai.results.schema import TABLES
+from lightning_xai.results.table import TARGET_COLUMNS
 
 SIZE, GRID = (8, 12), (2, 3)
-OPTIONS = MeasureOptions(
-    metrics=frozenset(TABLES),
-    keep_tokens=0.5,
-    keep_pixels=None,
-    hidden_image="zeros",
-    localization_quantile=0.75,
-    batch_size=64,
-)
+Row = dict[str, Any]
 
 
 class Silent(AttributionMethod):
@@ -46,7 +41,7 @@ class SilentSigned(Silent):
     signed = True
 
 
-class Given(MapMaker):
+class Given(MethodMaps):
     """Gives maps that were drawn before: one for each phrase, true words, replacement and caption of a batch."""
 
     def __init__(self, batch: Batch, *, signed: bool = True) -> None:
@@ -68,8 +63,8 @@ class Given(MapMaker):
             self.given["phrases"][wanted.phrases],
             self.given["true"][wanted.negatives],
             self.given["replacements"][wanted.negatives],
-            self.given["image"] if wanted.captions else None,
-            self.text if wanted.captions else None,
+            self.given["image"] if wanted.captions else self.given["image"][:0],
+            self.text if wanted.captions else self.text[:0],
         )
 
 
@@ -78,19 +73,27 @@ def batch() -> Batch:
     return evaluation_batch(SIZE, LinearEncoder(SIZE, GRID).tokenizer)
 
 
-def measured(batch: Batch, maker: Given, **options: Any) -> dict[int, dict[str, list[dict[str, Any]]]]:
-    encoder = maker.method.encoder
-    with torch.no_grad():
-        embeddings = Embeddings(encoder.encode_image(batch.images), encoder.encode_text(batch.tokens))
-    records = ItemMeasures(encoder, maker, replace(OPTIONS, **options)).records(batch, embeddings)
-    return {index: record["tables"] for index, record in records.items()}
+def measured(
+    batch: Batch,
+    maps: Given,
+    metrics: Sequence[str] = tuple(METRICS),
+    options: dict[str, dict[str, Any]] | None = None,
+    batch_size: int = 64,
+) -> BatchRows:
+    chosen = choose_metrics(metrics, options or {})
+    embeddings = Embeddings.of(maps.method.encoder, batch)
+    return measure_batch(batch, maps, list(chosen.values()), embeddings, batch_size)
 
 
-def table(batch: Batch, maker: Given, name: str, **options: Any) -> list[dict[str, Any]]:
-    """All rows of one table, when it is the only one that is asked for."""
-    records = measured(batch, maker, metrics=frozenset({name}), **options)
-    assert all(list(tables) == [name] for tables in records.values())
-    return [row for tables in records.values() for row in tables[name]]
+def table(batch: Batch, maps: Given, name: str, *, batch_size: int = 64, **options: Any) -> list[Row]:
+    """The targets of one metric with its values in columns, and the reason where one is missing."""
+    rows = measured(batch, maps, [name], {name: options} if options else {}, batch_size)
+    targets = {target["target"]: dict(target) for target in rows.targets}
+    assert len(targets) == len(rows.targets)
+    for target, metric, value, excluded in rows.values:
+        assert math.isnan(value) == bool(excluded)
+        targets[target] |= {metric: value, "excluded": excluded}
+    return list(targets.values())
 
 
 def bilinear(heat: Tensor) -> NDArray[np.float64]:
@@ -113,22 +116,32 @@ def in_box(heat: Tensor, box: Sequence[float]) -> float:
     return math.fsum(float(heat[y, x]) for y in range(GRID[0]) for x in range(GRID[1]) if mask[y, x])
 
 
-def test_every_valid_sample_has_every_table_and_rows_have_the_columns_of_the_files(batch: Batch) -> None:
-    records = measured(batch, Given(batch))
-    assert list(records) == [10, 11, 12]
-    for index, tables in records.items():
-        assert set(tables) == set(TABLES)
-        for name, rows in tables.items():
-            for row in rows:
-                assert row.keys() - {"heat"} == set(TABLES[name]) - {"seed"}
-                assert row["index"] == index
-                assert row["key"] == f"k{index - 10}"
-                if row["caption_index"] >= 0:
-                    place = batch.captions.index(row["caption"])
-                    assert int(batch.caption_index[place]) == row["caption_index"]
-                    assert batch.keys[int(batch.caption_image[place])] == row["key"]
-    assert [len(records[11][name]) for name in TABLES] == [0, 0, 0, 1, 1]
-    assert all(records[index][name] for index in (10, 12) for name in TABLES)
+def test_every_target_is_described_once_and_numbered_within_its_sample_and_kind(batch: Batch) -> None:
+    rows = measured(batch, Given(batch))
+    described = {target["target"]: target for target in rows.targets}
+    assert len(described) == len(rows.targets)
+    assert {name for name, *_ in rows.values} == described.keys()
+    for name, target in described.items():
+        assert target.keys() >= set(TARGET_COLUMNS)
+        assert name == f"{target['kind']}-{target['index']}-{target['ordinal']}"
+        assert target["key"] == f"k{target['index'] - 10}"
+        place = batch.captions.index(target["caption"])
+        assert int(batch.caption_index[place]) == target["caption_index"]
+        assert batch.keys[int(batch.caption_image[place])] == target["key"]
+    for kind in ("phrase", "phrase_pair", "negative", "caption"):
+        for index in (10, 12):
+            ordinals = [t["ordinal"] for t in rows.targets if (t["kind"], t["index"]) == (kind, index)]
+            assert ordinals == list(range(len(ordinals)))
+            assert ordinals
+    assert [target["kind"] for target in rows.targets if target["index"] == 11] == ["caption"]
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_targets_have_the_same_names_whatever_else_is_measured(batch: Batch, name: str) -> None:
+    everything = {row[:2]: row for row in measured(batch, Given(batch)).values}
+    alone = measured(batch, Given(batch), [name]).values
+    assert alone
+    assert [repr(everything[row[:2]]) for row in alone] == [repr(row) for row in alone]
 
 
 @pytest.mark.parametrize(
@@ -137,17 +150,16 @@ def test_every_valid_sample_has_every_table_and_rows_have_the_columns_of_the_fil
         ({"grounding"}, True, False, False),
         ({"other_objects"}, True, False, False),
         ({"hard_negatives"}, False, True, False),
-        ({"confidence"}, False, False, True),
         ({"localization"}, False, False, True),
         ({"grounding", "localization"}, True, False, True),
-        (set(TABLES), True, True, True),
+        (set(METRICS), True, True, True),
     ],
 )
 def test_a_method_is_asked_once_and_for_no_more_than_is_needed(
     batch: Batch, metrics: set[str], phrases: bool, negatives: bool, captions: bool
 ) -> None:
     maker = Given(batch)
-    measured(batch, maker, metrics=frozenset(metrics))
+    measured(batch, maker, sorted(metrics))
     (asked,) = maker.asked
     can = (batch.phrases.reason == Exclusion.MEASURED).nonzero()[:, 0].tolist()
     assert batch.negatives is not None
@@ -164,14 +176,17 @@ def test_boxes_of_a_patch_or_less_are_not_asked_for(batch: Batch) -> None:
     negatives = replace(batch.negatives, boxes=batch.negatives.boxes.clone())
     phrases.boxes[0], negatives.boxes[1] = small, small
     maker, changed = Given(batch), replace(batch, phrases=phrases, negatives=negatives)
-    records = measured(changed, maker)
+    for name, count in (("grounding", 1), ("other_objects", 2), ("hard_negatives", 1)):
+        rows, before = table(changed, maker, name), table(batch, Given(batch), name)
+        assert [row["target"] for row in rows] == [row["target"] for row in before]
+        assert [row["excluded"] for row in rows].count("smaller_than_patch") == count
     assert 0 not in maker.asked[0].phrases.tolist()
-    assert 1 not in maker.asked[0].negatives.tolist()
-    assert len(maker.asked[0].phrases) == 5
-    grounding = [row for tables in records.values() for row in tables["grounding"]]
-    assert [row["reason"] for row in grounding].count("smaller_than_patch") == 1
-    swaps = [row for tables in records.values() for row in tables["hard_negatives"]]
-    assert len(swaps) == len(negatives) - 1
+    assert 1 not in maker.asked[2].negatives.tolist()
+    # The others have the values that they had.
+    whole, part = table(batch, Given(batch), "other_objects"), table(changed, Given(batch), "other_objects")
+    assert [row for row in part if not row["excluded"]] == [
+        full for full, row in zip(whole, part, strict=True) if not row["excluded"]
+    ]
 
 
 def test_grounding_has_the_share_inside_the_box_and_the_map(batch: Batch) -> None:
@@ -181,17 +196,17 @@ def test_grounding_has_the_share_inside_the_box_and_the_map(batch: Batch) -> Non
     assert len(rows) == len(batch.phrases) == 6
     for number, row in enumerate(rows):
         heat = maker.given["phrases"][number]
-        assert np.abs(np.array(row["heat"]) - heat.numpy()).max() < 1e-3
-        assert row["heat"][0][0] == float(f"{float(heat[0, 0]):.4g}")
         assert [row[side] for side in ("x0", "y0", "x1", "y1")] == batch.phrases.boxes[number].tolist()
         if number == 3:
-            assert (row["reason"], row["gamma"], row["hit"]) == ("no_positive", None, None)
+            assert row["excluded"] == "no_positive"
+            assert math.isnan(row["gamma"])
+            assert math.isnan(row["rho"])
             continue
         share = in_box(heat.clamp(min=0), batch.phrases.boxes[number].tolist()) / float(heat.clamp(min=0).sum())
         assert row["gamma"] == pytest.approx(share, abs=1e-12)
-        assert row["hit"] == (in_box((heat == heat.max()).double(), batch.phrases.boxes[number].tolist()) == 1)
+        assert row["rho"] == (in_box((heat == heat.max()).double(), batch.phrases.boxes[number].tolist()) == 1)
         assert (row["phrase"], row["label"]) == (batch.phrases.text[number], row["phrase"].split(", ")[0])
-    assert len({row["hit"] for row in rows} - {None}) == 2
+    assert {row["rho"] for row in rows if not row["excluded"]} == {0.0, 1.0}
 
 
 def test_other_objects_are_the_boxes_of_other_classes_in_the_same_caption(batch: Batch) -> None:
@@ -234,17 +249,17 @@ def test_hard_negatives_are_measured_in_the_true_objects_box(batch: Batch) -> No
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.75])
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("batch_size", [2, 64])
 def test_localization_agrees_with_loops_over_pixels(batch: Batch, quantile: float, batch_size: int) -> None:
     maker = Given(batch)
-    rows = table(batch, maker, "localization", localization_quantile=quantile, batch_size=batch_size)
+    rows = table(batch, maker, "localization", quantile=quantile, batch_size=batch_size)
     height, width = SIZE
     for number, row in enumerate(rows):
         image, caption = int(batch.caption_image[number]) - 1, batch.captions[number]
         boxes = [box for label, box in BOXES[image].items() if label in caption]
         assert row["boxes"] == len(boxes)
         if not boxes:
-            assert row["iou"] is None
+            assert row["excluded"] == "no_box"
             continue
         heat = bilinear(maker.given["image"][number])
         ours = heat > np.quantile(heat, quantile, method="inverted_cdf")
@@ -260,7 +275,8 @@ def test_a_constant_map_and_a_box_that_holds_no_pixel_have_no_ratio(batch: Batch
     maker, changed = Given(batch), replace(batch, named=named)
     maker.given["image"][:2] = 1.0
     rows = table(changed, maker, "localization")
-    assert [(row["boxes"], row["iou"]) for row in rows[:3]] == [(1, None), (1, 0.0), (0, None)]
+    assert [(row["boxes"], row["excluded"]) for row in rows[:3]] == [(1, "no_box"), (1, ""), (0, "no_box")]
+    assert rows[1]["iou"] == 0
 
 
 def kept_image(image: Tensor, heat: NDArray[np.float64], hidden: float, signed: bool, share: float | None) -> Tensor:
@@ -274,10 +290,10 @@ def kept_image(image: Tensor, heat: NDArray[np.float64], hidden: float, signed: 
     return hidden + torch.from_numpy(shown) * (image - hidden)
 
 
-@pytest.mark.parametrize("batch_size", [2, 64])
-@pytest.mark.parametrize("hidden", ["zeros", "black"])
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("share", [None, 0.25])
+@pytest.mark.parametrize(
+    ("batch_size", "hidden", "signed", "share"),
+    [(2, "zeros", True, None), (64, "black", False, None), (2, "black", True, 0.25), (64, "zeros", False, 0.25)],
+)
 def test_confidence_is_the_similarity_of_what_is_kept(
     batch: Batch, batch_size: int, hidden: str, signed: bool, share: float | None
 ) -> None:
@@ -297,6 +313,10 @@ def test_confidence_is_the_similarity_of_what_is_kept(
         assert row["similarity"] == pytest.approx(whole * float(terms.sum()), abs=1e-12)
         assert row["image_kept"] == pytest.approx(part * float(terms.sum()), abs=1e-12)
         assert row["text_kept"] == pytest.approx(whole * float(terms[best].sum()), abs=1e-12)
+        for modality in ("image", "text"):
+            change = row[f"{modality}_kept"] - row["similarity"]
+            assert row[f"{modality}_drop"] == max(0.0, -change)
+            assert row[f"{modality}_increase"] == (change > 0)
         assert abs(row["image_kept"] - row["similarity"]) > 1e-9
         assert len(own) == 1 or abs(row["text_kept"] - row["similarity"]) > 1e-9
 
@@ -368,4 +388,5 @@ def test_a_batch_of_broken_records_alone_has_no_records(batch: Batch) -> None:
         named=NamedBoxes(none, torch.zeros(0, 4)),
         negatives=None,
     )
-    assert measured(empty, Given(replace(empty, negatives=batch.negatives))) == {}
+    rows = measured(empty, Given(replace(empty, negatives=batch.negatives)))
+    assert (rows.targets, rows.values, rows.phrases) == ([], [], [])

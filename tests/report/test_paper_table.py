@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 def table(baselines: int = len(HOSTILE) - 3) -> PaperTable:
-    scores = (Estimate(0.51, 0.01, 9), 0.5525, math.nan)
+    scores: tuple[Value, ...] = (Estimate(0.51, 0.01, 9), 0.5525, math.nan)
     rows: list[list[Value]] = [[text, score, 1234, -0.5] for text, score in zip(HOSTILE[:3], scores, strict=True)]
     rest: list[list[Value]] = [[text, 1.0, None, math.nan] for text in HOSTILE[3:]]
     return PaperTable("a-table", "Title <b> & _", "Note: 5 % | x", COLUMNS, [*rows, *rest], baselines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -109,7 +110,7 @@ def test_a_broken_config_is_named(config: str, tmp_path: Path) -> None:
 
 
 def test_data_are_the_same_where_the_targets_are_and_no_fingerprint_differs(tmp_path: Path) -> None:
-    written = {
+    written: dict[str, dict[str, Any]] = {
         "a": {},
         "b": {},
         "other": {"fingerprint": "2"},

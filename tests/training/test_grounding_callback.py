@@ -30,12 +30,13 @@ from lightning_xai.data.sample import read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.models import DualEncoder, load_dual_encoder
+from lightning_xai.results.record import read_record
+from lightning_xai.results.table import read_result
 from lightning_xai.training import ContrastiveFineTuning, EmbeddingWriter, GroundingCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
-SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_pairs")
-HEADER = "index,key,caption_index,caption,phrase,label,reason,gamma,hit,x0,y0,x1,y1"
+SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
 
 Make = Callable[..., ContrastiveFineTuning]
 
@@ -94,7 +95,7 @@ def hooks_in(module: nn.Module) -> int:
     return sum(len(getattr(child, kind)) for child in module.modules() for kind in kinds)
 
 
-# --- a slow computation of its own ---
+# --- a slow computation ---
 
 
 class Pair(NamedTuple):
@@ -151,12 +152,19 @@ def pair_by_pair(encoder: DualEncoder, folder: Path) -> dict[tuple[int, int, str
     return pairs
 
 
-def table_of(path: Path) -> dict[tuple[int, int, str], Pair]:
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """The phrases of a measurement's result folder, each with `gamma`, `hit` and `reason`."""
+    _, table = read_result(folder)
+    lines = {row["target"]: dict(row) for row in table.targets.to_dict("records")}
+    for row in table.values.itertuples():
+        lines[row.target] |= {row.metric: row.value, "reason": row.excluded or "measured"}
+    return list(lines.values())
+
+
+def table_of(folder: Path) -> dict[tuple[int, int, str], Pair]:
     return {
-        (int(row["index"]), int(row["caption_index"]), row["label"]): Pair(
-            row["reason"], float(row["gamma"] or "nan"), row["hit"] == "1"
-        )
-        for row in rows_of(path)
+        (row["index"], row["caption_index"], row["label"]): Pair(row["reason"], row["gamma"], row["rho"] == 1)
+        for row in lines_of(folder)
     }
 
 
@@ -177,20 +185,20 @@ def test_numbers_are_those_of_a_slow_computation_pair_by_pair(
     task = make(name)
     (logged,) = trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
     expected = pair_by_pair(task.encoder, world / "val")
-    table = tmp_path / "grounding" / "pairs-validate.csv"
+    table = tmp_path / "grounding" / "validate"
     assert_same_pairs(table_of(table), expected)
     measured = [pair for pair in expected.values() if pair.reason == "measured"]
     gammas = np.array([pair.gamma for pair in measured])
     assert len(measured) > 10
-    assert logged["val/grounding_pairs"] == len(measured)
+    assert logged["val/grounding_targets"] == len(measured)
     assert logged["val/gamma_mean"] == pytest.approx(gammas.mean(), abs=1e-6)
     assert logged["val/gamma_above_50"] == pytest.approx((gammas > 0.5).mean(), abs=1e-6)
     assert logged["val/gamma_above_80"] == pytest.approx((gammas > 0.8).mean(), abs=1e-6)
     assert logged["val/rho"] == pytest.approx(np.mean([pair.hit for pair in measured]), abs=1e-6)
     (summary,) = rows_of(tmp_path / "grounding" / "summary-validate.csv")
     reasons = Counter(pair.reason for pair in expected.values())
-    left_out = {key.removeprefix("left_out_"): int(n) for key, n in summary.items() if key.startswith("left_out_")}
-    assert {why: n for why, n in left_out.items() if n} == {why: n for why, n in reasons.items() if why != "measured"}
+    excluded = {key.removeprefix("excluded_"): int(n) for key, n in summary.items() if key.startswith("excluded_")}
+    assert {why: n for why, n in excluded.items() if n} == {why: n for why, n in reasons.items() if why != "measured"}
 
 
 def test_options_reach_the_attribution(make: Make, world: Path, tmp_path: Path) -> None:
@@ -225,7 +233,7 @@ def test_each_batch_runs_through_the_towers_once_and_the_references_once_in_all(
 
 
 class Foreign(L.LightningModule):
-    """Another project's module: the encoder has another name, and the forward pass is its own affair."""
+    """Another project's module: the encoder has another name, and the forward pass runs as it likes."""
 
     def __init__(self, encoder: DualEncoder, way: str) -> None:
         super().__init__()
@@ -264,11 +272,9 @@ class Foreign(L.LightningModule):
     "way",
     [
         "captions twice",
-        "captions in two chunks",
         "first captions only",
         "open_clip itself",
         "images twice",
-        "nothing",
         "other images before the first batch",
     ],
 )
@@ -281,7 +287,7 @@ def test_any_module_with_a_dual_encoder_gets_the_same_numbers_however_it_runs_it
     data.bind(task.encoder.image_transform, task.encoder.tokenizer)
     foreign = Foreign(task.encoder, way)
     trainer_in(tmp_path / "foreign", GroundingCallback(examples=0)).validate(foreign, data, verbose=False)
-    found, own = (table_of(tmp_path / name / "grounding" / "pairs-validate.csv") for name in ("foreign", "own"))
+    found, own = (table_of(tmp_path / name / "grounding" / "validate") for name in ("foreign", "own"))
     assert_same_pairs(found, own)
 
 
@@ -321,19 +327,19 @@ def test_grounding_is_measured_before_training_and_after_each_epoch(run: Run) ->
     assert all(0 <= mean <= 1 for mean in means)
 
 
-def test_the_run_folder_holds_a_table_of_pairs_for_each_epoch(run: Run, world: Path) -> None:
+def test_the_run_folder_holds_a_result_for_each_epoch(run: Run, world: Path) -> None:
     phrases = len(pair_by_pair(make_encoder_of(run), world / "val"))
     for row in run.callback.history:
-        path = run.folder / "grounding" / f"pairs-epoch={row['epoch']:03d}.csv"
-        assert path.read_text().splitlines()[0] == HEADER
-        table = rows_of(path)
+        path = run.folder / "grounding" / f"epoch={row['epoch']:03d}"
+        table = lines_of(path)
         assert len(table) == phrases
-        gammas = [float(line["gamma"]) for line in table if line["reason"] == "measured"]
-        assert np.mean(gammas) == pytest.approx(row["gamma_mean"], abs=1e-9)
-        assert len(gammas) == row["pairs"]
-        assert all((line["gamma"] == "") == (line["reason"] != "measured") for line in table)
-        order = [(int(line["index"]), int(line["caption_index"]), line["label"]) for line in table]
-        assert order == sorted(order)
+        gammas = [line["gamma"] for line in table if line["reason"] == "measured"]
+        assert np.mean(gammas) == pytest.approx(row["gamma_mean"], abs=1e-12)
+        assert len(gammas) == row["targets"]
+        assert all(math.isnan(line["gamma"]) == (line["reason"] != "measured") for line in table)
+        record = read_record(path)
+        assert (record.kind, record.state) == ("training", {"epoch": row["epoch"], "step": row["step"]})
+        assert record.logged["loss"] == row["loss"]
         for line in table:
             caption = line["caption"]
             assert all(words in caption for words in line["phrase"].split(", "))
@@ -345,7 +351,7 @@ def make_encoder_of(run: Run) -> DualEncoder:
 
 def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, world: Path) -> None:
     best = max(run.callback.history[1:], key=lambda row: row["gamma_mean"])
-    table = table_of(run.folder / "grounding" / f"pairs-epoch={best['epoch']:03d}.csv")
+    table = table_of(run.folder / "grounding" / f"epoch={best['epoch']:03d}")
     assert_same_pairs(table, pair_by_pair(load_dual_encoder(run.by_gamma.best_model_path), world / "val"))
 
 
@@ -368,17 +374,17 @@ def test_the_summary_has_a_line_for_each_epoch_with_what_the_module_logged(run: 
         assert float(line["rho"]) == row["rho"]
         assert float(line["loss"]) == row["loss"]
         assert 0 <= float(line["text_to_image_recall_at_1"]) <= 1
-        assert int(line["left_out_not_mentioned"]) == row["left_out"]["not_mentioned"]
+        assert int(line["excluded_not_mentioned"]) == row["excluded"]["not_mentioned"]
     assert float(lines[-1]["loss"]) == pytest.approx(float(run.trainer.callback_metrics["val/loss"]))
 
 
 def test_the_class_tables_add_up_to_the_whole(run: Run, world: Path) -> None:
     for row in run.callback.history:
-        lines = rows_of(run.folder / "grounding" / f"classes-epoch={row['epoch']:03d}.csv")
+        lines = rows_of(run.folder / "grounding" / f"epoch={row['epoch']:03d}" / "classes.csv")
         assert [line["label"] for line in lines] == list(Manifest.load(world / "val").labels)
-        assert sum(int(line["pairs"]) for line in lines) == row["pairs"]
-        weighted = sum(int(line["pairs"]) * float(line["gamma_mean"]) for line in lines if int(line["pairs"]))
-        assert weighted / row["pairs"] == pytest.approx(row["gamma_mean"], abs=1e-9)
+        assert sum(int(line["targets"]) for line in lines) == row["targets"]
+        weighted = sum(int(line["targets"]) * float(line["gamma_mean"]) for line in lines if int(line["targets"]))
+        assert weighted / row["targets"] == pytest.approx(row["gamma_mean"], abs=1e-9)
 
 
 def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: Run) -> None:
@@ -397,14 +403,14 @@ def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: R
 
 def test_an_example_is_drawn_with_the_gamma_of_the_table(run: Run) -> None:
     for row in run.callback.history:
-        table = rows_of(run.folder / "grounding" / f"pairs-epoch={row['epoch']:03d}.csv")
+        table = lines_of(run.folder / "grounding" / f"epoch={row['epoch']:03d}")
         for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
             key, phrase = name.split(": ")
             first = next(
                 line for line in table if (line["key"], line["phrase"], line["reason"]) == (key, phrase, "measured")
             )
-            assert float(first["gamma"]) == pytest.approx(gamma)
-            assert (first["hit"] == "1") == hit
+            assert first["gamma"] == gamma
+            assert (first["rho"] == 1) == hit
 
 
 def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> None:
@@ -412,7 +418,7 @@ def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> Non
     events.Reload()
     for name in SCALARS:
         logged = events.Scalars(f"val/{name}")
-        key = "pairs" if name == "grounding_pairs" else name
+        key = "targets" if name == "grounding_targets" else name
         values = [row[key] for row in run.callback.history]
         assert [event.value for event in logged] == pytest.approx(values, abs=1e-6)
         assert logged[0].step == 0
@@ -442,8 +448,8 @@ def test_every_second_epoch_is_measured_when_asked_for(make: Make, world: Path, 
     saver = ModelCheckpoint(monitor="val/rho", mode="max", every_n_epochs=2)
     trainer_in(tmp_path, callback, saver, max_epochs=5).fit(make(), data_of(world))
     assert [row["epoch"] for row in callback.history] == [0, 2, 4]
-    tables = sorted(path.name for path in (tmp_path / "grounding").glob("pairs-*"))
-    assert tables == [f"pairs-epoch=00{epoch}.csv" for epoch in (0, 2, 4)]
+    tables = sorted(path.name for path in (tmp_path / "grounding").glob("epoch=*"))
+    assert tables == [f"epoch=00{epoch}" for epoch in (0, 2, 4)]
 
 
 def test_without_the_measurement_before_training_lightnings_short_check_stays_as_it_is(
@@ -554,7 +560,7 @@ def test_validate_and_test_log_and_write_beside_the_training_without_touching_it
     trainer = trainer_in(tmp_path, callback, logger=logger)
     trainer.fit(task, data_of(world))
     folder = Path(logger.log_dir) / "grounding"
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     history = list(callback.history)
     capsys.readouterr()
     results = {}
@@ -567,7 +573,8 @@ def test_validate_and_test_log_and_write_beside_the_training_without_touching_it
         printed = capsys.readouterr().out
         assert verb in printed
         assert str(folder / f"progress-{verb}.png") in printed
-        for name in (f"pairs-{verb}.csv", f"summary-{verb}.csv", f"classes-{verb}.csv"):
+        assert lines_of(folder / verb)
+        for name in (f"summary-{verb}.csv", f"{verb}/classes.csv"):
             assert rows_of(folder / name)
         with Image.open(folder / f"progress-{verb}.png") as picture:
             picture.load()
@@ -678,7 +685,7 @@ def test_a_negative_number_of_examples_is_refused() -> None:
         GroundingCallback(examples=-1)
 
 
-def test_a_module_without_a_dual_encoder_is_told_what_to_keep(world: Path, tmp_path: Path) -> None:
+def test_a_module_without_a_dual_encoder_is_refused_with_the_remedy(world: Path, tmp_path: Path) -> None:
     class Bare(L.LightningModule):
         def validation_step(self, batch: Batch, batch_idx: int) -> None:
             pass
@@ -687,7 +694,7 @@ def test_a_module_without_a_dual_encoder_is_told_what_to_keep(world: Path, tmp_p
         trainer_in(tmp_path, GroundingCallback()).validate(Bare(), data_of(world))
 
 
-def test_other_batches_are_told_apart_from_a_lack_of_grounding(make: Make, tmp_path: Path) -> None:
+def test_other_batches_are_an_error(make: Make, tmp_path: Path) -> None:
     class Plain(Foreign):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass
@@ -715,12 +722,12 @@ def test_a_split_where_nothing_can_be_measured_gives_nan_and_no_picture_and_the_
     trainer.fit(make(), data_of(world, val=bare))
     assert trainer.global_step == 3
     logged = trainer.callback_metrics
-    assert float(logged["val/grounding_pairs"]) == 0
+    assert float(logged["val/grounding_targets"]) == 0
     assert all(math.isnan(float(logged[f"val/{name}"])) for name in SCALARS[:-1])
     assert math.isfinite(float(logged["val/loss"]))
     folder = Path(trainer.log_dir or "") / "grounding"
     assert not list(folder.glob("*.png"))
-    assert (folder / "pairs-epoch=001.csv").read_text() == HEADER + "\n"
+    assert lines_of(folder / "epoch=001") == []
     assert len(rows_of(folder / "summary.csv")) == 2
     printed = capsys.readouterr().out
     assert "progress.png" not in printed
@@ -728,7 +735,7 @@ def test_a_split_where_nothing_can_be_measured_gives_nan_and_no_picture_and_the_
     assert Path(saver.best_model_path).is_file()
 
 
-def test_broken_records_are_left_out_and_the_other_pairs_stay(make: Make, world: Path, tmp_path: Path) -> None:
+def test_broken_records_are_excluded_and_the_other_pairs_stay(make: Make, world: Path, tmp_path: Path) -> None:
     samples = samples_of(world / "val")
     torn = [replace(s, image=s.image[:-60]) if i in (0, 7) else s for i, s in enumerate(samples)]
     broken = split_with(tmp_path / "broken", torn)
@@ -738,7 +745,7 @@ def test_broken_records_are_left_out_and_the_other_pairs_stay(make: Make, world:
     expected = {
         where: pair for where, pair in pair_by_pair(task.encoder, world / "val").items() if where[0] not in (0, 7)
     }
-    assert_same_pairs(table_of(tmp_path / "grounding" / "pairs-validate.csv"), expected)
+    assert_same_pairs(table_of(tmp_path / "grounding" / "validate"), expected)
 
 
 # --- two processes ---
@@ -761,7 +768,7 @@ def evaluate_all(config: str, world: str, splits: str, out: str, **parallel: Any
     data = data_of(Path(world), val=Path(splits) / "odd", batch_size=4)
     trainer.fit(task_of(Path(config)), data)
     found["history"] = [
-        {k: row[k] for k in ("epoch", "step", "gamma_mean", "pairs", "loss")} for row in callback.history
+        {k: row[k] for k in ("epoch", "step", "gamma_mean", "targets", "loss")} for row in callback.history
     ]
     found["drawn"] = len(callback.history[0]["examples"]["keys"])
     found["saved"] = saver.best_model_path
@@ -800,24 +807,24 @@ def two(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory:
     return Two(ranks, evaluate_all(*where, str(folder / "alone"), devices=1), folder, samples)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_log_the_numbers_of_one(two: Two) -> None:
     for rank in two.ranks:
         for name in SPLITS:
             assert rank[name] == pytest.approx(two.alone[name], abs=2e-6, nan_ok=True), name
-            assert rank[name]["val/grounding_pairs"] == two.alone[name]["val/grounding_pairs"]
+            assert rank[name]["val/grounding_targets"] == two.alone[name]["val/grounding_targets"]
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_write_the_table_of_one_to_the_last_pair(two: Two) -> None:
     for name in SPLITS:
-        tables = [two.folder / number / name / "grounding" / "pairs-validate.csv" for number in ("two", "alone")]
+        tables = [two.folder / number / name / "grounding" / "validate" for number in ("two", "alone")]
         assert_same_pairs(table_of(tables[0]), table_of(tables[1]), tolerance=1e-6)
-        plain = [[{**row, "gamma": ""} for row in rows_of(path)] for path in tables]
-        assert plain[0] == plain[1]
+        plain = [read_result(path)[1].targets for path in tables]
+        assert plain[0].equals(plain[1])
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_train_with_one_history_one_folder_and_one_checkpoint(two: Two) -> None:
     first, second = two.ranks
     assert [row["epoch"] for row in first["history"]] == [0, 1]
@@ -829,7 +836,7 @@ def test_two_processes_train_with_one_history_one_folder_and_one_checkpoint(two:
     assert len(list((two.folder / "two" / "fit").rglob("progress.png"))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize(("name", "shares"), [("three", [2, 1]), ("one", [1, 0])])
 def test_each_process_writes_the_embeddings_of_its_own_samples(two: Two, name: str, shares: list[int]) -> None:
     keys: list[str] = []

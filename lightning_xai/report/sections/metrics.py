@@ -136,14 +136,18 @@ def _cumulative_chart(metric: MetricRecord, panels: dict[str, list[Sample]], abo
     shares = [
         score for score in metric.scores if score.reduce == "share_above" and score.value == metric.scores[0].value
     ]
-    named = [f"{heading} {each.name} {_percent(shares[0], each)}".strip() for heading, samples in panels.items()
-            for each in samples] if shares else []  # fmt: skip
+    named = [
+        " ".join(filter(None, (heading, each.name, score.heading, _percent(score, each))))
+        for score in shares[:1]
+        for heading, samples in panels.items()
+        for each in samples
+    ]
     title = f"Cumulative distributions of {value}, {about}"
     return Chart(
         f"{metric.scores[0].value}-{about}",
         title,
         "The higher a curve, the better. Dotted: the thresholds of the table.",
-        f"Curves of the share of targets above each {value}. {shares[0].heading if shares else ''}: {', '.join(named)}.",
+        f"Curves of the share of targets above each {value}. {', '.join(named)}.",
         cumulative(panels, title, value, [score.threshold for score in shares]),
     )
 

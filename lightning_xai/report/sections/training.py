@@ -51,7 +51,8 @@ def _progress_table(run: Run) -> PaperTable:
 
 
 def _curves(run: Run) -> list[Chart]:
-    scores = run.record.metrics[GROUNDING].scores
+    # A spread is no share of anything.
+    scores = [score for score in run.record.metrics[GROUNDING].scores if score.reduce != "std"]
     rows: list[dict[str, Any]] = [
         {"epoch": each.record.state["epoch"], **{name: found.mean for name, found in _scores(each).items()}}
         for each in run.measurements
