@@ -21,7 +21,11 @@ from lightning_xai.data import ShardDataModule, write_shards
 from lightning_xai.data.shapes import read_shapes
 from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning:torch"),
+]
 
 PATIENCE = 5  # seconds that a process waits for another one
 FAILING = 1

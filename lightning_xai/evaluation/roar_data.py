@@ -1,7 +1,7 @@
-"""The data sets of ROAR+: a sample of a split in a training and a validation part, and what methods leave of the first.
+"""The data sets of ROAR+: a training and a validation part of a split, and what methods leave of the training part.
 
-Everything is written as shards of images as the model sees them, the original data as well, so that nothing but the
-degradation differs: what a degraded image goes through, the original one has gone through, too.
+All of it, the original data included, is written as shards of images as the model sees them, so that only the
+degradation differs: original and degraded images go through the same steps.
 
 Shape suffixes: N pairs, L caption tokens, H x W the patch grid.
 """
@@ -56,17 +56,17 @@ class Partition:
 def partition(
     keys: Sequence[str], *, validation: float = 0.2, samples: int | None = None, skip: int = 0, seed: int = 0
 ) -> Partition:
-    """Draw samples, and deal them out to a training and a validation part.
+    """Draw samples, and split them into a training and a validation part.
 
-    A function of the keys, not of their order: samples are sorted by a hash of seed and key, of which `skip` are passed
-    over, so that with the same seed two drawings that do not overlap can be made.
+    A function of the keys, not of their order: samples are sorted by a hash of seed and key, of which the first
+    `skip` are skipped, so that two drawings with the same seed need not overlap.
 
     Args:
         keys: all keys of a split.
         validation: share of the validation part, rounded to whole samples.
         samples: how many to draw; None for all that are left.
-        skip: how many of the sorted samples to pass over.
-        seed: another seed draws and deals others.
+        skip: how many of the sorted samples to skip.
+        seed: of the drawing and of the parts.
 
     Raises:
         ValueError: there are not that many samples, or a part would be empty.
@@ -102,7 +102,7 @@ def read_keys(folder: Path, manifest: Manifest) -> tuple[list[str], int]:
 def write_original(encoder: DualEncoder, source: Path, keys: frozenset[str], out: Path, name: str) -> Manifest:
     """Write samples of a split as a model sees them: PNG images of its input size, each with its first caption.
 
-    What cannot be used is left out and counted in the manifest. Does nothing where `out` is there.
+    Unusable samples are left out and counted in the manifest. Does nothing if `out` exists.
 
     Args:
         encoder: the model; its transform leaves the written images as they are.
@@ -131,7 +131,7 @@ def attribute_pairs(
         method: what explains, and with it the model.
         folder: shards that `write_original` made.
         batch_size: pairs explained at a time; bounds memory, changes no number.
-        on_progress: is told after each batch how many pairs it had.
+        on_progress: called after each batch with its number of pairs.
 
     Returns:
         Maps of all N pairs in the order of the shards, on the CPU.
@@ -147,7 +147,7 @@ def attribute_pairs(
     device = next(encoder.parameters()).device
     parts = []
     with warnings.catch_warnings():
-        # A caption of one word or an image that a method finds nothing in is no reason to stop, and there are many.
+        # Captions of one word, and images in which a method finds nothing, are common.
         warnings.simplefilter("ignore", ConstantMapWarning)
         for batch in EvaluationDataset(folder, manifest, collate, batch_size=batch_size):
             if batch.faults:
@@ -162,17 +162,17 @@ def attribute_pairs(
 def count_ties(
     encoder: DualEncoder, source: Path, maps: Attribution, *, pixels: float, tokens: float
 ) -> dict[str, int]:
-    """In how many images, and in how many captions, the cut runs through equal values of the map.
+    """Count the images and captions in which the cut runs through equal values of the map.
 
-    There the map does not say which of them to take: those further up, or earlier, are. Maps that are zero for most of
-    an image give many.
+    There the map does not decide which of them to remove: those further up, or earlier, are. Maps that are zero for
+    most of an image cause many.
 
     Args:
         encoder: the model.
         source: shards that `write_original` made.
         maps: of their N pairs, in order.
-        pixels: share of an image's pixels that is taken.
-        tokens: share of a caption's own tokens that is taken.
+        pixels: share of an image's pixels that is removed.
+        tokens: share of a caption's content tokens that is removed.
 
     Returns:
         Modality -> pairs.
@@ -199,7 +199,7 @@ def write_degraded(
 ) -> Manifest:
     """Write a data set without what a method finds most important, in one modality.
 
-    Does nothing where `out` is there. See `data.degradation` for what exactly is taken away.
+    Does nothing if `out` exists. See `data.degradation` for what exactly is removed.
 
     Args:
         encoder: the model.
@@ -208,9 +208,8 @@ def write_degraded(
         out: folder to make.
         modality: what is degraded; the other one stays as it is.
         fraction: of an image's pixels, or of a caption's own tokens.
-        fill: the color that pixels get: the mean of each channel that the model's normalisation subtracts, which says
-            nothing; or that over the image itself, which takes on some of the color of what is removed. Tokens become
-            padding.
+        fill: the color that pixels get: the mean of each channel that the model's normalisation subtracts, free of
+            information; or that over the image itself, which keeps some of the removed color. Tokens become padding.
         name: of the data, for people.
 
     Raises:
@@ -235,7 +234,7 @@ def write_degraded(
 
 
 def _write(out: Path, name: str, samples: Iterator[Sample], left_out: Counter[str]) -> Manifest:
-    """Write shards, unless they are there, or another process is faster: what it writes is the same."""
+    """Write shards, unless they exist or another process is faster, which writes the same."""
     if (out / MANIFEST_NAME).is_file():
         return Manifest.load(out)
     try:
@@ -274,12 +273,12 @@ def _originals(encoder: DualEncoder, source: Path, keys: frozenset[str], left_ou
 
 
 def _as_seen(encoder: DualEncoder, sample: Sample) -> bytes:
-    """The image at the model's input size, as a PNG file that the model's transform does not change any more."""
+    """The image at the model's input size, as a PNG file that the model's transform leaves unchanged."""
     transform, where = encoder.image_transform, sample.source or sample.key
     seen = transform(read_image(sample.image, where))
     data = _png((transform.denormalize(seen) * 255).round().to(torch.uint8))
     if not torch.equal(transform(read_image(data, where)), seen):
-        raise ValueError(f"{where}: the model's image transform changes an image of its own size; {transform}")
+        raise ValueError(f"{where}: the model's image transform changes an image of the size it makes; {transform}")
     return data
 
 
@@ -290,6 +289,6 @@ def _stored_pixels(sample: Sample) -> Tensor:
 
 def _png(pixels: Tensor) -> bytes:
     stream = io.BytesIO()
-    # Written once and read in every epoch: files that decode fast.
+    # Written once and read in every epoch, so decoding has to be fast.
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(stream, "PNG", compress_level=1)
     return stream.getvalue()

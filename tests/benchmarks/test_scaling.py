@@ -75,16 +75,10 @@ def test_what_is_measured_can_be_given_back_as_options() -> None:
     ("value", "unit", "text"),
     [
         (0, "B", "0 B"),
-        (999, "B", "999 B"),
         (999.9, "B", "1.00 kB"),
-        (12_345, "B", "12.3 kB"),
-        (123_456_789, "B", "123 MB"),
         (2.5e15, "B", "2.50 PB"),
         (3e-7, "s", "0.30 µs"),
-        (0.0123, "s", "12.3 ms"),
-        (90, "s", "90 s"),
         (9000, "s", "2.5 h"),
-        (864_000, "s", "10 days"),
     ],
 )
 def test_amounts_are_shortened(value: float, unit: str, text: str) -> None:

@@ -56,7 +56,7 @@ def shape() -> Shape:
     return Shape.of("ViT-B-16")
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14-336", "ViT-H-14", "ViT-bigG-14"])
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-H-14"])
 def test_parameters_are_those_of_open_clips_model(name: str) -> None:
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
@@ -64,8 +64,8 @@ def test_parameters_are_those_of_open_clips_model(name: str) -> None:
     assert Shape.of(name).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-H-14"])
-def test_forward_flops_are_what_torch_counts(name: str) -> None:
+def test_forward_flops_are_what_torch_counts() -> None:
+    name = "ViT-B-32"
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config(name))
         images, tokens = torch.zeros(2, 3, 224, 224), torch.zeros(2, 77, dtype=torch.int64)
@@ -175,9 +175,10 @@ def test_the_loss_holds_as_many_matrices_as_the_formula_says() -> None:
     assert _loss_peak(1024, 4) / (FLOAT32 * 1024**2) == pytest.approx(LOSS_MATRICES, rel=0.02)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_loss_of_several_ranks_holds_as_many_matrices_as_the_formula_says(world: int) -> None:
-    rows = 512
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_loss_of_several_ranks_holds_as_many_matrices_as_the_formula_says() -> None:
+    world, rows = 2, 512
     for peak in run_distributed(_loss_peak, rows, 4, world_size=world):
         assert peak / (FLOAT32 * world * rows**2) == pytest.approx(OWN_ROWS_MATRICES, rel=0.02)
     rows, width = 8, 2048
@@ -187,9 +188,10 @@ def test_the_loss_of_several_ranks_holds_as_many_matrices_as_the_formula_says(wo
         assert 0 < peak / matrix - FEATURE_MATRICES < 2.1 / world
 
 
+@pytest.mark.distributed
 def test_the_loss_computes_what_the_formula_says(shape: Shape) -> None:
     plan = replace(PLAN, batch_size=32)
-    for world in (1, 2, 4):
+    for world in (1, 2):
         counts = (
             [_loss_flops(32, shape.embedding)]
             if world == 1
@@ -212,6 +214,7 @@ def _count_exchange() -> list[int]:
     return [gathered.args[1].nbytes, summed.args[0].nbytes]
 
 
+@pytest.mark.distributed
 def test_features_are_exchanged_as_the_formula_says(shape: Shape) -> None:
     world, batch, width = 2, 3, 5
     gathered, summed = run_distributed(_count_exchange, world_size=world)[0]

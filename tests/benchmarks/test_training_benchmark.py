@@ -38,6 +38,7 @@ def setting(tmp_path: Path, shapes: Path) -> training.Setting:
     )
 
 
+@pytest.mark.slow
 def test_every_contestant_trains_the_same_model(setting: training.Setting) -> None:
     contest = training.Contest(setting)
     encoder, batch = contest.encoder, contest.batches[0]
@@ -99,9 +100,6 @@ def test_flops_are_counted_forward_and_backward(setting: training.Setting) -> No
     ("name", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 PCIe", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
@@ -109,6 +107,7 @@ def test_the_peak_is_that_of_a_known_device(name: str, peak: float | None) -> No
     assert training.peak_of(name) == peak
 
 
+@pytest.mark.slow
 def test_photographs_are_as_large_as_cocos_and_their_captions_as_long(tmp_path: Path) -> None:
     from lightning_xai.data.shard_reader import read_samples
     from lightning_xai.models import load_dual_encoder

@@ -1,4 +1,4 @@
-"""The data sets of ROAR+: who takes part, and what is taken away from whom."""
+"""The data sets of ROAR+: which samples take part, and what is removed from them."""
 
 from __future__ import annotations
 
@@ -84,11 +84,8 @@ def test_two_drawings_with_one_seed_do_not_overlap_and_together_are_all() -> Non
         ({"samples": 51}, "has 50 samples"),
         ({"samples": 10, "skip": 41}, "skip 41 and samples 10"),
         ({"skip": -1}, "skip -1"),
-        ({"samples": 0}, "samples 0"),
-        ({"skip": 50}, "skip 50"),
         ({"validation": 0.001}, "leaves a part empty"),
         ({"validation": 1.0}, "leaves a part empty"),
-        ({"samples": 1}, "leaves a part empty"),
     ],
 )
 def test_a_drawing_that_cannot_be_made_is_refused(options: dict[str, float], message: str) -> None:

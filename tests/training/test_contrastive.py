@@ -50,8 +50,6 @@ def make(architecture_file: Callable[[str], Path]) -> Make:
     ("batches", "options", "steps"),
     [
         (6, {"max_epochs": 1}, 6),
-        (3, {"max_epochs": 3}, 9),
-        (6, {"max_epochs": 2, "accumulate_grad_batches": 2}, 6),
         (5, {"max_epochs": 2, "accumulate_grad_batches": 2}, 6),  # the last step of an epoch takes what is left
         (5, {"max_epochs": -1, "max_steps": 7}, 7),
     ],
@@ -66,12 +64,6 @@ def test_the_learning_rate_grows_by_one_factor_from_the_first_step_to_the_last(
     assert recorder.rates[-1] == pytest.approx(1e-5, rel=1e-9)
     factors = [after / before for before, after in pairwise(recorder.rates)]
     assert factors == pytest.approx([100 ** (1 / (steps - 1))] * (steps - 1), rel=1e-9)
-
-
-def test_the_learning_rate_logged_is_the_one_the_step_was_taken_with(make: Make, shapes: Path, tmp_path: Path) -> None:
-    task, recorder = make(initial_lr=1e-3, final_lr=1e-4), Recorder()
-    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 4, 4))
-    assert [row["train/learning_rate"] for row in recorder.logged] == pytest.approx(recorder.rates)
 
 
 def test_a_run_of_a_single_step_takes_the_initial_rate(make: Make, shapes: Path, tmp_path: Path) -> None:
@@ -111,7 +103,6 @@ def test_a_run_without_an_end_is_refused_since_the_rate_has_nowhere_to_go(
     ("options", "message"),
     [
         ({"initial_lr": 0.0}, "positive; got 0.0"),
-        ({"final_lr": -1e-5}, "positive; got 1e-07 and -1e-05"),
         ({"max_logit_scale": 0.5}, "at least 1; got 0.5"),
     ],
 )
@@ -142,22 +133,6 @@ def test_the_logit_scale_is_clamped_before_callbacks_see_the_step(
     assert scale.seen == pytest.approx([start, end, end], abs=1e-6)  # the first batch takes no step
     logged = [row["train/logit_scale"] for row in recorder.logged]
     assert logged == pytest.approx([math.exp(start), math.exp(start), math.exp(end)], rel=1e-5)
-
-
-def test_a_logit_scale_inside_its_range_is_learned_freely(make: Make, shapes: Path, tmp_path: Path) -> None:
-    task = make(initial_lr=1e-2, final_lr=1e-2)
-    before = task.encoder.logit_scale.item()
-    trainer_in(tmp_path).fit(task, batches_of(task, shapes / "train", 1, 4))
-    assert abs(task.encoder.logit_scale.item() - before) == pytest.approx(1e-2, rel=0.05)  # Adam's first step
-
-
-def test_a_few_steps_on_one_batch_lower_its_loss_and_raise_its_accuracy(
-    make: Make, shapes: Path, tmp_path: Path
-) -> None:
-    task, recorder = make(initial_lr=3e-3, final_lr=3e-3), Recorder()
-    trainer_in(tmp_path, recorder).fit(task, loader_of(list(batches_of(task, shapes / "train", 1, 16)) * 25))
-    assert recorder.logged[-1]["train/loss"] < 0.5 * recorder.logged[0]["train/loss"]
-    assert recorder.logged[-1]["train/accuracy"] > recorder.logged[0]["train/accuracy"] + 0.3
 
 
 def test_the_training_loss_is_the_symmetric_cross_entropy_of_the_batch(
@@ -238,10 +213,12 @@ def test_a_callback_at_the_end_of_a_batch_finds_all_that_its_step_logged(
     step = {"train/loss", "train/accuracy", "train/learning_rate", "train/logit_scale"}
     speed = {"train/samples_per_second"}
     assert [set(row) for row in recorder.logged] == [step, step | speed, step | speed]
+    assert [row["train/learning_rate"] for row in recorder.logged] == pytest.approx(recorder.rates)
     for name in step - {"train/accuracy"}:
         assert len({row[name] for row in recorder.logged}) == 3, f"{name} is that of another step"
 
 
+@pytest.mark.slow
 def test_samples_per_second_counts_the_whole_time_from_step_to_step_but_no_validation(
     make: Make, shapes: Path, tmp_path: Path
 ) -> None:
@@ -365,7 +342,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_its_weights_are_
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
-def test_the_same_weights_with_another_activation_are_refused_too(
+def test_checkpoints_of_another_activation_or_project_are_refused(
     trained: tuple[ContrastiveFineTuning, Path], make: Make, shapes: Path, tmp_path: Path
 ) -> None:
     _, path = trained
@@ -374,26 +351,19 @@ def test_the_same_weights_with_another_activation_are_refused_too(
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match="set model to what the checkpoint was made with"):
         trainer_in(tmp_path).validate(make(), data_of(shapes), ckpt_path=path)
-
-
-def test_a_checkpoint_of_another_project_is_refused(
-    trained: tuple[ContrastiveFineTuning, Path], make: Make, shapes: Path, tmp_path: Path
-) -> None:
-    _, path = trained
-    checkpoint = torch.load(path, weights_only=True)
     del checkpoint[CHECKPOINT_KEY]
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match="no model of this project"):
         trainer_in(tmp_path).validate(make(), data_of(shapes), ckpt_path=path)
 
 
-@pytest.mark.parametrize("monitor", [None, "val/loss"])
+@pytest.mark.slow
 def test_resuming_from_an_epochs_checkpoint_ends_at_exactly_the_same_weights(
-    make: Make, shapes: Path, tmp_path: Path, monitor: str | None
+    make: Make, shapes: Path, tmp_path: Path
 ) -> None:
     def run(folder: Path, checkpoint: Path | None = None) -> tuple[ContrastiveFineTuning, Recorder]:
         task, recorder = make(initial_lr=1e-3, final_lr=1e-2), Recorder()
-        saver = ModelCheckpoint(folder, "{epoch}", monitor=monitor, save_top_k=-1)
+        saver = ModelCheckpoint(folder, "{epoch}", monitor="val/loss", save_top_k=-1)
         trainer_in(folder, saver, recorder, max_epochs=3).fit(task, data_of(shapes), ckpt_path=checkpoint)
         return task, recorder
 
@@ -435,6 +405,7 @@ def train_on_this_rank(config: str, shards: str, folder: str) -> list[dict[str, 
     return [train_by_hand(config, shards, folder, precision, rank, world) for precision in ("32-true", "64-true")]
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_process_with_the_whole_batch(
     architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path

@@ -84,18 +84,15 @@ def where(architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path
 # --- one process ---
 
 
-@pytest.mark.parametrize("options", SAVING, ids=str)
-@pytest.mark.parametrize("trainer", [{}, CLIPPED], ids=str)
+@pytest.mark.parametrize(
+    ("options", "trainer"),
+    [(SAVING[0], {}), (SAVING[1], CLIPPED), (SAVING[2], CLIPPED), ({"chunk_size": 1}, {})],
+    ids=str,
+)
 def test_what_saves_memory_changes_no_number_of_a_run(
     where: tuple[str, str, str], options: dict[str, Any], trainer: dict[str, Any]
 ) -> None:
     assert_same_run(train(*where, options, **trainer), train(*where, {}, **trainer))
-
-
-def test_a_chunk_no_smaller_than_the_batch_and_two_of_one_pair_are_possible(where: tuple[str, str, str]) -> None:
-    plain = train(*where, {})
-    assert_same_run(train(*where, {"chunk_size": 8}), plain)
-    assert_same_run(train(*where, {"chunk_size": 1}), plain)
 
 
 def test_no_more_pairs_than_a_chunk_pass_through_a_tower_at_a_time(where: tuple[str, str, str]) -> None:
@@ -127,6 +124,7 @@ def test_the_captions_of_a_training_step_are_cut_and_those_of_validation_are_not
     assert lengths.seen["val"] == {16}
 
 
+@pytest.mark.slow
 def test_grounding_is_measured_in_a_run_with_gradient_checkpointing_as_without(
     where: tuple[str, str, str], shapes: Path
 ) -> None:
@@ -174,8 +172,9 @@ def losses_of(config: str, shards: str, folder: str, options: dict[str, Any], **
     return [row["train/loss"] for row in recorder.logged]
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16-mixed", 2e-2), ("16-mixed", 3e-3)])
-@pytest.mark.parametrize("options", [{}, SAVING[2]], ids=str)
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "options"), [("bf16-mixed", 2e-2, SAVING[2]), ("16-mixed", 3e-3, {})], ids=str
+)
 def test_half_precision_gives_the_losses_of_float32_within_its_rounding(
     where: tuple[str, str, str], precision: Any, tolerance: float, options: dict[str, Any]
 ) -> None:
@@ -255,6 +254,7 @@ def fsdp(tensor_parallel_size: int = 1) -> ModelParallelStrategy:
     return ModelParallelStrategy(size, tensor_parallel_size, save_distributed_checkpoint=False)
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 @needs_recent_torch
 def test_two_processes_that_save_memory_or_share_a_model_have_the_numbers_of_one(
@@ -320,6 +320,7 @@ def ground_on_this_rank(config: str, train_shards: str, val_shards: str, folder:
     return found
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 @needs_recent_torch
 def test_a_model_shared_by_two_processes_is_grounded_saved_and_resumed_like_one_that_is_not(
@@ -382,6 +383,7 @@ def refuse_on_this_rank(config: str, shards: str, folder: str) -> list[str]:
     return messages
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 @needs_recent_torch
 def test_what_sharding_does_not_go_with_is_refused_before_training(where: tuple[str, str, str]) -> None:

@@ -107,7 +107,7 @@ def fit(run: Path, model: Path, world: Path, *callbacks: Callback, **options: An
     ],
     ids=str,
 )
-def test_stopped_at_any_batch_a_run_ends_as_one_that_never_was(
+def test_stopped_at_any_batch_a_run_ends_as_an_uninterrupted_one(
     schedule: dict[str, Any], model: Path, world: Path, tmp_path: Path
 ) -> None:
     assert fit(tmp_path / "whole", model, world, **schedule)
@@ -119,11 +119,12 @@ def test_stopped_at_any_batch_a_run_ends_as_one_that_never_was(
         lives = 1
         while not fit(run, model, world, StopAt(number if lives == 1 else None, signum), **schedule):
             lives += 1
-        # Behind the last of max_steps there is nothing left to stop.
+        # After the last of max_steps there is nothing left to stop.
         assert lives == (1 if number + 1 >= schedule.get("max_steps", 13) else 2), number
         assert differences(left_by(run), expected) == [], number
 
 
+@pytest.mark.slow
 def test_a_stop_inside_a_validation_costs_no_more_than_the_batch_before_it(
     model: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_where_gradients_are_summed_up_a_stop_at_an_epochs_end_costs_no_more_tha
     assert [path.name for path in RunFolder(tmp_path).files()] == ["step=00000001.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
     model: Path, world: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +173,8 @@ class Slow(Callback):
         time.sleep(self.seconds if batch_idx == 2 else 0)
 
 
-def test_stopped_before_the_first_checkpoint_a_run_begins_anew(model: Path, world: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_stopped_before_the_first_checkpoint_a_run_starts_over(model: Path, world: Path, tmp_path: Path) -> None:
     assert fit(tmp_path / "whole", model, world)
     run = tmp_path / "stopped"
     assert not fit(run, model, world, StopAt(1, signal.SIGTERM, validation=True))
@@ -180,10 +183,9 @@ def test_stopped_before_the_first_checkpoint_a_run_begins_anew(model: Path, worl
     assert differences(left_by(run), left_by(tmp_path / "whole")) == []
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
-def test_two_processes_stop_at_the_same_batch_whichever_was_told_and_go_on_as_if_nothing_had_been(
-    model: Path, world: Path, tmp_path: Path
-) -> None:
+def test_two_processes_stop_at_the_same_batch_and_resume_exactly(model: Path, world: Path, tmp_path: Path) -> None:
     assert run_distributed(fit_together, str(tmp_path / "whole"), str(model), str(world), None) == [True, True]
     run = str(tmp_path / "stopped")
     assert run_distributed(fit_together, run, str(model), str(world), 1) == [False, False]
@@ -200,6 +202,7 @@ def fit_together(run: str, model: str, world: str, stop_at: int | None, signum: 
     return fit(Path(run), Path(model), Path(world), stop, **join_lightning())
 
 
+@pytest.mark.distributed
 def test_ranks_that_would_start_from_different_checkpoints_say_so(tmp_path: Path) -> None:
     [first, second] = run_distributed(choose_differently, str(tmp_path))
     assert first == ""

@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_names_its_trial(encoder: DualEncoder, folders
     [({"epochs": 0}, "epochs has to be at least 1"), ({"batch_size": 25}, "do not fill one batch of 25")],
 )
 def test_settings_that_cannot_be_met_are_refused(
-    encoder: DualEncoder, folders: tuple[Path, Path], options: dict[str, int], message: str
+    encoder: DualEncoder, folders: tuple[Path, Path], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         losses(encoder, *folders, **options)
@@ -137,7 +137,7 @@ def test_a_map_of_the_object_scores_far_above_maps_of_the_background(encoder: Du
         folders[name] = tmp_path / name
         given = Attribution(image, torch.zeros(len(train), encoder.tokenizer.context_length), image[:, 0, 0])
         write_degraded(encoder, tmp_path / "train", given, folders[name], modality="image", fraction=0.25, name=name)
-    options = {"epochs": 7, "batch_size": 4, "lr": 1e-3, "val_group_size": 4}
+    options: dict[str, Any] = {"epochs": 7, "batch_size": 4, "lr": 1e-3, "val_group_size": 4}
     last = {name: losses(encoder, folder, tmp_path / "val", **options)[-1] for name, folder in folders.items()}
     assert last["original"] < last["background"] < last["object"], last
     assert last["background"] < 0.75 * math.log(4)  # a guess among four costs log(4)
