@@ -8,9 +8,10 @@ Definitions
 
 - Lines: of all `.py` files, blank lines and comments included.
 - Items: what pytest collects, `slow` and `distributed` included.
-- Modules from shard to CSV: modules of lightning_xai of which a function runs while `test` measures the grounding of
-  feature-pair attribution on one image with one caption, from the opening of the shard to the writing of the last
-  table. Each counts once. `lightning_xai.models` is set aside: it is the model that is explained. Imports do not count.
+- Modules from shard to CSV: modules of lightning_xai of which a function is given something of the pair (bytes, pixels,
+  tokens, maps, rows) while `test` measures the grounding of feature-pair attribution on one image with one caption,
+  from the opening of the shard to the writing of the last table. Each counts once. `lightning_xai.models` is set aside:
+  it is the model that is explained.
 - Files to touch: for an existing entry, its own module and the files of the package that name it, in a string or by an
   import of its module: each would have to be edited for a new one. Docstrings do not count.
 - Places that decide gamma > 0.5: statements with a comparison of gamma and 0.5, a `threshold=0.5`, or a heading that
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -178,9 +179,59 @@ def traced_modules(root: Path) -> list[str]:
     return [module for module in ran if not module.startswith(f"{PACKAGE}.models.")]
 
 
+def carries(value: object, carriers: tuple[type, ...], depth: int = 3) -> bool:
+    """Whether an argument holds something of the pair: pixels, tokens, maps, or rows of a table."""
+    if isinstance(value, carriers):
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, dict):
+        # A row of a table: what was measured, by name.
+        return "gamma" in value or any(carries(part, carriers, depth - 1) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(carries(part, carriers, depth - 1) for part in value[:3])
+    if is_dataclass(value) and not isinstance(value, type):
+        return any(carries(getattr(value, part.name, None), carriers, depth - 1) for part in fields(value))
+    return False
+
+
+class Watch:
+    """Collects the modules that are given something of the pair, from the first opening of a shard on.
+
+    Attributes:
+        reached: the modules so far, when the last table was put into its place.
+    """
+
+    def __init__(self, carriers: tuple[type, ...]) -> None:
+        self._carriers = carriers
+        self._seen: set[str] = set()
+        self.reached: set[str] = set()
+        sys.addaudithook(self._on_file)
+
+    def _on_file(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith(".tar") and arguments[1] in ("r", "rb", None):
+            threading.setprofile(self._on_call)
+            sys.setprofile(self._on_call)
+        elif event == "os.rename" and str(arguments[1]).endswith(".csv"):
+            self.reached.update(self._seen)
+
+    def _on_call(self, frame: FrameType, event: str, argument: object) -> None:
+        module, code = frame.f_globals.get("__name__", ""), frame.f_code
+        # Only functions have CO_OPTIMIZED, not the code of modules and classes.
+        if event != "call" or module in self._seen or not code.co_flags & inspect.CO_OPTIMIZED:
+            return
+        if module.startswith(f"{PACKAGE}."):
+            names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            if any(carries(frame.f_locals.get(name), self._carriers) for name in names):
+                self._seen.add(module)
+
+
 def trace(folder: Path) -> None:
     """Measure one image with one caption, and print a line `ran MODULE` for each module."""
     import lightning as L
+    import numpy as np
+    import pandas as pd
+    import PIL.Image
     import torch
 
     from lightning_xai.data import ShardDataModule
@@ -191,22 +242,6 @@ def trace(folder: Path) -> None:
     except ImportError:
         from lightning_xai.tasks import AttributionEvaluation  # its place in version 0.1
 
-    seen: set[str] = set()
-    reached: set[str] = set()
-
-    def watch(frame: FrameType, event: str, argument: object) -> None:
-        module = frame.f_globals.get("__name__", "")
-        # Functions have local variables of their own (CO_OPTIMIZED); code of modules and classes has not.
-        if event == "call" and module.startswith(f"{PACKAGE}.") and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-            seen.add(module)
-
-    def on_file(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and str(arguments[0]).endswith(".tar") and arguments[1] in ("r", "rb", None):
-            threading.setprofile(watch)
-            sys.setprofile(watch)
-        elif event == "os.rename" and str(arguments[1]).endswith(".csv"):
-            reached.update(seen)
-
     prepare_shapes(folder / "shapes", 1, 1)
     torch.manual_seed(0)
     module = AttributionEvaluation(
@@ -216,16 +251,16 @@ def trace(folder: Path) -> None:
         methods={"feature_pair": {}},
         metrics=["grounding"],
     )
-    sys.addaudithook(on_file)
+    watch = Watch((torch.Tensor, np.ndarray, pd.DataFrame, PIL.Image.Image, bytes))
     data = ShardDataModule(test=folder / "shapes" / "val", num_workers=0, captions_per_image=1)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, inference_mode=False, enable_progress_bar=False, default_root_dir=folder
     )
     trainer.test(module, data)
     sys.setprofile(None)
-    if not reached:
+    if not watch.reached:
         raise RuntimeError("the test wrote no table")
-    for name in sorted(reached):
+    for name in sorted(watch.reached):
         print("ran", name)
 
 
