@@ -9,7 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]  # has none
+import yaml  # has none
 from slurm_jobs import ROOT, Job, call, environment, why_not
 from stopped_runs import differences, left_by
 
