@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_xai import cli
-from lightning_xai.report.tables import read_csv
+from lightning_xai.results.table import read_csv, read_result
 
 
 @pytest.mark.slow
@@ -25,18 +25,18 @@ def test_a_random_vit_b_32_is_fine_tuned_and_measured_on_coco(coco_mini: Path, t
     trainer += ["--callbacks+=lightning_xai.training.GroundingCallback"]
     cli.main(["fit", *model, *data, *(option.replace("--", "--trainer.", 1) for option in trainer)])
     (folder,) = (tmp_path / "run").rglob("grounding")
-    before, after = read_csv(folder / "summary.csv")
-    assert (before["epoch"], after["epoch"], after["step"]) == ("0", "1", "2")
-    pairs = [row for row in read_csv(folder / "pairs-epoch=001.csv") if row["reason"] == "measured"]
-    assert len(pairs) == int(after["pairs"]) > 10
+    before, after = read_csv(folder / "summary.csv").to_dict("records")
+    assert (before["epoch"], after["epoch"], after["step"]) == (0, 1, 2)
+    _, table = read_result(folder / "epoch=001")
+    measured = table.measured("gamma")
+    assert len(measured) == after["targets"] > 10
     # 16 images of 7 x 7 patches of 32 pixels: boxes are in the cropped image and larger than one patch.
-    assert len({row["key"] for row in read_csv(folder / "pairs-epoch=001.csv")}) <= 16
-    for row in pairs:
-        x0, y0, x1, y1 = (float(row[side]) for side in ("x0", "y0", "x1", "y1"))
-        assert 0 <= x0 < x1 <= 224
-        assert 0 <= y0 < y1 <= 224
-        assert (x1 - x0) * (y1 - y0) > 32 * 32
-        assert 0 <= float(row["gamma"]) <= 1
+    assert table.targets["key"].nunique() <= 16
+    for row in measured.to_dict("records"):
+        assert 0 <= row["x0"] < row["x1"] <= 224
+        assert 0 <= row["y0"] < row["y1"] <= 224
+        assert (row["x1"] - row["x0"]) * (row["y1"] - row["y0"]) > 32 * 32
+        assert 0 <= row["value"] <= 1
         assert row["phrase"].lower() in row["caption"].lower() or ", " in row["phrase"]
     assert after["gamma_mean"] != before["gamma_mean"]
     assert (folder / "progress.png").is_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +123,19 @@ class Roar:
         if self.trial is None and not self.prepare:
             self._report(trials, methods)
 
+    def recipe(self, trial: Trial) -> dict[str, dict[str, Any]]:
+        """The fields of a trial's recipe that follow from the settings alone."""
+        removed: dict[str, dict[str, Any]] = {
+            "image": {"pixels": self.pixels, "fill": self.fill},
+            "text": {"tokens": self.tokens},
+        }
+        training = asdict(self.training)
+        return {
+            "selection": {name: getattr(self, name) for name in ("samples", "skip", "split_seed", "validation")},
+            "degradation": removed.get(trial.modality, {}),
+            "training": {name: value for name, value in training.items() if name not in _CHANGES_NO_NUMBER},
+        }
+
     def _run(self, trials: list[Trial], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
         from lightning_xai.commands.roar_run import RoarRun
 
@@ -141,7 +153,7 @@ class Roar:
         from lightning_xai.report.terminal import roar_tables
         from lightning_xai.results.table import ResultTable, write_result
 
-        record, done = gather(self.out, trials, methods, partial(recipe_settings, self), self.grid)
+        record, done = gather(self.out, trials, methods, self.recipe, self.grid)
         table = ResultTable.of(*loss_rows(done))
         write_result(self.out, record, table)
         console = Console()
@@ -178,20 +190,6 @@ def all_methods(roar: Roar) -> dict[str, tuple[str, dict[str, Any]]]:
     if not given:
         raise ValueError("no method takes part: give some as methods, or set baselines to true")
     return given
-
-
-def recipe_settings(roar: Roar, trial: Trial) -> dict[str, dict[str, Any]]:
-    """The fields of a trial's recipe that follow from the settings alone."""
-    removed: dict[str, dict[str, Any]] = {
-        "image": {"pixels": roar.pixels, "fill": roar.fill},
-        "text": {"tokens": roar.tokens},
-    }
-    training = asdict(roar.training)
-    return {
-        "selection": {name: getattr(roar, name) for name in ("samples", "skip", "split_seed", "validation")},
-        "degradation": removed.get(trial.modality, {}),
-        "training": {name: value for name, value in training.items() if name not in _CHANGES_NO_NUMBER},
-    }
 
 
 def _grid_points(

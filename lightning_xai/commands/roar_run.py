@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
@@ -21,8 +21,7 @@ from lightning_xai.atomic_file import write_json
 from lightning_xai.attribution.method_options import ChosenMethod, choose_method
 from lightning_xai.commands.inputs import load_model
 from lightning_xai.commands.outputs import describe
-from lightning_xai.commands.roar import Roar, recipe_settings
-from lightning_xai.data.faults import BROKEN_RECORD
+from lightning_xai.data.excluded import BROKEN_RECORD
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest
 from lightning_xai.evaluation.roar_data import (
     attribute_pairs,
@@ -46,6 +45,9 @@ from lightning_xai.results.trials import (
     read_trial,
 )
 from lightning_xai.training.roar import retrain
+
+if TYPE_CHECKING:
+    from lightning_xai.commands.roar import Roar
 
 
 class RoarRun:
@@ -109,13 +111,13 @@ class RoarRun:
             },
             data={"shards": self.manifest.fingerprint},
             method={} if method is None else {"name": method.name, "options": options_that_count(method.options)},
-            **recipe_settings(self.roar, trial),
+            **self.roar.recipe(trial),
         )
 
     @cached_property
     def _originals(self) -> tuple[Path, Path]:
         """Folders of the training and validation parts."""
-        parts, settings = self._partition, recipe_settings(self.roar, Trial(ORIGINAL, NO_MODALITY, 0))["selection"]
+        parts, settings = self._partition, self.roar.recipe(Trial(ORIGINAL, NO_MODALITY, 0))["selection"]
         transform = self.encoder.architecture["preprocess_cfg"], self.encoder.image_transform.size
         digest = _digest([self.manifest.fingerprint, settings, transform])
         folders = []

@@ -29,7 +29,6 @@ from lightning_xai.evaluation.examples import ExampleGallery, Pixels, write_gall
 from lightning_xai.evaluation.method_run import MethodRun
 from lightning_xai.evaluation.ranks import from_first, gather_to_first
 from lightning_xai.evaluation.rows import Embeddings
-from lightning_xai.evaluation.terminal_table import terminal_tables
 from lightning_xai.metrics.chosen import ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
@@ -200,7 +199,7 @@ class AttributionEvaluation(L.LightningModule):
         kept = {run.label: (run.gallery, gather_to_first(run.gallery.kept)) for run in runs if run.gallery is not None}
         if self.trainer.is_global_zero:
             self._write({label: gallery.shown(parts) for label, (gallery, parts) in kept.items()})
-            self._show(scores)
+            self._show()
         missing = [name for name in self.asked_for if name not in measured]
         if missing:
             raise ValueError(
@@ -327,10 +326,13 @@ class AttributionEvaluation(L.LightningModule):
         write_gallery(self.out, shown)
         write_result(self.out, self.result, self.table)
 
-    def _show(self, scores: Mapping[tuple[str, int, str], float]) -> None:
+    def _show(self) -> None:
+        from lightning_xai.report.terminal import result_tables
+
         assert self.result is not None
+        assert self.table is not None
         console = Console()
-        for table in terminal_tables(self.result, scores):
+        for table in result_tables(self.result, self.table):
             console.print(table)
         speed = self.result.speed
         lines = [

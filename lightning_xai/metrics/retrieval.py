@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_xai.models.loss import contrastive_loss
+from lightning_xai.loss import contrastive_loss
 
 __all__ = ["RetrievalMetric", "recall_at_k"]
 

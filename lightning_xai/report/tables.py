@@ -1,36 +1,27 @@
-"""Tables of a run: grounding per epoch for the terminal, one line per pair as CSV.
+"""The table of grounding per epoch, for the terminal.
 
 Nothing here needs torch: reports are read on machines that have no training environment.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.results.states import state_name as epoch_name
 
 __all__ = [
     "NO_VALUE",
-    "PAIR_COLUMNS",
-    "csv_field",
     "epoch_name",
     "format_value",
     "grounding_table",
-    "per_pair_csv",
-    "read_csv",
-    "replaced_at_once",
 ]
 
 NO_VALUE = "–"
-PAIR_COLUMNS = ("index", "key", "caption_index", "caption", "phrase", "label", "reason", "gamma", "hit")
 
 # Key of a row -> heading; gamma's mean is a share, the paper prints the other three in percent.
 _GROUNDING_COLUMNS = {
@@ -114,79 +105,3 @@ def grounding_table(rows: Sequence[Mapping[str, object]], title: str = "Groundin
 def _heading(key: str) -> str:
     name = key.replace("_", " ").replace("/", " ")
     return f"{name} [%]" if is_percent(key) else name
-
-
-def per_pair_csv(path: Path, rows: Iterable[Mapping[str, object]], columns: Sequence[str] = PAIR_COLUMNS) -> int:
-    """Write one line per pair; a reader of `path` sees the whole table or the one before it, never a part.
-
-    Floats are written with `repr`, so that reading them gives the same number; NaN as `nan`, truth values as 1 and 0,
-    None and missing values as an empty field.
-
-    Args:
-        path: the CSV file (UTF-8); its folder is made where it does not exist.
-        rows: column -> value, drawn one at a time.
-        columns: the header, always written in this order, also where there are no rows.
-
-    Returns:
-        How many rows were written.
-
-    Raises:
-        ValueError: a row has a column that the header does not name. An existing `path` is then left as it was.
-    """
-    count = 0
-    with (
-        replaced_at_once(path) as part,
-        # JSON allows lone surrogates, which are no UTF-8, in captions: spell them out rather than lose the table.
-        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for count, row in enumerate(rows, start=1):
-            unknown = row.keys() - set(columns)
-            if unknown:
-                raise ValueError(
-                    f"{path}, row {count}: unknown columns {sorted(unknown)}; the header is {list(columns)}"
-                )
-            writer.writerow([csv_field(row.get(column)) for column in columns])
-    return count
-
-
-def csv_field(value: object) -> str:
-    """A value as `per_pair_csv` writes it.
-
-    >>> [csv_field(value) for value in (0.1, True, 3, None, "a dog", float("nan"))]
-    ['0.1', '1', '3', '', 'a dog', 'nan']
-    """
-    if value is None:
-        return ""
-    if isinstance(value, numbers.Integral):  # bool included
-        return str(int(value))
-    if isinstance(value, numbers.Real):  # numpy's scalars included: their own repr is "np.float64(0.1)"
-        return repr(float(value))
-    return str(value)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read a table that `per_pair_csv` wrote: one dictionary per line, all values as text.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file has no header, is no UTF-8 text, or a line has another number of fields than the header.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = csv.reader(file, strict=True)
-            header = next(lines, None)
-            if not header:
-                raise ValueError(f"{path}: expected a header line, the file is empty; write the table again")
-            rows = []
-            for fields in lines:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    message = f"expected {len(header)} fields as in the header, found {len(fields)}"
-                    raise ValueError(f"{path}, line {lines.line_num}: {message}; put fields with commas in quotes")
-                rows.append(dict(zip(header, fields, strict=True)))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); write the table again") from error
-    return rows

@@ -18,10 +18,10 @@ from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_xai.data.batch import Batch
+from lightning_xai.loss import global_contrastive_loss
 from lightning_xai.metrics.retrieval import RetrievalMetric
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.loading import load_dual_encoder
-from lightning_xai.models.loss import global_contrastive_loss
 from lightning_xai.models.sharding import (
     gather_parameters,
     is_sharded,

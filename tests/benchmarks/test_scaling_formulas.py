@@ -45,8 +45,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_xai.loss import gather_features, global_contrastive_loss
 from lightning_xai.models import load_dual_encoder
-from lightning_xai.models.loss import gather_features, global_contrastive_loss
 
 PLAN, CLUSTER, DATA = Plan(), Cluster(), DataMeasures()
 

@@ -11,8 +11,8 @@ from distributed import run_distributed
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_xai.loss import contrastive_loss
 from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
-from lightning_xai.models.loss import contrastive_loss
 
 SCALE = torch.tensor(20.0)
 

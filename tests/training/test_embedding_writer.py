@@ -54,7 +54,7 @@ def test_the_file_holds_the_unit_embeddings_of_every_image_and_caption_but_broke
 ) -> None:
     predict(task, tmp_path, samples)
     path = tmp_path / "embeddings" / "rank_0.npz"
-    assert f"Embeddings: {path}" in capsys.readouterr().out
+    assert f"Saved {path}" in capsys.readouterr().out
     kept = [sample for i, sample in enumerate(samples) if i != 4]
     with np.load(path, allow_pickle=False) as arrays:
         assert arrays["keys"].tolist() == [sample.key for sample in kept]

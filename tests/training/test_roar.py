@@ -20,9 +20,9 @@ from lightning_xai.data.sample import Sample
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import Manifest, write_shards
 from lightning_xai.evaluation.roar_data import write_degraded, write_original
+from lightning_xai.loss import contrastive_loss
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
-from lightning_xai.models.loss import contrastive_loss
 from lightning_xai.results.trials import Retraining
 from lightning_xai.training.roar import NonFiniteLossError, retrain
 

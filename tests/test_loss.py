@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_xai.models.loss import contrastive_loss, gather_features, global_contrastive_loss
+from lightning_xai.loss import contrastive_loss, gather_features, global_contrastive_loss
 
 
 def unit_features(rows: int, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
