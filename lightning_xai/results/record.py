@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from lightning_xai.atomic_file import replaced_at_once
+from lightning_xai.atomic_file import read_json, write_json
+from lightning_xai.results.labels import check_label
 
 __all__ = [
     "RESULT_NAME",
@@ -177,9 +178,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 def write_record(folder: Path, record: ResultRecord) -> None:
     """Write `folder/result.json`; a reader sees the whole file or the one before it."""
-    text = msgspec.json.format(msgspec.json.encode(record, enc_hook=str), indent=2)
-    with replaced_at_once(folder / RESULT_NAME) as part:
-        part.write_bytes(text + b"\n")
+    write_json(folder / RESULT_NAME, msgspec.to_builtins(record, enc_hook=str))
 
 
 def read_record(folder: Path) -> ResultRecord:
@@ -190,17 +189,21 @@ def read_record(folder: Path) -> ResultRecord:
     """
     path = folder / RESULT_NAME
     try:
-        data = path.read_bytes()
-        found = msgspec.json.decode(data, type=_Version).version
+        found = read_json(path, _Version).version
         if found != VERSION:
             raise ResultError(
                 f"{path}: version {found} of the result format, this release reads {VERSION}; "
                 "run the same command again in an empty folder to write it in the new format"
             )
-        return msgspec.json.decode(data, type=ResultRecord)
+        record = read_json(path, ResultRecord)
+        for label in record.methods:
+            check_label(label)  # names a folder
+        return record
     except OSError as error:
         raise ResultError(f"{path} cannot be read ({error}); give the folder of a finished run") from error
-    except msgspec.MsgspecError as error:
+    except ResultError:
+        raise
+    except ValueError as error:
         raise ResultError(f"{path}: field missing or of the wrong type ({error}); run it again") from error
 
 

@@ -135,8 +135,12 @@ def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str
     counts = summed.loc[summed["score"] == scores[0].name, [*by, "count"]].rename(columns={"count": "targets"})
     lines = counts.reset_index(drop=True)
     for score in scores:
-        column = summed.loc[summed["score"] == score.name, [*by, "value"]].reset_index(drop=True)
-        lines[score.name] = column["value"]
+        column = summed.loc[summed["score"] == score.name, [*by, "value"]].rename(columns={"value": score.name})
+        lines = (
+            lines.merge(column, on=list(by), how="left")
+            if by
+            else lines.assign(**{score.name: column[score.name].iloc[0]})
+        )
     reasons = exclusions(frame[frame["metric"] == scores[0].value], [*by, "metric"])
     for reason in sorted(set(reasons["excluded"]) - {""}):
         own = reasons[reasons["excluded"] == reason]

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from lightning_xai.atomic_file import write_json
+from lightning_xai.atomic_file import as_read, read_json, write_json
 from lightning_xai.results.record import MethodRecord, ResultRecord, settings_that_differ
 
 __all__ = [
@@ -173,19 +173,19 @@ def read_trial(folder: Path, trial: Trial) -> TrialResult | None:
     if not path.is_file():
         return None
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=TrialResult)
+        found = read_json(path, TrialResult)
         if found.version != VERSION:
             raise ValueError(f"version {found.version}, this release reads {VERSION}")
         if found.trial != trial or not found.curve:
             raise ValueError(f"it is of the trial {found.trial}, with {len(found.curve)} losses")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no result of this trial ({error}); delete it and run the trial again") from error
     return found
 
 
 def check_recipe(found: TrialResult, recipe: Recipe, folder: Path) -> None:
     """Raise a ValueError that names what differs if a trial was run with other settings, data or weights."""
-    was, now = (msgspec.json.decode(msgspec.json.encode(one, enc_hook=str)) for one in (found.recipe, recipe))
+    was, now = (as_read(msgspec.to_builtins(one, enc_hook=str)) for one in (found.recipe, recipe))
     changes = settings_that_differ(was, now)
     if changes:
         raise ValueError(

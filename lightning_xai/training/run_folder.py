@@ -16,7 +16,7 @@ import msgspec
 import torch
 from filelock import FileLock, Timeout
 
-from lightning_xai.atomic_file import put_in_place, replaced_at_once
+from lightning_xai.atomic_file import as_read, put_in_place, read_json, write_json
 from lightning_xai.results.record import settings_that_differ
 from lightning_xai.training.checkpoint_file import damage
 
@@ -31,6 +31,7 @@ _FOREIGN = "it belongs to another run"
 _CHECKPOINT = re.compile(r"step=(\d{1,18})\.ckpt")
 _UNFINISHED = re.compile(r"\.{1,2}step=\d{1,18}\.ckpt\..+")
 _SHOWN = 12
+_MOVED = re.compile(r"^lightning_xai\.(?:tasks|callbacks)\.")  # packages of version 0.1
 
 
 class RunFolderError(ValueError):
@@ -129,12 +130,12 @@ class RunFolder:
         """
         path = self.path / RECORD_NAME
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=RunRecord)
+            record = read_json(path, RunRecord)
             if record.version != RECORD_VERSION:
                 raise ValueError(f"version {record.version}, expected {RECORD_VERSION}")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise RunFolderError(
                 f"{path} cannot be read ({error}): restore it, or choose another folder for this run"
             ) from error
@@ -152,7 +153,7 @@ class RunFolder:
         Raises:
             RunFolderError: it names each setting that differs.
         """
-        changes = settings_that_differ(record.settings, _plain(settings)) if record.settings else []
+        changes = settings_that_differ(_plain(record.settings), _plain(settings)) if record.settings else []
         if changes:
             more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
             raise RunFolderError(
@@ -216,10 +217,8 @@ class RunFolder:
 
     def _write(self, record: RunRecord) -> None:
         path = self.path / RECORD_NAME
-        text = msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=2)
         try:
-            with replaced_at_once(path, durable=True) as part:
-                part.write_bytes(text + b"\n")
+            write_json(path, msgspec.to_builtins(record), durable=True)
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written ({error.strerror}): choose another folder") from error
 
@@ -240,6 +239,16 @@ def _foreign(path: Path, record: RunRecord) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back, so that what was read can be compared with what is given."""
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings, enc_hook=str))
-    return plain
+    """Settings as JSON gives them back, so that what was read can be compared with what is given.
+
+    Class paths of version 0.1 count as what they are called now.
+    """
+    return {name: _renamed(value) for name, value in as_read(settings).items()}
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _renamed(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item) for item in value]
+    return _MOVED.sub("lightning_xai.training.", value) if isinstance(value, str) else value
