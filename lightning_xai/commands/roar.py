@@ -123,7 +123,8 @@ class Roar:
         if self.trial is None and not self.prepare:
             self._report(trials, methods)
 
-    def recipe(self, trial: Trial) -> dict[str, dict[str, Any]]:
+    # Not public: the parser would make a subcommand of it.
+    def _settings_of(self, trial: Trial) -> dict[str, dict[str, Any]]:
         """The fields of a trial's recipe that follow from the settings alone."""
         removed: dict[str, dict[str, Any]] = {
             "image": {"pixels": self.pixels, "fill": self.fill},
@@ -140,7 +141,7 @@ class Roar:
         from lightning_xai.commands.roar_run import RoarRun
 
         _check_checkpoint(self.model.name)
-        run = RoarRun(self, methods)
+        run = RoarRun(self, methods, self._settings_of)
         if self.prepare:
             run.prepare()
         else:
@@ -153,7 +154,7 @@ class Roar:
         from lightning_xai.report.terminal import roar_tables
         from lightning_xai.results.table import ResultTable, write_result
 
-        record, done = gather(self.out, trials, methods, self.recipe, self.grid)
+        record, done = gather(self.out, trials, methods, self._settings_of, self.grid)
         table = ResultTable.of(*loss_rows(done))
         write_result(self.out, record, table)
         console = Console()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -56,13 +56,20 @@ class RoarRun:
     Args:
         roar: all settings.
         methods: label -> name and options of each method.
+        settings: trial -> the fields of its recipe that follow from the settings alone.
 
     Raises:
         ValueError: no such model, data or method, or one that cannot serve the model.
     """
 
-    def __init__(self, roar: Roar, methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        roar: Roar,
+        methods: Mapping[str, tuple[str, dict[str, Any]]],
+        settings: Callable[[Trial], dict[str, dict[str, Any]]],
+    ) -> None:
         self.roar = roar
+        self.settings = settings
         self.manifest = Manifest.load(roar.data)
         encoder = load_model(roar.model)
         if not isinstance(encoder, DualEncoder):
@@ -111,13 +118,13 @@ class RoarRun:
             },
             data={"shards": self.manifest.fingerprint},
             method={} if method is None else {"name": method.name, "options": options_that_count(method.options)},
-            **self.roar.recipe(trial),
+            **self.settings(trial),
         )
 
     @cached_property
     def _originals(self) -> tuple[Path, Path]:
         """Folders of the training and validation parts."""
-        parts, settings = self._partition, self.roar.recipe(Trial(ORIGINAL, NO_MODALITY, 0))["selection"]
+        parts, settings = self._partition, self.settings(Trial(ORIGINAL, NO_MODALITY, 0))["selection"]
         transform = self.encoder.architecture["preprocess_cfg"], self.encoder.image_transform.size
         digest = _digest([self.manifest.fingerprint, settings, transform])
         folders = []

@@ -23,12 +23,14 @@ from rich.console import Console
 
 from lightning_xai.attribution.base import ConstantMapWarning
 from lightning_xai.attribution.method_options import check_method, choose_method
+from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.examples import ExampleGallery, Pixels, write_gallery
 from lightning_xai.evaluation.method_run import MethodRun
 from lightning_xai.evaluation.ranks import from_first, gather_to_first
 from lightning_xai.evaluation.rows import Embeddings
+from lightning_xai.metrics import METRICS
 from lightning_xai.metrics.chosen import ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
@@ -276,6 +278,7 @@ class AttributionEvaluation(L.LightningModule):
         manifest = data.manifest("test")
         pairs, seconds = sum(part.pairs for part in parts), max(part.seconds for part in parts)
         metrics = {name: metric for run in runs for name, metric in run.metrics.items()}
+        origins = [METHODS.origin(run.chosen.name) for run in runs] + [METRICS.origin(name) for name in metrics]
         return ResultRecord(
             kind="evaluation",
             model={
@@ -300,7 +303,8 @@ class AttributionEvaluation(L.LightningModule):
                 "shown": self.shown,
                 "internal_batch_size": self.internal_batch_size,
             },
-            versions=package_versions(),
+            versions=package_versions()
+            | {package: version for package, _, version in (origin.partition(" ") for origin in origins) if version},
             methods={
                 label: MethodRecord(
                     name=own[0].chosen.name,

@@ -147,7 +147,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         model: `name`, `pretrained`, `architecture`, `fingerprint` of the weights, ...
         data: `name`, `folder`, `fingerprint`, `samples`, ...
         settings: every option.
-        versions: package -> version.
+        versions: package -> version, those that add methods or metrics included.
         methods: label -> method.
         metrics: name -> metric.
         state: of a training: `epoch` (finished epochs, or "validate" or "test") and `step`.
