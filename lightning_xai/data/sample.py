@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import msgspec
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER
@@ -120,6 +121,18 @@ class Sample:
     source: str = ""
     negatives: tuple[HardNegative, ...] = ()
     blanks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+class _Record(msgspec.Struct):
+    """The `.json` member of a sample; msgspec checks its types."""
+
+    captions: tuple[str, ...]
+    width: int
+    height: int
+    source: str
+    regions: tuple[Region, ...]
+    negatives: tuple[HardNegative, ...] = ()
+    blanks: dict[int, tuple[int, ...]] = {}
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -261,24 +274,20 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
             f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; "
             "prepare the shards again with this release"
         )
-    if not isinstance(record.get("captions"), list):
-        raise RecordError(f"{where}: captions have to be a list of strings; rebuild the shard")
     try:
-        sample = Sample(
-            key=key,
-            image=images[0],
-            size=(int(record["width"]), int(record["height"])),
-            captions=tuple(record["captions"]),
-            regions=tuple(_decode_region(region) for region in record["regions"]),
-            source=str(record["source"]),
-            negatives=tuple(_decode_negative(negative) for negative in record.get("negatives", ())),
-            blanks={
-                int(caption): tuple(int(position) for position in positions)
-                for caption, positions in record.get("blanks", {}).items()
-            },
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise RecordError(f"{where}: field missing or of the wrong type ({error!r}); rebuild the shard") from error
+        fields = msgspec.convert(record, _Record, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise RecordError(f"{where}: field missing or of the wrong type ({error}); rebuild the shard") from error
+    sample = Sample(
+        key=key,
+        image=images[0],
+        size=(fields.width, fields.height),
+        captions=fields.captions,
+        regions=fields.regions,
+        source=fields.source,
+        negatives=fields.negatives,
+        blanks=fields.blanks,
+    )
     _check(sample, where)
     return sample
 
@@ -291,32 +300,6 @@ def _encode_region(region: Region) -> dict[str, Any]:
         "spans": {str(caption): [list(span) for span in spans] for caption, spans in region.spans.items()},
     }
     return record | {"entity": region.entity} if region.entity else record
-
-
-def _decode_region(record: Mapping[str, Any]) -> Region:
-    x, y, width, height = (float(value) for value in record["box"])
-    spans = {
-        int(caption): tuple((int(start), int(end)) for start, end in spans)
-        for caption, spans in record["spans"].items()
-    }
-    return Region(
-        label=str(record["label"]),
-        box=(x, y, width, height),
-        spans=spans,
-        crowd=bool(record["crowd"]),
-        entity=str(record.get("entity", "")),
-    )
-
-
-def _decode_negative(record: Mapping[str, Any]) -> HardNegative:
-    (start, end), (true_start, true_end) = record["span"], record["true_span"]
-    return HardNegative(
-        text=str(record["text"]),
-        span=(int(start), int(end)),
-        caption=int(record["caption"]),
-        true_span=(int(true_start), int(true_end)),
-        region=int(record["region"]),
-    )
 
 
 def _check(sample: Sample, where: str | None = None) -> None:

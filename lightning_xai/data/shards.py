@@ -15,11 +15,12 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeAlias
 
+import msgspec
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -35,9 +36,10 @@ MANIFEST_VERSION = 1
 _EXCLUDED_KEY = "left_out"  # as version 1 of the file calls it: shards that are prepared stay readable
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*\.tar")  # commands take a leading "-" for an option
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOGGED_RECORDS = 10
 _SHOWN_FAULTS = 10
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
 _log = logging.getLogger(__name__)
 
@@ -62,29 +64,24 @@ class ShardEntry:
         sha256: hash of the file, 64 lower-case hexadecimal digits.
 
     Raises:
-        ShardError: an attribute is not as stated; above all, the name could leave the folder or be taken for a command.
+        ShardError: the name could leave the folder or be taken for a command.
     """
 
     name: str
-    samples: int
-    bytes: int
-    sha256: str
+    samples: Annotated[int, msgspec.Meta(ge=1)]
+    bytes: _Count
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
+        if not _SHARD_NAME.fullmatch(self.name):
             raise ShardError(
                 f"shard name {self.name!r} is not allowed (letters, digits, '.', '_', '-', not beginning with '-', "
                 "ending in '.tar', in the manifest's own folder); do not use this manifest unless you know where it "
                 "comes from"
             )
-        if not _is_count(self.samples, 1) or not _is_count(self.bytes, 0):
-            raise ShardError(f"shard {self.name}: samples and bytes have to be positive integers; prepare it again")
-        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise ShardError(f"shard {self.name}: sha256 has to be 64 hexadecimal digits; prepare it again")
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     """The content of a folder of shards.
 
     Attributes:
@@ -99,8 +96,8 @@ class Manifest:
     name: str
     shards: tuple[ShardEntry, ...]
     labels: tuple[str, ...]
-    excluded: Mapping[str, int]
-    captions: int
+    excluded: Mapping[str, _Count]
+    captions: _Count
     version: int = MANIFEST_VERSION
 
     @property
@@ -157,8 +154,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json`; the same manifest gives the same bytes."""
-        record = asdict(self) | {"samples": self.samples}
-        record[_EXCLUDED_KEY] = dict(sorted(record.pop("excluded").items()))
+        record = msgspec.to_builtins(self) | {"samples": self.samples}
         text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -422,10 +418,6 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _parse_manifest(record: Any, path: str) -> Manifest:
     version = record.get("version") if isinstance(record, dict) else None
     if version != MANIFEST_VERSION:
@@ -434,36 +426,20 @@ def _parse_manifest(record: Any, path: str) -> Manifest:
             "release"
         )
     try:
-        manifest = Manifest(
-            name=record["name"],
-            shards=tuple(
-                ShardEntry(shard["name"], shard["samples"], shard["bytes"], shard["sha256"])
-                for shard in record["shards"]
-            ),
-            labels=tuple(record["labels"]),
-            excluded=dict(record[_EXCLUDED_KEY]),
-            captions=record["captions"],
-        )
-    except ShardError as error:
-        raise ShardError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+        manifest = msgspec.convert(record, Manifest)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ShardError):
+            raise ShardError(f"{path}: {error.__cause__}") from error
         raise ShardError(
-            f"{path}: field missing or of the wrong type ({error!r}); restore the file or prepare the shards again"
+            f"{path}: field missing or of the wrong type ({error}); restore the file or prepare the shards again"
         ) from error
-    if fault := _find_fault(manifest):
-        raise ShardError(f"{path}: {fault}; restore the file or prepare the shards again")
-    return manifest
-
-
-def _find_fault(manifest: Manifest) -> str | None:
     names = [entry.name for entry in manifest.shards]
     checks = {
-        "'name' is not a text": isinstance(manifest.name, str),
         "no shard is listed": bool(names),
         "a shard is listed twice": len(set(names)) == len(names),
-        "'labels' are not sorted texts": all(isinstance(label, str) for label in manifest.labels)
-        and list(manifest.labels) == sorted(set(manifest.labels)),
-        "'captions' is not a count": _is_count(manifest.captions, 0),
-        f"'{_EXCLUDED_KEY}' does not hold counts": all(_is_count(count, 0) for count in manifest.excluded.values()),
+        "'labels' are not sorted texts": list(manifest.labels) == sorted(set(manifest.labels)),
     }
-    return next((fault for fault, holds in checks.items() if not holds), None)
+    for fault, holds in checks.items():
+        if not holds:
+            raise ShardError(f"{path}: {fault}; restore the file or prepare the shards again")
+    return manifest

@@ -220,8 +220,6 @@ HOSTILE_NAMES = [
     "http://host/x.tar",
     "{0..9}.tar",
     "$HOME.tar",
-    None,
-    3,
 ]
 
 
@@ -240,19 +238,25 @@ def test_hostile_shard_names_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 WRONG_MANIFESTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda record: record.update(version=99), "manifest version 99, expected 1"),
-    (lambda record: record.pop("labels"), r"field missing or of the wrong type \(KeyError\('labels'\)\)"),
-    (lambda record: record.update(shards=7), "field missing or of the wrong type"),
-    (lambda record: record.update(shards=["shard-000000.tar"]), "field missing or of the wrong type"),
+    *(
+        (change, rf"field missing or of the wrong type \(.*{place}")
+        for change, place in (
+            (lambda record: record.pop("labels"), "labels"),
+            (lambda record: record.update(shards=7), "shards"),
+            (lambda record: record.update(shards=["shard-000000.tar"]), "shards"),
+            (lambda record: record.update(name=None), "name"),
+            (lambda record: record.update(labels=[1, "cat"]), "labels"),
+            (lambda record: record.update(captions="many"), "captions"),
+            (lambda record: record.update(left_out={"x": -1}), "left_out"),
+            (lambda record: record["shards"][0].update(name=3), "name"),
+            (lambda record: record["shards"][0].update(samples=0), "samples"),
+            (lambda record: record["shards"][0].update(samples=True), "samples"),
+            (lambda record: record["shards"][0].update(sha256="ABC"), "sha256"),
+        )
+    ),
     (lambda record: record.update(shards=[]), "no shard is listed"),
     (lambda record: record.update(shards=record["shards"] * 2), "a shard is listed twice"),
-    (lambda record: record.update(name=None), "'name' is not a text"),
     (lambda record: record.update(labels=["dog", "cat"]), "'labels' are not sorted texts"),
-    (lambda record: record.update(labels=[1, "cat"]), "'labels' are not sorted texts"),
-    (lambda record: record.update(captions="many"), "'captions' is not a count"),
-    (lambda record: record.update(left_out={"x": -1}), "'left_out' does not hold counts"),
-    (lambda record: record["shards"][0].update(samples=0), "samples and bytes have to be positive"),
-    (lambda record: record["shards"][0].update(samples=True), "samples and bytes have to be positive"),
-    (lambda record: record["shards"][0].update(sha256="ABC"), "64 hexadecimal digits"),
 ]
 
 
@@ -262,7 +266,7 @@ def test_a_wrong_manifest_is_refused_with_file_and_remedy(tmp_path: Path) -> Non
     for change, message in WRONG_MANIFESTS:
         (tmp_path / MANIFEST_NAME).write_text(whole)
         edit_manifest(tmp_path, change)
-        with pytest.raises(ShardError, match=rf"{MANIFEST_NAME}: .*{message}.*(again|positive)"):
+        with pytest.raises(ShardError, match=rf"{MANIFEST_NAME}: .*{message}.*again"):
             Manifest.load(tmp_path)
 
 
