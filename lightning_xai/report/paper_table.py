@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_xai.report.sheet import printable
-from lightning_xai.report.tables import NO_VALUE
 from lightning_xai.results.record import Better, Score
 from lightning_xai.results.runs import Estimate
 
-__all__ = ["Column", "PaperTable", "Value", "score_column"]
+__all__ = ["LOGGED_COLUMNS", "NO_VALUE", "Column", "PaperTable", "Value", "score_column"]
 
+NO_VALUE = "–"
 Value = str | int | float | Estimate | None
 _ARROWS = {"up": " ↑", "down": " ↓", None: ""}
 _LATEX = {
@@ -116,6 +116,14 @@ class Column:
 def score_column(score: Score, group: str = "") -> Column:
     """The column of a score."""
     return Column(score.heading, group, percent=score.percent, digits=1 if score.percent else 4, better=score.better)
+
+
+LOGGED_COLUMNS = {
+    "loss": Column("loss", better="down"),
+    "image_to_text_recall_at_1": Column("i→t R@1", percent=True, digits=1, better="up"),
+    "text_to_image_recall_at_1": Column("t→i R@1", percent=True, digits=1, better="up"),
+}
+"""The columns of the most important values that `ContrastiveModule` logs."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +232,8 @@ class PaperTable:
             [Text(text, style="bold" if (i, place) in self.best else "") for place, text in enumerate(row)]
             for i, row in enumerate(self.texts)
         ]
-        several = {place for place in range(len(self.columns)) if len({row[place] for row in self.texts}) > 1}
+        one = len(self.rows) == 1
+        several = {i for i in range(len(self.columns)) if one or len({row[i] for row in self.texts}) > 1}
         words = [place for place, column in enumerate(self.columns) if not column.numeric and place in several]
         numbers = [place for place, column in enumerate(self.columns) if column.numeric]
         if len(numbers) > len(self.rows):

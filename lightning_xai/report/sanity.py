@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_xai.report.explanation import scaled
+from lightning_xai.report.paper_table import NO_VALUE
 from lightning_xai.report.plots import Example, Heat, evenly, fitted, heat_fault, overlay, to_uint8
 from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Sheet, text_width, wrap
-from lightning_xai.report.tables import NO_VALUE
 
 COLUMNS = ("method", "modality", "stage", "spearman", "ssim", "pairs", "constant")
 """What each row of a sanity check holds, in the order of its CSV file."""

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
+from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, score_column
 from lightning_xai.report.plots import curves, progress_sheet, save_figure
-from lightning_xai.report.tables import epoch_name, format_value, grounding_table
 from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions
+from lightning_xai.results.states import state_name
 from lightning_xai.training.grounding_pass import METHOD, Measured
 
 __all__ = ["LOGGED", "Row", "history_row", "measurement_name", "show", "write"]
@@ -26,11 +27,6 @@ it."""
 LOGGED = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho")
 """Scores that the callback logs, besides `grounding_targets`."""
 _OWN = {*LOGGED, "grounding_targets"}
-_SHOWN = {  # of what the module logs, what 80 columns have room for, and its heading
-    "loss": "loss",
-    "image_to_text_recall_at_1": "i→t R@1 [%]",
-    "text_to_image_recall_at_1": "t→i R@1 [%]",
-}
 
 
 def history_row(measured: Measured, epoch: int | str, step: int, logged: Mapping[str, float]) -> Row:
@@ -94,12 +90,12 @@ def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> N
     """Print the table of grounding, what was excluded from the last measurement, and where to look."""
     console = console or Console()
     last = rows[-1]
-    shown = [
-        {key: row[key] for key in ("epoch", *LOGGED, "targets")}
-        | {heading: format_value(key, row[key]) for key, heading in _SHOWN.items() if key in row}
-        for row in rows
-    ]
-    console.print(grounding_table(shown))
+    columns = {score.name: score_column(score) for score in SPEC.scores if score.name in LOGGED}
+    columns |= {"targets": Column("targets")}
+    columns |= {key: column for key, column in LOGGED_COLUMNS.items() if any(key in row for row in rows)}
+    cells = [[state_name(row["epoch"]), *(row.get(key) for key in columns)] for row in rows]
+    heads = [Column("after", numeric=False), *columns.values()]
+    console.print(PaperTable("grounding", "Grounding per epoch", "", heads, cells).to_terminal())
     counts = last["excluded"] | {"broken_records": int(last.get("broken_records", 0))}
     reasons = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in counts.items() if n)
     suffix = "" if isinstance(last["epoch"], int) else f"-{last['epoch']}"
@@ -141,7 +137,7 @@ def _progress(rows: Sequence[Row], measured: Measured) -> Figure:
     return progress_sheet(
         measured.drawn.examples,
         [[heat.numpy() for heat in row["examples"]["heats"]] for row in same],
-        [epoch_name(row["epoch"]) for row in same],
+        [state_name(row["epoch"]) for row in same],
         [row["examples"]["gammas"] for row in same],
         f"What the phrase matches in the image ({measured.split}): red more, blue less similar",
         hits=[row["examples"]["hits"] for row in same],

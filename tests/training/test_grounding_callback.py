@@ -437,7 +437,7 @@ def test_a_table_is_shown_at_the_end_with_the_path_to_look_at(run: Run) -> None:
     assert f"{run.folder / 'grounding' / 'progress.png'}" in run.output
     assert f"{run.folder / 'grounding' / 'summary.csv'}" in run.output
     assert "not mentioned" in run.output
-    assert max(len(line) for line in run.output.splitlines() if "│" in line) <= 80
+    assert max(len(line) for line in run.output.splitlines() if "γ" in line) <= 80
 
 
 # --- when it measures ---

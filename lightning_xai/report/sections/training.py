@@ -7,19 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_xai.report.page import Block, Chart
-from lightning_xai.report.paper_table import Column, PaperTable
+from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable
 from lightning_xai.report.plots import curves
 from lightning_xai.report.sections.metrics import score_columns
 from lightning_xai.results.runs import GROUNDING, Estimate, Measurement, Run
 
 __all__ = ["training_blocks"]
-
-_LOGGED = {
-    "loss": Column("loss", better="down"),
-    "image_to_text_recall_at_1": Column("i→t R@1", percent=True, digits=1, better="up"),
-    "text_to_image_recall_at_1": Column("t→i R@1", percent=True, digits=1, better="up"),
-}
-"""The most telling of what a module logs: the names that `ContrastiveModule` gives."""
 
 
 def training_blocks(runs: Sequence[Run]) -> list[Block]:
@@ -33,7 +26,7 @@ def training_blocks(runs: Sequence[Run]) -> list[Block]:
 
 def _progress_table(run: Run) -> PaperTable:
     metric = run.record.metrics[GROUNDING]
-    logged = [key for key in _LOGGED if key in run.record.logged]
+    logged = [key for key in LOGGED_COLUMNS if key in run.record.logged]
     columns = [Column("after", numeric=False), *score_columns(metric), Column("targets")]
     rows = []
     for each in run.measurements:
@@ -45,7 +38,7 @@ def _progress_table(run: Run) -> PaperTable:
         f"progress-{run.name}",
         f"Grounding while {run.name} learned",
         "R@1: share of pairs whose partner is found first among all images or captions of the split.",
-        [*columns, *(_LOGGED[key] for key in logged)],
+        [*columns, *(LOGGED_COLUMNS[key] for key in logged)],
         rows,
     )
 
