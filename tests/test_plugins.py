@@ -14,7 +14,7 @@ from lightning_xai.data import ShardDataModule
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.evaluation import AttributionEvaluation
 from lightning_xai.metrics import METRICS
-from lightning_xai.metrics.chosen import choose_metrics
+from lightning_xai.metrics.base import choose_metrics
 from lightning_xai.registry import PluginError
 from lightning_xai.results.table import read_result, score_table
 
