@@ -161,6 +161,9 @@ class AttributionMethod(ABC):
             if not isinstance(part, Tensor) or part.shape != shape:
                 got = [*part.shape] if isinstance(part, Tensor) else type(part).__name__
                 raise PluginError(f"{self.label}: `{name}` of an attribution has to be a tensor {[*shape]}; got {got}")
+        # Built-in methods are known to keep this; a check would cost them a wait for the device.
+        if self.origin and self.has_zero and not self.signed and bool((result.image < 0).any()):
+            raise PluginError(f"{self.label}: a map has negative values; state `signed = True` in the class")
 
     @abstractmethod
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:

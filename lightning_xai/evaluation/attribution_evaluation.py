@@ -31,7 +31,7 @@ from lightning_xai.evaluation.method_run import MethodRun
 from lightning_xai.evaluation.ranks import from_first, gather_to_first
 from lightning_xai.evaluation.rows import Embeddings
 from lightning_xai.metrics import METRICS
-from lightning_xai.metrics.chosen import ChosenMetric, choose_metrics
+from lightning_xai.metrics.base import ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.models.loading import load_dual_encoder

@@ -13,7 +13,7 @@ from lightning_xai.evaluation.examples import Candidate, ExampleGallery, Pixels
 from lightning_xai.evaluation.maps import maps_of
 from lightning_xai.evaluation.result_cache import ResultCache
 from lightning_xai.evaluation.rows import Embeddings, measure_batch
-from lightning_xai.metrics.chosen import ChosenMetric
+from lightning_xai.metrics.base import ChosenMetric
 
 __all__ = ["MethodRun"]
 

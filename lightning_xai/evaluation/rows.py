@@ -28,7 +28,7 @@ from lightning_xai.metrics.base import (
     PhrasePairTargets,
     PhraseTargets,
 )
-from lightning_xai.metrics.chosen import ChosenMetric
+from lightning_xai.metrics.base import ChosenMetric
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.metrics.other_objects import directed_pairs
 from lightning_xai.models.encoder import TwoTowerEncoder

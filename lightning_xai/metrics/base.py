@@ -8,28 +8,34 @@ Shape suffixes: M targets, H x W the patch grid, h x w pixels, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.registry import PluginError
 from lightning_xai.results.record import MetricRecord, Score
 
 __all__ = [
     "CaptionTargets",
+    "ChosenMetric",
     "HiddenImage",
     "Kind",
     "MetricSpec",
     "NegativeTargets",
     "PhrasePairTargets",
     "PhraseTargets",
-    "ValueMetric",
+    "ScoreMetric",
     "check_spec",
+    "choose_metric",
+    "choose_metrics",
     "no_targets",
 ]
 
@@ -177,14 +183,6 @@ class MetricSpec:
         )
 
 
-_TARGETS = {
-    "phrase": PhraseTargets,
-    "phrase_pair": PhrasePairTargets,
-    "negative": NegativeTargets,
-    "caption": CaptionTargets,
-}
-
-
 def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTargets | CaptionTargets:
     """Return targets of a kind with M = 0, on a grid of one patch, to try a metric and its options out."""
     maps, masks = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1, dtype=torch.bool)
@@ -225,29 +223,139 @@ def check_spec(name: str, entry: Any) -> None:
         raise ValueError(f"scores and empty have to name values ({', '.join(entry.values)}); got {sorted(unknown)}")
 
 
-class ValueMetric(Metric):
-    """Collects values of targets, and sums them up as the long table of results does.
+@dataclass(frozen=True)
+class ChosenMetric:
+    """A metric with all of its options.
 
-    The result is the same to the last bit for any order, batches and number of processes. `update` of a subclass turns
-    what it is given into values and calls `collect`.
+    Attributes:
+        spec: the metric.
+        options: every option and its value, those left at their defaults included.
+        origin: the package that it comes from.
+    """
+
+    spec: MetricSpec
+    options: dict[str, Any]
+    origin: str
+
+    def measure(self, targets: Any) -> dict[str, list[float]]:
+        """Compute the metric's values, each a number for each target; NaN where it has none.
+
+        Raises:
+            PluginError: `compute` broke its contract.
+        """
+        found = self.spec.compute(targets, **self.options)
+        if not isinstance(found, Mapping):
+            raise self._error(f"a mapping from each of {', '.join(self.spec.values)} to a tensor; got {type(found)}")
+        if found.keys() != set(self.spec.values):
+            raise self._error(f"the values {', '.join(self.spec.values)}; got {', '.join(map(str, found))}")
+        for name, value in found.items():
+            if not isinstance(value, Tensor) or value.shape != (len(targets),):
+                got = list(value.shape) if isinstance(value, Tensor) else type(value)
+                raise self._error(f"{name} as a tensor with a number for each target, [{len(targets)}]; got {got}")
+            if value.is_complex() or value.isinf().any():
+                raise self._error(f"{name} as finite numbers, or NaN where a target has none; got {value.tolist()}")
+        # Whole columns at a time: a read for each number would wait for the device as often.
+        return {name: found[name].detach().cpu().to(torch.float64).tolist() for name in self.spec.values}
+
+    def _error(self, rule: str) -> PluginError:
+        name = self.spec.name
+        return PluginError(
+            f"plug-in {self.origin}, entry {name!r} of lightning_xai.metrics: compute has to return {rule}"
+        )
+
+
+def choose_metrics(
+    names: Iterable[str] | None, options: Mapping[str, Mapping[str, Any] | None]
+) -> dict[str, ChosenMetric]:
+    """Return metrics by name, in the order of the registry.
 
     Args:
-        spec: the metric whose `scores` are computed.
-        columns: what is collected of each target; default: the values that `scores` sum up.
+        names: of the metrics; None: all.
+        options: name -> options of a metric.
+
+    Raises:
+        ValueError: see `choose_metric`; options of a metric that is not measured.
+    """
+    from lightning_xai.metrics import METRICS
+
+    wanted = list(METRICS if names is None else dict.fromkeys(names))
+    for name in (*wanted, *options):
+        _check_name(name)
+    if unused := [name for name in options if name not in wanted]:
+        raise ValueError(f"metric_options has options of {', '.join(unused)}, which is not among the metrics {wanted}")
+    return {name: choose_metric(name, options.get(name) or {}) for name in METRICS if name in wanted}
+
+
+def choose_metric(name: str, options: Mapping[str, Any]) -> ChosenMetric:
+    """Return a metric with its options, tried out on no targets at all.
+
+    Raises:
+        ValueError: an unknown metric or option, or a value of another type or outside its range.
+        PluginError: the metric breaks its contract.
+    """
+    from lightning_xai.metrics import METRICS
+
+    _check_name(name)
+    spec = METRICS[name]
+    parser = ArgumentParser(exit_on_error=False)
+    # The first parameter takes the targets.
+    parser.add_function_arguments(spec.compute, skip={1})
+    known = list(parser.get_defaults().as_dict())
+    if unknown := options.keys() - set(known):
+        raise ValueError(
+            f"the metric {name} has no option {', '.join(sorted(map(str, unknown)))}; "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    try:
+        values: dict[str, Any] = parser.parse_object(dict(options)).as_dict()
+    except ArgumentError as error:
+        reason = " ".join(str(error).split()).removeprefix("Parser key ")
+        raise ValueError(f"metric_options of {name}: {reason}") from error
+    chosen = ChosenMetric(spec, values, METRICS.origin(name))
+    try:
+        chosen.measure(no_targets(spec.kind))
+    except PluginError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"metric_options of {name}: {error}") from error
+    return chosen
+
+
+def _check_name(name: str) -> None:
+    from lightning_xai.metrics import METRICS
+
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; there are {', '.join(METRICS)}")
+
+
+class ScoreMetric(Metric):
+    """The scores of a metric over any batches, in any module.
+
+    The result is the same to the last bit for any order, batches and number of processes, and that of the long table.
+
+    Args:
+        spec: an entry of `METRICS`.
+
+    Example:
+        >>> from lightning_xai.metrics import METRICS
+        >>> metric = ScoreMetric(METRICS["hard_negatives"])
+        >>> metric.update(delta=torch.tensor([-0.5, 0.25]))
+        >>> metric.compute()
+        {'delta_negative': 0.5, 'delta_mean': -0.125}
     """
 
     full_state_update = False
     is_differentiable = False
     collected: list[Tensor]
 
-    def __init__(self, spec: MetricSpec, columns: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, spec: MetricSpec, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.spec = spec
-        self.columns = tuple(columns or dict.fromkeys(score.value for score in spec.scores))
+        self.values = tuple(dict.fromkeys(score.value for score in spec.scores))
         self.add_state("collected", [], dist_reduce_fx="cat")
         self.reset()
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> ValueMetric:
+    def set_dtype(self, dst_type: str | torch.dtype) -> ScoreMetric:
         """Do nothing: values are kept as they came at any precision."""
         return self
 
@@ -255,31 +363,32 @@ class ValueMetric(Metric):
         """Forget all values."""
         super().reset()
         # torchmetrics cannot gather from a rank that holds nothing.
-        self.collected.append(torch.zeros(0, len(self.columns), dtype=torch.int64, device=self.device))
+        self.collected.append(torch.zeros(0, len(self.values), dtype=torch.int64, device=self.device))
 
-    def collect(self, values: Mapping[str, Tensor]) -> None:
-        """Add targets: for each of `columns` a number for each target, [M]; NaN where the target has none.
+    def update(self, **values: Tensor) -> None:
+        """Add targets, as `update(**spec.compute(targets))`.
+
+        Args:
+            values: of each value that a score sums up, a number for each target, [M]; NaN where the target has none.
+                Other values of the metric are not needed.
 
         Raises:
             ValueError: other names, other shapes, or an infinite number.
         """
         shapes = {name: list(value.shape) for name, value in values.items()}
-        if values.keys() != set(self.columns) or len({tuple(shape) for shape in shapes.values()}) != 1:
-            raise ValueError(f"expected {', '.join(self.columns)}, each [M]; got {shapes}")
+        named = set(self.values) <= values.keys() <= set(self.spec.values)
+        if not named or len({tuple(shape) for shape in shapes.values()}) != 1:
+            raise ValueError(f"expected {', '.join(self.values)}, each [M]; got {shapes}")
         # On the CPU, since Apple's GPUs have no float64; as bits, since some devices and casts would round float64.
-        rows = torch.stack([values[name].detach().cpu().double() for name in self.columns], dim=-1)
+        rows = torch.stack([values[name].detach().cpu().double() for name in self.values], dim=-1)
         if rows.ndim != 2 or rows.isinf().any():
-            raise ValueError(f"expected finite numbers or NaN, [M] for each of {', '.join(self.columns)}; got {shapes}")
+            raise ValueError(f"expected finite numbers or NaN, [M] for each of {', '.join(self.values)}; got {shapes}")
         self.collected.append(rows.view(torch.int64).to(self.device))
 
-    def rows(self) -> Tensor:
-        """All values so far, [M, columns] float64 on the CPU."""
-        collected: Tensor = dim_zero_cat(self.collected)
-        return collected.cpu().view(torch.float64)
-
-    def compute(self) -> Any:
+    def compute(self) -> dict[str, float]:
         """Every score by its name, over all targets of all ranks; NaN where there is none."""
-        columns = dict(zip(self.columns, self.rows().unbind(dim=1), strict=True))
+        rows: Tensor = dim_zero_cat(self.collected)
+        columns = dict(zip(self.values, rows.cpu().view(torch.float64).unbind(dim=1), strict=True))
         return {
             score.name: score.of(columns[score.value][~columns[score.value].isnan()].tolist())
             for score in self.spec.scores

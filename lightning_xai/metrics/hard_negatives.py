@@ -5,15 +5,13 @@ Shape suffix: N hard negatives.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from lightning_xai.metrics.base import MetricSpec, NegativeTargets, ValueMetric
+from lightning_xai.metrics.base import MetricSpec, NegativeTargets
 from lightning_xai.metrics.grounding import box_attribution
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "HardNegativesMetric", "attribution_difference", "hard_negatives"]
+__all__ = ["SPEC", "attribution_difference", "hard_negatives"]
 
 
 def attribution_difference(negative: Tensor, positive: Tensor) -> Tensor:
@@ -55,24 +53,3 @@ SPEC = MetricSpec(
     needs_sign=True,
     chart="distribution",
 )
-
-
-class HardNegativesMetric(ValueMetric):
-    """Share of negative deltas, and mean delta; the same on one process and on many.
-
-    Example:
-        >>> import torch
-        >>> metric = HardNegativesMetric()
-        >>> metric.update(torch.tensor([-0.5, 0.25]))
-        >>> metric.compute()
-        {'delta_negative': 0.5, 'delta_mean': -0.125}
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(SPEC, **kwargs)
-
-    def update(self, delta: Tensor) -> None:
-        """Add hard negatives: `delta` [N], finite, from `attribution_difference`."""
-        if not delta.isfinite().all():
-            raise ValueError(f"delta has to be finite; got {delta.tolist()}")
-        self.collect({"delta": delta})

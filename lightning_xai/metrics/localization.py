@@ -6,17 +6,16 @@ Shape suffixes: N maps, M boxes, h x w pixels. Boxes are (x0, y0, x1, y1) in pix
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.heat_maps import upsample
-from lightning_xai.metrics.base import CaptionTargets, MetricSpec, ValueMetric
+from lightning_xai.metrics.base import CaptionTargets, MetricSpec
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "LocalizationMetric", "binarised", "box_union", "intersection_over_union", "localization"]
+__all__ = ["SPEC", "binarised", "box_union", "intersection_over_union", "localization"]
 
 _ROUNDING = 1e-9  # 0.07 * 100 is 7.000000000000001
 
@@ -127,23 +126,3 @@ SPEC = MetricSpec(
     empty={"iou": Exclusion.NO_BOX},
     chart="bars",
 )
-
-
-class LocalizationMetric(ValueMetric):
-    """Mean IoU over the maps that have boxes; the same on one process and on many.
-
-    Example:
-        >>> metric = LocalizationMetric()
-        >>> metric.update(torch.tensor([0.25, 0.5, float("nan")]))
-        >>> metric.compute()
-        {'localization_iou': 0.375}
-    """
-
-    higher_is_better = True
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(SPEC, **kwargs)
-
-    def update(self, iou: Tensor) -> None:
-        """Add maps: `iou` [N], from `intersection_over_union`; NaN where there is no box."""
-        self.collect({"iou": iou})

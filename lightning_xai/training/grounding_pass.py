@@ -15,7 +15,7 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.evaluation.maps import maps_of
 from lightning_xai.evaluation.ranks import from_first, gather_to_first
 from lightning_xai.evaluation.rows import ValueRow, measure_batch, places_of
-from lightning_xai.metrics.chosen import choose_metric
+from lightning_xai.metrics.base import choose_metric
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.plots import Example
 

@@ -22,7 +22,7 @@ from lightning_xai.evaluation.maps import BatchMaps, MethodMaps, Wanted
 from lightning_xai.evaluation.rows import BatchRows, Embeddings, measure_batch
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics import METRICS
-from lightning_xai.metrics.chosen import choose_metrics
+from lightning_xai.metrics.base import choose_metrics
 from lightning_xai.metrics.grounding import patch_mask
 from lightning_xai.results.table import TARGET_COLUMNS
 
