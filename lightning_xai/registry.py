@@ -15,7 +15,10 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-__all__ = ["PluginError", "Registry"]
+__all__ = ["BUILTIN", "PluginError", "Registry"]
+
+BUILTIN = "lightning_xai"
+"""Origin of the entries that this package brings."""
 
 T = TypeVar("T")
 
@@ -61,7 +64,7 @@ class Registry(Mapping[str, T]):
     def _plugins(self) -> dict[str, EntryPoint]:
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group) if self.group is not None else ():
-            taken_by = "lightning_xai" if point.name in self._builtin else None
+            taken_by = BUILTIN if point.name in self._builtin else None
             if point.name in found and found[point.name] != point:
                 taken_by = _package(found[point.name])
             if taken_by is not None:
@@ -93,7 +96,7 @@ class Registry(Mapping[str, T]):
 
     def origin(self, name: str) -> str:
         """The package that an entry comes from, with its version where it is known: "my_package 1.2"."""
-        return "lightning_xai" if name in self._builtin else _package(self._plugins[name])
+        return BUILTIN if name in self._builtin else _package(self._plugins[name])
 
     def _load(self, point: EntryPoint) -> T:
         where = _where(point, self.group)

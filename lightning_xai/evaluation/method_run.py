@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_xai.attribution import METHODS
 from lightning_xai.attribution.method_options import ChosenMethod
 from lightning_xai.data.batch import Batch
 from lightning_xai.evaluation.examples import Candidate, ExampleGallery, Pixels
@@ -18,6 +19,7 @@ from lightning_xai.metrics.base import ChosenMetric
 __all__ = ["MethodRun"]
 
 _HEAT_DIGITS = 4
+_FORMAT = 2  # of what the cache holds for an item
 
 
 class MethodRun:
@@ -68,7 +70,15 @@ class MethodRun:
         measured = {name: metric.options for name, metric in self.metrics.items()}
         self.cache = ResultCache(
             folder / "rows" / f"{label},seed={self.seed}",
-            {**settings, "metrics": measured, "method": chosen.name, "options": own},
+            {
+                **settings,
+                "format": _FORMAT,
+                "metrics": measured,
+                "method": chosen.name,
+                "options": own,
+                # Another version of a plug-in may compute something else.
+                "packages": sorted({METHODS.origin(chosen.name), *(each.origin for each in self.metrics.values())}),
+            },
         )
 
     def has(self, indices: Sequence[int]) -> bool:

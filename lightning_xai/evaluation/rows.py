@@ -23,12 +23,12 @@ from lightning_xai.evaluation.maps import BatchMaps, MethodMaps, Wanted
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
+    ChosenMetric,
     Kind,
     NegativeTargets,
     PhrasePairTargets,
     PhraseTargets,
 )
-from lightning_xai.metrics.base import ChosenMetric
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.metrics.other_objects import directed_pairs
 from lightning_xai.models.encoder import TwoTowerEncoder

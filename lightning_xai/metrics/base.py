@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_xai.exclusion import Exclusion
-from lightning_xai.registry import PluginError
+from lightning_xai.registry import BUILTIN, PluginError
 from lightning_xai.results.record import MetricRecord, Score
 
 __all__ = [
@@ -243,25 +243,31 @@ class ChosenMetric:
         Raises:
             PluginError: `compute` broke its contract.
         """
-        found = self.spec.compute(targets, **self.options)
+        try:
+            found = self.spec.compute(targets, **self.options)
+        except Exception as error:
+            # What is wrong with options or maps is for the user; all else is the plug-in's own fault.
+            if self.origin == BUILTIN or isinstance(error, ValueError):
+                raise
+            raise self.error(f"compute failed on {len(targets)} targets ({type(error).__name__}: {error})") from error
+        names, wants = ", ".join(self.spec.values), "compute has to return"
         if not isinstance(found, Mapping):
-            raise self._error(f"a mapping from each of {', '.join(self.spec.values)} to a tensor; got {type(found)}")
+            raise self.error(f"{wants} a mapping from each of {names} to a tensor; got {type(found)}")
         if found.keys() != set(self.spec.values):
-            raise self._error(f"the values {', '.join(self.spec.values)}; got {', '.join(map(str, found))}")
+            raise self.error(f"{wants} the values {names}; got {', '.join(map(str, found))}")
         for name, value in found.items():
             if not isinstance(value, Tensor) or value.shape != (len(targets),):
                 got = list(value.shape) if isinstance(value, Tensor) else type(value)
-                raise self._error(f"{name} as a tensor with a number for each target, [{len(targets)}]; got {got}")
+                raise self.error(f"{wants} {name} as a tensor, a number for each target, [{len(targets)}]; got {got}")
             if value.is_complex() or value.isinf().any():
-                raise self._error(f"{name} as finite numbers, or NaN where a target has none; got {value.tolist()}")
+                raise self.error(f"{wants} {name} as finite numbers, or NaN without one; got {value.tolist()}")
         # Whole columns at a time: a read for each number would wait for the device as often.
         return {name: found[name].detach().cpu().to(torch.float64).tolist() for name in self.spec.values}
 
-    def _error(self, rule: str) -> PluginError:
+    def error(self, rule: str) -> PluginError:
+        """Make the error that names package, entry and the rule that is broken."""
         name = self.spec.name
-        return PluginError(
-            f"plug-in {self.origin}, entry {name!r} of lightning_xai.metrics: compute has to return {rule}"
-        )
+        return PluginError(f"plug-in {self.origin}, entry {name!r} of lightning_xai.metrics: {rule}")
 
 
 def choose_metrics(
@@ -283,7 +289,21 @@ def choose_metrics(
         _check_name(name)
     if unused := [name for name in options if name not in wanted]:
         raise ValueError(f"metric_options has options of {', '.join(unused)}, which is not among the metrics {wanted}")
-    return {name: choose_metric(name, options.get(name) or {}) for name in METRICS if name in wanted}
+    chosen = {name: choose_metric(name, options.get(name) or {}) for name in METRICS if name in wanted}
+    _check_names_differ(chosen.values())
+    return chosen
+
+
+def _check_names_differ(metrics: Iterable[ChosenMetric]) -> None:
+    """Raise a PluginError where two metrics write values, or are summed up in scores, of one name."""
+    taken: dict[str, str] = {}
+    for metric in metrics:
+        for name in {*metric.spec.values, *(score.name for score in metric.spec.scores)}:
+            other = taken.setdefault(name, metric.spec.name)
+            if other != metric.spec.name:
+                raise metric.error(
+                    f"its values and scores need names that no other metric has; {name!r} is taken by {other}"
+                )
 
 
 def choose_metric(name: str, options: Mapping[str, Any]) -> ChosenMetric:
