@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.results.states import state_name as epoch_name
+from lightning_xai.results.record import state_name as epoch_name
 
 __all__ = [
     "NO_VALUE",
