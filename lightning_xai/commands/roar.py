@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.results.labels import check_label, method_of
+from lightning_xai.results.record import check_label, method_of
 from lightning_xai.results.trials import MODALITIES, ORIGINAL, Retraining, Trial, gather, loss_rows, plan_trials
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import those names, and so torch.

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,32 +26,19 @@ from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.examples import ExampleGallery, Pixels, write_gallery
-from lightning_xai.evaluation.method_run import MethodRun
-from lightning_xai.evaluation.ranks import from_first, gather_to_first
+from lightning_xai.evaluation.method_run import MethodRun, gather_to_first, join_rows
 from lightning_xai.evaluation.rows import Embeddings
 from lightning_xai.metrics import METRICS
 from lightning_xai.metrics.base import ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.models.loading import load_dual_encoder
-from lightning_xai.results.labels import method_of
-from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions
+from lightning_xai.results.record import MethodRecord, ResultRecord, method_of, package_versions
 
 if TYPE_CHECKING:
     from lightning_xai.results.table import ResultTable
 
 __all__ = ["AttributionEvaluation"]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The work of one rank: broken records, pairs attributed, time taken, and its rows of the long table."""
-
-    broken: int
-    pairs: int
-    seconds: float
-    targets: list[dict[str, Any]]
-    values: list[tuple[str, int, str, str, float, str]]
 
 
 class AttributionEvaluation(L.LightningModule):
@@ -189,19 +175,23 @@ class AttributionEvaluation(L.LightningModule):
         seconds = time.perf_counter() - self._started
         runs = self._close()
         targets = list({name: target for run in runs for name, target in run.targets.items()}.values())
-        values = [row for run in runs for row in run.values]
-        parts = gather_to_first(_Part(self._broken, self._pairs, seconds, targets, values))
-        scores, measured = from_first(lambda: self._summed_up(runs, parts))
+        metrics = {name: metric.spec for run in runs for name, metric in run.metrics.items()}
+        all_scores = [score for spec in metrics.values() for score in spec.scores]
+        found, self.table = join_rows([row for run in runs for row in run.values], targets, all_scores)
         for run in runs:
             repeated = sum(other.label == run.label for other in runs) > 1
             for score in (score for metric in run.metrics.values() for score in metric.spec.scores):
+                value, _ = found.get((run.label, run.seed, score.name), (math.nan, 0))
                 # Every rank holds the same number already.
-                name = f"test/{run.label}/{score.name}" + (f"/seed={run.seed}" if repeated else "")
-                self.log(name, scores.get((run.label, run.seed, score.name), math.nan))
+                self.log(f"test/{run.label}/{score.name}" + (f"/seed={run.seed}" if repeated else ""), value)
+        totals = gather_to_first((self._broken, self._pairs, seconds))
         kept = {run.label: (run.gallery, gather_to_first(run.gallery.kept)) for run in runs if run.gallery is not None}
-        if self.trainer.is_global_zero:
-            self._write({label: gallery.shown(parts) for label, (gallery, parts) in kept.items()})
-            self._show()
+        if self.table is not None:
+            self.result = self._record(runs, *zip(*totals, strict=True))
+            write_gallery(self.out, {label: gallery.shown(parts) for label, (gallery, parts) in kept.items()})
+            self._write(self.result, self.table)
+        there = {name for (_, _, name), (_, count) in found.items() if count}
+        measured = {name for name, spec in metrics.items() if there & {score.name for score in spec.scores}}
         missing = [name for name in self.asked_for if name not in measured]
         if missing:
             raise ValueError(
@@ -257,26 +247,12 @@ class AttributionEvaluation(L.LightningModule):
             run.compute(batch, embeddings)
             self._pairs += len(batch.tokens)
 
-    def _summed_up(
-        self, runs: list[MethodRun], parts: list[_Part]
-    ) -> tuple[dict[tuple[str, int, str], float], set[str]]:
-        """On the first rank: join the rows, and return all scores and the names of the metrics that were measured."""
-        # Not before: pandas takes a while to import, and other ranks do not need it.
-        from lightning_xai.results.table import ResultTable, score_table
-
-        table = ResultTable.of(
-            (row for part in parts for row in part.values), (row for part in parts for row in part.targets)
-        )
-        self.table, self.result = table, self._record(runs, parts)
-        summed = score_table(table.values, self.result.scores.values())
-        scores = {(row.method, row.seed, row.score): row.value for row in summed.itertuples()}
-        there = set(table.values.loc[table.values["excluded"] == "", "metric"])
-        return scores, {name for name, metric in self.metrics.items() if there & set(metric.spec.values)}
-
-    def _record(self, runs: list[MethodRun], parts: list[_Part]) -> ResultRecord:
+    def _record(
+        self, runs: list[MethodRun], broken: Sequence[int], pairs: Sequence[int], seconds: Sequence[float]
+    ) -> ResultRecord:
+        """The record of the results, from what each rank has counted."""
         data = self._data()
         manifest = data.manifest("test")
-        pairs, seconds = sum(part.pairs for part in parts), max(part.seconds for part in parts)
         metrics = {name: metric for run in runs for name, metric in run.metrics.items()}
         origins = [METHODS.origin(run.chosen.name) for run in runs] + [METRICS.origin(name) for name in metrics]
         return ResultRecord(
@@ -294,7 +270,7 @@ class AttributionEvaluation(L.LightningModule):
                 "samples": manifest.samples,
                 "captions_per_image": data.captions_per_image,
                 "swap_objects": data.swap_objects,
-                "broken_records": sum(part.broken for part in parts),
+                "broken_records": sum(broken),
             },
             settings={
                 "metrics": list(self.asked_for) or None,
@@ -319,32 +295,29 @@ class AttributionEvaluation(L.LightningModule):
             metrics={
                 name: metrics[name].spec.record(metrics[name].options) for name in self.metrics if name in metrics
             },
-            speed={"pairs": float(pairs), "seconds": seconds, "pairs_per_second": pairs / max(seconds, 1e-9)},
+            speed={
+                "pairs": float(sum(pairs)),
+                "seconds": max(seconds),
+                "pairs_per_second": sum(pairs) / max(*seconds, 1e-9),
+            },
         )
 
-    def _write(self, shown: Mapping[str, Any]) -> None:
+    def _write(self, result: ResultRecord, table: ResultTable) -> None:
+        """Write the results, and show them on the terminal."""
+        # Not before: pandas takes a while to import.
+        from lightning_xai.report.terminal import result_tables
         from lightning_xai.results.table import write_result
 
-        assert self.result is not None
-        assert self.table is not None
-        write_gallery(self.out, shown)
-        write_result(self.out, self.result, self.table)
-
-    def _show(self) -> None:
-        from lightning_xai.report.terminal import result_tables
-
-        assert self.result is not None
-        assert self.table is not None
+        write_result(self.out, result, table)
         console = Console()
-        for table in result_tables(self.result, self.table):
-            console.print(table)
-        speed = self.result.speed
-        lines = [
+        for lines in result_tables(result, table):
+            console.print(lines)
+        speed = result.speed
+        for line in (
             f"{speed['pairs']:,.0f} pairs attributed, {speed['pairs_per_second']:.1f} a second",
             f"Saved {self.out}",
             f"As a page: python -m lightning_xai report {self.out} --out {self.out / 'report'}",
-        ]
-        for line in lines:
+        ):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _close(self) -> list[MethodRun]:

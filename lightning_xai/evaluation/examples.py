@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_xai.atomic_file import replaced_at_once
-from lightning_xai.evaluation.rows import places_of
+from lightning_xai.evaluation.rows import BOX_COLUMNS, places_of
 from lightning_xai.results.examples import ExampleRecord, write_examples
 
 __all__ = ["Candidate", "ExampleGallery", "Shown", "write_gallery"]
@@ -50,7 +50,7 @@ class Candidate:
         """A phrase, given its row of the table of targets and what was measured."""
         record = {name: target[name] for name in ("key", "caption", "phrase")}
         record |= {"spans": places_of(target["caption"], target["phrase"]), "hit": hit, "heat": tuple(map(tuple, heat))}
-        record |= {"box": tuple(target[side] for side in ("x0", "y0", "x1", "y1"))}
+        record |= {"box": tuple(target[side] for side in BOX_COLUMNS)}
         return cls(target["index"], target["caption_index"], target["label"], gamma, record)
 
     @property

@@ -1,25 +1,131 @@
-"""One method with one seed in an evaluation: its rows, from a batch or from the cache, and its examples."""
+"""The rows of one method: from a batch or from the cache on disk, and those of all processes as one table.
+
+The cache is there so that a run that is killed continues where it was. Every process writes its own file, a line for
+each item, and reads the files of all on opening: the next run may have another number of processes. A line that was cut
+off counts as not written.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+import torch.distributed as dist
+
+from lightning_xai.atomic_file import write_json
 from lightning_xai.attribution import METHODS
 from lightning_xai.attribution.method_options import ChosenMethod
 from lightning_xai.data.batch import Batch
 from lightning_xai.evaluation.examples import Candidate, ExampleGallery, Pixels
-from lightning_xai.evaluation.maps import maps_of
-from lightning_xai.evaluation.result_cache import ResultCache
-from lightning_xai.evaluation.rows import Embeddings, measure_batch
+from lightning_xai.evaluation.rows import Embeddings, maps_of, measure_batch
 from lightning_xai.metrics.base import ChosenMetric
+from lightning_xai.results.record import Score, settings_that_differ
 
-__all__ = ["MethodRun"]
+if TYPE_CHECKING:
+    from lightning_xai.results.table import ResultTable
+
+__all__ = ["CacheError", "MethodRun", "ResultCache", "gather_to_first", "join_rows"]
 
 _HEAT_DIGITS = 4
 _FORMAT = 2  # of what the cache holds for an item
+_SETTINGS = "settings.json"
+_T = TypeVar("_T")
+
+
+class CacheError(ValueError):
+    """A folder holds results of other settings; the message names them, and says what to do."""
+
+
+class ResultCache:
+    """Records by the number of their item.
+
+    Args:
+        folder: of this cache alone; created if needed.
+        settings: all that the records depend on, as plain values.
+
+    Attributes:
+        damaged: lines that could not be read, and whose items are computed again.
+
+    Raises:
+        CacheError: the folder's records were made with other settings, or nothing says with which.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._file: TextIO | None = None
+        self._records: dict[int, dict[str, Any]] = {}
+        self.damaged = 0
+        paths = sorted(folder.glob("*.jsonl"))
+        # NaN, which equals nothing, as text.
+        self._check(json.loads(json.dumps(settings, default=str), parse_constant=str), empty=not paths)
+        for path in paths:
+            self._load(path)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._records
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._records[index]
+
+    def put(self, index: int, record: Mapping[str, Any]) -> None:
+        """Keep a record of plain values; it is on disk after the next `flush`."""
+        # This run goes on with what a later one would read, lists for tuples included.
+        line = json.dumps({"index": index, "record": record}, ensure_ascii=True)
+        if self._file is None:
+            self._file = (self._folder / f"{uuid.uuid4().hex}.jsonl").open("w", encoding="ascii")
+        self._file.write(line + "\n")
+        self._records[index] = json.loads(line)["record"]
+
+    def flush(self) -> None:
+        """Hand what was put to the operating system: it then outlives the process."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _check(self, settings: dict[str, Any], *, empty: bool) -> None:
+        path = self._folder / _SETTINGS
+        if empty and not path.is_file():
+            write_json(path, settings)
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CacheError(f"{path}: cannot be read ({error}); delete {self._folder} to compute it again") from error
+        changed = settings_that_differ(found if isinstance(found, dict) else {}, settings)
+        if changed:
+            raise CacheError(
+                f"{self._folder} holds results of other settings: {'; '.join(changed)}. Choose another folder, or "
+                "delete this one to compute all of it again"
+            )
+
+    def _load(self, path: Path) -> None:
+        with path.open(encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                try:
+                    self._take(json.loads(line))
+                # One cut-off line must not lose the others.
+                except (ValueError, KeyError, TypeError, RecursionError):  # noqa: PERF203
+                    self.damaged += 1
+
+    def _take(self, item: Any) -> None:
+        index, record = item["index"], item["record"]
+        if type(index) is not int or not isinstance(record, dict):
+            raise TypeError(f"expected the number and the record of an item; got {index!r} and {type(record)}")
+        self._records[index] = record
 
 
 class MethodRun:
@@ -97,7 +203,7 @@ class MethodRun:
         for name, metric, value, excluded in rows.values:
             number = None if math.isnan(value) else value
             records[index_of[name]]["values"].append((name, metric, number, excluded))
-        for _, target, heat in rows.phrases if self.gallery is not None else ():
+        for target, heat in rows.phrases if self.gallery is not None else ():
             digits = [[float(f"{value:.{_HEAT_DIGITS}g}") for value in line] for line in heat.tolist()]
             records[target["index"]]["heats"][target["target"]] = digits
         for index, record in records.items():
@@ -127,3 +233,68 @@ class MethodRun:
             ]
         if self.gallery is not None:
             self.gallery.add(candidates, pixels)
+
+
+def join_rows(
+    values: Sequence[Sequence[Any]], targets: Sequence[Mapping[str, Any]], scores: Iterable[Score]
+) -> tuple[dict[tuple[str, int, str], tuple[float, int]], ResultTable | None]:
+    """Join the rows of all processes on the first one, and sum them up for all. Every process has to call this.
+
+    Args:
+        values: rows of the table of values of this process.
+        targets: rows of the table of targets.
+        scores: how to sum the values up.
+
+    Returns:
+        (method, seed, score) -> the score and the number of values, on all processes; and the long table, on the first.
+
+    Raises:
+        RuntimeError: (elsewhere) the first process failed; there, its own error.
+    """
+    parts = gather_to_first((values, targets))
+    tables: list[ResultTable] = []
+
+    def summed_up() -> dict[tuple[str, int, str], tuple[float, int]]:
+        # Not before: pandas takes a while to import, and other ranks do not need it.
+        from lightning_xai.results.table import ResultTable, score_table
+
+        table = ResultTable.of((row for rows, _ in parts for row in rows), (row for _, rows in parts for row in rows))
+        tables.append(table)
+        lines = score_table(table.values, scores).itertuples(index=False, name=None)
+        return {(method, seed, score): (value, count) for method, seed, score, value, count in lines}
+
+    return _from_first(summed_up), next(iter(tables), None)
+
+
+def gather_to_first(part: _T) -> list[_T]:
+    """Return what every process gives, by rank, on the first; elsewhere nothing. Every process has to call this."""
+    if not _several():
+        return [part]
+    first = dist.get_rank() == 0
+    gathered: list[Any] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(part, gathered, dst=0)
+    return gathered or []
+
+
+def _from_first(compute: Callable[[], _T]) -> _T:
+    """Compute something small on the first process alone, for all."""
+    if not _several():
+        return compute()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = compute()
+        except Exception as error:
+            # The others would otherwise wait until the process group times out.
+            dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=0)
+            raise
+    dist.broadcast_object_list(answer, src=0)
+    value, failure = answer
+    if failure is not None:
+        raise RuntimeError(f"the first process failed with {failure}")
+    result: _T = value
+    return result
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

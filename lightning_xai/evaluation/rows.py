@@ -1,14 +1,19 @@
-"""From the maps of a batch to rows of the long table: its targets by kind, and what metrics measure on them.
+"""From a batch to rows of the long table: one method's maps, their targets by kind, and what metrics measure on them.
 
-Shape suffixes: R phrases of the batch, M targets that can be measured, C captions, K embedding width, L tokens, H x W
-patches, h x w pixels.
+Each item is attributed once, whatever metrics use it. Pairwise methods explain a phrase within its caption: its map is
+the sum of its tokens' rows. Other methods have one map for a whole caption; for them, each phrase is explained as a
+separate caption.
+
+Shape suffixes: B images, C captions, R phrases of the batch, M targets that can be measured, N hard negatives, K
+embedding width, L tokens, H x W patches, h x w pixels.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from lightning_xai.attribution.base import AttributionMethod
+from lightning_xai.attribution.capture import Captured
+from lightning_xai.attribution.pairwise import HiddenStates, PairwiseMethod, References
 from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
-from lightning_xai.evaluation.maps import BatchMaps, MethodMaps, Wanted
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
@@ -33,11 +40,200 @@ from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.metrics.other_objects import directed_pairs
 from lightning_xai.models.encoder import TwoTowerEncoder
 
-__all__ = ["BatchRows", "Embeddings", "ValueRow", "measure_batch", "places_of"]
+__all__ = [
+    "BOX_COLUMNS",
+    "BatchMaps",
+    "BatchRows",
+    "Embeddings",
+    "MethodMaps",
+    "PairwiseMaps",
+    "ValueRow",
+    "Wanted",
+    "maps_of",
+    "measure_batch",
+    "places_of",
+]
 
 ValueRow = tuple[str, str, float, str]
 """Target, metric, value and reason of exclusion; NaN with a reason, a number with an empty one."""
-_BOX = ("x0", "y0", "x1", "y1")
+BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The maps that are needed of a batch.
+
+    Attributes:
+        phrases: [M] int64, rows of `Batch.phrases`.
+        negatives: [N] int64, rows of `Batch.negatives`.
+        captions: whether the maps of all captions are wanted.
+    """
+
+    phrases: Tensor
+    negatives: Tensor
+    captions: bool
+
+
+@dataclass(frozen=True)
+class BatchMaps:
+    """The maps of a batch.
+
+    Attributes:
+        phrases: [M, H, W].
+        true: [N, H, W], of the true words of each hard negative.
+        replacements: [N, H, W], of the words in their place, in the wrong caption.
+        image: [C, H, W], of each caption's image; none (C = 0) where not wanted.
+        text: [C, L], of each caption's tokens; none where not wanted.
+    """
+
+    phrases: Tensor
+    true: Tensor
+    replacements: Tensor
+    image: Tensor
+    text: Tensor
+
+
+class MethodMaps:
+    """Makes the maps of batches with a method that has one map for a whole caption.
+
+    Args:
+        method: of the model that is evaluated.
+        batch_size: pairs of image and caption that are attributed at a time; bounds memory.
+    """
+
+    def __init__(self, method: AttributionMethod, batch_size: int) -> None:
+        self.method = method
+        self.grid = method.grid
+        self._batch_size = batch_size
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Inside, the model runs on a batch; `maps` of the same batch, after it, reuses what the pass computed."""
+        yield
+
+    def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
+        """Attribute what is wanted of a batch, after its forward pass."""
+        image, text = [self._none(batch)], [batch.images.new_zeros(0, batch.tokens.shape[1])]
+        for rows in self._chunks(len(batch.tokens) if wanted.captions else 0):
+            part = self.method.attribute(batch.images[batch.caption_image[rows]], batch.tokens[rows])
+            image.append(part.image)
+            text.append(part.text)
+        phrases, negatives = batch.phrases, batch.negatives
+        asked = [(int(phrases.image_row[row]), phrases.text[row]) for row in wanted.phrases.tolist()]
+        if negatives is not None:
+            for words in (negatives.text, negatives.replacement):
+                asked += [(int(negatives.image_row[row]), words[row]) for row in wanted.negatives.tolist()]
+        sizes = [len(wanted.phrases), len(wanted.negatives), len(wanted.negatives)]
+        own, true, replacements = torch.split(self._of_words(batch, asked), sizes)
+        return BatchMaps(own, true, replacements, torch.cat(image), torch.cat(text))
+
+    def _of_words(self, batch: Batch, asked: list[tuple[int, str]]) -> Tensor:
+        """A map for each image and words; the same question is answered once."""
+        questions = list(dict.fromkeys(asked))
+        if not questions:
+            return self._none(batch)
+        tokens = self.method.encoder.tokenizer.encode([words for _, words in questions]).to(batch.tokens.device)
+        images = torch.tensor([image for image, _ in questions], device=batch.tokens.device)
+        maps = torch.cat(
+            [
+                self.method.attribute(batch.images[images[rows]], tokens[rows]).image
+                for rows in self._chunks(len(questions))
+            ]
+        )
+        place = {question: row for row, question in enumerate(questions)}
+        return maps[torch.tensor([place[question] for question in asked], device=maps.device)]
+
+    def _none(self, batch: Batch) -> Tensor:
+        return batch.images.new_zeros(0, *self.grid)
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        yield from (slice(start, start + self._batch_size) for start in range(0, count, self._batch_size))
+
+
+class PairwiseMaps(MethodMaps):
+    """Makes the maps of batches with a pairwise method, from what the model's own forward pass computes.
+
+    The weights have to stay as they are from the first call of `maps` on.
+    """
+
+    method: PairwiseMethod
+
+    def __init__(self, method: PairwiseMethod, batch_size: int) -> None:
+        super().__init__(method, batch_size)
+        self._captured = Captured()
+        self._references: References | None = None
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Inside, the model runs on a batch; `maps` of the same batch, after it, reuses what the pass computed."""
+        with self.method.capturing() as self._captured:
+            yield
+
+    def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
+        """Attribute what is wanted of a batch, after its forward pass."""
+        captured, self._captured = self._captured, Captured()
+        phrases, negatives = batch.phrases, batch.negatives
+        captions, masks = phrases.caption_row[wanted.phrases], phrases.span_mask[wanted.phrases]
+        if negatives is not None:
+            captions = torch.cat([captions, negatives.caption_row[wanted.negatives]])
+            masks = torch.cat([masks, negatives.true_mask[wanted.negatives]])
+        image, text = self._none(batch), batch.images.new_zeros(0, batch.tokens.shape[1])
+        if not wanted.captions and not len(captions):
+            return BatchMaps(image, image, image, image, text)
+        states = self.method.hidden_states(batch.images, batch.tokens, captured)
+        if self._references is None:
+            self._references = self.method.references()
+        if wanted.captions:
+            image, text, maps = self._of_captions(batch, states, captions, masks)
+        else:
+            maps = self._of_spans(batch, states, captions, masks)
+        own, true = torch.split(maps, [len(wanted.phrases), len(maps) - len(wanted.phrases)])
+        return BatchMaps(own, true, self._replacements(batch, states, wanted.negatives), image, text)
+
+    def _of_captions(
+        self, batch: Batch, states: HiddenStates, captions: Tensor, masks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps of all captions, and those of spans as sums over their interactions."""
+        assert self._references is not None
+        spans = batch.images.new_zeros(len(captions), *self.grid)
+        images, texts = [self._none(batch)], [batch.images.new_zeros(0, batch.tokens.shape[1])]
+        for rows in self._chunks(len(batch.tokens)):
+            chosen = torch.arange(len(batch.tokens), device=captions.device)[rows]
+            result = self.method.attribute_states(states.pairs(batch.caption_image[chosen], chosen), self._references)
+            images.append(result.image)
+            texts.append(result.text)
+            here = ((captions >= rows.start) & (captions < rows.stop)).nonzero()[:, 0]
+            interactions = result.interactions[captions[here] - rows.start]
+            spans[here] = torch.einsum("rl,rlhw->rhw", masks[here].to(interactions), interactions).to(spans)
+        return torch.cat(images), torch.cat(texts), spans
+
+    def _of_spans(self, batch: Batch, states: HiddenStates, captions: Tensor, masks: Tensor) -> Tensor:
+        """Maps of spans alone, far cheaper."""
+        assert self._references is not None
+        maps = [self._none(batch)]
+        for rows in self._chunks(len(captions)):
+            chosen = states.pairs(batch.caption_image[captions[rows]], captions[rows])
+            maps.append(self.method.span_map_of(chosen, masks[rows], self._references))
+        return torch.cat(maps)
+
+    def _replacements(self, batch: Batch, states: HiddenStates, wanted: Tensor) -> Tensor:
+        """Maps of the words that a wrong caption has in place of the true ones."""
+        assert self._references is not None
+        maps = [self._none(batch)]
+        negatives = batch.negatives
+        for rows in self._chunks(len(wanted)):
+            assert negatives is not None
+            chosen = wanted[rows]
+            tokens = negatives.tokens[chosen]
+            image, text = states.image[negatives.image_row[chosen]], self.method.text_states(tokens)
+            mask = negatives.mask[chosen]
+            maps.append(self.method.span_map_of(HiddenStates(image, text, tokens), mask, self._references))
+        return torch.cat(maps)
+
+
+def maps_of(method: AttributionMethod, batch_size: int) -> MethodMaps:
+    """Make the maps that fit a method; see `MethodMaps`."""
+    return PairwiseMaps(method, batch_size) if isinstance(method, PairwiseMethod) else MethodMaps(method, batch_size)
 
 
 @dataclass(frozen=True)
@@ -68,12 +264,12 @@ class BatchRows:
     Attributes:
         targets: rows of the table of targets, excluded ones included.
         values: what was measured on them.
-        phrases: the phrases that were measured: row of `Batch.phrases`, target and map [H, W] on the CPU.
+        phrases: the phrases that were measured: their targets and maps [H, W] on the CPU.
     """
 
     targets: list[dict[str, Any]]
     values: list[ValueRow]
-    phrases: list[tuple[int, dict[str, Any], Tensor]]
+    phrases: list[tuple[dict[str, Any], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -131,8 +327,6 @@ class _Measuring:
         self.reason_R = measurable(batch.phrases.reason, batch.phrases.boxes, maps.grid, self.size)
         self.wanted = self._wanted(kinds)
         self.maps: BatchMaps = maps.maps(batch, self.wanted)
-        self._index, self._captions = batch.index.tolist(), batch.caption_index.tolist()
-        self._caption_image = batch.caption_image.tolist()
 
     def group(self, kind: Kind) -> _Group:
         """All targets of a kind."""
@@ -144,10 +338,10 @@ class _Measuring:
         }
         return groups[kind]()
 
-    def measured_phrases(self, group: _Group) -> list[tuple[int, dict[str, Any], Tensor]]:
-        """Row, target and map of each phrase that can be measured."""
+    def measured_phrases(self, group: _Group) -> list[tuple[dict[str, Any], Tensor]]:
+        """Target and map of each phrase that can be measured."""
         heats = self.maps.phrases.float().cpu()
-        return [(row, group.rows[row], heat) for row, heat in zip(self.wanted.phrases.tolist(), heats, strict=True)]
+        return [(group.rows[row], heat) for row, heat in zip(self.wanted.phrases.tolist(), heats, strict=True)]
 
     def _wanted(self, kinds: set[Kind]) -> Wanted:
         phrases = (self.reason_R == Exclusion.MEASURED).nonzero()[:, 0]
@@ -164,20 +358,12 @@ class _Measuring:
     def _phrases(self) -> _Group:
         phrases = self.batch.phrases
         masks = patch_mask(phrases.boxes[self.wanted.phrases], self.grid, self.size)
-        columns = zip(
-            phrases.image_row.tolist(),
-            phrases.caption_row.tolist(),
-            phrases.label.tolist(),
-            phrases.text,
-            phrases.boxes.tolist(),
-            strict=True,
+        more = (
+            {"phrase": text} | dict(zip(BOX_COLUMNS, box, strict=True))
+            for text, box in zip(phrases.text, phrases.boxes.tolist(), strict=True)
         )
-        rows = [
-            self._where(image, caption, label) | {"phrase": text} | dict(zip(_BOX, box, strict=True))
-            for image, caption, label, text, box in columns
-        ]
-        targets = PhraseTargets(self.maps.phrases, masks, self.signed)
-        return _Group(_numbered("phrase", rows), self.reason_R.tolist(), targets)
+        rows = self._rows("phrase", phrases.image_row, phrases.caption_row, phrases.label, more)
+        return _Group(rows, self.reason_R.tolist(), PhraseTargets(self.maps.phrases, masks, self.signed))
 
     def _phrase_pairs(self) -> _Group:
         phrases = self.batch.phrases
@@ -189,35 +375,29 @@ class _Measuring:
         place = torch.cumsum(self.reason_R == Exclusion.MEASURED, dim=0) - 1
         selected, other = pairs[reasons == Exclusion.MEASURED].unbind(dim=1)
         masks = patch_mask(phrases.boxes, self.grid, self.size)
-        rows = [
-            self._where(int(phrases.image_row[row]), int(phrases.caption_row[row]), int(phrases.label[row]))
-            | {"phrase": phrases.text[row], "other_label": self.batch.label_names[int(phrases.label[other_row])]}
-            for row, other_row in pairs.tolist()
-        ]
+        first = pairs[:, 0]
+        more = (
+            {"phrase": phrases.text[row], "other_label": self.batch.label_names[label]}
+            for row, label in zip(first.tolist(), phrases.label[pairs[:, 1]].tolist(), strict=True)
+        )
+        images, captions, labels = (part[first] for part in (phrases.image_row, phrases.caption_row, phrases.label))
         targets = PhrasePairTargets(self.maps.phrases[place[selected]], masks[selected], masks[other])
-        return _Group(_numbered("phrase_pair", rows), reasons.tolist(), targets)
+        return _Group(self._rows("phrase_pair", images, captions, labels, more), reasons.tolist(), targets)
 
     def _negatives(self) -> _Group:
         negatives, maps = self.batch.negatives, self.maps
         if negatives is None:
             return _Group([], [], NegativeTargets(maps.true, maps.replacements, maps.true.bool()))
         masks = patch_mask(negatives.boxes[self.wanted.negatives], self.grid, self.size)
-        columns = zip(
-            negatives.image_row.tolist(),
-            negatives.caption_row.tolist(),
-            negatives.label.tolist(),
-            negatives.captions,
-            negatives.text,
-            negatives.replacement,
-            strict=True,
+        more = (
+            {"negative_caption": caption, "phrase": text, "replacement": replacement}
+            for caption, text, replacement in zip(
+                negatives.captions, negatives.text, negatives.replacement, strict=True
+            )
         )
-        rows = [
-            self._where(image, caption, label)
-            | {"negative_caption": negative, "phrase": text, "replacement": replacement}
-            for image, caption, label, negative, text, replacement in columns
-        ]
+        rows = self._rows("negative", negatives.image_row, negatives.caption_row, negatives.label, more)
         targets = NegativeTargets(maps.true, maps.replacements, masks)
-        return _Group(_numbered("negative", rows), self._negative_reasons().tolist(), targets)
+        return _Group(rows, self._negative_reasons().tolist(), targets)
 
     def _caption_targets(self) -> _Group:
         batch, embeddings = self.batch, self.embeddings
@@ -239,11 +419,9 @@ class _Measuring:
             batch_size=self.batch_size,
         )
         boxes = torch.bincount(batch.named.caption_row, minlength=len(batch.tokens)).tolist()
-        rows = [
-            self._where(image, caption) | {"boxes": count}
-            for caption, (image, count) in enumerate(zip(self._caption_image, boxes, strict=True))
-        ]
-        return _Group(_numbered("caption", rows), [Exclusion.MEASURED] * len(rows), targets)
+        captions = torch.arange(len(batch.tokens))
+        rows = self._rows("caption", batch.caption_image, captions, None, ({"boxes": count} for count in boxes))
+        return _Group(rows, [Exclusion.MEASURED] * len(rows), targets)
 
     @torch.no_grad()
     def _similarity_of_images(
@@ -264,15 +442,34 @@ class _Measuring:
         kept_CK = torch.cat([embeddings.text_CK[:0], *parts])
         return cosine_similarity(embeddings.image_BK[self.batch.caption_image], kept_CK)
 
-    def _where(self, image: int, caption: int, label: int | None = None) -> dict[str, Any]:
-        """The columns that every target has; a caption of -1 stands for none."""
-        return {
-            "index": self._index[image],
-            "key": self.batch.keys[image],
-            "caption_index": self._captions[caption] if caption >= 0 else -1,
-            "caption": self.batch.captions[caption] if caption >= 0 else "",
-            "label": "" if label is None else self.batch.label_names[label],
-        }
+    def _rows(
+        self, kind: Kind, images: Tensor, captions: Tensor, labels: Tensor | None, more: Iterable[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Rows of the table of targets, with `more` of each; a caption of -1 stands for none.
+
+        `ordinal` is a number within kind and sample, the same in any batch.
+        """
+        batch = self.batch
+        names = [""] * len(images) if labels is None else [batch.label_names[label] for label in labels.tolist()]
+        indices, numbers = batch.index.tolist(), batch.caption_index.tolist()
+        counts: Counter[int] = Counter()
+        rows = []
+        for image, caption, name, own in zip(images.tolist(), captions.tolist(), names, more, strict=True):
+            index = indices[image]
+            ordinal = counts[index]
+            counts[index] += 1
+            of_all = {
+                "target": f"{kind}-{index}-{ordinal}",
+                "kind": kind,
+                "ordinal": ordinal,
+                "index": index,
+                "key": batch.keys[image],
+                "caption_index": numbers[caption] if caption >= 0 else -1,
+                "caption": batch.captions[caption] if caption >= 0 else "",
+                "label": name,
+            }
+            rows.append(of_all | own)
+        return rows
 
 
 def places_of(caption: str, phrase: str) -> tuple[tuple[int, int], ...]:
@@ -288,18 +485,6 @@ def places_of(caption: str, phrase: str) -> tuple[tuple[int, int], ...]:
             places.append((at, at + len(words)))
             start = at + len(words)
     return tuple(places)
-
-
-def _numbered(kind: Kind, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with `target`, `kind` and `ordinal`: a number within kind and sample, the same in any batch."""
-    counts: Counter[int] = Counter()
-    numbered = []
-    for row in rows:
-        index = row["index"]
-        ordinal = counts[index]
-        counts[index] += 1
-        numbered.append({"target": f"{kind}-{index}-{ordinal}", "kind": kind, "ordinal": ordinal} | row)
-    return numbered
 
 
 def _value_rows(group: _Group, metric: ChosenMetric) -> list[ValueRow]:

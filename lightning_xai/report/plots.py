@@ -26,8 +26,7 @@ from PIL import Image, ImageDraw
 
 from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Sheet, styled, text_width, wrap
-from lightning_xai.results.record import Score
-from lightning_xai.results.states import state_name
+from lightning_xai.results.record import Score, state_name
 
 Box = tuple[float, float, float, float]
 Heat = NDArray[np.floating]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed_version
@@ -23,7 +24,6 @@ from typing import Any, Literal
 import msgspec
 
 from lightning_xai.atomic_file import read_json, write_json
-from lightning_xai.results.labels import check_label
 
 __all__ = [
     "RESULT_NAME",
@@ -33,16 +33,20 @@ __all__ = [
     "ResultError",
     "ResultRecord",
     "Score",
+    "check_label",
+    "method_of",
     "package_versions",
     "read_record",
     "settings_that_differ",
     "standard_error",
+    "state_name",
     "write_record",
 ]
 
 RESULT_NAME = "result.json"
 VERSION = 2
 Better = Literal["up", "down"]
+_LABEL = re.compile(r"[A-Za-z0-9_.,=+-]{1,120}")
 _PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 
 
@@ -241,3 +245,38 @@ def settings_that_differ(was: Mapping[str, Any], now: Mapping[str, Any], at: str
         elif old != new:
             found.append(f"{name} was {old!r} and is {new!r}")
     return found
+
+
+def check_label(label: str) -> str:
+    """Return a method's label, which names a folder, or raise a ValueError.
+
+    >>> check_label("m2ib,beta=0.1")
+    'm2ib,beta=0.1'
+    """
+    if not _LABEL.fullmatch(label) or not label.strip("."):
+        raise ValueError(f"a label has 1 to 120 letters, digits and characters of '_.,=+-'; got {label!r}")
+    return label
+
+
+def method_of(label: str, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """Return a method's name and options, as settings give them under its label.
+
+    The label is the method's name, unless `method` among the options says otherwise.
+
+    >>> method_of("m2ib", None), method_of("tight", {"method": "m2ib", "beta": 1.0})
+    (('m2ib', {}), ('m2ib', {'beta': 1.0}))
+    """
+    own = dict(options or {})
+    check_label(label)
+    return str(own.pop("method", label)), own
+
+
+def state_name(epoch: object) -> str:
+    """Return the name of a model's state after `epoch` finished epochs; strings are kept.
+
+    >>> [state_name(epoch) for epoch in (0, 3, "validate")]
+    ['before', 'epoch 3', 'validate']
+    """
+    if isinstance(epoch, str):
+        return epoch
+    return "before" if epoch == 0 else f"epoch {epoch}"

@@ -29,9 +29,9 @@ from lightning_xai.results.record import (
     ResultError,
     ResultRecord,
     standard_error,
+    state_name,
 )
 from lightning_xai.results.roar import roar_result
-from lightning_xai.results.states import state_name
 from lightning_xai.results.table import TARGETS_NAME, VALUES_NAME, ResultTable, read_result, score_table
 
 __all__ = [

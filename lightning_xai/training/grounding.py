@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,14 +18,90 @@ from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import Rule
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation.method_run import join_rows
+from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, ValueRow, maps_of, measure_batch, places_of
+from lightning_xai.metrics.base import choose_metric
+from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.models.dual_encoder import DualEncoder
-from lightning_xai.report.plots import rasterize
-from lightning_xai.training.grounding_pass import GroundingPass, Measured
-from lightning_xai.training.grounding_report import LOGGED, Row, history_row, show, write
+from lightning_xai.report.plots import Example, rasterize
+from lightning_xai.training.grounding_report import LOGGED, METHOD, Measured, Row, excluded_from, show, write
 
 __all__ = ["GroundingCallback"]
 
 _SCALARS = (*LOGGED, "grounding_targets")
+
+
+class _Pass:
+    """The rows of one evaluation on this rank, measured batch by batch after the module's own forward passes.
+
+    Args:
+        attribution: of the model that is evaluated.
+        batch_size: phrases attributed at a time; bounds memory, changes no number.
+        examples: how many examples to keep for drawing.
+    """
+
+    def __init__(self, attribution: FeaturePairAttribution, batch_size: int, examples: int) -> None:
+        self.hooks = ExitStack()
+        self._encoder = attribution.encoder
+        self._maps = maps_of(attribution, batch_size)
+        self._metric = choose_metric(SPEC.name, {})
+        self._most_drawn = examples
+        self._label_names: tuple[str, ...] | None = None
+        self._targets: list[dict[str, Any]] = []
+        self._values: list[ValueRow] = []
+        self._examples: list[Example] = []
+        self._drawn: dict[str, list[Any]] = {"keys": [], "heats": [], "gammas": [], "hits": []}
+
+    def open(self) -> None:
+        """Capture what the forward pass of a batch computes."""
+        self.hooks.close()
+        self.hooks.enter_context(self._maps.forward_pass())
+
+    def add(self, batch: Batch) -> None:
+        """Measure a batch whose forward pass has just run."""
+        self.hooks.close()
+        if self._label_names is None:
+            self._label_names = batch.label_names
+        if self._label_names != batch.label_names:
+            raise ValueError(
+                "the batches of one evaluation differ in their classes; GroundingCallback measures one split at a "
+                "time, so give the trainer one validation data loader"
+            )
+        rows = measure_batch(batch, self._maps, [self._metric])
+        self._targets += rows.targets
+        self._values += rows.values
+        self._draw(batch, rows)
+
+    def result(self, split: str) -> Measured:
+        """Everything of all ranks; every rank has to call this."""
+        if self._label_names is None:
+            raise RuntimeError(
+                "the evaluation had no lightning_xai.data.Batch, so there is no grounding: let the data loader give "
+                "such batches (ShardDataModule does), or take GroundingCallback out"
+            )
+        found, table = join_rows([(METHOD, 0, *row) for row in self._values], self._targets, SPEC.scores)
+        scores = {score.name: found.get((METHOD, 0, score.name), (math.nan, 0)) for score in SPEC.scores}
+        row: Row = {"targets": scores[LOGGED[0]][1]} | {name: scores[name][0] for name in LOGGED}
+        row |= {"excluded": excluded_from(table) if table is not None else {}, "examples": self._drawn}
+        return Measured(split, row, self._label_names, table, self._examples)
+
+    def _draw(self, batch: Batch, rows: BatchRows) -> None:
+        """Keep the first phrase of each of the first images; which ones they are never depends on the model."""
+        found = {(target, metric): value for target, metric, value, _ in rows.values}
+        for target, heat in rows.phrases:
+            if len(self._examples) == self._most_drawn:
+                return
+            if any(example.key == target["key"] for example in self._examples):
+                continue
+            image = (batch.index == target["index"]).nonzero()[0]
+            pixels = self._encoder.pictures(batch.images[image].float().cpu())[0].permute(1, 2, 0).numpy()
+            text, phrase, box = target["caption"], target["phrase"], tuple(target[side] for side in BOX_COLUMNS)
+            places = places_of(text, phrase)
+            self._examples.append(Example(np.asarray(pixels), phrase, text, places, box, target["key"]))
+            self._drawn["keys"].append(f"{target['key']}: {phrase}")
+            self._drawn["heats"].append(heat.clone())
+            self._drawn["gammas"].append(found[target["target"], "gamma"])
+            self._drawn["hits"].append(found[target["target"], "rho"] == 1)
 
 
 class GroundingCallback(Callback):
@@ -92,7 +170,7 @@ class GroundingCallback(Callback):
         self.internal_batch_size = internal_batch_size
         self.history: list[Row] = []
         self._attribution: FeaturePairAttribution | None = None
-        self._pass: GroundingPass | None = None
+        self._pass: _Pass | None = None
         self._measured: Measured | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -124,11 +202,11 @@ class GroundingCallback(Callback):
         else:
             due = not _fitting(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due:
-            self._start(trainer, "val")
+            self._start(trainer)
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a measurement."""
-        self._start(trainer, "test")
+        self._start(trainer)
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Capture what the batch's forward pass computes."""
@@ -150,13 +228,14 @@ class GroundingCallback(Callback):
         """Join the ranks' rows, and log the scores."""
         if self._pass is None:
             return
-        self._pass.close()
-        measured, self._pass = self._pass.result(), None
-        self._measured = measured
-        numbers = {name: measured.scores[name] for name in LOGGED} | {"grounding_targets": float(measured.targets)}
-        for name, value in numbers.items():
+        self._pass.hooks.close()
+        self._measured = self._pass.result("test" if trainer.testing else "val")
+        self._pass = None
+        row = self._measured.row
+        for name in _SCALARS:
             # Every rank holds the same number already.
-            pl_module.log(f"{measured.split}/{name}", value, prog_bar=name == "rho")
+            value = row[name] if name in LOGGED else float(row["targets"])
+            pl_module.log(f"{self._measured.split}/{name}", value, prog_bar=name == "rho")
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -165,12 +244,11 @@ class GroundingCallback(Callback):
         if self._measured is None:
             return
         measured, self._measured = self._measured, None
-        logged = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(f"{measured.split}/")
-        }
-        row = history_row(measured, _epoch(trainer), trainer.global_step, logged)
+        prefix = f"{measured.split}/"
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+        row: Row = {"epoch": _epoch(trainer), "step": trainer.global_step} | measured.row
+        others = {name.removeprefix(prefix): value for name, value in logged.items()}
+        row |= {name: value for name, value in others.items() if name not in {*row, *_SCALARS}}
         if _fitting(trainer):
             self.history = [old for old in self.history if old["epoch"] != row["epoch"]] + [row]
         if trainer.sanity_checking:
@@ -215,35 +293,28 @@ class GroundingCallback(Callback):
         """A run that resumes has a history from its checkpoint, which the measurement before training belongs to."""
         return self.before_training and not self.history
 
-    def _start(self, trainer: L.Trainer, split: str) -> None:
+    def _start(self, trainer: L.Trainer) -> None:
         assert self._attribution is not None, "Lightning calls setup first"
         self._abandon()
-        self._pass = GroundingPass(
-            self._attribution,
-            split,
-            examples=self.examples if trainer.is_global_zero else 0,
-            internal_batch_size=self.internal_batch_size,
-        )
+        self._pass = _Pass(self._attribution, self.internal_batch_size, self.examples if trainer.is_global_zero else 0)
 
     def _abandon(self) -> None:
         if self._pass is not None:
-            self._pass.close()
+            self._pass.hooks.close()
         self._pass = self._measured = None
 
     def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: Measured) -> None:
-        sheet = write(folder, rows, measured, self._options, _about(trainer, measured.split, self._encoder_name()))
-        if sheet is not None:
+        assert self._attribution is not None, "Lightning calls setup first"
+        about = _about(trainer, measured.split, self._attribution.encoder.name)
+        sheet = write(folder, rows, measured, self._options, about)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if sheet is not None and loggers:
             picture = rasterize(sheet)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    name = f"{measured.split}/grounding"
-                    logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+            for logger in loggers:
+                name = f"{measured.split}/grounding"
+                logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
         if not _fitting(trainer):
             show(folder, rows)
-
-    def _encoder_name(self) -> str:
-        assert self._attribution is not None, "Lightning calls setup first"
-        return self._attribution.encoder.name
 
     def _check_monitors(self, trainer: L.Trainer) -> None:
         """A checkpoint would otherwise compare epochs by numbers that are missing, or are those of an earlier epoch."""

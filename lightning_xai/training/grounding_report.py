@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -12,35 +13,49 @@ from rich.console import Console
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, score_column
-from lightning_xai.report.plots import curves, progress_sheet, save_figure
-from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions
-from lightning_xai.results.states import state_name
-from lightning_xai.training.grounding_pass import METHOD, Measured
+from lightning_xai.report.plots import Example, curves, progress_sheet, save_figure
+from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions, state_name
 
-__all__ = ["LOGGED", "Row", "history_row", "measurement_name", "show", "write"]
+if TYPE_CHECKING:
+    from lightning_xai.results.table import ResultTable
 
+__all__ = ["LOGGED", "METHOD", "Measured", "Row", "excluded_from", "show", "write"]
+
+METHOD = "feature_pair"
 Row = dict[str, Any]
 """A measurement: `epoch` (finished epochs, or `"validate"`, `"test"`), `step`, `targets`, gamma and rho, what the
-module logged, `excluded`, and `examples` (see `Drawn.state`); tensors and plain values, so that checkpoints can hold
-it."""
+module logged; on the first rank `excluded`, and `examples` as they were drawn: `keys`, `heats` ([H, W] float32),
+`gammas` and `hits`. Tensors and plain values, so that checkpoints can hold it."""
 
 LOGGED = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho")
 """Scores that the callback logs, besides `grounding_targets`."""
-_OWN = {*LOGGED, "grounding_targets"}
 
 
-def history_row(measured: Measured, epoch: int | str, step: int, logged: Mapping[str, float]) -> Row:
-    """Make one measurement, with what the module has logged in the same evaluation (`val/loss` becomes `loss`)."""
-    row: Row = {"epoch": epoch, "step": step, "targets": measured.targets}
-    row |= {name: measured.scores[name] for name in LOGGED}
-    others = {name.removeprefix(f"{measured.split}/"): value for name, value in logged.items()}
-    row |= {name: value for name, value in others.items() if name not in row.keys() | _OWN}
-    return row | {"excluded": dict(measured.excluded), "examples": measured.drawn.state}
+@dataclass(frozen=True)
+class Measured:
+    """The result of one evaluation.
+
+    Attributes:
+        split: `"val"` or `"test"`.
+        row: `targets`, gamma and rho over all ranks, and `examples`.
+        label_names: the split's classes.
+        table: the long table of all ranks, on the first one; elsewhere None.
+        examples: what to draw of `row["examples"]`.
+    """
+
+    split: str
+    row: Row
+    label_names: tuple[str, ...]
+    table: ResultTable | None
+    examples: list[Example]
 
 
-def measurement_name(epoch: int | str) -> str:
-    """Name a measurement's folder: "epoch=003", "validate" or "test"."""
-    return f"epoch={epoch:03d}" if isinstance(epoch, int) else epoch
+def excluded_from(table: ResultTable) -> dict[str, int]:
+    """Count the phrases that were not measured, by reason."""
+    from lightning_xai.results.table import exclusions
+
+    counts = exclusions(table.values[table.values["metric"] == SPEC.values[0]], by=["metric"])
+    return {why: count for why, count in zip(counts["excluded"], counts["count"].tolist(), strict=True) if why}
 
 
 def write(
@@ -66,7 +81,7 @@ def write(
     last = rows[-1]
     training = isinstance(last["epoch"], int)
     suffix = "" if training else f"-{last['epoch']}"
-    here = folder / measurement_name(last["epoch"])
+    here = folder / (f"epoch={last['epoch']:03d}" if training else last["epoch"])
     assert measured.table is not None, "the first rank holds the table"
     classes = summary_table(measured.table.frame, SPEC.scores, ["label"]).set_index("label")
     # Every class of the split has a line, in the split's order.
@@ -75,11 +90,10 @@ def write(
     classes[counts] = classes[counts].fillna(0).astype("int64")
     write_csv(here / "classes.csv", classes.rename_axis("label").reset_index())
     write_result(here, _record(last, options, about), measured.table)
-    lines = _lines(rows)
-    write_csv(folder / f"summary{suffix}.csv", lines)
+    write_csv(folder / f"summary{suffix}.csv", _lines(rows))
     if training and any(row["targets"] for row in rows):
         save_figure(curves(rows, scores=SPEC.scores), folder / "curves.png")
-    if not measured.drawn.examples:
+    if not measured.examples:
         return None
     sheet = _progress(rows, measured)
     save_figure(sheet, folder / f"progress{suffix}.png")
@@ -133,9 +147,9 @@ def _lines(rows: Sequence[Row]) -> Any:
 
 def _progress(rows: Sequence[Row], measured: Measured) -> Figure:
     """The examples' heat maps, a column for each measurement that drew the same ones."""
-    same = [row for row in rows if row["examples"]["keys"] == measured.drawn.state["keys"]]
+    same = [row for row in rows if row["examples"]["keys"] == measured.row["examples"]["keys"]]
     return progress_sheet(
-        measured.drawn.examples,
+        measured.examples,
         [[heat.numpy() for heat in row["examples"]["heats"]] for row in same],
         [state_name(row["epoch"]) for row in same],
         [row["examples"]["gammas"] for row in same],

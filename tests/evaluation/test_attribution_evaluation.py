@@ -25,7 +25,7 @@ from lightning_xai.data.sample import HardNegative, Region, read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.evaluation import AttributionEvaluation, method_run
-from lightning_xai.evaluation.result_cache import CacheError, ResultCache
+from lightning_xai.evaluation.method_run import CacheError, ResultCache
 from lightning_xai.metrics import gamma, patch_mask
 from lightning_xai.models import DualEncoder
 from lightning_xai.results.examples import read_examples
@@ -508,7 +508,7 @@ def items_found_on_opening(config: str, world: str, out: str) -> list[int]:
             super().__init__(folder, settings)
             found.append(len(self))
 
-    method_run.ResultCache = LateStore  # type: ignore[attr-defined]
+    pytest.MonkeyPatch().setattr(method_run, "ResultCache", LateStore)
     options = join_lightning() | {"limit_test_batches": 1}
     evaluate(Path(config), data_of(Path(world)), Path(out), trainer=options, methods={"saliency": {}})
     return found

@@ -22,7 +22,7 @@ from lightning_xai.attribution import (
 )
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import Phrases
-from lightning_xai.evaluation.maps import BatchMaps, MethodMaps, Wanted, maps_of
+from lightning_xai.evaluation.rows import BatchMaps, MethodMaps, Wanted, maps_of
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.models import DualEncoder
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from lightning_xai.attribution import Attribution, AttributionMethod
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import NamedBoxes
-from lightning_xai.evaluation.maps import BatchMaps, MethodMaps, Wanted
-from lightning_xai.evaluation.rows import BatchRows, Embeddings, measure_batch
+from lightning_xai.evaluation.rows import BatchMaps, BatchRows, Embeddings, MethodMaps, Wanted, measure_batch
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics import METRICS
 from lightning_xai.metrics.base import choose_metrics

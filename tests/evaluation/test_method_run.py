@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_xai.evaluation.result_cache import CacheError, ResultCache
+from lightning_xai.evaluation.method_run import CacheError, ResultCache
 
 SETTINGS = {
     "weights": "aa",
