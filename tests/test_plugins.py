@@ -21,7 +21,7 @@ from lightning_xai.attribution import METHODS
 from lightning_xai.cli import main
 from lightning_xai.data.sources import SOURCES
 from lightning_xai.metrics import METRICS
-from lightning_xai.metrics.base import choose_metrics
+from lightning_xai.metrics.registry import choose_metrics
 from lightning_xai.registry import PluginError
 from lightning_xai.results.table import read_result, score_table
 

@@ -28,8 +28,7 @@ from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.examples import ExampleGallery, Pixels, write_gallery
 from lightning_xai.evaluation.method_run import MethodRun, gather_to_first, join_rows
 from lightning_xai.evaluation.rows import Embeddings
-from lightning_xai.metrics import METRICS
-from lightning_xai.metrics.base import ChosenMetric, choose_metrics
+from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.models.loading import load_dual_encoder

@@ -22,7 +22,7 @@ from lightning_xai.attribution.method_options import ChosenMethod
 from lightning_xai.data.batch import Batch
 from lightning_xai.evaluation.examples import Candidate, ExampleGallery, Pixels
 from lightning_xai.evaluation.rows import Embeddings, maps_of, measure_batch
-from lightning_xai.metrics.base import ChosenMetric
+from lightning_xai.metrics.registry import ChosenMetric
 from lightning_xai.results.record import Score, settings_that_differ
 
 if TYPE_CHECKING:

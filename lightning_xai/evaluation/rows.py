@@ -30,7 +30,6 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
-    ChosenMetric,
     Kind,
     NegativeTargets,
     PhrasePairTargets,
@@ -38,6 +37,7 @@ from lightning_xai.metrics.base import (
 )
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.metrics.other_objects import directed_pairs
+from lightning_xai.metrics.registry import ChosenMetric
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 __all__ = [

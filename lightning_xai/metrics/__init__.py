@@ -5,7 +5,6 @@ from lightning_xai.metrics.base import (
     PhrasePairTargets,
     PhraseTargets,
     ScoreMetric,
-    check_spec,
 )
 from lightning_xai.metrics.confidence import confidence_drop, confidence_increase
 from lightning_xai.metrics.grounding import (
@@ -18,19 +17,8 @@ from lightning_xai.metrics.hard_negatives import attribution_difference
 from lightning_xai.metrics.localization import binarised, box_union, intersection_over_union
 from lightning_xai.metrics.map_similarity import spearman, ssim
 from lightning_xai.metrics.other_objects import directed_pairs
+from lightning_xai.metrics.registry import METRICS
 from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
-from lightning_xai.registry import Registry
-
-METRICS: Registry[MetricSpec] = Registry(
-    "metric",
-    {
-        name: f"lightning_xai.metrics.{name}:SPEC"
-        for name in ("grounding", "other_objects", "hard_negatives", "confidence", "localization")
-    },
-    group="lightning_xai.metrics",
-    check=check_spec,
-)
-"""Every metric by the name that configs and results use. A new one is one file and one entry."""
 
 __all__ = [
     "METRICS",

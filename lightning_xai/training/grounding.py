@@ -20,8 +20,8 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.method_run import join_rows
 from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, ValueRow, maps_of, measure_batch, places_of
-from lightning_xai.metrics.base import choose_metric
 from lightning_xai.metrics.grounding import SPEC
+from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.report.plots import Example, rasterize
 from lightning_xai.training.grounding_report import LOGGED, METHOD, Measured, Row, excluded_from, show, write

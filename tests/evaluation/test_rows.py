@@ -21,8 +21,8 @@ from lightning_xai.data.phrases import NamedBoxes
 from lightning_xai.evaluation.rows import BatchMaps, BatchRows, Embeddings, MethodMaps, Wanted, measure_batch
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics import METRICS
-from lightning_xai.metrics.base import choose_metrics
 from lightning_xai.metrics.grounding import patch_mask
+from lightning_xai.metrics.registry import choose_metrics
 from lightning_xai.results.table import TARGET_COLUMNS
 
 SIZE, GRID = (8, 12), (2, 3)

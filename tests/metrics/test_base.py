@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics import METRICS, PhraseTargets
-from lightning_xai.metrics.base import ChosenMetric, ScoreMetric, check_spec, choose_metric, choose_metrics, no_targets
+from lightning_xai.metrics.base import ScoreMetric, check_spec, no_targets
 from lightning_xai.metrics.grounding import SPEC
+from lightning_xai.metrics.registry import ChosenMetric, choose_metric, choose_metrics
 from lightning_xai.registry import PluginError
 from lightning_xai.results.record import Score
 
