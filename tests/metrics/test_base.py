@@ -95,7 +95,7 @@ def test_options_that_cannot_work_are_refused_before_anything_is_computed(
         (lambda maps: maps, "a mapping from each of gamma, rho"),
         (lambda maps: {"gamma": maps[:, 0, 0]}, "the values gamma, rho; got gamma$"),
         (lambda maps: {"gamma": maps, "rho": maps, "more": maps}, "the values gamma, rho; got gamma, rho, more"),
-        (lambda maps: {"gamma": maps, "rho": maps[:, 0, 0]}, r"gamma as a tensor .*, \[3\]; got \[3, 2, 2\]"),
+        (lambda maps: {"gamma": maps, "rho": maps[:, 0, 0]}, r"gamma as a tensor.*, \[3\]; got \[3, 2, 2\]"),
         (lambda maps: {"gamma": 1.0, "rho": maps[:, 0, 0]}, "gamma as a tensor"),
         (lambda maps: {"gamma": maps[:, 0, 0] / 0, "rho": maps[:, 0, 0]}, "gamma as finite numbers, or NaN"),
     ],
