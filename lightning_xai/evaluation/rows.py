@@ -27,6 +27,7 @@ from lightning_xai.attribution.pairwise import HiddenStates, PairwiseMethod, Ref
 from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
+from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
@@ -475,12 +476,14 @@ class _Measuring:
 def places_of(caption: str, phrase: str) -> tuple[tuple[int, int], ...]:
     """Find the words of a phrase (several mentions joined by a comma) in a caption, to highlight them.
 
-    >>> places_of("a dog and a dog", "dog, dog")
-    ((2, 5), (12, 15))
+    >>> places_of("a dog and a dog", "dog, dog"), places_of("a woman and a man", "man")
+    (((2, 5), (12, 15)), ((14, 17),))
     """
     places, start = [], 0
     for words in phrase.split(", "):
-        at = caption.find(words, start)
+        whole = [first for first, _ in find_phrases(caption, [words]) if first >= start]
+        # Scripts without spaces have no whole words.
+        at = whole[0] if whole else caption.find(words, start)
         if at >= 0:
             places.append((at, at + len(words)))
             start = at + len(words)
