@@ -17,14 +17,7 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.shards import ShardError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*smaller than the logging interval",
-    "ignore:.*LeafSpec",
-    "ignore:.*worker processes in total",
-    "ignore:.*`srun` command is available",
-    "ignore:.*callbacks used to create the checkpoint",
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
 
 
 class CountingReader(Reader):

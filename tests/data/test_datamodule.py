@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,15 +20,7 @@ from lightning_xai.data.sample import Sample
 from lightning_xai.data.shards import ShardError, write_shards
 from lightning_xai.data.spans import CaptionTokenizer
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*smaller than the logging interval",
-    "ignore:.*LeafSpec",
-    "ignore:.*worker processes in total",
-    "ignore:.*Total length of `list` across ranks is zero",
-    "ignore:.*`srun` command is available",
-    "ignore:.*callbacks used to create the checkpoint",
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
 
 
 def test_the_global_random_state_stays_as_it_is(shards: Path, tokenizer: CaptionTokenizer) -> None:
@@ -351,14 +341,3 @@ def test_shapes_are_made_on_first_use_and_kept(tmp_path: Path, tokenizer: Captio
     written = manifest.stat().st_mtime_ns
     make_trainer(tmp_path).test(module, data(), verbose=False)
     assert manifest.stat().st_mtime_ns == written
-
-
-def test_shapes_data_have_the_options_of_shard_data() -> None:
-    def options(cls: Callable[..., Any]) -> dict[str, Any]:
-        return {name: item.default for name, item in inspect.signature(cls).parameters.items()}
-
-    own = {"root", "train_samples", "val_samples", "data_seed"}
-    shapes = {name: value for name, value in options(ShapesDataModule).items() if name not in own}
-    places = {"train", "val", "test", "retries"}
-    shards = {name: value for name, value in options(ShardDataModule).items() if name not in places}
-    assert shapes == shards
