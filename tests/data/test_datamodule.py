@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from captioned_shards import TRANSFORM, keys, make_samples, make_shards
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch
@@ -17,7 +19,7 @@ from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
 from lightning_xai.data.excluded import BrokenRecordWarning, TooManyBrokenRecordsError
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.shards import ShardError, write_shards
+from lightning_xai.data.shards import write_shards
 from lightning_xai.data.spans import CaptionTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
@@ -68,18 +70,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def make_trainer(folder: Path, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 3,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": "callbacks" in options,
-        "default_root_dir": folder,
-    }
-    return Trainer(**(defaults | options))
+make_trainer = partial(quiet_trainer, max_epochs=3)
 
 
 def checkpoints(folder: Path, **options: Any) -> ModelCheckpoint:
@@ -110,7 +101,7 @@ def test_a_resumed_run_sees_the_very_same_samples(
 
     options, file = SAVING[saving]
     straight = Recorder(tokenizer)
-    trainer = make_trainer(tmp_path, callbacks=[checkpoints(tmp_path, **options)], num_sanity_val_steps=0, **length)
+    trainer = make_trainer(tmp_path, checkpoints(tmp_path, **options), num_sanity_val_steps=0, **length)
     trainer.fit(straight, data())
     assert sorted(straight.train_keys) == [0, 1, 2, 3]
     assert len({tuple(epoch) for epoch in straight.train_keys.values()}) == 4
@@ -285,13 +276,6 @@ def test_a_split_that_a_stage_needs_has_to_be_given() -> None:
     for stage, split in STAGES:
         with pytest.raises(ValueError, match=f"no {split} shards are given: set '{split}'"):
             ShardDataModule().setup(stage)
-
-
-def test_a_corrupt_manifest_is_found_before_the_run(tmp_path: Path) -> None:
-    folder = make_shards(tmp_path / "s", 5)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(ShardError, match="broken JSON"):
-        ShardDataModule(train=folder).setup("fit")
 
 
 OUT_OF_RANGE: list[dict[str, Any]] = [
