@@ -6,21 +6,23 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_xai.atomic_file import write_json
 from lightning_xai.attribution.method_options import ChosenMethod, choose_method
 from lightning_xai.commands.inputs import load_model
 from lightning_xai.commands.outputs import describe
 from lightning_xai.data.excluded import BROKEN_RECORD
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest, progress_bar
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest
 from lightning_xai.evaluation.roar_data import (
     attribute_pairs,
     count_ties,
@@ -78,7 +80,7 @@ class RoarRun:
             NonFiniteLossError: a loss is NaN or infinite.
         """
         to_do = [trial for trial in trials if not self._is_done(trial)]
-        with progress_bar(True) as bar:
+        with _progress() as bar:
             task = bar.add_task("trials", total=len(trials), completed=len(trials) - len(to_do))
             for trial in to_do:
                 train = self._training_data(trial, bar)
@@ -88,7 +90,7 @@ class RoarRun:
 
     def prepare(self) -> None:
         """Create the data that trials need; one job does so before many that share the trials."""
-        with progress_bar(True) as bar:
+        with _progress() as bar:
             for label in (ORIGINAL, *self.chosen):
                 for modality in self.roar.modalities:
                     self._training_data(Trial(label, modality, 0), bar)
@@ -227,3 +229,10 @@ def _choose(encoder: DualEncoder, label: str, name: str, options: dict[str, Any]
 def _digest(value: Any) -> str:
     """A short name that depends on plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        yield bar
