@@ -107,6 +107,14 @@ def randomised(encoder: DualEncoder, seed: int = 0) -> DualEncoder:
     return encoder
 
 
+def encoder_from(config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float64) -> DualEncoder:
+    """A randomised encoder in evaluation mode, by its model config."""
+    path = folder / "model.json"
+    path.write_text(json.dumps(config))
+    torch.manual_seed(0)
+    return randomised(load_dual_encoder(path)).to(dtype).eval()
+
+
 @pytest.fixture
 def make_encoder(architecture_file: Callable[[str], Path]) -> Callable[..., DualEncoder]:
     """Build a randomised small encoder in evaluation mode, by the name of its architecture."""

@@ -77,3 +77,8 @@ def replacing(block: nn.Module, hidden: Tensor, run: Callable[[], Tensor]) -> Te
         return run()
     finally:
         handle.remove()
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for rounding in float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)

@@ -453,58 +453,23 @@ class ShapesDataModule(ShardDataModule):
         train_samples: number of training images.
         val_samples: number of validation images.
         data_seed: of the images and captions; at least 0.
-        batch_size: see `ShardDataModule`, as all the following.
-        eval_batch_size: images per evaluation batch and rank.
-        num_workers: processes per rank that read and decode.
-        shuffle_buffer: undecoded samples that each worker holds to shuffle from.
-        seed: of the order of samples and the choice of captions; at least 0.
-        captions_per_image: only the first so many captions of an image are used.
-        swap_objects: give evaluation hard negatives made from the captions.
-        max_fault_fraction: share of broken records above which a run stops.
-        verify: before a run, compare every shard's SHA-256 with the manifest.
-        persistent_workers: keep workers from epoch to epoch.
-        pin_memory: batches in page-locked memory.
+        **options: of `ShardDataModule`.
 
     Raises:
         ValueError: an option outside its range.
     """
 
-    def __init__(  # noqa: PLR0913 - the signature is the configuration
+    def __init__(
         self,
         *,
         root: Path = Path("data/shapes"),
         train_samples: int = TRAIN_SAMPLES,
         val_samples: int = VAL_SAMPLES,
         data_seed: int = 0,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        num_workers: int = 2,
-        shuffle_buffer: int = 1000,
-        seed: int = 0,
-        captions_per_image: int | None = None,
-        swap_objects: bool = False,
-        max_fault_fraction: float = 0.01,
-        verify: bool = False,
-        persistent_workers: bool = False,
-        pin_memory: bool | None = None,
+        **options: Any,
     ) -> None:
         root = Path(root)
-        super().__init__(
-            train=root / "train",
-            val=root / "val",
-            test=root / "val",
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            shuffle_buffer=shuffle_buffer,
-            seed=seed,
-            captions_per_image=captions_per_image,
-            swap_objects=swap_objects,
-            max_fault_fraction=max_fault_fraction,
-            verify=verify,
-            persistent_workers=persistent_workers,
-            pin_memory=pin_memory,
-        )
+        super().__init__(train=root / "train", val=root / "val", test=root / "val", retries=0, **options)
         self.root = root
         self.train_samples = train_samples
         self.val_samples = val_samples

@@ -14,10 +14,10 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, BinaryIO, TypeAlias
 
 import msgspec
@@ -257,18 +257,22 @@ def write_shards(
     excluded = Counter() if excluded is None else excluded
     partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
+    content = _Content(excluded)
+    shards: list[ShardEntry] = []
     try:
-        with _ShardWriter(partial, samples_per_shard) as writer, progress_bar(progress) as bar:
-            for sample in bar.track(samples, total=total, description=escape(name)):
-                _write_sample(writer, sample, excluded)
-        if not writer.shards:
+        with progress_bar(progress) as bar:
+            records = content.take(bar.track(samples, total=total, description=escape(name)))
+            for first in records:
+                group = chain([first], islice(records, samples_per_shard - 1))
+                shards.append(_write_shard(partial / f"shard-{len(shards):06d}.tar", group))
+        if not shards:
             raise ShardError(f"{out}: no sample to write for {name!r}; excluded: {dict(excluded) or 'nothing'}")
         manifest = Manifest(
             name=name,
-            shards=tuple(writer.shards),
-            labels=tuple(sorted(writer.labels)),
+            shards=tuple(shards),
+            labels=tuple(sorted(content.labels)),
             excluded={reason: count for reason, count in sorted(excluded.items()) if count},
-            captions=writer.captions,
+            captions=content.captions,
         )
         manifest.save(partial)
         _publish(partial, out, overwrite)
@@ -295,84 +299,48 @@ class _HashingFile:
         return self._digest.hexdigest()
 
 
-class _OpenShard:
-    """A shard that is being written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.samples = 0
-        self._file = path.open("wb")
-        self._hashed = _HashingFile(self._file)
+def _write_shard(path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardEntry:
+    """Write keys with their members as one shard."""
+    samples = 0
+    with path.open("wb") as file:
+        hashed = _HashingFile(file)
         # Time and owner are fixed so that the same samples give the same bytes. The members are bytes already
         # (encoder=False). The GNU format holds keys of more than 100 characters, which webdataset's default does not.
-        self._tar = TarWriter(self._hashed, encoder=False, mtime=0, user="nobody", group="nobody", format="GNU_FORMAT")
-
-    def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        self._tar.write({"__key__": key, **members})
-        self.samples += 1
-
-    def close(self) -> None:
-        with self._file:
-            self._tar.close()
-
-    def entry(self) -> ShardEntry:
-        return ShardEntry(self.path.name, self.samples, self._hashed.bytes, self._hashed.sha256)
+        with TarWriter(hashed, encoder=False, mtime=0, user="nobody", group="nobody", format="GNU_FORMAT") as tar:
+            for key, members in records:
+                tar.write({"__key__": key, **members})
+                samples += 1
+    return ShardEntry(path.name, samples, hashed.bytes, hashed.sha256)
 
 
-class _ShardWriter:
-    """Spreads encoded samples over shards in `folder`; close it (leave its context) before `shards` is read."""
+class _Content:
+    """Encodes samples, and notes what a manifest says of those that could be."""
 
-    def __init__(self, folder: Path, samples_per_shard: int) -> None:
-        self.shards: list[ShardEntry] = []
+    def __init__(self, excluded: Counter[str]) -> None:
         self.labels: set[str] = set()
         self.captions = 0
-        self._folder = folder
-        self._limit = samples_per_shard
+        self._excluded = excluded
         self._keys: set[str] = set()
-        self._open: _OpenShard | None = None
 
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._close_shard()
-        elif self._open is not None:
-            self._open.close()
-
-    def write(self, sample: Sample, members: Mapping[str, bytes]) -> None:
-        if sample.key in self._keys:
-            raise ShardError(
-                f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to be "
-                "unique in a data set: remove the duplicate from the source or make its keys distinct"
-            )
-        self._keys.add(sample.key)
-        if self._open is None:
-            self._open = _OpenShard(self._folder / f"shard-{len(self.shards):06d}.tar")
-        self._open.write(sample.key, members)
-        self.captions += len(sample.captions)
-        self.labels.update(region.label for region in sample.regions)
-        if self._open.samples == self._limit:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self.shards.append(self._open.entry())
-            self._open = None
-
-
-def _write_sample(writer: _ShardWriter, sample: Sample, excluded: Counter[str]) -> None:
-    try:
-        members = encode_sample(sample)
-    except RecordError as error:
-        excluded[BROKEN_RECORD] += 1
-        if excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
-            _log.warning("excluded: %s", error)
-        return
-    writer.write(sample, members)
+    def take(self, samples: Iterable[Sample]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        """Key and members of each sample that keeps the contract; the others are counted, and the first logged."""
+        for sample in samples:
+            try:
+                members = encode_sample(sample)
+            except RecordError as error:
+                self._excluded[BROKEN_RECORD] += 1
+                if self._excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
+                    _log.warning("excluded: %s", error)
+                continue
+            if sample.key in self._keys:
+                raise ShardError(
+                    f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to "
+                    "be unique in a data set: remove the duplicate from the source or make its keys distinct"
+                )
+            self._keys.add(sample.key)
+            self.captions += len(sample.captions)
+            self.labels.update(region.label for region in sample.regions)
+            yield sample.key, members
 
 
 def progress_bar(enabled: bool) -> Progress:

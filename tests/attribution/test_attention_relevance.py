@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, randomised
+from conftest import ARCHITECTURES, TEXT, encoder_from
 from inputs import random_pairs
 from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
@@ -71,14 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Encoders in float64 that the tests of this file share, so they must not change them."""
-
-    def make(name: str) -> DualEncoder:
-        path = tmp_path_factory.mktemp(name) / "model.json"
-        path.write_text(json.dumps(CONFIGS[name]))
-        torch.manual_seed(0)
-        return randomised(load_dual_encoder(path)).double().eval()
-
-    return cache(make)
+    return cache(lambda name: encoder_from(CONFIGS[name], tmp_path_factory.mktemp(name)))
 
 
 # The literal version: every attention of the whole towers is written out and kept, then multiplied as in Eq. 6.
@@ -263,18 +256,6 @@ def test_the_gradient_is_of_the_cosine_times_the_logit_scale(encoder_of: Callabl
     torch.testing.assert_close(after.similarity, before.similarity)
 
 
-@pytest.mark.parametrize("name", ["siglip", "not_causal_last", "coca_text"])
-def test_pairs_are_explained_alike_together_and_one_at_a_time(
-    name: str, encoder_of: Callable[[str], DualEncoder]
-) -> None:
-    encoder = encoder_of(name)
-    images, tokens = random_pairs(encoder)
-    together = AttentionRelevance(encoder, start_layer=0).attribute(images, tokens)
-    alone = AttentionRelevance(encoder, start_layer=0, internal_batch_size=1).attribute(images, tokens)
-    torch.testing.assert_close(alone.image, together.image, rtol=1e-9, atol=1e-14)
-    torch.testing.assert_close(alone.text, together.text, rtol=1e-9, atol=1e-14)
-
-
 @pytest.mark.parametrize(("start", "with_graph"), [(-1, 0), (1, 1), (0, 2)])
 def test_blocks_before_the_first_of_the_product_run_without_graph(
     start: int, with_graph: int, encoder_of: Callable[[str], DualEncoder]
@@ -312,11 +293,9 @@ def vision(name: str) -> dict[str, Any]:
 
 
 def test_a_tower_of_feature_maps_is_refused_and_the_other_methods_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "model.json"
     others = ", ".join(name for name in METHODS if name != "attention_relevance")
     for config in (ARCHITECTURES["resnet"], vision("test_convnext"), vision("tiny_swin")):
-        path.write_text(json.dumps(config))
-        encoder = load_dual_encoder(path)
+        encoder = encoder_from(config, tmp_path)
         with pytest.raises(UnsupportedTowerError, match=r"image tower.*feature maps.*such as FeaturePairAttribution"):
             AttentionRelevance(encoder)
         with pytest.raises(UnsupportedTowerError, match=rf"feature maps.*; other methods: {others}$"):
@@ -324,9 +303,7 @@ def test_a_tower_of_feature_maps_is_refused_and_the_other_methods_are_named(tmp_
 
 
 def test_attention_that_is_computed_by_other_means_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.json"
-    path.write_text(json.dumps(CONFIGS["siglip"]))
-    encoder = load_dual_encoder(path)
+    encoder = encoder_from(CONFIGS["siglip"], tmp_path)
     visual: Any = encoder.model.visual
     AttentionRelevance(encoder)
     visual.trunk.blocks[1].attn.fused_attn = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -11,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT, randomised
+from conftest import TEXT, encoder_from
 from inputs import random_pairs
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from lightning_xai.attribution.m2ib import M2IB, capacity
-from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
+from lightning_xai.models import DualEncoder, UnsupportedTowerError
 
 MakeEncoder = Callable[..., DualEncoder]
 SMALL = {"steps": 4, "samples": 3}
@@ -164,9 +163,7 @@ def test_a_class_token_after_the_caption_passes_the_bottleneck_too(tmp_path: Pat
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16},
         "text_cfg": TEXT | {"embed_cls": True},
     }
-    (tmp_path / "model.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    encoder = randomised(load_dual_encoder(tmp_path / "model.json")).double().eval()
+    encoder = encoder_from(config, tmp_path)
     assert_literal(encoder, M2IB(encoder, **SMALL), towers(encoder, 0, 1), **SMALL)
 
 
@@ -178,8 +175,7 @@ def test_the_bottleneck_is_three_quarters_up_and_before_the_last_block(tmp_path:
             "vision_cfg": {"image_size": 8, "layers": depth, "width": 8, "head_width": 8, "patch_size": 4},
             "text_cfg": TEXT | {"width": 8, "heads": 1, "layers": depth},
         }
-        (tmp_path / "model.json").write_text(json.dumps(config))
-        method = M2IB(load_dual_encoder(tmp_path / "model.json"))
+        method = M2IB(encoder_from(config, tmp_path))
         assert (method.image.layer, method.text.layer) == (block + 1, block + 1)
 
 
@@ -225,32 +221,6 @@ def test_nothing_passes_where_passing_costs_much_and_more_where_it_costs_less(ma
         assert getattr(dear, part).min() >= 0
         sums = [getattr(result, part).flatten(1).sum(dim=1) for result in (dear, cheap)]
         assert (sums[1] > 1.5 * sums[0]).all()
-
-
-def test_another_partner_makes_another_map(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("vit", torch.float64)
-    images, tokens = random_pairs(encoder)
-    method = M2IB(encoder, beta=0.01)
-    own, others = method.attribute(images, tokens), method.attribute(images, tokens.roll(1, dims=0))
-    assert ((own.image - others.image).abs().amax(dim=(1, 2)) > 0.01 * own.image.amax(dim=(1, 2))).all()
-    others = method.attribute(images.roll(1, dims=0), tokens)
-    assert ((own.text - others.text).abs().amax(dim=1) > 0.01 * own.text.amax(dim=1)).all()
-
-
-@pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_a_pair_is_explained_as_it_would_be_alone_and_without_padding(make_encoder: MakeEncoder, name: str) -> None:
-    encoder = make_encoder(name, torch.float64)
-    images, tokens = random_pairs(encoder)
-    batch = M2IB(encoder, **SMALL).attribute(images, tokens)
-    order = [2, 0, 1]
-    chunked = M2IB(encoder, **SMALL, internal_batch_size=2).attribute(images[order], tokens[order])
-    torch.testing.assert_close(chunked.image, batch.image[order])
-    torch.testing.assert_close(chunked.text, batch.text[order])
-    for row, length in enumerate((8, 4, 12)):
-        alone = M2IB(encoder, **SMALL).attribute(images[row : row + 1], tokens[row : row + 1, :length])
-        torch.testing.assert_close(alone.image[0], batch.image[row])
-        torch.testing.assert_close(alone.text[0], batch.text[row, :length])
-        assert not batch.text[row, length:].any()
 
 
 def test_noise_comes_from_the_seed_alone(make_encoder: MakeEncoder) -> None:
@@ -310,6 +280,5 @@ def test_a_tower_of_a_single_block_is_refused(tmp_path: Path) -> None:
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16},
         "text_cfg": TEXT | {"layers": 1},
     }
-    (tmp_path / "model.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedTowerError, match="after its bottleneck; the text tower has 1 only"):
-        M2IB(load_dual_encoder(tmp_path / "model.json"))
+        M2IB(encoder_from(config, tmp_path))

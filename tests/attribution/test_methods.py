@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import randomised
+from conftest import TEXT, encoder_from
 from inputs import random_pairs
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from lightning_xai.attribution import (
     min_max,
     upsample,
 )
-from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
+from lightning_xai.models import DualEncoder, UnsupportedTowerError
 
 MakeEncoder = Callable[..., DualEncoder]
 # Few samples: these tests ask for sameness, not for precision.
@@ -213,16 +212,10 @@ def test_half_precision_changes_digits_and_chunks_change_nothing_more(make_encod
 
 
 @every_method
-def test_gradient_checkpointing_changes_nothing(architecture_file: Callable[[str], Path], name: str) -> None:
-    config = json.loads(architecture_file("vit").read_text())
-    config["vision_cfg"] = {
-        "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160
-    }  # fmt: skip
-    config |= {"embed_dim": 96, "text_cfg": config["text_cfg"] | {"embed_cls": True}, "custom_text": True}
-    path = architecture_file("vit").with_name("checkpointed.json")
-    path.write_text(json.dumps(config))
-    torch.manual_seed(0)
-    encoder = randomised(load_dual_encoder(path)).double().eval()
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, name: str) -> None:
+    vision = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160}
+    config = {"embed_dim": 96, "vision_cfg": vision, "text_cfg": TEXT | {"embed_cls": True}, "custom_text": True}
+    encoder = encoder_from(config, tmp_path)
     images, tokens = random_pairs(encoder)
     options = {"kernel_shap": {"image_samples": 128}}.get(name, {})
     plain = build(name, encoder, **options).attribute(images, tokens)

@@ -80,22 +80,6 @@ def test_text_agrees_with_the_expectation_over_all_masks(make_encoder: MakeEncod
     torch.testing.assert_close(result.text[0], expected, rtol=0, atol=0.005)
 
 
-def test_chunks_change_no_mask_and_every_pair_sees_the_same(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("vit", torch.float64)
-    images, tokens = random_pairs(encoder)
-    whole = RISE(encoder, image_masks=30, text_masks=20, internal_batch_size=None)
-    chunked = RISE(encoder, image_masks=30, text_masks=20, internal_batch_size=7)
-    parts = list(chunked._draw_image_masks(images))
-    assert [len(part) for part in parts] == [7, 7, 7, 7, 2]
-    torch.testing.assert_close(torch.cat(parts), torch.cat(list(whole._draw_image_masks(images))), rtol=0, atol=0)
-    assert torch.equal(
-        torch.cat(list(chunked._draw_text_masks(tokens))), torch.cat(list(whole._draw_text_masks(tokens)))
-    )
-    twice = whole.attribute(images[[0, 0]], tokens[[0, 0]])
-    torch.testing.assert_close(twice.image[0], twice.image[1])
-    torch.testing.assert_close(twice.text[0], twice.text[1])
-
-
 def test_the_seed_decides_what_is_drawn(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit")
     images, tokens = random_pairs(encoder)

@@ -7,7 +7,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
@@ -270,28 +269,6 @@ def test_an_invalid_training_row_keeps_its_place_with_an_empty_caption(tokenizer
     assert batch.caption_index.tolist() == [0, -1, 0]
     assert batch.caption_image.tolist() == [0, 1, 2]
     assert batch.faults == [Fault(5, BROKEN_RECORD, "gone")]
-
-
-def test_lightning_moves_every_tensor(evaluation: EvaluationCollate) -> None:
-    region = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
-    batch = evaluation([(0, make_sample("a", ("a dog",), (region,)))])
-    moved = move_data_to_device(batch, torch.device("meta"))
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    tensors += [value for value in vars(moved.phrases).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 12
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved.captions == batch.captions
-    assert moved.phrases.text == ["dog"]
-    assert batch.images.device.type == "cpu"
-
-
-def test_batches_pickle(evaluation: EvaluationCollate) -> None:
-    region = Region("dog", (20, 10, 20, 16), {0: ((2, 5),)})
-    batch = evaluation([(0, make_sample("a", ("a dog",), (region,))), (1, RecordError("gone"))])
-    copy = pickle.loads(pickle.dumps(batch))
-    assert torch.equal(copy.images, batch.images)
-    assert torch.equal(copy.phrases.span_mask, batch.phrases.span_mask)
-    assert copy.faults == batch.faults
 
 
 def test_collates_pickle_for_spawned_workers(evaluation: EvaluationCollate) -> None:

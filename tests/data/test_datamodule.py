@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from captioned_shards import TRANSFORM, keys, make_samples, make_shards
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch
@@ -19,18 +19,10 @@ from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
 from lightning_xai.data.excluded import BrokenRecordWarning, TooManyBrokenRecordsError
 from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.shards import ShardError, write_shards
+from lightning_xai.data.shards import write_shards
 from lightning_xai.data.spans import CaptionTokenizer
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*smaller than the logging interval",
-    "ignore:.*LeafSpec",
-    "ignore:.*worker processes in total",
-    "ignore:.*Total length of `list` across ranks is zero",
-    "ignore:.*`srun` command is available",
-    "ignore:.*callbacks used to create the checkpoint",
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
 
 
 def test_the_global_random_state_stays_as_it_is(shards: Path, tokenizer: CaptionTokenizer) -> None:
@@ -78,18 +70,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def make_trainer(folder: Path, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 3,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": "callbacks" in options,
-        "default_root_dir": folder,
-    }
-    return Trainer(**(defaults | options))
+make_trainer = partial(quiet_trainer, max_epochs=3)
 
 
 def checkpoints(folder: Path, **options: Any) -> ModelCheckpoint:
@@ -120,7 +101,7 @@ def test_a_resumed_run_sees_the_very_same_samples(
 
     options, file = SAVING[saving]
     straight = Recorder(tokenizer)
-    trainer = make_trainer(tmp_path, callbacks=[checkpoints(tmp_path, **options)], num_sanity_val_steps=0, **length)
+    trainer = make_trainer(tmp_path, checkpoints(tmp_path, **options), num_sanity_val_steps=0, **length)
     trainer.fit(straight, data())
     assert sorted(straight.train_keys) == [0, 1, 2, 3]
     assert len({tuple(epoch) for epoch in straight.train_keys.values()}) == 4
@@ -297,13 +278,6 @@ def test_a_split_that_a_stage_needs_has_to_be_given() -> None:
             ShardDataModule().setup(stage)
 
 
-def test_a_corrupt_manifest_is_found_before_the_run(tmp_path: Path) -> None:
-    folder = make_shards(tmp_path / "s", 5)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(ShardError, match="broken JSON"):
-        ShardDataModule(train=folder).setup("fit")
-
-
 OUT_OF_RANGE: list[dict[str, Any]] = [
     {"batch_size": 0},
     {"eval_batch_size": 0},
@@ -351,14 +325,3 @@ def test_shapes_are_made_on_first_use_and_kept(tmp_path: Path, tokenizer: Captio
     written = manifest.stat().st_mtime_ns
     make_trainer(tmp_path).test(module, data(), verbose=False)
     assert manifest.stat().st_mtime_ns == written
-
-
-def test_shapes_data_have_the_options_of_shard_data() -> None:
-    def options(cls: Callable[..., Any]) -> dict[str, Any]:
-        return {name: item.default for name, item in inspect.signature(cls).parameters.items()}
-
-    own = {"root", "train_samples", "val_samples", "data_seed"}
-    shapes = {name: value for name, value in options(ShapesDataModule).items() if name not in own}
-    places = {"train", "val", "test", "retries"}
-    shards = {name: value for name, value in options(ShardDataModule).items() if name not in places}
-    assert shapes == shards

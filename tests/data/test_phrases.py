@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from PIL import Image
 from torch import Tensor
 
@@ -168,7 +169,8 @@ def test_columns_do_not_share_memory(tokenizer: CaptionTokenizer) -> None:
 
 def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer: CaptionTokenizer) -> None:
     batch, negatives = collated(tokenizer, make_sample("a"), swap=True)
-    moved = batch.to("meta")
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert moved.images.device.type == moved.phrases.boxes.device.type == "meta"
     assert moved.negatives is not None
     assert moved.named is not None
     tensors = [value for part in (moved.negatives, moved.named) for value in vars(part).values() if _is_tensor(value)]

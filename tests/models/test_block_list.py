@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEXT, randomised
-from equation_10 import Side, block_input, equation_10
+from equation_10 import Side, assert_same, block_input, equation_10
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.models import register_model
 from timm.models.cait import Cait
@@ -178,10 +178,6 @@ def blocks_of(encoder: DualEncoder, name: str) -> Any:
 def channels_second(hidden: Tensor, name: str) -> Tensor:
     """A block's own input in the form of `features_before`."""
     return hidden.permute(0, 3, 1, 2) if hidden.ndim == 4 and TOWERS[name].width_axis == -1 else hidden
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from equation_10 import Side, block_input, equation_10
+from equation_10 import Side, assert_same, block_input, equation_10
 from small_clap import AUDIO, BANDS, CAPTIONS, FRAMES, RATE, STRIPS, TEXT, save_clap, tone
 from torch import Tensor
 
@@ -37,10 +37,6 @@ def sounds(encoder: ClapEncoder, count: int = 2) -> Tensor:
     """Noise that is louder at one place than at others: [count, C, F, T] in decibels."""
     generator = torch.Generator().manual_seed(3)
     return torch.randn(count, *encoder.image_shape, generator=generator).double() * 15 - 45
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def features(encoder: ClapEncoder, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,12 +109,6 @@ def test_a_batch_without_captions_gives_no_embeddings(make_encoder: MakeEncoder)
     assert embeddings.dtype == torch.float64
 
 
-def test_the_logit_scale_is_the_models_parameter(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder()
-    assert encoder.logit_scale is encoder.model.logit_scale
-    assert sum(p.numel() for p in encoder.parameters()) == sum(p.numel() for p in encoder.model.parameters())
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
 def test_a_copy_computes_with_its_own_weights(
     duplicate: Callable[[DualEncoder], DualEncoder], make_encoder: MakeEncoder

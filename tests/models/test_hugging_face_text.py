@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES, randomised
-from equation_10 import Side, block_input, equation_10, replacing
+from equation_10 import Side, assert_same, block_input, equation_10, replacing
 from torch import Tensor, nn
 
 from lightning_xai.attribution import FeaturePairAttribution
@@ -98,10 +98,6 @@ def blocks_of(encoder: DualEncoder, name: str) -> Any:
 
 def images_of(encoder: DualEncoder, count: int) -> Tensor:
     return torch.randn(count, *encoder.image_shape, generator=torch.Generator().manual_seed(1)).double()
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -233,13 +229,6 @@ def test_text_without_token_ids_says_what_is_missing(encoder_of: Callable[[str],
     tower = encoder_of("roberta").text_at_layer()
     with pytest.raises(ValueError, match="give them as inputs"):
         tower.embed_from(torch.zeros(1, 4, 16).double())
-
-
-def test_layers_that_do_not_exist_are_named(encoder_of: Callable[[str], DualEncoder]) -> None:
-    encoder = encoder_of("mt5")
-    assert encoder.text_at_layer(-1).layer == 2
-    with pytest.raises(ValueError, match=r"text tower has layers 0 to 2 \(or -3 to -1\); got layer 3"):
-        encoder.text_at_layer(3)
 
 
 def test_a_model_without_a_list_of_layers_is_named(tmp_path: Path) -> None:

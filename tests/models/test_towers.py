@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, randomised
-from equation_10 import Side, block_input, equation_10, replacing
+from conftest import ARCHITECTURES, TEXT, encoder_from
+from equation_10 import Side, assert_same, block_input, equation_10, replacing
 from inputs import CAPTIONS, random_pairs
 from torch import Tensor, nn
 
 from lightning_xai.attribution import FeaturePairAttribution
-from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
-from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable, resolve_layer
+from lightning_xai.models import DualEncoder, UnsupportedTowerError
+from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable
 
 VIT = {"image_size": 32, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
 # What open_clip's configurations can also say about its towers.
@@ -75,19 +74,12 @@ for _name, (_base, _) in MASKS.items():
 ALL = {**ARCHITECTURES, **VARIANTS}
 
 
-def build(config: dict[str, Any], folder: Path) -> DualEncoder:
-    path = folder / "model.json"
-    path.write_text(json.dumps(config))
-    torch.manual_seed(0)
-    return randomised(load_dual_encoder(path)).double().eval()
-
-
 @pytest.fixture(scope="module")
 def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Encoders in float64 that the tests of this file share, so they must not change them."""
 
     def make(name: str) -> DualEncoder:
-        encoder = build(ALL[name], tmp_path_factory.mktemp(name))
+        encoder = encoder_from(ALL[name], tmp_path_factory.mktemp(name))
         for attribute, value in MASKS[name][1].items() if name in MASKS else ():
             setattr(encoder.model.text, attribute, value)
         return DualEncoder(encoder.model, encoder.tokenizer, encoder.architecture).eval()
@@ -106,10 +98,6 @@ def block_of(encoder: DualEncoder, tower: str, layer: int) -> nn.Module:
     else:
         block = getattr(model.visual, f"layer{layer}")
     return block
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def layers_of(name: str, tower: str) -> list[int]:
@@ -181,7 +169,7 @@ def test_a_path_embeds_every_mixture_of_reference_and_input(
 
 @torch.no_grad()
 def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
-    encoder = build(ARCHITECTURES["vit"], tmp_path)
+    encoder = encoder_from(ARCHITECTURES["vit"], tmp_path)
     images, tokens = random_pairs(encoder)
     expected_image, expected_text = encoder.model.encode_image(images), encoder.model.encode_text(tokens)
     model: Any = encoder.model
@@ -227,11 +215,6 @@ def test_layers_count_as_open_clip_counts_and_from_the_end(
             encoder.image_at_layer(layer)
     with pytest.raises(ValueError, match=r"text tower has layers 0 to 2 \(or -3 to -1\); got layer 3"):
         encoder.text_at_layer(3)
-
-
-def test_resolve_layer_at_the_edges_of_a_tower_that_starts_at_one() -> None:
-    assert [resolve_layer(layer, 1, 4, "image") for layer in (1, 4, -4, -1)] == [1, 4, 1, 4]
-    assert resolve_layer(0, 0, 1, "text") == resolve_layer(-1, 0, 1, "text") == 0
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -288,7 +271,7 @@ def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Cal
 
 def test_text_that_is_not_pooled_has_no_layers(tmp_path: Path) -> None:
     text = TEXT | {"pool_type": "none", "proj_type": "none", "no_causal_mask": True}
-    encoder = build({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": text}, tmp_path)
+    encoder = encoder_from({"embed_dim": 32, "vision_cfg": VIT, "text_cfg": text}, tmp_path)
     _, tokens = random_pairs(encoder)
     assert_same(encoder.encode_text(tokens), encoder.model.encode_text(tokens))
     with pytest.raises(UnsupportedTowerError, match="pooled by 'none'"):
@@ -316,7 +299,7 @@ def global_state(module: nn.Module) -> tuple[object, ...]:
 def test_differentiable_switches_everything_and_restores_it_after_an_exception(
     context: Callable[[], Any], raising: bool, tmp_path: Path
 ) -> None:
-    model: Any = build(ARCHITECTURES["vit"], tmp_path).model
+    model: Any = encoder_from(ARCHITECTURES["vit"], tmp_path).model
     model.train()
     model.visual.conv1.eval()  # a part that is frozen in evaluation mode stays so
 

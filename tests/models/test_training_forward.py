@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, randomised
+from conftest import ARCHITECTURES, encoder_from
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_xai.models import DualEncoder, UnsupportedTowerError, contrastive_loss, load_dual_encoder
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, contrastive_loss
 
 MakeEncoder = Callable[..., DualEncoder]
 PAIRS = 7
@@ -62,10 +62,7 @@ def timm_tower_and_class_token(folder: Path) -> DualEncoder:
         "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160
     }  # fmt: skip
     config["text_cfg"]["embed_cls"] = True
-    (folder / "timm.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    encoder: DualEncoder = randomised(load_dual_encoder(folder / "timm.json"))
-    return encoder
+    return encoder_from(config, folder)
 
 
 @pytest.fixture
@@ -73,10 +70,7 @@ def with_dropout(tmp_path: Path) -> DualEncoder:
     """A tower that draws which patches it sees."""
     config = copy.deepcopy(ARCHITECTURES["vit"])
     config["vision_cfg"]["patch_dropout"] = 0.5
-    (tmp_path / "dropout.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    encoder: DualEncoder = randomised(load_dual_encoder(tmp_path / "dropout.json"))
-    return encoder.double().train()
+    return encoder_from(config, tmp_path).train()
 
 
 # --- in chunks ---

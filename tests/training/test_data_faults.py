@@ -20,16 +20,7 @@ from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.excluded import ExcludedByShard, TooManyBrokenRecordsError
 from lightning_xai.training.data_faults import DataFaults
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*worker processes in total",
-    "ignore:.*`srun` command is available",
-    "ignore:.*callbacks used to create the checkpoint",
-    "ignore:.*smaller than the logging interval",
-    "ignore:.*LeafSpec",
-    "ignore:.*Total length of `list` across ranks is zero",
-    "ignore::lightning_xai.data.excluded.BrokenRecordWarning",
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
 
 
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:

@@ -30,8 +30,15 @@ from lightning_xai.data.phrase_finder import MentionFinder
 from lightning_xai.data.sample import Region, Sample, Span
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
 from lightning_xai.data.sources.coco_classes import read_classes
-from lightning_xai.data.sources.entries import kept_captions, usable_samples
-from lightning_xai.data.sources.files import check_file, check_folder, listed_records, load_json, read_image_file
+from lightning_xai.data.sources.files import (
+    check_file,
+    check_folder,
+    kept_captions,
+    listed_records,
+    load_json,
+    read_image_file,
+    usable_samples,
+)
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
 

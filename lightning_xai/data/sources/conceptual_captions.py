@@ -22,8 +22,15 @@ from pathlib import Path, PurePosixPath
 
 from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
-from lightning_xai.data.sources.files import check_file, check_folder, read_image_file, read_rows
+from lightning_xai.data.sources.files import (
+    check_file,
+    check_folder,
+    kept_captions,
+    key_from,
+    read_image_file,
+    read_rows,
+    usable_samples,
+)
 
 _NAME = "conceptual-captions"
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)

@@ -33,8 +33,7 @@ from xml.etree import ElementTree
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.sample import Box, Region, Sample, Span
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
-from lightning_xai.data.sources.entries import key_from, usable_samples
-from lightning_xai.data.sources.files import check_folder, is_safe_name, read_image_file
+from lightning_xai.data.sources.files import check_folder, is_safe_name, key_from, read_image_file, usable_samples
 from lightning_xai.data.sources.karpathy import read_karpathy
 
 # [/EN#<chain>/<type>/.../<type> <words>]

@@ -45,8 +45,14 @@ from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.sample import Box, HardNegative, Region, Sample, Span
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
-from lightning_xai.data.sources.entries import key_from, usable_samples
-from lightning_xai.data.sources.files import check_file, check_folder, load_json, read_image_file
+from lightning_xai.data.sources.files import (
+    check_file,
+    check_folder,
+    key_from,
+    load_json,
+    read_image_file,
+    usable_samples,
+)
 
 TRIPLETS = "relation_subj+relation_obj+relation_pred"
 """The types of "The <subject> is <predicate> the <object>." captions, which the papers use."""

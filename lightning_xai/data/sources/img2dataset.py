@@ -26,8 +26,7 @@ from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import IMAGE_MEMBERS, Sample
 from lightning_xai.data.shard_reader import TarRecord, TarRecords
 from lightning_xai.data.shard_store import open_file
-from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
-from lightning_xai.data.sources.files import check_folder, decode_image_file
+from lightning_xai.data.sources.files import check_folder, decode_image_file, kept_captions, key_from, usable_samples
 
 _MEMBERS = (*IMAGE_MEMBERS, "txt", "json")
 _FETCHED = "success"

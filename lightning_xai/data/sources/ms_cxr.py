@@ -32,8 +32,15 @@ from typing import Any
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.sample import Region, Sample
 from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
-from lightning_xai.data.sources.entries import key_from, usable_samples
-from lightning_xai.data.sources.files import check_file, check_folder, listed_records, load_json, read_image_file
+from lightning_xai.data.sources.files import (
+    check_file,
+    check_folder,
+    key_from,
+    listed_records,
+    load_json,
+    read_image_file,
+    usable_samples,
+)
 
 _COLUMNS = ("path", "category_name", "label_text", "x", "y", "w", "h", "image_width", "image_height")
 _ROOT = "files/"

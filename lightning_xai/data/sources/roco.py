@@ -19,8 +19,14 @@ from functools import partial
 from pathlib import Path
 
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
-from lightning_xai.data.sources.files import check_folder, read_image_file, read_rows
+from lightning_xai.data.sources.files import (
+    check_folder,
+    kept_captions,
+    key_from,
+    read_image_file,
+    read_rows,
+    usable_samples,
+)
 
 _CAPTIONS = "radiology/captions.txt"
 _IMAGES = "radiology/images"

@@ -19,8 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
-from lightning_xai.data.sources.files import check_folder, read_image_file
+from lightning_xai.data.sources.files import check_folder, kept_captions, key_from, read_image_file, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
 

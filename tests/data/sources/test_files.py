@@ -9,8 +9,7 @@ from PIL import Image
 
 from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.sources.entries import kept_captions, key_from, usable_samples
-from lightning_xai.data.sources.files import read_image_file
+from lightning_xai.data.sources.files import kept_captions, key_from, read_image_file, usable_samples
 
 
 def png(size: tuple[int, int] = (4, 3)) -> bytes:
