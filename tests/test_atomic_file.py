@@ -21,8 +21,13 @@ def test_a_reader_never_sees_a_part_of_the_new_file(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="full"), replaced_at_once(path) as part:
-        part.write_text("half")
-        raise RuntimeError("the disk is full")
+
+    def fail_half_way() -> None:
+        with replaced_at_once(path) as part:
+            part.write_text("half")
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        fail_half_way()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
