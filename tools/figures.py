@@ -13,12 +13,13 @@ Definitions
   from the opening of the shard to the writing of the last table. Each counts once. `lightning_xai.models` is set aside:
   it is the model that is explained.
 - Files to touch: for an existing entry, its own module and the files of the package that name it, in a string or by an
-  import of its module: each would have to be edited for a new one. Docstrings do not count.
+  import of its module: each would have to be edited for a new one. Docstrings do not count, nor does an import in an
+  `__init__.py` that only hands the name on.
 - Places that decide gamma > 0.5: statements with a comparison of gamma and 0.5, a `threshold=0.5`, or a heading that
   begins with "γ > 0.5"; sentences that mention it do not count.
 - Words of the README: what white space separates, code and tables included.
-- Odd words: "anew", "whoever", "nobody", "beside", "behind", "told", "tells" and "of its own" in the package's `.py` files,
-  code, docstrings and comments alike.
+- Odd words: "anew", "whoever", "nobody", "beside", "behind", "told", "tells" and "of its own" in the package's `.py`
+  files, code, docstrings and comments alike.
 - Largest folder: lines of each folder directly below lightning_xai/ that is a package, over those of attribution/; the
   largest of them, data/ aside.
 
@@ -90,8 +91,8 @@ def docstrings(tree: ast.AST) -> set[int]:
     return found
 
 
-def names_entry(tree: ast.AST, names: tuple[str, ...], module: str) -> bool:
-    """Whether a module's code names an entry: in a string, or by importing its module."""
+def names_entry(tree: ast.AST, names: tuple[str, ...], module: str, imports: bool) -> bool:
+    """Whether a module's code names an entry: in a string, or, where `imports` count, by importing its module."""
     texts = docstrings(tree)
     # A word of a string, or "module:attribute" of a registry.
     word = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, (*names, f'{PACKAGE}.{module}')))})(?![\w-])")
@@ -99,7 +100,7 @@ def names_entry(tree: ast.AST, names: tuple[str, ...], module: str) -> bool:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
             if word.search(node.value):
                 return True
-        elif isinstance(node, ast.ImportFrom) and node.module == f"{PACKAGE}.{module}":
+        elif imports and isinstance(node, ast.ImportFrom) and node.module == f"{PACKAGE}.{module}":
             return True
     return False
 
@@ -110,7 +111,7 @@ def files_to_touch(root: Path, names: tuple[str, ...], module: str) -> list[str]
     return [
         str(path.relative_to(root))
         for path in python_files(root / PACKAGE)
-        if path != own and names_entry(ast.parse(path.read_text()), names, module)
+        if path != own and names_entry(ast.parse(path.read_text()), names, module, path.name != "__init__.py")
     ]
 
 
