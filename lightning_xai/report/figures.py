@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from lightning_xai.report.sheet import FONT_PT, printable, style, styled, text_width, wrap
+from lightning_xai.report.sheet import printable, style, text_width
 from lightning_xai.results.runs import Estimate
 from lightning_xai.results.stochastic_order import survival_curve
 
@@ -52,7 +52,7 @@ class Sample:
     baseline: bool = False
 
 
-@styled
+@style()
 def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, marks: Sequence[float] = ()) -> Figure:
     """Draw the share of targets above each value in [0, 1], after Figure 5 (left): the higher a curve, the better.
 
@@ -78,7 +78,7 @@ def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, m
     return figure
 
 
-@styled
+@style()
 def distribution(panels: Mapping[str, Sequence[Sample]], title: str, value: str) -> Figure:
     """Draw a histogram of values around zero, after Figure 5 (right); each panel has its own scale.
 
@@ -105,7 +105,7 @@ def distribution(panels: Mapping[str, Sequence[Sample]], title: str, value: str)
     return figure
 
 
-@styled
+@style()
 def bars(panels: Mapping[str, Mapping[str, Estimate]], baselines: Sequence[str], title: str) -> Figure:
     """Draw scores as bars with standard errors over seeds, a panel for each score; baselines are grey.
 
@@ -140,7 +140,7 @@ def bars(panels: Mapping[str, Mapping[str, Estimate]], baselines: Sequence[str],
     return figure
 
 
-@styled
+@style()
 def class_bars(runs: Mapping[str, pd.DataFrame], title: str, value: str) -> Figure:
     """Draw the mean and standard deviation of each class, after Figure 6, the best of the first run to the left.
 
@@ -206,9 +206,7 @@ def _axes(
     every = list(figure.subplots(*grid, squeeze=False, **options).flat)
     for axes in every[count:]:
         axes.remove()
-    # `wrap` measures at `FONT_PT`; titles are larger.
-    room = figure.get_figwidth() * figure.dpi * FONT_PT / 12
-    figure.suptitle("\n".join(line.text for line in wrap(title, (), room)))
+    figure.suptitle(printable(title), wrap=True)
     return figure, every[:count]
 
 

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.explanation import scaled
-from lightning_xai.report.plots import Example, example_sheet, heat_fault, progress_sheet
+from lightning_xai.report.plots import Example, GradedMap, example_sheet, heat_fault, progress_sheet, scaled
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
 
@@ -31,7 +30,7 @@ Chooser = Callable[[ExampleRecord], bool]
 
 class _Drawable(NamedTuple):
     example: Example
-    heat: NDArray[np.floating]
+    graded: GradedMap
     record: ExampleRecord
 
 
@@ -82,11 +81,9 @@ class Gallery:
             return None
         sheet = progress_sheet(
             [found[0][key].example for key in keys],
-            [[other[key].heat for key in keys] for other in found],
+            [[other[key].graded for key in keys] for other in found],
             list(columns),
-            [[_gamma(other[key].record) for key in keys] for other in found],
             title,
-            hits=[[other[key].record.hit for key in keys] for other in found],
             columns=len(columns) + 1,
             side=176,
         )
@@ -101,10 +98,8 @@ class Gallery:
             return None
         sheet = example_sheet(
             [drawable.example for drawable in found],
-            [drawable.heat for drawable in found],
-            [_gamma(drawable.record) for drawable in found],
+            [drawable.graded for drawable in found],
             title,
-            hits=[drawable.record.hit for drawable in found],
             columns=6,
             side=224,
         )
@@ -125,7 +120,8 @@ class Gallery:
         length = len(record.caption)
         spans = tuple((max(start, 0), min(end, length)) for start, end in record.spans if start < min(end, length))
         example = Example(image, record.phrase, record.caption, spans, box, record.key)
-        return _Drawable(example, heat, record)
+        gamma = math.nan if record.gamma is None else record.gamma
+        return _Drawable(example, GradedMap(heat, gamma, record.hit), record)
 
     def _image(self, path: Path) -> NDArray[np.float32]:
         if path not in self._images:
@@ -134,10 +130,6 @@ class Gallery:
                     raise ValueError(f"the picture has {picture.width} x {picture.height} pixels, which is too many")
                 self._images[path] = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255)
         return self._images[path]
-
-
-def _gamma(record: ExampleRecord) -> float:
-    return math.nan if record.gamma is None else record.gamma
 
 
 def _key(record: ExampleRecord) -> Key:

@@ -14,16 +14,13 @@ from numpy.typing import NDArray
 
 from lightning_xai.report.explanation import (
     Saliency,
-    Scale,
     Token,
     comparison_sheet,
     explanation_sheet,
     image_pair_sheet,
-    limits,
-    scaled,
     text_pair_sheet,
 )
-from lightning_xai.report.plots import Example, rasterize
+from lightning_xai.report.plots import Example, Scale, limits, rasterize, scaled
 
 CAPTION = "a red ring and a skateboard"
 TOKENS = (

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lightning_xai.report.plots import (
     Example,
+    GradedMap,
     curves,
     evenly,
     example_sheet,
@@ -44,6 +45,9 @@ def example(caption: str = "a red ring and a blue star", phrase: str = "a blue s
 
 def heat(seed: int = 0) -> NDArray[np.floating]:
     return np.random.default_rng(seed).normal(size=(8, 8))
+
+
+MAP = GradedMap(heat(), 0.5, True)
 
 
 def redness(picture: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -160,7 +164,8 @@ def test_columns_are_spread_evenly_from_the_first_to_the_last(count: int) -> Non
 
 
 def test_the_sheet_shows_the_caption_gamma_and_hit_of_each_example() -> None:
-    sheet = example_sheet([example()] * 3, [heat()] * 3, [0.83, math.nan, 0.1], "after", hits=[True, False, False])
+    graded = [GradedMap(heat(), gamma, gamma == 0.83) for gamma in (0.83, math.nan, 0.1)]
+    sheet = example_sheet([example()] * 3, graded, "after")
     shown = texts(sheet)
     assert shown.count("a red ring and a blue star") == 3
     assert any("0.83" in text and "hit" in text for text in shown)
@@ -168,20 +173,15 @@ def test_the_sheet_shows_the_caption_gamma_and_hit_of_each_example() -> None:
     assert "after" in shown
 
 
-def test_without_hits_no_mark_is_claimed() -> None:
-    assert not any("hit" in text or "miss" in text for text in texts(example_sheet([example()], [heat()], [0.5], "t")))
-
-
 def test_a_map_that_says_nothing_is_named_in_the_sheet() -> None:
-    assert any(
-        "constant map" in text for text in texts(example_sheet([example()], [np.zeros((8, 8))], [math.nan], "t"))
-    )
+    shown = texts(example_sheet([example()], [GradedMap(np.zeros((8, 8)), math.nan, False)], "t"))
+    assert {"constant map", "no γ"} <= set(shown)
 
 
 def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:
     def columns_of(caption: str, spans: tuple[tuple[int, int], ...]) -> tuple[list[int], list[int]]:
-        sheet = rasterize(example_sheet([Example(GREY, "", caption, spans)], [heat()], [0.5], "t"))
-        line = sheet[389:406]  # below head, picture and gamma
+        sheet = rasterize(example_sheet([Example(GREY, "", caption, spans)], [MAP], "t"))
+        line = sheet[389:406]  # below the title, picture and gamma
         ink = np.flatnonzero((line < 120).all(-1).any(0))
         return ink.tolist(), np.flatnonzero((line == HIGHLIGHT).all(-1).any(0)).tolist()
 
@@ -196,7 +196,7 @@ def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:
 def test_a_long_caption_is_wrapped_and_no_character_or_highlight_is_lost() -> None:
     phrase = "a very long winded phrase that certainly will not fit on a single line of the narrow panel"
     caption = f"there is {phrase} and {'x' * 120} after it"
-    sheet = example_sheet([example(caption, phrase)], [heat()], [0.5], "Title")
+    sheet = example_sheet([example(caption, phrase)], [MAP], "Title")
     lines = [text for text in texts(sheet) if text and text in caption]
     assert "".join(lines).replace(" ", "") == caption.replace(" ", "")
     assert len(highlights(sheet)) >= 2
@@ -211,14 +211,14 @@ def test_a_long_caption_is_wrapped_and_no_character_or_highlight_is_lost() -> No
 )
 def test_no_caption_breaks_the_sheet(caption: str) -> None:
     odd = Example(GREY, "", caption, ((0, 1), (5, 500), (3, 3)), None)
-    assert rasterize(example_sheet([odd], [heat()], [0.5], caption)).std() > 0
+    assert rasterize(example_sheet([odd], [MAP], caption)).std() > 0
 
 
 def test_small_images_are_enlarged_to_sharp_squares() -> None:
     checkers = np.indices((16, 16)).sum(0) % 2
     image = np.repeat(checkers[..., None], 3, axis=2).astype(float)
-    sheet = rasterize(example_sheet([Example(image, "", "", ())], [np.zeros((2, 2))], [0.5], "", side=320))
-    top, left = 44, 80  # head; a single panel is centred in the narrowest sheet
+    sheet = rasterize(progress_sheet([Example(image, "", "", ())], [[MAP]], ["before"], side=320))
+    top, left = 88, 16  # the title, the columns' names and the caption are above
     panel = sheet[top : top + 320, left : left + 320]
     assert set(np.unique(panel)) == {0, 255}
     assert np.array_equal(panel, np.kron(image, np.ones((20, 20, 1))).astype(np.uint8) * 255)
@@ -226,26 +226,27 @@ def test_small_images_are_enlarged_to_sharp_squares() -> None:
 
 def test_the_progress_sheet_keeps_the_first_and_the_last_epoch() -> None:
     names = ["before", *(f"epoch {number}" for number in range(1, 12))]
-    maps = [[heat(10 * epoch + i) for i in range(2)] for epoch in range(12)]
-    gammas = [[epoch / 100, 0.5] for epoch in range(12)]
-    sheet = progress_sheet([example(), example()], maps, names, gammas, columns=4)
+    maps = [[GradedMap(heat(epoch), gamma, True) for gamma in (epoch / 100, 0.5)] for epoch in range(12)]
+    sheet = progress_sheet([example(), example()], maps, names, columns=4)
     shown = texts(sheet)
     assert [text for text in shown if text in names] == ["before", "epoch 6", "epoch 11"]
-    assert [text for text in shown if text.startswith("γ")] == ["γ = 0.00", "γ = 0.06", "γ = 0.11"] + ["γ = 0.50"] * 3
+    assert [text for text in shown if text.startswith("γ")] == [
+        f"γ = {gamma}   ✓ hit" for gamma in ("0.00", "0.06", "0.11", "0.50", "0.50", "0.50")
+    ]
     assert len(sheet.axes[0].images) == 2 * (1 + 3)
 
 
 def test_lengths_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="gammas: expected 1 entries, got 2"):
-        example_sheet([example()], [heat()], [0.5, 0.5], "t")
+    with pytest.raises(ValueError, match="maps: expected 1 entries, got 2"):
+        example_sheet([example()], [MAP, MAP], "t")
     with pytest.raises(ValueError, match="at least one example"):
-        example_sheet([], [], [], "t")
-    with pytest.raises(ValueError, match="heats: expected 2 entries, got 1"):
-        progress_sheet([example()], [[heat()]], ["before", "epoch 1"], [[0.5], [0.5]])
-    with pytest.raises(ValueError, match="gammas: expected 1 entries, got 0"):
-        progress_sheet([example()], [[heat()]], ["before"], [[]])
+        example_sheet([], [], "t")
+    with pytest.raises(ValueError, match="maps: expected 2 entries, got 1"):
+        progress_sheet([example()], [[MAP]], ["before", "epoch 1"])
+    with pytest.raises(ValueError, match="maps of before: expected 1 entries, got 0"):
+        progress_sheet([example()], [[]], ["before"])
     with pytest.raises(ValueError, match="columns"):
-        progress_sheet([example()], [[heat()]], ["before"], [[0.5]], columns=1)
+        progress_sheet([example()], [[MAP]], ["before"], columns=1)
 
 
 def test_curves_draw_percent_over_finished_epochs_with_gaps_for_nan() -> None:
@@ -272,7 +273,7 @@ def test_curves_accept_names_single_rows_and_nothing_but_nan() -> None:
 
 
 def test_figures_are_written_whole_in_the_size_they_were_laid_out(tmp_path: Path) -> None:
-    sheet = example_sheet([example()], [heat()], [0.5], "t")
+    sheet = example_sheet([example()], [MAP], "t")
     save_figure(sheet, tmp_path / "new" / "sheet.png")
     saved = np.asarray(Image.open(tmp_path / "new" / "sheet.png").convert("RGB"))
     assert np.array_equal(saved, rasterize(sheet))
@@ -286,7 +287,7 @@ def test_drawing_never_touches_pyplot() -> None:
         "import sys, numpy as np\n"
         "from lightning_xai.report.plots import *\n"
         "one = Example(np.zeros((8, 8, 3)), 'a', 'a b', ((0, 1),), (1, 1, 5, 5))\n"
-        "rasterize(example_sheet([one], [np.eye(2)], [0.5], 't'))\n"
+        "rasterize(example_sheet([one], [GradedMap(np.eye(2), 0.5, True)], 't'))\n"
         "rasterize(curves([{'epoch': 0, 'rho': 0.5}], scores=()))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
