@@ -1,3 +1,1 @@
 """Tables and pictures from results; needs no torch."""
-
-__all__ = ["plots", "tables"]

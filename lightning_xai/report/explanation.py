@@ -214,7 +214,7 @@ def text_pair_sheet(
         y = _chips(sheet, tokens, scaled(values, "signed"), (GAP, y + LINE), width - 2 * GAP)
     y += GAP + above
     shown = dict(zip((*_ORDER, "pairs"), (*saliencies, pairs), strict=True))
-    _bars(sheet, y + cell * len(first), shown, "signed")
+    _bars(sheet, y + cell * len(first) + GAP, shown, "signed")
     _matrix(sheet.axes(left, y, cell * len(second), cell * len(first)), first, second, pairs)
     return sheet.figure
 

@@ -19,8 +19,6 @@ from lightning_xai.report.plots import Example, GradedMap, example_sheet, heat_f
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
 
-__all__ = ["Gallery"]
-
 _LARGEST_PICTURE = 4096 * 4096  # pixels; examples are what a model sees
 _LARGEST_MAP = 512
 
@@ -70,13 +68,8 @@ class Gallery:
             The sheet and the number of its rows; None where the columns share no example.
         """
         found = [self._drawable.get(where, {}) for where in columns.values()]
-        if not found:
-            return None
-        keys = [
-            key
-            for key, drawable in found[0].items()
-            if chosen(drawable.record) and all(key in other for other in found)
-        ][:most]
+        of_first = found[0].items() if found else ()
+        keys = [key for key, each in of_first if chosen(each.record) and all(key in other for other in found)][:most]
         if not keys:
             return None
         sheet = progress_sheet(

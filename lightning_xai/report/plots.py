@@ -10,13 +10,13 @@ for pixel, so that small images stay crisp, and a caption's lines are broken by 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
@@ -39,7 +39,7 @@ _BLUE = np.array([0.10, 0.25, 0.90], dtype=np.float32)
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _MOST_OPAQUE = 0.85
 _YELLOW = (255, 214, 10)
-BAR = 74  # pixels that a colour bar takes
+BAR = 76  # pixels that a colour bar takes
 _NARROWEST = 480  # so that the colour bar's note fits
 _HIT, _MISS = "#1a7f37", "#8a8a8a"
 
@@ -65,9 +65,7 @@ class Example:
     key: str = ""
 
 
-def overlay(
-    image: NDArray[np.floating], heat: Heat, box: Box | None = None, vmax: float | None = None
-) -> NDArray[np.uint8]:
+def overlay(image: NDArray[np.floating], heat: Heat, box: Box | None = None) -> NDArray[np.uint8]:
     """Lay a signed heat map over an image: red is positive, blue negative, and stronger colour a larger magnitude.
 
     The image is shown with little colour, or a red object would look like a red patch. The map is
@@ -78,13 +76,12 @@ def overlay(
         image: [H, W, 3] floats in [0, 1].
         heat: [h, w] at patch resolution; covers the whole image.
         box: `(x0, y0, x1, y1)` in pixels, outlined in yellow.
-        vmax: the magnitude of the strongest colour; by default the map's largest. Larger values are drawn as this one.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ValueError: the image or the map has another shape, the map is empty, or `vmax` is not positive.
+        ValueError: the image or the map has another shape, or the map is empty.
 
     >>> picture = overlay(np.ones((4, 4, 3)), np.array([[1.0, -1.0]]))
     >>> [bool(picture[0, 0].argmax() == 0), bool(picture[0, 3].argmax() == 2)]
@@ -94,13 +91,11 @@ def overlay(
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim != 2 or not heat.size:
         raise ValueError(f"heat: expected one map [h, w], got the shape {heat.shape}")
-    if vmax is not None and not vmax > 0:
-        raise ValueError(f"vmax: expected a positive magnitude, got {vmax}; leave it out for the map's own largest")
     if heat_fault(heat) is None:
-        scaled = np.clip(heat / (vmax or float(np.abs(heat).max())), -1, 1)
+        strengths = heat / np.abs(heat).max()
         height, width = image.shape[:2]
-        scaled = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
-        image = tinted(_muted(image), scaled)
+        strengths = np.asarray(Image.fromarray(strengths).resize((width, height), Image.Resampling.BILINEAR))
+        image = tinted(_muted(image), strengths)
     return outlined(to_uint8(image), box)
 
 
@@ -129,9 +124,8 @@ def scaled(values: Heat, scale: Scale) -> Heat:
     if not values.size or heat_fault(values) is not None:
         return np.zeros_like(values)
     low, high = limits(values, scale)
-    if scale == "range":
-        return np.asarray((values - low) / (high - low))
-    return np.asarray(np.clip(values / high, -1, 1))
+    zero = low if scale == "range" else 0.0
+    return np.asarray(np.clip((values - zero) / (high - zero), -1, 1))
 
 
 def limits(values: Heat, scale: Scale) -> tuple[float, float]:
@@ -257,24 +251,22 @@ def curves(
     Raises:
         ValueError: there are no rows, or one has no `epoch`.
     """
-    if not rows or not all("epoch" in row for row in rows):
+    if not rows or not all(isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError(f"rows: expected at least one, each with an 'epoch'; got {[sorted(row) for row in rows]}")
-    epochs = [row["epoch"] for row in rows]
-    numbered = all(isinstance(epoch, (int, float)) for epoch in epochs)
-    places = np.array(epochs if numbered else range(len(rows)), dtype=float)
+    frame = pd.DataFrame(list(rows), dtype="float64")
     figure = Figure(figsize=(8.0, 4.2))
     axes = figure.add_subplot()
     highest = 0.0
     for score in scores:
-        percent = np.array([_percent(row.get(score.name)) for row in rows])
-        if np.isnan(percent).all():
+        known = 100 * frame[score.name].dropna() if score.name in frame else frame["epoch"][:0]
+        if known.empty:
             continue
-        highest = max(highest, float(np.nanmax(percent)))
-        first, last = percent[~np.isnan(percent)][[0, -1]]
-        label = f"{score.heading}   {first:.1f} → {last:.1f} %"
-        axes.plot(places, percent, "-" if score.percent else "--", marker="o", label=label)
-    shown = [int(i) for i in evenly(len(rows), 11)]
-    axes.set_xticks(places[shown], [_tick(epochs[i]) for i in shown])
+        highest = max(highest, known.max())
+        label = f"{score.heading}   {known.iloc[0]:.1f} → {known.iloc[-1]:.1f} %"
+        style = "-" if score.percent else "--"
+        axes.plot(frame["epoch"], known.reindex(frame.index), style, marker="o", label=label)
+    shown = frame["epoch"].iloc[evenly(len(rows), 11)]
+    axes.set_xticks(shown, [f"{epoch:g}" if epoch else state_name(0) for epoch in shown])
     axes.set_ylim(0, min(100.0, 10 * math.ceil((highest + 4) / 10)))
     axes.set_xlabel("finished epochs")
     axes.set_ylabel("targets, or mean (dashed) [%]")
@@ -312,7 +304,7 @@ def heat_panel(
 ) -> float:
     """Show a heat map over its image, its largest entry `marked`, and return where it ends; a fault is named on it."""
     image, box = fitted(example, side)
-    picture, fault = overlay(image, scaled(heat, scale), box, vmax=1.0), heat_fault(heat)
+    picture, fault = overlay(image, scaled(heat, scale), box), heat_fault(heat)
     end = sheet.picture(_marked(picture, heat) if marked and fault is None else picture, at, side)
     if fault is not None:
         ground = {"facecolor": "white", "edgecolor": "0.6", "boxstyle": "round,pad=0.5"}
@@ -352,7 +344,7 @@ def colour_bar(
     colours = colour_map() if signed else ListedColormap(colour_map()(np.linspace(0.5, 1, 101)))
     shown, axes = (
         ScalarMappable(Normalize(min(ticks), max(ticks)), colours),
-        sheet.axes(left, sheet.height - 62, length, 12),
+        sheet.axes(left, sheet.height - 64, length, 12),
     )
     bar = sheet.figure.colorbar(shown, cax=axes, orientation="horizontal", ticks=list(ticks))
     bar.ax.set_xticklabels(list(ticks.values()), fontsize=FONT_PT - 1)
@@ -442,11 +434,3 @@ def _check_length(name: str, given: Sequence[object], expected: int) -> None:
         raise ValueError("expected at least one example and one epoch, got none; leave the sheet out instead")
     if len(given) != expected:
         raise ValueError(f"{name}: expected {expected} entries, got {len(given)}")
-
-
-def _percent(value: object) -> float:
-    return 100 * float(value) if isinstance(value, numbers.Real) else math.nan
-
-
-def _tick(epoch: object) -> str:
-    return state_name(epoch) if epoch == 0 or isinstance(epoch, str) else f"{epoch:g}"

@@ -12,13 +12,14 @@ from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from cycler import cycler
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.report.paper_table import NO_VALUE
+from lightning_xai.report.paper_table import Column
 from lightning_xai.report.plots import Example, Heat, Scale, evenly, heat_panel, image_panel
 from lightning_xai.report.sheet import FONT_PT, GAP, Sheet, style, text_width
 
@@ -48,17 +49,16 @@ def sanity_curves(rows: Sequence[Row], title: str = "Maps while the weights are 
     Raises:
         ValueError: there are no rows.
     """
-    stages, methods = _names(rows, "stage"), _names(rows, "method")
-    values = _values(rows)
+    stages, values = _values(rows)
     figure = Figure(figsize=(13.0, 4.6))
     panels = figure.subplots(1, len(_PANELS), sharey=True)
     places, shown = np.arange(len(stages) + 1), evenly(len(stages) + 1, _MOST_LABELS)
     for axes, ((modality, measure), heading) in zip(panels, _PANELS.items(), strict=True):
         axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * mpl.rcParams["axes.prop_cycle"])
-        for method in methods:
+        for method in dict.fromkeys(values.index.get_level_values("method")):
+            curve = values[measure].reindex([(method, modality, stage) for stage in stages])
             # A map is the same as itself before anything is random.
-            curve = [1.0, *(values.get((method, modality, stage, measure), math.nan) for stage in stages)]
-            axes.plot(places, curve, marker="o", label=method)
+            axes.plot(places, [1.0, *curve], marker="o", label=method)
         axes.axhline(0.0, color="0.6", linewidth=0.8)
         axes.set_xticks(shown, [["original", *stages][i] for i in shown], rotation=35, ha="right")
         axes.set_title(heading)
@@ -132,43 +132,28 @@ def sanity_table(
     >>> [str(next(iter(column.cells))) for column in table.columns]
     ['rise', 'image', '0.250', '0.500', '1/5']
     """
-    stages, values = _names(rows, "stage"), _values(rows)
+    stages, values = _values(rows)
     shown = evenly(len(stages), _MOST_STAGES)
     legend = "; ".join(f"{i + 1}: {stages[i]}" for i in shown)
-    table = Table(
-        title=title,
-        box=box.SIMPLE,
-        caption=f"1.000: the map is unchanged by what was randomised, up to and with stage {legend}",
-    )
-    table.add_column("method", no_wrap=True)
-    table.add_column("maps", no_wrap=True)
+    caption = f"1.000: the map is unchanged by what was randomised, up to and with stage {legend}"
+    table = Table("method", "maps", title=title, box=box.SIMPLE, caption=caption)
     for heading in (*(f"ρ {i + 1}" for i in shown), f"SSIM {len(stages)}", "constant"):
         table.add_column(heading, justify="right")
-    for method, modality in dict.fromkeys((str(row["method"]), str(row["modality"])) for row in rows):
-        one = [row for row in rows if (row["method"], row["modality"]) == (method, modality)]
-        constant = sum(int(str(row["constant"])) for row in one)
-        total = constant + sum(int(str(row["pairs"])) for row in one)
-        cells = [_number(values[method, modality, stages[i], "spearman"]) for i in shown]
-        cells += [_number(values[method, modality, stages[-1], "ssim"]), f"{constant}/{total}"]
-        table.add_row(*map(Text, (method, modality, *cells)))
+    for (method, modality), found in values.groupby(level=["method", "modality"], sort=False):
+        of_stage = found.droplevel(["method", "modality"])
+        numbers = [
+            *of_stage["spearman"].reindex([stages[i] for i in shown]),
+            of_stage["ssim"].get(stages[-1], math.nan),
+        ]
+        constant, pairs = int(found["constant"].sum()), int(found["pairs"].sum())
+        cells = [Column("").text(number) for number in numbers]
+        table.add_row(*map(Text, (method, modality, *cells, f"{constant}/{constant + pairs}")))
     return table
 
 
-def _names(rows: Sequence[Row], key: str) -> list[str]:
-    """The distinct values of a column, in order of first appearance."""
+def _values(rows: Sequence[Row]) -> tuple[list[str], pd.DataFrame]:
+    """The stages in their order, and the rows by method, modality and stage."""
     if not rows:
         raise ValueError(f"expected the rows of a sanity check ({', '.join(COLUMNS)}); got none")
-    return list(dict.fromkeys(str(row[key]) for row in rows))
-
-
-def _values(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], float]:
-    """(method, modality, stage, measure) -> value."""
-    return {
-        (str(row["method"]), str(row["modality"]), str(row["stage"]), measure): float(str(row[measure]))
-        for row in rows
-        for measure in ("spearman", "ssim")
-    }
-
-
-def _number(value: float) -> str:
-    return NO_VALUE if math.isnan(value) else f"{value:.3f}"
+    frame = pd.DataFrame(list(rows))
+    return list(frame["stage"].unique()), frame.set_index(["method", "modality", "stage"])

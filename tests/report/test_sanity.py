@@ -125,8 +125,8 @@ def test_the_table_fits_a_terminal_and_prints_dashes_for_what_is_undefined() -> 
     console.print(sanity_table(rows()))
     lines = console.export_text().splitlines()
     (image, text) = (line.split() for line in lines if "odd" in line)
-    assert image[-6:] == ["image", "0.800", "0.200", "-0.100", "0.200", "6/22"]
-    assert text[-6:] == ["text", "0.800", "0.200", "-0.100", "–", "6/22"]
+    assert image[-6:] == ["image", "0.800", "0.200", "−0.100", "0.200", "6/22"]
+    assert text[-6:] == ["text", "0.800", "0.200", "−0.100", "–", "6/22"]
     assert "odd [red]$x" in "\n".join(lines)
     assert "constant" in "\n".join(lines)
     assert "…" not in "\n".join(lines)

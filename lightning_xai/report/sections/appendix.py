@@ -12,8 +12,6 @@ from lightning_xai.report.paper_table import Column, PaperTable, Value
 from lightning_xai.results.runs import Run
 from lightning_xai.results.table import exclusions
 
-__all__ = ["appendix_blocks"]
-
 _LONG = 12  # rows of a table that few want to read
 
 

@@ -11,8 +11,6 @@ from lightning_xai.report.sections.gaps import class_groups, gaps_of
 from lightning_xai.report.sections.significance import Comparison
 from lightning_xai.results.runs import Grounding, Run
 
-__all__ = ["overview_blocks"]
-
 _MOST_FINDINGS = 3
 _KINDS = {"training": "training", "evaluation": "evaluation", "roar": "ROAR+"}
 

@@ -12,8 +12,6 @@ from lightning_xai.report.paper_table import Column, PaperTable, Value
 from lightning_xai.results.runs import Grounding, Run
 from lightning_xai.results.stochastic_order import StochasticOrder, almost_stochastic_order
 
-__all__ = ["Comparison", "OrderTest", "compare", "significance_blocks"]
-
 
 @dataclass(frozen=True)
 class OrderTest:
@@ -40,15 +38,6 @@ class Comparison:
     second: Grounding
     second_above: StochasticOrder
     first_above: StochasticOrder
-
-    @classmethod
-    def of(cls, first: Grounding, second: Grounding, test: OrderTest) -> Comparison:
-        """Compare two that `why_not` permits."""
-        above, below = (
-            almost_stochastic_order(one.gammas, other.gammas, **asdict(test))
-            for one, other in ((second, first), (first, second))
-        )
-        return cls(first, second, above, below)
 
     @property
     def better(self) -> Grounding | None:
@@ -78,7 +67,9 @@ def compare(runs: Sequence[Run], test: OrderTest) -> tuple[list[Comparison], lis
         if reason is not None:
             refused.append(reason)
             continue
-        comparisons.append(Comparison.of(first, second, test))
+        sides = ((second.gammas, first.gammas), (first.gammas, second.gammas))
+        orders = [almost_stochastic_order(*each, **asdict(test)) for each in sides]
+        comparisons.append(Comparison(first, second, *orders))
         differing = options_differ(first.method.options, second.method.options)
         if differing:
             names = f"{first.name} and {second.name}"
