@@ -72,31 +72,18 @@ class Gallery:
         keys = [key for key, each in of_first if chosen(each.record) and all(key in other for other in found)][:most]
         if not keys:
             return None
-        sheet = progress_sheet(
-            [found[0][key].example for key in keys],
-            [[other[key].graded for key in keys] for other in found],
-            list(columns),
-            title,
-            columns=len(columns) + 1,
-            side=176,
-        )
-        return sheet, len(keys)
+        examples = [found[0][key].example for key in keys]
+        maps = [[other[key].graded for key in keys] for other in found]
+        return progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176), len(keys)
 
     def worst(self, run: str, label: str, title: str, most: int = 12) -> tuple[Figure, int] | None:
         """The failures of a method, the lowest gamma first, and how many; None where none were kept."""
-        found = [d for d in self._drawable.get((run, label), {}).values() if "failure" in d.record.why]
-        found.sort(key=lambda d: -1.0 if d.record.gamma is None else d.record.gamma)
-        found = found[:most]
+        failures = (d for d in self._drawable.get((run, label), {}).values() if "failure" in d.record.why)
+        found = sorted(failures, key=lambda d: -1.0 if d.record.gamma is None else d.record.gamma)[:most]
         if not found:
             return None
-        sheet = example_sheet(
-            [drawable.example for drawable in found],
-            [drawable.graded for drawable in found],
-            title,
-            columns=6,
-            side=224,
-        )
-        return sheet, len(found)
+        examples, maps = [d.example for d in found], [d.graded for d in found]
+        return example_sheet(examples, maps, title, columns=6, side=224), len(found)
 
     def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
         try:

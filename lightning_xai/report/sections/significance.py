@@ -153,14 +153,10 @@ def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
         better, sides = each.better, (each.first, each.second)
         verdict = "undecided" if better is None else "second better" if better is each.second else "first better"
         orders = (each.second_above, each.first_above)
-        rows.append(
-            [
-                *(each.first.name, each.second.name, each.first.label, verdict),
-                *(float(side.gammas.mean()) for side in sides),
-                *(number for order in orders for number in (order.epsilon_min, order.violation_ratio)),
-                *(len(side.gammas) for side in sides),
-            ]
-        )
+        line: list[Value] = [each.first.name, each.second.name, each.first.label, verdict]
+        line += [float(side.gammas.mean()) for side in sides]
+        line += [number for order in orders for number in (order.epsilon_min, order.violation_ratio)]
+        rows.append(line + [len(side.gammas) for side in sides])
     note = (
         f"Almost stochastic order of the full γ distributions. ε_min is the upper confidence bound, at level α = "
         f"{test.alpha:g}, of that order's violation: 0 is order, 1 the opposite. One dominates where its ε_min < "
@@ -168,7 +164,5 @@ def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
     )
     if len(comparisons) > 1:
         together = test.alpha / len(comparisons)
-        note += (
-            f" α holds for each of the {len(comparisons)} comparisons; for all of them, ask for --alpha {together:.2g}."
-        )
+        note += f" α holds for each of the {len(comparisons)} comparisons; for all, ask for --alpha {together:.2g}."
     return PaperTable("significance", "Which run grounds better", note, columns, rows)
