@@ -1,3 +1,3 @@
 """Result files and the statistics of them; needs no torch."""
 
-__all__ = ["schema"]
+__all__: list[str] = []
