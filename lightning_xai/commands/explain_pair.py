@@ -19,8 +19,8 @@ from lightning_xai.commands.inputs import (
     transformed_box,
 )
 from lightning_xai.commands.outputs import numpy_of, shown_tokens
-from lightning_xai.report.explanation import Saliency, Scale, Token, comparison_sheet, explanation_sheet
-from lightning_xai.report.plots import Example, heat_fault
+from lightning_xai.report.explanation import Saliency, Token, comparison_sheet, explanation_sheet
+from lightning_xai.report.plots import Example, Scale, heat_fault
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ from lightning_xai.report.sections.overview import overview_blocks
 from lightning_xai.report.sections.significance import Comparison, OrderTest, compare, significance_blocks
 from lightning_xai.report.sections.training import training_blocks
 from lightning_xai.results.runs import Run
-
-__all__ = ["PAGE_NAME", "Options", "build_sections", "write_report"]
 
 PAGE_NAME = "report.html"
 _LIST_NAME = "report.json"
@@ -63,13 +62,13 @@ def build_sections(runs: Sequence[Run], options: Options) -> tuple[list[Section]
     gallery = Gallery(runs)
     significance = significance_blocks(comparisons, refused, options.test, runs)
     sections = [
-        _section("overview", "At a glance", overview_blocks(runs, comparisons, method, options.min_pairs)),
+        Section("overview", "At a glance", overview_blocks(runs, comparisons, method, options.min_pairs)),
         *metric_sections(runs),
-        _section("training", "Training", training_blocks(runs)),
-        _section("significance", "Significance", significance),
-        _section("gaps", "Knowledge gaps", gap_blocks(runs, gallery, method, options.min_pairs)),
-        _section("heat-maps", "Heat maps", heat_map_blocks(runs, gallery, method)),
-        _section("appendix", "Settings and files", appendix_blocks(runs)),
+        Section("training", "Training", training_blocks(runs)),
+        Section("significance", "Significance", significance),
+        Section("gaps", "Knowledge gaps", gap_blocks(runs, gallery, method, options.min_pairs)),
+        Section("heat-maps", "Heat maps", heat_map_blocks(runs, gallery, method)),
+        Section("appendix", "Settings and files", appendix_blocks(runs)),
     ]
     return _named([section for section in sections if section.blocks]), comparisons
 
@@ -101,38 +100,25 @@ def write_report(out: Path, title: str, subtitle: str, sections: Sequence[Sectio
     return out / PAGE_NAME
 
 
-def _section(name: str, title: str, blocks: Sequence[Block]) -> Section:
-    return Section(name, title, tuple(blocks))
-
-
 def _named(sections: Sequence[Section]) -> list[Section]:
     """The sections, whose tables and figures have numbers, and unique names that files and links can have."""
-    taken: set[tuple[bool, str]] = set()
-    counts = {True: 0, False: 0}
+    taken: dict[str, set[str]] = {"table": set(), "figure": set(), "section": set()}
+
+    def unique(kind: str, name: str) -> str:
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.").lower()[:80] or kind
+        found = next(each for i in count(1) if (each := f"{plain}-{i}" if i > 1 else plain) not in taken[kind])
+        taken[kind].add(found)
+        return found
 
     def named(block: Block) -> Block:
         if isinstance(block, Folded):
             return replace(block, blocks=tuple(map(named, block.blocks)))
         if not isinstance(block, (Chart, HeatMaps, PaperTable)):
             return block
-        table = isinstance(block, PaperTable)
-        counts[table] += 1
-        name = _unique(block.name, "table" if table else "figure", {name for kind, name in taken if kind == table})
-        taken.add((table, name))
-        return replace(block, name=name, number=counts[table])
+        kind = "table" if isinstance(block, PaperTable) else "figure"
+        return replace(block, name=unique(kind, block.name), number=len(taken[kind]))
 
-    places: set[str] = set()
-    found = []
-    for section in sections:
-        name = _unique(section.name, "section", places)
-        places.add(name)
-        found.append(replace(section, name=name, blocks=tuple(map(named, section.blocks))))
-    return found
-
-
-def _unique(name: str, otherwise: str, taken: set[str]) -> str:
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.").lower()[:80] or otherwise
-    return next(each for i in range(len(taken) + 1) if (each := plain + (f"-{i + 1}" if i else "")) not in taken)
+    return [replace(each, name=unique("section", each.name), blocks=list(map(named, each.blocks))) for each in sections]
 
 
 def _write_block(out: Path, block: Block) -> Iterator[str]:

@@ -10,26 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lightning_xai.report.plots import Example, colour_map, fitted, heat_fault, outlined, overlay, tinted, to_uint8
-from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Sheet, text_width, wrap
+from lightning_xai.report.plots import (
+    BAR,
+    Example,
+    Scale,
+    colour_bar,
+    heat_fault,
+    heat_panel,
+    image_panel,
+    limits,
+    scaled,
+    tinted,
+    to_uint8,
+)
+from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Point, Sheet, text_width
 
 Values = NDArray[np.floating]
-Scale = Literal["signed", "positive", "range"]
-"""How values become colours: zero in the middle, from zero up, or from the lowest to the highest."""
 
 _SIDE = 416  # pixels of an image's longer side
+_PAIR = 2 * (_SIDE + GAP) + GAP  # of two images side by side
 _COLUMN = 232  # likewise, where methods stand side by side
 _MOST_COLUMNS = 6  # methods in a row
-_HEAD = 64
-_FOOT = 76
 _CHIP_HEIGHT, _CHIP_LINE = 19, 27  # pixels of a token's ground, and from one line of tokens to the next
 _CHIP_PAD, _WORD_GAP = 4, 5
 _SMALL = FONT_PT - 1
@@ -37,6 +44,11 @@ _GREY = "0.35"
 _MARK = "#ffd60a"
 _WHITE_TEXT_FROM = 0.6
 _ORDER = ("first", "second")
+_MEANING = {
+    "signed": "blue against, red for",
+    "positive": "no sign: white 0, red most",
+    "range": "no sign: white least, red most",
+}
 
 
 @dataclass(frozen=True)
@@ -91,23 +103,13 @@ def explanation_sheet(
         ValueError: not one value for each token.
     """
     _check_count(tokens, saliency.text)
-    width = 2 * (_SIDE + GAP) + GAP
-    caption = wrap(example.caption, example.spans, width - 2 * GAP)
-    chips, lines = _chip_rows(tokens, width - 2 * GAP), _wrapped(notes, width - 2 * GAP)
-    tall = _panel_height(example, _SIDE)
-    height = _HEAD + tall + 12 + LINE * (len(caption) + len(lines)) + _CHIP_LINE * len(chips) + 24 + _FOOT
-    sheet = _Sheet(width, height)
-    sheet.title(f"{saliency.method}: {asked}" if asked else saliency.method)
-    sheet.subtitle(_numbers(saliency))
-    sheet.plain_panel(example, (GAP, _HEAD), _SIDE)
-    sheet.heat_panel(example, saliency.image, saliency.scale, (GAP + _SIDE + GAP, _HEAD), _SIDE)
-    y = _HEAD + tall + 12
-    sheet.caption(caption, (GAP, y))
-    y += LINE * len(caption) + 8
-    sheet.chips(chips, tokens, scaled(saliency.text, saliency.scale), (GAP, y))
-    y += _CHIP_LINE * len(chips)
-    sheet.small_lines(lines, (GAP, y))
-    sheet.bars({"patches": saliency.image, "tokens": saliency.text}, saliency.scale)
+    title = f"{saliency.method}: {asked}" if asked else saliency.method
+    sheet = Sheet(_PAIR, title, _numbers(saliency.similarity, saliency.completeness_error))
+    image_panel(sheet, example, (GAP, sheet.top), _SIDE)
+    y = heat_panel(sheet, example, saliency.image, (2 * GAP + _SIDE, sheet.top), _SIDE, saliency.scale)
+    y = sheet.caption(example.caption, (GAP, y + 12), _PAIR - 2 * GAP, example.spans)
+    y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (GAP, y + 8), _PAIR - 2 * GAP)
+    _bars(sheet, _notes(sheet, notes, y), {"patches": saliency.image, "tokens": saliency.text}, saliency.scale)
     return sheet.figure
 
 
@@ -135,24 +137,20 @@ def comparison_sheet(
         _check_count(tokens, saliency.text)
     rows = -(-len(saliencies) // _MOST_COLUMNS)
     columns = -(-len(saliencies) // rows)
-    width = max((columns + 1) * (_COLUMN + GAP) + GAP, 2 * (_COLUMN + GAP) + GAP + 200)
-    chips, tall = _chip_rows(tokens, _COLUMN), _panel_height(example, _COLUMN)
-    caption = wrap(example.caption, example.spans, width - 2 * GAP)
-    lines = _wrapped([f"{name}: {why}" for name, why in (missing or {}).items()], width - 2 * GAP)
-    row_height = 2 * LINE + tall + 8 + _CHIP_LINE * len(chips) + GAP
-    top = 40 + LINE * len(caption) + 12
-    sheet = _Sheet(width, top + rows * row_height + LINE * len(lines) + 8 + _FOOT)
-    sheet.title(f"cosine similarity {saliencies[0].similarity:.3f}")
-    sheet.caption(caption, (GAP, 40))
+    across = _COLUMN + GAP
+    sheet = Sheet(max((columns + 1) * across + GAP, 2 * across + GAP + 200), _numbers(saliencies[0].similarity))
+    end = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans) + 12
+    y = end
     for i, saliency in enumerate(saliencies):
-        row, column = divmod(i, columns)
-        at = (GAP + (column + 1) * (_COLUMN + GAP), top + row * row_height)
-        if column == 0:
-            sheet.text("image", (GAP + _COLUMN / 2, at[1]), ha="center", weight="bold")
-            sheet.plain_panel(example, (GAP, at[1] + 2 * LINE), _COLUMN)
-        sheet.column(example, tokens, saliency, chips, at)
-    sheet.small_lines(lines, (GAP, top + rows * row_height))
-    sheet.general_bar()
+        if i % columns == 0:
+            y = end
+            sheet.text("image", (GAP + _COLUMN / 2, y), ha="center", weight="bold")
+            image_panel(sheet, example, (GAP, y + 2 * LINE), _COLUMN)
+        end = _method_column(sheet, example, tokens, saliency, (GAP + (i % columns + 1) * across, y)) + GAP
+    sheet.close(_notes(sheet, [f"{name}: {why}" for name, why in (missing or {}).items()], end) + BAR)
+    # Every map has its own scale.
+    note = "each map relative to its own largest; methods without sign have no blue; error: of completeness"
+    colour_bar(sheet, (sheet.width - 300) / 2, 300, {-1: "against", 0: "0, or least", 1: "for, or most"}, note)
     return sheet.figure
 
 
@@ -168,19 +166,15 @@ def image_pair_sheet(
         similarity: of the images' embeddings.
         error: the completeness error.
     """
-    tall = max(_panel_height(first, _SIDE), _panel_height(second, _SIDE))
-    sheet = _Sheet(2 * (_SIDE + GAP) + GAP, _HEAD + tall + GAP + 16 + _FOOT)
     asked = "what matches the box" if saliencies[0] is None else "what makes them similar"
-    sheet.title(f"Two images: {asked}")
-    sheet.subtitle(f"cosine similarity {similarity:.3f}    completeness error {error:+.1e}")
+    sheet = Sheet(_PAIR, f"Two images: {asked}", _numbers(similarity, error))
     if saliencies[0] is None:
-        sheet.plain_panel(first, (GAP, _HEAD), _SIDE)
+        y = image_panel(sheet, first, (GAP, sheet.top), _SIDE)
     else:
-        sheet.heat_panel(first, saliencies[0], "signed", (GAP, _HEAD), _SIDE)
-    sheet.heat_panel(second, saliencies[1], "signed", (GAP + _SIDE + GAP, _HEAD), _SIDE)
+        y = heat_panel(sheet, first, saliencies[0], (GAP, sheet.top), _SIDE)
+    y = max(y, heat_panel(sheet, second, saliencies[1], (2 * GAP + _SIDE, sheet.top), _SIDE))
     named = zip(_ORDER, saliencies, strict=True)
-    shown = {f"patches of the {name}": values for name, values in named if values is not None}
-    sheet.bars(shown, "signed")
+    _bars(sheet, y + GAP, {f"patches of the {name}": values for name, values in named if values is not None}, "signed")
     return sheet.figure
 
 
@@ -212,224 +206,101 @@ def text_pair_sheet(
     left = round(max(text_width(token.text) for token in first)) + 2 * GAP
     above = round(max(text_width(token.text) for token in second)) + GAP
     width = max(left + cell * len(second) + 2 * GAP, 640)
-    rows = [_chip_rows(tokens, width - 2 * GAP) for tokens in (first, second)]
-    chips_height = sum(_CHIP_LINE * len(lines) + LINE for lines in rows) + GAP
-    sheet = _Sheet(width, _HEAD + chips_height + above + cell * len(first) + GAP + _FOOT)
     asked = "what matches the phrase" if any(token.marked for token in first) else "what makes them similar"
-    sheet.title(f"Two captions: {asked}")
-    sheet.subtitle(f"cosine similarity {similarity:.3f}    completeness error {error:+.1e}")
-    y = _HEAD
-    for name, tokens, values, lines in zip(_ORDER, (first, second), saliencies, rows, strict=True):
+    sheet = Sheet(width, f"Two captions: {asked}", _numbers(similarity, error))
+    y = float(sheet.top)
+    for name, tokens, values in zip(_ORDER, (first, second), saliencies, strict=True):
         sheet.text(f"{name} caption", (GAP, y), fontsize=_SMALL, color=_GREY)
-        sheet.chips(lines, tokens, scaled(values, "signed"), (GAP, y + LINE))
-        y += LINE + _CHIP_LINE * len(lines)
-    sheet.matrix(first, second, pairs, (left, y + GAP + above), cell)
-    sheet.bars(dict(zip((*_ORDER, "pairs"), (*saliencies, pairs), strict=True)), "signed")
+        y = _chips(sheet, tokens, scaled(values, "signed"), (GAP, y + LINE), width - 2 * GAP)
+    y += GAP + above
+    shown = dict(zip((*_ORDER, "pairs"), (*saliencies, pairs), strict=True))
+    _bars(sheet, y + cell * len(first) + GAP, shown, "signed")
+    _matrix(sheet.axes(left, y, cell * len(second), cell * len(first)), first, second, pairs)
     return sheet.figure
 
 
-def scaled(values: Values, scale: Scale) -> Values:
-    """Values as strengths of colour: in [-1, 1] for signed ones, [0, 1] for others; 0 where all of them are equal.
-
-    >>> values = np.array([-1.0, 0.0, 2.0])
-    >>> [scaled(values, "signed").tolist(), scaled(values, "range").round(2).tolist()]
-    [[-0.5, 0.0, 1.0], [0.0, 0.33, 1.0]]
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if not values.size or heat_fault(values) is not None:
-        return np.zeros_like(values)
-    low, high = limits(values, scale)
-    if scale == "range":
-        return np.asarray((values - low) / (high - low))
-    return np.asarray(np.clip(values / high, -1, 1))
-
-
-def limits(values: Values, scale: Scale) -> tuple[float, float]:
-    """The values that the ends of the colour bar stand for."""
-    low, high = float(np.min(values)), float(np.max(values))
-    if scale == "range":
-        return low, high
-    largest = max(abs(low), abs(high))
-    return (-largest if scale == "signed" else 0.0), largest
-
-
-_Row = list[tuple[int, float, float]]
-"""Tokens of one line: number, left edge and width in pixels."""
-
-
-class _Sheet(Sheet):
-    """A sheet with heat maps, tokens on coloured ground, and colour bars."""
-
-    def subtitle(self, text: str) -> None:
-        self.text(text, (self.width / 2, 36), ha="center", color=_GREY)
-
-    def plain_panel(self, example: Example, at: tuple[float, float], side: int) -> None:
-        image, box = fitted(example, side)
-        self._panel(outlined(to_uint8(image), box), at, side)
-
-    def heat_panel(self, example: Example, values: Values, scale: Scale, at: tuple[float, float], side: int) -> None:
-        image, box = fitted(example, side)
-        fault = heat_fault(values)
-        strengths = scaled(values, scale)
-        self._panel(overlay(image, strengths, box, vmax=1.0), at, side)
-        if fault is not None:
-            middle = (at[0] + side / 2, at[1] + image.shape[0] / 2)
-            ground = {"facecolor": "white", "edgecolor": "0.6", "boxstyle": "round,pad=0.5"}
-            self.text(fault, middle, ha="center", va="center", weight="bold", bbox=ground)
-
-    def _panel(self, picture: NDArray[np.uint8], at: tuple[float, float], side: int) -> None:
-        """A picture with its upper edge at `at`, centred across."""
-        down = (side - picture.shape[0]) // 2
-        self.picture(picture, (at[0], at[1] - down), side)
-
-    def column(
-        self,
-        example: Example,
-        tokens: Sequence[Token],
-        saliency: Saliency,
-        chips: Sequence[_Row],
-        at: tuple[float, float],
-    ) -> None:
-        """One method of a comparison: its name and range, heat map and tokens."""
-        x, y = at
-        self.text(saliency.method, (x + _COLUMN / 2, y), ha="center", weight="bold")
-        low, high = limits(saliency.image, "range")
-        kind = {"signed": "signed", "positive": "from 0", "range": "min–max"}[saliency.scale]
-        if saliency.completeness_error is not None:
-            kind = f"error {saliency.completeness_error:.0e}"
-        self.text(
-            f"{low:.2g} … {high:.2g}  ({kind})",
-            (x + _COLUMN / 2, y + LINE),
-            ha="center",
-            fontsize=_SMALL,
-            color=_GREY,
-        )
-        self.heat_panel(example, saliency.image, saliency.scale, (x, y + 2 * LINE), _COLUMN)
-        below = y + 2 * LINE + _panel_height(example, _COLUMN) + 8
-        self.chips(chips, tokens, scaled(saliency.text, saliency.scale), (x, below))
-        if heat_fault(saliency.text) is not None:
-            line = below + _CHIP_LINE * len(chips) - 6
-            self.text(f"tokens: {heat_fault(saliency.text)}", (x, line), fontsize=_SMALL, color=_GREY)
-
-    def chips(self, rows: Sequence[_Row], tokens: Sequence[Token], strengths: Values, at: tuple[float, float]) -> None:
-        """Tokens, each on a ground of its colour; those of the chosen phrase are underlined in yellow."""
-        colours = tinted(np.ones((len(strengths), 3), dtype=np.float32), strengths.astype(np.float32))
-        for number, row in enumerate(rows):
-            top = at[1] + number * _CHIP_LINE
-            for index, left, width in row:
-                x, colour = at[0] + left, tuple(colours[index].tolist())
-                self.ground(x, top, width, _CHIP_HEIGHT, facecolor=colour, edgecolor="0.8", linewidth=0.5, zorder=2)
-                if tokens[index].marked:
-                    look = {"facecolor": _MARK, "edgecolor": "0.3", "linewidth": 0.5, "zorder": 2}
-                    self.ground(x, top + _CHIP_HEIGHT, width, 4, **look)
-                ink = "white" if abs(strengths[index]) > _WHITE_TEXT_FROM else "black"
-                self.text(tokens[index].text, (x + width / 2, top + 2), ha="center", color=ink, zorder=3)
-
-    def small_lines(self, lines: Sequence[str], at: tuple[float, float]) -> None:
-        for number, line in enumerate(lines):
-            self.text(line, (at[0], at[1] + number * LINE), fontsize=_SMALL, color=_GREY)
-
-    def matrix(
-        self, first: Sequence[Token], second: Sequence[Token], pairs: Values, at: tuple[int, int], cell: int
-    ) -> None:
-        """All pairs of tokens, a cell each; the first caption's tokens down the side."""
-        ground = np.ones((*pairs.shape, 3), dtype=np.float32)
-        picture = to_uint8(tinted(ground, scaled(pairs, "signed").astype(np.float32)))
-        axes = self.axes(*at, cell * len(second), cell * len(first))
-        axes.imshow(picture, interpolation="nearest", aspect="auto")
-        axes.tick_params(length=0, labelsize=_SMALL, top=True, labeltop=True, bottom=False, labelbottom=False)
-        axes.set_xticks(range(len(second)), [token.text for token in second], rotation=90, parse_math=False)
-        axes.set_yticks(range(len(first)), [token.text for token in first], parse_math=False)
-        for label, token in zip(axes.get_yticklabels(), first, strict=True):
-            label.set_bbox({"facecolor": _MARK if token.marked else "white", "edgecolor": "none", "pad": 1})
-        fault = heat_fault(pairs)
-        if fault is not None:
-            axes.text(0.5, 0.5, fault, transform=axes.transAxes, ha="center", va="center", weight="bold")
-
-    def bars(self, values: Mapping[str, Values], scale: Scale) -> None:
-        """Side by side, a colour bar with its own numbers for each of the maps."""
-        share = self.width / len(values)
-        for place, (name, array) in enumerate(values.items()):
-            length = min(260.0, share - 4 * GAP)
-            left = share * place + (share - length) / 2
-            fault = heat_fault(array) if array.size else "no token"
-            if fault is not None:
-                self.text(f"{name}: {fault}", (share * (place + 0.5), self.height - 48), ha="center", color=_GREY)
-                continue
-            low, high = limits(array, scale)
-            ticks = {low: f"{low:.2g}", high: f"{high:.2g}"} | ({0.0: "0"} if scale == "signed" else {})
-            meaning = {
-                "signed": "blue against, red for",
-                "positive": "no sign: white 0, red most",
-                "range": "no sign: white least, red most",
-            }
-            self._bar((left, length), (low, high), ticks, f"{name} ({meaning[scale]})", signed=scale == "signed")
-
-    def general_bar(self) -> None:
-        """One colour bar for maps that each have a scale of their own."""
-        place = ((self.width - 300) / 2, 300.0)
-        ticks = {-1.0: "against", 0.0: "0, or least", 1.0: "for, or most"}
-        note = "each map relative to its own largest; methods without sign have no blue; error: of completeness"
-        self._bar(place, (-1.0, 1.0), ticks, note, signed=True)
-
-    def _bar(
-        self,
-        place: tuple[float, float],
-        ends: tuple[float, float],
-        ticks: Mapping[float, str],
-        note: str,
-        *,
-        signed: bool,
-    ) -> None:
-        left, length = place
-        colours = colour_map() if signed else ListedColormap(colour_map()(np.linspace(0.5, 1, 101)))
-        axes = self.axes(left, self.height - _FOOT + 12, length, 12)
-        shown = ScalarMappable(Normalize(*ends), colours)
-        bar = self.figure.colorbar(shown, cax=axes, orientation="horizontal", ticks=list(ticks))
-        bar.ax.set_xticklabels(list(ticks.values()), fontsize=_SMALL)
-        bar.outline.set_linewidth(0.5)
-        self.text(note, (left + length / 2, self.height - 24), ha="center", fontsize=_SMALL, color=_GREY)
-
-
-def _chip_rows(tokens: Sequence[Token], width: float) -> list[_Row]:
-    """Where tokens stand, in lines of at most `width` pixels; words stay together where they fit on one line."""
-    words: list[list[int]] = []
-    for index, token in enumerate(tokens):
-        if token.joined and words:
-            words[-1].append(index)
-        else:
-            words.append([index])
-    rows: list[_Row] = [[]]
-    x = 0.0
-    for word in words:
-        widths = [max(text_width(tokens[index].text), 4.0) + 2 * _CHIP_PAD for index in word]
-        if rows[-1] and x + sum(widths) > width:
-            rows.append([])
-            x = 0.0
-        for index, across in zip(word, widths, strict=True):
-            if rows[-1] and x + across > width:
-                rows.append([])
-                x = 0.0
-            rows[-1].append((index, x, min(across, width)))
-            x += across
-        x += _WORD_GAP
-    return rows
-
-
-def _panel_height(example: Example, side: int) -> int:
-    height, width = (int(pixels) for pixels in example.image.shape[:2])
-    return max(1, round(side * height / max(height, width)))
-
-
-def _wrapped(lines: Sequence[str], width: float) -> list[str]:
-    return [line.text for text in lines for line in wrap(text, (), width)]
-
-
-def _numbers(saliency: Saliency) -> str:
-    text = f"cosine similarity {saliency.similarity:.3f}"
+def _method_column(sheet: Sheet, example: Example, tokens: Sequence[Token], saliency: Saliency, at: Point) -> float:
+    """One method of a comparison: its name and range, heat map and tokens."""
+    x, y = at
+    sheet.text(saliency.method, (x + _COLUMN / 2, y), ha="center", weight="bold")
+    low, high = limits(saliency.image, "range")
+    kind = {"signed": "signed", "positive": "from 0", "range": "min–max"}[saliency.scale]
     if saliency.completeness_error is not None:
-        text += f"    completeness error {saliency.completeness_error:+.1e}"
-    return text
+        kind = f"error {saliency.completeness_error:.0e}"
+    numbers = f"{low:.2g} … {high:.2g}  ({kind})"
+    sheet.text(numbers, (x + _COLUMN / 2, y + LINE), ha="center", fontsize=_SMALL, color=_GREY)
+    y = heat_panel(sheet, example, saliency.image, (x, y + 2 * LINE), _COLUMN, saliency.scale)
+    y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (x, y + 8), _COLUMN)
+    if heat_fault(saliency.text) is not None:
+        sheet.text(f"tokens: {heat_fault(saliency.text)}", (x, y - 6), fontsize=_SMALL, color=_GREY)
+    return y
+
+
+def _chips(sheet: Sheet, tokens: Sequence[Token], strengths: Values, at: Point, width: float) -> float:
+    """Tokens, each on ground of its colour, those of the chosen phrase underlined in yellow; return where they end.
+
+    Words stay together where they fit on one line.
+    """
+    colours = tinted(np.ones((len(strengths), 3), dtype=np.float32), strengths.astype(np.float32))
+    widths = [min(max(text_width(token.text), 4.0) + 2 * _CHIP_PAD, width) for token in tokens]
+    x, top = 0.0, at[1]
+    for i, token in enumerate(tokens):
+        x += 0 if token.joined or not x else _WORD_GAP
+        after = next((j for j in range(i + 1, len(tokens)) if not tokens[j].joined), len(tokens))
+        if x and x + (widths[i] if token.joined else sum(widths[i:after])) > width:
+            x, top = 0.0, top + _CHIP_LINE
+        look = {"linewidth": 0.5, "zorder": 2}
+        colour, place = tuple(colours[i].tolist()), (at[0] + x, top, widths[i])
+        sheet.ground(*place, _CHIP_HEIGHT, facecolor=colour, edgecolor="0.8", **look)
+        if token.marked:
+            sheet.ground(place[0], top + _CHIP_HEIGHT, widths[i], 4, facecolor=_MARK, edgecolor="0.3", **look)
+        ink = "white" if abs(strengths[i]) > _WHITE_TEXT_FROM else "black"
+        sheet.text(token.text, (place[0] + widths[i] / 2, top + 2), ha="center", color=ink, zorder=3)
+        x += widths[i]
+    return top + _CHIP_LINE
+
+
+def _notes(sheet: Sheet, notes: Sequence[str], y: float) -> float:
+    """Small lines across the sheet."""
+    for note in notes:
+        y = sheet.caption(note, (GAP, y), sheet.width - 2 * GAP, fontsize=_SMALL, color=_GREY)
+    return y + 16
+
+
+def _matrix(axes: Any, first: Sequence[Token], second: Sequence[Token], pairs: Values) -> None:
+    """All pairs of tokens, a cell each; the first caption's tokens down the side."""
+    ground = np.ones((*pairs.shape, 3), dtype=np.float32)
+    picture = to_uint8(tinted(ground, scaled(pairs, "signed").astype(np.float32)))
+    axes.imshow(picture, interpolation="nearest", aspect="auto")
+    axes.tick_params(length=0, labelsize=_SMALL, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.set_xticks(range(len(second)), [token.text for token in second], rotation=90, parse_math=False)
+    axes.set_yticks(range(len(first)), [token.text for token in first], parse_math=False)
+    for label, token in zip(axes.get_yticklabels(), first, strict=True):
+        label.set_bbox({"facecolor": _MARK if token.marked else "white", "edgecolor": "none", "pad": 1})
+    fault = heat_fault(pairs)
+    if fault is not None:
+        axes.text(0.5, 0.5, fault, transform=axes.transAxes, ha="center", va="center", weight="bold")
+
+
+def _bars(sheet: Sheet, y: float, values: Mapping[str, Values], scale: Scale) -> None:
+    """Close a sheet with colour bars side by side, each with the numbers of its map."""
+    sheet.close(y + BAR)
+    share = sheet.width / len(values)
+    for place, (name, array) in enumerate(values.items()):
+        length = min(260.0, share - 4 * GAP)
+        fault = heat_fault(array) if array.size else "no token"
+        if fault is not None:
+            sheet.text(f"{name}: {fault}", (share * (place + 0.5), sheet.height - 48), ha="center", color=_GREY)
+            continue
+        low, high = limits(array, scale)
+        ticks = {low: f"{low:.2g}", high: f"{high:.2g}"} | ({0.0: "0"} if scale == "signed" else {})
+        note = f"{name} ({_MEANING[scale]})"
+        colour_bar(sheet, share * place + (share - length) / 2, length, ticks, note, signed=scale == "signed")
+
+
+def _numbers(similarity: float, error: float | None = None) -> str:
+    text = f"cosine similarity {similarity:.3f}"
+    return text if error is None else f"{text}    completeness error {error:+.1e}"
 
 
 def _check_count(tokens: Sequence[Token], values: Values) -> None:

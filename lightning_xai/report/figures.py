@@ -11,21 +11,20 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from lightning_xai.report.sheet import FONT_PT, printable, style, styled, text_width, wrap
+from lightning_xai.report.sheet import printable, style, text_width
 from lightning_xai.results.runs import Estimate
 from lightning_xai.results.stochastic_order import survival_curve
-
-__all__ = ["Sample", "bars", "class_bars", "cumulative", "distribution", "follows_reader", "svg_text"]
 
 _BASELINE, _INK, _SOFT, _LINE, _PAPER = "#8a8f96", "#1b1f24", "#5b6470", "#d9dee4", "#ffffff"
 _DARK = {_INK: "#e6e9ed", _SOFT: "#a2abb6", _LINE: "#333a42", _PAPER: "#14171b", "#4d4d4d": "#b9bfc6"}
@@ -52,7 +51,7 @@ class Sample:
     baseline: bool = False
 
 
-@styled
+@style()
 def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, marks: Sequence[float] = ()) -> Figure:
     """Draw the share of targets above each value in [0, 1], after Figure 5 (left): the higher a curve, the better.
 
@@ -78,7 +77,7 @@ def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, m
     return figure
 
 
-@styled
+@style()
 def distribution(panels: Mapping[str, Sequence[Sample]], title: str, value: str) -> Figure:
     """Draw a histogram of values around zero, after Figure 5 (right); each panel has its own scale.
 
@@ -105,7 +104,7 @@ def distribution(panels: Mapping[str, Sequence[Sample]], title: str, value: str)
     return figure
 
 
-@styled
+@style()
 def bars(panels: Mapping[str, Mapping[str, Estimate]], baselines: Sequence[str], title: str) -> Figure:
     """Draw scores as bars with standard errors over seeds, a panel for each score; baselines are grey.
 
@@ -140,7 +139,7 @@ def bars(panels: Mapping[str, Mapping[str, Estimate]], baselines: Sequence[str],
     return figure
 
 
-@styled
+@style()
 def class_bars(runs: Mapping[str, pd.DataFrame], title: str, value: str) -> Figure:
     """Draw the mean and standard deviation of each class, after Figure 6, the best of the first run to the left.
 
@@ -202,13 +201,10 @@ def _axes(
     if not count:
         raise ValueError(f"{title}: expected something to show, got nothing; leave the figure out instead")
     figure = Figure(figsize=size)
-    FigureCanvasAgg(figure)
     every = list(figure.subplots(*grid, squeeze=False, **options).flat)
     for axes in every[count:]:
         axes.remove()
-    # `wrap` measures at `FONT_PT`; titles are larger.
-    room = figure.get_figwidth() * figure.dpi * FONT_PT / 12
-    figure.suptitle("\n".join(line.text for line in wrap(title, (), room)))
+    figure.suptitle(printable(title), wrap=True)
     return figure, every[:count]
 
 
@@ -223,13 +219,11 @@ def _panels(
     for axes, heading in zip(every, panels, strict=True):
         axes.set_title(printable(heading))
     baselines = {sample.name: sample.baseline for samples in panels.values() for sample in samples}
-    looks: dict[str, dict[str, Any]] = {}
     own = [name for name, baseline in baselines.items() if not baseline]
-    for number, name in enumerate([*own, *(name for name in baselines if name not in own)]):
-        colours = len(mpl.rcParams["axes.prop_cycle"])
-        line = number // colours if name in own else number - len(own) + 1
-        colour = mpl.rcParams["axes.prop_cycle"].by_key()["color"][number % colours] if name in own else _BASELINE
-        looks[name] = {"color": colour, "linestyle": _STYLES[line % len(_STYLES)]}
+    colours = cycler(linestyle=_STYLES) * mpl.rcParams["axes.prop_cycle"]
+    greys = cycler(linestyle=_STYLES[1:]) * cycler(color=[_BASELINE])
+    looks: dict[str, dict[str, Any]] = dict(zip(own, cycle(colours), strict=False))
+    looks |= zip((name for name in baselines if name not in own), cycle(greys), strict=False)
     return figure, list(zip(every, panels.values(), strict=True)), looks
 
 

@@ -15,12 +15,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.explanation import scaled
-from lightning_xai.report.plots import Example, example_sheet, heat_fault, progress_sheet
+from lightning_xai.report.plots import Example, GradedMap, example_sheet, heat_fault, progress_sheet, scaled
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
-
-__all__ = ["Gallery"]
 
 _LARGEST_PICTURE = 4096 * 4096  # pixels; examples are what a model sees
 _LARGEST_MAP = 512
@@ -31,7 +28,7 @@ Chooser = Callable[[ExampleRecord], bool]
 
 class _Drawable(NamedTuple):
     example: Example
-    heat: NDArray[np.floating]
+    graded: GradedMap
     record: ExampleRecord
 
 
@@ -71,44 +68,22 @@ class Gallery:
             The sheet and the number of its rows; None where the columns share no example.
         """
         found = [self._drawable.get(where, {}) for where in columns.values()]
-        if not found:
-            return None
-        keys = [
-            key
-            for key, drawable in found[0].items()
-            if chosen(drawable.record) and all(key in other for other in found)
-        ][:most]
+        of_first = found[0].items() if found else ()
+        keys = [key for key, each in of_first if chosen(each.record) and all(key in other for other in found)][:most]
         if not keys:
             return None
-        sheet = progress_sheet(
-            [found[0][key].example for key in keys],
-            [[other[key].heat for key in keys] for other in found],
-            list(columns),
-            [[_gamma(other[key].record) for key in keys] for other in found],
-            title,
-            hits=[[other[key].record.hit for key in keys] for other in found],
-            columns=len(columns) + 1,
-            side=176,
-        )
-        return sheet, len(keys)
+        examples = [found[0][key].example for key in keys]
+        maps = [[other[key].graded for key in keys] for other in found]
+        return progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176), len(keys)
 
     def worst(self, run: str, label: str, title: str, most: int = 12) -> tuple[Figure, int] | None:
         """The failures of a method, the lowest gamma first, and how many; None where none were kept."""
-        found = [d for d in self._drawable.get((run, label), {}).values() if "failure" in d.record.why]
-        found.sort(key=lambda d: -1.0 if d.record.gamma is None else d.record.gamma)
-        found = found[:most]
+        failures = (d for d in self._drawable.get((run, label), {}).values() if "failure" in d.record.why)
+        found = sorted(failures, key=lambda d: -1.0 if d.record.gamma is None else d.record.gamma)[:most]
         if not found:
             return None
-        sheet = example_sheet(
-            [drawable.example for drawable in found],
-            [drawable.heat for drawable in found],
-            [_gamma(drawable.record) for drawable in found],
-            title,
-            hits=[drawable.record.hit for drawable in found],
-            columns=6,
-            side=224,
-        )
-        return sheet, len(found)
+        examples, maps = [d.example for d in found], [d.graded for d in found]
+        return example_sheet(examples, maps, title, columns=6, side=224), len(found)
 
     def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
         try:
@@ -125,7 +100,8 @@ class Gallery:
         length = len(record.caption)
         spans = tuple((max(start, 0), min(end, length)) for start, end in record.spans if start < min(end, length))
         example = Example(image, record.phrase, record.caption, spans, box, record.key)
-        return _Drawable(example, heat, record)
+        gamma = math.nan if record.gamma is None else record.gamma
+        return _Drawable(example, GradedMap(heat, gamma, record.hit), record)
 
     def _image(self, path: Path) -> NDArray[np.float32]:
         if path not in self._images:
@@ -134,10 +110,6 @@ class Gallery:
                     raise ValueError(f"the picture has {picture.width} x {picture.height} pixels, which is too many")
                 self._images[path] = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255)
         return self._images[path]
-
-
-def _gamma(record: ExampleRecord) -> float:
-    return math.nan if record.gamma is None else record.gamma
 
 
 def _key(record: ExampleRecord) -> Key:

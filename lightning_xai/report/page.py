@@ -25,8 +25,6 @@ from lightning_xai.report.figures import follows_reader, svg_text
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.plots import rasterize
 
-__all__ = ["Block", "Chart", "Code", "Findings", "Folded", "Heading", "HeatMaps", "Note", "Section", "flat", "page"]
-
 _HALF, _WIDE = 700, 1200  # pixels across: charts up to which stand side by side, and from which they scroll
 
 
@@ -36,7 +34,6 @@ class Note:
 
     text: str
     missing: bool = False
-    kind = "note"
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ class Heading:
     """A heading within a section."""
 
     text: str
-    kind = "heading"
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,6 @@ class Findings:
     """Short results side by side: a number or a name, and the sentence that it belongs to."""
 
     items: tuple[tuple[str, str], ...]
-    kind = "findings"
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,6 @@ class Code:
     """Text as it is, such as settings."""
 
     text: str
-    kind = "code"
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,6 @@ class Chart:
     alt: str
     figure: Figure
     number: int = 0
-    kind = "chart"
 
     @property
     def width(self) -> int:
@@ -115,7 +108,6 @@ class HeatMaps:
     alt: str
     picture: Figure | NDArray[np.uint8]
     number: int = 0
-    kind = "sheet"
     look = "sheet"
 
     @cached_property
@@ -142,7 +134,6 @@ class Folded:
 
     summary: str
     blocks: tuple[Block, ...]
-    kind = "folded"
 
 
 Block = Note | Heading | Findings | Code | Chart | HeatMaps | Folded | PaperTable
@@ -160,7 +151,7 @@ class Section:
 
     name: str
     title: str
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
 
 def flat(blocks: Sequence[Block]) -> Iterator[Block]:
@@ -196,6 +187,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) ->
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        kind=lambda block: type(block).__name__,
         html=lambda table: Markup(table.to_html()),  # noqa: S704
     )
 

@@ -21,8 +21,6 @@ from lightning_xai.report.sheet import printable
 from lightning_xai.results.record import Better, Score
 from lightning_xai.results.runs import Estimate
 
-__all__ = ["LOGGED_COLUMNS", "NO_VALUE", "Column", "PaperTable", "Value", "score_column"]
-
 NO_VALUE = "–"
 Value = str | int | float | Estimate | None
 _ARROWS = {"up": " ↑", "down": " ↓", None: ""}
@@ -150,7 +148,6 @@ class PaperTable:
     rows: Sequence[Sequence[Value]]
     baselines: int = 0
     number: int = 0
-    kind = "table"
 
     def __post_init__(self) -> None:
         for row in self.rows:

@@ -10,13 +10,13 @@ for pixel, so that small images stay crisp, and a caption's lines are broken by 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
@@ -25,18 +25,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from lightning_xai.atomic_file import replaced_at_once
-from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Sheet, styled, text_width, wrap
+from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Point, Sheet, style, text_width
 from lightning_xai.results.record import Score, state_name
 
 Box = tuple[float, float, float, float]
 Heat = NDArray[np.floating]
+Scale = Literal["signed", "positive", "range"]
+"""How values become colours: zero in the middle, from zero up, or from the lowest to the highest."""
 
 _RED = np.array([0.86, 0.08, 0.10], dtype=np.float32)
 _BLUE = np.array([0.10, 0.25, 0.90], dtype=np.float32)
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _MOST_OPAQUE = 0.85
 _YELLOW = (255, 214, 10)
-_HEAD, _FOOT = 44, 88  # pixels above the first row (the title) and below the last one (the colour bar)
+BAR = 76  # pixels that a colour bar takes
 _NARROWEST = 480  # so that the colour bar's note fits
 _HIT, _MISS = "#1a7f37", "#8a8a8a"
 
@@ -62,9 +64,7 @@ class Example:
     key: str = ""
 
 
-def overlay(
-    image: NDArray[np.floating], heat: Heat, box: Box | None = None, vmax: float | None = None
-) -> NDArray[np.uint8]:
+def overlay(image: NDArray[np.floating], heat: Heat, box: Box | None = None) -> NDArray[np.uint8]:
     """Lay a signed heat map over an image: red is positive, blue negative, and stronger colour a larger magnitude.
 
     The image is shown with little colour, or a red object would look like a red patch. The map is
@@ -75,13 +75,12 @@ def overlay(
         image: [H, W, 3] floats in [0, 1].
         heat: [h, w] at patch resolution; covers the whole image.
         box: `(x0, y0, x1, y1)` in pixels, outlined in yellow.
-        vmax: the magnitude of the strongest colour; by default the map's largest. Larger values are drawn as this one.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ValueError: the image or the map has another shape, the map is empty, or `vmax` is not positive.
+        ValueError: the image or the map has another shape, or the map is empty.
 
     >>> picture = overlay(np.ones((4, 4, 3)), np.array([[1.0, -1.0]]))
     >>> [bool(picture[0, 0].argmax() == 0), bool(picture[0, 3].argmax() == 2)]
@@ -91,13 +90,11 @@ def overlay(
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim != 2 or not heat.size:
         raise ValueError(f"heat: expected one map [h, w], got the shape {heat.shape}")
-    if vmax is not None and not vmax > 0:
-        raise ValueError(f"vmax: expected a positive magnitude, got {vmax}; leave it out for the map's own largest")
     if heat_fault(heat) is None:
-        scaled = np.clip(heat / (vmax or float(np.abs(heat).max())), -1, 1)
+        strengths = heat / np.abs(heat).max()
         height, width = image.shape[:2]
-        scaled = np.asarray(Image.fromarray(scaled).resize((width, height), Image.Resampling.BILINEAR))
-        image = tinted(_muted(image), scaled)
+        strengths = np.asarray(Image.fromarray(strengths).resize((width, height), Image.Resampling.BILINEAR))
+        image = tinted(_muted(image), strengths)
     return outlined(to_uint8(image), box)
 
 
@@ -115,72 +112,91 @@ def heat_fault(heat: Heat) -> str | None:
     return "constant map" if heat.size != 1 and (not heat.size or np.ptp(heat) <= rounding) else None
 
 
+def scaled(values: Heat, scale: Scale) -> Heat:
+    """Heat as strengths of colour: in [-1, 1] for signed ones, [0, 1] for others; 0 where all of them are equal.
+
+    >>> values = np.array([-1.0, 0.0, 2.0])
+    >>> [scaled(values, "signed").tolist(), scaled(values, "range").round(2).tolist()]
+    [[-0.5, 0.0, 1.0], [0.0, 0.33, 1.0]]
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if not values.size or heat_fault(values) is not None:
+        return np.zeros_like(values)
+    low, high = limits(values, scale)
+    zero = low if scale == "range" else 0.0
+    return np.asarray(np.clip((values - zero) / (high - zero), -1, 1))
+
+
+def limits(values: Heat, scale: Scale) -> tuple[float, float]:
+    """The values that the ends of the colour bar stand for."""
+    low, high = float(np.min(values)), float(np.max(values))
+    if scale == "range":
+        return low, high
+    largest = max(abs(low), abs(high))
+    return (-largest if scale == "signed" else 0.0), largest
+
+
 def evenly(count: int, most: int) -> list[int]:
     """At most `most` of the indices 0 ... count - 1, evenly spread, with the first and the last.
 
     >>> [evenly(4, 6), evenly(11, 6), evenly(50, 2), evenly(3, 1)]
     [[0, 1, 2, 3], [0, 2, 4, 6, 8, 10], [0, 49], [2]]
     """
-    if count <= most:
-        return list(range(count))
-    if most == 1:
-        return [count - 1]
-    return [round(step * (count - 1) / (most - 1)) for step in range(most)]
+    # Counted from the end, since the last one stays where there is room for one.
+    return [int(place) for place in np.rint(np.linspace(count - 1, 0, min(count, most)))[::-1]]
+
+
+@dataclass(frozen=True)
+class GradedMap:
+    """A heat map and how it was graded.
+
+    Attributes:
+        heat: [h, w], signed.
+        gamma: in [0, 1]; NaN where it does not exist.
+        hit: whether its largest entry lies inside the box.
+    """
+
+    heat: Heat
+    gamma: float
+    hit: bool
 
 
 def example_sheet(
-    examples: Sequence[Example],
-    heats: Sequence[Heat],
-    gammas: Sequence[float],
-    title: str,
-    *,
-    hits: Sequence[bool] | None = None,
-    columns: int = 4,
-    side: int = 320,
+    examples: Sequence[Example], maps: Sequence[GradedMap], title: str, *, columns: int = 4, side: int = 320
 ) -> Figure:
     """Heat maps side by side, each with its caption (the phrase highlighted), gamma and whether it hit.
 
     Args:
         examples: what to show, in reading order.
-        heats: one signed [h, w] map for each example.
-        gammas: one for each example, in [0, 1]; NaN where it does not exist.
+        maps: one for each example.
         title: stands above the sheet.
-        hits: whether the largest entry lies inside the box, one for each example; left out, no mark is drawn.
         columns: at most so many side by side.
         side: pixels of a picture's longer side.
 
     Raises:
         ValueError: the sequences differ in length or are empty.
     """
-    _check_lengths(len(examples), heats=heats, gammas=gammas, **({} if hits is None else {"hits": hits}))
+    _check_length("maps", maps, len(examples))
     columns = min(columns, len(examples))
-    across = max(_sheet_width(columns, side), _NARROWEST)
-    left = (across - columns * (side + GAP) - GAP) // 2 + GAP
-    captions = [wrap(example.caption, example.spans, side) for example in examples]
-    rows = [range(start, min(start + columns, len(examples))) for start in range(0, len(examples), columns)]
-    text_lines = [max(len(captions[i]) for i in row) + 1 for row in rows]
-    sheet = _HeatSheet(across, _HEAD + sum(side + LINE * lines + 2 * GAP for lines in text_lines) + _FOOT)
-    sheet.title(title)
-    y = _HEAD
-    for row, lines in zip(rows, text_lines, strict=True):
-        for place, i in enumerate(row):
-            x = left + place * (side + GAP)
-            sheet.heat_panel(examples[i], heats[i], (x, y), side)
-            sheet.verdict(gammas[i], None if hits is None else hits[i], heat_fault(heats[i]), (x, y + side + 6))
-            sheet.caption(captions[i], (x, y + side + 6 + LINE))
-        y += side + LINE * lines + 2 * GAP
-    sheet.colour_bar()
+    sheet = Sheet(max(columns * (side + GAP) + GAP, _NARROWEST), title)
+    left = (sheet.width - columns * (side + GAP) + GAP) // 2
+    y = end = float(sheet.top)
+    for number, (example, graded) in enumerate(zip(examples, maps, strict=True)):
+        if number % columns == 0:
+            y = end
+        x = left + number % columns * (side + GAP)
+        below = _graded_panel(sheet, example, graded, (x, y), side)
+        end = max(end, sheet.caption(example.caption, (x, below), side, example.spans) + 2 * GAP)
+    _key(sheet, end)
     return sheet.figure
 
 
 def progress_sheet(
     examples: Sequence[Example],
-    heats: Sequence[Sequence[Heat]],
+    maps: Sequence[Sequence[GradedMap]],
     epoch_names: Sequence[str],
-    gammas: Sequence[Sequence[float]],
     title: str = "",
     *,
-    hits: Sequence[Sequence[bool]] | None = None,
     columns: int = 7,
     side: int = 256,
 ) -> Figure:
@@ -188,11 +204,9 @@ def progress_sheet(
 
     Args:
         examples: the rows.
-        heats: [epoch][example] signed [h, w] maps.
+        maps: [epoch][example].
         epoch_names: the columns' headings, for instance `"before"`, `"epoch 1"`.
-        gammas: [epoch][example], in [0, 1]; NaN where it does not exist.
         title: stands above the sheet.
-        hits: [epoch][example], whether the largest entry lies inside the box; left out, no mark is drawn.
         columns: at most so many, the plain image's included; the epochs shown are spread evenly from first to last.
         side: pixels of a picture's longer side.
 
@@ -201,34 +215,25 @@ def progress_sheet(
     """
     if columns < 2:
         raise ValueError(f"columns: expected at least 2 (the image and one epoch), got {columns}")
-    _check_lengths(len(epoch_names), heats=heats, gammas=gammas, **({} if hits is None else {"hits": hits}))
-    for epoch in range(len(epoch_names)):
-        hits_of_epoch = {} if hits is None else {"hits": hits[epoch]}
-        _check_lengths(len(examples), heats=heats[epoch], gammas=gammas[epoch], **hits_of_epoch)
+    _check_length("maps", maps, len(epoch_names))
+    for name, of_epoch in zip(epoch_names, maps, strict=True):
+        _check_length(f"maps of {name}", of_epoch, len(examples))
     epochs = evenly(len(epoch_names), columns - 1)
-    across = max(_sheet_width(len(epochs) + 1, side), _NARROWEST)
-    captions = [wrap(example.caption, example.spans, across - 2 * GAP) for example in examples]
-    heights = [LINE * (len(lines) + 1) + side + 6 + GAP for lines in captions]
-    sheet = _HeatSheet(across, _HEAD + LINE + sum(heights) + _FOOT)
-    sheet.title(title)
-    for place, name in enumerate(["image", *(epoch_names[epoch] for epoch in epochs)]):
-        sheet.text(name, (GAP + place * (side + GAP) + side / 2, _HEAD), ha="center", weight="bold")
-    y = _HEAD + LINE + 6
+    sheet = Sheet(max((len(epochs) + 1) * (side + GAP) + GAP, _NARROWEST), title)
+    places = [GAP + place * (side + GAP) for place in range(len(epochs) + 1)]
+    for x, name in zip(places, ["image", *(epoch_names[epoch] for epoch in epochs)], strict=True):
+        sheet.text(name, (x + side / 2, sheet.top), ha="center", weight="bold")
+    y = sheet.top + LINE + 6.0
     for i, example in enumerate(examples):
-        sheet.caption(captions[i], (GAP, y))
-        below = y + LINE * len(captions[i])
-        sheet.image_panel(example, (GAP, below), side)
-        for place, epoch in enumerate(epochs, start=1):
-            x = GAP + place * (side + GAP)
-            heat, hit = heats[epoch][i], None if hits is None else hits[epoch][i]
-            sheet.heat_panel(example, heat, (x, below), side)
-            sheet.verdict(gammas[epoch][i], hit, heat_fault(heat), (x, below + side + 4))
-        y += heights[i]
-    sheet.colour_bar()
+        below = sheet.caption(example.caption, (GAP, y), sheet.width - 2 * GAP, example.spans)
+        image_panel(sheet, example, (GAP, below), side)
+        for x, epoch in zip(places[1:], epochs, strict=True):
+            y = _graded_panel(sheet, example, maps[epoch][i], (x, below), side) + GAP
+    _key(sheet, y)
     return sheet.figure
 
 
-@styled
+@style()
 def curves(
     rows: Sequence[Mapping[str, object]],
     title: str = "Grounding while the model learns",
@@ -245,25 +250,22 @@ def curves(
     Raises:
         ValueError: there are no rows, or one has no `epoch`.
     """
-    if not rows or not all("epoch" in row for row in rows):
+    if not rows or not all(isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError(f"rows: expected at least one, each with an 'epoch'; got {[sorted(row) for row in rows]}")
-    epochs = [row["epoch"] for row in rows]
-    numbered = all(isinstance(epoch, (int, float)) for epoch in epochs)
-    places = np.array(epochs if numbered else range(len(rows)), dtype=float)
+    frame = pd.DataFrame(list(rows), dtype="float64")
     figure = Figure(figsize=(8.0, 4.2))
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     highest = 0.0
     for score in scores:
-        percent = np.array([_percent(row.get(score.name)) for row in rows])
-        if np.isnan(percent).all():
+        known = 100 * frame[score.name].dropna() if score.name in frame else frame["epoch"][:0]
+        if known.empty:
             continue
-        highest = max(highest, float(np.nanmax(percent)))
-        first, last = percent[~np.isnan(percent)][[0, -1]]
-        label = f"{score.heading}   {first:.1f} → {last:.1f} %"
-        axes.plot(places, percent, "-" if score.percent else "--", marker="o", label=label)
-    shown = [int(i) for i in evenly(len(rows), 11)]
-    axes.set_xticks(places[shown], [_tick(epochs[i]) for i in shown])
+        highest = max(highest, known.max())
+        label = f"{score.heading}   {known.iloc[0]:.1f} → {known.iloc[-1]:.1f} %"
+        style = "-" if score.percent else "--"
+        axes.plot(frame["epoch"], known.reindex(frame.index), style, marker="o", label=label)
+    shown = frame["epoch"].iloc[evenly(len(rows), 11)]
+    axes.set_xticks(shown, [f"{epoch:g}" if epoch else state_name(0) for epoch in shown])
     axes.set_ylim(0, min(100.0, 10 * math.ceil((highest + 4) / 10)))
     axes.set_xlabel("finished epochs")
     axes.set_ylabel("targets, or mean (dashed) [%]")
@@ -290,42 +292,63 @@ def rasterize(figure: Figure) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
-class _HeatSheet(Sheet):
-    """A sheet of heat maps of phrases."""
+def image_panel(sheet: Sheet, example: Example, at: Point, side: int) -> float:
+    """Show the image and its box, and return where it ends."""
+    image, box = fitted(example, side)
+    return sheet.picture(outlined(to_uint8(image), box), at, side)
 
-    def image_panel(self, example: Example, at: tuple[float, float], side: int) -> None:
-        image, box = fitted(example, side)
-        self.picture(outlined(to_uint8(image), box), at, side)
 
-    def heat_panel(self, example: Example, heat: Heat, at: tuple[float, float], side: int) -> None:
-        image, box = fitted(example, side)
-        picture = overlay(image, heat, box)
-        if heat_fault(heat) is None:
-            picture = _marked(picture, heat)
-        self.picture(picture, at, side)
+def heat_panel(
+    sheet: Sheet, example: Example, heat: Heat, at: Point, side: int, scale: Scale = "signed", *, marked: bool = False
+) -> float:
+    """Show a heat map over its image, its largest entry `marked`, and return where it ends; a fault is named on it."""
+    image, box = fitted(example, side)
+    picture, fault = overlay(image, scaled(heat, scale), box), heat_fault(heat)
+    end = sheet.picture(_marked(picture, heat) if marked and fault is None else picture, at, side)
+    if fault is not None:
+        ground = {"facecolor": "white", "edgecolor": "0.6", "boxstyle": "round,pad=0.5"}
+        middle = (at[0] + side / 2, (at[1] + end) / 2)
+        sheet.text(fault, middle, ha="center", va="center", weight="bold", bbox=ground)
+    return end
 
-    def verdict(self, gamma: float, hit: bool | None, fault: str | None, at: tuple[float, float]) -> None:
-        """The line below a heat map: gamma, and the mark of a hit or a miss."""
-        words = f"γ = {gamma:.2f}" if math.isfinite(gamma) else "no γ: nothing positive"
-        if fault:
-            words = f"no γ: {fault}"
-        if hit is None or fault:
-            self.text(words, at, color="0.25")
-        else:
-            self.text(f"{words}   {'✓ hit' if hit else '✗ miss'}", at, color=_HIT if hit else _MISS, weight="bold")
 
-    def colour_bar(self) -> None:
-        length = min(300, self.width - 4 * GAP)
-        axes = self.axes((self.width - length) / 2, self.height - _FOOT + 14, length, 12)
-        bar = self.figure.colorbar(
-            ScalarMappable(Normalize(-1, 1), colour_map()), cax=axes, orientation="horizontal", ticks=[-1, 0, 1]
-        )
-        bar.ax.set_xticklabels(["against", "0", "for the phrase"], fontsize=FONT_PT - 1)
-        bar.outline.set_linewidth(0.5)
-        note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
-        if text_width(note) > self.width - 2 * GAP:
-            note = "relative to each map's largest (○); yellow: box"
-        self.text(note, (self.width / 2, self.height - 24), ha="center", fontsize=FONT_PT - 1, color="0.35")
+def _graded_panel(sheet: Sheet, example: Example, graded: GradedMap, at: Point, side: int) -> float:
+    """Show a heat map with gamma and the mark of a hit or a miss below it."""
+    heat_panel(sheet, example, graded.heat, at, side, marked=True)
+    words = f"γ = {graded.gamma:.2f}" if math.isfinite(graded.gamma) else "no γ: nothing positive"
+    look: dict[str, Any] = {"color": _HIT if graded.hit else _MISS, "weight": "bold"}
+    if heat_fault(graded.heat):
+        words, look = "no γ", {"color": "0.25"}
+    else:
+        words += "   ✓ hit" if graded.hit else "   ✗ miss"
+    sheet.text(words, (at[0], at[1] + side + 6), **look)
+    return at[1] + side + 6 + LINE
+
+
+def _key(sheet: Sheet, y: float) -> None:
+    """Close a sheet with a colour bar and what the marks mean."""
+    note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
+    if text_width(note) > sheet.width - 2 * GAP:
+        note = "relative to each map's largest (○); yellow: box"
+    sheet.close(y + BAR)
+    length = min(300, sheet.width - 4 * GAP)
+    ticks = {-1.0: "against", 0.0: "0", 1.0: "for the phrase"}
+    colour_bar(sheet, (sheet.width - length) / 2, length, ticks, note)
+
+
+def colour_bar(
+    sheet: Sheet, left: float, length: float, ticks: Mapping[float, str], note: str, *, signed: bool = True
+) -> None:
+    """Draw a colour bar at the foot of a closed sheet, with its ends at the first and the last tick."""
+    colours = colour_map() if signed else ListedColormap(colour_map()(np.linspace(0.5, 1, 101)))
+    shown, axes = (
+        ScalarMappable(Normalize(min(ticks), max(ticks)), colours),
+        sheet.axes(left, sheet.height - 64, length, 12),
+    )
+    bar = sheet.figure.colorbar(shown, cax=axes, orientation="horizontal", ticks=list(ticks))
+    bar.ax.set_xticklabels(list(ticks.values()), fontsize=FONT_PT - 1)
+    bar.outline.set_linewidth(0.5)
+    sheet.text(note, (left + length / 2, sheet.height - 24), ha="center", fontsize=FONT_PT - 1, color="0.35")
 
 
 def _checked_image(image: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -405,21 +428,8 @@ def fitted(example: Example, side: int) -> tuple[NDArray[np.float32], Box | None
     return resized, (x0 * across, y0 * down, x1 * across, y1 * down)
 
 
-def _sheet_width(columns: int, side: int) -> int:
-    return columns * (side + GAP) + GAP
-
-
-def _check_lengths(expected: int, **given: Sequence[object]) -> None:
+def _check_length(name: str, given: Sequence[object], expected: int) -> None:
     if not expected:
         raise ValueError("expected at least one example and one epoch, got none; leave the sheet out instead")
-    for name, values in given.items():
-        if len(values) != expected:
-            raise ValueError(f"{name}: expected {expected} entries, got {len(values)}")
-
-
-def _percent(value: object) -> float:
-    return 100 * float(value) if isinstance(value, numbers.Real) else math.nan
-
-
-def _tick(epoch: object) -> str:
-    return state_name(epoch) if epoch == 0 or isinstance(epoch, str) else f"{epoch:g}"
+    if len(given) != expected:
+        raise ValueError(f"{name}: expected {expected} entries, got {len(given)}")

@@ -8,38 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import matplotlib as mpl
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import pandas as pd
+from cycler import cycler
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lightning_xai.report.explanation import scaled
-from lightning_xai.report.paper_table import NO_VALUE
-from lightning_xai.report.plots import Example, Heat, evenly, fitted, heat_fault, overlay, to_uint8
-from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Sheet, text_width, wrap
+from lightning_xai.report.paper_table import Column
+from lightning_xai.report.plots import Example, Heat, Scale, evenly, heat_panel, image_panel
+from lightning_xai.report.sheet import FONT_PT, GAP, Sheet, style, text_width
 
 COLUMNS = ("method", "modality", "stage", "spearman", "ssim", "pairs", "constant")
 """What each row of a sanity check holds, in the order of its CSV file."""
 
-_PANELS = (("image", "spearman"), ("image", "ssim"), ("text", "spearman"))
-_HEADINGS = {
+_PANELS = {
     ("image", "spearman"): "image: rank correlation (Spearman)",
     ("image", "ssim"): "image: structure (SSIM)",
     ("text", "spearman"): "text: rank correlation (Spearman)",
 }
-_STYLES = ("-", "--", ":")
-_HEAD = 44
 _MOST_LABELS = 8
 _MOST_STAGES = 3  # columns of the table, which has to fit a terminal
 
 Row = Mapping[str, object]
 
 
+@style()
 def sanity_curves(rows: Sequence[Row], title: str = "Maps while the weights are randomised") -> Figure:
     """How alike each method's maps are to the original ones, against the stages of randomisation.
 
@@ -51,27 +49,23 @@ def sanity_curves(rows: Sequence[Row], title: str = "Maps while the weights are 
     Raises:
         ValueError: there are no rows.
     """
-    stages, methods = _names(rows, "stage"), _names(rows, "method")
-    values = _values(rows)
-    figure = Figure(figsize=(13.0, 4.6), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    stages, values = _values(rows)
+    figure = Figure(figsize=(13.0, 4.6))
     panels = figure.subplots(1, len(_PANELS), sharey=True)
     places, shown = np.arange(len(stages) + 1), evenly(len(stages) + 1, _MOST_LABELS)
-    for axes, (modality, measure) in zip(panels, _PANELS, strict=True):
-        for number, method in enumerate(methods):
+    for axes, ((modality, measure), heading) in zip(panels, _PANELS.items(), strict=True):
+        axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * mpl.rcParams["axes.prop_cycle"])
+        for method in dict.fromkeys(values.index.get_level_values("method")):
+            curve = values[measure].reindex([(method, modality, stage) for stage in stages])
             # A map is the same as itself before anything is random.
-            curve = [1.0, *(values.get((method, modality, stage, measure), math.nan) for stage in stages)]
-            style, colour = _STYLES[number // 10 % len(_STYLES)], colormaps["tab10"](number % 10)
-            axes.plot(places, curve, style, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=method)
+            axes.plot(places, [1.0, *curve], marker="o", label=method)
         axes.axhline(0.0, color="0.6", linewidth=0.8)
-        axes.set_xticks(shown, [["original", *stages][i] for i in shown], rotation=35, ha="right", fontsize=FONT_PT - 1)
-        axes.set_title(_HEADINGS[modality, measure], fontsize=10)
-        axes.grid(axis="y", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks(shown, [["original", *stages][i] for i in shown], rotation=35, ha="right")
+        axes.set_title(heading)
     panels[0].set_ylabel("similarity to the original map")
-    figure.supxlabel("randomised from the last layer up to and with", fontsize=FONT_PT)
-    figure.suptitle(title, fontsize=11, parse_math=False)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.supxlabel("randomised from the last layer up to and with", fontsize="medium")
+    figure.suptitle(title)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -103,31 +97,20 @@ def sanity_sheet(
     if not maps or any(len(given) != len(stages) for given in maps.values()):
         counts = {method: len(given) for method, given in maps.items()}
         raise ValueError(f"expected {len(stages)} maps of each method, one for each stage; got {counts or 'none'}")
-    shown, labels = evenly(len(stages), columns), max(map(text_width, maps))
-    left = round(labels) + 2 * GAP
-    width = left + (len(shown) + 1) * (side + GAP)
-    caption = wrap(example.caption, example.spans, width - 2 * GAP)
-    headings = [wrap(name, (), side) for name in ["image", *(stages[i] for i in shown)]]
-    top = _HEAD + LINE * (len(caption) + max(map(len, headings))) + GAP + 4
-    sheet = Sheet(width, top + len(maps) * (side + GAP))
-    sheet.title(title)
-    sheet.caption(caption, (GAP, _HEAD))
-    for place, heading in enumerate(headings):
-        for number, line in enumerate(heading):
-            at = (left + place * (side + GAP) + side / 2, _HEAD + LINE * (len(caption) + number) + GAP)
-            sheet.text(line.text, at, ha="center", weight="bold", fontsize=FONT_PT - 1)
-    image, outline = fitted(example, side)
-    for row, (method, heats) in enumerate(maps.items()):
-        y = top + row * (side + GAP)
+    shown, left = evenly(len(stages), columns), round(max(map(text_width, maps))) + 2 * GAP
+    places = [left + place * (side + GAP) for place in range(len(shown) + 1)]
+    sheet = Sheet(places[-1] + side + GAP, title)
+    top = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans) + GAP
+    headings = zip(places, ["image", *(stages[i] for i in shown)], strict=True)
+    y = max(sheet.caption(name, (x, top), side, weight="bold", fontsize=FONT_PT - 1) for x, name in headings) + 4
+    for method, heats in maps.items():
         sheet.text(method, (GAP, y + side / 2), va="center")
-        sheet.picture(to_uint8(image), (left, y), side)
-        for place, i in enumerate(shown, start=1):
-            x = left + place * (side + GAP)
-            sheet.picture(overlay(image, _strengths(heats[i]), outline, vmax=1.0), (x, y), side)
-            fault = heat_fault(heats[i])
-            if fault is not None:
-                sheet.text(fault, (x + side / 2, y + side / 2), ha="center", va="center", backgroundcolor="white")
-    return sheet.figure
+        image_panel(sheet, replace(example, box=None), (left, y), side)
+        for x, i in zip(places[1:], shown, strict=True):
+            scale: Scale = "signed" if np.min(heats[i]) < 0 < np.max(heats[i]) else "range"
+            heat_panel(sheet, example, heats[i], (x, y), side, scale)
+        y += side + GAP
+    return sheet.close(y)
 
 
 def sanity_table(
@@ -149,47 +132,28 @@ def sanity_table(
     >>> [str(next(iter(column.cells))) for column in table.columns]
     ['rise', 'image', '0.250', '0.500', '1/5']
     """
-    stages, values = _names(rows, "stage"), _values(rows)
+    stages, values = _values(rows)
     shown = evenly(len(stages), _MOST_STAGES)
     legend = "; ".join(f"{i + 1}: {stages[i]}" for i in shown)
-    table = Table(
-        title=title,
-        box=box.SIMPLE,
-        caption=f"1.000: the map is unchanged by what was randomised, up to and with stage {legend}",
-    )
-    table.add_column("method", no_wrap=True)
-    table.add_column("maps", no_wrap=True)
+    caption = f"1.000: the map is unchanged by what was randomised, up to and with stage {legend}"
+    table = Table("method", "maps", title=title, box=box.SIMPLE, caption=caption)
     for heading in (*(f"ρ {i + 1}" for i in shown), f"SSIM {len(stages)}", "constant"):
         table.add_column(heading, justify="right")
-    for method, modality in dict.fromkeys((str(row["method"]), str(row["modality"])) for row in rows):
-        one = [row for row in rows if (row["method"], row["modality"]) == (method, modality)]
-        constant = sum(int(str(row["constant"])) for row in one)
-        total = constant + sum(int(str(row["pairs"])) for row in one)
-        cells = [_number(values[method, modality, stages[i], "spearman"]) for i in shown]
-        cells += [_number(values[method, modality, stages[-1], "ssim"]), f"{constant}/{total}"]
-        table.add_row(*map(Text, (method, modality, *cells)))
+    for (method, modality), found in values.groupby(level=["method", "modality"], sort=False):
+        of_stage = found.droplevel(["method", "modality"])
+        numbers = [
+            *of_stage["spearman"].reindex([stages[i] for i in shown]),
+            of_stage["ssim"].get(stages[-1], math.nan),
+        ]
+        constant, pairs = int(found["constant"].sum()), int(found["pairs"].sum())
+        cells = [Column("").text(number) for number in numbers]
+        table.add_row(*map(Text, (method, modality, *cells, f"{constant}/{constant + pairs}")))
     return table
 
 
-def _names(rows: Sequence[Row], key: str) -> list[str]:
-    """The distinct values of a column, in order of first appearance."""
+def _values(rows: Sequence[Row]) -> tuple[list[str], pd.DataFrame]:
+    """The stages in their order, and the rows by method, modality and stage."""
     if not rows:
         raise ValueError(f"expected the rows of a sanity check ({', '.join(COLUMNS)}); got none")
-    return list(dict.fromkeys(str(row[key]) for row in rows))
-
-
-def _values(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], float]:
-    """(method, modality, stage, measure) -> value."""
-    return {
-        (str(row["method"]), str(row["modality"]), str(row["stage"]), measure): float(str(row[measure]))
-        for row in rows
-        for measure in ("spearman", "ssim")
-    }
-
-
-def _strengths(heat: Heat) -> NDArray[np.floating]:
-    return scaled(heat, "signed" if np.min(heat) < 0 < np.max(heat) else "range")
-
-
-def _number(value: float) -> str:
-    return NO_VALUE if math.isnan(value) else f"{value:.3f}"
+    frame = pd.DataFrame(list(rows))
+    return list(frame["stage"].unique()), frame.set_index(["method", "modality", "stage"])

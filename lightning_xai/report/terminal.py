@@ -14,8 +14,6 @@ from lightning_xai.results.roar import LOSS, ORIGINAL, ROAR, roar_result
 from lightning_xai.results.runs import Measurement
 from lightning_xai.results.table import ResultTable
 
-__all__ = ["report_tables", "result_tables", "roar_tables"]
-
 
 def report_tables(sections: Sequence[Section]) -> Iterator[Table]:
     """The tables of the metrics of a report."""

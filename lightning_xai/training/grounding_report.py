@@ -13,7 +13,7 @@ from rich.console import Console
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, score_column
-from lightning_xai.report.plots import Example, curves, progress_sheet, save_figure
+from lightning_xai.report.plots import Example, GradedMap, curves, progress_sheet, save_figure
 from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions, state_name
 
 if TYPE_CHECKING:
@@ -150,9 +150,13 @@ def _progress(rows: Sequence[Row], measured: Measured) -> Figure:
     same = [row for row in rows if row["examples"]["keys"] == measured.row["examples"]["keys"]]
     return progress_sheet(
         measured.examples,
-        [[heat.numpy() for heat in row["examples"]["heats"]] for row in same],
+        [
+            [
+                GradedMap(heat.numpy(), gamma, hit)
+                for heat, gamma, hit in zip(*(row["examples"][key] for key in ("heats", "gammas", "hits")), strict=True)
+            ]
+            for row in same
+        ],
         [state_name(row["epoch"]) for row in same],
-        [row["examples"]["gammas"] for row in same],
         f"What the phrase matches in the image ({measured.split}): red more, blue less similar",
-        hits=[row["examples"]["hits"] for row in same],
     )

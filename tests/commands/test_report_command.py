@@ -24,6 +24,7 @@ def message_of(*args: str) -> str:
     return stopped.value.code
 
 
+@pytest.mark.slow
 def test_page_tables_and_figures_are_written_without_torch(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", SKILLS)
     write_roar(tmp_path / "r", {("m2ib", "image"): (2.5, 2.4), ("random", "image"): (2.1,)})
@@ -58,6 +59,7 @@ def test_page_tables_and_figures_are_written_without_torch(tmp_path: Path) -> No
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.slow
 def test_names_title_alpha_and_epsilon_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, skill in (("a", 0.3), ("b", 0.7)):
         write_evaluation(tmp_path / name, {"feature_pair": skill}, examples=False)

@@ -169,6 +169,7 @@ def rows_of(page: Page, table: str) -> list[list[Any]]:
     )
 
 
+@pytest.mark.slow
 def test_a_table_is_sorted_by_click_and_key_with_baselines_aside_and_empty_cells_last(
     browser: Browser, path: Path, tmp_path: Path
 ) -> None:

@@ -12,8 +12,6 @@ from lightning_xai.report.paper_table import Column, PaperTable, Value
 from lightning_xai.results.runs import Run
 from lightning_xai.results.table import exclusions
 
-__all__ = ["appendix_blocks"]
-
 _LONG = 12  # rows of a table that few want to read
 
 
@@ -26,12 +24,8 @@ def appendix_blocks(runs: Sequence[Run]) -> list[Block]:
         blocks.append(Folded("What was measured, and what was excluded", (counts,)) if long else counts)
     for run in runs:
         record = msgspec.to_builtins(run.record, builtin_types=(float,), enc_hook=str)
-        text = run.config or json.dumps(
-            {name: found for name, found in record.items() if found and name != "metrics"},
-            indent=2,
-            ensure_ascii=False,
-            default=str,
-        )
+        record = {name: found for name, found in record.items() if found and name != "metrics"}
+        text = run.config or json.dumps(record, indent=2, ensure_ascii=False, default=str)
         blocks.append(Folded(f"Settings and versions of {run.name}", (Code(text),)))
     columns = [Column("run", numeric=False), Column("file", numeric=False), Column("bytes")]
     rows: list[list[Value]] = [[run.name, str(path), size] for run in runs for path, size in run.files.items()]

@@ -15,8 +15,6 @@ from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Grounding, Run, by_method_and_data
 from lightning_xai.results.table import score_table
 
-__all__ = ["class_groups", "gap_blocks", "gaps_of"]
-
 _MOST_CHANGES = 5
 _MOST_COMPARED = 4  # bars side by side for one class
 _MOST_NAMED = 8

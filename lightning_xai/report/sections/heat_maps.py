@@ -12,8 +12,6 @@ from lightning_xai.report.page import Block, Folded, HeatMaps, Note
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import FEATURE_PAIR, Run, by_method_and_data
 
-__all__ = ["heat_map_blocks"]
-
 _MOST_METHODS = 12  # side by side
 
 

@@ -6,7 +6,7 @@ Everything is driven by the metrics' own records, so that those of plug-ins are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -16,8 +16,6 @@ from lightning_xai.report.paper_table import Column, PaperTable, score_column
 from lightning_xai.results.record import MetricRecord, Score
 from lightning_xai.results.roar import label_at
 from lightning_xai.results.runs import Estimate, Measurement, Run, by_data
-
-__all__ = ["grid_table", "metric_sections", "metric_tables", "score_columns"]
 
 _SYMBOLS = {"layer": "ℓ", "beta": "β", "variance": "σ²"}
 _MOST_MISSING = 6
@@ -133,21 +131,14 @@ def _cumulative_charts(
 
 def _cumulative_chart(metric: MetricRecord, panels: dict[str, list[Sample]], about: str) -> Chart:
     value = _symbol(metric)
-    shares = [
-        score for score in metric.scores if score.reduce == "share_above" and score.value == metric.scores[0].value
-    ]
-    named = [
-        " ".join(filter(None, (heading, each.name, score.heading, _percent(score, each))))
-        for score in shares[:1]
-        for heading, samples in panels.items()
-        for each in samples
-    ]
+    first = metric.scores[0].value
+    shares = [score for score in metric.scores if score.reduce == "share_above" and score.value == first]
     title = f"Cumulative distributions of {value}, {about}"
     return Chart(
-        f"{metric.scores[0].value}-{about}",
+        f"{first}-{about}",
         title,
         "The higher a curve, the better. Dotted: the thresholds of the table.",
-        f"Curves of the share of targets above each {value}. {', '.join(named)}.",
+        f"Curves of the share of targets above each {value}. {_alt(shares[:1], panels)}",
         cumulative(panels, title, value, [score.threshold for score in shares]),
     )
 
@@ -162,15 +153,9 @@ def _distribution_charts(metric: MetricRecord, group: Sequence[Measurement]) -> 
                 panels.setdefault(label, []).extend(found)
     if panels:
         title = f"Distribution of {value}: {metric.title} on {group[0].data}"
-        score = metric.scores[0]
-        shares = (
-            f"{label}, {each.name}: {score.heading} {_percent(score, each)}"
-            for label, samples in panels.items()
-            for each in samples
-        )
         note = "Each method has its own scale; the outermost bins hold what lies beyond."
         figure = distribution(panels, title, value)
-        yield Chart(f"{metric.scores[0].value}-{group[0].data}", title, note, f"{'; '.join(shares)}.", figure)
+        yield Chart(f"{metric.scores[0].value}-{group[0].data}", title, note, _alt(metric.scores[:1], panels), figure)
 
 
 def _bar_charts(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[Chart]:
@@ -237,6 +222,17 @@ def _symbol(metric: MetricRecord) -> str:
     first = metric.scores[0]
     greek = next((char for char in first.heading if "α" <= char <= "ω"), "")
     return greek or first.value.replace("_", " ")
+
+
+def _alt(scores: Sequence[Score], panels: Mapping[str, Sequence[Sample]]) -> str:
+    """The scores of every sample of a chart, for those who do not see it."""
+    named = (
+        f"{', '.join(filter(None, (heading, each.name)))}: {score.heading} {_percent(score, each)}"
+        for score in scores
+        for heading, samples in panels.items()
+        for each in samples
+    )
+    return "; ".join(named) + "."
 
 
 def _percent(score: Score, sample: Sample) -> str:

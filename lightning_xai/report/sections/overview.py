@@ -11,8 +11,6 @@ from lightning_xai.report.sections.gaps import class_groups, gaps_of
 from lightning_xai.report.sections.significance import Comparison
 from lightning_xai.results.runs import Grounding, Run
 
-__all__ = ["overview_blocks"]
-
 _MOST_FINDINGS = 3
 _KINDS = {"training": "training", "evaluation": "evaluation", "roar": "ROAR+"}
 
@@ -73,11 +71,8 @@ def _roar_findings(run: Run) -> Iterator[tuple[str, str]]:
         return
     estimates = run.measurements[-1].estimates("roar")
     for score in run.record.metrics["roar"].scores:
-        own = {
-            label: scores[score.name].mean
-            for label, scores in estimates.items()
-            if score.name in scores and not run.record.methods[label].baseline
-        }
+        own = {label: scores[score.name].mean for label, scores in estimates.items() if score.name in scores}
+        own = {label: mean for label, mean in own.items() if not run.record.methods[label].baseline}
         if len(own) > 1:
             best = max(own, key=lambda label: own[label])
             text = f"finds best what the model learns from in the {score.value}: ROAR+ {100 * own[best]:.1f} %"
@@ -88,7 +83,5 @@ def _gap_findings(runs: Sequence[Run], method: str | None, min_pairs: int) -> It
     for group in class_groups(runs, method):
         worst = gaps_of(group[-1], min_pairs).classes.head(3)
         if len(worst):
-            yield (
-                ", ".join(worst.index),
-                f"are the classes of {group[-1].data} with the lowest mean γ ({group[-1].name}).",
-            )
+            about = f"are the classes of {group[-1].data} with the lowest mean γ ({group[-1].name})."
+            yield ", ".join(worst.index), about

@@ -12,8 +12,6 @@ from lightning_xai.report.paper_table import Column, PaperTable, Value
 from lightning_xai.results.runs import Grounding, Run
 from lightning_xai.results.stochastic_order import StochasticOrder, almost_stochastic_order
 
-__all__ = ["Comparison", "OrderTest", "compare", "significance_blocks"]
-
 
 @dataclass(frozen=True)
 class OrderTest:
@@ -40,15 +38,6 @@ class Comparison:
     second: Grounding
     second_above: StochasticOrder
     first_above: StochasticOrder
-
-    @classmethod
-    def of(cls, first: Grounding, second: Grounding, test: OrderTest) -> Comparison:
-        """Compare two that `why_not` permits."""
-        above, below = (
-            almost_stochastic_order(one.gammas, other.gammas, **asdict(test))
-            for one, other in ((second, first), (first, second))
-        )
-        return cls(first, second, above, below)
 
     @property
     def better(self) -> Grounding | None:
@@ -78,7 +67,9 @@ def compare(runs: Sequence[Run], test: OrderTest) -> tuple[list[Comparison], lis
         if reason is not None:
             refused.append(reason)
             continue
-        comparisons.append(Comparison.of(first, second, test))
+        sides = ((second.gammas, first.gammas), (first.gammas, second.gammas))
+        orders = [almost_stochastic_order(*each, **asdict(test)) for each in sides]
+        comparisons.append(Comparison(first, second, *orders))
         differing = options_differ(first.method.options, second.method.options)
         if differing:
             names = f"{first.name} and {second.name}"
@@ -162,14 +153,10 @@ def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
         better, sides = each.better, (each.first, each.second)
         verdict = "undecided" if better is None else "second better" if better is each.second else "first better"
         orders = (each.second_above, each.first_above)
-        rows.append(
-            [
-                *(each.first.name, each.second.name, each.first.label, verdict),
-                *(float(side.gammas.mean()) for side in sides),
-                *(number for order in orders for number in (order.epsilon_min, order.violation_ratio)),
-                *(len(side.gammas) for side in sides),
-            ]
-        )
+        line: list[Value] = [each.first.name, each.second.name, each.first.label, verdict]
+        line += [float(side.gammas.mean()) for side in sides]
+        line += [number for order in orders for number in (order.epsilon_min, order.violation_ratio)]
+        rows.append(line + [len(side.gammas) for side in sides])
     note = (
         f"Almost stochastic order of the full γ distributions. ε_min is the upper confidence bound, at level α = "
         f"{test.alpha:g}, of that order's violation: 0 is order, 1 the opposite. One dominates where its ε_min < "
@@ -177,7 +164,5 @@ def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
     )
     if len(comparisons) > 1:
         together = test.alpha / len(comparisons)
-        note += (
-            f" α holds for each of the {len(comparisons)} comparisons; for all of them, ask for --alpha {together:.2g}."
-        )
+        note += f" α holds for each of the {len(comparisons)} comparisons; for all, ask for --alpha {together:.2g}."
     return PaperTable("significance", "Which run grounds better", note, columns, rows)

@@ -12,8 +12,6 @@ from lightning_xai.report.plots import curves
 from lightning_xai.report.sections.metrics import score_columns
 from lightning_xai.results.runs import GROUNDING, Estimate, Measurement, Run
 
-__all__ = ["training_blocks"]
-
 
 def training_blocks(runs: Sequence[Run]) -> list[Block]:
     """The progress of each training."""
