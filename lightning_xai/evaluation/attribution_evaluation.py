@@ -198,13 +198,11 @@ class AttributionEvaluation(L.LightningModule):
                 "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method)"
             )
 
-    def on_exception(self, exception: BaseException) -> None:
+    def teardown(self, *args: Any) -> None:
         """Leave what was computed on disk."""
         self._close()
 
-    def teardown(self, stage: str) -> None:
-        """Leave what was computed on disk."""
-        self._close()
+    on_exception = teardown
 
     def _data(self) -> ShardDataModule:
         data = getattr(self.trainer, "datamodule", None)

@@ -13,7 +13,6 @@ from lightning_xai.metrics.grounding import (
     patch_mask,
     rho,
 )
-from lightning_xai.metrics.hard_negatives import attribution_difference
 from lightning_xai.metrics.localization import binarised, box_union, intersection_over_union
 from lightning_xai.metrics.map_similarity import spearman, ssim
 from lightning_xai.metrics.other_objects import directed_pairs
@@ -29,7 +28,6 @@ __all__ = [
     "PhraseTargets",
     "RetrievalMetric",
     "ScoreMetric",
-    "attribution_difference",
     "binarised",
     "box_attribution",
     "box_union",

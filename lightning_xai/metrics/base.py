@@ -61,7 +61,7 @@ class PhrasePairTargets:
 
     Attributes:
         maps: [M, H, W], the map of the first phrase.
-        masks: [M, H, W] bool, the patches of its own box.
+        masks: [M, H, W] bool, the patches of the first phrase's box.
         other_masks: [M, H, W] bool, the patches of the other phrase's box.
     """
 

@@ -20,7 +20,6 @@ __all__ = [
     "box_attribution",
     "gamma",
     "grounding",
-    "larger_than_patch",
     "measurable",
     "patch_mask",
     "rho",
@@ -57,31 +56,8 @@ def patch_mask(boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]
     return rows[:, :, None] & columns[:, None, :]
 
 
-def larger_than_patch(boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """Whether the part of a box inside the image has more area than one patch.
-
-    Args:
-        boxes: [R, 4] pixels.
-        grid: (H, W).
-        image_size: (h, w) pixels.
-
-    Returns:
-        [R] bool; a box of exactly one patch's area is not larger.
-
-    Raises:
-        ValueError: boxes are not [R, 4] or not finite.
-
-    Example:
-        >>> boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 16.0, 17.0]])
-        >>> larger_than_patch(boxes, (2, 3), (32, 48))
-        tensor([False,  True])
-    """
-    x0, y0, x1, y1 = _in_patches(boxes, grid, image_size)
-    return (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0) > 1
-
-
 def measurable(reason: Tensor, boxes: Tensor, grid: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """Turn MEASURED into SMALLER_THAN_PATCH where the box has no more area than a patch; keep every other reason.
+    """Turn MEASURED into SMALLER_THAN_PATCH where a box's part inside the image has no more area than one patch.
 
     Args:
         reason: [R] int64, values of `Exclusion`.
@@ -90,7 +66,7 @@ def measurable(reason: Tensor, boxes: Tensor, grid: tuple[int, int], image_size:
         image_size: (h, w) pixels.
 
     Returns:
-        [R] int64.
+        [R] int64; every other reason is kept.
 
     Raises:
         ValueError: boxes are not [R, 4] or not finite.
@@ -101,8 +77,9 @@ def measurable(reason: Tensor, boxes: Tensor, grid: tuple[int, int], image_size:
         >>> [Exclusion(value).name for value in measurable(reason, boxes, (4, 4), (32, 32)).tolist()]
         ['MEASURED', 'SMALLER_THAN_PATCH', 'NOT_MENTIONED']
     """
-    small = (reason == Exclusion.MEASURED) & ~larger_than_patch(boxes, grid, image_size)
-    return reason.masked_fill(small, int(Exclusion.SMALLER_THAN_PATCH))
+    x0, y0, x1, y1 = _in_patches(boxes, grid, image_size)
+    small = (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0) <= 1
+    return reason.masked_fill(small & (reason == Exclusion.MEASURED), int(Exclusion.SMALLER_THAN_PATCH))
 
 
 def gamma(maps: Tensor, masks: Tensor) -> Tensor:

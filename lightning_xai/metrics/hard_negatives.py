@@ -11,31 +11,14 @@ from lightning_xai.metrics.base import MetricSpec, NegativeTargets
 from lightning_xai.metrics.grounding import box_attribution
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "attribution_difference", "hard_negatives"]
-
-
-def attribution_difference(negative: Tensor, positive: Tensor) -> Tensor:
-    """Compute delta, the attribution of a replacement to the true object's box minus that of the true phrase.
-
-    Args:
-        negative: [N], of the replacement in the wrong caption.
-        positive: [N], of the true phrase in the true caption.
-
-    Returns:
-        [N]; lower is better.
-
-    >>> import torch
-    >>> attribution_difference(torch.tensor([-0.25]), torch.tensor([0.5]))
-    tensor([-0.7500])
-    """
-    return negative - positive
+__all__ = ["SPEC", "hard_negatives"]
 
 
 def hard_negatives(targets: NegativeTargets) -> dict[str, Tensor]:
-    """Compute the attributions of both phrases to the true object's box, and their difference."""
+    """Compute delta, the attribution of a replacement to the true object's box minus that of the true phrase."""
     positive = box_attribution(targets.true_maps, targets.masks)
     negative = box_attribution(targets.replacement_maps, targets.masks)
-    return {"positive": positive, "negative": negative, "delta": attribution_difference(negative, positive)}
+    return {"positive": positive, "negative": negative, "delta": negative - positive}
 
 
 SPEC = MetricSpec(

@@ -105,8 +105,13 @@ def _check_retrieval(
             f"caption_image counts into the {len(image_features)} images; "
             f"got values from {int(caption_image.min())} to {int(caption_image.max())}"
         )
-    if chunk < 1 or not ks or min(ks) < 1:
-        raise ValueError(f"ks (at least one) and chunk have to be 1 or more; got ks={tuple(ks)}, chunk={chunk}")
+    _check_numbers(ks, chunk=chunk)
+
+
+def _check_numbers(ks: Sequence[int], **others: int) -> None:
+    if not ks or min(*ks, *others.values()) < 1:
+        got = "".join(f", {name}={value}" for name, value in others.items())
+        raise ValueError(f"ks (at least one) and {' and '.join(others)} have to be 1 or more; got ks={tuple(ks)}{got}")
 
 
 class RetrievalMetric(Metric):
@@ -145,11 +150,7 @@ class RetrievalMetric(Metric):
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10), group_size: int = 64, chunk: int = 512, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if chunk < 1 or group_size < 1 or not ks or min(ks) < 1:
-            raise ValueError(
-                "ks (at least one), group_size and chunk have to be 1 or more; "
-                f"got ks={tuple(ks)}, group_size={group_size}, chunk={chunk}"
-            )
+        _check_numbers(ks, group_size=group_size, chunk=chunk)
         self.ks = tuple(ks)
         self.group_size = group_size
         self.chunk = chunk
@@ -227,9 +228,8 @@ class RetrievalMetric(Metric):
             group_loss, group_accuracy = contrastive_loss(paired_images[group], paired_texts[group], self.logit_scale)
             loss += group_loss.item() * len(paired_images[group])
             accuracy += group_accuracy.item() * len(paired_images[group])
-        result["contrastive_loss"] = loss / pairs if pairs else math.nan
-        result["accuracy"] = accuracy / pairs if pairs else math.nan
-        return result
+        means = {"contrastive_loss": loss, "accuracy": accuracy}
+        return result | {name: total / pairs if pairs else math.nan for name, total in means.items()}
 
 
 def _sorted_distinct(*keys: Tensor) -> Tensor:
@@ -237,7 +237,6 @@ def _sorted_distinct(*keys: Tensor) -> Tensor:
     order = torch.arange(len(keys[0]), device=keys[0].device)
     for key in reversed(keys):
         order = order[key[order].argsort(stable=True)]
-    changes = torch.stack([key[order][1:] != key[order][:-1] for key in keys]).any(dim=0)
     distinct = torch.ones(len(order), dtype=torch.bool, device=order.device)
-    distinct[1:] = changes
+    distinct[1:] = torch.stack([key[order][1:] != key[order][:-1] for key in keys]).any(dim=0)
     return order[distinct]

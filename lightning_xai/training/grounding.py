@@ -202,11 +202,11 @@ class GroundingCallback(Callback):
         else:
             due = not _fitting(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due:
-            self._start(trainer)
+            assert self._attribution is not None, "Lightning calls setup first"
+            examples = self.examples if trainer.is_global_zero else 0
+            self._pass = _Pass(self._attribution, self.internal_batch_size, examples)
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start a measurement."""
-        self._start(trainer)
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Capture what the batch's forward pass computes."""
@@ -267,13 +267,13 @@ class GroundingCallback(Callback):
         if trainer.is_global_zero and self.history:
             show(folder, self.history)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""
-        self._abandon()
+        if self._pass is not None:
+            self._pass.hooks.close()
+        self._pass = self._measured = None
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the model as it was."""
-        self._abandon()
+    on_exception = teardown
 
     def state_dict(self) -> dict[str, Any]:
         """The measurements so far, so that a resumed run continues its table and pictures."""
@@ -292,16 +292,6 @@ class GroundingCallback(Callback):
     def _first_is_due(self) -> bool:
         """A run that resumes has a history from its checkpoint, which the measurement before training belongs to."""
         return self.before_training and not self.history
-
-    def _start(self, trainer: L.Trainer) -> None:
-        assert self._attribution is not None, "Lightning calls setup first"
-        self._abandon()
-        self._pass = _Pass(self._attribution, self.internal_batch_size, self.examples if trainer.is_global_zero else 0)
-
-    def _abandon(self) -> None:
-        if self._pass is not None:
-            self._pass.hooks.close()
-        self._pass = self._measured = None
 
     def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: Measured) -> None:
         assert self._attribution is not None, "Lightning calls setup first"

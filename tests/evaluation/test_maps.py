@@ -28,7 +28,10 @@ from lightning_xai.models import DualEncoder
 
 MakeEncoder = Callable[..., DualEncoder]
 ENCODERS = pytest.mark.parametrize("name", ["vit", "resnet"])
-SIZES = pytest.mark.parametrize("batch_size", [2, 64])
+CASES = pytest.mark.parametrize(
+    ("name", "batch_size", "captions"),
+    [("vit", 2, True), ("vit", 64, False), ("resnet", 2, False), ("resnet", 64, True)],
+)
 CAPTIONS = pytest.mark.parametrize("captions", [True, False], ids=["captions", "spans"])
 
 
@@ -90,9 +93,7 @@ def assert_captions_agree(maps: BatchMaps, method: AttributionMethod, batch: Bat
         torch.testing.assert_close(maps.text[row], alone.text[0], rtol=1e-8, atol=1e-13)
 
 
-@ENCODERS
-@SIZES
-@CAPTIONS
+@CASES
 def test_interactions_are_those_of_each_phrase_within_its_caption(
     make_encoder: MakeEncoder, name: str, batch_size: int, captions: bool
 ) -> None:
@@ -114,9 +115,7 @@ def test_interactions_at_other_layers_and_of_grad_cam_alike(make_encoder: MakeEn
         assert_spans_agree(made(maps_of(method, 2), batch, wanted), method, batch, wanted)
 
 
-@ENCODERS
-@SIZES
-@CAPTIONS
+@CASES
 def test_a_method_with_one_map_a_caption_explains_each_phrase_as_a_separate_caption(
     make_encoder: MakeEncoder, name: str, batch_size: int, captions: bool
 ) -> None:

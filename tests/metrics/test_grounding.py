@@ -13,7 +13,6 @@ from lightning_xai.metrics.grounding import (
     box_attribution,
     gamma,
     grounding,
-    larger_than_patch,
     measurable,
     patch_mask,
     rho,
@@ -68,8 +67,8 @@ def test_the_mask_keeps_the_area_of_a_box_on_average_over_its_positions() -> Non
 
 def test_a_box_has_to_be_larger_than_one_patch_in_area_not_in_width() -> None:
     boxes = torch.tensor([[0, 0, 16, 16], [0, 0, 4, 64], [0, 0, 4, 65], [-16, 0, 15, 16], [9, 9, 2, 2]])
-    larger = larger_than_patch(boxes.float(), (8, 4), (128, 64))
-    assert larger.tolist() == [False, False, True, False, False]
+    reason = measurable(torch.zeros(5).long(), boxes.float(), (8, 4), (128, 64))
+    assert (reason == Exclusion.MEASURED).tolist() == [False, False, True, False, False]
 
 
 def test_only_measured_rows_become_smaller_than_a_patch() -> None:

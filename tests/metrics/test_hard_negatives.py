@@ -1,12 +1,15 @@
-"""Hard negatives: delta, and the share of negative ones (section 4.4)."""
+"""Hard negatives: delta (section 4.4)."""
 
 from __future__ import annotations
 
 import torch
 
-from lightning_xai.metrics.hard_negatives import attribution_difference
+from lightning_xai.metrics.base import NegativeTargets
+from lightning_xai.metrics.hard_negatives import hard_negatives
 
 
-def test_delta_is_what_the_replacement_has_more_than_the_true_words() -> None:
-    negative, positive = torch.tensor([-0.25, 0.5, 0.5]), torch.tensor([0.5, 0.25, 0.5])
-    assert attribution_difference(negative, positive).tolist() == [-0.75, 0.25, 0.0]
+def test_delta_is_what_the_box_gets_from_the_replacement_more_than_from_the_true_words() -> None:
+    true, replacements = torch.tensor([[[0.5, 9.0]], [[0.25, 9.0]]]), torch.tensor([[[-0.25, 7.0]], [[0.5, 7.0]]])
+    box = torch.tensor([[[True, False]]]).expand(2, 1, 2)
+    found = {name: value.tolist() for name, value in hard_negatives(NegativeTargets(true, replacements, box)).items()}
+    assert found == {"positive": [0.5, 0.25], "negative": [-0.25, 0.5], "delta": [-0.75, 0.25]}
