@@ -265,8 +265,7 @@ def _members(stream: BinaryIO, selected: Callable[[str], bool]) -> Iterator[tupl
 
 def _open_tar(stream: BinaryIO) -> tarfile.TarFile:
     try:
-        # Only where the stream can seek does tarfile skip the content of members without reading it. Elsewhere it reads
-        # in small pieces, so that a stream that breaks off has given out all that is whole.
-        return tarfile.open(fileobj=stream, mode="r:" if stream.seekable() else "r|", bufsize=tarfile.BLOCKSIZE)
+        # Only where the stream can seek does tarfile skip the content of members without reading it.
+        return tarfile.open(fileobj=stream, mode="r:" if stream.seekable() else "r|")
     except tarfile.ReadError as error:
         raise tarfile.ReadError(f"it is not an uncompressed tar file ({error})") from error
