@@ -4,11 +4,15 @@ A record is the members with one name and several extensions. A tar file may com
 would run the URL `pipe:...` as a shell command, unpickle `.pyd` members and unpack compressed tars, never sees a URL or
 a file here: it is handed members with known extensions only, as bytes, and groups them.
 
-Records are skipped by the headers of their members.
+Records are skipped by the headers of their members. Plain ones, as `write_shards` and most tools write them, are parsed
+here, several times faster than by `tarfile`; from the first other header on, `tarfile` reads the file.
 """
 
 from __future__ import annotations
 
+import io
+import os
+import re
 import sys
 import tarfile
 from bisect import bisect_left
@@ -29,7 +33,10 @@ __all__ = ["RECORD_MEMBERS", "TarRecord", "TarRecords", "decode_records", "read_
 
 RECORD_MEMBERS = frozenset((*IMAGE_MEMBERS, "json"))
 
+_BLOCK = 512
 _CHUNK = 1 << 20
+_OCTAL = re.compile(rb"([0-7]+)[ \0]*")
+_NAME = re.compile(rb"([ -~]+)\0*")
 
 
 def read_samples(
@@ -253,19 +260,131 @@ class _Selector:
 
 def _members(stream: BinaryIO, selected: Callable[[str], bool]) -> Iterator[tuple[str, bytes | None]]:
     """Name and bytes of the regular members; None in place of the bytes where they are not selected."""
-    with _open_tar(stream) as tar:
+    plain = _PlainMembers(stream)
+    first = True
+    while (header := plain.next_header()) is not None:
+        first = False
+        name, size = header
+        if selected(name):
+            yield name, plain.read(size)
+        else:
+            plain.skip(size)
+            yield name, None
+    if first:
+        if len(plain.unread) == _BLOCK and not any(plain.unread):
+            return  # a tar file without members
+        if plain.unread[257:262] != b"ustar":
+            raise tarfile.ReadError("it is not an uncompressed tar file")
+        rest = _Chained(plain.unread, stream)
+    else:
+        # What is wrong at the very beginning of a file is an error for tarfile, and its end anywhere else.
+        rest = _Chained(tarfile.TarInfo(".").tobuf() + plain.unread, stream)
+    with tarfile.open(fileobj=rest, mode="r|") as tar:
         for entry in tar:
             # Few bytes of a sparse member can stand for any number of zeros.
             if entry.isreg() and not entry.issparse():
                 file = tar.extractfile(entry) if selected(entry.name) else None
-                # In pieces: what a header promises need not be there.
-                yield entry.name, None if file is None else b"".join(iter(partial(file.read, _CHUNK), b""))
+                yield entry.name, None if file is None else file.read()
             tar.members.clear()  # type: ignore[attr-defined] # it would remember them all
 
 
-def _open_tar(stream: BinaryIO) -> tarfile.TarFile:
-    try:
-        # Only where the stream can seek does tarfile skip the content of members without reading it.
-        return tarfile.open(fileobj=stream, mode="r:" if stream.seekable() else "r|")
-    except tarfile.ReadError as error:
-        raise tarfile.ReadError(f"it is not an uncompressed tar file ({error})") from error
+class _PlainMembers:
+    """Regular members whose headers hold nothing unusual, one after the other, up to the first other header.
+
+    Attributes:
+        unread: where that one was met: what was taken off the stream since the last plain member.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.unread = b""
+        self._stream = stream
+        self._left: int | None = None  # bytes of the file after the stream's position, where it can seek
+        self._padding = 0
+        if stream.seekable():
+            self._left = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
+
+    def next_header(self) -> tuple[str, int] | None:
+        """Name and size of the next member; None where its header is not plain, or the file ends."""
+        self.skip(0)
+        block = self.unread = self._take(_BLOCK)
+        name = ""
+        if (header := _parse(block, b"L")) and 0 < header[1] <= _BLOCK:
+            # GNU tar's long name: a separate member, before the one that it names.
+            text, block = self._take(_BLOCK), self._take(_BLOCK)
+            self.unread += text + block
+            if len(text) == _BLOCK and text.isascii():
+                name = text.partition(b"\0")[0].decode()
+        plain = _parse(block, b"0")
+        if plain is None or (len(self.unread) > _BLOCK and not name):
+            return None
+        return name or plain[0], plain[1]
+
+    def read(self, size: int) -> bytes:
+        """The bytes of the member, which has to be read or skipped before the next header."""
+        chunks = []
+        left = size
+        while left:  # in pieces: what a header promises need not be there
+            chunks.append(self._take(min(left, _CHUNK)))
+            if not chunks[-1]:
+                raise _end_of_data()
+            left -= len(chunks[-1])
+        self._padding = -size % _BLOCK
+        return b"".join(chunks)
+
+    def skip(self, size: int) -> None:
+        """Go on after the member, without reading it where the stream can seek."""
+        size = self._padding + size + (-size % _BLOCK if size else 0)
+        self._padding = 0
+        if size and self._left is not None:
+            if size > self._left:
+                raise _end_of_data()
+            self._left -= size
+            self._stream.seek(size, os.SEEK_CUR)
+            return
+        while size:
+            passed = len(self._take(min(size, _CHUNK)))
+            if not passed:
+                raise _end_of_data()
+            size -= passed
+
+    def _take(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        if self._left is not None:
+            self._left -= len(data)
+        return data
+
+
+def _parse(block: bytes, kind: bytes) -> tuple[str, int] | None:
+    """Name and size of a plain header of that type; None for any other block.
+
+    Plain: a GNU or ustar header with the right checksum, an ASCII name and no prefix to it, an octal size.
+    """
+    if len(block) != _BLOCK or block[156:157] != kind or block[257:262] != b"ustar" or block[345]:
+        return None
+    name, size, checksum = _NAME.fullmatch(block, 0, 100), _OCTAL.fullmatch(block, 124, 136), _checksum(block)
+    if name is None or size is None or checksum is None or checksum != sum(block) - sum(block[148:156]) + 8 * 32:
+        return None
+    return name[1].decode(), int(size[1], 8)
+
+
+def _checksum(block: bytes) -> int | None:
+    stated = _OCTAL.fullmatch(block, 148, 156)
+    return None if stated is None else int(stated[1], 8)
+
+
+def _end_of_data() -> tarfile.ReadError:
+    return tarfile.ReadError("unexpected end of data")  # as tarfile says it
+
+
+class _Chained(io.RawIOBase):
+    """Bytes, then a stream."""
+
+    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+        self._head = head
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes."""
+        head, self._head = self._head[:size], self._head[size:]
+        return head or self._stream.read(size)
