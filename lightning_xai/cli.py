@@ -216,7 +216,7 @@ def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
 
 
 def _lost_process(error: BaseException) -> str | None:
-    """What to do where a process waits in vain for another one, if that is what an error means.
+    """Advice for a process that waits in vain for another one, if that is what an error means.
 
     Example:
         >>> _lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection closed by peer"))[:41]

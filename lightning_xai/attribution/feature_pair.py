@@ -60,7 +60,7 @@ class _Side:
         return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
 
     def change(self) -> Tensor:
-        """How the embedding differs from the reference's [B, K]."""
+        """Difference of the embedding from the reference's [B, K]."""
         batch = len(self.embedding_BK)
         return self.embedding_BK - embedding_at(self.path, 0.0, batch, self.tokens, self.embedding_BK)
 

@@ -100,7 +100,7 @@ class PairwiseMethod(AttributionMethod):
         """`attribute` of a batch that has been checked, with the model ready for derivatives."""
 
     def span_map(self, images: Tensor, tokens: Tensor, span_mask: Tensor) -> Tensor:
-        """How much the tokens of a span, together, match each patch: the sum of their rows of `attribute`.
+        """Attribute to the patches what the tokens of a span, together, match: the sum of their rows of `attribute`.
 
         Args:
             images: [B, 3, H, W].

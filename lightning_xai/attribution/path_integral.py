@@ -64,7 +64,7 @@ def _points(points_N: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
 
 
 def integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor) -> Tensor:
-    """How the embedding changes along the path by the given tokens' own change: a Jacobian-vector product each.
+    """Change of the embedding along the path by the given tokens' own change: a Jacobian-vector product each.
 
     With `x(alpha) = r + alpha * (x - r)` this is `sum_T v_T (x - r)_T . J_T`, J the integrated Jacobian of Eq. 9.
 

@@ -88,7 +88,7 @@ class Explain:
 
     @property
     def _compares(self) -> bool:
-        """Whether two inputs of one kind are asked about."""
+        """True if two inputs of one kind are compared."""
         return self.other_image is not None or self.other_caption is not None
 
     def _check(self) -> None:
@@ -134,7 +134,7 @@ class Explain:
         check_method(self.method)
 
     def _entries(self) -> list[Entry]:
-        """What is to be explained, image by image."""
+        """Entries to explain, image by image."""
         from lightning_xai.attribution.method_options import check_method
 
         if self.image is None:

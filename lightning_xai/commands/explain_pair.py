@@ -87,7 +87,7 @@ class PreparedEntry:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the record says of the entry."""
+        """The entry, as the record has it."""
         entry, span, box = self.entry, None, None
         if entry.span is not None:
             span = {
@@ -110,7 +110,7 @@ class PreparedEntry:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one method says of one entry.
+    """Explanation of one entry by one method.
 
     Attributes:
         saliency: as it is drawn: values of the patches and of the caption's own tokens.
@@ -129,7 +129,7 @@ class Explanation:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the record says of the method."""
+        """The method, as the record has it."""
         return {
             "options": dict(self.options),
             "similarity": self.saliency.similarity,

@@ -95,7 +95,7 @@ def parse_box(text: str) -> Box:
 
 
 def is_list(image: Path) -> bool:
-    """Whether a path stands for many images: a folder, or a CSV list."""
+    """True for a path that stands for many images: a folder, or a CSV list."""
     return image.is_dir() or image.suffix.lower() == ".csv"
 
 

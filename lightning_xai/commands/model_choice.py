@@ -28,5 +28,5 @@ class ModelChoice:
 
     @property
     def is_random(self) -> bool:
-        """Whether neither the name nor `pretrained` brings weights."""
+        """True if neither the name nor `pretrained` brings weights."""
         return self.pretrained is None and not (self.name.endswith(".ckpt") or Path(self.name).is_dir())

@@ -213,6 +213,6 @@ def _say(text: str) -> None:
 
 
 def _is_first() -> bool:
-    """Whether this is rank 0, which Lightning found out from the environment at import."""
+    """True on rank 0, which Lightning found out from the environment at import."""
     first_node = all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "GROUP_RANK"))
     return first_node and int(getattr(rank_zero_only, "rank", 0)) == 0

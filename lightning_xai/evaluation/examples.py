@@ -55,7 +55,7 @@ class Candidate:
 
     @property
     def place(self) -> tuple[int, int, str]:
-        """Where it stands in the data."""
+        """Its place in the data."""
         return self.index, self.caption_index, self.label
 
 

@@ -188,7 +188,7 @@ class MethodRun:
         )
 
     def has(self, indices: Sequence[int]) -> bool:
-        """Whether all of these items are in the cache."""
+        """True if all of these items are in the cache."""
         return all(index in self.cache for index in indices)
 
     def compute(self, batch: Batch, embeddings: Embeddings) -> None:

@@ -34,7 +34,7 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class SanityRow:
-    """How alike a method's maps are to those of the original model, after one stage of the cascade.
+    """Similarity of a method's maps to those of the original model, after one stage of the cascade.
 
     Attributes:
         method: the method's name.

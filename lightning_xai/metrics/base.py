@@ -1,4 +1,4 @@
-"""What a metric is: a pure function from the tensors of some targets to numbers, and a description of these numbers.
+"""A metric is a pure function from the tensors of some targets to numbers, and a description of these numbers.
 
 A metric knows neither data sets nor models. The evaluation groups what it attributed into targets of a kind, hands
 their tensors over, and writes what comes back into the long table of results.
@@ -165,7 +165,7 @@ class MetricSpec:
     chart: Literal["cumulative", "distribution", "bars"] | None = None
 
     def record(self, options: Mapping[str, Any]) -> MetricRecord:
-        """What a result file says of it."""
+        """Its description in a result file."""
         return MetricRecord(
             name=self.name,
             title=self.title,

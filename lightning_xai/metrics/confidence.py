@@ -81,7 +81,7 @@ def confidence(
 
 
 def _shown(heat_Nhw: Tensor, keep_pixels: float | None, *, signed: bool) -> Tensor:
-    """How much of each pixel is kept, in [0, 1]."""
+    """Share of each pixel that is kept, in [0, 1]."""
     if keep_pixels is not None:
         return important_pixels(heat_Nhw, keep_pixels).to(heat_Nhw)
     # What speaks against the caption is as little to be kept as what says nothing.

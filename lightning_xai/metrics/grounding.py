@@ -1,4 +1,4 @@
-"""How much of a phrase's attribution falls into the box of the object it names: gamma and rho.
+"""Share of a phrase's attribution in the box of the object it names: gamma and rho.
 
 Definitions: "Explaining caption-image interactions in CLIP models with second-order attributions", section 4.2.
 

@@ -1,4 +1,4 @@
-"""How alike two heat maps are, map by map: by rank (Spearman) and by structure (SSIM).
+"""Similarity of two heat maps, map by map: by rank (Spearman) and by structure (SSIM).
 
 As the sanity check of saliency maps uses them (Adebayo et al., "Sanity Checks for Saliency Maps", 2018). Maps without a
 pattern to compare have no similarity: the result is NaN, which callers count.

@@ -33,7 +33,7 @@ _OWN = re.compile(r"(tables|figures)/[a-z0-9][a-z0-9._-]*\.(csv|md|tex|png|svg)"
 
 @dataclass(frozen=True)
 class Options:
-    """What a report is asked for.
+    """Options of a report.
 
     Attributes:
         test: how distributions are compared.

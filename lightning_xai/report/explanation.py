@@ -68,7 +68,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Saliency:
-    """What one method says of an image and its caption.
+    """Saliency of an image and its caption by one method.
 
     Attributes:
         method: its name.
@@ -157,7 +157,7 @@ def comparison_sheet(
 def image_pair_sheet(
     first: Example, second: Example, saliencies: tuple[Values | None, Values], *, similarity: float, error: float
 ) -> Figure:
-    """What in two images makes them similar.
+    """Draw the parts of two images that make them similar.
 
     Args:
         first: the first image, and the box in it that is asked about.
@@ -187,7 +187,7 @@ def text_pair_sheet(
     similarity: float,
     error: float,
 ) -> Figure:
-    """What in two captions makes them similar: their tokens in two lines, and all pairs as a matrix.
+    """Draw what makes two captions similar: their tokens in two lines, and all pairs as a matrix.
 
     Args:
         first: tokens of the first caption, [m]; those of the phrase that is asked about are marked.

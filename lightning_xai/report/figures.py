@@ -243,7 +243,7 @@ def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _columns(figure: Figure, names: Iterator[str] | Mapping[str, object]) -> int:
-    """How many names of a legend fit side by side, so that it is not cut off at the sides."""
+    """Number of names of a legend that fit side by side, so that it is not cut off at the sides."""
     widest = max(text_width(line) for name in names for line in _name(name).splitlines())
     # A line's sample and the gaps take about 60 pixels.
     return max(1, int(figure.get_figwidth() * figure.dpi / (widest + 60)))

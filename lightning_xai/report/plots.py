@@ -99,7 +99,7 @@ def overlay(image: NDArray[np.floating], heat: Heat, box: Box | None = None) -> 
 
 
 def heat_fault(heat: Heat) -> str | None:
-    """Why a map shows nothing, in words for its title, or None where it shows something.
+    """Reason why a map shows nothing, in words for its title; None where it shows something.
 
     A map is constant where its values differ by rounding only. A single value is no map, and cannot be constant.
 
@@ -200,7 +200,7 @@ def progress_sheet(
     columns: int = 7,
     side: int = 256,
 ) -> Figure:
-    """How the heat maps move while the model learns: a row for each example, a column for each epoch.
+    """Draw the heat maps of each epoch: a row for each example, a column for each epoch.
 
     Args:
         examples: the rows.
@@ -377,7 +377,7 @@ def tinted(image: NDArray[np.float32], scaled: NDArray[np.float32]) -> NDArray[n
 
 
 def colour_map() -> ListedColormap:
-    """What `overlay` makes of a light grey image, from the most negative to the most positive entry."""
+    """Colours that `overlay` gives a light grey image, from the most negative to the most positive entry."""
     scaled = np.linspace(-1, 1, 201, dtype=np.float32)
     return ListedColormap(tinted(np.full((201, 3), 0.85, dtype=np.float32), scaled).tolist())
 

@@ -1,4 +1,4 @@
-"""What a sanity check found: curves over the stages of randomisation, the maps themselves, and a table.
+"""Result of a sanity check: curves over the stages of randomisation, the maps themselves, and a table.
 
 After Figures 4 and 5 of Adebayo et al., "Sanity Checks for Saliency Maps" (2018), and Figure 4 of the M2IB paper.
 Drawn from plain values and numpy arrays; nothing here needs torch.
@@ -39,7 +39,7 @@ Row = Mapping[str, object]
 
 @style()
 def sanity_curves(rows: Sequence[Row], title: str = "Maps while the weights are randomised") -> Figure:
-    """How alike each method's maps are to the original ones, against the stages of randomisation.
+    """Draw the similarity of each method's maps to the original ones, against the stages of randomisation.
 
     Args:
         rows: of one sanity check, as `COLUMNS` says; `spearman` and `ssim` are at most 1, which is unchanged. A NaN

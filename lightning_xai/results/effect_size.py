@@ -54,7 +54,7 @@ class ClassGaps:
 
 @dataclass(frozen=True)
 class GroundingChange:
-    """How the grounding of all classes changed, the largest gain first.
+    """Change of the grounding of all classes, the largest gain first.
 
     Attributes:
         classes: index `label`, columns `count_before`, `count_after`, `mean_before`, `mean_after`, `difference` (after
@@ -138,7 +138,7 @@ def knowledge_gaps(rows: pd.DataFrame, *, min_pairs: int = 10) -> ClassGaps:
 
 
 def grounding_change(before: pd.DataFrame, after: pd.DataFrame, *, min_pairs: int = 10) -> GroundingChange:
-    """How the grounding of each class changed between two runs, by effect size.
+    """Compare the grounding of each class between two runs, by effect size.
 
     Args:
         before: rows of the earlier run, as for `knowledge_gaps`.

@@ -1,4 +1,4 @@
-"""What a result folder says of itself: model, data, methods, metrics and settings, as `result.json`.
+"""Description of a result folder: model, data, methods, metrics and settings, as `result.json`.
 
 A result folder holds
 
@@ -104,7 +104,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What reports need to know of a metric.
+    """Description of a metric for reports.
 
     Attributes:
         name: "grounding".
@@ -232,7 +232,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def settings_that_differ(was: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
-    """What differs between two nested records of settings, as "training.lr was 1 and is 2".
+    """Differences between two nested records of settings, as "training.lr was 1 and is 2".
 
     >>> settings_that_differ({"training": {"lr": 1, "epochs": 5}}, {"training": {"lr": 2, "epochs": 5}})
     ['training.lr was 1 and is 2']

@@ -125,7 +125,7 @@ class Measurement:
         return {}
 
     def same_data(self, other: Measurement, metric: str) -> bool:
-        """Whether both have the same targets of a metric, and nothing says that their data differ."""
+        """True if both have the same targets of a metric, and nothing says that their data differ."""
         known = {each.record.data.get("fingerprint") for each in (self, other)} - {None}
         return len(known) < 2 and self.asked(metric) == other.asked(metric)
 
@@ -187,7 +187,7 @@ class Grounding:
         return np.asarray(rows.loc[there, "value"], dtype=np.float64)
 
     def same_data(self, other: Grounding) -> bool:
-        """Whether both were asked for the same phrases, and nothing says that their data differ."""
+        """True if both were asked for the same phrases, and nothing says that their data differ."""
         return self.measurement.same_data(other.measurement, GROUNDING)
 
 
@@ -217,12 +217,12 @@ class Run:
 
     @property
     def record(self) -> ResultRecord:
-        """What the latest measurement says of itself."""
+        """Record of the latest measurement."""
         return self.measurements[-1].record
 
     @property
     def is_training(self) -> bool:
-        """Whether it is a training."""
+        """True for a training."""
         return self.record.kind == "training"
 
     @property

@@ -1,4 +1,4 @@
-"""Whether one sample's distribution lies above another's: almost stochastic order, and the curves that it compares.
+"""Test that one sample's distribution lies above another's: almost stochastic order, and the curves compared.
 
 F dominates G stochastically where every quantile of F is at least that of G. Real samples nearly always break that
 somewhere. The violation ratio says by how much: the share of the squared 2-Wasserstein distance of F and G that comes
@@ -142,7 +142,7 @@ def almost_stochastic_order(
 
 
 def violation_ratio(first: Values, second: Values) -> float:
-    """How far `first` is from being stochastically larger than `second`: 0 is order, 1 the opposite order.
+    """Distance of `first` from being stochastically larger than `second`: 0 is order, 1 the opposite order.
 
         ratio = int_V (F^-1(t) - G^-1(t))^2 dt / int_0^1 (F^-1(t) - G^-1(t))^2 dt,    V = {t: F^-1(t) < G^-1(t)}
 
@@ -203,7 +203,7 @@ def sorted_sample(values: Values, name: str, *, at_least: int = 1) -> NDArray[np
 
 
 class _MergedGrid:
-    """Where the quantile functions of samples of two sizes may step: the same for all samples of these sizes."""
+    """Places where the quantile functions of samples of two sizes may step: the same for all such samples."""
 
     def __init__(self, n: int, m: int) -> None:
         # In units of 1 / (n m), the steps are whole numbers.
@@ -232,6 +232,6 @@ def _resampled(ordered: _Floats, generator: np.random.Generator) -> _Floats:
 
 
 def _large_enough(n: int, m: int, alpha: float) -> bool:
-    """Whether two equal continuous distributions give samples that do not overlap with probability `alpha` or less."""
+    """True if samples of two equal continuous distributions do not overlap with probability `alpha` or less."""
     likelihood = math.lgamma(n + 1) + math.lgamma(m + 1) - math.lgamma(n + m + 1)
     return min(n, m) > 1 and likelihood <= math.log(alpha)

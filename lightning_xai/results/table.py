@@ -154,7 +154,7 @@ def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str
 
 
 def exclusions(frame: pd.DataFrame, by: Sequence[str] = ("method", "metric")) -> pd.DataFrame:
-    """How many values were measured, and how many were not, by reason: columns `by`, `excluded` and `count`.
+    """Count values that were measured, and those that were not by reason: columns `by`, `excluded` and `count`.
 
     `excluded` is empty for the values that were measured.
     """

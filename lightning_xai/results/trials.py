@@ -46,7 +46,7 @@ _CHANGES_NO_NUMBER = ("internal_batch_size",)
 
 @dataclass(frozen=True)
 class Retraining:
-    """How a model is retrained in a trial: the one list of its options and their defaults.
+    """Retraining of a model in a trial: the one list of its options and their defaults.
 
     Attributes:
         epochs: passes over the training part.

@@ -66,7 +66,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def damage(path: Path) -> str:
-    """Why a checkpoint file is not as it was written; empty if it is intact. Reads all of it."""
+    """Reason why a checkpoint file is not as it was written; empty if it is intact. Reads all of it."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

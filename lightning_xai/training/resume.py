@@ -288,7 +288,7 @@ class Resume(Checkpoint):
 
 
 def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates after a batch within an epoch."""
+    """True if Lightning validates after a batch within an epoch."""
     every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or every is None or every == float("inf"):
         return False
@@ -300,7 +300,7 @@ def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def _out_of_time(trainer: L.Trainer) -> bool:
-    """Whether the trainer's `max_time` has stopped it."""
+    """True if the trainer's `max_time` has stopped it."""
     timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
 

@@ -229,7 +229,7 @@ def _this_process() -> str:
 
 
 def _foreign(path: Path, record: RunRecord) -> str:
-    """Why an intact file is no checkpoint of this run; empty if it is one."""
+    """Reason why an intact file is no checkpoint of this run; empty if it is one."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         owner = content[CHECKPOINT_KEY]["id"]

@@ -34,7 +34,7 @@ def appendix_blocks(runs: Sequence[Run]) -> list[Block]:
 
 
 def _exclusion_table(runs: Sequence[Run]) -> PaperTable:
-    """How much was measured and how much excluded, by reason."""
+    """Numbers of measured and of excluded values, by reason."""
     lines: list[tuple[list[str], dict[str, int]]] = []
     for run in runs:
         measurement = run.measurements[-1]

@@ -218,7 +218,7 @@ def grid_table(measurement: Measurement, score: Score, about: str = "") -> Itera
 
 
 def _symbol(metric: MetricRecord) -> str:
-    """How charts call the value that a metric sums up first: the first letter of its heading, where that is Greek."""
+    """Name in charts of the value that a metric sums up first: its heading's first letter, where that is Greek."""
     first = metric.scores[0]
     greek = next((char for char in first.heading if "α" <= char <= "ω"), "")
     return greek or first.value.replace("_", " ")

@@ -57,7 +57,7 @@ def _verdict(comparison: Comparison) -> tuple[str, str]:
 
 
 def _is_telling(comparison: Comparison, runs: Sequence[Run], method: str | None) -> bool:
-    """Whether it is by the method that ranks classes, and of a training from its begin to its end."""
+    """True if it is by the method that ranks classes, and of a training from its begin to its end."""
     for run in runs:
         if run.name == comparison.first.run == comparison.second.run:
             return {comparison.first, comparison.second} == {run.groundings[0], run.groundings[-1]}

@@ -1,4 +1,4 @@
-"""Which run grounds better: distributions measured by one method on the same phrases, by almost stochastic order."""
+"""Comparison of runs: distributions measured by one method on the same phrases, by almost stochastic order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_xai.results.stochastic_order import StochasticOrder, almost_stoch
 
 @dataclass(frozen=True)
 class OrderTest:
-    """How distributions are compared; see `almost_stochastic_order`."""
+    """Options of the comparison of distributions; see `almost_stochastic_order`."""
 
     epsilon: float = 0.2
     alpha: float = 0.005
@@ -89,7 +89,7 @@ def significance_blocks(
 
 
 def why_not(first: Grounding, second: Grounding) -> str | None:
-    """Why two distributions are not comparable, as a sentence; None where they are."""
+    """Reason why two distributions are not comparable, as a sentence; None where they are."""
     pair = f"{first.name} and {second.name}"
     if first.label != second.label or first.method.name != second.method.name:
         return f"{pair} are not compared: {first.label} and {second.label} are different methods."

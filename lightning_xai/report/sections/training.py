@@ -1,4 +1,4 @@
-"""How grounding changed while models learned: a table and curves for each training."""
+"""Grounding while models learned: a table and curves for each training."""
 
 from __future__ import annotations
 
