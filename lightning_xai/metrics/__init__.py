@@ -6,24 +6,33 @@ from lightning_xai.metrics.base import (
     PhraseTargets,
     ScoreMetric,
 )
-from lightning_xai.metrics.confidence import confidence_drop, confidence_increase
+from lightning_xai.metrics.confidence import ConfidenceMetric, confidence_drop, confidence_increase
 from lightning_xai.metrics.grounding import (
+    GroundingMetric,
+    GroundingSummary,
     box_attribution,
     gamma,
     patch_mask,
     rho,
 )
-from lightning_xai.metrics.localization import binarised, box_union, intersection_over_union
+from lightning_xai.metrics.hard_negatives import HardNegativesMetric
+from lightning_xai.metrics.localization import LocalizationMetric, binarised, box_union, intersection_over_union
 from lightning_xai.metrics.map_similarity import spearman, ssim
-from lightning_xai.metrics.other_objects import directed_pairs
+from lightning_xai.metrics.other_objects import OtherObjectsMetric, directed_pairs
 from lightning_xai.metrics.registry import METRICS
 from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
 
 __all__ = [
     "METRICS",
     "CaptionTargets",
+    "ConfidenceMetric",
+    "GroundingMetric",
+    "GroundingSummary",
+    "HardNegativesMetric",
+    "LocalizationMetric",
     "MetricSpec",
     "NegativeTargets",
+    "OtherObjectsMetric",
     "PhrasePairTargets",
     "PhraseTargets",
     "RetrievalMetric",

@@ -8,7 +8,7 @@ Shape suffixes: M targets, H x W the patch grid, h x w pixels, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -224,6 +224,7 @@ class ScoreMetric(Metric):
 
     Args:
         spec: an entry of `METRICS`.
+        columns: what is collected of each target; None: the values that the scores sum up.
 
     Example:
         >>> from lightning_xai.metrics import METRICS
@@ -237,10 +238,10 @@ class ScoreMetric(Metric):
     is_differentiable = False
     collected: list[Tensor]
 
-    def __init__(self, spec: MetricSpec, **kwargs: Any) -> None:
+    def __init__(self, spec: MetricSpec, columns: Sequence[str] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.spec = spec
-        self.values = tuple(dict.fromkeys(score.value for score in spec.scores))
+        self.values = tuple(columns or dict.fromkeys(score.value for score in spec.scores))
         self.add_state("collected", [], dist_reduce_fx="cat")
         self.reset()
 
@@ -265,7 +266,7 @@ class ScoreMetric(Metric):
             ValueError: other names, other shapes, or an infinite number.
         """
         shapes = {name: list(value.shape) for name, value in values.items()}
-        named = set(self.values) <= values.keys() <= set(self.spec.values)
+        named = set(self.values) <= values.keys() <= {*self.spec.values, *self.values}
         if not named or len({tuple(shape) for shape in shapes.values()}) != 1:
             raise ValueError(f"expected {', '.join(self.values)}, each [M]; got {shapes}")
         # On the CPU, since Apple's GPUs have no float64; as bits, since some devices and casts would round float64.
@@ -274,10 +275,14 @@ class ScoreMetric(Metric):
             raise ValueError(f"expected finite numbers or NaN, [M] for each of {', '.join(self.values)}; got {shapes}")
         self.collected.append(rows.view(torch.int64).to(self.device))
 
-    def compute(self) -> dict[str, float]:
+    def rows(self) -> Tensor:
+        """All that was collected, [M, columns] float64 on the CPU."""
+        collected: Tensor = dim_zero_cat(self.collected)
+        return collected.cpu().view(torch.float64)
+
+    def compute(self) -> Any:
         """Every score by its name, over all targets of all ranks; NaN where there is none."""
-        rows: Tensor = dim_zero_cat(self.collected)
-        columns = dict(zip(self.values, rows.cpu().view(torch.float64).unbind(dim=1), strict=True))
+        columns = dict(zip(self.values, self.rows().unbind(dim=1), strict=True))
         return {
             score.name: score.of(columns[score.value][~columns[score.value].isnan()].tolist())
             for score in self.spec.scores

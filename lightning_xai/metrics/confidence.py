@@ -7,14 +7,16 @@ Shape suffixes: N pairs of image and caption, L tokens, h x w pixels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_xai.heat_maps import important_pixels, important_tokens, min_max, upsample
-from lightning_xai.metrics.base import CaptionTargets, HiddenImage, MetricSpec
+from lightning_xai.metrics.base import CaptionTargets, HiddenImage, MetricSpec, ScoreMetric
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "confidence", "confidence_drop", "confidence_increase"]
+__all__ = ["SPEC", "ConfidenceMetric", "confidence", "confidence_drop", "confidence_increase"]
 
 
 def confidence_drop(original: Tensor, kept: Tensor) -> Tensor:
@@ -116,3 +118,40 @@ SPEC = MetricSpec(
     note="Drop and increase of the similarity of image and caption when only the important part of one is kept.",
     chart="bars",
 )
+
+
+class ConfidenceMetric(ScoreMetric):
+    """Mean drop and share of increases, for images and for texts; the same on one process and on many.
+
+    `compute` gives `image_drop` and `text_drop` (in units of the cosine similarity, lower is better) and
+    `image_increase` and `text_increase` (fractions, higher is better).
+
+    Example:
+        >>> metric = ConfidenceMetric()
+        >>> metric.update(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.625]))
+        >>> metric.compute()
+        {'image_drop': 0.125, 'image_increase': 0.5, 'text_drop': 0.0, 'text_increase': 0.5}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(SPEC, **kwargs)
+
+    def update(self, original: Tensor, image_kept: Tensor, text_kept: Tensor) -> None:  # type: ignore[override]
+        """Add pairs.
+
+        Args:
+            original: [N], similarity of each pair; finite.
+            image_kept: [N], with only the important part of the image.
+            text_kept: [N], with only the important tokens; NaN for a caption that has none.
+
+        Raises:
+            ValueError: the shapes differ, or a pair has no similarity.
+        """
+        shapes = [list(part.shape) for part in (original, image_kept, text_kept)]
+        if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+            raise ValueError(f"expected similarities original, image_kept and text_kept, each [N]; got {shapes}")
+        if not original.isfinite().all():
+            raise ValueError(f"the similarity of a pair has to be finite; got {original.tolist()}")
+        original = original.double()
+        values = _changes("image", original, image_kept.double()) | _changes("text", original, text_kept.double())
+        super().update(**values)

@@ -8,15 +8,21 @@ Boxes are (x0, y0, x1, y1) in pixels of the image that the model saw, x to the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_xai.exclusion import Exclusion
-from lightning_xai.metrics.base import MetricSpec, PhraseTargets
+from lightning_xai.metrics.base import MetricSpec, PhraseTargets, ScoreMetric
 from lightning_xai.results.record import Score
 
 __all__ = [
     "SPEC",
+    "GroundingMetric",
+    "GroundingSummary",
     "box_attribution",
     "gamma",
     "grounding",
@@ -200,6 +206,117 @@ SPEC = MetricSpec(
     empty={"gamma": Exclusion.NO_POSITIVE, "rho": Exclusion.NO_POSITIVE},
     chart="cumulative",
 )
+
+
+@dataclass  # not frozen: torchmetrics copies what compute returns field by field
+class GroundingSummary:
+    """The grounding of a set of phrases; fractions in [0, 1], higher is better, NaN where nothing was measured.
+
+    Attributes:
+        targets: the phrases measured.
+        gamma_mean: mean over phrases.
+        gamma_std: sample standard deviation over phrases (divided by phrases - 1); NaN below two.
+        gamma_above_50: share of phrases with gamma above one half.
+        gamma_above_80: share of phrases with gamma above 0.8.
+        rho: share of phrases whose largest attribution lies inside the box.
+        excluded: phrases that were not measured, by reason (every reason of `Exclusion` but MEASURED, in lower case).
+        per_class: label -> its grounding, for every label in the order given to the metric; empty for a class.
+    """
+
+    targets: int
+    gamma_mean: float
+    gamma_std: float
+    gamma_above_50: float
+    gamma_above_80: float
+    rho: float
+    excluded: dict[str, int]
+    per_class: dict[str, GroundingSummary] = field(default_factory=dict)
+
+
+class GroundingMetric(ScoreMetric):
+    """Collects gamma and rho by class; the same result on one process and on many.
+
+    Args:
+        label_names: the classes; `label` in `update` counts into this sequence.
+
+    Raises:
+        ValueError: a name is given twice.
+
+    Example:
+        >>> metric = GroundingMetric(["dog", "cat"])
+        >>> reason = torch.tensor([Exclusion.MEASURED, Exclusion.MEASURED, Exclusion.SPAN_CUT_OFF])
+        >>> metric.update(
+        ...     torch.tensor([0.5, 0.75, 0.0]), torch.tensor([False, True, False]), torch.tensor([0, 0, 1]), reason
+        ... )
+        >>> summary = metric.compute()
+        >>> summary.targets, summary.gamma_mean, summary.gamma_above_50, summary.rho, summary.excluded["span_cut_off"]
+        (2, 0.625, 0.5, 0.5, 1)
+        >>> summary.per_class["cat"].targets
+        0
+    """
+
+    higher_is_better = True
+
+    def __init__(self, label_names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(SPEC, ("gamma", "rho", "label", "reason"), **kwargs)
+        self.label_names = tuple(label_names)
+        if len(set(self.label_names)) != len(self.label_names):
+            repeated = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
+            raise ValueError(f"label names have to differ; given more than once: {repeated}")
+
+    def update(self, gamma: Tensor, hit: Tensor, label: Tensor, reason: Tensor) -> None:  # type: ignore[override]
+        """Add phrases; a measured one without a gamma (NaN) counts as NO_POSITIVE.
+
+        Args:
+            gamma: [R] float, in [0, 1] or NaN where measured; anything elsewhere.
+            hit: [R] bool, from `rho`.
+            label: [R] int64, index into `label_names`.
+            reason: [R] int64, values of `Exclusion`, from `measurable`. Rows that are not MEASURED are only counted.
+
+        Raises:
+            ValueError: shapes differ, a measured row has a gamma outside [0, 1], or a label or reason is unknown.
+        """
+        shapes = [tuple(tensor.shape) for tensor in (gamma, hit, label, reason)]
+        if gamma.ndim != 1 or len(set(shapes)) != 1:
+            raise ValueError(f"GroundingMetric.update expects gamma, hit, label and reason, each [R]; got {shapes}")
+        gamma, hit, label, reason = (tensor.detach().cpu() for tensor in (gamma, hit, label, reason))
+        if not ((reason >= 0) & (reason < len(Exclusion))).all():
+            raise ValueError(
+                f"reason holds values that are not in Exclusion (0 to {len(Exclusion) - 1}): {reason.tolist()}"
+            )
+        if not ((label >= 0) & (label < len(self.label_names))).all():
+            raise ValueError(
+                f"label counts into the {len(self.label_names)} label names; "
+                f"got values from {label.min()} to {label.max()}"
+            )
+        reason = reason.masked_fill((reason == Exclusion.MEASURED) & gamma.isnan(), int(Exclusion.NO_POSITIVE))
+        shares = gamma.double().masked_fill(reason != Exclusion.MEASURED, torch.nan)
+        if not (shares.isnan() | ((shares >= 0) & (shares <= 1))).all():
+            raise ValueError(f"gamma is a fraction in [0, 1]; got {gamma.tolist()}")
+        super().update(gamma=shares, rho=hit, label=label, reason=reason)
+
+    def compute(self) -> GroundingSummary:
+        """The grounding over all phrases of all ranks; NaN where nothing was measured."""
+        rows = self.rows()
+        summary = self._summary(rows)
+        label = self.values.index("label")
+        summary.per_class = {
+            name: self._summary(rows[rows[:, label] == number]) for number, name in enumerate(self.label_names)
+        }
+        return summary
+
+    def _summary(self, rows: Tensor) -> GroundingSummary:
+        columns = dict(zip(self.values, rows.unbind(dim=1), strict=True))
+        reasons = columns["reason"].tolist()
+        measured = columns["reason"] == Exclusion.MEASURED
+        scores: dict[str, Any] = {
+            score.name: score.of(columns[score.value][measured].tolist()) for score in SPEC.scores
+        }
+        return GroundingSummary(
+            targets=int(measured.sum()),
+            **scores,
+            excluded={why.key: reasons.count(why) for why in Exclusion if why is not Exclusion.MEASURED},
+        )
 
 
 def _in_patches(

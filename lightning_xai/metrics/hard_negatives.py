@@ -5,13 +5,15 @@ Shape suffix: N hard negatives.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from lightning_xai.metrics.base import MetricSpec, NegativeTargets
+from lightning_xai.metrics.base import MetricSpec, NegativeTargets, ScoreMetric
 from lightning_xai.metrics.grounding import box_attribution
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "hard_negatives"]
+__all__ = ["SPEC", "HardNegativesMetric", "hard_negatives"]
 
 
 def hard_negatives(targets: NegativeTargets) -> dict[str, Tensor]:
@@ -36,3 +38,24 @@ SPEC = MetricSpec(
     needs_sign=True,
     chart="distribution",
 )
+
+
+class HardNegativesMetric(ScoreMetric):
+    """Share of negative deltas, and mean delta; the same on one process and on many.
+
+    Example:
+        >>> import torch
+        >>> metric = HardNegativesMetric()
+        >>> metric.update(torch.tensor([-0.5, 0.25]))
+        >>> metric.compute()
+        {'delta_negative': 0.5, 'delta_mean': -0.125}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(SPEC, **kwargs)
+
+    def update(self, delta: Tensor) -> None:  # type: ignore[override]
+        """Add hard negatives: `delta` [N], finite, as `hard_negatives` computes it."""
+        if not delta.isfinite().all():
+            raise ValueError(f"delta has to be finite; got {delta.tolist()}")
+        super().update(delta=delta)

@@ -6,16 +6,17 @@ Shape suffixes: N maps, M boxes, h x w pixels. Boxes are (x0, y0, x1, y1) in pix
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.heat_maps import upsample
-from lightning_xai.metrics.base import CaptionTargets, MetricSpec
+from lightning_xai.metrics.base import CaptionTargets, MetricSpec, ScoreMetric
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "binarised", "box_union", "intersection_over_union", "localization"]
+__all__ = ["SPEC", "LocalizationMetric", "binarised", "box_union", "intersection_over_union", "localization"]
 
 _ROUNDING = 1e-9  # 0.07 * 100 is 7.000000000000001
 
@@ -126,3 +127,23 @@ SPEC = MetricSpec(
     empty={"iou": Exclusion.NO_BOX},
     chart="bars",
 )
+
+
+class LocalizationMetric(ScoreMetric):
+    """Mean IoU over the maps that have boxes; the same on one process and on many.
+
+    Example:
+        >>> metric = LocalizationMetric()
+        >>> metric.update(torch.tensor([0.25, 0.5, float("nan")]))
+        >>> metric.compute()
+        {'localization_iou': 0.375}
+    """
+
+    higher_is_better = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(SPEC, **kwargs)
+
+    def update(self, iou: Tensor) -> None:  # type: ignore[override]
+        """Add maps: `iou` [N], from `intersection_over_union`; NaN where there is no box."""
+        super().update(iou=iou)

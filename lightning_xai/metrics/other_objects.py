@@ -5,13 +5,15 @@ Feature-pair paper, section 4.3 and Figure 12. Shape suffixes: R phrases, P pair
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from lightning_xai.metrics.base import MetricSpec, PhrasePairTargets
+from lightning_xai.metrics.base import MetricSpec, PhrasePairTargets, ScoreMetric
 from lightning_xai.metrics.grounding import box_attribution
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "directed_pairs", "other_objects"]
+__all__ = ["SPEC", "OtherObjectsMetric", "directed_pairs", "other_objects"]
 
 
 def directed_pairs(caption: Tensor, label: Tensor) -> Tensor:
@@ -64,3 +66,32 @@ SPEC = MetricSpec(
     needs_sign=True,
     chart="distribution",
 )
+
+
+class OtherObjectsMetric(ScoreMetric):
+    """Share of positive attributions to the own box, and of negative ones to the other object's; on any processes.
+
+    Zero is neither positive nor negative.
+
+    Example:
+        >>> import torch
+        >>> metric = OtherObjectsMetric()
+        >>> metric.update(torch.tensor([0.2, 0.1]), torch.tensor([-0.1, 0.3]))
+        >>> metric.compute()
+        {'own_positive': 1.0, 'other_negative': 0.5}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(SPEC, **kwargs)
+
+    def update(self, own: Tensor, other: Tensor) -> None:  # type: ignore[override]
+        """Add pairs of phrases.
+
+        Args:
+            own: [P], total attribution of each phrase to its own box.
+            other: [P], to the box of the other object.
+        """
+        for name, value in (("own", own), ("other", other)):
+            if not value.isfinite().all():
+                raise ValueError(f"the attribution to the {name} box has to be finite; got {value.tolist()}")
+        super().update(own=own, other=other)
