@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_xai.metrics.localization import binarised, box_union, intersection_over_union
+from lightning_xai.metrics.localization import LocalizationMetric, binarised, box_union, intersection_over_union
 
 
 def random_maps(seed: int, size: tuple[int, int] = (7, 9), levels: int = 0) -> Tensor:
@@ -121,3 +121,10 @@ def test_a_perfect_map_has_one_a_wrong_one_zero_and_nothing_against_nothing_no_n
     assert intersection_over_union(binarised(heat - 2 * box), box).tolist() == [0.0]
     assert intersection_over_union(binarised(torch.ones(1, 4, 4)), box).tolist() == [0.0]
     assert math.isnan(intersection_over_union(torch.zeros(1, 4, 4).bool(), torch.zeros(1, 4, 4).bool()).item())
+
+
+def test_the_mean_is_over_maps_with_boxes_alone() -> None:
+    metric = LocalizationMetric()
+    metric.update(torch.tensor([0.25, math.nan, 1.0]))
+    metric.update(torch.tensor([math.nan, 0.5, 0.25]))
+    assert metric.compute() == {"localization_iou": 0.5}
