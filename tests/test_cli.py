@@ -147,7 +147,7 @@ def test_shapes_are_prepared_trained_on_measured_and_exported_and_mistakes_on_th
     assert "Grounding per epoch" in done(fitted).out
     assert "before" in fitted.out
     assert "epoch 1" in fitted.out
-    assert f"Look at {run / 'grounding' / 'progress.png'}" in fitted.out
+    assert f"Saved {run / 'grounding' / 'progress.png'}" in fitted.out
     assert (run / "grounding" / "progress.png").is_file()
     assert (run / "config.yaml").is_file()
 

@@ -204,12 +204,13 @@ def test_the_numbers_of_an_evaluation_are_those_of_one_process(
 
 
 @pytest.mark.parametrize(("name", "world"), SIZES)
-@pytest.mark.parametrize("table", ["pairs", "classes", "summary"])
+@pytest.mark.parametrize("table", ["{}/values", "{}/targets", "{}/classes", "summary-{}"])
 def test_the_files_of_an_evaluation_are_those_of_one_process(
     validated: dict[int, list[dict[str, Any]]], folder: Path, name: str, world: int, table: str
 ) -> None:
     assert validated
-    ours, theirs = (folder / str(size) / name / "grounding" / f"{table}-{CASES[name].verb}.csv" for size in (world, 1))
+    file = f"{table.format(CASES[name].verb)}.csv"
+    ours, theirs = (folder / str(size) / name / "grounding" / file for size in (world, 1))
     if CASES[name].batch == 1:
         assert ours.read_bytes() == theirs.read_bytes()
     lines, expected = rows_of(ours), rows_of(theirs)
@@ -217,7 +218,7 @@ def test_the_files_of_an_evaluation_are_those_of_one_process(
     for line, other in zip(lines, expected, strict=True):
         assert line.keys() == other.keys()
         for column, value in line.items():
-            if column.startswith(("gamma", "loss")) and value:
+            if column.startswith(("gamma", "loss", "value")) and value:
                 assert float(value) == pytest.approx(float(other[column]), abs=1e-6, nan_ok=True), column
             else:
                 assert value == other[column], column
@@ -233,9 +234,9 @@ def test_the_cases_measure_pairs_of_many_classes_and_leave_some_out(
     ):
         written = folder / "1" / name / "grounding"
         (summary,) = rows_of(written / f"summary-{verb}.csv")
-        assert int(summary["pairs"]) > 15
-        assert int(summary["left_out_several_instances"]) > 0
-        assert sum(int(row["pairs"]) > 0 for row in rows_of(written / f"classes-{verb}.csv")) > 3
+        assert int(summary["targets"]) > 15
+        assert int(summary["excluded_several_instances"]) > 0
+        assert sum(int(row["targets"]) > 0 for row in rows_of(written / verb / "classes.csv")) > 3
 
 
 # --- training ---

@@ -133,7 +133,7 @@ def test_a_run_resumes_only_with_the_number_of_processes_it_was_started_with(
     content["ShardDataModule"]["plan"]["world"] = 4
     torch.save(content, newest)
     message = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={copy}")
-    assert "world was 4" in message
+    assert "world_size was 4" in message
     assert "--model.init_args.model=" in message
 
 
