@@ -252,12 +252,13 @@ def curves(
     """
     if not rows or not all(isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError(f"rows: expected at least one, each with an 'epoch'; got {[sorted(row) for row in rows]}")
-    frame = pd.DataFrame(list(rows), dtype="float64")
+    names = ["epoch", *(score.name for score in scores)]
+    frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype="float64")
     figure = Figure(figsize=(8.0, 4.2))
     axes = figure.add_subplot()
     highest = 0.0
     for score in scores:
-        known = 100 * frame[score.name].dropna() if score.name in frame else frame["epoch"][:0]
+        known = 100 * frame[score.name].dropna()
         if known.empty:
             continue
         highest = max(highest, known.max())

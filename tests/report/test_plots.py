@@ -228,7 +228,7 @@ def test_lengths_that_do_not_fit_are_named() -> None:
 
 def test_curves_draw_percent_over_finished_epochs_with_gaps_for_nan() -> None:
     rows = [
-        {"epoch": epoch, "gamma_mean": 0.2, "gamma_above_50": share, "gamma_above_80": 0.0, "rho": 0.9}
+        {"epoch": epoch, "gamma_mean": 0.2, "gamma_above_50": share, "examples": {"keys": ["a"]}, "rho": 0.9}
         for epoch, share in ((0, 0.05), (2, math.nan), (4, 0.46))
     ]
     (axes,) = curves(rows, scores=SCORES).axes
