@@ -177,7 +177,7 @@ SPEC = MetricSpec(
     compute=grounding,
     values=("gamma", "rho"),
     scores=(
-        Score(name="gamma_mean", value="gamma", heading="γ mean", better="up"),
+        Score(name="gamma_mean", value="gamma", heading="γ mean", better="up", bounds=(0, 1)),
         Score(name="gamma_std", value="gamma", reduce="std", heading="γ std"),
         Score(
             name="gamma_above_50",
@@ -197,7 +197,7 @@ SPEC = MetricSpec(
             better="up",
             percent=True,
         ),
-        Score(name="rho", value="rho", heading="ρ", better="up", percent=True),
+        Score(name="rho", value="rho", heading="ρ", better="up", percent=True, bounds=(0, 1)),
     ),
     title="Visual-linguistic grounding",
     note="γ: share of a phrase's positive attribution that lies in the box of its object; ρ: share of phrases whose "

@@ -120,7 +120,7 @@ SPEC = MetricSpec(
     kind="caption",
     compute=localization,
     values=("iou",),
-    scores=(Score(name="localization_iou", value="iou", heading="IoU", better="up", percent=True),),
+    scores=(Score(name="localization_iou", value="iou", heading="IoU", better="up", percent=True, bounds=(0, 1)),),
     title="Localization",
     note="IoU of the strongest quarter of a map with the boxes of all objects that the caption names.",
     needs_boxes=True,

@@ -68,6 +68,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
         heading: of its column in tables, without unit and arrow: "γ > 0.5".
         better: whether a larger ("up") or a smaller ("down") score is better; None: neither.
         percent: whether it is a fraction that reports print in percent.
+        bounds: smallest and largest value that there can be; None: any.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     heading: str
     better: Better | None = None
     percent: bool = False
+    bounds: tuple[float, float] | None = None
 
     def of(self, values: Sequence[float]) -> float:
         """The score of some values; NaN without any (std: below two), except for counts.
@@ -158,6 +160,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         logged: what the module logged in the same evaluation, by name; None stands for NaN.
         speed: `pairs_per_second` and the like; no property of the model.
         extra: what one kind alone has: `missing` trials and `grid` of a ROAR+.
+        rows: of the table of values, so that one that was cut off is noticed.
         version: of this format.
     """
 
@@ -172,6 +175,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
     logged: dict[str, float | None] = {}
     speed: dict[str, float] = {}
     extra: dict[str, Any] = {}
+    rows: int | None = None
     version: int = VERSION
 
     @property

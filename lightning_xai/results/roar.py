@@ -64,8 +64,8 @@ def roar_scores(record: ResultRecord, table: ResultTable) -> pd.DataFrame:
 def roar_result(record: ResultRecord, table: ResultTable) -> tuple[ResultRecord, ResultTable]:
     """ROAR+ with its scores in place of losses, as the values of the metric `ROAR`."""
     scores = roar_scores(record, table)
-    known = scores[scores["value"].notna()]
-    rows = [(row.method, row.seed, row.modality, row.modality, row.value, "") for row in known.itertuples()]
+    # A retraining that diverged makes the mean NaN: without it, the method would look better than it is known to be.
+    rows = [(row.method, row.seed, row.modality, row.modality, row.value, "") for row in scores.itertuples()]
     values = pd.DataFrame(rows, columns=list(table.values.columns)).astype({"value": "float64"})
     return msgspec.structs.replace(record, metrics={ROAR.name: ROAR}), ResultTable(values, table.targets)
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 
 from lightning_xai.atomic_file import replaced_at_once
@@ -165,7 +166,7 @@ def write_result(folder: Path, record: ResultRecord, table: ResultTable) -> None
     """Write a result folder; `result.json` comes last, so that where it is, all else is."""
     write_csv(folder / TARGETS_NAME, table.targets)
     write_csv(folder / VALUES_NAME, table.values)
-    write_record(folder, record)
+    write_record(folder, msgspec.structs.replace(record, rows=len(table.values)))
 
 
 def read_result(folder: Path) -> tuple[ResultRecord, ResultTable]:
@@ -180,6 +181,15 @@ def read_result(folder: Path) -> tuple[ResultRecord, ResultTable]:
         missing = [column for column in columns if column not in frame.columns]
         if missing:
             raise ResultError(f"{folder / name}: the columns {', '.join(missing)} are missing; run it again")
+    if record.rows not in (None, len(values)):
+        raise ResultError(f"{folder / VALUES_NAME}: {len(values)} rows, expected {record.rows}; run it again")
+    for score in record.scores.values():
+        found = values.loc[(values["metric"] == score.value) & (values["excluded"] == ""), "value"]
+        if score.bounds is not None and not found.between(*score.bounds).all():
+            wrong = found[~found.between(*score.bounds)].iloc[0]
+            raise ResultError(
+                f"{folder / VALUES_NAME}: expected {score.value} in {list(score.bounds)}, got {wrong}; run it again"
+            )
     return record, ResultTable(values, targets)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ def test_roar_is_read_as_scores(tmp_path: Path) -> None:
     (run,) = load_runs([tmp_path])
     found = run.measurements[0].estimates("roar")
     assert found["m2ib"]["roar_image"].mean == pytest.approx((0.25 + 0.5) / 2)
-    assert found["m2ib"]["roar_text"].mean == 0
+    # The mean without the retraining that diverged would look better than what is known.
+    assert math.isnan(found["m2ib"]["roar_text"].mean)
     assert list(found["random"]) == ["roar_image"]
     assert not run.groundings
