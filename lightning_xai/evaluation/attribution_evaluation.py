@@ -198,11 +198,13 @@ class AttributionEvaluation(L.LightningModule):
                 "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method)"
             )
 
-    def teardown(self, *args: Any) -> None:
+    def on_exception(self, exception: BaseException) -> None:
         """Leave what was computed on disk."""
         self._close()
 
-    on_exception = teardown
+    def teardown(self, stage: str) -> None:
+        """Leave what was computed on disk."""
+        self._close()
 
     def _data(self) -> ShardDataModule:
         data = getattr(self.trainer, "datamodule", None)
