@@ -278,8 +278,8 @@ def method_of(label: str, options: Mapping[str, Any] | None) -> tuple[str, dict[
 def state_name(epoch: object) -> str:
     """Return the name of a model's state after `epoch` finished epochs; strings are kept.
 
-    >>> [state_name(epoch) for epoch in (0, 3, "validate")]
-    ['before', 'epoch 3', 'validate']
+    >>> state_name(0), state_name(3), state_name("validate")
+    ('before', 'epoch 3', 'validate')
     """
     if isinstance(epoch, str):
         return epoch
