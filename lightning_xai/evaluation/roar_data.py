@@ -114,8 +114,8 @@ def write_original(encoder: DualEncoder, source: Path, keys: frozenset[str], out
     Raises:
         ShardError: `source` holds no shards, or not one sample could be written.
     """
-    left_out: Counter[str] = Counter()
-    return _write(out, name, _originals(encoder, source, keys, left_out), left_out)
+    excluded: Counter[str] = Counter()
+    return _write(out, name, _originals(encoder, source, keys, excluded), excluded)
 
 
 def attribute_pairs(
@@ -233,12 +233,12 @@ def write_degraded(
     return _write(out, name, degraded(), Counter())
 
 
-def _write(out: Path, name: str, samples: Iterator[Sample], left_out: Counter[str]) -> Manifest:
+def _write(out: Path, name: str, samples: Iterator[Sample], excluded: Counter[str]) -> Manifest:
     """Write shards, unless they exist or another process is faster, which writes the same."""
     if (out / MANIFEST_NAME).is_file():
         return Manifest.load(out)
     try:
-        return write_shards(samples, out, name=name, excluded=left_out, progress=False)
+        return write_shards(samples, out, name=name, excluded=excluded, progress=False)
     except ShardsExistError:
         return Manifest.load(out)
 
@@ -255,18 +255,18 @@ def _intact(folder: Path, manifest: Manifest) -> Iterator[Sample]:
         yield sample
 
 
-def _originals(encoder: DualEncoder, source: Path, keys: frozenset[str], left_out: Counter[str]) -> Iterator[Sample]:
+def _originals(encoder: DualEncoder, source: Path, keys: frozenset[str], excluded: Counter[str]) -> Iterator[Sample]:
     for sample in _samples(source, Manifest.load(source)):
         # Records too broken to have a key are counted where the keys are read.
         if isinstance(sample, Sample) and sample.key in keys:
             caption = sample.captions[0]
             if not encoder.tokenizer.content_mask(encoder.tokenizer.encode([caption])).any():
-                left_out[NO_TOKENS] += 1
+                excluded[NO_TOKENS] += 1
                 continue
             try:
                 image = _as_seen(encoder, sample)
             except RecordError:
-                left_out[BROKEN_RECORD] += 1
+                excluded[BROKEN_RECORD] += 1
                 continue
             height, width = encoder.image_transform.size
             yield Sample(sample.key, image, (width, height), (caption,), source=sample.source)
