@@ -1,7 +1,7 @@
 """Named entries that other packages can add to: methods, metrics, data sets and commands.
 
 A built-in entry is written as `"module:attribute"`, so that listing the names imports nothing. An installed package
-adds entries of its own through Python's entry points:
+adds entries through Python's entry points:
 
     [project.entry-points."lightning_xai.methods"]
     my_method = "my_package.my_method:MyMethod"
@@ -9,13 +9,17 @@ adds entries of its own through Python's entry points:
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["BUILTIN", "PluginError", "Registry"]
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["BUILTIN", "PluginError", "Registry", "resolve_options"]
 
 BUILTIN = "lightning_xai"
 """Origin of the entries that this package brings."""
@@ -117,3 +121,28 @@ def _package(point: EntryPoint) -> str:
 
 def _where(point: EntryPoint, group: str | None) -> str:
     return f"plug-in {_package(point)}, entry {point.name!r} of {group}"
+
+
+def resolve_options(parser: ArgumentParser, options: Mapping[str, Any], owner: str, where: str) -> dict[str, Any]:
+    """Return all options of an entry, those left at their defaults included, with values of the right types.
+
+    Args:
+        parser: made from the entry's signature; does not exit on errors.
+        options: given by the user.
+        owner: the entry, in messages: "rise".
+        where: the place where its options are given: "--options of rise".
+
+    Raises:
+        ValueError: an unknown option, or a value of another type.
+    """
+    known = list(parser.get_defaults().as_dict())
+    if unknown := options.keys() - set(known):
+        raise ValueError(
+            f"{owner} has no option {', '.join(sorted(map(str, unknown)))}; it has {', '.join(known) or 'none'}"
+        )
+    try:
+        values: dict[str, Any] = parser.parse_object(dict(options)).as_dict()
+    except ArgumentError as error:
+        reason = " ".join(str(error).split()).removeprefix("Parser key ")
+        raise ValueError(f"{where}: {reason}") from error
+    return values

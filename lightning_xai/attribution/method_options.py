@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from lightning_xai.attribution.base import AttributionMethod
 from lightning_xai.attribution.registry import ALL, METHODS
 from lightning_xai.models.at_layer import UnsupportedTowerError
 from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.registry import resolve_options
 
 __all__ = ["ALL", "ChosenMethod", "check_method", "choose_method", "choose_methods"]
 
@@ -134,15 +134,4 @@ def _names(parser: ArgumentParser) -> list[str]:
 
 def _resolved(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a method, with values of the right types."""
-    parser = _parser(name)
-    unknown = options.keys() - set(_names(parser))
-    if unknown:
-        raise ValueError(
-            f"{name} has no option {', '.join(sorted(map(str, unknown)))}; it has {', '.join(_names(parser))}"
-        )
-    try:
-        values: dict[str, Any] = parser.parse_object(dict(options)).as_dict()
-    except ArgumentError as error:
-        reason = " ".join(str(error).split()).removeprefix("Parser key ")
-        raise ValueError(f"--options of {name}: {reason}") from error
-    return values
+    return resolve_options(_parser(name), options, name, f"--options of {name}")

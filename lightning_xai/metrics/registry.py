@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from lightning_xai.metrics.base import MetricSpec, check_spec, no_targets
-from lightning_xai.registry import BUILTIN, PluginError, Registry
+from lightning_xai.registry import BUILTIN, PluginError, Registry, resolve_options
 
 __all__ = ["METRICS", "ChosenMetric", "choose_metric", "choose_metrics"]
 
@@ -121,17 +120,7 @@ def choose_metric(name: str, options: Mapping[str, Any]) -> ChosenMetric:
     parser = ArgumentParser(exit_on_error=False)
     # The first parameter takes the targets.
     parser.add_function_arguments(spec.compute, skip={1})
-    known = list(parser.get_defaults().as_dict())
-    if unknown := options.keys() - set(known):
-        raise ValueError(
-            f"the metric {name} has no option {', '.join(sorted(map(str, unknown)))}; "
-            f"it has {', '.join(known) or 'none'}"
-        )
-    try:
-        values: dict[str, Any] = parser.parse_object(dict(options)).as_dict()
-    except ArgumentError as error:
-        reason = " ".join(str(error).split()).removeprefix("Parser key ")
-        raise ValueError(f"metric_options of {name}: {reason}") from error
+    values = resolve_options(parser, options, f"the metric {name}", f"metric_options of {name}")
     chosen = ChosenMetric(spec, values, METRICS.origin(name))
     try:
         chosen.measure(no_targets(spec.kind))
