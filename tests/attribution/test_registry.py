@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -210,3 +211,17 @@ def test_a_name_that_options_cannot_spell_is_refused() -> None:
     for name in cases:
         with pytest.raises(ValueError, match="a method's name consists of letters, digits and underscores"):
             check_method_class(name, Flat)
+
+
+def test_a_plug_in_whose_maps_are_negative_has_to_state_its_sign(install: Any, make_encoder: MakeEncoder) -> None:
+    class Unsigned(Flat):
+        signed = False
+
+        def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+            found = super()._attribute(images, tokens)
+            return dataclasses.replace(found, image=-found.image.abs())
+
+    encoder = make_encoder("vit")
+    method = install(Unsigned)["extra"](encoder)
+    with pytest.raises(PluginError, match=r"entry 'extra' .* negative values; state `signed = True`"):
+        method.attribute(*inputs(encoder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 import statistics
@@ -19,7 +20,7 @@ from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics import METRICS, PhraseTargets
 from lightning_xai.metrics.base import ScoreMetric, check_spec, no_targets
 from lightning_xai.metrics.grounding import SPEC
-from lightning_xai.metrics.registry import ChosenMetric, choose_metric, choose_metrics
+from lightning_xai.metrics.registry import ChosenMetric, _check_names_differ, choose_metric, choose_metrics
 from lightning_xai.registry import PluginError
 from lightning_xai.results.record import Score
 
@@ -221,3 +222,12 @@ def test_precision_and_gradient_modes_do_not_reach_the_values(mode: Any, dtype: 
     metric.set_dtype(dtype)
     metric.update(**{name: column[25:] for name, column in values.items()})
     assert metric.compute() == grounding_of(values, slice(None)).compute()
+
+
+def test_two_metrics_that_write_values_of_one_name_are_refused() -> None:
+    twin = dataclasses.replace(SPEC, name="twin")
+    metrics = {"grounding": SPEC, "twin": twin}
+    origins = {"grounding": "lightning_xai", "twin": "twins 1.0"}
+    chosen = [ChosenMetric(spec, {}, origins[name]) for name, spec in metrics.items()]
+    with pytest.raises(PluginError, match=r"twins 1\.0, entry 'twin' .* is taken by grounding"):
+        _check_names_differ(chosen)
