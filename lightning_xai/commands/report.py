@@ -1,4 +1,4 @@
-"""`report`: the results of runs as one page to read and show, and as tables and figures for a paper."""
+"""`report`: put what runs have found on one page, with the tables and figures of the papers."""
 
 from __future__ import annotations
 

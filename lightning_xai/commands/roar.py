@@ -1,4 +1,4 @@
-"""`roar`: ROAR+, which tests whether heat maps find what a model learns from, in trials that many jobs can share."""
+"""`roar`: see whether heat maps find what a model learns from: remove it, retrain, measure (ROAR+)."""
 
 from __future__ import annotations
 
