@@ -178,7 +178,7 @@ def write_state(folder: Path, epoch: int | str, skill: float, *, name: str = "sh
     state = f"epoch={epoch:03d}" if isinstance(epoch, int) else epoch
     record = ResultRecord(
         kind="training",
-        model={"name": "shapes_vit"},
+        model={"architecture": "shapes_vit"},
         data={"name": name},
         methods=methods_of(["feature_pair"]),
         metrics={"grounding": GROUNDING},

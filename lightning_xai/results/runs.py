@@ -200,6 +200,7 @@ class Run:
         folder: its path.
         measurements: one, or one for each state of a training, in their order.
         config: Lightning's config.yaml of a training as text; empty where there is none.
+        configured: the options of the model in it.
         picture: a training's sheet of heat maps; None where there is none.
         examples: label -> examples with heat maps.
         files: every file that was read, and its size in bytes.
@@ -210,6 +211,7 @@ class Run:
     folder: Path
     measurements: tuple[Measurement, ...]
     config: str = ""
+    configured: Mapping[str, Any] = field(default_factory=dict)
     picture: Path | None = None
     examples: Mapping[str, Sequence[ExampleRecord]] = field(default_factory=dict)
     files: Mapping[Path, int] = field(default_factory=dict)
@@ -228,7 +230,9 @@ class Run:
     @property
     def model(self) -> str:
         """A short name of the model."""
-        return model_name(self.record.model)
+        # The callback knows the architecture only: any module may use it. The command line's config says the rest.
+        given = self.configured
+        return model_name({**given, "name": given["model"]} if given.get("model") else self.record.model)
 
     @property
     def data(self) -> str:
@@ -283,7 +287,7 @@ def model_name(model: Mapping[str, Any]) -> str:
     >>> model_name({"name": "runs/demo/best-grounding.ckpt", "pretrained": None, "architecture": "shapes_vit"})
     'shapes_vit, best-grounding.ckpt'
     """
-    name = str(model.get("name") or "unnamed model")
+    name = str(model.get("name") or model.get("architecture") or "unnamed model")
     is_file = name.endswith((".ckpt", ".json"))
     short = Path(name).name if is_file else name
     if name.endswith(".ckpt") and model.get("architecture"):
@@ -371,7 +375,16 @@ def _training_run(folder: Path, name: str, files: dict[Path, int], alone: bool) 
     picture = next((path for each in _PICTURES if (path := root / each).is_file()), None)
     if picture is not None:
         _note(picture, files)
-    return Run(name, folder, tuple(states), config=config, picture=picture, files=files, alone=alone)
+    return Run(
+        name,
+        folder,
+        tuple(states),
+        config=config,
+        configured=_options(settings, "model"),
+        picture=picture,
+        files=files,
+        alone=alone,
+    )
 
 
 def _order(measurement: Measurement) -> tuple[bool, int, bool]:
@@ -432,11 +445,16 @@ def _config(folder: Path, files: dict[Path, int]) -> tuple[str, dict[str, Any]]:
 
 def training_data(settings: Mapping[str, Any]) -> str:
     """The name of a training's data set, from Lightning's config."""
-    section = settings.get("data")
-    given = section.get("init_args") if isinstance(section, Mapping) else None
-    given = given if isinstance(given, Mapping) else {}
+    given = _options(settings, "data")
     path = Path(next((str(given[key]) for key in ("val", "root", "test") if given.get(key)), ""))
     return "/".join(path.parts[-2:]) if path.name in ("val", "test") else path.name or "unnamed data"
+
+
+def _options(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The options of the model or the data in Lightning's config."""
+    section = settings.get(name)
+    given = section.get("init_args") if isinstance(section, Mapping) else None
+    return given if isinstance(given, Mapping) else {}
 
 
 def _note(path: Path, files: dict[Path, int]) -> None:

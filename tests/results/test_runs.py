@@ -145,3 +145,13 @@ def test_roar_is_read_as_scores(tmp_path: Path) -> None:
     assert math.isnan(found["m2ib"]["roar_text"].mean)
     assert list(found["random"]) == ["roar_image"]
     assert not run.groundings
+
+
+def test_a_training_is_named_by_its_config_or_else_by_its_architecture(tmp_path: Path) -> None:
+    write_training(tmp_path, [0.2, 0.6])
+    (run,) = load_runs([tmp_path])
+    assert run.model == "shapes_vit"
+    options = "{init_args: {model: ViT-B-16, pretrained: openai}}"
+    (tmp_path / "config.yaml").write_text(f"model: {options}\n")
+    (run,) = load_runs([tmp_path])
+    assert run.model == "ViT-B-16, openai"
