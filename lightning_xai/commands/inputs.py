@@ -62,7 +62,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
         raise ValueError(f"{choice.device!r} is no device; give cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"PyTorch finds no GPU for the device {choice.device}; leave it out, or give cpu")
-    if Path(choice.name).is_dir():
+    if Path(choice.name).is_dir() and not (Path(choice.name) / "open_clip_config.json").is_file():
         if choice.pretrained is not None:
             raise ValueError(f"the folder {choice.name} holds its own weights: leave out --model.pretrained")
         return load_clap(choice.name, device).eval()
@@ -73,7 +73,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
             "tag or a file, or --model.name a checkpoint, to explain a trained model",
             file=sys.stderr,
         )
-    return load_dual_encoder(choice.name, choice.pretrained, device).eval()
+    return load_dual_encoder(choice.name, choice.pretrained, device, **choice.options).eval()
 
 
 def parse_box(text: str) -> Box:

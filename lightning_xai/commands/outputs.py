@@ -63,6 +63,7 @@ def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerE
             "device": str(next(encoder.parameters()).device),
             "architecture": encoder.name,
             "image_size": list(encoder.image_shape[1:]),
+            "preprocessing": encoder.preprocessing,
             "context_length": encoder.tokenizer.context_length,
             "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         },

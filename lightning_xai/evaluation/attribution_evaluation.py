@@ -63,6 +63,12 @@ class AttributionEvaluation(L.LightningModule):
         examples_per_class: and of so many images of each class.
         failures: and of so many images with the lowest gamma.
         internal_batch_size: pairs that are attributed at a time; bounds memory, changes no number.
+        image_size: (height, width) of images in pixels, or one number for both; null: that of the model.
+        image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.
+        image_std: standard deviation of each channel, likewise.
+        interpolation: of resizing images, likewise: bicubic, bilinear or random.
+        resize_mode: likewise: shortest (crop what sticks out), longest (pad) or squash (give the aspect ratio up).
+        quick_gelu: whether the transformers compute with OpenAI's QuickGELU; null: as the weights were trained.
 
     Attributes:
         result: the record of the results, on the first rank, after `test`.
@@ -89,6 +95,12 @@ class AttributionEvaluation(L.LightningModule):
         examples_per_class: int = 2,
         failures: int = 12,
         internal_batch_size: int = 64,
+        image_size: int | tuple[int, int] | None = None,
+        image_mean: tuple[float, float, float] | None = None,
+        image_std: tuple[float, float, float] | None = None,
+        interpolation: str | None = None,
+        resize_mode: str | None = None,
+        quick_gelu: bool | None = None,
     ) -> None:
         super().__init__()
         if seeds < 1 or internal_batch_size < 1:
@@ -102,7 +114,16 @@ class AttributionEvaluation(L.LightningModule):
         self.seeds = seeds
         self.internal_batch_size = internal_batch_size
         self.shown = (examples, examples_per_class, failures)
-        self.encoder = load_dual_encoder(model, pretrained)
+        self.encoder = load_dual_encoder(
+            model,
+            pretrained,
+            image_size=image_size,
+            image_mean=image_mean,
+            image_std=image_std,
+            interpolation=interpolation,
+            resize_mode=resize_mode,
+            quick_gelu=quick_gelu,
+        )
         self.result: ResultRecord | None = None
         self.table: ResultTable | None = None
         self._source = {"name": model, "pretrained": pretrained}
@@ -259,6 +280,7 @@ class AttributionEvaluation(L.LightningModule):
             model={
                 **self._source,
                 "architecture": self.encoder.name,
+                "preprocessing": self.encoder.preprocessing,
                 "parameters": sum(parameter.numel() for parameter in self.encoder.parameters()),
                 "fingerprint": weights_fingerprint(self.encoder),
             },

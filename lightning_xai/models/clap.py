@@ -87,6 +87,12 @@ class ClapEncoder(TwoTowerEncoder):
         return channels, extractor.feature_size, extractor.nb_max_samples // extractor.hop_length + 1
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Settings of the model's feature extractor."""
+        settings = self._extractor.to_dict()
+        return {name: value for name, value in settings.items() if isinstance(value, (str, int, float))}
+
+    @property
     def sampling_rate(self) -> int:
         """The samples per second that `spectrogram` takes."""
         return int(self._extractor.sampling_rate)

@@ -74,6 +74,11 @@ class DualEncoder(TwoTowerEncoder):
         return int(self.architecture["model_cfg"]["embed_dim"])
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """open_clip's preprocessing configuration: size, mean, std, interpolation, resize mode and fill colour."""
+        return dict(self.architecture["preprocess_cfg"])
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(3, height, width) of the images that the transform makes."""
         return (3, *self.image_transform.size)

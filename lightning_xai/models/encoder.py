@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ class TwoTowerEncoder(nn.Module, ABC):
     @abstractmethod
     def embedding_width(self) -> int:
         """K, the width of the shared space."""
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """All that decides which input is made of a file, as plain values; empty where nothing is known of it."""
+        return {}
 
     @property
     @abstractmethod

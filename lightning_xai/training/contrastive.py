@@ -253,8 +253,10 @@ class ContrastiveModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture."""
         found = checkpoint.get(CHECKPOINT_KEY)
-        if found is None or found["model_cfg"] != self.encoder.architecture["model_cfg"]:
-            name = "no model of this project" if found is None else f"a {found['name']} of another configuration"
+        own = self.encoder.architecture
+        differs = next((part for part in ("model_cfg", "preprocess_cfg") if found and found[part] != own[part]), None)
+        if found is None or differs is not None:
+            name = "no model of this project" if found is None else f"a {found['name']} of another {differs}"
             raise ValueError(
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
                 "set model to what the checkpoint was made with"
@@ -294,8 +296,15 @@ class ContrastiveFineTuning(ContrastiveModule):
     """Load a dual encoder and fine-tune it, with the recipe of the feature-pair paper as defaults.
 
     Args:
-        model: an open_clip name, the path of a JSON model config, or a checkpoint of this project (`.ckpt`).
+        model: an open_clip name, the path of a JSON model config, a checkpoint of this project (`.ckpt`), an open_clip
+            folder, or `hf-hub:OWNER/NAME`.
         pretrained: an open_clip tag, a checkpoint file, or null for random weights.
+        image_size: (height, width) of images in pixels, or one number for both; null: that of the model.
+        image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.
+        image_std: standard deviation of each channel, likewise.
+        interpolation: of resizing images, likewise: bicubic, bilinear or random.
+        resize_mode: likewise: shortest (crop what sticks out), longest (pad) or squash (give the aspect ratio up).
+        quick_gelu: whether the transformers compute with OpenAI's QuickGELU; null: as the weights were trained.
         options: see `ContrastiveModule`, which also lists what is logged.
 
     Raises:
@@ -303,5 +312,27 @@ class ContrastiveFineTuning(ContrastiveModule):
     """
 
     # The parser of configs follows `options` to the signature that they are passed on to.
-    def __init__(self, model: str = "ViT-B-16", pretrained: str | None = "openai", **options: Any) -> None:
-        super().__init__(load_dual_encoder(model, pretrained), **options)
+    def __init__(
+        self,
+        model: str = "ViT-B-16",
+        pretrained: str | None = "openai",
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        image_mean: tuple[float, float, float] | None = None,
+        image_std: tuple[float, float, float] | None = None,
+        interpolation: str | None = None,
+        resize_mode: str | None = None,
+        quick_gelu: bool | None = None,
+        **options: Any,
+    ) -> None:
+        encoder = load_dual_encoder(
+            model,
+            pretrained,
+            image_size=image_size,
+            image_mean=image_mean,
+            image_std=image_std,
+            interpolation=interpolation,
+            resize_mode=resize_mode,
+            quick_gelu=quick_gelu,
+        )
+        super().__init__(encoder, **options)

@@ -178,6 +178,7 @@ def test_the_record_has_every_setting_with_defaults_resolved(
     assert record["model"] | {"parameters": 0} == {
         "name": model[1], "pretrained": model[3], "device": "cpu", "architecture": "vit", "image_size": [32, 32],
         "context_length": 16, "parameters": 0, "random_weights_seed": None,
+        "preprocessing": loaded(model).preprocessing,
     }  # fmt: skip
     assert record["command"]["options"] == {"steps": 4, "rule": "midpoint"}
     assert record["image"] == str(image)
