@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lightning_xai.commands.model_choice import ModelChoice
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lightning_xai.data import CaptionTokenizer
@@ -56,12 +57,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
 
     from lightning_xai.models import load_clap, load_dual_encoder
 
-    try:
-        device = torch.device(choice.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"{choice.device!r} is no device; give cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"PyTorch finds no GPU for the device {choice.device}; leave it out, or give cpu")
+    device = _device(choice.device)
     if Path(choice.name).is_dir() and not (Path(choice.name) / "open_clip_config.json").is_file():
         if choice.pretrained is not None:
             raise ValueError(f"the folder {choice.name} holds its own weights: leave out --model.pretrained")
@@ -74,6 +70,26 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
             file=sys.stderr,
         )
     return load_dual_encoder(choice.name, choice.pretrained, device, **choice.options).eval()
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name; without one a GPU where there is one.
+
+    Raises:
+        ValueError: no such device, or none on this machine.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device; give cpu, cuda or cuda:1") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu"] + ([] if here is None else [f"{here.type}:{i}" for i in range(torch.accelerator.device_count())])
+    found = device.type == "cpu" or f"{device.type}:{device.index or 0}" in known
+    if not found:
+        raise ValueError(f"PyTorch finds no device {name} on this machine; it has {', '.join(known)}")
+    return device
 
 
 def parse_box(text: str) -> Box:

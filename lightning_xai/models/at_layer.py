@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,10 +169,59 @@ def differentiable(module: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(evaluating(module))
         for child in module.modules():
-            if getattr(child, "grad_checkpointing", False):
-                stack.callback(setattr, child, "grad_checkpointing", child.grad_checkpointing)
-                child.grad_checkpointing = False  # type: ignore[assignment]
+            # As open_clip and timm, and as Hugging Face call it.
+            for flag in ("grad_checkpointing", "gradient_checkpointing"):
+                if getattr(child, flag, False):
+                    stack.callback(setattr, child, flag, getattr(child, flag))
+                    setattr(child, flag, False)
         yield
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """Forward hooks of a module that are not this package's, which only look."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("lightning_xai.")]
+
+
+def refuse_rewriting(module: nn.Module) -> None:
+    """Raise an UnsupportedTowerError where a part rewrites its weights in each forward pass, as peft's attention does.
+
+    Forward-mode derivatives cannot follow that, and would leave the weights half written.
+    """
+    for name, part in module.named_modules():
+        if type(part).__module__.startswith("peft.") and type(part).__name__ == "MultiheadAttention":
+            raise UnsupportedTowerError(
+                f"the adapter {name} rewrites the weights of nn.MultiheadAttention in each forward pass, which "
+                "derivatives along a path cannot follow: call merge_and_unload() first, or adapt other layers"
+            )
+
+
+def module_without_gradient(module: nn.Module, run: Callable[[], object]) -> str | None:
+    """The name of the innermost part that a gradient enters in `run` and does not leave; None without such a part."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(part: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            results = [x for x in _tensors(output) if x.is_floating_point()]
+            enters = any(x.requires_grad for x in _tensors((arguments, tuple(keywords.values()))))
+            if enters and results and not any(x.requires_grad for x in results):
+                found.append(name)
+
+        return look
+
+    with ExitStack() as stack:
+        for name, part in module.named_modules():
+            stack.callback(part.register_forward_hook(watch(name), with_kwargs=True).remove)
+        run()
+    return found[0] if found else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
 
 
 def as_constant(tensor: Tensor) -> Tensor:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, pad
 
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
+from lightning_xai.models.at_layer import (
+    TextTowerAtLayer,
+    TowerAtLayer,
+    UnsupportedTowerError,
+    differentiable,
+    evaluating,
+    foreign_hooks,
+    module_without_gradient,
+)
 from lightning_xai.models.block_list import ImageBlocksAtLayer, TextBlocksAtLayer
 
 
@@ -27,7 +37,9 @@ class TwoTowerEncoder(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._checked: set[tuple[str, int]] = set()
+        # Towers that were handed out, with the structure of the model when they were last compared with it.
+        self._handed_out: WeakKeyDictionary[TowerAtLayer, str] = WeakKeyDictionary()
+        self._structure: object = None
 
     @property
     @abstractmethod
@@ -102,14 +114,49 @@ class TwoTowerEncoder(nn.Module, ABC):
             ValueError: no such layer, an unsupported tower, or one whose layers do not give its own output again.
         """
         tower = self._image_at_layer(layer)
-        self._check("image", tower)
+        self._hand_out("image", tower)
         return tower
 
     def text_at_layer(self, layer: int = -1) -> TextTowerAtLayer:
         """The text tower, likewise."""
         tower = self._text_at_layer(layer)
-        self._check("text", tower)
+        self._hand_out("text", tower)
         return tower
+
+    @torch.no_grad()
+    def own_similarity(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The cosine similarity [B] of B images and captions by the model's own functions, wrapped as they may be."""
+        # They take captions of the full length only.
+        missing = max(0, self.tokenizer.context_length - tokens.shape[1])
+        whole = pad(tokens, (0, missing), value=self.tokenizer.padding_id) if missing else tokens
+        return cosine_similarity(self._own_embedding("image", images), self._own_embedding("text", whole))
+
+    def verify(self) -> None:
+        """Compare all towers in use with the model, if modules or hooks were added, replaced or removed since.
+
+        Raises:
+            ValueError: the model computes another function than a tower that was taken from it before.
+        """
+        structure = self._current_structure()
+        if structure != self._structure:
+            for tower, name in list(self._handed_out.items()):
+                self._check(name, tower)
+            self._structure = structure
+
+    def _hand_out(self, name: str, tower: TowerAtLayer) -> None:
+        self._check(name, tower)
+        self._handed_out[tower] = name
+
+    def _current_structure(self) -> object:
+        return [(id(module), len(foreign_hooks(module))) for module in self.modules()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy hands out its own towers."""
+        return {**self.__dict__, "_handed_out": None, "_structure": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handed_out = WeakKeyDictionary()
 
     @abstractmethod
     def _image_at_layer(self, layer: int) -> TowerAtLayer:
@@ -154,8 +201,6 @@ class TwoTowerEncoder(nn.Module, ABC):
     @torch.no_grad()
     def _check(self, name: str, at: TowerAtLayer) -> None:
         """Refuse a tower that is another one at this layer: attributions would explain another model."""
-        if (name, at.layer) in self._checked:
-            return
         inputs, embedding = self._probe(name)
         with evaluating(self):
             hidden = at.features_before(inputs)
@@ -174,10 +219,28 @@ class TwoTowerEncoder(nn.Module, ABC):
             error = float((other - embedding).norm() / embedding.norm())
             if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
                 raise self._mismatch(f"{what} of the {name} tower", error, at)
-        self._checked.add((name, at.layer))
+        with differentiable(self):
+            leaf = hidden.clone().requires_grad_()
+            stop = module_without_gradient(self, lambda: at.embed_from(leaf, inputs))
+        if stop is not None:
+            kind = type(self.get_submodule(stop)).__name__
+            raise UnsupportedTowerError(
+                f"the {name} tower's {stop}, a {kind}, passes on no gradient, so that nothing before it can be "
+                "explained: load the model without it, such as an integer layer or a part inside torch.no_grad()"
+            )
 
     def _mismatch(self, what: str, error: float, at: TowerAtLayer) -> ValueError:
         differs = f"{what} differs from the encoder's own output by {error:.1e} (relative), at layer {at.layer}; "
+        hooked = [name or "the encoder" for name, module in self.named_modules() if foreign_hooks(module)]
+        if hooked:
+            return UnsupportedTowerError(
+                f"{differs}forward hooks change what the model computes ({', '.join(hooked[:3])}): remove them"
+            )
+        adapters = [name for name, module in self.named_modules() if type(module).__module__.startswith("peft.")]
+        if adapters:
+            return UnsupportedTowerError(
+                f"{differs}its adapters ({adapters[0]}) are no part of what is explained: call merge_and_unload() first"
+            )
         if isinstance(at, (ImageBlocksAtLayer, TextBlocksAtLayer)):
             return UnsupportedTowerError(
                 f"{differs}its blocks depend on more than the hidden states they pass on, so that layer cannot be "

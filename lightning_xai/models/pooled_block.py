@@ -11,8 +11,9 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_xai.models.at_layer import EmbeddingPath
+from lightning_xai.models.at_layer import EmbeddingPath, foreign_hooks
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class PooledBlock:
         return (
             type(block) is ResidualAttentionBlock
             and not hasattr(block, "ln_1_kv")
-            and isinstance(block.attn, nn.MultiheadAttention)
+            and type(block.attn) is nn.MultiheadAttention
+            # An adapter in its place is passed over by nn.MultiheadAttention, which reads the weights alone.
+            and type(block.attn.out_proj) is NonDynamicallyQuantizableLinear
+            and not any(foreign_hooks(part) for part in block.modules())
             and block.attn.in_proj_weight is not None
             and block.attn.bias_k is None
             and not block.attn.add_zero_attn

@@ -241,6 +241,11 @@ def checkpoint_blocks(model: Any) -> None:
     if isinstance(towers["text"], HFTextEncoder):
         # Before version 5 its own default is the reentrant kind, which does not go with DistributedDataParallel.
         towers["text"].transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        # Only the reentrant kind needs its inputs to require gradients, which forward-mode derivatives do not allow.
+        for part in towers["text"].modules():
+            for key, hook in list(part._forward_hooks.items()):
+                if "make_inputs_require_grads" in getattr(hook, "__qualname__", ""):
+                    del part._forward_hooks[key]
     for name, tower in towers.items():
         # open_clip passes over towers that cannot, without an error.
         flags = ("grad_checkpointing", "gradient_checkpointing")
@@ -252,6 +257,18 @@ def checkpoint_blocks(model: Any) -> None:
             )
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile, a parallel wrapper or one of peft's models, which share its layers."""
+    while True:
+        if callable(getattr(model, "get_base_model", None)):
+            inner = model.get_base_model()
+        else:
+            inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def image_tower_at_layer(model: Any, layer: int) -> TowerAtLayer:
     """A model's image tower at the input of `layer`.
 
@@ -259,7 +276,7 @@ def image_tower_at_layer(model: Any, layer: int) -> TowerAtLayer:
         UnsupportedTowerError: a tower of an unsupported kind.
         ValueError: no such layer.
     """
-    visual: Any = model.visual
+    visual: Any = unwrapped(model).visual
     if isinstance(visual, VisionTransformer):
         return VisionTransformerAtLayer(visual, layer)
     if isinstance(visual, ModifiedResNet):
@@ -300,6 +317,7 @@ def text_tower_at_layer(model: Any, layer: int) -> TextTowerAtLayer:
         UnsupportedTowerError: a tower of an unsupported kind.
         ValueError: no such layer.
     """
+    model = unwrapped(model)
     text: Any = getattr(model, "text", model)
     if isinstance(text, HFTextEncoder):
         return _hugging_face_at_layer(text, layer)

@@ -172,7 +172,16 @@ class ContrastiveModule(L.LightningModule):
         self._batch_started = now
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The contrastive loss of the global batch, the same on every rank."""
+        """The contrastive loss of the global batch, the same on every rank.
+
+        Raises:
+            ValueError: the global batch is one pair, which has no negatives.
+        """
+        if len(batch.images) * self.trainer.world_size == 1:
+            raise ValueError(
+                "a batch of one pair has no negatives, so that loss and gradient are zero: raise --data.batch_size "
+                "(with chunk_size, pairs that do not fit into memory at once still are one batch)"
+            )
         # In float32, as the loss: half precision has no number as small as the bound that keeps zeros from being NaN.
         image, text = (
             normalize(x.to(_wide(x)), dim=1) for x in self.encoder(batch.images, batch.tokens, self.chunk_size)

@@ -264,7 +264,8 @@ def test_a_text_map_that_is_the_same_for_all_of_a_captions_words_is_constant(mak
         def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
             own = self.encoder.tokenizer.content_mask(tokens).float()
             own[0, 1] = 2
-            return Attribution(image=torch.rand(len(images), 4, 4), text=own, similarity=torch.zeros(len(images)))
+            similarity = self.encoder.own_similarity(images, tokens)
+            return Attribution(image=torch.rand(len(images), 4, 4), text=own, similarity=similarity)
 
     with pytest.warns(ConstantMapWarning, match=r"the text map of pair\(s\) \[1, 2\] is constant"):
         Counting(encoder).attribute(images, tokens)
@@ -278,7 +279,8 @@ def test_a_constant_map_is_a_warning_that_names_method_and_pair(make_encoder: Ma
         def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
             image = torch.ones(len(images), 4, 4)
             image[0, 0, 0] = 2
-            return Attribution(image=image, text=torch.rand(tokens.shape), similarity=torch.zeros(len(images)))
+            similarity = self.encoder.own_similarity(images, tokens)
+            return Attribution(image=image, text=torch.rand(tokens.shape), similarity=similarity)
 
     with pytest.warns(ConstantMapWarning, match=r"Blind: the image map of pair\(s\) \[1, 2\] is constant"):
         Blind(encoder).attribute(images, tokens)
