@@ -243,16 +243,15 @@ def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str | None
     for span in find_phrase(caption, phrase):
         try:
             tokens = tokenizer.token_span(caption, span)
-        except SpanCutOffError:
+        except SpanCutOffError as error:
+            cut_off = str(error)
             continue
         except SpanError as error:
             raise InputError(f"the span does not consist of whole tokens: {error}") from error
         spans.append(span)
         positions += range(tokens.start, tokens.stop)
     if not spans:
-        raise InputError(
-            f"the span {phrase!r} is cut off: the model reads {tokenizer.context_length} tokens; shorten the caption"
-        )
+        raise InputError(f"the span is cut off: {cut_off}; shorten the caption")
     return spans, positions
 
 

@@ -6,6 +6,7 @@ Both find whole words only. `spans.CaptionTokenizer` turns a place that they fou
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,28 +18,74 @@ Span = tuple[int, int]
 # names a dog, while "o'clock" ("o" + "'clock") names no clock.
 _WORD = re.compile(r"(?:(?<=\w)['\u2019])?\w+")
 _HYPHENS = frozenset("-\u2010\u2011")
+# Scripts written without spaces: Tibetan, Thai, Lao, Myanmar, Khmer, Japanese kana, Chinese characters. And Hangul,
+# whose particles follow their noun without one.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003134f"
+)
+_HANGUL = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af"
+_APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'"})
 _PHRASE_PART = re.compile(r"\(([^()]*)\)|([^()]+)")
 
 
 def find_phrases(caption: str, phrases: Sequence[str], *, exact: bool = True) -> list[Span]:
     """Find the places of several phrases in a caption, as whole words: character spans, end exclusive.
 
+    In scripts written without spaces, a phrase may stand anywhere.
+
     Args:
         caption: any text.
         phrases: of those that begin at the same place, the one listed first counts.
-        exact: whether case and white space between words have to be the same.
+        exact: whether case, white space between words, the form of apostrophes and the way in which Unicode composes
+            accents have to be the same.
 
     >>> find_phrases("A car door, carpets and a car.", ["car door", "car"])
     [(2, 10), (26, 29)]
     >>> find_phrases("A dog, another dog and two dogs", ["DOG"], exact=False)
     [(2, 5), (15, 18)]
     """
-    patterns = [re.escape(phrase) if exact else r"\s+".join(map(re.escape, phrase.split())) for phrase in phrases]
-    pattern = "|".join(pattern for pattern in patterns if pattern)
-    if not pattern:
-        return []
-    flags = 0 if exact else re.IGNORECASE
-    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", caption, flags)]
+    if exact:
+        patterns = [_whole(re.escape(phrase), phrase) for phrase in phrases if phrase]
+        return [match.span() for match in re.finditer("|".join(patterns), caption)] if patterns else []
+    text, places = _folded(caption)
+    folded = [_folded(phrase)[0] for phrase in phrases if phrase.strip()]
+    patterns = [_whole(r"\s+".join(map(re.escape, phrase.split())), phrase.strip()) for phrase in folded]
+    found = [match.span() for match in re.finditer("|".join(patterns), text, re.IGNORECASE)] if patterns else []
+    # A match may not end within what Unicode writes as several characters but readers see as one.
+    return [
+        (places[start][0], places[end - 1][1])
+        for start, end in found
+        if (start == 0 or places[start - 1] != places[start]) and (end == len(text) or places[end - 1] != places[end])
+    ]
+
+
+def _whole(pattern: str, phrase: str) -> str:
+    """A pattern that matches no part of a longer word."""
+    before = "" if re.match(f"[{_UNSPACED}]", phrase) else rf"(?<![^\W{_UNSPACED}])"
+    after = "" if re.match(f"[{_UNSPACED}{_HANGUL}]", phrase[-1]) else rf"(?![^\W{_UNSPACED}])"
+    return f"{before}(?:{pattern}){after}"
+
+
+def _folded(text: str) -> tuple[str, list[Span]]:
+    r"""A text with composed accents and plain apostrophes, and the span of `text` that each character stands for.
+
+    >>> _folded("cafe\u0301")
+    ('caf\xe9', [(0, 1), (1, 2), (2, 3), (3, 5)])
+    """
+    folded, places, start = "", [], 0
+    while start < len(text):
+        end = start + 1
+        # What follows is part of the character if it is an accent, or composes with it as the letters of Hangul do.
+        while end < len(text) and (
+            unicodedata.combining(text[end]) or len(unicodedata.normalize("NFC", text[start : end + 1])) == 1
+        ):
+            end += 1
+        part = unicodedata.normalize("NFC", text[start:end]).translate(_APOSTROPHES)
+        folded += part
+        places += [(start, end)] * len(part)
+        start = end
+    return folded, places
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ class SpanError(ValueError):
 
 
 class SpanCutOffError(SpanError):
-    """The span lies, in whole or in part, beyond the tokenizer's context length."""
+    """The span lies, in whole or in part, beyond the tokenizer's context length, or behind an end of text."""
 
 
 class SpanAlignmentError(SpanError):
@@ -75,7 +76,8 @@ class CaptionTokenizer:
         """The token positions that the characters `span` of `caption` became.
 
         The tokens of the text before the span and of the text up to its end have to be the first tokens of the whole
-        caption; what lies between them is the span, and has to decode to its characters again.
+        caption; what lies between them is the span, and has to decode to its characters again. Beyond ASCII, where
+        words may have no end and tokenizers strip accents, the tokenizer's own offsets decide where that fails.
 
         Args:
             caption: the text as it is given to `encode`.
@@ -85,7 +87,8 @@ class CaptionTokenizer:
             A slice of the caption's row of `encode`; tokens that the tokenizer adds in front are counted.
 
         Raises:
-            SpanCutOffError: a token of the span lies beyond the context length.
+            SpanCutOffError: a token of the span lies beyond the context length, or behind an end-of-text token that the
+                caption holds itself.
             SpanAlignmentError: the span starts or ends inside a token, or does not survive the tokenizer's cleaning.
             ValueError: the caption is empty, the span leaves it, or the tokenizer cannot align spans at all.
         """
@@ -96,17 +99,55 @@ class CaptionTokenizer:
         tokens, before, upto = self._ids(caption), self._ids(caption[:start]), self._ids(caption[:end])
         first, last = len(before), len(upto)
         phrase = caption[start:end]
+        reason = ""
         if tokens[:first] != before or tokens[:last] != upto or first >= last:
-            raise SpanAlignmentError(f"{phrase!r} at {span} does not start and end with a token of {caption!r}")
-        decoded = self._decode(tokens[first:last])
-        if _squeeze(decoded) != _squeeze(self._clean(phrase)):
-            raise SpanAlignmentError(f"{phrase!r} at {span} of {caption!r} decodes to {decoded!r}")
+            reason = f"{phrase!r} at {span} does not start and end with a token of {caption!r}"
+        elif _squeeze(decoded := self._decode(tokens[first:last])) != _squeeze(self._clean(phrase)):
+            reason = f"{phrase!r} at {span} of {caption!r} decodes to {decoded!r}"
+        if reason:
+            found = None if caption.isascii() else self._by_offsets(caption, span)
+            if found is None:
+                raise SpanAlignmentError(reason)
+            first, last = found
+        if self._end_id in tokens[:last]:
+            raise SpanCutOffError(
+                f"{phrase!r} at {span} stands behind an end-of-text token of {caption!r}, where the model stops reading"
+            )
         if last > self._capacity:
             raise SpanCutOffError(
                 f"{phrase!r} at {span} ends with token {last} of {caption!r}; only {self._capacity} fit "
                 f"the context length of {self.context_length}"
             )
         return slice(self._first + first, self._first + last)
+
+    def offsets(self, caption: str) -> list[Span] | None:
+        """The characters of the cleaned caption that each of its own tokens stands for; None if that is not known.
+
+        Tokens that are bytes of one character share it.
+        """
+        text, ids = self._clean(caption), self._ids(caption)
+        inner: Any = getattr(self.tokenizer, "tokenizer", None)
+        if getattr(inner, "is_fast", False):
+            found = inner(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            # The pieces of some vocabularies begin with the blank before them.
+            return [(start + _blanks(text[start:end]), end) for start, end in found]
+        decoder = getattr(self.tokenizer, "decoder", None)
+        return _byte_offsets(text, [decoder[token] for token in ids]) if isinstance(decoder, dict) else None
+
+    def _by_offsets(self, caption: str, span: Span) -> tuple[int, int] | None:
+        """The first token of a span and the one after its last; None where a token holds more than the span."""
+        whole, before, upto = (self._clean(text) for text in (caption, caption[: span[0]], caption[: span[1]]))
+        offsets = self.offsets(caption)
+        if offsets is None or not whole.startswith(before) or not whole.startswith(upto):
+            return None
+        start, end = len(before) + _blanks(whole[len(before) :]), len(upto)
+        inside = [i for i, (first, last) in enumerate(offsets) if last > start and first < end]
+        if not inside or offsets[inside[0]][0] < start or offsets[inside[-1]][1] > end:
+            return None
+        unknown, ids = getattr(getattr(self.tokenizer, "tokenizer", None), "unk_token_id", None), self._ids(caption)
+        if all(ids[position] == unknown for position in inside):
+            return None  # the model does not see which words these are
+        return inside[0], inside[-1] + 1
 
     @property
     def padding_id(self) -> int:
@@ -221,6 +262,28 @@ class _HuggingFaceEncode:
     def __call__(self, text: str) -> list[int]:
         ids = self.wrapper.tokenizer(self.wrapper.clean_fn(text), add_special_tokens=False)["input_ids"]
         return [int(token) for token in ids]
+
+
+def _blanks(text: str) -> int:
+    """Number of blanks that a text begins with."""
+    return len(text) - len(text.lstrip())
+
+
+def _byte_offsets(text: str, pieces: Sequence[str]) -> list[Span]:
+    """Characters of the text for each piece of a byte-level vocabulary (one character a byte, `</w>` at word ends)."""
+    starts = [0]  # of each character, in bytes
+    for character in text:
+        starts.append(starts[-1] + len(character.encode("utf-8", "surrogatepass")))
+    place, found = 0, []
+    for piece in pieces:
+        at = bisect_right(starts, place) - 1
+        if place == starts[at]:
+            at += _blanks(text[at:])
+            place = starts[at]
+        end = place + len(piece.removesuffix("</w>"))
+        found.append((at, bisect_left(starts, end)))
+        place = end
+    return found
 
 
 def _no_codec(tokenizer: Any) -> str:
