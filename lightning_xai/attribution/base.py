@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.models.at_layer import as_constant, differentiable
+from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.registry import PluginError
 
@@ -111,6 +111,7 @@ class AttributionMethod(ABC):
         if internal_batch_size is not None and internal_batch_size < 1:
             raise ValueError(f"internal_batch_size has to be at least 1, or None; got {internal_batch_size}")
         self.encoder = encoder
+        self._structure = encoder.structure()
         self.internal_batch_size = internal_batch_size
 
     @property
@@ -138,7 +139,7 @@ class AttributionMethod(ABC):
         """
         check_batch(images, tokens)
         images, tokens = as_constant(images), as_constant(tokens)
-        self.encoder.verify()
+        self._check_towers()
         with differentiable(self.encoder):
             result, own = self._compared(images, tokens)
         self._check_shapes(result, *tokens.shape)
@@ -176,6 +177,18 @@ class AttributionMethod(ABC):
         # Built-in methods are known to keep this; a check would cost them a wait for the device.
         if self.origin and self.has_zero and not self.signed and bool((result.image < 0).any()):
             raise PluginError(f"{self.label}: a map has negative values; state `signed = True` in the class")
+
+    def _check_towers(self) -> None:
+        """Compare this method's towers with the model again, if its modules or hooks are others than before."""
+        structure = self.encoder.structure()
+        if structure == self._structure:
+            return
+        for value in vars(self).values():
+            own = type(value).__module__.startswith("lightning_xai.attribution.") and hasattr(value, "__dict__")
+            for part in vars(value).values() if own else (value,):
+                if isinstance(part, TowerAtLayer):
+                    self.encoder.check_tower(part)
+        self._structure = structure
 
     def _compared(self, images: Tensor, tokens: Tensor) -> tuple[Attribution, Tensor]:
         """The attribution, and the similarity [B] by the model's own functions, which it has to be about."""

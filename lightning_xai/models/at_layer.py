@@ -196,15 +196,26 @@ def refuse_rewriting(module: nn.Module) -> None:
             )
 
 
-def module_without_gradient(module: nn.Module, run: Callable[[], object]) -> str | None:
-    """The name of the innermost part that a gradient enters in `run` and does not leave; None without such a part."""
+def module_without_gradient(module: nn.Module, embed: Callable[[Tensor], Tensor], hidden: Tensor) -> str | None:
+    """The name of the innermost part that a gradient enters on the way from `hidden` and wrongly does not leave.
+
+    Parts whose output is a constant, such as positions, rightly pass on none: another input shows which they are.
+
+    Returns:
+        None where there is no such part; "" stands for the module itself.
+    """
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
         def look(part: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             results = [x for x in _tensors(output) if x.is_floating_point()]
-            enters = any(x.requires_grad for x in _tensors((arguments, tuple(keywords.values()))))
-            if enters and results and not any(x.requires_grad for x in results):
+            given = _tensors((arguments, tuple(keywords.values())))
+            if not results or any(map(_has_gradient, results)) or not any(map(_has_gradient, given)):
+                return
+            with torch.no_grad():
+                others = part.forward(*_moved(arguments), **{key: _moved(value) for key, value in keywords.items()})
+            moved = zip(results, [x for x in _tensors(others) if x.is_floating_point()], strict=True)
+            if not all(torch.equal(result, other) for result, other in moved):
                 found.append(name)
 
         return look
@@ -212,8 +223,20 @@ def module_without_gradient(module: nn.Module, run: Callable[[], object]) -> str
     with ExitStack() as stack:
         for name, part in module.named_modules():
             stack.callback(part.register_forward_hook(watch(name), with_kwargs=True).remove)
-        run()
-    return found[0] if found else None
+        embedding = embed(hidden.detach().clone().requires_grad_())
+    return found[0] if found else None if embedding.requires_grad else ""
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    # Operators without a derivative, such as those of integer layers, only warn in the backward pass.
+    return tensor.requires_grad and "NotImplemented" not in (tensor.grad_fn.name() if tensor.grad_fn else "")
+
+
+def _moved(value: Any) -> Any:
+    """An argument whose tensors are others where they require gradients."""
+    if isinstance(value, Tensor):
+        return 2 * value + 1 if value.requires_grad else value
+    return type(value)(map(_moved, value)) if type(value) in (tuple, list) else value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

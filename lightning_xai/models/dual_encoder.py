@@ -203,6 +203,7 @@ class DualEncoder(TwoTowerEncoder):
             ValueError: `embed_from(features_before(x))` or the end of the path is not the encoder's own output, or that
                 is not finite or not of the shared space's width.
         """
+        self._checked.clear()
         for tower, at_layer in (("image", self.image_at_layer), ("text", self.text_at_layer)):
             # A tower without layers trains as usual; asking for a layer raises the error.
             with suppress(UnsupportedTowerError):

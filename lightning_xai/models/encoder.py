@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +36,9 @@ class TwoTowerEncoder(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        # Towers that were handed out, with the structure of the model when they were last compared with it.
-        self._handed_out: WeakKeyDictionary[TowerAtLayer, str] = WeakKeyDictionary()
-        self._structure: object = None
+        # Towers at a layer that agreed with the model, while it had this structure.
+        self._checked: set[tuple[str, int]] = set()
+        self._structure: list[tuple[int, int]] = []
 
     @property
     @abstractmethod
@@ -131,32 +130,26 @@ class TwoTowerEncoder(nn.Module, ABC):
         whole = pad(tokens, (0, missing), value=self.tokenizer.padding_id) if missing else tokens
         return cosine_similarity(self._own_embedding("image", images), self._own_embedding("text", whole))
 
-    def verify(self) -> None:
-        """Compare all towers in use with the model, if modules or hooks were added, replaced or removed since.
-
-        Raises:
-            ValueError: the model computes another function than a tower that was taken from it before.
-        """
-        structure = self._current_structure()
-        if structure != self._structure:
-            for tower, name in list(self._handed_out.items()):
-                self._check(name, tower)
-            self._structure = structure
-
-    def _hand_out(self, name: str, tower: TowerAtLayer) -> None:
-        self._check(name, tower)
-        self._handed_out[tower] = name
-
-    def _current_structure(self) -> object:
+    def structure(self) -> list[tuple[int, int]]:
+        """What changes where modules or hooks are added, replaced or removed; weights may change."""
         return [(id(module), len(foreign_hooks(module))) for module in self.modules()]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy hands out its own towers."""
-        return {**self.__dict__, "_handed_out": None, "_structure": None}
+    def check_tower(self, tower: TowerAtLayer) -> None:
+        """Compare a tower that was taken from this encoder with the model as it stands.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._handed_out = WeakKeyDictionary()
+        Raises:
+            ValueError: the model computes another function.
+        """
+        self._check("text" if isinstance(tower, TextTowerAtLayer) else "image", tower)
+
+    def _hand_out(self, name: str, tower: TowerAtLayer) -> None:
+        structure = self.structure()
+        if structure != self._structure:
+            self._checked.clear()
+            self._structure = structure
+        if (name, tower.layer) not in self._checked:
+            self._check(name, tower)
+            self._checked.add((name, tower.layer))
 
     @abstractmethod
     def _image_at_layer(self, layer: int) -> TowerAtLayer:
@@ -210,6 +203,15 @@ class TwoTowerEncoder(nn.Module, ABC):
                     f"the image tower passes on {tokens} tokens at layer {at.layer}, not {at.prefix_tokens} and "
                     f"a grid of {rows} x {columns}, so that no token has a place in the image"
                 )
+        with differentiable(self):
+            stop = module_without_gradient(self, lambda leaf: at.embed_from(leaf, inputs), hidden)
+        if stop is not None:
+            kind = type(self.get_submodule(stop)).__name__
+            raise UnsupportedTowerError(
+                f"{stop or 'the model'}, a {kind} in the {name} tower, passes on no gradient, so nothing before it "
+                "can be explained: load the model without it (an integer layer, or a part inside torch.no_grad())"
+            )
+        with evaluating(self):
             ends = hidden.new_ones(1, 1, tokens)
             rebuilt = {
                 "embed_from(features_before(x))": at.embed_from(hidden, inputs),
@@ -219,15 +221,6 @@ class TwoTowerEncoder(nn.Module, ABC):
             error = float((other - embedding).norm() / embedding.norm())
             if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
                 raise self._mismatch(f"{what} of the {name} tower", error, at)
-        with differentiable(self):
-            leaf = hidden.clone().requires_grad_()
-            stop = module_without_gradient(self, lambda: at.embed_from(leaf, inputs))
-        if stop is not None:
-            kind = type(self.get_submodule(stop)).__name__
-            raise UnsupportedTowerError(
-                f"the {name} tower's {stop}, a {kind}, passes on no gradient, so that nothing before it can be "
-                "explained: load the model without it, such as an integer layer or a part inside torch.no_grad()"
-            )
 
     def _mismatch(self, what: str, error: float, at: TowerAtLayer) -> ValueError:
         differs = f"{what} differs from the encoder's own output by {error:.1e} (relative), at layer {at.layer}; "

@@ -284,17 +284,19 @@ def _assemble(model: Any, tokenizer: Any, architecture: Mapping[str, Any]) -> Du
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """open_clip warns on the root logger that no weights were loaded, which here is what was asked for."""
-    root = logging.getLogger()
+    """open_clip warns that no weights were loaded, which here is what was asked for."""
+    loggers = [logging.getLogger(), logging.getLogger("open_clip.factory")]  # of open_clip 3, of open_clip 4
 
     def keep(record: logging.LogRecord) -> bool:
         return "open_clip" not in record.pathname
 
-    root.addFilter(keep)
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield
     finally:
-        root.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def _trained(architecture: dict[str, Any], weights: Weights, tokenizer: str | None, *, named: bool) -> DualEncoder:
