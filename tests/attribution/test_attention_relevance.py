@@ -121,6 +121,8 @@ def with_plain_attention(module: Any, kept: list[Any]) -> Callable[..., Any] | N
             for each, weight, bias in zip(inputs, weights, module.in_proj_bias.chunk(3), strict=True)
         )
         query, key = normed(query, module.ln_q), normed(key, module.ln_k)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask[0]  # the same for every head of the one caption
         return module.out_proj(module.ln_inner(plain_attention(query, key, value, module.num_heads, attn_mask, kept)))
 
     def timm_block(x: Tensor, *_: Any, **__: Any) -> Any:

@@ -42,7 +42,10 @@ def adapted(encoder: DualEncoder, targets: list[str], *, wrapped: bool) -> DualE
 def test_every_method_explains_the_adapted_model_and_leaves_it_as_it_was(
     targets: list[str], wrapped: bool, make_encoder: MakeEncoder
 ) -> None:
-    encoder = adapted(make_encoder("vit"), targets, wrapped=wrapped)
+    plain = make_encoder("vit")
+    if targets == ["attn"] and not any(isinstance(part, nn.MultiheadAttention) for part in plain.modules()):
+        pytest.skip("peft adapts PyTorch's attention, which open_clip 4 has no more")
+    encoder = adapted(plain, targets, wrapped=wrapped)
     images, tokens = random_pairs(encoder)
     with torch.no_grad():
         own = torch.cosine_similarity(encoder.model.encode_image(images), encoder.model.encode_text(tokens))
@@ -122,7 +125,7 @@ def test_integer_layers_are_named(make_encoder: MakeEncoder) -> None:
     visual: Any = encoder.model.visual
     quantize: Any = torch.ao.quantization.quantize_dynamic
     quantize(visual, {nn.Linear}, inplace=True)
-    with pytest.raises(UnsupportedTowerError, match=r"resblocks\.\d\.mlp\.c_fc, a Linear in the image tower, passes"):
+    with pytest.raises(UnsupportedTowerError, match=r"resblocks\.\d\.\S+, a Linear in the image tower, passes"):
         GradCAM(encoder, image_layer=0)
 
 
