@@ -55,6 +55,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     import torch
 
     from lightning_xai.models import load_clap, load_dual_encoder
+    from lightning_xai.models.clap import is_clap
 
     try:
         device = torch.device(choice.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -62,10 +63,11 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
         raise ValueError(f"{choice.device!r} is no device; give cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"PyTorch finds no GPU for the device {choice.device}; leave it out, or give cpu")
-    if Path(choice.name).is_dir() and not (Path(choice.name) / "open_clip_config.json").is_file():
+    folder = Path(choice.name.removeprefix("hf:"))
+    if folder.is_dir() and is_clap(folder):
         if choice.pretrained is not None:
-            raise ValueError(f"the folder {choice.name} holds its own weights: leave out --model.pretrained")
-        return load_clap(choice.name, device).eval()
+            raise ValueError(f"the folder {folder} holds its own weights: leave out --model.pretrained")
+        return load_clap(folder, device).eval()
     if choice.is_random:
         torch.manual_seed(choice.seed)
         print(  # noqa: T201

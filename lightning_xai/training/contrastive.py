@@ -192,8 +192,7 @@ class ContrastiveModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step and clamp the logit scale, so that the model is never seen with a scale out of bounds."""
         super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            self.encoder.logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
+        self.encoder.clamp_logit_scale(self.max_logit_scale)
 
     def on_train_epoch_end(self) -> None:
         """Stop the clock: validation does not count as training time."""
