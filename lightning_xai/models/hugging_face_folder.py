@@ -43,6 +43,7 @@ _MODELS = {
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
 }
 """model_type -> the class of transformers."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 _ABOUT_THE_FILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
 """Settings of a configuration that change no number."""
 _PROBES = ("a photo of a cat", "Two RED rings, & 3 blue ones.")
@@ -96,10 +97,10 @@ def load_recorded(weights: Weights, options: ModelOptions) -> HuggingFaceEncoder
         raise ValueError(f"{weights.path} holds a model of type {kind!r}; this release knows {', '.join(_MODELS)}")
     config = getattr(transformers, _MODELS[kind]).config_class.from_dict(dict(recorded["model_cfg"]))
     places = [weights.path.parent, Path(recorded["tokenizer"]["folder"])]
-    place = next((folder for folder in places if (folder / "tokenizer_config.json").is_file()), None)
+    place = next((folder for folder in places if any((folder / name).is_file() for name in _TOKENIZER_FILES)), None)
     if place is None:
         raise ValueError(
-            f"{weights.path} needs the tokenizer of {recorded['name']}, and finds no tokenizer_config.json in "
+            f"{weights.path} needs the tokenizer of {recorded['name']}, and finds no tokenizer.json in "
             f"{' or '.join(map(str, places))}: copy the tokenizer's files next to the checkpoint, or give the model's "
             f"folder as name ({PREFIX}FOLDER) and the checkpoint as pretrained"
         )
