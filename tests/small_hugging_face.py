@@ -115,7 +115,9 @@ def save_siglip(encoder: DualEncoder, folder: Path) -> Path:
     }
     pool = "visual.trunk.attn_pool."
     for part in ("weight", "bias"):
-        state[f"vision_model.head.attention.in_proj_{part}"] = torch.cat([own[f"{pool}q.{part}"], own[f"{pool}kv.{part}"]])
+        state[f"vision_model.head.attention.in_proj_{part}"] = torch.cat(
+            [own[f"{pool}q.{part}"], own[f"{pool}kv.{part}"]]
+        )
         for name, old in {
             "vision_model.embeddings.patch_embedding": "visual.trunk.patch_embed.proj",
             "vision_model.post_layernorm": "visual.trunk.norm", "vision_model.head.attention.out_proj": f"{pool}proj",
@@ -173,6 +175,16 @@ def save_word_tokenizer(folder: Path, length: int, *, padding: str = "<pad>") ->
     return len(vocabulary)
 
 
+def save_letter_tokenizer(folder: Path, length: int) -> int:
+    """SigLIP 2's own tokenizer class, with one token for each letter; transformers takes no other with that model."""
+    letters = sorted({letter for caption in CAPTIONS for letter in caption if letter != " "} | {"▁"})
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters])}
+    transformers.Siglip2Tokenizer(
+        vocab=vocabulary, merges=[], model_max_length=length, padding_side="right"
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
 def save_processor(folder: Path, kind: str, **settings: Any) -> None:
     getattr(transformers, kind)(**settings).save_pretrained(folder)
 
@@ -225,7 +237,7 @@ MODELS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     ),
     "Siglip2Model": (
         _two(
-            "Siglip2Config", _TEXT | {"max_position_embeddings": 16, "projection_size": 32},
+            "Siglip2Config", _TEXT | {"max_position_embeddings": 40, "projection_size": 32},
             WIDTHS | {"patch_size": 8, "num_patches": 16},
         ),
         "Siglip2ImageProcessor", {"patch_size": 8, "max_num_patches": 16}, "<pad>",
@@ -255,7 +267,8 @@ MODELS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 def save_small(kind: str, folder: Path) -> Path:
     """A small model of a class with random weights, in a folder."""
     config, processor, pixels, padding = MODELS[kind]
-    vocabulary = save_word_tokenizer(folder, 18, padding=padding)
+    own = kind == "Siglip2Model" and hasattr(transformers, "Siglip2Tokenizer")
+    vocabulary = save_letter_tokenizer(folder, 40) if own else save_word_tokenizer(folder, 18, padding=padding)
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config(vocabulary))
     randomise(model)

@@ -43,7 +43,8 @@ _MODELS = {
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
 }
 """model_type -> the class of transformers."""
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+"""Files of which a tokenizer has one; without, transformers makes one that knows no words."""
 _ABOUT_THE_FILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
 """Settings of a configuration that change no number."""
 _PROBES = ("a photo of a cat", "Two RED rings, & 3 blue ones.")
@@ -97,7 +98,7 @@ def load_recorded(weights: Weights, options: ModelOptions) -> HuggingFaceEncoder
         raise ValueError(f"{weights.path} holds a model of type {kind!r}; this release knows {', '.join(_MODELS)}")
     config = getattr(transformers, _MODELS[kind]).config_class.from_dict(dict(recorded["model_cfg"]))
     places = [weights.path.parent, Path(recorded["tokenizer"]["folder"])]
-    place = next((folder for folder in places if any((folder / name).is_file() for name in _TOKENIZER_FILES)), None)
+    place = next((folder for folder in places if _has_vocabulary(folder)), None)
     if place is None:
         raise ValueError(
             f"{weights.path} needs the tokenizer of {recorded['name']}, and finds no tokenizer.json in "
@@ -169,11 +170,14 @@ def read_model(model_class: Any, folder: Path) -> Any:
     """
     options = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        model, report = model_class.from_pretrained(folder, attn_implementation="sdpa", **options)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        model, report = model_class.from_pretrained(folder, **options)
+        try:
+            model, report = model_class.from_pretrained(folder, attn_implementation="sdpa", **options)
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, report = model_class.from_pretrained(folder, **options)
+    except RuntimeError as error:  # transformers 5 has logged which are of another shape
+        raise ValueError(f"the weights in {folder} do not fit its config.json: some are of another shape") from error
     wrong = [str(name) for part in ("missing_keys", "mismatched_keys") for name in sorted(report[part], key=str)]
     if wrong:
         raise ValueError(
@@ -291,6 +295,10 @@ def _with_options(processor: Mapping[str, Any], options: ModelOptions) -> dict[s
     return {**changed, "size": {"shortest_edge": max(height, width)}, **crop}
 
 
+def _has_vocabulary(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
 @dataclass(frozen=True)
 class _Tokenizer:
     """A tokenizer of transformers as `CaptionTokenizer` takes it: captions -> token ids of one length.
@@ -309,6 +317,8 @@ class _Tokenizer:
     def of(cls, folder: Path, config: Any) -> _Tokenizer:
         """The tokenizer in a folder, for a model's configuration."""
         transformers = _transformers()
+        if not _has_vocabulary(folder):
+            raise ValueError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}): copy its files there")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -318,7 +328,12 @@ class _Tokenizer:
                 f"the tokenizer of {folder} cannot be read ({error}); put its files there, as its save_pretrained "
                 "writes them"
             ) from error
-        tokenizer.padding_side = "right"
+        if tokenizer.padding_side != "right":
+            raise ValueError(
+                f"the tokenizer of {folder} pads on the left, so that words are at other places in every batch: if "
+                'the model was trained with padding on the right, put "padding_side": "right" into its '
+                "tokenizer_config.json"
+            )
         text = config.text_config
         positions = int(text.max_position_embeddings)
         if "roberta" in text.model_type or config.model_type == "altclip":
