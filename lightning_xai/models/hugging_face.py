@@ -131,12 +131,15 @@ class HuggingFaceEncoder(DualEncoder):
 
     def _enable_checkpointing(self) -> None:
         for name, tower in (("image", self.model.vision_model), ("text", self.model.text_model)):
-            if not tower.supports_gradient_checkpointing:
+            # In earlier releases of transformers not all towers are models on their own.
+            owner = tower if hasattr(tower, "gradient_checkpointing_enable") else self.model
+            if owner.supports_gradient_checkpointing:
+                owner.gradient_checkpointing_enable({"use_reentrant": False})
+            if not any(getattr(child, "gradient_checkpointing", False) for child in tower.modules()):
                 raise UnsupportedTowerError(
                     f"the {name} tower, a {type(tower).__name__}, has no gradient checkpointing: set "
                     "gradient_checkpointing to false; chunk_size saves more memory than it does"
                 )
-            tower.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _own_embedding(self, tower: str, inputs: Tensor) -> Tensor:
         return self._embed_image(inputs) if tower == "image" else self._text_tower.encode(inputs)

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ PREFIX = "hf:"
 """In front of a folder, it names a model of transformers."""
 LIBRARY = "transformers"
 """`library` of these architectures."""
-_INSTALL = "models of Hugging Face need transformers: pip install 'lightning_xai[hf]'"
+_INSTALL = "models of Hugging Face need transformers 5 and sentencepiece: pip install 'lightning_xai[hf]'"
 _MODELS = {
     "clip": "CLIPModel",
     "siglip": "SiglipModel",
@@ -192,6 +193,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(_INSTALL) from error
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ImportError(f"{_INSTALL}; found transformers {transformers.__version__}")
     return transformers
 
 
@@ -251,12 +254,8 @@ def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, A
 
 def _read_processor(folder: Path) -> dict[str, Any]:
     """The settings of a folder's image processor, with the defaults of its class."""
-    transformers = _transformers()
-    old = int(transformers.__version__.partition(".")[0]) < 5
-    # The backend whose pixels can be had without it. transformers 5 has another name for it.
-    backend: dict[str, Any] = {"use_fast": False} if old else {"backend": "pil"}
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, **backend)
+        processor = _transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the image processor of {folder} cannot be read: {error}") from error
     settings: dict[str, Any] = json.loads(json.dumps(processor.to_dict(), default=str))
@@ -319,6 +318,9 @@ class _Tokenizer:
         transformers = _transformers()
         if not _has_vocabulary(folder):
             raise ValueError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}): copy its files there")
+        if (folder / "spiece.model").is_file() and find_spec("sentencepiece") is None:
+            # transformers would take another tokenizer then, which does not clean captions as SigLIP's does.
+            raise ImportError(_INSTALL)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
