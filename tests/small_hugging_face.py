@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,18 @@ def save_letter_tokenizer(folder: Path, length: int) -> int:
     return len(vocabulary)
 
 
+def save_siglip_tokenizer(folder: Path, length: int) -> int:
+    """SigLIP's own tokenizer class, which reads a sentencepiece model and cleans captions."""
+    trainer = pytest.importorskip("sentencepiece", reason="needs the extra [hf]").SentencePieceTrainer
+    trainer.train(
+        sentence_iterator=iter(CAPTIONS * 20), model_prefix=str(folder / "spiece"), vocab_size=60, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = transformers.SiglipTokenizer(vocab_file=str(folder / "spiece.model"), model_max_length=length)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
 def save_processor(folder: Path, kind: str, **settings: Any) -> None:
     getattr(transformers, kind)(**settings).save_pretrained(folder)
 
@@ -244,7 +257,7 @@ MODELS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
     ),
     "ChineseCLIPModel": (
         _two("ChineseCLIPConfig", _TEXT | _SMOOTH, WIDTHS | PIXELS | _SMOOTH, projection_dim=24),
-        "ChineseCLIPImageProcessor", _CROP, "<pad>",
+        "ChineseCLIPImageProcessor", _SQUASH | {"do_center_crop": False}, "<pad>",
     ),
     "AltCLIPModel": (
         _two("AltCLIPConfig", _TEXT | _SMOOTH | {"project_dim": 20}, WIDTHS | PIXELS | _SMOOTH, projection_dim=24),
@@ -264,11 +277,17 @@ MODELS: dict[str, tuple[Any, str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-def save_small(kind: str, folder: Path) -> Path:
+def save_small(kind: str, folder: Path, save_tokenizer: Callable[[Path, int], int] | None = None) -> Path:
     """A small model of a class with random weights, in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     config, processor, pixels, padding = MODELS[kind]
     own = kind == "Siglip2Model" and hasattr(transformers, "Siglip2Tokenizer")
-    vocabulary = save_letter_tokenizer(folder, 40) if own else save_word_tokenizer(folder, 18, padding=padding)
+    if own:
+        vocabulary = save_letter_tokenizer(folder, 40)
+    elif save_tokenizer is not None:
+        vocabulary = save_tokenizer(folder, 18)
+    else:
+        vocabulary = save_word_tokenizer(folder, 18, padding=padding)
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config(vocabulary))
     randomise(model)

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,7 @@ def check_folder(
     if missing:
         raise ValueError(
             f"{folder} is no folder of {what}: it lacks {', '.join(missing)}; download one, for example with "
-            f"`hf download {example or 'openai/clip-vit-base-patch32'} --local-dir FOLDER`, and convert weights of "
+            f"`hf download {example or 'openai/clip-vit-large-patch14'} --local-dir FOLDER`, and convert weights of "
             "another kind with save_pretrained"
         )
     try:
@@ -193,8 +194,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(_INSTALL) from error
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        raise ImportError(f"{_INSTALL}; found transformers {transformers.__version__}")
+    if int(version("transformers").partition(".")[0]) < 5:
+        raise ImportError(f"{_INSTALL}; found transformers {version('transformers')}")
     return transformers
 
 

@@ -296,7 +296,7 @@ class ContrastiveFineTuning(ContrastiveModule):
 
     Args:
         model: an open_clip name, the path of a JSON model config, a checkpoint of this project (`.ckpt`), an open_clip
-            folder, or `hf-hub:OWNER/NAME`.
+            folder, `hf-hub:OWNER/NAME`, or `hf:FOLDER`, a folder of Hugging Face's transformers.
         pretrained: an open_clip tag, a checkpoint file, or null for random weights.
         image_size: (height, width) of images in pixels, or one number for both; null: that of the model.
         image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +16,7 @@ import torch
 from conftest import ARCHITECTURES, TEXT, encoder_from
 from equation_10 import Side, assert_same, block_input, equation_10
 from PIL import Image
-from small_hugging_face import CAPTIONS, MODELS, save_clip, save_siglip, save_small, transformers
+from small_hugging_face import CAPTIONS, MODELS, save_clip, save_siglip, save_siglip_tokenizer, save_small, transformers
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -178,6 +179,30 @@ def test_embeddings_are_transformers_own_of_the_processors_tokens(
     torch.testing.assert_close(
         encoder.encode_image(pixels), getattr(image, "pooler_output", image), rtol=1e-5, atol=1e-6
     )
+
+
+def test_siglips_own_tokenizer_cleans_captions_and_finds_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_small("SiglipModel", tmp_path / "siglip", save_siglip_tokenizer)
+    tokenizer = pickle.loads(pickle.dumps(load_dual_encoder(f"hf:{folder}").tokenizer))  # as workers get it
+    caption = "A small, green star!"
+    tokens = tokenizer.encode([caption])
+    assert torch.equal(tokens, tokenizer.encode(["a small green star"]))
+    own = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokens.tolist() == own([caption], padding="max_length", max_length=16)["input_ids"]
+    span = tokenizer.token_span("a small green star", (8, 13))
+    assert tokenizer.decode(tokenizer.encode(["a small green star"])[0][span]) == "green"
+    monkeypatch.setattr("lightning_xai.models.hugging_face_folder.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"sentencepiece: pip install 'lightning_xai\[hf\]'"):
+        load_dual_encoder(f"hf:{folder}")
+
+
+def test_an_old_transformers_is_an_error_that_names_the_extra(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("CLIPModel")
+    monkeypatch.setattr("lightning_xai.models.hugging_face_folder.version", lambda name: "4.57.0")
+    with pytest.raises(ImportError, match=r"lightning_xai\[hf\]'; found transformers 4.57.0"):
+        load_dual_encoder(f"hf:{folder}")
 
 
 @every_model
