@@ -66,27 +66,34 @@ def load_hugging_face(folder: Path, weights: Weights | None, options: ModelOptio
             image processor that cannot be served.
     """
     kind = check_folder(folder, _MODELS, "a dual encoder", needs_weights=weights is None)
-    transformers = _transformers()
+    model_class = getattr(_transformers(), _MODELS[kind])
     if weights is None:
-        model = read_model(getattr(transformers, _MODELS[kind]), folder)
+        model = read_model(model_class, folder)
     else:
-        config = getattr(transformers, _MODELS[kind]).config_class.from_pretrained(folder, local_files_only=True)
-        model = _build(kind, config)
-    architecture = {
-        "name": f"{folder.resolve().name} ({_MODELS[kind]})",
-        "library": LIBRARY,
-        "model_cfg": _settings(model.config),
-        "preprocess_cfg": _with_options(_read_processor(folder), options),
-    }
+        model = _build(kind, model_class.config_class.from_pretrained(folder, local_files_only=True))
+    name, settings = f"{folder.resolve().name} ({_MODELS[kind]})", _settings(model.config)
+    if weights is not None and weights.architecture is not None:
+        difference = differing_settings(weights.architecture["model_cfg"], settings)
+        if difference:
+            raise ValueError(
+                f"{weights.path} holds another model than {name}: they differ in {', '.join(sorted(difference)[:6])}"
+            )
+        return load_recorded(weights, options, folder)
     tokenizer = _Tokenizer.of(folder, model.config)
-    architecture["tokenizer"] = {"folder": str(folder.resolve()), "vocabulary": tokenizer.fingerprint()}
+    architecture = {
+        "name": name,
+        "library": LIBRARY,
+        "model_cfg": settings,
+        "preprocess_cfg": _with_options(_read_processor(folder), options),
+        "tokenizer": {"folder": str(folder.resolve()), "vocabulary": tokenizer.fingerprint()},
+    }
     return _encoder(model, tokenizer, architecture, weights)
 
 
-def load_recorded(weights: Weights, options: ModelOptions) -> HuggingFaceEncoder:
+def load_recorded(weights: Weights, options: ModelOptions, folder: Path | None = None) -> HuggingFaceEncoder:
     """Load a checkpoint of this project, which knows all of its model but the tokenizer's files.
 
-    They have to be in the folder that the model was loaded from, or next to the checkpoint.
+    They have to be in `folder`, or else next to the checkpoint, or in the folder that the model was loaded from.
 
     Raises:
         ImportError: transformers is not installed.
@@ -94,13 +101,12 @@ def load_recorded(weights: Weights, options: ModelOptions) -> HuggingFaceEncoder
     """
     assert weights.architecture is not None, "the caller has looked"
     recorded = weights.architecture
-    transformers = _transformers()
     kind = str(recorded["model_cfg"].get("model_type"))
     if kind not in _MODELS:
         raise ValueError(f"{weights.path} holds a model of type {kind!r}; this release knows {', '.join(_MODELS)}")
-    config = getattr(transformers, _MODELS[kind]).config_class.from_dict(dict(recorded["model_cfg"]))
-    places = [weights.path.parent, Path(recorded["tokenizer"]["folder"])]
-    place = next((folder for folder in places if _has_vocabulary(folder)), None)
+    config = getattr(_transformers(), _MODELS[kind]).config_class.from_dict(dict(recorded["model_cfg"]))
+    places = [weights.path.parent, Path(recorded["tokenizer"]["folder"])] if folder is None else [folder]
+    place = next((place for place in places if _has_vocabulary(place)), None)
     if place is None:
         raise ValueError(
             f"{weights.path} needs the tokenizer of {recorded['name']}, and finds no tokenizer.json in "
@@ -121,9 +127,9 @@ def save_hugging_face(encoder: HuggingFaceEncoder, folder: Path) -> None:
     """Write a folder that `from_pretrained` of transformers loads, image processor and tokenizer included.
 
     Raises:
-        ValueError: `folder` is a file, or holds some already.
+        ValueError: `folder` is a file or has a file's name, or holds some already.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.suffix in (".safetensors", ".pt") or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} has to be a new folder, or an empty one: the export is several files")
     folder.mkdir(parents=True, exist_ok=True)
     encoder.model.save_pretrained(folder)
@@ -212,7 +218,10 @@ def _encoder(
     model: Any, tokenizer: _Tokenizer, architecture: dict[str, Any], weights: Weights | None
 ) -> HuggingFaceEncoder:
     if weights is not None:
-        _put(model, weights, architecture)
+        try:
+            model.load_state_dict(weights.state)
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {weights.path} do not fit {architecture['name']}: {error}") from error
     transform = ProcessorTransform.of(architecture["preprocess_cfg"])
     if model.config.model_type == "siglip2":
         warnings.warn(
@@ -222,21 +231,13 @@ def _encoder(
             stacklevel=2,
         )
     model.train()  # as models of open_clip come; transformers hands out models in evaluation mode
-    return HuggingFaceEncoder(model, CaptionTokenizer(tokenizer), architecture, transform)
-
-
-def _put(model: Any, weights: Weights, architecture: Mapping[str, Any]) -> None:
-    recorded = weights.architecture
-    difference = differing_settings(recorded["model_cfg"], architecture["model_cfg"]) if recorded is not None else ()
-    if difference:
-        raise ValueError(
-            f"{weights.path} holds another model than {architecture['name']}: they differ in "
-            f"{', '.join(sorted(difference)[:6])}"
-        )
     try:
-        model.load_state_dict(weights.state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {weights.path} do not fit {architecture['name']}: {error}") from error
+        return HuggingFaceEncoder(model, CaptionTokenizer(tokenizer), architecture, transform)
+    except (AttributeError, TypeError) as error:  # a vision-text dual encoder may be of any two models
+        raise ValueError(
+            f"transformers cannot embed with {architecture['name']} ({error}): both towers need a pooler_output, which "
+            "DistilBERT, for one, has not; take a BERT or RoBERTa"
+        ) from error
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -289,8 +290,10 @@ def _with_options(processor: Mapping[str, Any], options: ModelOptions) -> dict[s
     height, width = ProcessorTransform.of(changed).size
     if options.resize_mode == "squash":
         return {**changed, "size": {"height": height, "width": width}, "do_center_crop": False}
-    if options.resize_mode != "shortest":
-        raise ValueError(f"resize_mode has to be shortest or squash here; got {options.resize_mode!r}")
+    if options.resize_mode != "shortest" or str(changed.get("image_processor_type")).startswith("Siglip2"):
+        raise ValueError(
+            f"resize_mode has to be shortest or squash here, and squash for SigLIP 2; got {options.resize_mode!r}"
+        )
     crop = {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
     return {**changed, "size": {"shortest_edge": max(height, width)}, **crop}
 

@@ -16,7 +16,17 @@ import torch
 from conftest import ARCHITECTURES, TEXT, encoder_from
 from equation_10 import Side, assert_same, block_input, equation_10
 from PIL import Image
-from small_hugging_face import CAPTIONS, MODELS, save_clip, save_siglip, save_siglip_tokenizer, save_small, transformers
+from small_hugging_face import (
+    CAPTIONS,
+    MODELS,
+    PIXELS,
+    WIDTHS,
+    save_clip,
+    save_siglip,
+    save_siglip_tokenizer,
+    save_small,
+    transformers,
+)
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -346,7 +356,7 @@ def test_the_factor_on_similarities_is_the_librarys_and_is_kept_in_bounds(kind: 
                 else:
                     encoder.model.logit_scale.fill_(scale)
             encoder.clamp_logit_scale(50.0)
-            assert float(encoder.logit_scale) == pytest.approx(expected)
+            assert float(encoder.logit_scale.detach()) == pytest.approx(expected)
     finally:
         encoder.load_state_dict(before)
 
@@ -454,8 +464,9 @@ def test_an_export_is_loaded_by_transformers_with_the_same_embeddings(
     own = encoder.model.state_dict()
     assert reloaded.state_dict().keys() == own.keys()
     assert all(torch.equal(value.double(), own[key].double()) for key, value in reloaded.state_dict().items())
-    with pytest.raises(ValueError, match="has to be a new folder"):
-        save_hugging_face(encoder, tmp_path / "out")
+    for place in ("out", "new.safetensors"):
+        with pytest.raises(ValueError, match="has to be a new folder"):
+            save_hugging_face(encoder, tmp_path / place)
 
 
 def fit(model: str, shapes: Path, run: Path, *more: str) -> Path:
@@ -505,8 +516,12 @@ def test_a_folder_is_explained_trained_and_exported_from_the_command_line(
     vocabulary = words["model"]["vocab"]
     vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
     (checkpoint.parent / "tokenizer.json").write_text(json.dumps(words))
-    with pytest.raises(ValueError, match="is another one than"):
-        load_dual_encoder(checkpoint)
+    for name, weights in ((str(checkpoint), None), (f"hf:{moved}", checkpoint)):
+        with pytest.raises(ValueError, match="is another one than"):
+            load_dual_encoder(name, weights)
+        shutil.copy(checkpoint.parent / "tokenizer.json", moved)
+    with pytest.raises(ValueError, match=r"holds another model than CLIPModel .*they differ in"):
+        load_dual_encoder(f"hf:{folder_of('CLIPModel')}", checkpoint)
 
 
 def test_folders_that_cannot_be_loaded_are_refused_in_words(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -534,6 +549,18 @@ def test_folders_that_cannot_be_loaded_are_refused_in_words(folder_of: Callable[
         (folder / name).unlink()
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_dual_encoder(f"hf:{folder}")
+
+
+def test_towers_without_a_pooled_output_are_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(vocabulary: int) -> Any:
+        vision = transformers.ViTConfig(**WIDTHS, **PIXELS)
+        text = transformers.DistilBertConfig(dim=32, n_heads=4, n_layers=3, vocab_size=vocabulary)
+        return transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=24)
+
+    kind = "VisionTextDualEncoderModel"
+    monkeypatch.setitem(MODELS, kind, (config, *MODELS[kind][1:]))
+    with pytest.raises(ValueError, match="both towers need a pooler_output"):
+        load_dual_encoder(f"hf:{save_small(kind, tmp_path / 'hf')}")
 
 
 def test_a_naflex_model_says_that_it_squashes(folder_of: Callable[[str], Path]) -> None:
