@@ -101,6 +101,7 @@ class HuggingFaceEncoder(DualEncoder):
     def __init__(
         self, model: Any, tokenizer: CaptionTokenizer, architecture: Mapping[str, Any], transform: ProcessorTransform
     ) -> None:
+        self._image_tokens: int | None = None  # before the first block, found out once; 0 for feature maps
         super().__init__(model, tokenizer, architecture, transform)
 
     def _trimming_text_tower(self) -> HuggingFaceText:
@@ -160,10 +161,12 @@ class HuggingFaceEncoder(DualEncoder):
     def _image_at_layer(self, layer: int) -> TowerAtLayer:
         tower, blocks = _ImageTower(self), _block_list(self.model.vision_model, "image")
         size = self.image_transform.size
-        with torch.no_grad(), evaluating(self):
+        if self._image_tokens is None:
             blank = next(self.parameters()).new_zeros(1, *self.image_shape)
-            hidden = blocks.reach(0, lambda: tower(blank))
-        if hidden.ndim == 4:
+            with torch.no_grad(), evaluating(self):
+                hidden = blocks.reach(0, lambda: tower(blank))
+            self._image_tokens = 0 if hidden.ndim == 4 else hidden.shape[1]
+        if self._image_tokens == 0:
             return ImageBlocksAtLayer(tower, blocks, size, layer, None)
         patch = getattr(self.model.config.vision_config, "patch_size", None)
         if patch is None:
@@ -175,7 +178,7 @@ class HuggingFaceEncoder(DualEncoder):
             pixels // step
             for pixels, step in zip(size, (patch, patch) if isinstance(patch, int) else patch, strict=True)
         )
-        blocks = replace(blocks, prefix=hidden.shape[1] - rows * columns)
+        blocks = replace(blocks, prefix=self._image_tokens - rows * columns)
         return ImageBlocksAtLayer(tower, blocks, size, layer, (rows, columns))
 
     def _text_at_layer(self, layer: int) -> TextTowerAtLayer:

@@ -41,6 +41,7 @@ from lightning_xai.models import (
     load_dual_encoder,
     save_hugging_face,
 )
+from lightning_xai.models.sharding import shard_encoder
 from lightning_xai.training.contrastive import ContrastiveModule
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -330,6 +331,25 @@ def test_chunks_and_gradient_checkpointing_give_the_same_gradients(kind: str, fo
     assert {key for key, _ in encoder.named_parameters()} - plain.keys() <= {"model.logit_bias"} | {
         key for key in dict(encoder.named_parameters()) if "pooler" in key
     }
+
+
+@pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
+def test_listing_blocks_runs_nothing_since_a_sharded_model_could_not(
+    kind: str, folder_of: Callable[[str], Path]
+) -> None:
+    encoder = load_dual_encoder(f"hf:{folder_of(kind)}")
+    calls: list[str] = []
+    for tower in (encoder.model.vision_model, encoder.model.text_model):
+        tower.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+    assert len(encoder.blocks()) == 6
+    assert calls == []
+    encoder.encode_text(encoder.tokenizer.encode(CAPTIONS))
+    assert len(calls) == 1
+
+
+def test_a_temperature_is_not_sharded(encoder_of: Encoders) -> None:
+    with pytest.raises(ValueError, match="take strategy ddp"):
+        shard_encoder(encoder_of("AlignModel"), mesh=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel", "AlignModel"])
