@@ -1,4 +1,4 @@
-"""`export`: turn a checkpoint into weights that open_clip loads."""
+"""`export`: turn a checkpoint into weights that open_clip loads, or into a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ if TYPE_CHECKING:
 def export(checkpoint: Path, out: Path) -> None:
     """Turn a checkpoint of this project into weights for `open_clip.create_model(name, pretrained=out)`.
 
+    Where `fit` began with a folder of transformers (hf:FOLDER), into such a folder, for `from_pretrained(out)`.
+
     Args:
         checkpoint: a .ckpt file that `fit` has written.
-        out: a .safetensors or .pt file to write; the model's configuration goes to the same folder, as .json.
+        out: a .safetensors or .pt file to write; the model's configuration goes to the same folder, as .json. For a
+            model of transformers a new folder.
     """
-    from lightning_xai.models import load_dual_encoder, save_open_clip
+    from lightning_xai.models import HuggingFaceEncoder, load_dual_encoder, save_hugging_face, save_open_clip
 
     if checkpoint.suffix != ".ckpt":
         raise ValueError(f"export takes a .ckpt file that fit has written; got {checkpoint}")
     encoder = load_dual_encoder(str(checkpoint))
+    if isinstance(encoder, HuggingFaceEncoder):
+        save_hugging_face(encoder, out)
+        kind = type(encoder.model).__name__
+        print(  # noqa: T201
+            f"Saved {out}. To load it:\nfrom transformers import AutoProcessor, {kind}\n"
+            f"model = {kind}.from_pretrained({str(out)!r})\nprocessor = AutoProcessor.from_pretrained({str(out)!r})"
+        )
+        return
     save_open_clip(encoder, out)
     print(f"Saved {out} and {out.with_suffix('.json')}. To load them:\n{loading_code(encoder, out)}")  # noqa: T201
 

@@ -56,12 +56,14 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     import torch
 
     from lightning_xai.models import load_clap, load_dual_encoder
+    from lightning_xai.models.clap import is_clap
 
     device = _device(choice.device)
-    if Path(choice.name).is_dir() and not (Path(choice.name) / "open_clip_config.json").is_file():
+    folder = Path(choice.name.removeprefix("hf:"))
+    if folder.is_dir() and is_clap(folder):
         if choice.pretrained is not None:
-            raise ValueError(f"the folder {choice.name} holds its own weights: leave out --model.pretrained")
-        return load_clap(choice.name, device).eval()
+            raise ValueError(f"the folder {folder} holds its own weights: leave out --model.pretrained")
+        return load_clap(folder, device).eval()
     if choice.is_random:
         torch.manual_seed(choice.seed)
         print(  # noqa: T201

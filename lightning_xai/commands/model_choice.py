@@ -17,7 +17,7 @@ class ModelChoice(ModelOptions):
 
     Attributes:
         name: an open_clip name (ViT-B-32), a JSON model config, a .ckpt file that fit has written, an open_clip folder,
-            hf-hub:OWNER/NAME, or the folder of a CLAP model.
+            hf-hub:OWNER/NAME, or hf:FOLDER, a folder of Hugging Face's transformers (CLIP, SigLIP, CLAP and others).
         pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those that the name brings,
             random ones otherwise.
         device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.
@@ -32,7 +32,7 @@ class ModelChoice(ModelOptions):
     @property
     def is_random(self) -> bool:
         """True if neither the name nor `pretrained` brings weights."""
-        brings = self.name.endswith(".ckpt") or self.name.startswith(("hf-hub:", "local-dir:"))
+        brings = self.name.endswith(".ckpt") or self.name.startswith(("hf-hub:", "hf:", "local-dir:"))
         return self.pretrained is None and not (brings or Path(self.name).is_dir())
 
     @property

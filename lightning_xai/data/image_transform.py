@@ -117,7 +117,7 @@ class ImageTransform:
         new_width, new_height = self._resized(size)
         scale = torch.tensor([new_width / width, new_height / height] * 2, dtype=torch.float64)
         offset = torch.tensor(
-            [_offset(new_width, self.size[1]), _offset(new_height, self.size[0])] * 2, dtype=torch.float64
+            [self._offset(new_width, self.size[1]), self._offset(new_height, self.size[0])] * 2, dtype=torch.float64
         )
         corners = boxes.reshape(-1, 4).to(torch.float64, copy=True)
         corners[:, 2:] += corners[:, :2]
@@ -146,12 +146,12 @@ class ImageTransform:
         ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
         return round(width / ratio), round(height / ratio)
 
-
-def _offset(resized: int, target: int) -> int:
-    """Pixels that centre cropping (negative) or padding (positive) moves the image right or down."""
-    if resized < target:
-        return (target - resized) // 2
-    return -round((resized - target) / 2.0)
+    @staticmethod
+    def _offset(resized: int, target: int) -> int:
+        """Pixels that centre cropping (negative) or padding (positive) moves the image right or down."""
+        if resized < target:
+            return (target - resized) // 2
+        return -round((resized - target) / 2.0)
 
 
 def _three(values: Any) -> tuple[float, ...]:

@@ -260,7 +260,8 @@ class _HuggingFaceEncode:
     wrapper: Any
 
     def __call__(self, text: str) -> list[int]:
-        ids = self.wrapper.tokenizer(self.wrapper.clean_fn(text), add_special_tokens=False)["input_ids"]
+        # Not verbose: it would warn of texts that are longer than the model takes, which are cut elsewhere.
+        ids = self.wrapper.tokenizer(self.wrapper.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
         return [int(token) for token in ids]
 
 

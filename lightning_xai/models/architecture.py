@@ -62,7 +62,10 @@ def folder_architecture(folder: Path) -> dict[str, Any]:
     """
     path = folder / FOLDER_CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is no open_clip folder: it lacks {FOLDER_CONFIG}")
+        raise ValueError(
+            f"{folder} is no open_clip folder: it lacks {FOLDER_CONFIG}; a folder of Hugging Face's transformers is "
+            "named hf:FOLDER"
+        )
     return {**architecture_from_json(path), "name": folder.resolve().name}
 
 
@@ -101,7 +104,8 @@ def check_architecture(recorded: Any, path: Path) -> dict[str, Any]:
     parts = {"name": str, "model_cfg": dict, "preprocess_cfg": dict}
     if not isinstance(recorded, dict) or any(not isinstance(recorded.get(key), kind) for key, kind in parts.items()):
         raise ValueError(f"{source} is broken, expected {', '.join(parts)}; write the file again with this project")
-    _check_config(recorded["model_cfg"], source)
+    if recorded.get("library") is None:  # else it is no configuration of open_clip's
+        _check_config(recorded["model_cfg"], source)
     return recorded
 
 

@@ -36,6 +36,7 @@ from lightning_xai.models.architecture import (
     with_sizes,
 )
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.hugging_face_folder import LIBRARY, PREFIX, load_hugging_face, load_recorded
 from lightning_xai.models.positions import ImagePositions, interpolate_image, interpolate_text, text_positions
 from lightning_xai.models.weights_file import Weights, read_weights
 
@@ -72,7 +73,8 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
     Args:
         model: an open_clip name (`"ViT-B-16"`), the path of a JSON model config, the path of a Lightning checkpoint
             of this project, which knows its architecture, an open_clip folder (`"local-dir:FOLDER"`, or its path
-            alone), or `"hf-hub:OWNER/NAME"` (downloaded on first use).
+            alone), `"hf-hub:OWNER/NAME"` (an open_clip model, downloaded on first use), or a folder of Hugging Face's
+            transformers (`"hf:FOLDER"`).
         pretrained: None (random weights, or those that `model` brings); an open_clip tag (`"openai"`, downloaded on
             first use), or a file: `.pt`, `.safetensors`, a TorchScript archive or a Lightning checkpoint.
         device: where to put the model.
@@ -101,13 +103,20 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
         resize_mode=resize_mode,
         quick_gelu=quick_gelu,
     )
+    if str(model).startswith(PREFIX):
+        if pretrained is not None and not Path(pretrained).is_file():
+            raise ValueError(_brings_its_own(model, pretrained))
+        weights = None if pretrained is None else read_weights(Path(pretrained))
+        return load_hugging_face(Path(str(model).removeprefix(PREFIX)), weights, options).to(device)
     source = _Source.of(model)
+    if source.weights is not None and source.architecture.get("library") == LIBRARY:
+        if pretrained is not None:
+            raise ValueError(_brings_its_own(model, pretrained))
+        return load_recorded(source.weights, options).to(device)
     if pretrained is not None:
         if source.weights is not None and not Path(pretrained).is_file():
             # A tag is often nothing but a default, and would take the place of the checkpoint's weights unseen.
-            raise ValueError(
-                f"{model} brings its own weights: set pretrained to null; got {str(pretrained)!r}, which is no file"
-            )
+            raise ValueError(_brings_its_own(model, pretrained))
         if not Path(pretrained).is_file():
             return _from_tag(source, str(pretrained), options).to(device)
         source = replace(source, weights=read_weights(Path(pretrained)))
@@ -116,6 +125,11 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
         architecture = _with_image_size(settled(architecture, options), options.size)
         return _from_architecture(architecture, source.tokenizer).to(device)
     return _from_file(source, source.weights, options).to(device)
+
+
+def _brings_its_own(model: str | Path, pretrained: str | Path) -> str:
+    no_file = "" if Path(pretrained).is_file() else ", which is no file"
+    return f"{model} brings its own weights: set pretrained to null; got {str(pretrained)!r}{no_file}"
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,7 @@ class ContrastiveModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step and clamp the logit scale, so that the model is never seen with a scale out of bounds."""
         super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            self.encoder.logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
+        self.encoder.clamp_logit_scale(self.max_logit_scale)
 
     def on_train_epoch_end(self) -> None:
         """Stop the clock: validation does not count as training time."""
@@ -265,10 +264,10 @@ class ContrastiveModule(L.LightningModule):
         own = self.encoder.architecture
         differs = next((part for part in ("model_cfg", "preprocess_cfg") if found and found[part] != own[part]), None)
         if found is None or differs is not None:
-            name = "no model of this project" if found is None else f"a {found['name']} of another {differs}"
+            name = "no model of this project" if found is None else f"a {found['name']} of another configuration"
             raise ValueError(
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
-                "set model to what the checkpoint was made with"
+                f"{differs or 'the architecture'} differs, so set model to what the checkpoint was made with"
             )
 
     def _share_buffers(self) -> None:
@@ -306,7 +305,7 @@ class ContrastiveFineTuning(ContrastiveModule):
 
     Args:
         model: an open_clip name, the path of a JSON model config, a checkpoint of this project (`.ckpt`), an open_clip
-            folder, or `hf-hub:OWNER/NAME`.
+            folder, `hf-hub:OWNER/NAME`, or `hf:FOLDER`, a folder of Hugging Face's transformers.
         pretrained: an open_clip tag, a checkpoint file, or null for random weights.
         image_size: (height, width) of images in pixels, or one number for both; null: that of the model.
         image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.
