@@ -15,49 +15,68 @@ Reasons for exclusion
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pycocotools.coco import COCO
+import msgspec
 
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.phrase_finder import MentionFinder
 from lightning_xai.data.sample import Region, Sample, Span
-from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sources.boxes import BoxTransform
 from lightning_xai.data.sources.coco_classes import read_classes
-from lightning_xai.data.sources.files import (
-    check_file,
-    check_folder,
-    kept_captions,
-    listed_records,
-    load_json,
-    read_image_file,
-    usable_samples,
-)
+from lightning_xai.data.sources.files import check_path, kept_captions, read_image_file, read_json, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Image(msgspec.Struct):
+    id: int
+    file_name: str
+    width: float
+    height: float
+
+
+class _Caption(msgspec.Struct):
+    image_id: int
+    caption: Any
+
+
+class _Object(msgspec.Struct):
+    image_id: int
+    category_id: int
+    bbox: Any = None
+    iscrowd: Any = 0
+
+
+class _Category(msgspec.Struct):
+    id: int
+    name: str
+
+
+class _CaptionsFile(msgspec.Struct):
+    images: list[_Image]
+    annotations: list[_Caption]
+
+
+class _InstancesFile(msgspec.Struct):
+    images: list[_Image]
+    annotations: list[_Object]
+    categories: list[_Category]
+
+
+class _CocoKarpathyImage(KarpathyImage, frozen=True, kw_only=True):
+    cocoid: int
+
+
+class _Entry(NamedTuple):
     """One image of the split: its id, its possible file names below the images folder, its captions."""
 
     image_id: int
-    files: tuple[str, ...]
-    captions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Instances:
-    """The instances file: annotated image sizes, category names, and (from pycocotools) annotations by image."""
-
-    sizes: Mapping[int, tuple[int, int]]
-    categories: Mapping[int, str]
-    annotations: Mapping[int, list[dict[str, Any]]]
+    files: Sequence[str]
+    captions: Sequence[object]
 
 
 def read_coco(
@@ -95,140 +114,77 @@ def read_coco(
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    _check_paths(images, captions, instances)
-    chosen = None if karpathy is None else read_karpathy(karpathy, split, need_cocoid=True)
-    caption_index = _load_coco(captions, "captions", ("images", "annotations"))
-    instance_index = _load_coco(instances, "instances", ("images", "annotations", "categories"))
-    objects = _read_instances(instance_index, instances)
-    entries = _caption_entries(caption_index, captions, excluded)
-    known = {entry.image_id for entry in entries} | set(objects.sizes)
-    _count_unknown(objects, known, excluded)
-    if chosen is not None:
-        names = {entry.image_id: entry.files for entry in entries}
-        entries = [_karpathy_entry(image, names) for image in chosen]
+    check_path(images, "images", "folder", "the folder that holds the image files")
+    chosen = None if karpathy is None else read_karpathy(karpathy, split, _CocoKarpathyImage)
+    listed = read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published")
+    annotated = read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published")
+    files = {image.id: [image.file_name] for image in listed.images}
+    sizes = {image.id: (int(image.width), int(image.height)) for image in annotated.images}
+    texts: dict[int, list[object]] = defaultdict(list)
+    for text in listed.annotations:
+        texts[text.image_id].append(text.caption)
+    objects: dict[int, list[_Object]] = defaultdict(list)
+    for thing in annotated.annotations:
+        objects[thing.image_id].append(thing)
+    excluded["caption_of_unknown_image"] += sum(text.image_id not in files for text in listed.annotations)
+    known = files.keys() | sizes.keys()
+    excluded["annotation_of_unknown_image"] += sum(thing.image_id not in known for thing in annotated.annotations)
+    if chosen is None:
+        entries = [_Entry(image, names, texts[image]) for image, names in files.items()]
+    else:
+        entries = [
+            _Entry(image.cocoid, [*files.get(image.cocoid, ()), *image.files], image.captions) for image in chosen
+        ]
+    labels = {category.id: category.name for category in annotated.categories}
     return usable_samples(
         entries,
-        _CocoReader(images, objects, split, excluded).read,
+        _CocoReader(images, f"coco/{split}", sizes, labels, objects, excluded).read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice="Check that the images, captions and instances belong together (the same year and split)",
     )
 
 
+@dataclass(frozen=True)
 class _CocoReader:
-    """Builds samples from entries; counts the captions and regions that it excludes."""
+    """Builds samples from entries; counts the captions and regions that it excludes.
 
-    def __init__(self, images: Path, objects: _Instances, split: str, excluded: Counter[str]) -> None:
-        self._images = images
-        self._objects = objects
-        self._split = split
-        self._excluded = excluded
-        self._finder = MentionFinder(*read_classes())
+    Attributes:
+        images: folder of the image files.
+        source: data set and split.
+        sizes: (width, height) of the annotated images, by id.
+        labels: names of the categories, by id.
+        objects: annotations by image id.
+        excluded: reason -> count.
+    """
+
+    images: Path
+    source: str
+    sizes: Mapping[int, tuple[int, int]]
+    labels: Mapping[int, str]
+    objects: Mapping[int, Sequence[_Object]]
+    excluded: Counter[str]
+    finder: MentionFinder = field(default_factory=lambda: MentionFinder(*read_classes()))
 
     def read(self, entry: _Entry) -> Sample:
         """The entry's sample."""
-        captions = kept_captions(entry.captions, self._excluded)
-        if entry.image_id not in self._objects.sizes:
+        captions = kept_captions(entry.captions, self.excluded)
+        if entry.image_id not in self.sizes:
             raise ExcludedError("image_without_record")
-        file = read_image_file(self._images, entry.files)
-        to_upright = file.from_annotated(self._objects.sizes[entry.image_id])
-        mentions = [self._finder.find(caption) for caption in captions]
+        file = read_image_file(self.images, entry.files)
+        upright = file.from_annotated(self.sizes[entry.image_id])
+        mentions = [self.finder.find(caption) for caption in captions]
         regions = []
-        for annotation in self._objects.annotations.get(entry.image_id, ()):
-            with counting(self._excluded):
-                regions.append(self._region(annotation, to_upright, file.size, mentions))
-        source = f"coco/{self._split}/{file.name}"
-        return Sample(f"{entry.image_id:012d}", file.data, file.size, captions, tuple(regions), source)
+        for thing in self.objects.get(entry.image_id, ()):
+            with counting(self.excluded):
+                regions.append(self._region(thing, upright, mentions))
+        return file.sample(f"{entry.image_id:012d}", self.source, captions, regions)
 
     def _region(
-        self,
-        annotation: Mapping[str, Any],
-        to_upright: BoxTransform,
-        size: tuple[int, int],
-        mentions: Sequence[Mapping[str, tuple[Span, ...]]],
+        self, thing: _Object, upright: BoxTransform, mentions: Sequence[Mapping[str, tuple[Span, ...]]]
     ) -> Region:
-        label = _label(annotation, self._objects)
-        box = clip_box(to_upright(parse_box(annotation.get("bbox"))), size)
+        if thing.category_id not in self.labels:
+            raise ExcludedError("category_unknown")
+        label = self.labels[thing.category_id]
         spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
-        return Region(label, box, spans, crowd=bool(annotation.get("iscrowd", 0)))
-
-
-def _label(annotation: Mapping[str, Any], objects: _Instances) -> str:
-    category = annotation["category_id"]
-    if category not in objects.categories:
-        raise ExcludedError("category_unknown")
-    return objects.categories[category]
-
-
-def _count_unknown(objects: _Instances, known: set[int], excluded: Counter[str]) -> None:
-    excluded["annotation_of_unknown_image"] += sum(
-        len(annotations) for image, annotations in objects.annotations.items() if image not in known
-    )
-
-
-# Annotation files
-
-
-def _check_paths(images: Path, captions: Path, instances: Path) -> None:
-    check_folder(images, "images", "the image files")
-    for name, path in (("captions", captions), ("instances", instances)):
-        check_file(path, name, "the JSON file as it was published")
-
-
-def _load_coco(path: Path, name: str, parts: tuple[str, ...]) -> COCO:
-    """A file of COCO's, indexed by pycocotools."""
-    data = load_json(path, name)
-    needed = {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id", "caption" if name == "captions" else "category_id"),
-        "categories": ("id", "name"),
-    }
-    for part in parts:
-        for record in listed_records(data, part, needed[part], origin=f"{name}: {path}", kind=f"COCO's {name} file"):
-            # Outlines make up most of the file and are not used; 860,000 of them would fill memory.
-            record.pop("segmentation", None)
-    index = COCO()
-    index.dataset = data
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            index.createIndex()
-    except TypeError as error:
-        raise ValueError(f"{name}: {path}: an id is no number ({error}); is it COCO's {name} file?") from error
-    return index
-
-
-def _read_instances(index: COCO, path: Path) -> _Instances:
-    return _Instances(
-        sizes={image: _annotated_size(record, path) for image, record in index.imgs.items()},
-        categories={key: str(record["name"]) for key, record in index.cats.items()},
-        annotations=dict(index.imgToAnns),
-    )
-
-
-def _annotated_size(record: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    try:
-        return int(record["width"]), int(record["height"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"instances: {path}: image {record['id']!r} has no whole width and height ({error})"
-        ) from error
-
-
-def _caption_entries(index: COCO, path: Path, excluded: Counter[str]) -> list[_Entry]:
-    excluded["caption_of_unknown_image"] += sum(
-        len(annotations) for image, annotations in index.imgToAnns.items() if image not in index.imgs
-    )
-    entries = []
-    for image, record in index.imgs.items():
-        if not isinstance(image, int):
-            raise ValueError(f"captions: {path}: image id {image!r} is no whole number")
-        texts = (annotation["caption"] for annotation in index.imgToAnns.get(image, ()))
-        captions = tuple(text if isinstance(text, str) else "" for text in texts)
-        entries.append(_Entry(image, (str(record["file_name"]),), captions))
-    return entries
-
-
-def _karpathy_entry(image: KarpathyImage, names: Mapping[int, tuple[str, ...]]) -> _Entry:
-    """An image of Karpathy's; `names` are COCO's file names by image id."""
-    assert image.cocoid is not None  # read_karpathy was asked for it
-    return _Entry(image.cocoid, (*names.get(image.cocoid, ()), *image.files), image.captions)
+        return Region(label, upright(thing.bbox), spans, crowd=bool(thing.iscrowd))

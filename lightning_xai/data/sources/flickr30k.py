@@ -32,9 +32,9 @@ from xml.etree import ElementTree
 
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.sample import Box, Region, Sample, Span
-from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
-from lightning_xai.data.sources.files import check_folder, is_safe_name, key_from, read_image_file, usable_samples
-from lightning_xai.data.sources.karpathy import read_karpathy
+from lightning_xai.data.sources.boxes import BoxTransform, parse_box
+from lightning_xai.data.sources.files import check_path, is_safe_name, joined_names, read_image_file, usable_samples
+from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
 # [/EN#<chain>/<type>/.../<type> <words>]
 _PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)+)\s([^\[\]]*)\]")
@@ -102,15 +102,18 @@ def read_flickr30k(
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    check_folder(images, "images", "the image files")
-    check_folder(entities, "entities", "Sentences/ and Annotations/")
+    check_path(images, "images", "folder", "the folder that holds the image files")
     for name in ("Sentences", "Annotations"):
-        check_folder(entities / name, "entities", f"Flickr30k Entities' {name} (unpack annotations.zip)")
-    ids = _listed(entities, split) if karpathy is None else _karpathys(karpathy, split)
+        what = f"the folder of Flickr30k Entities, with {name}/ (unpack annotations.zip there)"
+        check_path(entities / name, "entities", "folder", what)
+    if karpathy is None:
+        ids = _listed(entities, split)
+    else:
+        ids = [image.filename.removesuffix(".jpg") for image in read_karpathy(karpathy, split, KarpathyImage)]
     unrelated = _read_unrelated(entities) if exclude_unrelated else frozenset()
     return usable_samples(
         ids,
-        _Flickr30kReader(images, entities, split, unrelated, excluded).read,
+        _Flickr30kReader(images, entities, f"flickr30k/{split}", unrelated, excluded).read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice=f"Check that the images and the annotations in {entities} belong together",
@@ -147,34 +150,38 @@ def parse_sentence(line: str) -> tuple[str, tuple[Phrase, ...]]:
     return text, tuple(phrases)
 
 
+@dataclass(frozen=True)
 class _Flickr30kReader:
-    """Builds samples from image ids; counts the captions, phrases and regions that it excludes."""
+    """Builds samples from image ids; counts the captions, phrases and regions that it excludes.
 
-    def __init__(
-        self, images: Path, entities: Path, split: str, unrelated: frozenset[tuple[str, int]], excluded: Counter[str]
-    ) -> None:
-        self._images = images
-        self._entities = entities
-        self._split = split
-        self._unrelated = unrelated
-        self._excluded = excluded
+    Attributes:
+        images: folder of the image files.
+        entities: folder of Flickr30k Entities.
+        source: data set and split.
+        unrelated: image ids and sentence numbers (from 1) of captions to exclude.
+        excluded: reason -> count.
+    """
+
+    images: Path
+    entities: Path
+    source: str
+    unrelated: frozenset[tuple[str, int]]
+    excluded: Counter[str]
 
     def read(self, image_id: str) -> Sample:
         """The image's sample."""
         if not is_safe_name(image_id):
             raise ExcludedError("image_name_unsafe")
         sentences = self._sentences(image_id)
-        file = read_image_file(self._images, (f"{image_id}.jpg",))
+        file = read_image_file(self.images, (f"{image_id}.jpg",))
         annotation = self._annotation(image_id)
-        to_upright = file.from_annotated(annotation.size or file.size)
-        regions = self._regions(annotation, [phrases for _, phrases in sentences], to_upright, file.size)
-        captions = tuple(text for text, _ in sentences)
-        source = f"flickr30k/{self._split}/{file.name}"
-        return Sample(key_from(image_id), file.data, file.size, captions, regions, source)
+        upright = file.from_annotated(annotation.size or file.size)
+        captions, phrases = zip(*sentences, strict=True)
+        return file.sample(image_id, self.source, captions, self._regions(annotation, phrases, upright))
 
     def _sentences(self, image_id: str) -> list[tuple[str, tuple[Phrase, ...]]]:
         try:
-            lines = (self._entities / "Sentences" / f"{image_id}.txt").read_bytes().decode().split("\n")
+            lines = (self.entities / "Sentences" / f"{image_id}.txt").read_bytes().decode().split("\n")
         except FileNotFoundError as error:
             raise ExcludedError("sentences_missing") from error
         except (OSError, ValueError) as error:
@@ -183,7 +190,7 @@ class _Flickr30kReader:
             lines.pop()
         sentences = []
         for number, line in enumerate(lines, start=1):
-            with counting(self._excluded):
+            with counting(self.excluded):
                 sentences.append(self._sentence(image_id, number, line))
         if not sentences:
             raise ExcludedError("image_without_caption")
@@ -192,7 +199,7 @@ class _Flickr30kReader:
     def _sentence(self, image_id: str, number: int, line: str) -> tuple[str, tuple[Phrase, ...]]:
         if not line.strip():
             raise ExcludedError("caption_empty")
-        if (image_id, number) in self._unrelated:
+        if (image_id, number) in self.unrelated:
             raise ExcludedError("caption_unrelated")
         try:
             return parse_sentence(line)
@@ -202,8 +209,8 @@ class _Flickr30kReader:
     def _annotation(self, image_id: str) -> _Annotation:
         """The content of the image's XML; nothing, and counted, where it cannot be used."""
         annotation = _Annotation()
-        with counting(self._excluded):
-            annotation = self._parse(_read_xml(self._entities / "Annotations" / f"{image_id}.xml"))
+        with counting(self.excluded):
+            annotation = self._parse(_read_xml(self.entities / "Annotations" / f"{image_id}.xml"))
         return annotation
 
     def _parse(self, root: ElementTree.Element) -> _Annotation:
@@ -212,7 +219,7 @@ class _Flickr30kReader:
             chains = [name.text.strip() for name in thing.findall("name") if name.text and name.text.strip()]
             corners = thing.find("bndbox")
             if corners is not None:
-                with counting(self._excluded):
+                with counting(self.excluded):
                     box = _voc_box(corners)
                     annotation.boxes += [(chain, box) for chain in chains]
             if _flag(thing, "scene"):
@@ -222,12 +229,8 @@ class _Flickr30kReader:
         return annotation
 
     def _regions(
-        self,
-        annotation: _Annotation,
-        phrases: Sequence[Sequence[Phrase]],
-        to_upright: BoxTransform,
-        size: tuple[int, int],
-    ) -> tuple[Region, ...]:
+        self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]], upright: BoxTransform
+    ) -> list[Region]:
         self._count_phrases(annotation, phrases)
         spans: dict[str, dict[int, tuple[Span, ...]]] = {}
         for caption, found in enumerate(phrases):
@@ -237,26 +240,25 @@ class _Flickr30kReader:
         labels = _labels(phrases)
         regions = []
         for chain, box in annotation.boxes:
-            with counting(self._excluded):
+            with counting(self.excluded):
                 if chain not in labels:
                     raise ExcludedError("box_of_unmentioned_chain")
-                clipped = clip_box(to_upright(box), size)
-                regions.append(Region(labels[chain], clipped, spans[chain], entity=chain))
-        return tuple(regions)
+                regions.append(Region(labels[chain], upright(box), spans[chain], entity=chain))
+        return regions
 
     def _count_phrases(self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]]) -> None:
         boxed = {chain for chain, _ in annotation.boxes}
         for phrase in (phrase for found in phrases for phrase in found):
             if not _is_visual(phrase):
-                self._excluded["phrase_notvisual"] += 1
+                self.excluded["phrase_notvisual"] += 1
             elif phrase.chain in boxed:
                 continue
             elif phrase.chain in annotation.scenes:
-                self._excluded["phrase_scene"] += 1
+                self.excluded["phrase_scene"] += 1
             elif phrase.chain in annotation.without_box:
-                self._excluded["phrase_no_box"] += 1
+                self.excluded["phrase_no_box"] += 1
             else:
-                self._excluded["phrase_not_annotated"] += 1
+                self.excluded["phrase_not_annotated"] += 1
 
 
 def _is_visual(phrase: Phrase) -> bool:
@@ -323,21 +325,10 @@ def _flag(thing: ElementTree.Element, name: str) -> bool:
 
 def _listed(entities: Path, split: str) -> list[str]:
     """The image ids of the publishers' lists."""
-    ids: list[str] = []
-    for name in split.split("+"):
-        path = entities / f"{name}.txt"
-        if not is_safe_name(name) or "/" in name or not path.is_file():
-            there = sorted(path.stem for path in entities.glob("*.txt"))
-            raise ValueError(
-                f"split: {entities} has no list {name + '.txt'!r} of image ids; the lists there are {there}, which '+' "
-                "joins. Flickr30k Entities comes with train.txt, val.txt and test.txt"
-            )
-        ids += _lines(path)
-    return ids
-
-
-def _karpathys(path: Path, split: str) -> list[str]:
-    return [image.filename.removesuffix(".jpg") for image in read_karpathy(path, split)]
+    there = {path.stem for path in entities.glob("*.txt")}
+    advice = ". Flickr30k Entities comes with train.txt, val.txt and test.txt"
+    names = joined_names(split, there, f"split: {entities} has no .txt list of the image ids of", advice)
+    return [image_id for name in names for image_id in _lines(entities / f"{name}.txt")]
 
 
 def _read_unrelated(entities: Path) -> frozenset[tuple[str, int]]:

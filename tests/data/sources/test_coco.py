@@ -137,11 +137,11 @@ def test_a_missing_path_is_named_with_its_argument(world: World, name: str) -> N
     [
         (b'{"images": [\n  {"id": 4,,', r"line 2 column 12"),
         (b"", "line 1 column 1"),
-        (b"\xff\xfe\x00", "no JSON text"),
-        (b"[1, 2]", "holds a list"),
-        (b'{"images": []}', "no list 'annotations'"),
-        (b'{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] has no 'file_name'"),
-        (b'{"images": [], "annotations": [3], "categories": []}', r"annotations\[0\] has no 'id'"),
+        (b"\xff\xfe\x00", "can't decode byte"),
+        (b"[1, 2]", "Expected `object`, got `array`"),
+        (b'{"images": []}', "missing required field `annotations`"),
+        (b'{"images": [{"id": 1}], "annotations": [], "categories": []}', r"field `file_name` - at `\$\.images\[0\]`"),
+        (b'{"images": [], "annotations": [3], "categories": []}', r"got `int` - at `\$\.annotations\[0\]`"),
     ],
 )
 def test_broken_json_is_named_with_file_and_place(world: World, name: str, content: bytes, message: str) -> None:
@@ -155,16 +155,16 @@ def test_broken_json_is_named_with_file_and_place(world: World, name: str, conte
 def test_captions_and_instances_in_each_others_place_are_noticed(world: World) -> None:
     paths = world.paths()
     paths["captions"], paths["instances"] = paths["instances"], paths["captions"]
-    with pytest.raises(ValueError, match=r"^captions: .* has no 'caption'"):
+    with pytest.raises(ValueError, match=r"^captions: .* missing required field `caption`"):
         read_all(read_coco, **paths, split="val2017")
 
 
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("images", {"width": None}, "width and height"),
-        ("images", {"id": [1]}, "an id is no number"),
-        ("annotations", {"image_id": {}}, "an id is no number"),
+        ("images", {"width": None}, r"got `null` - at `\$\.images\[0\]\.width`"),
+        ("images", {"id": [1]}, r"got `array` - at `\$\.images\[0\]\.id`"),
+        ("annotations", {"image_id": {}}, r"got `object` - at `\$\.annotations\[0\]\.image_id`"),
     ],
 )
 def test_fields_of_another_type_are_an_error(world: World, part: str, change: dict[str, Any], message: str) -> None:

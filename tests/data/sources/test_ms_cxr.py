@@ -309,13 +309,13 @@ def test_a_broken_csv_file_is_an_error_that_names_it(world: World, content: byte
     ("content", "message"),
     [
         (b'{"images": [', "line 1"),
-        (b'{"images": 3}', "no list 'images'"),
-        (b'{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] has no 'path'"),
+        (b'{"images": 3}', r"Expected `array`, got `int` - at `\$\.images`"),
+        (b'{"images": [{"id": 1}], "annotations": [], "categories": []}', r"field `path` - at `\$\.images\[0\]`"),
         (
             b'{"images": [], "annotations": [{"image_id": 1}], "categories": []}',
-            r"annotations\[0\] has no 'category_id'",
+            r"missing required field `category_id` - at `\$\.annotations\[0\]`",
         ),
-        (b'{"images": [], "annotations": [], "categories": [7]}', r"categories\[0\] has no 'id'"),
+        (b'{"images": [], "annotations": [], "categories": [7]}', r"got `int` - at `\$\.categories\[0\]`"),
     ],
 )
 def test_a_broken_json_file_is_an_error_that_names_it(world: World, content: bytes, message: str) -> None:

@@ -89,7 +89,7 @@ def test_nonsense_is_an_error_that_says_what_was_expected(world: World) -> None:
     with pytest.raises(FileNotFoundError, match=r"^images: .*nowhere"):
         read_all(read_rsicd, images=world.folder / "nowhere", karpathy=world.path(), split="train")
     world.dataset = {"info": {}}
-    with pytest.raises(ValueError, match="has no list 'images'"):
+    with pytest.raises(ValueError, match="missing required field `images`"):
         world.read()
 
 
