@@ -23,6 +23,7 @@ __all__ = [
     "FaultCounter",
     "TooManyBrokenRecordsError",
     "counting",
+    "excluded_as",
     "shard_table",
     "worst_shards",
 ]
@@ -64,6 +65,15 @@ def counting(excluded: Counter[str]) -> Iterator[None]:
         yield
     except ExcludedError as reason:
         excluded[str(reason)] += 1
+
+
+@contextmanager
+def excluded_as(reason: str, errors: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
+    """Raise errors of the block as an `ExcludedError`."""
+    try:
+        yield
+    except errors as error:
+        raise ExcludedError(reason) from error
 
 
 @dataclass(unsafe_hash=True)  # not frozen: Lightning sets the fields of a copy where it converts a batch's precision

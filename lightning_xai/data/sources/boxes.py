@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_xai.data.excluded import ExcludedError
+from lightning_xai.data.excluded import ExcludedError, excluded_as
 from lightning_xai.data.sample import Box
 
 
@@ -51,10 +51,8 @@ def parse_box(values: object) -> Box:
     """
     if isinstance(values, str):  # "1234" are no four numbers
         raise ExcludedError("box_malformed")
-    try:
+    with excluded_as("box_malformed", (TypeError, ValueError, OverflowError)):
         x, y, width, height = (float(value) for value in values)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ExcludedError("box_malformed") from error
     if not all(map(math.isfinite, (x, y, width, height))):
         raise ExcludedError("box_malformed")
     if width <= 0 or height <= 0:

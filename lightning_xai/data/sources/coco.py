@@ -147,19 +147,11 @@ def read_coco(
 
 @dataclass(frozen=True)
 class _CocoReader:
-    """Builds samples from entries; counts the captions and regions that it excludes.
-
-    Attributes:
-        images: folder of the image files.
-        source: data set and split.
-        sizes: (width, height) of the annotated images, by id.
-        labels: names of the categories, by id.
-        objects: annotations by image id.
-        excluded: reason -> count.
-    """
+    """Builds samples from entries; counts the captions and regions that it excludes."""
 
     images: Path
     source: str
+    # By the id of the image, the category, the image.
     sizes: Mapping[int, tuple[int, int]]
     labels: Mapping[int, str]
     objects: Mapping[int, Sequence[_Object]]

@@ -23,7 +23,7 @@ from typing import Literal, TypeVar
 import msgspec
 from PIL import Image
 
-from lightning_xai.data.excluded import ExcludedError, counting
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, exif_orientation, read_image
 from lightning_xai.data.sources.boxes import BoxTransform
 
@@ -77,10 +77,8 @@ class ImageFile:
         negatives: Iterable[HardNegative] = (),
     ) -> Sample:
         """The sample of this file, with a key made from `name`, of the data set (and split) `source`."""
-        source = f"{source}/{self.name}"
-        return Sample(
-            key_from(name), self.data, self.size, tuple(captions), tuple(regions), source, tuple(negatives)
-        )
+        key, source = key_from(name), f"{source}/{self.name}"
+        return Sample(key, self.data, self.size, tuple(captions), tuple(regions), source, tuple(negatives))
 
 
 def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
@@ -94,7 +92,17 @@ def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
         ExcludedError: `image_missing`, `image_name_unsafe` (no file is there, and a name would leave the folder),
             `image_unreadable`, `image_does_not_decode`.
     """
-    return decode_image_file(*_read_first(folder, names))
+    reason = "image_missing"
+    for name in names:
+        file = folder / name
+        if not is_safe_name(name):
+            reason = "image_name_unsafe"
+            continue
+        with excluded_as("image_unreadable", OSError):
+            data = file.read_bytes() if file.is_file() else None
+        if data is not None:
+            return decode_image_file(name, data)
+    raise ExcludedError(reason)
 
 
 def decode_image_file(name: str, data: bytes) -> ImageFile:
@@ -103,10 +111,8 @@ def decode_image_file(name: str, data: bytes) -> ImageFile:
     Raises:
         ExcludedError: `image_does_not_decode`.
     """
-    try:
+    with excluded_as("image_does_not_decode", RecordError):
         size = read_image(data, name).size
-    except RecordError as error:
-        raise ExcludedError("image_does_not_decode") from error
     with Image.open(io.BytesIO(data)) as opened:
         return ImageFile(name, data, size, exif_orientation(opened))
 
@@ -121,21 +127,6 @@ def is_safe_name(name: str) -> bool:
     """
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name)
-
-
-def _read_first(folder: Path, names: Iterable[str]) -> tuple[str, bytes]:
-    unsafe = False
-    for name in names:
-        if not is_safe_name(name):
-            unsafe = True
-            continue
-        file = folder / name
-        try:
-            if file.is_file():
-                return name, file.read_bytes()
-        except OSError as error:
-            raise ExcludedError("image_unreadable") from error
-    raise ExcludedError("image_name_unsafe" if unsafe else "image_missing")
 
 
 def check_path(path: Path, name: str, kind: Literal["file", "folder"], what: str) -> None:
@@ -175,16 +166,15 @@ def read_json(path: Path, name: str, kind: type[T], what: str) -> T:
         raise ValueError(f"{name}: {path}: {error}; is it {what}? If it is, download it again") from error
 
 
-def check_record(record: object, kind: type[T], reason: str) -> T:
-    """One record of an annotation file as the form that it should have.
+def text_of(value: object, reason: str) -> str:
+    """A text without white space around it.
 
     Raises:
-        ExcludedError: it has another one; counted under `reason`.
+        ExcludedError: it is empty or no text; counted under `reason`.
     """
-    try:
-        return msgspec.convert(record, kind)
-    except ValueError as error:
-        raise ExcludedError(reason) from error
+    if not isinstance(value, str) or not value.strip():
+        raise ExcludedError(reason)
+    return value.strip()
 
 
 def joined_names(joined: str, there: Collection[str], lacks: str, advice: str = "") -> list[str]:
@@ -263,12 +253,13 @@ def kept_captions(texts: Iterable[object], excluded: Counter[str]) -> tuple[str,
     Raises:
         ExcludedError: none is left (`image_without_caption`).
     """
-    stripped = [text.strip() if isinstance(text, str) else "" for text in texts]
-    captions = tuple(text for text in stripped if text)
-    excluded["caption_empty"] += len(stripped) - len(captions)
+    captions = []
+    for text in texts:
+        with counting(excluded):
+            captions.append(text_of(text, "caption_empty"))
     if not captions:
         raise ExcludedError("image_without_caption")
-    return captions
+    return tuple(captions)
 
 
 def captioned_sample(

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 from xml.etree import ElementTree
 
-from lightning_xai.data.excluded import ExcludedError, counting
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.sample import Box, Region, Sample, Span
 from lightning_xai.data.sources.boxes import BoxTransform, parse_box
 from lightning_xai.data.sources.files import check_path, is_safe_name, joined_names, read_image_file, usable_samples
@@ -152,15 +152,7 @@ def parse_sentence(line: str) -> tuple[str, tuple[Phrase, ...]]:
 
 @dataclass(frozen=True)
 class _Flickr30kReader:
-    """Builds samples from image ids; counts the captions, phrases and regions that it excludes.
-
-    Attributes:
-        images: folder of the image files.
-        entities: folder of Flickr30k Entities.
-        source: data set and split.
-        unrelated: image ids and sentence numbers (from 1) of captions to exclude.
-        excluded: reason -> count.
-    """
+    """Builds samples from image ids; counts the captions, phrases and regions that it excludes."""
 
     images: Path
     entities: Path
@@ -180,12 +172,10 @@ class _Flickr30kReader:
         return file.sample(image_id, self.source, captions, self._regions(annotation, phrases, upright))
 
     def _sentences(self, image_id: str) -> list[tuple[str, tuple[Phrase, ...]]]:
-        try:
-            lines = (self.entities / "Sentences" / f"{image_id}.txt").read_bytes().decode().split("\n")
-        except FileNotFoundError as error:
-            raise ExcludedError("sentences_missing") from error
-        except (OSError, ValueError) as error:
-            raise ExcludedError("sentences_unreadable") from error
+        path = self.entities / "Sentences" / f"{image_id}.txt"
+        unreadable = excluded_as("sentences_unreadable", (OSError, ValueError))
+        with unreadable, excluded_as("sentences_missing", FileNotFoundError):
+            lines = path.read_bytes().decode().split("\n")
         while lines and not lines[-1].strip():  # the end of the file is no caption
             lines.pop()
         sentences = []
@@ -201,10 +191,9 @@ class _Flickr30kReader:
             raise ExcludedError("caption_empty")
         if (image_id, number) in self.unrelated:
             raise ExcludedError("caption_unrelated")
-        try:
-            return parse_sentence(line)
-        except ValueError as error:
-            raise ExcludedError("caption_markup_malformed") from error
+        with excluded_as("caption_markup_malformed"):
+            sentence = parse_sentence(line)
+        return sentence
 
     def _annotation(self, image_id: str) -> _Annotation:
         """The content of the image's XML; nothing, and counted, where it cannot be used."""
@@ -214,7 +203,9 @@ class _Flickr30kReader:
         return annotation
 
     def _parse(self, root: ElementTree.Element) -> _Annotation:
-        annotation = _Annotation(size=_annotated_size(root))
+        with excluded_as("annotation_malformed"):
+            size = int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))
+        annotation = _Annotation(size)
         for thing in root.findall("object"):
             chains = [name.text.strip() for name in thing.findall("name") if name.text and name.text.strip()]
             corners = thing.find("bndbox")
@@ -222,56 +213,37 @@ class _Flickr30kReader:
                 with counting(self.excluded):
                     box = _voc_box(corners)
                     annotation.boxes += [(chain, box) for chain in chains]
-            if _flag(thing, "scene"):
-                annotation.scenes.update(chains)
-            if _flag(thing, "nobndbox"):
-                annotation.without_box.update(chains)
+            for name, flagged in (("scene", annotation.scenes), ("nobndbox", annotation.without_box)):
+                if thing.findtext(name, "").strip() == "1":
+                    flagged.update(chains)
         return annotation
 
     def _regions(
         self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]], upright: BoxTransform
     ) -> list[Region]:
-        self._count_phrases(annotation, phrases)
+        boxed = {chain for chain, _ in annotation.boxes}
+        reasons = dict.fromkeys(annotation.without_box, "phrase_no_box")
+        reasons |= dict.fromkeys(annotation.scenes, "phrase_scene")
         spans: dict[str, dict[int, tuple[Span, ...]]] = {}
-        for caption, found in enumerate(phrases):
-            for phrase in found:
-                places = spans.setdefault(phrase.chain, {})
-                places[caption] = (*places.get(caption, ()), phrase.span)
-        labels = _labels(phrases)
+        types: dict[str, Counter[str]] = {}  # of the chains that can be seen
+        for caption, phrase in ((caption, phrase) for caption, found in enumerate(phrases) for phrase in found):
+            places = spans.setdefault(phrase.chain, {})
+            places[caption] = (*places.get(caption, ()), phrase.span)
+            if not phrase.chain.strip("0") or _NOT_VISUAL in phrase.types:
+                self.excluded["phrase_notvisual"] += 1
+                continue
+            types.setdefault(phrase.chain, Counter()).update(phrase.types)
+            if phrase.chain not in boxed:
+                self.excluded[reasons.get(phrase.chain, "phrase_not_annotated")] += 1
         regions = []
         for chain, box in annotation.boxes:
             with counting(self.excluded):
-                if chain not in labels:
+                if chain not in types:
                     raise ExcludedError("box_of_unmentioned_chain")
-                regions.append(Region(labels[chain], upright(box), spans[chain], entity=chain))
+                # The most frequent type; of equals the one that comes first.
+                label = types[chain].most_common(1)[0][0]
+                regions.append(Region(label, upright(box), spans[chain], entity=chain))
         return regions
-
-    def _count_phrases(self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]]) -> None:
-        boxed = {chain for chain, _ in annotation.boxes}
-        for phrase in (phrase for found in phrases for phrase in found):
-            if not _is_visual(phrase):
-                self.excluded["phrase_notvisual"] += 1
-            elif phrase.chain in boxed:
-                continue
-            elif phrase.chain in annotation.scenes:
-                self.excluded["phrase_scene"] += 1
-            elif phrase.chain in annotation.without_box:
-                self.excluded["phrase_no_box"] += 1
-            else:
-                self.excluded["phrase_not_annotated"] += 1
-
-
-def _is_visual(phrase: Phrase) -> bool:
-    return phrase.chain.strip("0") != "" and _NOT_VISUAL not in phrase.types
-
-
-def _labels(phrases: Sequence[Sequence[Phrase]]) -> dict[str, str]:
-    """The most frequent type of each chain that can be seen; of equals the one that comes first."""
-    types: dict[str, Counter[str]] = {}
-    for phrase in (phrase for found in phrases for phrase in found):
-        if _is_visual(phrase):
-            types.setdefault(phrase.chain, Counter()).update(phrase.types)
-    return {chain: counts.most_common(1)[0][0] for chain, counts in types.items()}
 
 
 # Annotations
@@ -285,39 +257,21 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
 
 
 def _read_xml(path: Path) -> ElementTree.Element:
-    try:
+    with excluded_as("annotation_unreadable", OSError), excluded_as("annotation_missing", FileNotFoundError):
         data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ExcludedError("annotation_missing") from error
-    except OSError as error:
-        raise ExcludedError("annotation_unreadable") from error
     parser = ElementTree.XMLParser(target=_WithoutDoctype())  # noqa: S314 - without document type, so without entities
-    try:
+    # LookupError: an encoding that does not exist.
+    with excluded_as("annotation_malformed", (ElementTree.ParseError, ValueError, LookupError)):
         parser.feed(data)
         root: ElementTree.Element = parser.close()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # also an encoding that does not exist
-        raise ExcludedError("annotation_malformed") from error
     return root
-
-
-def _annotated_size(root: ElementTree.Element) -> tuple[int, int]:
-    try:
-        return int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))
-    except ValueError as error:
-        raise ExcludedError("annotation_malformed") from error
 
 
 def _voc_box(corners: ElementTree.Element) -> Box:
     """`(x, y, width, height)` of a box whose corners are pixels counted from 1, both included."""
-    try:
+    with excluded_as("box_malformed"):
         left, top, right, bottom = (float(corners.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax"))
-    except ValueError as error:
-        raise ExcludedError("box_malformed") from error
     return parse_box((left - 1, top - 1, right - left + 1, bottom - top + 1))
-
-
-def _flag(thing: ElementTree.Element, name: str) -> bool:
-    return thing.findtext(name, "").strip() == "1"
 
 
 # Lists
@@ -334,8 +288,7 @@ def _listed(entities: Path, split: str) -> list[str]:
 def _read_unrelated(entities: Path) -> frozenset[tuple[str, int]]:
     """Image ids and sentence numbers (from 1) of the captions that the publishers found to be of another image."""
     path = entities / _UNRELATED
-    if not path.is_file():
-        raise FileNotFoundError(f"entities: {path} is not there, which lists the captions to exclude")
+    check_path(path, "entities", "file", "the file that lists the captions to exclude")
     found = set()
     for line in _lines(path):
         if not line.startswith("#"):

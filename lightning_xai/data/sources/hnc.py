@@ -39,20 +39,20 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
-from lightning_xai.data.excluded import ExcludedError, counting
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.sample import HardNegative, Region, Sample, Span
 from lightning_xai.data.sources.boxes import BoxTransform
 from lightning_xai.data.sources.files import (
     check_path,
-    check_record,
     joined_names,
     read_image_file,
     read_json,
+    text_of,
     usable_samples,
 )
 
@@ -63,9 +63,6 @@ TRIPLETS = "relation_subj+relation_obj+relation_pred"
 _SUBFOLDERS = ("", "VG_100K/", "VG_100K_2/")
 _LABELS = {"1": True, "True": True, "0": False, "False": False}
 _VERB = re.compile(r"\b(?:is|are)\b")
-
-
-_Text = Annotated[str, msgspec.Meta(pattern=r"\S")]
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class _Object:
 class _Caption(msgspec.Struct):
     """A caption as the file has it; `bboxes` become `_Object`s."""
 
-    caption: _Text
+    caption: str
     type: str
     label: Any = None
     cpt_p_id: Any = None
@@ -141,19 +138,11 @@ def read_hnc(
 
 @dataclass(frozen=True)
 class _HncReader:
-    """Builds samples from the records of images; counts the captions, objects and negatives that it excludes.
-
-    Attributes:
-        images: folder of the image files.
-        source: data set and split.
-        graphs: scene graphs by image id; empty where there is no file of them.
-        types: of the captions to take.
-        excluded: reason -> count.
-    """
+    """Builds samples from the records of images; counts the captions, objects and negatives that it excludes."""
 
     images: Path
     source: str
-    graphs: Mapping[str, Any]
+    graphs: Mapping[str, Any]  # by image id; empty without a file of them
     types: Collection[str]
     excluded: Counter[str]
 
@@ -193,10 +182,11 @@ class _HncReader:
         found = {}
         for key, value in captions.items():
             with counting(self.excluded):
-                caption = check_record(value, _Caption, "caption_malformed")
+                with excluded_as("caption_malformed"):
+                    caption = msgspec.convert(value, _Caption)
                 if str(caption.label) not in _LABELS:
                     raise ExcludedError("caption_malformed")
-                caption.caption = caption.caption.strip()
+                caption.caption = text_of(caption.caption, "caption_malformed")
                 caption.bboxes = self._objects(caption.bboxes)
                 found[key] = caption
         return found
@@ -237,8 +227,9 @@ class _HncReader:
 
 def _negative(caption: _Caption, positive: _Caption, number: int, regions: Sequence[str]) -> HardNegative:
     """The hard negative of a true caption, the sample's `number`-th."""
-    pair = check_record(caption.replaced, tuple[_Text, _Text], "negative_malformed")
-    original, replacement = map(str.strip, pair)
+    with excluded_as("negative_malformed"):
+        pair = msgspec.convert(caption.replaced, tuple[str, str])
+    original, replacement = (text_of(word, "negative_malformed") for word in pair)
     if original == replacement:
         raise ExcludedError("negative_malformed")
     named = {thing.key for thing in positive.bboxes if thing.name == original}
@@ -308,9 +299,9 @@ def _object(key: str | None, value: Any) -> _Object:
         name, box = value["name"], value.get("bbox", value)
     else:
         name, box, key = key, value, None
-    name = check_record(name, _Text, "object_malformed")
+    label = text_of(name, "object_malformed")
     # Without an id, the same name and box are the same object.
-    return _Object(f"{name} {box}" if key is None else key, name.strip(), box)
+    return _Object(f"{name} {box}" if key is None else key, label, box)
 
 
 def _sides(box: Any) -> Any:

@@ -31,10 +31,17 @@ from typing import Any
 
 import msgspec
 
-from lightning_xai.data.excluded import ExcludedError, counting
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.sample import Region, Sample
 from lightning_xai.data.sources.boxes import BoxTransform
-from lightning_xai.data.sources.files import check_path, joined_names, read_image_file, read_json, usable_samples
+from lightning_xai.data.sources.files import (
+    check_path,
+    joined_names,
+    read_image_file,
+    read_json,
+    text_of,
+    usable_samples,
+)
 
 _COLUMNS = ("path", "category_name", "label_text", "x", "y", "w", "h", "image_width", "image_height")
 _ROOT = "files/"
@@ -128,10 +135,8 @@ def _annotated_size(annotations: Sequence[_Annotation]) -> tuple[int, int]:
 
 
 def _whole_number(value: object) -> int:
-    try:
+    with excluded_as("size_malformed", (TypeError, ValueError, OverflowError)):
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ExcludedError("size_malformed") from error
     if not number.is_integer():
         raise ExcludedError("size_malformed")
     return int(number)
@@ -140,11 +145,9 @@ def _whole_number(value: object) -> int:
 def _by_phrase(annotations: Sequence[_Annotation], excluded: Counter[str]) -> dict[str, list[_Annotation]]:
     phrases: dict[str, list[_Annotation]] = {}
     for annotation in annotations:
-        phrase = " ".join(annotation.phrase.split()) if isinstance(annotation.phrase, str) else ""
-        if phrase:
+        with counting(excluded):
+            phrase = " ".join(text_of(annotation.phrase, "phrase_empty").split())
             phrases.setdefault(phrase, []).append(annotation)
-        else:
-            excluded["phrase_empty"] += 1
     return phrases
 
 
@@ -157,18 +160,12 @@ def _target(
     for annotation in annotations:
         with counting(excluded):
             box = upright(annotation.box)
-            regions.append(Region(_label(annotation), box, spans, entity=phrase))
+            regions.append(Region(text_of(annotation.finding, "category_unknown"), box, spans, entity=phrase))
     if len(regions) < len(annotations):
         raise ExcludedError("phrase_incomplete")
     distinct = [region for index, region in enumerate(regions) if region not in regions[:index]]
     excluded["annotation_twice"] += len(regions) - len(distinct)
     return distinct
-
-
-def _label(annotation: _Annotation) -> str:
-    if not isinstance(annotation.finding, str) or not annotation.finding.strip():
-        raise ExcludedError("category_unknown")
-    return annotation.finding.strip()
 
 
 # The two files
