@@ -198,9 +198,7 @@ class _HncReader:
                 things.append(_object(key, value))
         return things
 
-    def _regions(
-        self, things: Sequence[_Object], captions: Sequence[str], upright: BoxTransform
-    ) -> dict[str, Region]:
+    def _regions(self, things: Sequence[_Object], captions: Sequence[str], upright: BoxTransform) -> dict[str, Region]:
         """Regions by the key of their object."""
         spans = _mentions({thing.name for thing in things}, captions)
         regions = {}
@@ -213,7 +211,7 @@ class _HncReader:
         self, taken: Mapping[str, _Caption], positives: Mapping[str, _Caption], regions: Sequence[str]
     ) -> list[HardNegative]:
         """The wrong ones of `taken`; `regions` are the keys of the sample's regions."""
-        numbers = {key: number for number, key in enumerate(positives)}
+        keys = list(positives)
         negatives = []
         for caption in taken.values():
             if not caption.is_true:
@@ -221,7 +219,7 @@ class _HncReader:
                     positive = str(caption.cpt_p_id)
                     if positive not in positives:
                         raise ExcludedError("negative_without_positive")
-                    negatives.append(_negative(caption, positives[positive], numbers[positive], regions))
+                    negatives.append(_negative(caption, positives[positive], keys.index(positive), regions))
         return negatives
 
 
