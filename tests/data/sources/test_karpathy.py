@@ -20,24 +20,6 @@ def written(folder: Path, *images: Any, **content: Any) -> Path:
     return path
 
 
-def test_coco_has_folders_and_other_sets_have_none(tmp_path: Path) -> None:
-    path = written(
-        tmp_path,
-        image("COCO_val2014_000000000042.jpg", filepath="val2014", cocoid=42),
-        image("1000092795.jpg", filepath=""),
-        image("airport_1.tif"),
-    )
-    coco, flickr, rsicd = read_karpathy(path, "val", KarpathyImage)
-    assert coco.files == ("COCO_val2014_000000000042.jpg", "val2014/COCO_val2014_000000000042.jpg")
-    assert coco.captions == ("A dog.",)
-    assert (flickr.files, rsicd.files) == (("1000092795.jpg",), ("airport_1.tif",))
-
-
-def test_splits_are_joined_in_the_order_of_the_file(tmp_path: Path) -> None:
-    path = written(tmp_path, *(image(f"{number}.jpg", split) for number, split in enumerate(("val", "train", "test"))))
-    assert [entry.filename for entry in read_karpathy(path, "test+val", KarpathyImage)] == ["0.jpg", "2.jpg"]
-
-
 def test_sentences_that_are_no_text_keep_their_place(tmp_path: Path) -> None:
     sentences = [{"raw": None}, "A dog.", {"raw": "A cat."}, {"tokens": ["a"]}, {"raw": ["A dog."]}]
     (entry,) = read_karpathy(written(tmp_path, image("a.jpg", sentences=sentences)), "val", KarpathyImage)
