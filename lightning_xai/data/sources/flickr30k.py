@@ -133,18 +133,14 @@ def parse_sentence(line: str) -> tuple[str, tuple[Phrase, ...]]:
         ValueError: a bracket is left over, or a phrase has no words: the markup is not as published.
     """
     line = line.strip()
-    text, phrases, end = "", [], 0
-    for match in _PHRASE.finditer(line):
-        chain, types, words = match.groups()
-        text += line[end : match.start()]
+    text, *marked = _PHRASE.split(line)
+    phrases = []
+    for chain, types, words, after in zip(*(marked[group::4] for group in range(4)), strict=True):
         words = words.strip()
         if not words:
             raise ValueError(f"the phrase of chain {chain} has no words in {line!r}")
-        span = (len(text), len(text) + len(words))
-        phrases.append(Phrase(chain, tuple(types[1:].split("/")), span))
-        text += words
-        end = match.end()
-    text += line[end:]
+        phrases.append(Phrase(chain, tuple(types[1:].split("/")), (len(text), len(text) + len(words))))
+        text += words + after
     if "[" in text or "]" in text:
         raise ValueError(f"a bracket is left over in {line!r}")
     return text, tuple(phrases)
@@ -166,7 +162,9 @@ class _Flickr30kReader:
             raise ExcludedError("image_name_unsafe")
         sentences = self._sentences(image_id)
         file = read_image_file(self.images, (f"{image_id}.jpg",))
-        annotation = self._annotation(image_id)
+        annotation = _Annotation()
+        with counting(self.excluded):
+            annotation = self._parse(_read_xml(self.entities / "Annotations" / f"{image_id}.xml"))
         upright = file.from_annotated(annotation.size or file.size)
         captions, phrases = zip(*sentences, strict=True)
         return file.sample(image_id, self.source, captions, self._regions(annotation, phrases, upright))
@@ -194,13 +192,6 @@ class _Flickr30kReader:
         with excluded_as("caption_markup_malformed"):
             sentence = parse_sentence(line)
         return sentence
-
-    def _annotation(self, image_id: str) -> _Annotation:
-        """The content of the image's XML; nothing, and counted, where it cannot be used."""
-        annotation = _Annotation()
-        with counting(self.excluded):
-            annotation = self._parse(_read_xml(self.entities / "Annotations" / f"{image_id}.xml"))
-        return annotation
 
     def _parse(self, root: ElementTree.Element) -> _Annotation:
         with excluded_as("annotation_malformed"):

@@ -156,24 +156,20 @@ class _HncReader:
         if not positives:
             raise ExcludedError("image_without_caption")
         file = read_image_file(self.images, [f"{folder}{image_id}.jpg" for folder in _SUBFOLDERS])
-        graph = self._graph(image_id)
+        graph = self.graphs.get(image_id)
+        if not isinstance(graph, Mapping):
+            self.excluded["scene_graph_missing"] += bool(self.graphs)
+            graph = {}
         things = {thing.key: thing for thing in self._objects(graph.get("objects"))}
         for caption in found.values():
             for thing in caption.bboxes:
                 things.setdefault(thing.key, thing)
         captions = [caption.caption for caption in positives.values()]
-        upright = file.from_annotated(_annotated_size(graph) or file.size)
+        size: Any = (graph.get("width"), graph.get("height"))
+        upright = file.from_annotated(size if all(isinstance(side, int) for side in size) else file.size)
         regions = self._regions(tuple(things.values()), captions, upright)
         negatives = self._negatives(taken, positives, tuple(regions))
         return file.sample(image_id, self.source, captions, regions.values(), negatives)
-
-    def _graph(self, image_id: str) -> Mapping[str, Any]:
-        graph = self.graphs.get(image_id)
-        if isinstance(graph, Mapping):
-            return graph
-        if self.graphs:
-            self.excluded["scene_graph_missing"] += 1
-        return {}
 
     def _captions(self, record: Any) -> dict[str, _Caption]:
         captions = _captions_of(record)
@@ -306,9 +302,3 @@ def _sides(box: Any) -> Any:
     if isinstance(box, Mapping):
         return [box.get("x"), box.get("y"), box.get("w", box.get("width")), box.get("h", box.get("height"))]
     return box
-
-
-def _annotated_size(graph: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size that a scene graph states; None where it states none."""
-    width, height = graph.get("width"), graph.get("height")
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else None

@@ -52,7 +52,7 @@ class _Annotation:
     """One box, as either file gives it; nothing but the path has been checked."""
 
     path: str
-    size: tuple[object, object]
+    size: tuple[Any, Any]
     phrase: object
     finding: object
     box: object
@@ -128,18 +128,12 @@ def _sample(annotations: Sequence[_Annotation], images: Path, source: str, exclu
 
 
 def _annotated_size(annotations: Sequence[_Annotation]) -> tuple[int, int]:
-    sizes = {(_whole_number(width), _whole_number(height)) for width, height in (found.size for found in annotations)}
-    if len(sizes) > 1:
-        raise ExcludedError("size_malformed")
-    return sizes.pop()
-
-
-def _whole_number(value: object) -> int:
     with excluded_as("size_malformed", (TypeError, ValueError, OverflowError)):
-        number = float(value)  # type: ignore[arg-type]
-    if not number.is_integer():
+        sizes = {(float(width), float(height)) for width, height in (found.size for found in annotations)}
+    width, height = sizes.pop()
+    if sizes or not width.is_integer() or not height.is_integer():
         raise ExcludedError("size_malformed")
-    return int(number)
+    return int(width), int(height)
 
 
 def _by_phrase(annotations: Sequence[_Annotation], excluded: Counter[str]) -> dict[str, list[_Annotation]]:
