@@ -17,6 +17,14 @@ from lightning_xai.data.sample import encode_sample
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.sources import SOURCES
 
+BROKEN_JSON = (
+    (b'{"images": [\n  {"id": 4,,', "line 2 column 12"),
+    (b"", "line 1 column 1"),
+    (b"\xff\xfe\x00", "can't decode byte"),
+    (b"[" * 200_000, "recursion"),
+    (b"[1, 2]", "Expected `object`, got `array`"),
+)
+
 
 def read_all(read: Callable[..., Iterator[Sample]], **options: Any) -> tuple[list[Sample], dict[str, int]]:
     """All samples of a source, and how many of what could not be used."""
@@ -82,6 +90,14 @@ class SourceTests:
         for name in paths:
             with pytest.raises(FileNotFoundError, match=rf"^{name}: .*nowhere.* give "):
                 world.read(**{name: world.folder / "nowhere.json"})
+
+    def test_a_broken_json_file_is_named_with_its_option_and_the_place(self, world: World) -> None:
+        broken = world.folder / "broken.json"
+        for name, value in world.options().items():
+            for content, message in BROKEN_JSON if str(value).endswith(".json") else ():
+                broken.write_bytes(content)
+                with pytest.raises(ValueError, match=rf"^{name}: .*broken\.json: .*{message}.* download it again"):
+                    world.read(**{name: broken})
 
     def test_names_that_leave_the_images_folder_are_never_opened(self, world: World) -> None:
         samples, excluded = world.read()

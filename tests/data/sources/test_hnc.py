@@ -353,15 +353,6 @@ def test_a_missing_file_of_scene_graphs_is_named(world: HncWorld) -> None:
         world.read(scene_graphs=world.folder / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["captions", "scene_graphs"])
-@pytest.mark.parametrize(("content", "message"), [("[]", "got `array`"), ('{"a": ', "line 1 column 7")])
-def test_a_broken_file_is_named_with_its_argument(world: HncWorld, name: str, content: str, message: str) -> None:
-    path = world.folder / "broken.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=rf"^{name}: .*{message}"):
-        world.read(**{name: path})
-
-
 def test_another_kind_of_file_is_an_error_that_says_so(world: HncWorld) -> None:
     world.records = {"images": [], "annotations": [{"id": 1}]}
     with pytest.raises(ValueError, match="Is it HNC's file"):
