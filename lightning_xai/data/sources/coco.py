@@ -19,14 +19,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.phrase_finder import MentionFinder
-from lightning_xai.data.sample import Region, Sample, Span
-from lightning_xai.data.sources.boxes import BoxTransform
+from lightning_xai.data.sample import Region, Sample
 from lightning_xai.data.sources.coco_classes import read_classes
 from lightning_xai.data.sources.files import check_path, kept_captions, read_image_file, read_json, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
@@ -45,6 +44,7 @@ class _Caption(msgspec.Struct):
 
 
 class _Object(msgspec.Struct):
+    # Without the outlines, which make up most of the file: 860,000 of them would fill memory.
     image_id: int
     category_id: int
     bbox: Any = None
@@ -69,14 +69,6 @@ class _InstancesFile(msgspec.Struct):
 
 class _CocoKarpathyImage(KarpathyImage, frozen=True, kw_only=True):
     cocoid: int
-
-
-class _Entry(NamedTuple):
-    """One image of the split: its id, its possible file names below the images folder, its captions."""
-
-    image_id: int
-    files: Sequence[str]
-    captions: Sequence[object]
 
 
 def read_coco(
@@ -130,11 +122,9 @@ def read_coco(
     known = files.keys() | sizes.keys()
     excluded["annotation_of_unknown_image"] += sum(thing.image_id not in known for thing in annotated.annotations)
     if chosen is None:
-        entries = [_Entry(image, names, texts[image]) for image, names in files.items()]
+        entries = [(image, names, texts[image]) for image, names in files.items()]
     else:
-        entries = [
-            _Entry(image.cocoid, [*files.get(image.cocoid, ()), *image.files], image.captions) for image in chosen
-        ]
+        entries = [(image.cocoid, [*files.get(image.cocoid, ()), *image.files], image.captions) for image in chosen]
     labels = {category.id: category.name for category in annotated.categories}
     return usable_samples(
         entries,
@@ -158,25 +148,21 @@ class _CocoReader:
     excluded: Counter[str]
     finder: MentionFinder = field(default_factory=lambda: MentionFinder(*read_classes()))
 
-    def read(self, entry: _Entry) -> Sample:
-        """The entry's sample."""
-        captions = kept_captions(entry.captions, self.excluded)
-        if entry.image_id not in self.sizes:
+    def read(self, entry: tuple[int, Sequence[str], Sequence[object]]) -> Sample:
+        """The sample of an image id, its possible file names below the images folder, and its captions."""
+        image, names, texts = entry
+        captions = kept_captions(texts, self.excluded)
+        if image not in self.sizes:
             raise ExcludedError("image_without_record")
-        file = read_image_file(self.images, entry.files)
-        upright = file.from_annotated(self.sizes[entry.image_id])
+        file = read_image_file(self.images, names)
+        upright = file.from_annotated(self.sizes[image])
         mentions = [self.finder.find(caption) for caption in captions]
         regions = []
-        for thing in self.objects.get(entry.image_id, ()):
+        for thing in self.objects.get(image, ()):
             with counting(self.excluded):
-                regions.append(self._region(thing, upright, mentions))
-        return file.sample(f"{entry.image_id:012d}", self.source, captions, regions)
-
-    def _region(
-        self, thing: _Object, upright: BoxTransform, mentions: Sequence[Mapping[str, tuple[Span, ...]]]
-    ) -> Region:
-        if thing.category_id not in self.labels:
-            raise ExcludedError("category_unknown")
-        label = self.labels[thing.category_id]
-        spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
-        return Region(label, upright(thing.bbox), spans, crowd=bool(thing.iscrowd))
+                if thing.category_id not in self.labels:
+                    raise ExcludedError("category_unknown")
+                label = self.labels[thing.category_id]
+                spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
+                regions.append(Region(label, upright(thing.bbox), spans, crowd=bool(thing.iscrowd)))
+        return file.sample(f"{image:012d}", self.source, captions, regions)

@@ -207,16 +207,13 @@ def read_rows(path: Path, excluded: Counter[str]) -> Iterator[tuple[str, str]]:
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines):
-            try:
-                text = (line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line).decode()
-            except UnicodeDecodeError:
-                excluded["row_not_utf8"] += 1
-                continue
-            first, tab, rest = text.rstrip("\r\n").partition("\t")
-            if tab:
+            with counting(excluded):
+                with excluded_as("row_not_utf8"):
+                    text = (line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line).decode()
+                first, tab, rest = text.rstrip("\r\n").partition("\t")
+                if not tab:
+                    raise ExcludedError("row_malformed")
                 yield first, rest
-            else:
-                excluded["row_malformed"] += 1
 
 
 def usable_samples(

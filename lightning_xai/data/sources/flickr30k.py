@@ -179,19 +179,15 @@ class _Flickr30kReader:
         sentences = []
         for number, line in enumerate(lines, start=1):
             with counting(self.excluded):
-                sentences.append(self._sentence(image_id, number, line))
+                if not line.strip():
+                    raise ExcludedError("caption_empty")
+                if (image_id, number) in self.unrelated:
+                    raise ExcludedError("caption_unrelated")
+                with excluded_as("caption_markup_malformed"):
+                    sentences.append(parse_sentence(line))
         if not sentences:
             raise ExcludedError("image_without_caption")
         return sentences
-
-    def _sentence(self, image_id: str, number: int, line: str) -> tuple[str, tuple[Phrase, ...]]:
-        if not line.strip():
-            raise ExcludedError("caption_empty")
-        if (image_id, number) in self.unrelated:
-            raise ExcludedError("caption_unrelated")
-        with excluded_as("caption_markup_malformed"):
-            sentence = parse_sentence(line)
-        return sentence
 
     def _parse(self, root: ElementTree.Element) -> _Annotation:
         with excluded_as("annotation_malformed"):

@@ -37,9 +37,9 @@ class KarpathyImage(msgspec.Struct, frozen=True):
         return (self.filename, f"{self.filepath}/{self.filename}") if self.filepath else (self.filename,)
 
     @property
-    def captions(self) -> tuple[object, ...]:
+    def captions(self) -> list[object]:
         """The raw sentences; None stands for a sentence without."""
-        return tuple(sentence.get("raw") if isinstance(sentence, dict) else None for sentence in self.sentences)
+        return [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in self.sentences]
 
 
 Image = TypeVar("Image", bound=KarpathyImage)

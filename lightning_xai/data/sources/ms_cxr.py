@@ -87,8 +87,14 @@ def read_ms_cxr(
     if read is None:
         raise ValueError(f"annotations: {annotations} is neither a .json nor a .csv file; give one of MS-CXR's two")
     found = read(annotations, excluded)
+    if split is not None:
+        there = {annotation.split for annotation in found if isinstance(annotation.split, str)}
+        none = "" if there else " (it names none, as versions before 1.1.0)"
+        advice = f"{none}; leave split out to take all of them"
+        wanted = joined_names(split, there, f"annotations: {annotations} has no split", advice)
+        found = [annotation for annotation in found if annotation.split in wanted]
     by_image: dict[str, list[_Annotation]] = {}
-    for annotation in found if split is None else _of_split(found, split, annotations):
+    for annotation in found:
         by_image.setdefault(annotation.path, []).append(annotation)
     return usable_samples(
         by_image.values(),
@@ -100,14 +106,6 @@ def read_ms_cxr(
     )
 
 
-def _of_split(annotations: Sequence[_Annotation], split: str, path: Path) -> list[_Annotation]:
-    there = {annotation.split for annotation in annotations if isinstance(annotation.split, str)}
-    none = "" if there else " (it names none, as versions before 1.1.0)"
-    advice = f"{none}; leave split out to take all of them"
-    wanted = joined_names(split, there, f"annotations: {path} has no split", advice)
-    return [annotation for annotation in annotations if annotation.split in wanted]
-
-
 # An image
 
 
@@ -116,9 +114,14 @@ def _sample(annotations: Sequence[_Annotation], images: Path, source: str, exclu
     size = _annotated_size(annotations)
     file = read_image_file(images, (path, path.removeprefix(_ROOT)))
     upright = file.from_annotated(size)
+    phrases: dict[str, list[_Annotation]] = {}
+    for annotation in annotations:
+        with counting(excluded):
+            phrase = " ".join(text_of(annotation.phrase, "phrase_empty").split())
+            phrases.setdefault(phrase, []).append(annotation)
     captions: list[str] = []
     regions: list[Region] = []
-    for phrase, boxes in _by_phrase(annotations, excluded).items():
+    for phrase, boxes in phrases.items():
         with counting(excluded):
             regions += _target(phrase, len(captions), boxes, upright, excluded)
             captions.append(phrase)
@@ -134,15 +137,6 @@ def _annotated_size(annotations: Sequence[_Annotation]) -> tuple[int, int]:
     if sizes or not width.is_integer() or not height.is_integer():
         raise ExcludedError("size_malformed")
     return int(width), int(height)
-
-
-def _by_phrase(annotations: Sequence[_Annotation], excluded: Counter[str]) -> dict[str, list[_Annotation]]:
-    phrases: dict[str, list[_Annotation]] = {}
-    for annotation in annotations:
-        with counting(excluded):
-            phrase = " ".join(text_of(annotation.phrase, "phrase_empty").split())
-            phrases.setdefault(phrase, []).append(annotation)
-    return phrases
 
 
 def _target(

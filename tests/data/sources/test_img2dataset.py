@@ -188,9 +188,3 @@ def test_a_folder_without_tar_files_says_what_is_expected(world: TarWorld) -> No
     (world.folder / "00000.tar").unlink()
     with pytest.raises(ValueError, match=r"holds no \.tar file.*--output_format webdataset"):
         world.read()
-
-
-def test_no_usable_image_at_all_is_an_error_that_says_why(world: TarWorld) -> None:
-    world.write("00000", triple("9", image=HTML))
-    with pytest.raises(ValueError, match="image_does_not_decode"):
-        world.read()

@@ -23,7 +23,7 @@ def written(folder: Path, *images: Any, **content: Any) -> Path:
 def test_sentences_that_are_no_text_keep_their_place(tmp_path: Path) -> None:
     sentences = [{"raw": None}, "A dog.", {"raw": "A cat."}, {"tokens": ["a"]}, {"raw": ["A dog."]}]
     (entry,) = read_karpathy(written(tmp_path, image("a.jpg", sentences=sentences)), "val", KarpathyImage)
-    assert entry.captions == (None, None, "A cat.", None, ["A dog."])
+    assert entry.captions == [None, None, "A cat.", None, ["A dog."]]
 
 
 @pytest.mark.parametrize("split", ["dev", "", "val+", "val,train"])
