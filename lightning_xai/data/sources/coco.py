@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -30,12 +30,14 @@ from lightning_xai.data.sources.coco_classes import read_classes
 from lightning_xai.data.sources.files import check_path, kept_captions, read_image_file, read_json, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
+_Pixels = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # neither NaN nor infinite
+
 
 class _Image(msgspec.Struct):
     id: int
     file_name: str
-    width: float
-    height: float
+    width: _Pixels
+    height: _Pixels
 
 
 class _Caption(msgspec.Struct):

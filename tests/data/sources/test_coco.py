@@ -23,6 +23,7 @@ CATEGORIES = [
     {"supercategory": "animal", "id": 18, "name": "dog"},
     {"supercategory": "food", "id": 58, "name": "hot dog"},
 ]
+NAN = float("nan")
 
 
 class CocoWorld(World):
@@ -125,6 +126,7 @@ def test_annotation_files_are_checked_before_the_first_sample(world: CocoWorld) 
         ("images", [{"id": 1}], r"missing required field `file_name` - at `\$\.images\[0\]`"),
         ("images", [{"id": [1]}], r"got `array` - at `\$\.images\[0\]\.id`"),
         ("images", [{"id": 1, "file_name": "a.jpg", "width": None}], r"got `null` - at `\$\.images\[0\]\.width`"),
+        ("images", [{"id": 1, "file_name": "a.jpg", "width": NAN}], r">= 0.* - at `\$\.images\[0\]\.width`"),
     ],
 )
 def test_another_form_is_named_with_its_place(world: CocoWorld, name: str, part: str, value: Any, message: str) -> None:
@@ -172,11 +174,10 @@ def test_bad_captions_are_counted_and_the_rest_survives(world: CocoWorld) -> Non
 
 
 def test_bad_boxes_are_counted_and_the_rest_survives(world: CocoWorld) -> None:
-    nan = float("nan")
     boxes: dict[str, list[Any]] = {
         "box_without_area": [[5, 5, 0, 5], [5, 5, 5, -1]],
         "box_outside_image": [[40, 5, 5, 5], [5, -7, 5, 7]],
-        "box_malformed": [[5, 5, 5], [5, 5, 5, "wide"], [nan, 5, 5, 5], None],
+        "box_malformed": [[5, 5, 5], [5, 5, 5, "wide"], [NAN, 5, 5, 5], None],
     }
     for box in (box for bad in boxes.values() for box in bad):
         world.add_box(42, box)

@@ -41,6 +41,7 @@ class TestSource(SourceTests):
 
 
 def test_rows_with_fetched_images_become_samples_in_order(world: CaptionsWorld) -> None:
+    world.content = b"\xef\xbb\xbf" + world.content  # a byte order mark is no part of the first caption
     world.content += b" people walk \tsub/2.jpg\r\n" + "ein Café".encode() + b"\t./1.jpg"
     (first, second), excluded = world.read()
     assert (first.key, first.captions, first.size) == ("1", ('a very typical "bus" station',), (40, 30))
@@ -49,12 +50,6 @@ def test_rows_with_fetched_images_become_samples_in_order(world: CaptionsWorld) 
     assert (second.captions, second.size) == (("people walk",), (30, 40))
     assert second.source == "conceptual-captions/train/sub/2.jpg"
     assert excluded == {"image_twice": 1}
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_caption(world: CaptionsWorld) -> None:
-    world.content = b"\xef\xbb\xbf" + world.content
-    (sample,), _ = world.read()
-    assert sample.captions[0].startswith("a very")
 
 
 def test_bad_rows_are_counted_and_the_rest_survives(world: CaptionsWorld) -> None:
