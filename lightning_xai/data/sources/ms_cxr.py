@@ -216,16 +216,10 @@ def _read_csv(path: Path, excluded: Counter[str]) -> list[_Annotation]:
                 if None in row or None in row.values():  # more fields than the header, or fewer
                     excluded["annotation_malformed"] += 1
                     continue
-                annotations.append(
-                    _Annotation(
-                        path=row["path"],
-                        size=(row["image_width"], row["image_height"]),
-                        phrase=row["label_text"],
-                        finding=row["category_name"],
-                        box=[row[side] for side in "xywh"],
-                        split=row.get("split") or None,
-                    )
-                )
+                size = (row["image_width"], row["image_height"])
+                box = [row[side] for side in "xywh"]
+                split = row.get("split") or None
+                annotations.append(_Annotation(row["path"], size, row["label_text"], row["category_name"], box, split))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"annotations: {path} is no CSV text ({error}); download it again") from error
     return annotations
