@@ -15,13 +15,17 @@ Reasons for exclusion
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import contextlib
+import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+from pycocotools.coco import COCO
+from typing_extensions import NotRequired, TypedDict
 
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.phrase_finder import MentionFinder
@@ -33,37 +37,40 @@ from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 _Pixels = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # neither NaN nor infinite
 
 
-class _Image(msgspec.Struct):
+# Dictionaries, which pycocotools indexes.
+class _Image(TypedDict):
     id: int
     file_name: str
     width: _Pixels
     height: _Pixels
 
 
-class _Caption(msgspec.Struct):
+class _Caption(TypedDict):
+    id: Any
     image_id: int
     caption: Any
 
 
-class _Object(msgspec.Struct):
+class _Object(TypedDict):
     # Without the outlines, which make up most of the file: 860,000 of them would fill memory.
+    id: Any
     image_id: int
     category_id: int
-    bbox: Any = None
-    iscrowd: Any = 0
+    bbox: NotRequired[Any]
+    iscrowd: NotRequired[Any]
 
 
-class _Category(msgspec.Struct):
+class _Category(TypedDict):
     id: int
     name: str
 
 
-class _CaptionsFile(msgspec.Struct):
+class _CaptionsFile(TypedDict):
     images: list[_Image]
     annotations: list[_Caption]
 
 
-class _InstancesFile(msgspec.Struct):
+class _InstancesFile(TypedDict):
     images: list[_Image]
     annotations: list[_Object]
     categories: list[_Category]
@@ -110,31 +117,36 @@ def read_coco(
     """
     check_path(images, "images", "folder", "the folder that holds the image files")
     chosen = None if karpathy is None else read_karpathy(karpathy, split, _CocoKarpathyImage)
-    listed = read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published")
-    annotated = read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published")
-    files = {image.id: [image.file_name] for image in listed.images}
-    sizes = {image.id: (int(image.width), int(image.height)) for image in annotated.images}
-    texts: dict[int, list[object]] = defaultdict(list)
-    for text in listed.annotations:
-        texts[text.image_id].append(text.caption)
-    objects: dict[int, list[_Object]] = defaultdict(list)
-    for thing in annotated.annotations:
-        objects[thing.image_id].append(thing)
-    excluded["caption_of_unknown_image"] += sum(text.image_id not in files for text in listed.annotations)
+    listed = _index(read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published"))
+    annotated = _index(read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published"))
+    files = {key: [image["file_name"]] for key, image in listed.imgs.items()}
+    sizes = {key: (int(image["width"]), int(image["height"])) for key, image in annotated.imgs.items()}
     known = files.keys() | sizes.keys()
-    excluded["annotation_of_unknown_image"] += sum(thing.image_id not in known for thing in annotated.annotations)
+    for reason, index, images_known in (("caption", listed, files), ("annotation", annotated, known)):
+        unknown = sum(len(found) for image, found in index.imgToAnns.items() if image not in images_known)
+        excluded[f"{reason}_of_unknown_image"] += unknown
     if chosen is None:
-        entries = [(image, names, texts[image]) for image, names in files.items()]
+        texts = {image: [text["caption"] for text in found] for image, found in listed.imgToAnns.items()}
+        entries = [(image, names, texts.get(image, ())) for image, names in files.items()]
     else:
         entries = [(image.cocoid, [*files.get(image.cocoid, ()), *image.files], image.captions) for image in chosen]
-    labels = {category.id: category.name for category in annotated.categories}
+    labels = {key: category["name"] for key, category in annotated.cats.items()}
     return usable_samples(
         entries,
-        _CocoReader(images, f"coco/{split}", sizes, labels, objects, excluded).read,
+        _CocoReader(images, f"coco/{split}", sizes, labels, annotated.imgToAnns, excluded).read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice="Check that the images, captions and instances belong together (the same year and split)",
     )
+
+
+def _index(dataset: _CaptionsFile | _InstancesFile) -> COCO:
+    """A file of COCO's, indexed by pycocotools."""
+    index = COCO()
+    index.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        index.createIndex()
+    return index
 
 
 @dataclass(frozen=True)
@@ -162,9 +174,9 @@ class _CocoReader:
         regions = []
         for thing in self.objects.get(image, ()):
             with counting(self.excluded):
-                if thing.category_id not in self.labels:
+                if thing["category_id"] not in self.labels:
                     raise ExcludedError("category_unknown")
-                label = self.labels[thing.category_id]
+                label = self.labels[thing["category_id"]]
                 spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
-                regions.append(Region(label, upright(thing.bbox), spans, crowd=bool(thing.iscrowd)))
+                regions.append(Region(label, upright(thing.get("bbox")), spans, crowd=bool(thing.get("iscrowd"))))
         return file.sample(f"{image:012d}", self.source, captions, regions)
