@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_xai.report.paper_table import Column
-from lightning_xai.report.plots import Example, Heat, Scale, evenly, heat_panel, image_panel
+from lightning_xai.report.plots import Example, Heat, Scale, evenly, panel
 from lightning_xai.report.sheet import FONT_PT, GAP, Sheet, style, text_width
 
 COLUMNS = ("method", "modality", "stage", "spearman", "ssim", "pairs", "constant")
@@ -105,10 +105,10 @@ def sanity_sheet(
     y = max(sheet.caption(name, (x, top), side, weight="bold", fontsize=FONT_PT - 1) for x, name in headings) + 4
     for method, heats in maps.items():
         sheet.text(method, (GAP, y + side / 2), va="center")
-        image_panel(sheet, replace(example, box=None), (left, y), side)
+        panel(sheet, replace(example, box=None), (left, y), side)
         for x, i in zip(places[1:], shown, strict=True):
             scale: Scale = "signed" if np.min(heats[i]) < 0 < np.max(heats[i]) else "range"
-            heat_panel(sheet, example, heats[i], (x, y), side, scale)
+            panel(sheet, example, (x, y), side, heats[i], scale)
         y += side + GAP
     return sheet.close(y)
 

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 DPI = 128
@@ -79,13 +80,15 @@ class Sheet:
         """Write one line of text, as it is (no mathematics in it), with its top left corner at `at`."""
         self._axes.text(*at, printable(text), parse_math=False, **{"fontsize": FONT_PT, "va": "top", **style})
 
-    def picture(self, picture: NDArray[np.uint8], at: Point, side: int) -> float:
-        """Show uint8 [h, w, 3] pixel for pixel below `at`, centred in `side` across; return where it ends."""
-        height, width = (int(pixels) for pixels in picture.shape[:2])
-        x, y = at[0] + (side - width) // 2, at[1]
-        extent = (x, x + width, y + height, y)
-        self._axes.imshow(picture, interpolation="nearest", aspect="auto", extent=extent)
-        return y + height
+    def picture(self, values: NDArray[np.floating], place: tuple[float, float, float, float], **style: Any) -> None:
+        """Show [h, w, 3] or, in the colours of the `style`, [h, w] in a rectangle: left, top, width and height."""
+        x, y, width, height = place
+        self._axes.imshow(values, aspect="auto", extent=(x, x + width, y + height, y), **style)
+
+    def ring(self, at: Point) -> None:
+        """Draw a small white circle, with a dark line around it."""
+        dark = withStroke(linewidth=2.5, foreground="black")
+        self._axes.plot(*at, "o", markersize=5, markerfacecolor="none", markeredgecolor="white", path_effects=[dark])
 
     def ground(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
         """Fill a rectangle."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
@@ -55,7 +56,10 @@ def said(figure: Figure) -> str:
 
 
 def pictures(figure: Figure) -> list[NDArray[np.uint8]]:
-    return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
+    """What is drawn where the images are; heat maps lie over theirs."""
+    drawn, axes = rasterize(figure), figure.axes[0]
+    places = dict.fromkeys(tuple(map(round, image.get_extent())) for image in axes.images)
+    return [drawn[top:bottom, left:right] for left, right, bottom, top in places]
 
 
 def grounds(figure: Figure) -> list[Rectangle]:
@@ -72,7 +76,8 @@ def ground(figure: Figure, token: str) -> NDArray[Any]:
         if patch.get_x() <= x <= patch.get_x() + patch.get_width()
         and patch.get_y() + 1e-9 < y - 0.002 < patch.get_y() + patch.get_height()
     )
-    return np.array(patch.get_facecolor()[:3])
+    *colour, alpha = to_rgba(patch.get_facecolor())
+    return alpha * np.array(colour) + 1 - alpha
 
 
 def assert_tidy(figure: Figure) -> None:
@@ -242,12 +247,13 @@ def test_two_captions_are_two_lines_of_tokens_and_a_matrix_of_their_pairs() -> N
     first, second = TOKENS[:3], (Token("one"), Token("circle"))
     pairs = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, -0.5]])
     figure = text_pair_sheet(first, second, pairs, (TEXT[:3], np.array([0.0, 2.0])), similarity=0.5, error=0.0)
-    (matrix,) = pictures(figure)
-    assert matrix.shape == (3, 2, 3)
-    assert matrix[1, 0].argmax() == 0
-    assert matrix[2, 1].argmax() == 2
-    assert (matrix[0] == 255).all()
     axes = next(axes for axes in figure.axes if axes.images)
+    (matrix,) = axes.images
+    colours = matrix.to_rgba(np.asarray(matrix.get_array()))
+    assert colours.shape == (3, 2, 4)
+    assert colours[1, 0].tolist() == [0.86, 0.08, 0.10, 0.85]
+    assert colours[2, 1, :3].argmax() == 2
+    assert not colours[0, :, 3].any(), "nothing shows"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "red", "ring"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "circle"]
     assert ground(figure, "circle")[0] > ground(figure, "circle")[2] + 0.4

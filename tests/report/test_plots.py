@@ -20,11 +20,12 @@ from lightning_xai.report.plots import (
     evenly,
     example_sheet,
     heat_fault,
-    overlay,
+    panel,
     progress_sheet,
     rasterize,
     save_figure,
 )
+from lightning_xai.report.sheet import Sheet
 from lightning_xai.results.record import Score
 
 SCORES = tuple(
@@ -48,6 +49,12 @@ def heat(seed: int = 0) -> NDArray[np.floating]:
 
 
 MAP = GradedMap(heat(), 0.5, True)
+
+
+def overlay(image: Any, values: Any, box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:
+    """A heat map as sheets show it, in the size of the image."""
+    sheet = Sheet(image.shape[1], "")
+    return rasterize(sheet.close(panel(sheet, Example(image, "", "", (), box), (0, 0), max(image.shape), values)))
 
 
 def redness(picture: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -99,35 +106,30 @@ def test_the_strongest_colour_is_that_of_the_largest_magnitude() -> None:
 
 
 def test_the_box_is_outlined_and_its_inside_is_not_painted_over() -> None:
-    picture = overlay(GREY, heat(), box=(10, 20, 30, 40))
-    yellow = (picture == YELLOW).all(-1)
-    expected = np.zeros((64, 64), dtype=bool)
-    expected[20:40, 10:30] = True
-    expected[21:39, 11:29] = False
-    assert np.array_equal(yellow, expected)
+    plain, boxed = overlay(GREY, heat()), overlay(GREY, heat(), box=(10, 20, 30, 40))
+    yellow = (boxed == YELLOW).all(-1)
+    for side in (yellow[18:22, 14:27], yellow[38:42, 14:27], yellow[24:37, 8:12].T, yellow[24:37, 28:32].T):
+        assert side.any(axis=0).all()
+    assert not yellow[23:37, 13:27].any()
+    assert np.array_equal(plain[23:37, 13:27], boxed[23:37, 13:27])
+    assert (overlay(GREY, heat(), box=(-50, -50, 200, 200)) == YELLOW).all(-1).any(), "a box may leave the image"
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, math.nan])
 def test_a_map_that_says_nothing_leaves_the_image_with_its_box_and_is_named(value: float) -> None:
-    flat = np.full((4, 4), value)
     image = np.random.default_rng(1).random((64, 64, 3))
-    assert heat_fault(flat) is not None
-    assert np.array_equal(overlay(image, flat), np.rint(image * 255).astype(np.uint8))
-    assert (overlay(image, flat, (10, 10, 30, 30)) == YELLOW).all(-1).any()
+    sheet = Sheet(64, "")
+    panel(sheet, Example(image, "", "", (), (10, 10, 30, 30)), (0, 0), 64, np.full((4, 4), value))
+    (shown,) = sheet.figure.axes[0].images
+    assert np.array_equal(np.asarray(shown.get_array()), image.astype(np.float32))
+    assert len(highlights(sheet.figure)) == 1
+    assert heat_fault(np.full((4, 4), value)) in texts(sheet.figure)
 
 
-@pytest.mark.parametrize(
-    ("image", "values", "message"),
-    [
-        (np.zeros((3, 8, 8)), np.ones((2, 2)), r"expected \[H, W, 3\]"),
-        (np.zeros((8, 8)), np.ones((2, 2)), r"expected \[H, W, 3\]"),
-        (GREY, np.ones((1, 2, 2)), r"expected one map \[h, w\]"),
-        (GREY, np.ones((0, 2)), r"expected one map \[h, w\]"),
-    ],
-)
-def test_wrong_shapes_are_refused(image: Any, values: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        overlay(image, values)
+@pytest.mark.parametrize("image", [np.zeros((3, 8, 8)), np.zeros((8, 8))])
+def test_wrong_shapes_are_refused(image: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
+        example_sheet([Example(image, "", "", ())], [MAP], "t")
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 7, 23])
@@ -210,7 +212,7 @@ def test_the_progress_sheet_keeps_the_first_and_the_last_epoch() -> None:
     assert [text for text in shown if text.startswith("γ")] == [
         f"γ = {gamma}   ✓ hit" for gamma in ("0.00", "0.06", "0.11", "0.50", "0.50", "0.50")
     ]
-    assert len(sheet.axes[0].images) == 2 * (1 + 3)
+    assert len(sheet.axes[0].images) == 2 * (1 + 2 * 3)
 
 
 def test_lengths_that_do_not_fit_are_named() -> None:
