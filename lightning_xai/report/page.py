@@ -92,6 +92,11 @@ class Chart:
         """The figure as SVG."""
         return svg_text(self.figure)
 
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The figure as [H, W, 3]."""
+        return rasterize(self.figure)
+
     @property
     def url(self) -> str:
         """The figure, in the colours of the reader's mode."""
@@ -99,26 +104,10 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class HeatMaps:
-    """A picture of heat maps; as for `Chart`, but the picture may be pixels [H, W, 3]."""
+class HeatMaps(Chart):
+    """A sheet of heat maps, shown as pixels, which are sharp on dense screens too."""
 
-    name: str
-    title: str
-    note: str
-    alt: str
-    picture: Figure | NDArray[np.uint8]
-    number: int = 0
     look = "sheet"
-
-    @cached_property
-    def pixels(self) -> NDArray[np.uint8]:
-        """[H, W, 3]."""
-        return rasterize(self.picture) if isinstance(self.picture, Figure) else self.picture
-
-    @property
-    def width(self) -> int:
-        """Pixels across in the page, on which heat maps are sharp on dense screens."""
-        return round(int(self.pixels.shape[1]) * 0.75)
 
     @property
     def url(self) -> str:
@@ -136,7 +125,7 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = Note | Heading | Findings | Code | Chart | HeatMaps | Folded | PaperTable
+Block = Note | Heading | Findings | Code | Chart | Folded | PaperTable
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,13 @@ class Sheet:
         return self.figure.add_axes(shares)
 
 
+def picture(pixels: NDArray[np.uint8]) -> Figure:
+    """A figure of nothing but these pixels, [H, W, 3]."""
+    figure = Figure(figsize=(pixels.shape[1] / DPI, pixels.shape[0] / DPI), dpi=DPI)
+    figure.figimage(pixels)
+    return figure
+
+
 def wrap(text: str, width: float) -> list[int]:
     """Where the lines of a text begin, and its end: broken at blanks (a word wider than `width` pixels anywhere)."""
     breaks, start = [0], 0

@@ -21,7 +21,7 @@ from result_folders import (
     write_training,
 )
 
-from lightning_xai.report.build import Options, build_sections, write_report
+from lightning_xai.report.build import build_sections, write_report
 from lightning_xai.report.page import Block, Chart, Findings, HeatMaps, Note, Section, flat
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.sections.significance import OrderTest
@@ -34,8 +34,8 @@ from lightning_xai.results.stochastic_order import almost_stochastic_order
 TEST = OrderTest(bootstrap_samples=20)
 
 
-def built(*folders: Path, **options: Any) -> dict[str, Section]:
-    sections, _ = build_sections(load_runs(folders), Options(TEST, **options))
+def built(*folders: Path, method: str | None = None, **options: Any) -> dict[str, Section]:
+    sections, _ = build_sections(load_runs(folders, method=method), TEST, **options)
     return {section.name: section for section in sections}
 
 
@@ -128,7 +128,7 @@ def test_runs_are_compared_method_by_method_in_both_directions(tmp_path: Path) -
     write_evaluation(tmp_path / "b", {**SKILLS, "feature_pair": 0.9}, examples=False, options={"steps": 9})
     write_training(tmp_path / "t", [0.1, 0.2, 0.5, 0.6], images=40)
     runs = load_runs([tmp_path / name for name in "abt"])
-    _, comparisons = build_sections(runs, Options(TEST))
+    _, comparisons = build_sections(runs, TEST)
     names = [(each.first.name, each.second.name, each.first.label) for each in comparisons]
     states = [("t, before", "t, epoch 3"), ("t, before", "t, epoch 1"), ("t, epoch 3", "t, epoch 1")]
     assert names == [*((*pair, "feature_pair") for pair in states), ("a", "b", "feature_pair"), ("a", "b", "m2ib")]
@@ -253,7 +253,7 @@ def test_heat_maps_show_what_all_columns_share_and_the_worst_first(tmp_path: Pat
 
 
 def written(out: Path, folders: Sequence[Path]) -> Path:
-    sections, _ = build_sections(load_runs(folders), Options(TEST))
+    sections, _ = build_sections(load_runs(folders), TEST)
     return write_report(out, "t", "", sections, "")
 
 

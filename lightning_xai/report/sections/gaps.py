@@ -20,17 +20,10 @@ _MOST_COMPARED = 4  # bars side by side for one class
 _MOST_NAMED = 8
 
 
-def gap_blocks(runs: Sequence[Run], gallery: Gallery, method: str | None, min_pairs: int) -> list[Block]:
-    """Classes by grounding, and what changed from the first run, or state of a training, to each other one.
-
-    Args:
-        runs: of the report.
-        gallery: their examples.
-        method: label of the method that ranks classes; None: feature pairs, or else the first.
-        min_pairs: how many measured phrases a class needs to be ranked.
-    """
+def gap_blocks(runs: Sequence[Run], gallery: Gallery, min_pairs: int) -> list[Block]:
+    """Classes by grounding, and what changed from the first run, or state of a training, to each other one."""
     blocks: list[Block] = []
-    for group in class_groups(runs, method):
+    for group in class_groups(runs):
         gaps = {each.name: gaps_of(each, min_pairs) for each in group}
         ranked = {each: gaps[each.name] for each in group if len(gaps[each.name].classes)}
         about = f"{group[0].label} on {group[0].data}"
@@ -48,13 +41,12 @@ def gap_blocks(runs: Sequence[Run], gallery: Gallery, method: str | None, min_pa
     return blocks
 
 
-def class_groups(runs: Sequence[Run], method: str | None) -> list[list[Grounding]]:
+def class_groups(runs: Sequence[Run]) -> list[list[Grounding]]:
     """Groundings on the same phrases by the method that ranks classes, the first of each the one before."""
     found: list[Grounding] = []
     for run in runs:
-        shown = run.of_class(method)
-        if shown is not None:
-            found += dict.fromkeys([run.groundings[0], shown] if run.is_training else [shown])
+        if run.shown is not None:
+            found += dict.fromkeys([run.groundings[0], run.shown] if run.is_training else [run.shown])
     return by_method_and_data(found)
 
 

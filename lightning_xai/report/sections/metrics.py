@@ -64,7 +64,7 @@ def metric_tables(name: str, group: Sequence[Measurement], about: str, suffix: s
             count = max(found.count for found in scores.values())
             head = [each.run, each.state, label] if states else [each.run, label]
             cells = [scores.get(score.name) for score in metric.scores]
-            lines.append((each.measured_by(label).baseline, [*head, *cells, count]))
+            lines.append((each.record.methods[label].baseline, [*head, *cells, count]))
     if not lines:
         return
     columns = [Column(heading, numeric=False) for heading in (("run", "state") if states else ("run",))]
@@ -99,7 +99,7 @@ def _sample(metric: MetricRecord, measurement: Measurement, label: str, name: st
     rows = measurement.first_seed(label, [metric.scores[0].value])
     values = rows.loc[rows["excluded"] == "", "value"].to_numpy("float64")
     if len(values):
-        yield Sample(name, values, measurement.measured_by(label).baseline)
+        yield Sample(name, values, measurement.record.methods[label].baseline)
 
 
 def _cumulative_charts(
@@ -166,7 +166,7 @@ def _bar_charts(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[
     for each in shown:
         for label, scores in each.estimates(metric.name).items():
             name = label if len(shown) == 1 else ", ".join(filter(None, (each.run, each.state, label)))
-            if each.measured_by(label).baseline:
+            if each.record.methods[label].baseline:
                 baselines.append(name)
             for score, column in zip(metric.scores, score_columns(metric), strict=True):
                 if score.name in scores and scores[score.name].mean == scores[score.name].mean:

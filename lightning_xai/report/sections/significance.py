@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_xai.report.page import Block, Note
 from lightning_xai.report.paper_table import Column, PaperTable, Value
-from lightning_xai.results.runs import Grounding, Run
+from lightning_xai.results.runs import GROUNDING, Grounding, Run
 from lightning_xai.results.stochastic_order import StochasticOrder, almost_stochastic_order
 
 
@@ -93,7 +93,7 @@ def why_not(first: Grounding, second: Grounding) -> str | None:
     pair = f"{first.name} and {second.name}"
     if first.label != second.label or first.method.name != second.method.name:
         return f"{pair} are not compared: {first.label} and {second.label} are different methods."
-    if not first.same_data(second):
+    if not first.same_data(second, GROUNDING):
         return f"{pair} are not compared by {first.value} ({first.label}): {_difference(first, second)}."
     if not len(first.gammas) or not len(second.gammas):
         return f"{pair} are not compared ({first.label}): one of them has no measured phrase."
