@@ -120,38 +120,26 @@ def score_table(frame: pd.DataFrame, scores: Iterable[Score], by: Sequence[str] 
     return pd.DataFrame(rows, columns=[*by, "score", "value", "count"])
 
 
-def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str] = ()) -> pd.DataFrame:
+def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str]) -> pd.DataFrame:
     """Scores of one metric, in columns: a line for each group.
 
     Args:
         frame: as for `score_table`.
         scores: of one metric; the first one's value counts the targets.
-        by: columns whose combinations make a group; none: all rows together.
+        by: columns whose combinations make a group.
 
     Returns:
         The columns `by`, `targets` (measured ones), each score by its name, and `excluded_REASON` for each reason that
         some target has.
     """
+    by = list(by)
     summed = score_table(frame, scores, by)
-    counts = summed.loc[summed["score"] == scores[0].name, [*by, "count"]].rename(columns={"count": "targets"})
-    lines = counts.reset_index(drop=True)
-    for score in scores:
-        column = summed.loc[summed["score"] == score.name, [*by, "value"]].rename(columns={"value": score.name})
-        lines = (
-            lines.merge(column, on=list(by), how="left")
-            if by
-            else lines.assign(**{score.name: column[score.name].iloc[0]})
-        )
-    reasons = exclusions(frame[frame["metric"] == scores[0].value], [*by, "metric"])
-    for reason in sorted(set(reasons["excluded"]) - {""}):
-        own = reasons[reasons["excluded"] == reason]
-        name = f"excluded_{reason}"
-        if by:
-            lines = lines.merge(own[[*by, "count"]].rename(columns={"count": name}), on=list(by), how="left")
-            lines[name] = lines[name].fillna(0).astype("int64")
-        else:
-            lines[name] = int(own["count"].sum())
-    return lines
+    targets = summed[summed["score"] == scores[0].name].set_index(by)["count"].rename("targets")
+    values = summed.pivot(index=by, columns="score", values="value").reindex(columns=[score.name for score in scores])
+    reasons = exclusions(frame[(frame["metric"] == scores[0].value) & (frame["excluded"] != "")], by)
+    excluded = reasons.pivot(index=by, columns="excluded", values="count").reindex(targets.index).fillna(0)
+    found = [targets, values.reindex(targets.index), excluded.astype("int64").add_prefix("excluded_")]
+    return pd.concat(found, axis="columns").reset_index()
 
 
 def exclusions(frame: pd.DataFrame, by: Sequence[str] = ("method", "metric")) -> pd.DataFrame:
