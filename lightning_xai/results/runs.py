@@ -90,6 +90,11 @@ class Measurement:
     table: ResultTable
     data: str
 
+    @property
+    def full_name(self) -> str:
+        """The run, and the state where it has one."""
+        return ", ".join(filter(None, (self.run, self.state)))
+
     def estimates(self, metric: str) -> dict[str, dict[str, Estimate]]:
         """Label -> score -> estimate over seeds, in the order of the record; only what has rows."""
         described = self.record.metrics[metric]
@@ -107,6 +112,11 @@ class Measurement:
         frame = self.table.frame
         own = frame[(frame["method"] == label) & frame["metric"].isin(tuple(values))]
         return own[own["seed"] == own["seed"].min()]
+
+    def sample(self, label: str, value: str) -> NDArray[np.float64]:
+        """One of the metrics of the long table, where it was measured, of a method's first seed."""
+        rows = self.first_seed(label, [value])
+        return np.asarray(rows.loc[rows["excluded"] == "", "value"], dtype=np.float64)
 
     def same_data(self, other: Measurement, metric: str) -> bool:
         """True if both have the same targets of a metric, measured or not, and nothing says that their data differ."""
@@ -160,9 +170,7 @@ class Grounding(Measurement):
     @cached_property
     def gammas(self) -> NDArray[np.float64]:
         """`value` of all phrases that have it."""
-        rows = self.rows
-        there = (rows["metric"] == self.value) & (rows["excluded"] == "")
-        return np.asarray(rows.loc[there, "value"], dtype=np.float64)
+        return self.sample(self.label, self.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +228,7 @@ class Run:
         """Of the methods of an evaluation, or of the states of a training."""
         found = []
         for each in self.measurements:
-            shown = each.state if self.alone and each.state else ", ".join(filter(None, (self.name, each.state)))
+            shown = each.state if self.alone and each.state else each.full_name
             values = each.record.metrics[GROUNDING].values if GROUNDING in each.record.metrics else ()
             there = set(each.table.values.loc[each.table.values["metric"].isin(values), "method"])
             about = (each.run, each.state, each.record, each.table, each.data)
