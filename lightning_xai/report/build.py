@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from PIL import Image
 
-from lightning_xai.atomic_file import replaced_at_once, write_json
+from lightning_xai.atomic_file import read_json, replaced_at_once, write_json
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.page import Block, Chart, Folded, HeatMaps, Section, flat, page
 from lightning_xai.report.paper_table import PaperTable
@@ -126,13 +125,16 @@ def _write_block(out: Path, block: Block) -> Iterator[str]:
 def _remove_earlier(out: Path) -> None:
     """Remove the tables and figures of an earlier report, which may have been about other runs; no other files."""
     try:
-        record: Any = json.loads((out / _LIST_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        names = read_json(out / _LIST_NAME, _Listed).files
+    except (FileNotFoundError, ValueError):
         return
-    names = record.get("files") if isinstance(record, dict) else None
-    for name in names if isinstance(names, list) else ():
-        if isinstance(name, str) and _OWN.fullmatch(name):
+    for name in names:
+        if _OWN.fullmatch(name):
             (out / name).unlink(missing_ok=True)
+
+
+class _Listed(msgspec.Struct):
+    files: list[str]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -177,7 +177,6 @@ def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) ->
         script=Markup(script),  # noqa: S704
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         kind=lambda block: type(block).__name__,
-        html=lambda table: Markup(table.to_html()),  # noqa: S704
     )
 
 

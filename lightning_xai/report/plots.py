@@ -25,7 +25,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from lightning_xai.atomic_file import replaced_at_once
-from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Point, Sheet, style, text_width
+from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Point, Sheet, style
 from lightning_xai.results.record import Score, state_name
 
 Box = tuple[float, float, float, float]
@@ -43,7 +43,7 @@ COLOURS = LinearSegmentedColormap.from_list(
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _YELLOW = "#ffd60a"
 BAR = 76  # pixels that a colour bar takes
-_NARROWEST = 480  # so that the colour bar's note fits
+_NARROWEST = 672  # so that the colour bar's note fits
 _HIT, _MISS = "#1a7f37", "#8a8a8a"
 
 
@@ -336,12 +336,9 @@ def _graded_panel(sheet: Sheet, example: Example, graded: GradedMap, at: Point, 
 def _key(sheet: Sheet, y: float) -> None:
     """Close a sheet with a colour bar and what the marks mean."""
     note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
-    if text_width(note) > sheet.width - 2 * GAP:
-        note = "relative to each map's largest (○); yellow: box"
     sheet.close(y + BAR)
-    length = min(300, sheet.width - 4 * GAP)
     ticks = {-1.0: "against", 0.0: "0", 1.0: "for the phrase"}
-    colour_bar(sheet, (sheet.width - length) / 2, length, ticks, note)
+    colour_bar(sheet, (sheet.width - 300) / 2, 300, ticks, note)
 
 
 def colour_bar(
@@ -349,10 +346,8 @@ def colour_bar(
 ) -> None:
     """Draw a colour bar at the foot of a closed sheet, with its ends at the first and the last tick."""
     colours = COLOURS if signed else ListedColormap(COLOURS(np.linspace(0.5, 1, 256)))
-    shown, axes = (
-        ScalarMappable(Normalize(min(ticks), max(ticks)), colours),
-        sheet.axes(left, sheet.height - 64, length, 12),
-    )
+    shown = ScalarMappable(Normalize(min(ticks), max(ticks)), colours)
+    axes = sheet.axes(left, sheet.height - 64, length, 12)
     bar = sheet.figure.colorbar(shown, cax=axes, orientation="horizontal", ticks=list(ticks))
     bar.ax.set_xticklabels(list(ticks.values()), fontsize=FONT_PT - 1)
     bar.outline.set_linewidth(0.5)

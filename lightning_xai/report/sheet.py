@@ -34,15 +34,8 @@ Point = tuple[float, float]
 @contextmanager
 def style() -> Iterator[None]:
     """Use matplotlib's defaults with `style.mplstyle` on top, whatever settings the user has; also a decorator."""
-    with mpl.rc_context(_style()):
+    with mpl.rc_context(fname=str(files("lightning_xai.report").joinpath("style.mplstyle"))):
         yield
-
-
-@cache
-def _style() -> Any:
-    own = mpl.rc_params_from_file(str(files("lightning_xai.report").joinpath("style.mplstyle")))
-    # The backend would be loaded.
-    return {name: value for name, value in own.items() if not name.startswith("backend")}
 
 
 class Sheet:

@@ -139,7 +139,7 @@ def test_runs_are_compared_method_by_method_in_both_directions(tmp_path: Path) -
     assert str(found).startswith("b grounds better than a (feature_pair): ε_min = ")
     assert "not shown to ground better" in str(comparisons[4])
     sections = built(tmp_path / "a", tmp_path / "b", tmp_path / "t")
-    assert "a and b: options of feature_pair differ (steps)." in notes(sections)
+    assert "a and b: options of feature_pair differ (steps was 5 and is 9)." in notes(sections)
     assert "a and t, epoch 3 are not compared by gamma (feature_pair)" in notes(sections)
     verdicts = [text for text in findings(sections) if "ε_min" in text]
     assert len(verdicts) == 2, "of a training from begin to end, and of the method that ranks classes"
