@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import pandas as pd
+
 from lightning_xai.report.figures import class_bars
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.page import Block, Chart, Folded, Heading, HeatMaps, Note
@@ -72,29 +74,25 @@ def _class_chart(ranked: Mapping[str, ClassGaps], about: str) -> Chart:
 
 def _class_table(runs: Mapping[Grounding, ClassGaps], about: str, min_pairs: int) -> PaperTable:
     """Every class of the first run, the worst first, with the same class of the others."""
-    order = list(dict.fromkeys(label for gaps in runs.values() for label in gaps.classes.index))
     columns = [Column("class", numeric=False)]
-    cells: dict[str, list[float | int | None]] = {label: [] for label in order}
+    tables = []
     for each, gaps in runs.items():
+        scores = each.metric.scores
         group = each.name if len(runs) > 1 else ""
-        metric = each.metric
-        columns += [replace(column, group=group, better=None) for column in score_columns(metric)]
+        columns += [replace(column, group=group, better=None) for column in score_columns(each.metric)]
         columns.append(Column("phrases", group))
-        table = score_table(each.rows, metric.scores, by=("label",))
-        scores = {(row.label, row.score): row.value for row in table.itertuples()}
-        for label in order:
-            if label in gaps.classes.index:
-                own: list[float | int | None] = [scores.get((label, score.name)) for score in metric.scores]
-                cells[label] += [*own, int(gaps.classes.loc[label, "count"])]
-            else:
-                cells[label] += [None] * (len(metric.scores) + 1)
+        table = score_table(each.rows, scores, by=("label",)).pivot(index="label", columns="score", values="value")
+        table = table.reindex(index=gaps.classes.index, columns=[score.name for score in scores])
+        # As objects, counts stay whole numbers beside what a run lacks.
+        tables.append(table.assign(phrases=gaps.classes["count"].astype(object)))
+    frame = pd.concat(tables, axis="columns", sort=False)
     few = {label: count for gaps in runs.values() for label, count in gaps.too_few.items()}
     note = "Ordered by the first run, the worst on top."
     if few:
         some = ", ".join(f"{label} ({count})" for label, count in list(few.items())[:_MOST_NAMED])
         more = ", …" if len(few) > _MOST_NAMED else ""
         note += f" Not ranked for fewer than {min_pairs} measured phrases: {some}{more}."
-    rows = [[label, *cells[label]] for label in order]
+    rows = frame.reset_index().to_numpy(dtype=object).tolist()
     return PaperTable(f"classes-{about}", f"Classes by γ ({about})", note, columns, rows)
 
 
@@ -129,12 +127,10 @@ def _change_table(change: GroundingChange, before: Grounding, after: Grounding) 
     columns += [Column("effect size", digits=2, signed=True), Column("± standard error", digits=2)]
     columns += [Column(f"γ mean, {side}") for side in sides]
     columns += [Column("difference", signed=True), *(Column(f"phrases, {side}") for side in sides)]
-    rows = [
-        [what, *(row.Index, row.smd, row.standard_error, row.mean_before, row.mean_after, row.difference),
-         *(int(row.count_before), int(row.count_after))]
-        for what, classes in (("gain", change.gains(_MOST_CHANGES)), ("loss", change.losses(_MOST_CHANGES)))
-        for row in classes.itertuples()
-    ]  # fmt: skip
+    changes = {"gain": change.gains(_MOST_CHANGES), "loss": change.losses(_MOST_CHANGES)}
+    frame = pd.concat(changes, names=["change"]).reset_index()
+    names = ["change", "label", "smd", "standard_error", "mean_before", "mean_after", "difference"]
+    rows = frame[[*names, "count_before", "count_after"]].to_numpy(dtype=object).tolist()
     note = "Effect size: standardised mean difference of γ, in pooled standard deviations; positive is better."
     if not len(change.losses(1)):
         note += " No class got worse."
