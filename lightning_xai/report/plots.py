@@ -126,43 +126,13 @@ class GradedMap:
 
     Attributes:
         heat: [h, w], signed.
-        gamma: in [0, 1]; NaN where it does not exist.
+        gamma: in [0, 1]; NaN where it does not exist, None where the map was not graded.
         hit: whether its largest entry lies inside the box.
     """
 
     heat: Heat
-    gamma: float
-    hit: bool
-
-
-def example_sheet(
-    examples: Sequence[Example], maps: Sequence[GradedMap], title: str, *, columns: int = 4, side: int = 320
-) -> Figure:
-    """Heat maps side by side, each with its caption (the phrase highlighted), gamma and whether it hit.
-
-    Args:
-        examples: what to show, in reading order.
-        maps: one for each example.
-        title: stands above the sheet.
-        columns: at most so many side by side.
-        side: pixels of a picture's longer side.
-
-    Raises:
-        ValueError: the sequences differ in length or are empty.
-    """
-    _check_length("maps", maps, len(examples))
-    columns = min(columns, len(examples))
-    sheet = Sheet(max(columns * (side + GAP) + GAP, _NARROWEST), title)
-    left = (sheet.width - columns * (side + GAP) + GAP) // 2
-    y = end = float(sheet.top)
-    for number, (example, graded) in enumerate(zip(examples, maps, strict=True)):
-        if number % columns == 0:
-            y = end
-        x = left + number % columns * (side + GAP)
-        below = _graded_panel(sheet, example, graded, (x, y), side)
-        end = max(end, sheet.caption(example.caption, (x, below), side, example.spans) + 2 * GAP)
-    _key(sheet, end)
-    return sheet.figure
+    gamma: float | None = None
+    hit: bool = False
 
 
 def progress_sheet(
@@ -193,17 +163,22 @@ def progress_sheet(
     for name, of_epoch in zip(epoch_names, maps, strict=True):
         _check_length(f"maps of {name}", of_epoch, len(examples))
     epochs = evenly(len(epoch_names), columns - 1)
-    sheet = Sheet(max((len(epochs) + 1) * (side + GAP) + GAP, _NARROWEST), title)
     places = [GAP + place * (side + GAP) for place in range(len(epochs) + 1)]
+    sheet = Sheet(max(places[-1] + side + GAP, _NARROWEST), title)
+    y = float(sheet.top)
     for x, name in zip(places, ["image", *(epoch_names[epoch] for epoch in epochs)], strict=True):
-        sheet.text(name, (x + side / 2, sheet.top), ha="center", weight="bold")
-    y = sheet.top + LINE + 6.0
+        y = max(y, sheet.caption(name, (x, sheet.top), side, weight="bold", fontsize=FONT_PT - 1) + 6)
     for i, example in enumerate(examples):
         below = sheet.caption(example.caption, (GAP, y), sheet.width - 2 * GAP, example.spans)
-        panel(sheet, example, (GAP, below), side)
+        y = panel(sheet, example, (GAP, below), side) + GAP
         for x, epoch in zip(places[1:], epochs, strict=True):
-            y = _graded_panel(sheet, example, maps[epoch][i], (x, below), side) + GAP
-    _key(sheet, y)
+            y = max(y, _graded_panel(sheet, example, maps[epoch][i], (x, below), side) + GAP)
+    if all(each.gamma is None for of_epoch in maps for each in of_epoch):
+        return sheet.close(y)
+    sheet.close(y + BAR)
+    note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
+    ticks = {-1.0: "against", 0.0: "0", 1.0: "for the phrase"}
+    colour_bar(sheet, (sheet.width - 300) / 2, 300, ticks, note)
     return sheet.figure
 
 
@@ -322,23 +297,17 @@ def panel(
 
 def _graded_panel(sheet: Sheet, example: Example, graded: GradedMap, at: Point, side: int) -> float:
     """Show a heat map with gamma and the mark of a hit or a miss below it."""
-    y = panel(sheet, example, at, side, graded.heat, marked=True) + 6
+    y = panel(sheet, example, at, side, graded.heat, marked=graded.gamma is not None)
+    if graded.gamma is None:
+        return y
     words = f"γ = {graded.gamma:.2f}" if math.isfinite(graded.gamma) else "no γ: nothing positive"
     look: dict[str, Any] = {"color": _HIT if graded.hit else _MISS, "weight": "bold"}
     if heat_fault(graded.heat):
         words, look = "no γ", {"color": "0.25"}
     else:
         words += "   ✓ hit" if graded.hit else "   ✗ miss"
-    sheet.text(words, (at[0], y), **look)
-    return y + LINE
-
-
-def _key(sheet: Sheet, y: float) -> None:
-    """Close a sheet with a colour bar and what the marks mean."""
-    note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
-    sheet.close(y + BAR)
-    ticks = {-1.0: "against", 0.0: "0", 1.0: "for the phrase"}
-    colour_bar(sheet, (sheet.width - 300) / 2, 300, ticks, note)
+    sheet.text(words, (at[0], y + 6), **look)
+    return y + 6 + LINE
 
 
 def colour_bar(

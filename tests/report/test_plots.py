@@ -18,7 +18,6 @@ from lightning_xai.report.plots import (
     GradedMap,
     curves,
     evenly,
-    example_sheet,
     heat_fault,
     panel,
     progress_sheet,
@@ -59,6 +58,10 @@ def overlay(image: Any, values: Any, box: tuple[float, float, float, float] | No
 
 def redness(picture: NDArray[np.uint8]) -> NDArray[np.int64]:
     return picture[..., 0].astype(np.int64) - picture[..., 2]
+
+
+def sheet_of(examples: list[Example], maps: list[GradedMap], title: str = "t") -> Figure:
+    return progress_sheet(examples, [maps], ["after"], title)
 
 
 def texts(figure: Figure) -> list[str]:
@@ -129,7 +132,7 @@ def test_a_map_that_says_nothing_leaves_the_image_with_its_box_and_is_named(valu
 @pytest.mark.parametrize("image", [np.zeros((3, 8, 8)), np.zeros((8, 8))])
 def test_wrong_shapes_are_refused(image: Any) -> None:
     with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
-        example_sheet([Example(image, "", "", ())], [MAP], "t")
+        sheet_of([Example(image, "", "", ())], [MAP])
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 7, 23])
@@ -144,23 +147,23 @@ def test_columns_are_spread_evenly_from_the_first_to_the_last(count: int) -> Non
 
 def test_the_sheet_shows_the_caption_gamma_and_hit_of_each_example() -> None:
     graded = [GradedMap(heat(), gamma, gamma == 0.83) for gamma in (0.83, math.nan, 0.1)]
-    sheet = example_sheet([example()] * 3, graded, "after")
+    sheet = sheet_of([example()] * 3, graded, "Title")
     shown = texts(sheet)
     assert shown.count("a red ring and a blue star") == 3
     assert any("0.83" in text and "hit" in text for text in shown)
     assert any("nothing positive" in text and "miss" in text for text in shown)
-    assert "after" in shown
+    assert {"Title", "image", "after"} <= set(shown)
 
 
 def test_a_map_that_says_nothing_is_named_in_the_sheet() -> None:
-    shown = texts(example_sheet([example()], [GradedMap(np.zeros((8, 8)), math.nan, False)], "t"))
+    shown = texts(sheet_of([example()], [GradedMap(np.zeros((8, 8)), math.nan, False)]))
     assert {"constant map", "no γ"} <= set(shown)
 
 
 def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:
     def columns_of(caption: str, spans: tuple[tuple[int, int], ...]) -> tuple[list[int], list[int]]:
-        sheet = rasterize(example_sheet([Example(GREY, "", caption, spans)], [MAP], "t"))
-        line = sheet[389:406]  # below the title, picture and gamma
+        sheet = rasterize(sheet_of([Example(GREY, "", caption, spans)], [MAP]))
+        line = sheet[69:86]  # below the title and the columns' names
         ink = np.flatnonzero((line < 120).all(-1).any(0))
         return ink.tolist(), np.flatnonzero((line == HIGHLIGHT).all(-1).any(0)).tolist()
 
@@ -175,8 +178,8 @@ def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:
 def test_a_long_caption_is_wrapped_and_no_character_or_highlight_is_lost() -> None:
     phrase = "a very long winded phrase that certainly will not fit on a single line of the narrow panel"
     caption = f"there is {phrase} and {'x' * 120} after it"
-    sheet = example_sheet([example(caption, phrase)], [MAP], "Title")
-    lines = [text for text in texts(sheet) if text and text in caption]
+    sheet = sheet_of([example(caption, phrase)], [MAP])
+    lines = [text for text in texts(sheet) if text in caption and text not in ("", "t", "after")]
     assert "".join(lines).replace(" ", "") == caption.replace(" ", "")
     assert len(highlights(sheet)) >= 2
     for text in sheet.axes[0].texts:
@@ -190,7 +193,7 @@ def test_a_long_caption_is_wrapped_and_no_character_or_highlight_is_lost() -> No
 )
 def test_no_caption_breaks_the_sheet(caption: str) -> None:
     odd = Example(GREY, "", caption, ((0, 1), (5, 500), (3, 3)), None)
-    assert rasterize(example_sheet([odd], [MAP], caption)).std() > 0
+    assert rasterize(sheet_of([odd], [MAP], caption)).std() > 0
 
 
 def test_small_images_are_enlarged_to_sharp_squares() -> None:
@@ -216,10 +219,8 @@ def test_the_progress_sheet_keeps_the_first_and_the_last_epoch() -> None:
 
 
 def test_lengths_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="maps: expected 1 entries, got 2"):
-        example_sheet([example()], [MAP, MAP], "t")
     with pytest.raises(ValueError, match="at least one example"):
-        example_sheet([], [], "t")
+        sheet_of([], [])
     with pytest.raises(ValueError, match="maps: expected 2 entries, got 1"):
         progress_sheet([example()], [[MAP]], ["before", "epoch 1"])
     with pytest.raises(ValueError, match="maps of before: expected 1 entries, got 0"):
@@ -250,7 +251,7 @@ def test_curves_accept_nothing_but_nan_and_refuse_rows_without_epoch() -> None:
 
 
 def test_figures_are_written_whole_in_the_size_they_were_laid_out(tmp_path: Path) -> None:
-    sheet = example_sheet([example()], [MAP], "t")
+    sheet = sheet_of([example()], [MAP])
     save_figure(sheet, tmp_path / "new" / "sheet.png")
     saved = np.asarray(Image.open(tmp_path / "new" / "sheet.png").convert("RGB"))
     assert np.array_equal(saved, rasterize(sheet))
@@ -265,7 +266,7 @@ def test_drawing_never_touches_pyplot() -> None:
         "import sys, numpy as np\n"
         "from lightning_xai.report.plots import *\n"
         "one = Example(np.zeros((8, 8, 3)), 'a', 'a b', ((0, 1),), (1, 1, 5, 5))\n"
-        "rasterize(example_sheet([one], [GradedMap(np.eye(2), 0.5, True)], 't'))\n"
+        "rasterize(progress_sheet([one], [[GradedMap(np.eye(2), 0.5, True)]], ['before']))\n"
         "rasterize(curves([{'epoch': 0, 'rho': 0.5}], scores=()))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )

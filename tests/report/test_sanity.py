@@ -78,8 +78,7 @@ def test_the_sheet_has_a_row_for_each_method_and_keeps_the_first_and_the_last_st
     sheet = sanity_sheet(example(), maps, stages, columns=5)
     assert len(sheet.axes[0].images) == len(METHODS) * (1 + 2 * 5)
     shown = texts(sheet)
-    assert all(method in shown for method in METHODS)
-    assert "a dog on $5 mat" in shown
+    assert all(f"{method}: a dog on $5 mat" in shown for method in METHODS)
     headings = [text for text in shown if text in (*stages, "image")]
     assert headings[0] == "image"
     assert headings[1] == "original"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -13,7 +13,6 @@ from lightning_xai.report.page import Block, Chart, Folded, Heading, HeatMaps, N
 from lightning_xai.report.paper_table import Column, PaperTable
 from lightning_xai.report.sections.metrics import score_columns
 from lightning_xai.results.effect_size import ClassGaps, GroundingChange, grounding_change, knowledge_gaps
-from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Grounding, Run, by_method_and_data
 from lightning_xai.results.table import score_table
 
@@ -152,14 +151,10 @@ def _changed_examples(
         return
     names, title = ", ".join(sorted(labels)), f"Classes that {what} most from {before.name} to {after.name}"
     columns = {each.name: (each.run, each.label) for each in (before, after)}
-    found = gallery.side_by_side(columns, _of_classes(labels), title)
+    found = gallery.side_by_side(columns, "class", title, labels=labels)
     if found is None:
         yield Note(f"{title}: the runs share no example of {names}.", missing=True)
         return
     sheet, rows = found
     alt = f"Heat maps of {rows} phrases of the classes {names} in both runs."
     yield HeatMaps(f"examples-{what}-{after.name}", title, "Fixed examples of these classes.", alt, sheet)
-
-
-def _of_classes(labels: set[str]) -> Callable[[ExampleRecord], bool]:
-    return lambda record: "class" in record.why and record.label in labels
