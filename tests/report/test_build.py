@@ -27,7 +27,7 @@ from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.sections.significance import OrderTest
 from lightning_xai.results.effect_size import grounding_change
 from lightning_xai.results.examples import read_examples
-from lightning_xai.results.record import MetricRecord, ResultError, Score
+from lightning_xai.results.record import MetricRecord, Score
 from lightning_xai.results.runs import load_runs
 from lightning_xai.results.stochastic_order import almost_stochastic_order
 
@@ -228,14 +228,6 @@ def test_an_example_that_cannot_be_drawn_is_counted_with_its_reason(
     text = notes(built(tmp_path))
     assert "1 of the examples cannot be drawn" in text
     assert message in text
-
-
-def test_an_image_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, {"feature_pair": 0.4})
-    path = tmp_path / "feature_pair" / "examples.json"
-    path.write_text(path.read_text().replace("examples/0.png", "../secret.png"))
-    with pytest.raises(ResultError, match="outside"):
-        built(tmp_path)
 
 
 def test_heat_maps_show_what_all_columns_share_and_the_worst_first(tmp_path: Path) -> None:

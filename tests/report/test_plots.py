@@ -17,7 +17,6 @@ from lightning_xai.report.plots import (
     Example,
     GradedMap,
     curves,
-    evenly,
     heat_fault,
     panel,
     progress_sheet,
@@ -135,29 +134,16 @@ def test_wrong_shapes_are_refused(image: Any) -> None:
         sheet_of([Example(image, "", "", ())], [MAP])
 
 
-@pytest.mark.parametrize("count", [1, 2, 6, 7, 23])
-def test_columns_are_spread_evenly_from_the_first_to_the_last(count: int) -> None:
-    chosen = evenly(count, 6)
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == min(count, 6)
-    assert chosen[0] == 0
-    assert chosen[-1] == count - 1
-    assert np.ptp(np.diff(chosen)) <= 1 if count > 1 else True
-
-
 def test_the_sheet_shows_the_caption_gamma_and_hit_of_each_example() -> None:
     graded = [GradedMap(heat(), gamma, gamma == 0.83) for gamma in (0.83, math.nan, 0.1)]
-    sheet = sheet_of([example()] * 3, graded, "Title")
+    flat = GradedMap(np.zeros((8, 8)), math.nan, False)
+    sheet = sheet_of([example()] * 4, [*graded, flat], "Title")
     shown = texts(sheet)
-    assert shown.count("a red ring and a blue star") == 3
+    assert {"constant map", "no γ"} <= set(shown)
+    assert shown.count("a red ring and a blue star") == 4
     assert any("0.83" in text and "hit" in text for text in shown)
     assert any("nothing positive" in text and "miss" in text for text in shown)
     assert {"Title", "image", "after"} <= set(shown)
-
-
-def test_a_map_that_says_nothing_is_named_in_the_sheet() -> None:
-    shown = texts(sheet_of([example()], [GradedMap(np.zeros((8, 8)), math.nan, False)]))
-    assert {"constant map", "no γ"} <= set(shown)
 
 
 def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:

@@ -89,6 +89,7 @@ def test_results_of_version_1_are_refused_with_the_way_to_make_them_again(tmp_pa
         ("values.csv", r"phrase/1/0", "phrase/none", "lacks 'phrase/none'"),
         ("targets.csv", r"\A.*\n", "a,b\n", "not a table of results|are missing"),
         ("m2ib/examples.json", r"\"hit\"", '"hat"', "field missing"),
+        ("m2ib/examples.json", r"examples/0.png", "../secret.png", "outside of the result folder"),
     ],
 )
 def test_a_broken_file_is_named(name: str, pattern: str, new: str, message: str, tmp_path: Path) -> None:
