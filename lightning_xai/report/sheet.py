@@ -6,6 +6,7 @@ them, and users may plot with pyplot at the same time. Nothing here needs torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -119,16 +120,13 @@ def picture(pixels: NDArray[np.uint8]) -> Figure:
 
 def wrap(text: str, width: float) -> list[int]:
     """Where the lines of a text begin, and its end: broken at blanks (a word wider than `width` pixels anywhere)."""
-    breaks, start = [0], 0
-    while text_width(text[start:]) > width:
-        # Bisection, since the measured width grows with the number of characters.
-        low, high = start + 1, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if text_width(text[start:middle]) <= width else (low, middle - 1)
-        blank = text.rfind(" ", start + 1, low + 1)
-        start = blank + 1 if blank > 0 else low
-        breaks.append(start)
+    breaks = [0]
+    for word in re.finditer(r"\S+", text):
+        if text_width(text[breaks[-1] : word.end()]) > width:
+            breaks += [word.start()] if word.start() > breaks[-1] else []
+            for end in range(word.start() + 1, word.end()):
+                if text_width(text[breaks[-1] : end + 1]) > width:
+                    breaks.append(end)
     return [*breaks, len(text)]
 
 

@@ -115,8 +115,8 @@ class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
         note: what its numbers mean, in one or two sentences.
         values: the metrics of the long table that it writes: ("gamma", "rho").
         scores: how they are summed up.
-        modality: what it is about, where scores of image and text are shown as lines of one table; else "".
         chart: how the values are drawn; None: not at all.
+        options: every option and its value.
     """
 
     name: str

@@ -180,9 +180,9 @@ class Run:
     Attributes:
         name: distinguishes it from the other runs of the report.
         folder: its path.
+        model: a short name of the model.
         measurements: one, or one for each state of a training, in their order.
         config: Lightning's config.yaml of a training as text; empty where there is none.
-        configured: the options of the model in it.
         picture: a training's sheet of heat maps; None where there is none.
         examples: label -> examples with heat maps.
         files: every file that was read, and its size in bytes.
@@ -192,9 +192,9 @@ class Run:
 
     name: str
     folder: Path
+    model: str
     measurements: tuple[Measurement, ...]
     config: str = ""
-    configured: Mapping[str, Any] = field(default_factory=dict)
     picture: Path | None = None
     examples: Mapping[str, Sequence[ExampleRecord]] = field(default_factory=dict)
     files: Mapping[Path, int] = field(default_factory=dict)
@@ -210,13 +210,6 @@ class Run:
     def is_training(self) -> bool:
         """True for a training."""
         return self.record.kind == "training"
-
-    @property
-    def model(self) -> str:
-        """A short name of the model."""
-        # The callback knows the architecture only: any module may use it. The command line's config says the rest.
-        given = self.configured
-        return model_name({**given, "name": given["model"]} if given.get("model") else self.record.model)
 
     @property
     def data(self) -> str:
@@ -336,12 +329,15 @@ def _load_run(folder: Path, name: str, **about: Any) -> Run:
     read = [place / each for place in places for each in (RESULT_NAME, VALUES_NAME, TARGETS_NAME)]
     read += [folder / label / EXAMPLES_NAME for label in methods]
     read += [path for path in (folder / "config.yaml", picture) if is_training and path is not None]
+    # The callback knows the architecture only: any module may use it. The command line's config says the rest.
+    given = _options(settings, "model")
+    model = {**given, "name": given["model"]} if given.get("model") else measurements[-1].record.model
     return Run(
         name,
         folder,
+        model_name(model),
         tuple(measurements),
         config=config,
-        configured=_options(settings, "model"),
         picture=picture,
         examples={label: read_examples(folder / label) for label in methods},
         files={path: path.stat().st_size for path in read if path.is_file()},
