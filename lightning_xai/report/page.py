@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -30,17 +31,17 @@ _HALF, _WIDE = 700, 1200  # pixels across: charts up to which stand side by side
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph; `missing` marks what a report lacks, and why."""
+    """Text in an element of its own.
+
+    Attributes:
+        text: as it is.
+        missing: whether it says what a report lacks, and why.
+        tag: a paragraph ("p"), a heading within a section ("h3") or preformatted text, such as settings ("pre").
+    """
 
     text: str
     missing: bool = False
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading within a section."""
-
-    text: str
+    tag: Literal["p", "h3", "pre"] = "p"
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,6 @@ class Findings:
     """Short results side by side: a number or a name, and the sentence that it belongs to."""
 
     items: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Text as it is, such as settings."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = Note | Heading | Findings | Code | Chart | Folded | PaperTable
+Block = Note | Findings | Chart | Folded | PaperTable
 
 
 @dataclass(frozen=True)

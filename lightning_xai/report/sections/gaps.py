@@ -9,7 +9,7 @@ import pandas as pd
 
 from lightning_xai.report.figures import class_bars
 from lightning_xai.report.gallery import Gallery
-from lightning_xai.report.page import Block, Chart, Folded, Heading, HeatMaps, Note
+from lightning_xai.report.page import Block, Chart, Folded, HeatMaps, Note
 from lightning_xai.report.paper_table import Column, PaperTable
 from lightning_xai.report.sections.metrics import score_columns
 from lightning_xai.results.effect_size import ClassGaps, GroundingChange, grounding_change, knowledge_gaps
@@ -96,7 +96,7 @@ def _class_table(runs: Mapping[Grounding, ClassGaps], about: str, min_pairs: int
 
 
 def _change(gallery: Gallery, before: Grounding, after: Grounding, min_pairs: int) -> Iterator[Block]:
-    yield Heading(f"From {before.name} to {after.name}")
+    yield Note(f"From {before.name} to {after.name}", tag="h3")
     try:
         change = grounding_change(
             *(each.rows[each.rows["metric"] == each.value] for each in (before, after)), min_pairs=min_pairs

@@ -20,6 +20,7 @@ from lightning_xai.results.record import MetricRecord, Score
 from lightning_xai.results.roar import label_at
 from lightning_xai.results.runs import Estimate, Measurement, Run, by_data
 
+Groups = Sequence[Sequence[Measurement]]
 _SYMBOLS = {"layer": "ℓ", "beta": "β", "variance": "σ²"}
 _MOST_MISSING = 6
 
@@ -34,11 +35,13 @@ def metric_sections(runs: Sequence[Run]) -> Iterator[Section]:
         for group in groups:
             about = group[0].data + (f" ({group[0].run})" if data[group[0].data] > 1 else "")
             blocks += metric_tables(name, group, about, suffix=f"-{about}" if len(groups) > 1 else "")
-        blocks += _charts(name, runs, groups)
+        metric = groups[0][0].record.metrics[name]
+        if metric.chart is not None:
+            charts = {"cumulative": _cumulative_charts, "distribution": _distribution_charts, "bars": _bar_charts}
+            blocks += charts[metric.chart](metric, runs, groups)
         if name == "roar":
             blocks += [block for run in runs for block in _trials(run)]
-        title = groups[0][0].record.metrics[name].title
-        yield Section(f"metric-{name}", title, tuple(blocks) or (Note("Nothing was measured.", missing=True),))
+        yield Section(f"metric-{name}", metric.title, tuple(blocks) or (Note("Nothing was measured.", missing=True),))
 
 
 def score_columns(metric: MetricRecord) -> list[Column]:
@@ -87,19 +90,7 @@ def metric_tables(name: str, group: Sequence[Measurement], about: str, suffix: s
     )
 
 
-def _charts(name: str, runs: Sequence[Run], groups: Sequence[Sequence[Measurement]]) -> Iterator[Chart]:
-    metric = groups[0][0].record.metrics[name]
-    if metric.chart == "cumulative":
-        yield from _cumulative_charts(metric, runs, groups)
-    elif metric.chart == "distribution":
-        yield from (chart for group in groups for chart in _distribution_charts(metric, group))
-    elif metric.chart == "bars":
-        yield from (chart for group in groups for chart in _bar_charts(metric, group))
-
-
-def _cumulative_charts(
-    metric: MetricRecord, runs: Sequence[Run], groups: Sequence[Sequence[Measurement]]
-) -> Iterator[Chart]:
+def _cumulative_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups) -> Iterator[Chart]:
     """A figure for each run with its methods or states, and one for each data set with the runs by method."""
     there = {each for group in groups for each in group}
     for run in runs:
@@ -142,18 +133,25 @@ def _cumulative_chart(metric: MetricRecord, panels: Panels, about: str, baseline
     )
 
 
-def _distribution_charts(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[Chart]:
+def _distribution_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups) -> Iterator[Chart]:
     """A panel for each method with the runs in it: the maps of each method have a scale of their own."""
-    panels = _by_method(metric, group)
-    if panels:
-        value = _symbol(metric)
-        title = f"Distribution of {value}: {metric.title} on {group[0].data}"
-        note = "Each method has its own scale; the outermost bins hold what lies beyond."
-        figure = distribution(panels, title, value)
-        yield Chart(f"{metric.scores[0].value}-{group[0].data}", title, note, _alt(metric.scores[:1], panels), figure)
+    value, scores = _symbol(metric), metric.scores[:1]
+    note = "Each method has its own scale; the outermost bins hold what lies beyond."
+    for group in groups:
+        panels, data = _by_method(metric, group), group[0].data
+        if panels:
+            title = f"Distribution of {value}: {metric.title} on {data}"
+            figure = distribution(panels, title, value)
+            yield Chart(f"{scores[0].value}-{data}", title, note, _alt(scores, panels), figure)
 
 
-def _bar_charts(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[Chart]:
+def _bar_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups) -> Iterator[Chart]:
+    """A figure for each data set."""
+    for group in groups:
+        yield from _bar_chart(metric, group)
+
+
+def _bar_chart(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[Chart]:
     """A panel for each score, a bar for each method of each run."""
     panels: dict[str, dict[str, Estimate]] = {}
     baselines = []
