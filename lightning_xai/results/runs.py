@@ -378,32 +378,10 @@ def _order(measurement: Measurement) -> tuple[bool, int, bool]:
 
 def _measurement(folder: Path, run: str, settings: Mapping[str, Any]) -> Measurement:
     record, table = read_result(folder)
-    table = _checked(table, folder, diverged=record.kind == "roar")
     if record.kind == "roar":
         record, table = roar_result(record, table)
     data = str(record.data.get("name") or training_data(settings))
     return Measurement(run, state_name(record.state.get("epoch", "")), record, table, data)
-
-
-def _checked(table: ResultTable, folder: Path, *, diverged: bool) -> ResultTable:
-    """The table, where values are finite numbers or excluded, and each has a target."""
-    try:
-        values = table.values.assign(value=pd.to_numeric(table.values["value"]).astype("float64"))
-        checked = ResultTable(values, table.targets)
-        frame = checked.frame
-    except ValueError as error:
-        raise ResultError(f"{folder}: {VALUES_NAME} and {TARGETS_NAME} do not fit ({error}); run it again") from error
-    orphan = ~frame["target"].isin(table.targets["target"])
-    if orphan.any():
-        raise ResultError(f"{folder}: {TARGETS_NAME} lacks {frame.loc[orphan, 'target'].iloc[0]!r}; run it again")
-    wrong = (frame["excluded"] == "") & ~np.isfinite(frame["value"])
-    if wrong.any() and not diverged:
-        row = frame[wrong].iloc[0]
-        where = f"{row['metric']} of {row['method']}, target {row['target']}"
-        raise ResultError(
-            f"{folder / VALUES_NAME}, {where}: expected a finite number, got {row['value']}; run it again"
-        )
-    return checked
 
 
 def _config(folder: Path) -> tuple[str, dict[str, Any]]:

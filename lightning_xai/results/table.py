@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pandas as pd
 
 from lightning_xai.atomic_file import replaced_at_once
@@ -171,14 +172,29 @@ def read_result(folder: Path) -> tuple[ResultRecord, ResultTable]:
             raise ResultError(f"{folder / name}: the columns {', '.join(missing)} are missing; run it again")
     if record.rows not in (None, len(values)):
         raise ResultError(f"{folder / VALUES_NAME}: {len(values)} rows, expected {record.rows}; run it again")
+    try:
+        table = ResultTable(values.assign(value=pd.to_numeric(values["value"]).astype("float64")), targets)
+        frame = table.frame
+    except ValueError as error:
+        raise ResultError(f"{folder}: {VALUES_NAME} and {TARGETS_NAME} do not fit ({error}); run it again") from error
+    orphan = ~frame["target"].isin(targets["target"])
+    if orphan.any():
+        raise ResultError(f"{folder}: {TARGETS_NAME} lacks {frame.loc[orphan, 'target'].iloc[0]!r}; run it again")
+    measured = frame[frame["excluded"] == ""]
+    if record.kind != "roar":  # a retraining may diverge
+        _check_values(folder, measured, np.isfinite(measured["value"]), "a finite number")
     for score in record.scores.values():
-        found = values.loc[(values["metric"] == score.value) & (values["excluded"] == ""), "value"]
-        if score.bounds is not None and not found.between(*score.bounds).all():
-            wrong = found[~found.between(*score.bounds)].iloc[0]
-            raise ResultError(
-                f"{folder / VALUES_NAME}: expected {score.value} in {list(score.bounds)}, got {wrong}; run it again"
-            )
-    return record, ResultTable(values, targets)
+        if score.bounds is not None:
+            found = measured[measured["metric"] == score.value]
+            _check_values(folder, found, found["value"].between(*score.bounds), f"a number in {list(score.bounds)}")
+    return record, table
+
+
+def _check_values(folder: Path, rows: pd.DataFrame, right: pd.Series, expected: str) -> None:
+    if not right.all():
+        row = rows[~right].iloc[0]
+        where = f"{row['metric']} of {row['method']}, target {row['target']}"
+        raise ResultError(f"{folder / VALUES_NAME}, {where}: expected {expected}, got {row['value']}; run it again")
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

@@ -148,7 +148,7 @@ def test_a_table_that_was_cut_off_or_holds_an_impossible_value_is_refused(tmp_pa
     fields = lines[number].split(",")
     lines[number] = ",".join([*fields[:4], "7.5", ""])
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ResultError, match=r"expected gamma in \[0\.?0?, 1\.?0?\], got 7\.5"):
+    with pytest.raises(ResultError, match=r"gamma of a, target .*: expected a number in \[0\.?0?, 1\.?0?\], got 7\.5"):
         read_result(tmp_path)
 
 
