@@ -112,7 +112,13 @@ class Sheet:
 
 
 def picture(pixels: NDArray[np.uint8]) -> Figure:
-    """A figure of nothing but these pixels, [H, W, 3]."""
+    """A figure of nothing but these pixels, [H, W, 3].
+
+    Raises:
+        ValueError: they are more across or down than matplotlib draws.
+    """
+    if max(pixels.shape) >= 2**16:
+        raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are more than can be drawn")
     figure = Figure(figsize=(pixels.shape[1] / DPI, pixels.shape[0] / DPI), dpi=DPI)
     figure.figimage(pixels)
     return figure

@@ -119,7 +119,10 @@ def test_a_training_has_its_progress_its_verdicts_and_its_classes(tmp_path: Path
     pictures = blocks(sections, HeatMaps)
     assert [picture.pixels.shape for picture in pictures.values()] == [(480, 640, 3)]
     assert "progress.png" in next(iter(pictures.values())).note
-    (tmp_path / "grounding" / "progress.png").write_bytes(b"no picture")
+    path = tmp_path / "grounding" / "progress.png"
+    Image.new("RGB", (1, 2**16)).save(path)
+    assert "cannot be shown: 1 x 65536 pixels are more" in notes(built(tmp_path))
+    path.write_bytes(b"no picture")
     assert "cannot be shown" in notes(built(tmp_path))
 
 
