@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from lightning_xai.data.batch import Batch
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Region, Sample
 from lightning_xai.data.shards import write_shards
+from lightning_xai.models.image_transform import ImageTransform
 
 TRANSFORM = ImageTransform(size=(8, 8))
 

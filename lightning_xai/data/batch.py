@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_xai.data.excluded import Fault
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.object_swaps import object_swaps
 from lightning_xai.data.phrases import (
     NamedBoxes,
@@ -18,6 +17,7 @@ from lightning_xai.data.phrases import (
     PhraseRows,
     Phrases,
     TensorFields,
+    Transform,
     named_boxes,
 )
 from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image, stable_hash
@@ -88,7 +88,7 @@ class TrainingCollate:
         captions_per_image: only the first so many captions of an image take part; None: all.
     """
 
-    transform: ImageTransform
+    transform: Transform
     tokenizer: CaptionTokenizer
     seed: int = 0
     captions_per_image: int | None = None
@@ -143,7 +143,7 @@ class EvaluationCollate:
         swap_objects: add hard negatives made from the captions (`object_swaps`) to those that the data set has.
     """
 
-    transform: ImageTransform
+    transform: Transform
     tokenizer: CaptionTokenizer
     label_names: tuple[str, ...]
     captions_per_image: int | None = None
@@ -204,7 +204,7 @@ class _Images:
     faults: list[Fault]
 
 
-def _read_images(records: Sequence[Record], transform: ImageTransform, context_length: int) -> _Images:
+def _read_images(records: Sequence[Record], transform: Transform, context_length: int) -> _Images:
     pixels = torch.zeros(len(records), 3, *transform.size)
     index = torch.full((len(records),), -1, dtype=torch.int64)
     samples: list[Sample | None] = []
@@ -227,7 +227,7 @@ def _read_images(records: Sequence[Record], transform: ImageTransform, context_l
     return _Images(pixels, index >= 0, index, samples, keys, faults)
 
 
-def _read_pixels(sample: Sample, transform: ImageTransform) -> Tensor:
+def _read_pixels(sample: Sample, transform: Transform) -> Tensor:
     image = decode_image(sample)
     try:
         return transform(image)

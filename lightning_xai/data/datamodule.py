@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
 from lightning_xai.data.dataset import EvaluationDataset, ShardLoader, TrainingDataset, TrainingLoader, count_batches
 from lightning_xai.data.excluded import ExcludedByShard, FaultCounter
-from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.phrases import Transform
 from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
 from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
@@ -36,7 +36,7 @@ _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",
 class Encoder(Protocol):
     """The part of a model that the data module needs: `LightningModule.encoder` has these two attributes."""
 
-    image_transform: ImageTransform
+    image_transform: Transform
     tokenizer: CaptionTokenizer
 
 
@@ -130,14 +130,14 @@ class ShardDataModule(LightningDataModule):
         self.pin_memory = pin_memory
         self.epoch = 0
         self._manifests: dict[str, Manifest] = {}
-        self._bound: tuple[ImageTransform, CaptionTokenizer] | None = None
+        self._bound: tuple[Transform, CaptionTokenizer] | None = None
         self._faults: dict[str, FaultCounter] = {}
         self._verified: set[str] = set()
         self._reported: set[str] = set()
         self._train_loader: TrainingLoader | None = None
         self._restored: dict[str, Any] | None = None
 
-    def bind(self, image_transform: ImageTransform, tokenizer: CaptionTokenizer) -> None:
+    def bind(self, image_transform: Transform, tokenizer: CaptionTokenizer) -> None:
         """Set transform and tokenizer by hand, for use without a trainer; they go before the model's."""
         self._bound = (image_transform, tokenizer)
 
@@ -391,7 +391,7 @@ class ShardDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    def _encoding(self) -> tuple[ImageTransform, CaptionTokenizer]:
+    def _encoding(self) -> tuple[Transform, CaptionTokenizer]:
         if self._bound is not None:
             return self._bound
         module = None if self.trainer is None else self.trainer.lightning_module

@@ -8,19 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import HardNegative, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanCutOffError
 from lightning_xai.exclusion import Exclusion
 
-__all__ = ["NamedBoxes", "NegativeRows", "Negatives", "PhraseRows", "Phrases", "TensorFields", "named_boxes"]
-
 _T = TypeVar("_T", bound="TensorFields")
+
+
+class Transform(Protocol):
+    """The part of a model's image transform that data need; see `lightning_xai.models.image_transform`."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(height, width)` of the transformed image in pixels."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB image as `[3, height, width]` float32; a `RecordError` where that cannot be."""
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes `[N, 4]` `(x, y, width, height)` in an image of that size, as `(x0, y0, x1, y1)` after it."""
 
 
 @dataclass
@@ -136,7 +148,7 @@ class Negatives(TensorFields):
 class _Rows:
     """Collects rows of a caption, an image, a class, a reason, a box and tokens, image by image."""
 
-    def __init__(self, transform: ImageTransform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
+    def __init__(self, transform: Transform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
         self._transform = transform
         self._tokenizer = tokenizer
         self._labels = labels
@@ -171,7 +183,7 @@ class _Rows:
 class PhraseRows(_Rows):
     """Collects the rows of `Phrases`, image by image."""
 
-    def __init__(self, transform: ImageTransform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
+    def __init__(self, transform: Transform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
         super().__init__(transform, tokenizer, labels)
         self._text: list[str] = []
 
@@ -217,7 +229,7 @@ class PhraseRows(_Rows):
 class NegativeRows(_Rows):
     """Collects the rows of `Negatives`, image by image."""
 
-    def __init__(self, transform: ImageTransform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
+    def __init__(self, transform: Transform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
         super().__init__(transform, tokenizer, labels)
         self._words: list[tuple[str, str, str]] = []
 
@@ -260,7 +272,7 @@ class NegativeRows(_Rows):
 
 
 def named_boxes(
-    samples: Sequence[tuple[Sample, int]], captions_per_image: int | None, transform: ImageTransform
+    samples: Sequence[tuple[Sample, int]], captions_per_image: int | None, transform: Transform
 ) -> NamedBoxes:
     """The boxes that the captions of some samples name.
 
@@ -282,7 +294,7 @@ def named_boxes(
     return NamedBoxes(torch.tensor(rows, dtype=torch.int64), torch.cat(boxes))
 
 
-def _transformed(region: Region, sample: Sample, transform: ImageTransform) -> Tensor:
+def _transformed(region: Region, sample: Sample, transform: Transform) -> Tensor:
     """A region's box `(x0, y0, x1, y1)` in pixels of the transformed image, [4] float32."""
     return transform.boxes(torch.tensor([region.box], dtype=torch.float64), sample.size)[0]
 

@@ -11,10 +11,10 @@ from PIL import Image
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER, Fault
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.models.image_transform import ImageTransform
 
 LABELS = ("cat", "dog", "kite", "person")
 TRANSFORM = ImageTransform(size=(32, 32))

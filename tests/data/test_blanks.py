@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import RecordError, Sample
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.image_transform import ImageTransform
 
 Collate = Callable[[list[Record]], Batch]
 CAPTIONS = ("a red ring and a star", "one blue heart")

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
 from lightning_xai.data.excluded import BrokenRecordWarning, TooManyBrokenRecordsError
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
 from lightning_xai.data.shards import write_shards
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.image_transform import ImageTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
 

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.object_swaps import object_swaps
 from lightning_xai.data.phrases import NamedBoxes, NegativeRows, Negatives, TensorFields, named_boxes
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.models.image_transform import ImageTransform
 
 LABELS = ("cat", "dog", "horse")
 TRANSFORM = ImageTransform(size=(32, 32))  # 64 x 48 becomes 42 x 32 and loses 5 pixels on each side
