@@ -108,20 +108,17 @@ def decode_records(origin: str, records: TarRecords) -> Iterator[tuple[str, Samp
         records: its records; the last one is not among them where the file is corrupt within it.
     """
     for record in records:
-        item = _decode(origin, record)
-        if records.error and isinstance(item, RecordError) and item.kind == UNPAIRED_MEMBER:
-            return
+        item: Sample | RecordError
+        try:
+            if record.fault:
+                message = f"{origin}, record {record.key}: {record.fault}; prepare the shard again"
+                raise RecordError(message, kind=DUPLICATE_KEY)
+            item = decode_sample(record.key, record.members, origin)
+        except RecordError as error:
+            if records.error and error.kind == UNPAIRED_MEMBER:
+                return
+            item = error
         yield record.key, item
-
-
-def _decode(origin: str, record: TarRecord) -> Sample | RecordError:
-    if record.fault:
-        message = f"{origin}, record {record.key}: {record.fault}; prepare the shard again"
-        return RecordError(message, kind=DUPLICATE_KEY)
-    try:
-        return decode_sample(record.key, record.members, origin)
-    except RecordError as error:
-        return error
 
 
 # Tar files
