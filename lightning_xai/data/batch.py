@@ -10,16 +10,7 @@ from torch import Tensor
 
 from lightning_xai.data.excluded import Fault
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.phrases import (
-    NamedBoxes,
-    NegativeRows,
-    Negatives,
-    PhraseRows,
-    Phrases,
-    TensorFields,
-    Transform,
-    named_boxes,
-)
+from lightning_xai.data.phrases import NamedBoxes, Negatives, Phrases, TargetRows, TensorFields, Transform
 from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image, stable_hash
 from lightning_xai.data.spans import CaptionTokenizer
 
@@ -152,19 +143,14 @@ class EvaluationCollate:
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Decode, transform, tokenise and align; a record that fails becomes an invalid row and a fault."""
         images = _read_images(records, self.transform, self.tokenizer.context_length)
-        labels = {label: row for row, label in enumerate(self.label_names)}
         captions: list[str] = []
         origin: list[tuple[int, int]] = []
-        rows = PhraseRows(self.transform, self.tokenizer, labels)
-        negatives = NegativeRows(self.transform, self.tokenizer, labels)
-        first_rows: list[tuple[Sample, int]] = []
+        targets = TargetRows(self.transform, self.tokenizer, self.label_names)
         for image_row, sample in enumerate(images.samples):
             if sample is None:
                 continue
             texts = sample.captions[: self.captions_per_image]
-            rows.add(sample, texts, image_row, len(captions))
-            negatives.add(sample, self._negatives(sample, texts), image_row, len(captions))
-            first_rows.append((sample, len(captions)))
+            targets.add(sample, texts, self._negatives(sample, texts), image_row, len(captions))
             captions.extend(texts)
             origin.extend((image_row, caption_index) for caption_index in range(len(texts)))
         length = self.tokenizer.context_length
@@ -180,11 +166,11 @@ class EvaluationCollate:
             caption_index=where[:, 1].clone(),
             captions=captions,
             keys=images.keys,
-            phrases=rows.phrases(),
+            phrases=targets.phrases(),
             label_names=self.label_names,
             faults=images.faults,
-            named=named_boxes(first_rows, self.captions_per_image, self.transform),
-            negatives=negatives.negatives(),
+            named=targets.named(),
+            negatives=targets.negatives(),
         )
 
     def _negatives(self, sample: Sample, captions: Sequence[str]) -> list[HardNegative]:

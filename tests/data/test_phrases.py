@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.phrases import NamedBoxes, NegativeRows, Negatives, TensorFields, named_boxes
+from lightning_xai.data.phrases import Negatives, TargetRows, TensorFields
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
@@ -158,8 +158,8 @@ def test_a_batch_without_negatives_has_the_usual_shapes(tokenizer: CaptionTokeni
 
 
 def test_columns_do_not_share_memory(tokenizer: CaptionTokenizer) -> None:
-    rows = NegativeRows(TRANSFORM, tokenizer, {label: row for row, label in enumerate(LABELS)})
-    rows.add(make_sample(), [ELEPHANT], 3, 7)
+    rows = TargetRows(TRANSFORM, tokenizer, LABELS)
+    rows.add(make_sample(), CAPTIONS, [ELEPHANT], 3, 7)
     negatives = rows.negatives()
     negatives.caption_row[0] = 99
     negatives.mask[:] = False
@@ -198,7 +198,12 @@ def sample_of(*regions: Region, captions: int = 3) -> Sample:
     return Sample("a", b"", (64, 48), tuple(f"dog {number}" for number in range(captions)), regions)
 
 
-def row_boxes(named: NamedBoxes) -> list[tuple[int, tuple[float, ...]]]:
+def row_boxes(
+    tokenizer: CaptionTokenizer, sample: Sample, first_row: int = 0, captions: int = 3
+) -> list[tuple[int, tuple[float, ...]]]:
+    rows = TargetRows(TRANSFORM, tokenizer, (*LABELS, "kite"))
+    rows.add(sample, sample.captions[:captions], [], 0, first_row)
+    named = rows.named()
     return [(row, tuple(box)) for row, box in zip(named.caption_row.tolist(), named.boxes.tolist(), strict=True)]
 
 
@@ -206,35 +211,35 @@ def after(box: tuple[float, float, float, float]) -> tuple[float, ...]:
     return tuple(TRANSFORM.boxes(torch.tensor([box]), (64, 48))[0].tolist())
 
 
-def test_every_caption_gets_every_box_that_it_names_several_instances_included() -> None:
+def test_every_caption_gets_every_box_that_it_names_several_instances_included(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(
         Region("dog", HERE, {0: SPAN, 2: SPAN}),
         Region("dog", THERE, {0: SPAN, 2: SPAN}),
         Region("cat", TOUCHED, {1: ((0, 3), (4, 5))}),
         Region("kite", HERE),
     )
-    found = row_boxes(named_boxes([(sample, 10)], None, TRANSFORM))
+    found = row_boxes(tokenizer, sample, 10)
     expected = [(10, after(HERE)), (10, after(THERE)), (11, after(TOUCHED)), (12, after(HERE)), (12, after(THERE))]
     assert sorted(found) == sorted(expected)
 
 
-def test_boxes_of_which_the_crop_leaves_nothing_are_not_among_them() -> None:
+def test_boxes_of_which_the_crop_leaves_nothing_are_not_among_them(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(Region("dog", GONE, {0: SPAN}), Region("dog", TOUCHED, {0: SPAN}))
-    found = row_boxes(named_boxes([(sample, 0)], None, TRANSFORM))
+    found = row_boxes(tokenizer, sample)
     assert found == [(0, after(TOUCHED))]
     x0, _, x1, _ = found[0][1]
     assert 0 == x0 < x1 < 12 * 42 / 64
 
 
-def test_captions_that_take_no_part_name_nothing() -> None:
+def test_captions_that_take_no_part_name_nothing(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(Region("dog", HERE, {0: SPAN, 1: SPAN, 2: SPAN}), Region("cat", THERE, {2: SPAN}))
-    assert row_boxes(named_boxes([(sample, 5)], 2, TRANSFORM)) == [(5, after(HERE)), (6, after(HERE))]
-    assert len(row_boxes(named_boxes([(sample, 5)], None, TRANSFORM))) == 4
+    assert row_boxes(tokenizer, sample, 5, captions=2) == [(5, after(HERE)), (6, after(HERE))]
+    assert len(row_boxes(tokenizer, sample, 5)) == 4
 
 
-def test_a_caption_without_a_place_that_names_the_region_does_not_name_it() -> None:
+def test_a_caption_without_a_place_that_names_the_region_does_not_name_it(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(Region("dog", HERE, {0: (), 1: SPAN}))
-    assert row_boxes(named_boxes([(sample, 0)], None, TRANSFORM)) == [(1, after(HERE))]
+    assert row_boxes(tokenizer, sample) == [(1, after(HERE))]
 
 
 # --- moving to a device ---
