@@ -2,7 +2,7 @@
 
 A folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `manifest.json`, which lists each shard with its number
 of samples, bytes and SHA-256. The same samples give the same bytes, so that two machines can compare hashes.
-Shards may come from anywhere; `tar_records` is what opens them.
+Shards may come from anywhere; `shard_reader` is what opens them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeAlias
@@ -38,6 +39,7 @@ _EXCLUDED_KEY = "left_out"  # as version 1 of the file calls it: shards that are
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*\.tar")  # commands take a leading "-" for an option
 _LOGGED_RECORDS = 10
 _SHOWN_FAULTS = 10
+_CHUNK = 1 << 20
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -255,8 +257,8 @@ def write_shards(
     out = out.resolve()
     _check_target(out, overwrite)
     excluded = Counter() if excluded is None else excluded
-    partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir(parents=True)
+    unfinished = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    unfinished.mkdir(parents=True)
     content = _Content(excluded)
     shards: list[ShardEntry] = []
     try:
@@ -264,7 +266,7 @@ def write_shards(
             records = content.take(bar.track(samples, total=total, description=escape(name)))
             for first in records:
                 group = chain([first], islice(records, samples_per_shard - 1))
-                shards.append(_write_shard(partial / f"shard-{len(shards):06d}.tar", group))
+                shards.append(_write_shard(unfinished / f"shard-{len(shards):06d}.tar", group))
         if not shards:
             raise ShardError(f"{out}: no sample to write for {name!r}; excluded: {dict(excluded) or 'nothing'}")
         manifest = Manifest(
@@ -274,43 +276,34 @@ def write_shards(
             excluded={reason: count for reason, count in sorted(excluded.items()) if count},
             captions=content.captions,
         )
-        manifest.save(partial)
-        _publish(partial, out, overwrite)
+        manifest.save(unfinished)
+        _publish(unfinished, out, overwrite)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return manifest
 
 
-class _HashingFile:
-    """The write side of a file that hashes and counts what passes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+def hash_rest(stream: BinaryIO) -> str:
+    """The SHA-256, in hexadecimal digits, of the bytes that a stream still has."""
+    digest = hashlib.sha256()
+    for chunk in iter(partial(stream.read, _CHUNK), b""):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _write_shard(path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardEntry:
     """Write keys with their members as one shard."""
     samples = 0
-    with path.open("wb") as file:
-        hashed = _HashingFile(file)
+    with path.open("w+b") as file:
         # Time and owner are fixed so that the same samples give the same bytes. The members are bytes already
         # (encoder=False). The GNU format holds keys of more than 100 characters, which webdataset's default does not.
-        with TarWriter(hashed, encoder=False, mtime=0, user="nobody", group="nobody", format="GNU_FORMAT") as tar:
+        with TarWriter(file, encoder=False, mtime=0, user="nobody", group="nobody", format="GNU_FORMAT") as tar:
             for key, members in records:
                 tar.write({"__key__": key, **members})
                 samples += 1
-    return ShardEntry(path.name, samples, hashed.bytes, hashed.sha256)
+        size = file.tell()
+        file.seek(0)
+        return ShardEntry(path.name, samples, size, hash_rest(file))
 
 
 class _Content:
@@ -368,7 +361,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise ShardsExistError(f"{out}: is not empty and holds no shards of this project; choose another folder")
 
 
-def _publish(partial: Path, out: Path, overwrite: bool) -> None:
+def _publish(unfinished: Path, out: Path, overwrite: bool) -> None:
     """Give the finished folder its name; old shards that it replaces come back if that fails."""
     _check_target(out, overwrite)  # another process may have been faster
     retired = out.parent / f".{out.name}.retired-{uuid.uuid4().hex[:8]}"
@@ -378,7 +371,7 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
             out.rename(retired)
         elif out.exists():
             out.rmdir()  # refuses if it is no longer empty
-        partial.rename(out)
+        unfinished.rename(out)
     except OSError as error:
         if retired.exists() and not out.exists():
             retired.rename(out)

@@ -26,7 +26,7 @@ from lightning_xai.data.excluded import (
 from lightning_xai.data.sample import RecordError, Sample, decode_image
 from lightning_xai.data.shard_reader import RECORD_MEMBERS, TarRecords, decode_records
 from lightning_xai.data.shard_store import ShardStore
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardEntry, find_file_fault
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardEntry, find_file_fault, hash_rest
 
 __all__ = ["ShardReport", "Verification", "find_wrong_checksums", "read_reports"]
 
@@ -169,7 +169,7 @@ def _read_records(store: ShardStore, report: ShardReport, same_size: bool) -> No
     elif len(keys) > entry.samples:
         message = f"{entry.name} holds {len(keys):,} records, the manifest says {entry.samples:,}"
         report.faults.append((Fault(-1, WRONG_COUNT, message), len(keys) - entry.samples))
-    if same_size and stream.ended and (fault := _compare(stream, entry)) is not None:
+    if same_size and stream.ended and (fault := _compare(stream.sha256.hexdigest(), entry)) is not None:
         report.faults.append((fault, 1))
 
 
@@ -188,16 +188,14 @@ def _look_at(item: Sample | RecordError, report: ShardReport) -> None:
 
 
 def _find_wrong_checksum(store: ShardStore, entry: ShardEntry) -> Fault | None:
-    stream = _HashedStream(partial(store.open, entry.name, entry.bytes))
     try:
-        stream.close()
+        with store.open(entry.name, entry.bytes) as stream:
+            return _compare(hash_rest(stream), entry)
     except OSError as error:
         return Fault(-1, UNREADABLE_SHARD, f"{entry.name} cannot be read ({error})")
-    return _compare(stream, entry)
 
 
-def _compare(stream: _HashedStream, entry: ShardEntry) -> Fault | None:
-    found = stream.sha256.hexdigest()
+def _compare(found: str, entry: ShardEntry) -> Fault | None:
     if found == entry.sha256:
         return None
     return Fault(-1, WRONG_CHECKSUM, f"{entry.name} has the SHA-256 {found[:16]}..., not {entry.sha256[:16]}...")
