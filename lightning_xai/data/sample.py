@@ -15,7 +15,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -38,6 +38,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_T = TypeVar("_T")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 Box = tuple[float, float, float, float]
@@ -146,6 +147,27 @@ def stable_hash(*parts: int | str) -> int:
     False
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def parse_json(data: bytes, kind: type[_T], version: int) -> _T:
+    """The content of a JSON file whose schema has that version.
+
+    Raises:
+        ValueError: it is no JSON, its schema has another version, or a field is missing or of the wrong type.
+    """
+    try:
+        record = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"broken JSON ({error})") from error
+    found = record.get("version") if isinstance(record, dict) else None
+    if found != version:
+        raise ValueError(f"schema version {found!r}, expected {version}")
+    try:
+        return msgspec.convert(record, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ValueError):  # a class's own check, which says more than its place
+            raise error.__cause__ from error
+        raise ValueError(f"field missing or of the wrong type ({error})") from error
 
 
 def read_image(data: bytes, origin: str) -> Image.Image:
@@ -265,19 +287,9 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
     if "json" not in members:
         raise RecordError(f"{where}: the .json member is missing; rebuild the shard", kind=UNPAIRED_MEMBER)
     try:
-        record = json.loads(members["json"])
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RecordError(f"{where}: broken JSON ({error}); rebuild the shard") from error
-    version = record.get("version") if isinstance(record, dict) else None
-    if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; "
-            "prepare the shards again with this release"
-        )
-    try:
-        fields = msgspec.convert(record, _Record, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise RecordError(f"{where}: field missing or of the wrong type ({error}); rebuild the shard") from error
+        fields = parse_json(members["json"], _Record, SCHEMA_VERSION)
+    except ValueError as error:
+        raise RecordError(f"{where}: {error}; prepare the shards again with this release") from error
     sample = Sample(
         key=key,
         image=images[0],

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Literal
 
 from webdataset.tariterators import base_plus_ext
 
@@ -214,7 +214,8 @@ class TarRecords:
 
 def _open_tar(stream: BinaryIO) -> tarfile.TarFile:
     try:
-        # Never "r", which would unpack compressed files.
-        return tarfile.open(fileobj=stream, mode="r:" if stream.seekable() else "r|")
+        # Never "r", which would unpack compressed files. Block by block: what came before a stream broke off is kept.
+        mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
+        return tarfile.open(fileobj=stream, mode=mode, bufsize=tarfile.BLOCKSIZE)
     except tarfile.ReadError as error:
         raise tarfile.ReadError(f"it is not an uncompressed tar file ({error})") from error

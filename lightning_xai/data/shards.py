@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeAlias
+from typing import Annotated, BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from webdataset.writer import TarWriter
 
 from lightning_xai.data.excluded import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
-from lightning_xai.data.sample import RecordError, Sample, encode_sample
+from lightning_xai.data.sample import RecordError, Sample, encode_sample, parse_json
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 
 MANIFEST_NAME = "manifest.json"
@@ -93,6 +93,9 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
         excluded: reason -> records of the source that were not written.
         captions: number of captions over all samples.
         version: version of the manifest's own schema.
+
+    Raises:
+        ShardError: no shard, one twice, or labels that are not sorted.
     """
 
     name: str
@@ -101,6 +104,15 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     excluded: Mapping[str, _Count]
     captions: _Count
     version: int = MANIFEST_VERSION
+
+    def __post_init__(self) -> None:
+        names = [entry.name for entry in self.shards]
+        if not names:
+            raise ShardError("no shard is listed")
+        if len(set(names)) != len(names):
+            raise ShardError("a shard is listed twice")
+        if list(self.labels) != sorted(set(self.labels)):
+            raise ShardError("'labels' are not sorted texts")
 
     @property
     def samples(self) -> int:
@@ -143,16 +155,15 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
         path = store.locate(MANIFEST_NAME)
         try:
             with store.open(MANIFEST_NAME) as stream:
-                record = json.loads(stream.read().decode())
+                return parse_json(stream.read(), cls, MANIFEST_VERSION)
         except FileNotFoundError as error:
             raise ShardError(
                 f"{path}: not found; check the path, or make the shards with `python -m lightning_xai prepare`"
             ) from error
         except OSError as error:
             raise ShardError(f"{path}: cannot be read ({error}); check the path, and your access to it") from error
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ShardError(f"{path}: broken JSON ({error}); restore the file or prepare the shards again") from error
-        return _parse_manifest(record, path)
+        except ValueError as error:
+            raise ShardError(f"{path}: {error}; restore the file or prepare the shards again") from error
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json`; the same manifest gives the same bytes."""
@@ -377,30 +388,3 @@ def _publish(unfinished: Path, out: Path, overwrite: bool) -> None:
             retired.rename(out)
         raise ShardsExistError(f"{out}: could not be put in place ({error}); run again") from error
     shutil.rmtree(retired, ignore_errors=True)
-
-
-def _parse_manifest(record: Any, path: str) -> Manifest:
-    version = record.get("version") if isinstance(record, dict) else None
-    if version != MANIFEST_VERSION:
-        raise ShardError(
-            f"{path}: manifest version {version!r}, expected {MANIFEST_VERSION}; prepare the shards again with this "
-            "release"
-        )
-    try:
-        manifest = msgspec.convert(record, Manifest)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ShardError):
-            raise ShardError(f"{path}: {error.__cause__}") from error
-        raise ShardError(
-            f"{path}: field missing or of the wrong type ({error}); restore the file or prepare the shards again"
-        ) from error
-    names = [entry.name for entry in manifest.shards]
-    checks = {
-        "no shard is listed": bool(names),
-        "a shard is listed twice": len(set(names)) == len(names),
-        "'labels' are not sorted texts": list(manifest.labels) == sorted(set(manifest.labels)),
-    }
-    for fault, holds in checks.items():
-        if not holds:
-            raise ShardError(f"{path}: {fault}; restore the file or prepare the shards again")
-    return manifest
