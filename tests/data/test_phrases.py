@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from captioned_shards import grey_sample
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from PIL import Image
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate
@@ -28,15 +28,8 @@ CAT = Region("cat", (30, 20, 10, 10), {0: ((11, 19),), 1: ((4, 7),)})
 ELEPHANT = HardNegative("A dog, and an Indian elephant!", (11, 29), 0, (11, 19), 1)
 
 
-def make_sample(
-    key: str = "a",
-    captions: tuple[str, ...] = CAPTIONS,
-    regions: tuple[Region, ...] = (DOG, CAT),
-    negatives: tuple[HardNegative, ...] = (),
-) -> Sample:
-    stream = io.BytesIO()
-    Image.new("RGB", (64, 48), "grey").save(stream, "PNG")
-    return Sample(key, stream.getvalue(), (64, 48), captions, regions, negatives=negatives)
+def make_sample(key: str = "a", captions: tuple[str, ...] = CAPTIONS, **changes: Any) -> Sample:
+    return grey_sample(key, captions, **({"regions": (DOG, CAT)} | changes))
 
 
 def collated(
@@ -54,7 +47,7 @@ def words(tokenizer: CaptionTokenizer, tokens: Tensor, mask: Tensor) -> str:
 
 
 def test_masks_spell_the_true_words_and_what_stands_in_their_place(tokenizer: CaptionTokenizer) -> None:
-    plain, negative = make_sample("plain", ("nothing",), ()), make_sample("b", negatives=(ELEPHANT,))
+    plain, negative = make_sample("plain", ("nothing",), regions=()), make_sample("b", negatives=(ELEPHANT,))
     batch, negatives = collated(tokenizer, plain, negative)
     assert len(negatives) == 1
     assert words(tokenizer, negatives.tokens[0], negatives.mask[0]) == "an indian elephant"
