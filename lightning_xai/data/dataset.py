@@ -134,33 +134,25 @@ class TrainingDataset(_RankDataset):
         """The samples from `begin` on of this rank's part of the epoch's ring, in that order of their positions."""
         begin += stable_hash("entry", self.collate.seed, epoch) % self.manifest.samples
         begin += self.rank * self._batches * self.batch_size
-        unread = order.to_come()
-        records = self._read(epoch, begin, unread)
-        positions = (position for position in unread.span if position not in unread.skipped)
+        span, skipped = order.to_come()
+        records = self._read(epoch, begin, span, skipped)
+        positions = (position for position in span if position not in skipped)
         waiting: dict[int, Record] = {}  # read, as they lie before one that was to be given out first
         for position in order:
             while position not in waiting:
                 waiting[next(positions)] = next(records)
             yield waiting.pop(position)
 
-    def _read(self, epoch: int, begin: int, unread: _Unread) -> Iterator[Record]:
-        """The samples at those positions after `begin`, in turn."""
+    def _read(self, epoch: int, begin: int, span: range, skipped: frozenset[int]) -> Iterator[Record]:
+        """The samples at the positions of `span` after `begin` that are not skipped, in turn."""
         samples = self.manifest.samples
         shards = self.manifest.order(self.collate.seed, epoch)
         for turn in (0, samples):  # a part may run over the end of the line into its beginning
             shift = begin - turn
-            lower, upper = max(unread.span.start + shift, 0), min(unread.span.stop + shift, samples)
+            lower, upper = max(span.start + shift, 0), min(span.stop + shift, samples)
             if lower < upper:
-                skipped = [position + shift for position in unread.skipped]
-                yield from read_samples(self.store, self.manifest, shards, lower, upper, skipped)
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """Positions of samples that are still to be read: those of `span` without those that are skipped."""
-
-    span: range
-    skipped: frozenset[int]
+                passed = [position + shift for position in skipped]
+                yield from read_samples(self.store, self.manifest, shards, lower, upper, passed)
 
 
 class _ShuffledOrder:
@@ -193,10 +185,10 @@ class _ShuffledOrder:
         """Skip that many positions."""
         deque(islice(self, count), maxlen=0)
 
-    def to_come(self) -> _Unread:
-        """The positions that were not yet given out."""
+    def to_come(self) -> tuple[range, frozenset[int]]:
+        """A range with the positions that were not yet given out, and those in it that were."""
         first = min(self._held, default=self._drawn)
-        return _Unread(range(first, self._count), frozenset(range(first, self._drawn)) - self._held)
+        return range(first, self._count), frozenset(range(first, self._drawn)) - self._held
 
     def _draw(self) -> Iterator[int]:
         for position in range(self._count):

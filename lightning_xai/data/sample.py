@@ -249,7 +249,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     _check(sample)
     record = {
         "version": SCHEMA_VERSION,
-        "captions": list(sample.captions),
+        "captions": sample.captions,
         "width": sample.size[0],
         "height": sample.size[1],
         "source": sample.source,
@@ -259,7 +259,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     if sample.negatives:
         record["negatives"] = [asdict(negative) for negative in sample.negatives]
     if sample.blanks:
-        record["blanks"] = {str(caption): list(positions) for caption, positions in sample.blanks.items()}
+        record["blanks"] = dict(sample.blanks)
     return {
         image_extension(sample.image, sample.source or sample.key): sample.image,
         "json": json.dumps(record, ensure_ascii=False).encode(),
@@ -305,12 +305,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
 
 
 def _encode_region(region: Region) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "label": region.label,
-        "box": list(region.box),
-        "crowd": region.crowd,
-        "spans": {str(caption): [list(span) for span in spans] for caption, spans in region.spans.items()},
-    }
+    # In this order, and without an entity where there is none, so that shards keep their bytes.
+    record = {"label": region.label, "box": region.box, "crowd": region.crowd, "spans": dict(region.spans)}
     return record | {"entity": region.entity} if region.entity else record
 
 
