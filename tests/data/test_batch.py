@@ -169,18 +169,6 @@ def test_broken_images_and_padding_are_invalid_rows_in_evaluation(evaluation: Ev
     assert record_fault == Fault(1, UNPAIRED_MEMBER, "shard-7.tar, record x: no json")
 
 
-def test_a_batch_of_padding_alone_has_empty_tensors_of_the_usual_shapes(evaluation: EvaluationCollate) -> None:
-    batch = evaluation([(-1, None), (-1, None)])
-    assert batch.images.shape == (2, 3, 32, 32)
-    assert batch.tokens.shape == (0, 77)
-    assert batch.tokens.dtype == torch.int64
-    assert batch.caption_image.shape == batch.caption_index.shape == (0,)
-    assert batch.phrases.span_mask.shape == (0, 77)
-    assert batch.phrases.span_mask.dtype == torch.bool
-    assert batch.phrases.boxes.shape == (0, 4)
-    assert batch.faults == []
-
-
 def test_an_annotation_of_another_size_is_a_fault(evaluation: EvaluationCollate) -> None:
     sample = replace(grey_sample("a", ("a dog",)), size=(48, 64))
     batch = evaluation([(3, sample)])

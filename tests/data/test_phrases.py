@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.phrases import Negatives, TargetRows, TensorFields
+from lightning_xai.data.phrases import Negatives, TargetRows
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
@@ -134,20 +133,23 @@ def test_what_cannot_be_measured_has_a_reason(tokenizer: CaptionTokenizer) -> No
             assert negatives.true_mask.any()
 
 
-def test_a_batch_without_negatives_has_the_usual_shapes(tokenizer: CaptionTokenizer) -> None:
+def test_a_batch_without_targets_has_the_usual_shapes(tokenizer: CaptionTokenizer) -> None:
     for batch in (
         EvaluationCollate(TRANSFORM, tokenizer, LABELS, swap_objects=True)([(-1, None)]),
-        collated(tokenizer, make_sample(regions=()), swap=True)[0],
+        collated(tokenizer, make_sample(captions=(CAPTIONS[0],), regions=()), swap=True)[0],
     ):
-        negatives = batch.negatives
+        negatives, phrases = batch.negatives, batch.phrases
         assert negatives is not None
-        assert len(negatives) == 0
-        assert negatives.tokens.shape == negatives.mask.shape == negatives.true_mask.shape == (0, 77)
-        assert negatives.boxes.shape == (0, 4)
-        numbers = (negatives.caption_row, negatives.image_row, negatives.label, negatives.reason)
-        assert {tuple(column.shape) for column in numbers} == {(0,)}
-        assert {column.dtype for column in (*numbers, negatives.tokens)} == {torch.int64}
-        assert negatives.mask.dtype == negatives.true_mask.dtype == torch.bool
+        assert (len(negatives), len(phrases)) == (0, 0)
+        assert batch.images.shape[1:] == (3, 32, 32)
+        assert batch.tokens.shape == (len(batch.captions), 77)
+        assert negatives.tokens.shape == (0, 77)
+        for mask in (negatives.mask, negatives.true_mask, phrases.span_mask):
+            assert (mask.shape, mask.dtype) == ((0, 77), torch.bool)
+        assert negatives.boxes.shape == phrases.boxes.shape == (0, 4)
+        numbers = [getattr(part, name) for part in (negatives, phrases) for name in ("caption_row", "label", "reason")]
+        assert {tuple(column.shape) for column in (*numbers, negatives.image_row, phrases.image_row)} == {(0,)}
+        assert {column.dtype for column in (*numbers, batch.tokens, negatives.tokens)} == {torch.int64}
 
 
 def test_columns_do_not_share_memory(tokenizer: CaptionTokenizer) -> None:
@@ -166,7 +168,8 @@ def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer:
     assert moved.images.device.type == moved.phrases.boxes.device.type == "meta"
     assert moved.negatives is not None
     assert moved.named is not None
-    tensors = [value for part in (moved.negatives, moved.named) for value in vars(part).values() if _is_tensor(value)]
+    parts = (moved.negatives, moved.named)
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
     assert len(tensors) == 8 + 2
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.negatives.captions == negatives.captions
@@ -174,10 +177,6 @@ def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer:
     copy = pickle.loads(pickle.dumps(batch))
     assert torch.equal(copy.negatives.true_mask, negatives.true_mask)
     assert copy.negatives.replacement == negatives.replacement
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 # --- boxes that captions name ---
@@ -235,44 +234,9 @@ def test_a_caption_without_a_place_that_names_the_region_does_not_name_it(tokeni
     assert row_boxes(tokenizer, sample) == [(1, after(HERE))]
 
 
-# --- moving to a device ---
-
-
-@dataclass
-class Inner(TensorFields):
-    numbers: Tensor
-    words: list[str]
-
-
-@dataclass
-class Outer(TensorFields):
-    inner: Inner
-    weights: Tensor
-    absent: Inner | None = None
-    name: str = "outer"
-
-
-def test_tensors_of_all_depths_move_and_the_rest_stays_as_it_is() -> None:
-    words = ["a"]
-    record = Outer(Inner(torch.arange(3), words), torch.ones(2), None, "other")
-    moved = record.to("meta")
-    assert isinstance(moved, Outer)
-    assert isinstance(moved.inner, Inner)
-    assert moved.inner.numbers.device.type == moved.weights.device.type == "meta"
-    assert moved.inner.words is words
-    assert (moved.absent, moved.name) == (None, "other")
-    assert record.weights.device.type == record.inner.numbers.device.type == "cpu"
-
-
-def test_page_locked_memory_reaches_all_depths(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[int] = []
-
-    def pin(tensor: Tensor) -> Tensor:
-        pinned.append(len(tensor))
-        return tensor + 1
-
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
-    record = Outer(Inner(torch.zeros(3), []), torch.zeros(2), Inner(torch.zeros(1), ["x"])).pin_memory()
-    assert pinned == [3, 2, 1]
-    assert record.absent is not None
-    assert [part.sum().item() for part in (record.inner.numbers, record.weights, record.absent.numbers)] == [3, 2, 1]
+def test_page_locked_memory_reaches_all_depths(tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
+    pinned = collated(tokenizer, make_sample(), swap=True)[0].pin_memory()
+    assert pinned.negatives is not None
+    for part in (pinned, pinned.phrases, pinned.negatives):
+        assert {value.device.type for value in vars(part).values() if isinstance(value, Tensor)} == {"meta"}
