@@ -8,7 +8,6 @@ a file here: `tarfile` reads uncompressed files, and of these only members with 
 from __future__ import annotations
 
 import tarfile
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,23 +57,23 @@ def read_samples(
     total = sum(manifest.shards[shard].samples for shard in order)
     if not 0 <= start <= stop <= total:
         raise ValueError(f"expected 0 <= start <= stop <= {total}; got start {start} and stop {stop}")
-    return _read_slice(open_store(place), manifest, tuple(order), range(start, stop), sorted(skipped))
+    return _read_slice(open_store(place), manifest, tuple(order), range(start, stop), frozenset(skipped))
 
 
 def _read_slice(
-    store: ShardStore, manifest: Manifest, order: tuple[int, ...], positions: range, skipped: list[int]
+    store: ShardStore, manifest: Manifest, order: tuple[int, ...], positions: range, skipped: frozenset[int]
 ) -> Iterator[tuple[int, Sample | RecordError]]:
     first_index = list(accumulate((entry.samples for entry in manifest.shards), initial=0))
     begin = 0
     for shard in order:
         entry = manifest.shards[shard]
-        wanted = range(max(positions.start - begin, 0), min(positions.stop - begin, entry.samples))
-        passed = skipped[bisect_left(skipped, begin) : bisect_left(skipped, begin + entry.samples)]
-        own = {position - begin for position in passed}
-        if records := [record for record in wanted if record not in own]:
-            for record, item in _read_shard(store, entry, records):
+        end = begin + entry.samples
+        part = range(max(positions.start, begin), min(positions.stop, end))
+        wanted = [position - begin for position in part if position not in skipped]
+        if wanted:
+            for record, item in _read_shard(store, entry, wanted):
                 yield first_index[shard] + record, item
-        begin += entry.samples
+        begin = end
 
 
 def _read_shard(
