@@ -131,7 +131,6 @@ class ShardDataModule(LightningDataModule):
         self._bound: tuple[Transform, CaptionTokenizer] | None = None
         self._faults: dict[str, FaultCounter] = {}
         self._verified: set[str] = set()
-        self._reported: set[str] = set()
         self._train_loader: TrainingLoader | None = None
         self._restored: dict[str, Any] | None = None
 
@@ -206,9 +205,7 @@ class ShardDataModule(LightningDataModule):
         if counter is None:
             return Counter()
         parts = self._gather((counter.counts, counter.read))
-        counts: ExcludedByShard = Counter()
-        for part, _ in parts:
-            counts.update(part)
+        counts: ExcludedByShard = sum((part for part, _ in parts), Counter())
         counter.check_sum(counts, sum(read for _, read in parts))
         return counts
 
@@ -228,11 +225,8 @@ class ShardDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        faults = self._fault_counter("train", len(dataset) * self.batch_size)
-        options = self._options(len(dataset))
-        loader = TrainingLoader(dataset, current_epoch=self._current_epoch, faults=faults, **options)
-        self._say_once("train", loader, dataset)
-        self._train_loader = loader
+        options = self._options("train", dataset)
+        self._train_loader = loader = TrainingLoader(dataset, current_epoch=self._current_epoch, **options)
         self._go_on()
         return loader
 
@@ -298,35 +292,7 @@ class ShardDataModule(LightningDataModule):
         dataset = EvaluationDataset(
             *self._shards(split), collate, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
         )
-        per_rank = -(-self.manifest(split).samples // world_size)
-        loader = ShardLoader(dataset, faults=self._fault_counter(split, per_rank), **self._options(len(dataset)))
-        self._say_once(split, loader, dataset)
-        return loader
-
-    def _fault_counter(self, split: str, records: int) -> FaultCounter:
-        """The counter of a split of which each rank reads so many records."""
-        if split not in self._faults:
-            store, manifest = self._shards(split)
-            total = min(self._place()[1] * records, manifest.samples)  # the last rank may have padding
-            shards = {entry.name: entry.samples for entry in manifest.shards}
-            self._faults[split] = FaultCounter(split, str(store), shards, total, self.max_fault_fraction)
-        return self._faults[split]
-
-    def _say_once(self, split: str, loader: ShardLoader, dataset: TrainingDataset | EvaluationDataset) -> None:
-        """Say what there is to read."""
-        if split in self._reported:
-            return
-        self._reported.add(split)
-        world_size, samples = dataset.world_size, dataset.manifest.samples
-        line = (
-            f"{split}: {samples:,} samples in {len(dataset.manifest.shards)} shards ({dataset.store}); "
-            f"{len(loader):,} batches of {dataset.batch_size} on each of {world_size} ranks, "
-            f"{loader.num_workers} workers each"
-        )
-        if split == "train":
-            left = samples - world_size * len(dataset) * dataset.batch_size
-            line += f"; {left:,} samples sit out each epoch, others each time"
-        rank_zero_info(line)
+        return ShardLoader(dataset, **self._options(split, dataset))
 
     def _verify(self, split: str) -> None:
         (store, manifest), (rank, world_size) = self._shards(split), self._place()
@@ -360,12 +326,26 @@ class ShardDataModule(LightningDataModule):
     def _workers(self, batches: int) -> int:
         return min(self.num_workers, batches)
 
-    def _options(self, batches: int) -> dict[str, Any]:
-        workers = self._workers(batches)
+    def _options(self, split: str, dataset: TrainingDataset | EvaluationDataset) -> dict[str, Any]:
+        """Options of a split's loader, its counter of faults among them; says once what there is to read."""
+        manifest, world_size, workers = dataset.manifest, dataset.world_size, self._workers(len(dataset))
+        if split not in self._faults:
+            # The last batches of an evaluation may have padding.
+            read = min(world_size * len(dataset) * dataset.batch_size, manifest.samples)
+            shards = {entry.name: entry.samples for entry in manifest.shards}
+            self._faults[split] = FaultCounter(split, str(dataset.store), shards, read, self.max_fault_fraction)
+            line = (
+                f"{split}: {manifest.samples:,} samples in {len(shards)} shards ({dataset.store}); {len(dataset):,} "
+                f"batches of {dataset.batch_size} on each of {world_size} ranks, {workers} workers each"
+            )
+            if split == "train":
+                line += f"; {manifest.samples - read:,} samples sit out each epoch, others each time"
+            rank_zero_info(line)
         pin_memory = self.pin_memory
         if pin_memory is None:
             pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
+            "faults": self._faults[split],
             "num_workers": workers,
             "persistent_workers": self.persistent_workers and workers > 0,
             "pin_memory": pin_memory,
