@@ -270,11 +270,13 @@ def write_shards(
     excluded = Counter() if excluded is None else excluded
     unfinished = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
     unfinished.mkdir(parents=True)
-    content = _Content(excluded)
+    captions: dict[str, int] = {}
+    labels: set[str] = set()
     shards: list[ShardEntry] = []
     try:
         with progress_bar(progress) as bar:
-            records = content.take(bar.track(samples, total=total, description=escape(name)))
+            tracked = bar.track(samples, total=total, description=escape(name))
+            records = _encoded(tracked, excluded, captions, labels)
             for first in records:
                 group = chain([first], islice(records, samples_per_shard - 1))
                 shards.append(_write_shard(unfinished / f"shard-{len(shards):06d}.tar", group))
@@ -283,9 +285,9 @@ def write_shards(
         manifest = Manifest(
             name=name,
             shards=tuple(shards),
-            labels=tuple(sorted(content.labels)),
+            labels=tuple(sorted(labels)),
             excluded={reason: count for reason, count in sorted(excluded.items()) if count},
-            captions=content.captions,
+            captions=sum(captions.values()),
         )
         manifest.save(unfinished)
         _publish(unfinished, out, overwrite)
@@ -317,34 +319,29 @@ def _write_shard(path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]])
         return ShardEntry(path.name, samples, size, hash_rest(file))
 
 
-class _Content:
-    """Encodes samples, and notes what a manifest says of those that could be."""
+def _encoded(
+    samples: Iterable[Sample], excluded: Counter[str], captions: dict[str, int], labels: set[str]
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """Key and members of each sample that keeps the contract; the others are counted, and the first logged.
 
-    def __init__(self, excluded: Counter[str]) -> None:
-        self.labels: set[str] = set()
-        self.captions = 0
-        self._excluded = excluded
-        self._keys: set[str] = set()
-
-    def take(self, samples: Iterable[Sample]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        """Key and members of each sample that keeps the contract; the others are counted, and the first logged."""
-        for sample in samples:
-            try:
-                members = encode_sample(sample)
-            except RecordError as error:
-                self._excluded[BROKEN_RECORD] += 1
-                if self._excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
-                    _log.warning("excluded: %s", error)
-                continue
-            if sample.key in self._keys:
-                raise ShardError(
-                    f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to "
-                    "be unique in a data set: remove the duplicate from the source or make its keys distinct"
-                )
-            self._keys.add(sample.key)
-            self.captions += len(sample.captions)
-            self.labels.update(region.label for region in sample.regions)
-            yield sample.key, members
+    `captions` takes the number of captions by key, `labels` those of the regions.
+    """
+    for sample in samples:
+        try:
+            members = encode_sample(sample)
+        except RecordError as error:
+            excluded[BROKEN_RECORD] += 1
+            if excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
+                _log.warning("excluded: %s", error)
+            continue
+        if sample.key in captions:
+            raise ShardError(
+                f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to "
+                "be unique in a data set: remove the duplicate from the source or make its keys distinct"
+            )
+        captions[sample.key] = len(sample.captions)
+        labels.update(region.label for region in sample.regions)
+        yield sample.key, members
 
 
 def progress_bar(enabled: bool) -> Progress:
