@@ -111,22 +111,6 @@ def test_a_resumed_run_sees_the_very_same_samples(
     assert seen == expected[4 * step :]
 
 
-@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}, {"num_workers": 0}])
-def test_three_epochs_have_three_orders_that_a_second_run_repeats(
-    tmp_path: Path, shards: Path, options: dict[str, Any]
-) -> None:
-    runs: list[dict[int, list[str]]] = []
-    for _ in range(2):
-        module = Recorder()
-        # the global seed must not matter
-        torch.manual_seed(len(runs))
-        make_trainer(tmp_path).fit(module, ShardDataModule(train=shards, val=shards, batch_size=4, **options))
-        runs.append(module.train_keys)
-    assert runs[0] == runs[1]
-    assert sorted(runs[0]) == [0, 1, 2]
-    assert runs[0][0] != runs[0][1] != runs[0][2]
-
-
 def test_overfitting_repeats_the_same_batches(tmp_path: Path, shards: Path) -> None:
     module = Recorder()
     make_trainer(tmp_path, overfit_batches=2).fit(module, ShardDataModule(train=shards, batch_size=4, num_workers=2))

@@ -254,13 +254,6 @@ def test_members_of_one_name_are_a_record_and_unknown_extensions_are_ignored(tmp
     assert (records.error, records.seen) == ("", 2)
 
 
-def test_what_names_alone_show_to_be_wrong_is_noted_by_record(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [(name, b"") for name in ("a.txt", "a.txt", "b.txt", "c.txt", "b.json")])
-    faults = {record.key: record.fault for record in opened(path, ("txt", "json"), range(3))}
-    assert faults == {"a": "its .txt member comes twice", "b": "", "c": ""}
-    assert [record.fault for record in opened(path, ("txt", "json"))][-1].startswith("its key comes twice")
-
-
 def test_a_tar_file_without_members_is_whole(tmp_path: Path) -> None:
     records = opened(write_tar(tmp_path / "a.tar", []), ("txt",))
     assert list(records) == []
