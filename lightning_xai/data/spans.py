@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ class CaptionTokenizer:
         if tokens[:first] != before or tokens[:last] != upto or first >= last:
             raise SpanAlignmentError(f"{phrase!r} at {span} does not start and end with a token of {caption!r}")
         decoded = self._decode(tokens[first:last])
-        if _squeeze(decoded) != _squeeze(self._clean(phrase)):
+        clean = getattr(self.tokenizer, "clean_fn", None) or str
+        if _squeeze(decoded) != _squeeze(str(clean(phrase))):
             raise SpanAlignmentError(f"{phrase!r} at {span} of {caption!r} decodes to {decoded!r}")
         if last > self._capacity:
             raise SpanCutOffError(
@@ -141,7 +142,11 @@ class CaptionTokenizer:
         Raises:
             ValueError: the tokenizer cannot decode.
         """
-        return " ".join("".join(self._piece(token) for token in self._content(_to_list(tokens))).split())
+        ids = _to_list(tokens)
+        if self._end_id in ids:
+            ids = ids[: ids.index(self._end_id)]
+        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
+        return " ".join("".join(self._decode([token]) for token in ids if token not in special).split())
 
     def token_strings(self, tokens: Tensor | Sequence[int]) -> list[str]:
         """One string for each of the token ids [L], without spaces: "" for padding after the end token.
@@ -151,16 +156,7 @@ class CaptionTokenizer:
         """
         ids = _to_list(tokens)
         length = ids.index(self._end_id) + 1 if self._end_id in ids else len(ids)
-        return [self._piece(token).strip() for token in ids[:length]] + [""] * (len(ids) - length)
-
-    def _content(self, ids: list[int]) -> list[int]:
-        if self._end_id in ids:
-            ids = ids[: ids.index(self._end_id)]
-        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
-        return [token for token in ids if token not in special]
-
-    def _piece(self, token: int) -> str:
-        return self._decode([token])
+        return [self._decode([token]).strip() for token in ids[:length]] + [""] * (len(ids) - length)
 
     def _decode(self, ids: list[int]) -> str:
         if self._decode_ids is None:
@@ -175,10 +171,6 @@ class CaptionTokenizer:
                 self._memo.clear()
             self._memo[text] = self._encode_text(text)
         return self._memo[text]
-
-    def _clean(self, text: str) -> str:
-        clean = getattr(self.tokenizer, "clean_fn", None)
-        return str(clean(text)) if clean is not None else text
 
     def _probe(self) -> tuple[int, int, int | None]:
         """The number of tokens before a caption's own, how many tokens fit after them, and the token that ends it."""
@@ -208,19 +200,14 @@ def _find_codec(tokenizer: Any) -> tuple[_Encode | None, _Decode | None]:
         return tokenizer.encode, tokenizer.decode
     inner = getattr(tokenizer, "tokenizer", None)  # open_clip's HFTokenizer
     if hasattr(inner, "decode") and callable(inner):
-        return _HuggingFaceEncode(tokenizer), inner.decode
+        return partial(_encode_hugging_face, tokenizer), inner.decode
     return None, None
 
 
-@dataclass(frozen=True)
-class _HuggingFaceEncode:
-    """`encode` for open_clip's `HFTokenizer`, which has none (a class, so that it can be sent to worker processes)."""
-
-    wrapper: Any
-
-    def __call__(self, text: str) -> list[int]:
-        ids = self.wrapper.tokenizer(self.wrapper.clean_fn(text), add_special_tokens=False)["input_ids"]
-        return [int(token) for token in ids]
+def _encode_hugging_face(wrapper: Any, text: str) -> list[int]:
+    """`encode` for open_clip's `HFTokenizer`, which has none."""
+    ids = wrapper.tokenizer(wrapper.clean_fn(text), add_special_tokens=False)["input_ids"]
+    return [int(token) for token in ids]
 
 
 def _no_codec(tokenizer: Any) -> str:
