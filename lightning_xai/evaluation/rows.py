@@ -58,6 +58,7 @@ __all__ = [
 ValueRow = tuple[str, str, float, str]
 """Target, metric, value and reason of exclusion; NaN with a reason, a number with an empty one."""
 BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+_HEAT_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,20 @@ class BatchRows:
     targets: list[dict[str, Any]]
     values: list[ValueRow]
     phrases: list[tuple[dict[str, Any], Tensor]]
+
+    def by_item(self, indices: Iterable[int], *, heats: bool) -> dict[int, dict[str, Any]]:
+        """The rows of each of these items, and if wanted the maps of its phrases, as plain values to keep on disk."""
+        records: dict[int, dict[str, Any]] = {index: {"targets": [], "values": [], "heats": {}} for index in indices}
+        index_of = {target["target"]: target["index"] for target in self.targets}
+        for target in self.targets:
+            records[target["index"]]["targets"].append(target)
+        for name, metric, value, excluded in self.values:
+            number = None if math.isnan(value) else value
+            records[index_of[name]]["values"].append((name, metric, number, excluded))
+        for target, heat in self.phrases if heats else ():
+            digits = [[float(f"{value:.{_HEAT_DIGITS}g}") for value in line] for line in heat.tolist()]
+            records[target["index"]]["heats"][target["target"]] = digits
+        return records
 
 
 @dataclass(frozen=True)
