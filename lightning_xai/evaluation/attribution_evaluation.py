@@ -29,7 +29,7 @@ from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.examples import Place, choose_examples
-from lightning_xai.evaluation.method_run import MethodRun, gather_to_first, join_rows
+from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
 from lightning_xai.evaluation.rows import Embeddings, measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -196,11 +196,15 @@ class AttributionEvaluation(L.LightningModule):
                 # Every rank holds the same number already.
                 self.log(f"test/{run.label}/{score.name}" + (f"/seed={run.seed}" if repeated else ""), value)
         totals = gather_to_first((self._broken, self._pairs, seconds))
-        pictures = gather_to_first(self._pictures)
-        examples = {run.label: gather_to_first(run.examples) for run in runs if run.shown is not None}
+        kept = {run.label: gather_to_first(run.examples) for run in runs if run.shown is not None}
+        chosen = from_first(lambda: self._write_examples(kept))
+        for name in chosen & self._pictures.keys():
+            # Always written again: an earlier run in this folder may have been of a model that sees another size.
+            with replaced_at_once(self.out / name) as part:
+                part.write_bytes(self._pictures[name])
+        self.trainer.strategy.barrier()
         if self.table is not None:
             self.result = self._record(runs, *zip(*totals, strict=True))
-            self._write_examples(examples, pictures)
             self._write(self.result, self.table)
         there = {name for (_, _, name), (_, count) in found.items() if count}
         measured = {name for name, spec in metrics.items() if there & {score.name for score in spec.scores}}
@@ -312,20 +316,14 @@ class AttributionEvaluation(L.LightningModule):
             },
         )
 
-    def _write_examples(
-        self, examples: Mapping[str, list[dict[Place, ExampleRecord]]], pictures: list[dict[str, bytes]]
-    ) -> None:
-        """Choose from what each rank has kept, and write `METHOD/examples.json` and all pictures."""
-        content = {name: jpeg for part in pictures for name, jpeg in part.items()}
+    def _write_examples(self, kept: Mapping[str, list[dict[Place, ExampleRecord]]]) -> set[str]:
+        """Choose from what each rank has kept, write `METHOD/examples.json`, and return the names of the pictures."""
         names: set[str] = set()
-        for label, parts in examples.items():
+        for label, parts in kept.items():
             chosen = choose_examples((item for part in parts for item in part.items()), *self.shown).values()
             write_examples(self.out / label, list(chosen))
             names |= {record.image for record in chosen}
-        for name in names:
-            # Always written again: an earlier run in this folder may have been of a model that sees another size.
-            with replaced_at_once(self.out / name) as part:
-                part.write_bytes(content[name])
+        return names
 
     def _write(self, result: ResultRecord, table: ResultTable) -> None:
         """Write the results, and show them on the terminal."""

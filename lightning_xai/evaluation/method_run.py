@@ -29,7 +29,7 @@ from lightning_xai.results.record import Score, settings_that_differ
 if TYPE_CHECKING:
     from lightning_xai.results.table import ResultTable
 
-__all__ = ["CacheError", "MethodRun", "ResultCache", "gather_to_first", "join_rows"]
+__all__ = ["CacheError", "MethodRun", "ResultCache", "from_first", "gather_to_first", "join_rows"]
 
 _FORMAT = 2  # of what the cache holds for an item
 _SETTINGS = "settings.json"
@@ -227,7 +227,7 @@ def join_rows(
         lines = score_table(table.values, scores).itertuples(index=False, name=None)
         return {(method, seed, score): (value, count) for method, seed, score, value, count in lines}
 
-    return _from_first(summed_up), next(iter(tables), None)
+    return from_first(summed_up), next(iter(tables), None)
 
 
 def gather_to_first(part: _T) -> list[_T]:
@@ -240,8 +240,12 @@ def gather_to_first(part: _T) -> list[_T]:
     return gathered or []
 
 
-def _from_first(compute: Callable[[], _T]) -> _T:
-    """Compute something small on the first process alone, for all."""
+def from_first(compute: Callable[[], _T]) -> _T:
+    """Compute something small on the first process alone, for all. Every process has to call this.
+
+    Raises:
+        RuntimeError: (elsewhere) the first process failed; there, its own error.
+    """
     if not _several():
         return compute()
     answer: list[Any] = [None, None]
