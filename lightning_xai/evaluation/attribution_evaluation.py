@@ -256,8 +256,7 @@ class AttributionEvaluation(L.LightningModule):
                 passes.enter_context(run.maps.forward_pass())
             embeddings = Embeddings.of(self.encoder, batch)
         for run in runs:
-            metrics = list(run.metrics.values())
-            rows = measure_batch(batch, run.maps, metrics, embeddings, self.internal_batch_size)
+            rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings)
             run.cache.put(rows.by_item(indices, heats=run.shown is not None))
             self._pairs += len(batch.tokens)
 
