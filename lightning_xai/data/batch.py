@@ -90,8 +90,7 @@ class TrainingCollate:
         samples, images = _read_images(records, self.transform, self.tokenizer.context_length)
         choices = [-1 if sample is None else self._choice(sample, epoch) for sample in samples]
         captions = [
-            "" if sample is None else sample.captions[choice]
-            for sample, choice in zip(samples, choices, strict=True)
+            "" if sample is None else sample.captions[choice] for sample, choice in zip(samples, choices, strict=True)
         ]
         tokens = self._tokens(captions)
         _blank(tokens, zip(samples, choices, strict=True), self.tokenizer)

@@ -29,9 +29,7 @@ _LIST_NAME = "report.json"
 _OWN = re.compile(r"(tables|figures)/[a-z0-9][a-z0-9._-]*\.(csv|md|tex|png|svg)")
 
 
-def build_sections(
-    runs: Sequence[Run], test: OrderTest, min_pairs: int = 10
-) -> tuple[list[Section], list[Comparison]]:
+def build_sections(runs: Sequence[Run], test: OrderTest, min_pairs: int = 10) -> tuple[list[Section], list[Comparison]]:
     """Build the report's sections; a section without data becomes a one-line note, or is left out.
 
     Args:
