@@ -71,7 +71,7 @@ def test_the_parts_are_those_of_the_keys_whatever_their_order() -> None:
 def test_two_drawings_with_one_seed_do_not_overlap_and_together_are_all() -> None:
     first = frozenset.union(*partition(KEYS, samples=20))
     second = frozenset.union(*partition(KEYS, samples=30, skip=20))
-    assert (len(first), len(second), first | second) == (20, 30, set(KEYS))
+    assert (len(first), len(second), first | second) == (20, 30, frozenset(KEYS))
     assert second == frozenset.union(*partition(KEYS, skip=20))
 
 
