@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,7 +182,11 @@ class CaptionTokenizer:
         Raises:
             ValueError: the tokenizer cannot decode.
         """
-        return " ".join("".join(self._piece(token) for token in self._content(_to_list(tokens))).split())
+        ids = _to_list(tokens)
+        if self._end_id in ids:
+            ids = ids[: ids.index(self._end_id)]
+        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
+        return " ".join("".join(self._decode([token]) for token in ids if token not in special).split())
 
     def token_strings(self, tokens: Tensor | Sequence[int]) -> list[str]:
         """One string for each of the token ids [L], without spaces: "" for padding after the end token.
@@ -192,16 +196,7 @@ class CaptionTokenizer:
         """
         ids = _to_list(tokens)
         length = ids.index(self._end_id) + 1 if self._end_id in ids else len(ids)
-        return [self._piece(token).strip() for token in ids[:length]] + [""] * (len(ids) - length)
-
-    def _content(self, ids: list[int]) -> list[int]:
-        if self._end_id in ids:
-            ids = ids[: ids.index(self._end_id)]
-        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
-        return [token for token in ids if token not in special]
-
-    def _piece(self, token: int) -> str:
-        return self._decode([token])
+        return [self._decode([token]).strip() for token in ids[:length]] + [""] * (len(ids) - length)
 
     def _decode(self, ids: list[int]) -> str:
         if self._decode_ids is None:
@@ -249,20 +244,15 @@ def _find_codec(tokenizer: Any) -> tuple[_Encode | None, _Decode | None]:
         return tokenizer.encode, tokenizer.decode
     inner = getattr(tokenizer, "tokenizer", None)  # open_clip's HFTokenizer
     if hasattr(inner, "decode") and callable(inner):
-        return _HuggingFaceEncode(tokenizer), inner.decode
+        return partial(_encode_hugging_face, tokenizer), inner.decode
     return None, None
 
 
-@dataclass(frozen=True)
-class _HuggingFaceEncode:
-    """`encode` for open_clip's `HFTokenizer`, which has none (a class, so that it can be sent to worker processes)."""
-
-    wrapper: Any
-
-    def __call__(self, text: str) -> list[int]:
-        # Not verbose: it would warn of texts that are longer than the model takes, which are cut elsewhere.
-        ids = self.wrapper.tokenizer(self.wrapper.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
-        return [int(token) for token in ids]
+def _encode_hugging_face(wrapper: Any, text: str) -> list[int]:
+    """`encode` for open_clip's `HFTokenizer`, which has none."""
+    # Not verbose: it would warn of texts that are longer than the model takes, which are cut elsewhere.
+    ids = wrapper.tokenizer(wrapper.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
+    return [int(token) for token in ids]
 
 
 def _blanks(text: str) -> int:

@@ -6,6 +6,7 @@ them, and users may plot with pyplot at the same time. Nothing here needs torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 DPI = 128
@@ -33,15 +35,8 @@ Point = tuple[float, float]
 @contextmanager
 def style() -> Iterator[None]:
     """Use matplotlib's defaults with `style.mplstyle` on top, whatever settings the user has; also a decorator."""
-    with mpl.rc_context(_style()):
+    with mpl.rc_context(fname=str(files("lightning_xai.report").joinpath("style.mplstyle"))):
         yield
-
-
-@cache
-def _style() -> Any:
-    own = mpl.rc_params_from_file(str(files("lightning_xai.report").joinpath("style.mplstyle")))
-    # The backend would be loaded.
-    return {name: value for name, value in own.items() if not name.startswith("backend")}
 
 
 class Sheet:
@@ -79,13 +74,15 @@ class Sheet:
         """Write one line of text, as it is (no mathematics in it), with its top left corner at `at`."""
         self._axes.text(*at, printable(text), parse_math=False, **{"fontsize": FONT_PT, "va": "top", **style})
 
-    def picture(self, picture: NDArray[np.uint8], at: Point, side: int) -> float:
-        """Show uint8 [h, w, 3] pixel for pixel below `at`, centred in `side` across; return where it ends."""
-        height, width = (int(pixels) for pixels in picture.shape[:2])
-        x, y = at[0] + (side - width) // 2, at[1]
-        extent = (x, x + width, y + height, y)
-        self._axes.imshow(picture, interpolation="nearest", aspect="auto", extent=extent)
-        return y + height
+    def picture(self, values: NDArray[np.floating], place: tuple[float, float, float, float], **style: Any) -> None:
+        """Show [h, w, 3] or, in the colours of the `style`, [h, w] in a rectangle: left, top, width and height."""
+        x, y, width, height = place
+        self._axes.imshow(values, aspect="auto", extent=(x, x + width, y + height, y), **style)
+
+    def ring(self, at: Point) -> None:
+        """Draw a small white circle, with a dark line around it."""
+        dark = withStroke(linewidth=2.5, foreground="black")
+        self._axes.plot(*at, "o", markersize=5, markerfacecolor="none", markeredgecolor="white", path_effects=[dark])
 
     def ground(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
         """Fill a rectangle."""
@@ -114,18 +111,28 @@ class Sheet:
         return self.figure.add_axes(shares)
 
 
+def picture(pixels: NDArray[np.uint8]) -> Figure:
+    """A figure of nothing but these pixels, [H, W, 3].
+
+    Raises:
+        ValueError: they are more across or down than matplotlib draws.
+    """
+    if max(pixels.shape) >= 2**16:
+        raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are more than can be drawn")
+    figure = Figure(figsize=(pixels.shape[1] / DPI, pixels.shape[0] / DPI), dpi=DPI)
+    figure.figimage(pixels)
+    return figure
+
+
 def wrap(text: str, width: float) -> list[int]:
     """Where the lines of a text begin, and its end: broken at blanks (a word wider than `width` pixels anywhere)."""
-    breaks, start = [0], 0
-    while text_width(text[start:]) > width:
-        # Bisection, since the measured width grows with the number of characters.
-        low, high = start + 1, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if text_width(text[start:middle]) <= width else (low, middle - 1)
-        blank = text.rfind(" ", start + 1, low + 1)
-        start = blank + 1 if blank > 0 else low
-        breaks.append(start)
+    breaks = [0]
+    for word in re.finditer(r"\S+", text):
+        if text_width(text[breaks[-1] : word.end()]) > width:
+            breaks += [word.start()] if word.start() > breaks[-1] else []
+            for end in range(word.start() + 1, word.end()):
+                if text_width(text[breaks[-1] : end + 1]) > width:
+                    breaks.append(end)
     return [*breaks, len(text)]
 
 

@@ -11,8 +11,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import RecordError
+from lightning_xai.models.image_transform import ImageTransform
 
 ZEROS = (0.0, 0.0, 0.0)
 ONES = (1.0, 1.0, 1.0)
