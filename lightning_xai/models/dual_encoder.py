@@ -113,6 +113,10 @@ class DualEncoder(TwoTowerEncoder):
         """Boxes of an image file, resized and cropped as its pixels are."""
         return self.image_transform.boxes(boxes, size)
 
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share of an image that the transform's crop leaves."""
+        return self.image_transform.seen(size)
+
     def pictures(self, images: Tensor) -> Tensor:
         """The images' pixels, no longer normalised."""
         return self.image_transform.denormalize(images)
