@@ -7,6 +7,8 @@ them, and users may plot with pyplot at the same time. Nothing here needs torch.
 from __future__ import annotations
 
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +20,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
@@ -28,6 +30,15 @@ FONT_PT = 9.0
 LINE = 19  # pixels from one line of text to the next at that size and DPI
 GAP = 16
 _HIGHLIGHT = "#ffe680"
+_OWN_FONT = "DejaVu Sans"  # which matplotlib brings
+_FALLBACK_FONTS = (
+    *(f"Noto Sans {name}" for name in ("CJK SC", "CJK JP", "CJK KR", "SC", "JP", "KR", "Thai", "Devanagari", "Arabic")),
+    *("Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Noto Sans Hebrew", "Noto Sans Bengali"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Leelawadee UI", "PingFang SC", "Hiragino Sans"),
+    *("Apple SD Gothic Neo", "Thonburi", "Arial Unicode MS"),
+)
+_NO_GLYPH = "\u25a1"
+_told_of: set[str] = set()
 
 Point = tuple[float, float]
 
@@ -35,7 +46,8 @@ Point = tuple[float, float]
 @contextmanager
 def style() -> Iterator[None]:
     """Use matplotlib's defaults with `style.mplstyle` on top, whatever settings the user has; also a decorator."""
-    with mpl.rc_context(fname=str(files("lightning_xai.report").joinpath("style.mplstyle"))):
+    families: dict[Any, Any] = {"font.family": ["sans-serif", *_fallback_fonts()]}
+    with mpl.rc_context(rc=families, fname=str(files("lightning_xai.report").joinpath("style.mplstyle"))):
         yield
 
 
@@ -148,5 +160,39 @@ def text_width(text: str) -> float:
 
 
 def printable(text: str) -> str:
-    """The text with line breaks and what no font can draw replaced one for one, so that character spans still hold."""
-    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+    """The text with line breaks and what no font can draw replaced one for one, so that character spans still hold.
+
+    Scripts that no installed font has are warned of, once each.
+    """
+    shown = "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+    if shown.isascii():
+        return shown
+    for char in dict.fromkeys(shown):
+        if not any(ord(char) in _characters(family) for family in (_OWN_FONT, *_fallback_fonts())):
+            _tell_of_missing_font(unicodedata.name(char, "these").split()[0], char)
+            shown = shown.replace(char, _NO_GLYPH)
+    return shown
+
+
+@cache
+def _fallback_fonts() -> tuple[str, ...]:
+    """Installed fonts for scripts that matplotlib's own font lacks."""
+    installed = {font.name for font in fontManager.ttflist}
+    return tuple(name for name in _FALLBACK_FONTS if name in installed)
+
+
+@cache
+def _characters(family: str) -> frozenset[int]:
+    """The code points that a font can draw."""
+    return frozenset(get_font(findfont(FontProperties(family=family))).get_charmap())
+
+
+def _tell_of_missing_font(script: str, char: str) -> None:
+    if script in _told_of:
+        return
+    _told_of.add(script)
+    warnings.warn(
+        f"no installed font draws {script} characters such as {char!r}, which become {_NO_GLYPH} in pictures: install "
+        "one that does (Noto Sans CJK for Chinese, Japanese and Korean, on Debian fonts-noto-cjk; else Noto Sans)",
+        stacklevel=4,
+    )
