@@ -37,7 +37,7 @@ def summary(name: str) -> str:
     """A command in one sentence, from the first line of its module, which is read and not imported.
 
     >>> summary("export")
-    'turn a checkpoint into weights that open_clip loads.'
+    'turn a checkpoint into weights that open_clip loads, or into a folder that transformers loads.'
     """
     with Path(__file__).with_name(f"{name.replace('-', '_')}.py").open(encoding="utf-8") as file:
         return file.readline().strip().strip('"').partition(": ")[2]

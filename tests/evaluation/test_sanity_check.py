@@ -230,7 +230,7 @@ class Constant(AttributionMethod):
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         image = torch.arange(16.0).reshape(1, 4, 4).repeat(len(images), 1, 1)
         image[0] = 1.0
-        return Attribution(image, torch.ones(tokens.shape), torch.zeros(len(images)))
+        return Attribution(image, torch.ones(tokens.shape), self.encoder.own_similarity(images, tokens))
 
 
 @pytest.mark.filterwarnings("error")

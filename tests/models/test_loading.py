@@ -323,7 +323,7 @@ def test_files_that_hold_no_weights_say_what_they_are(source: tuple[Path, DualEn
     cases = {
         "pointer.pt": "is a Git LFS pointer.*git lfs pull",
         "namespace.pt": r"cannot be read as plain tensors \(it holds argparse.Namespace\)",
-        "module.pt": r"cannot be read as plain tensors \(it holds torch.nn.modules",
+        "module.pt": r"cannot be read as plain tensors \(it holds \S+\.\S+,",
         "twice.pt": "holds weights twice",
     }
     for name, message in cases.items():
