@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TaskID
+from rich.progress import Progress
 
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
@@ -49,9 +48,12 @@ class Explainer:
         Raises:
             InputError: it cannot be used.
         """
+        from lightning_xai.data.shards import progress_bar
+
         prepared = prepare_entry(self.encoder, entry)
-        with _progress_bar() as bar:
-            (explanations,) = self._explain([prepared], bar, bar.add_task("explaining", total=len(self.chosen)))
+        with progress_bar(True) as bar:
+            bar.add_task("explaining", total=len(self.chosen))
+            (explanations,) = self._explain([prepared], bar)
         print(self._write(self.out, prepared, explanations))  # noqa: T201
 
     def explain_list(self, entries: Sequence[Entry], batch_size: int) -> None:
@@ -61,14 +63,15 @@ class Explainer:
             ValueError: not one entry can be used.
         """
         from lightning_xai.attribution import ConstantMapWarning
+        from lightning_xai.data.shards import progress_bar
 
         rows: list[dict[str, Any]] = []
-        with _progress_bar() as bar, warnings.catch_warnings():
+        with progress_bar(True) as bar, warnings.catch_warnings():
             # It would name places in a batch; the summary names images.
             warnings.simplefilter("ignore", ConstantMapWarning)
-            task = bar.add_task("explaining", total=len(entries) * len(self.chosen))
+            bar.add_task("explaining", total=len(entries) * len(self.chosen))
             for start in range(0, len(entries), batch_size):
-                rows += self._explain_batch(entries[start : start + batch_size], bar, task)
+                rows += self._explain_batch(entries[start : start + batch_size], bar)
         write_csv(self.out / "summary.csv", rows, _SUMMARY)
         reasons = [f"  {row['name']}: {row['skipped']}" for row in rows if "skipped" in row]
         skipped = len(reasons)
@@ -84,7 +87,7 @@ class Explainer:
             lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
         print("\n".join([*lines, f"Saved {self.out / 'summary.csv'}"]))  # noqa: T201
 
-    def _explain_batch(self, entries: Sequence[Entry], bar: Progress, task: TaskID) -> list[dict[str, Any]]:
+    def _explain_batch(self, entries: Sequence[Entry], bar: Progress) -> list[dict[str, Any]]:
         """Rows of the summary: one for each method of an entry, or one that says why it was skipped."""
         rows: list[dict[str, Any]] = []
         batch = []
@@ -93,20 +96,23 @@ class Explainer:
                 batch.append(prepare_entry(self.encoder, entry))
             except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
                 rows.append(asdict(entry) | {"skipped": str(error)})
-                bar.advance(task, len(self.chosen))
-        for prepared, explanations in zip(batch, self._explain(batch, bar, task), strict=True):
+                bar.advance(bar.task_ids[0], len(self.chosen))
+        for prepared, explanations in zip(batch, self._explain(batch, bar), strict=True):
             self._write(self.out / prepared.entry.name, prepared, explanations)
-            rows += [asdict(prepared.entry) | _scores(each) for each in explanations]
+            for each in explanations:
+                faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
+                row = asdict(prepared.entry) | {"method": each.saliency.method, "fault": "; ".join(faults)}
+                rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
         return sorted(rows, key=lambda row: str(row["name"]))
 
-    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress, task: TaskID) -> list[list[Explanation]]:
+    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress) -> list[list[Explanation]]:
         """Explanations by every method of each entry."""
         explanations: list[list[Explanation]] = [[] for _ in batch]
         for chosen in self.chosen if batch else ():
-            bar.update(task, description=chosen.name)
+            bar.update(bar.task_ids[0], description=chosen.name)
             for each, given in zip(explanations, explain_batch(chosen, batch), strict=True):
                 each.append(given)
-            bar.advance(task, len(batch))
+            bar.advance(bar.task_ids[0], len(batch))
         return explanations
 
     def _write(self, folder: Path, prepared: PreparedEntry, explanations: Sequence[Explanation]) -> str:
@@ -120,17 +126,3 @@ class Explainer:
         record = {"methods": methods, "not_served": self.missing, "arrays": ARRAYS}
         picture = sheet(self.encoder, prepared, explanations, self.missing)
         return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)
-
-
-def _scores(explanation: Explanation) -> dict[str, Any]:
-    record = explanation.record
-    return {
-        "method": explanation.saliency.method,
-        "similarity": record["similarity"],
-        "completeness_error": record["completeness_error"],
-        "fault": "; ".join(f"{name}: {fault}" for name, fault in record["fault"].items() if fault is not None),
-    }
-
-
-def _progress_bar() -> Progress:
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))

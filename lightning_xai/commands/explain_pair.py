@@ -114,31 +114,13 @@ class Explanation:
 
     Attributes:
         saliency: as it is drawn: values of the patches and of the caption's own tokens.
-        options: of the method.
         arrays: as `ARRAYS` names them.
+        record: of the method, as the file has it.
     """
 
     saliency: Saliency
-    options: Mapping[str, Any]
     arrays: dict[str, NDArray[Any]]
-
-    @property
-    def maps(self) -> dict[str, NDArray[Any]]:
-        """The values that are drawn."""
-        return {"image": self.saliency.image, "text": self.saliency.text}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The method, as the record has it."""
-        return {
-            "options": dict(self.options),
-            "similarity": self.saliency.similarity,
-            "completeness_error": self.saliency.completeness_error,
-            "scale": self.saliency.scale,
-            "patches": list(self.arrays["image"].shape),
-            "range": {name: [float(values.min()), float(values.max())] for name, values in self.maps.items()},
-            "fault": {name: heat_fault(values) for name, values in self.maps.items()},
-        }
+    record: dict[str, Any]
 
 
 def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
@@ -177,7 +159,17 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
             scale=_scale(chosen.method.has_zero, arrays),
             completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
         )
-        yield Explanation(saliency, chosen.options, arrays)
+        maps = {"image": saliency.image, "text": saliency.text}
+        record = {
+            "options": chosen.options,
+            "similarity": saliency.similarity,
+            "completeness_error": saliency.completeness_error,
+            "scale": saliency.scale,
+            "patches": list(arrays["image"].shape),
+            "range": {name: [float(values.min()), float(values.max())] for name, values in maps.items()},
+            "fault": {name: heat_fault(values) for name, values in maps.items()},
+        }
+        yield Explanation(saliency, arrays, record)
 
 
 def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
@@ -244,7 +236,7 @@ def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
         read = "all of them" if len(prepared.spans) == len(found) else f"the {len(prepared.spans)} that the model reads"
         notes.append(f"The phrase occurs {len(found)} times in the caption; {read} count.")
     error, most = explanation.saliency.completeness_error, _INCOMPLETE * abs(explanation.saliency.similarity)
-    if error is not None and "steps" in explanation.options and abs(error) > most:
+    if error is not None and "steps" in explanation.record["options"] and abs(error) > most:
         notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
     full = prepared.content[-1] >= len(prepared.tokens) - 2  # the end mark follows, in the last place
     if full and not entry.caption.rstrip().lower().endswith(prepared.shown[-1].text):
