@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.progress import Progress
 
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.outputs import write_all, write_csv
+from lightning_xai.commands.outputs import numpy_of, write_all, write_csv
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
@@ -118,7 +119,9 @@ class Explainer:
     def _write(self, folder: Path, prepared: PreparedEntry, explanations: Sequence[Explanation]) -> str:
         """Write arrays, record and picture of an entry, and say so."""
         several = len(explanations) + len(self.missing) > 1
-        arrays = prepared.arrays
+        arrays = {"tokens": numpy_of(prepared.tokens)}
+        if prepared.positions:
+            arrays["span_mask"] = np.isin(np.arange(len(prepared.tokens)), prepared.positions)
         for each in explanations:
             prefix = f"{each.saliency.method}/" if several else ""
             arrays |= {prefix + key: values for key, values in each.arrays.items()}

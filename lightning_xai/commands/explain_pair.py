@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lightning_xai.commands.inputs import (
@@ -55,57 +54,25 @@ class PreparedEntry:
 
     Attributes:
         entry: image, caption and the part of either that is asked about.
-        size: (width, height) of the image file.
         pixels: [3, height, width].
         tokens: [L] token ids.
-        token_strings: [L], what each token stands for; empty for padding.
         content: positions of the caption's own tokens, without marks and padding.
         shown: these tokens as the picture shows them.
         spans: character spans of the phrase.
         positions: its tokens' positions.
         box_xyxy: the box in pixels of the transformed image.
+        record: of the entry, as the file has it.
     """
 
     entry: Entry
-    size: tuple[int, int]
     pixels: Tensor
     tokens: Tensor
-    token_strings: Sequence[str]
     content: list[int]
     shown: list[Token]
     spans: list[Span]
     positions: list[int]
     box_xyxy: Box | None
-
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays that do not depend on a method."""
-        arrays = {"tokens": numpy_of(self.tokens)}
-        if self.positions:
-            arrays["span_mask"] = np.isin(np.arange(len(self.tokens)), self.positions)
-        return arrays
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The entry, as the record has it."""
-        entry, span, box = self.entry, None, None
-        if entry.span is not None:
-            span = {
-                "phrase": entry.span,
-                "characters": [list(each) for each in self.spans],
-                "positions": self.positions,
-                "tokens": [self.token_strings[position] for position in self.positions],
-            }
-        if entry.box is not None and self.box_xyxy is not None:
-            box = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(self.box_xyxy)}
-        return {
-            "image": str(entry.image),
-            "image_size": list(self.size),
-            "caption": entry.caption,
-            "token_strings": [text for text in self.token_strings if text],
-            "span": span,
-            "box": box,
-        }
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -139,7 +106,24 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     tokens = encoder.tokenizer.encode([entry.caption])[0].to(pixels.device)
     content, shown = shown_tokens(encoder.tokenizer, entry.caption, tokens, positions)
     strings = encoder.tokenizer.token_strings(tokens)
-    return PreparedEntry(entry, size, pixels, tokens, strings, content, shown, spans, positions, box)
+    record: dict[str, Any] = {
+        "image": str(entry.image),
+        "image_size": list(size),
+        "caption": entry.caption,
+        "token_strings": [text for text in strings if text],  # padding has none
+        "span": None,
+        "box": None,
+    }
+    if entry.span is not None:
+        record["span"] = {
+            "phrase": entry.span,
+            "characters": [list(each) for each in spans],
+            "positions": positions,
+            "tokens": [strings[position] for position in positions],
+        }
+    if entry.box is not None and box is not None:
+        record["box"] = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(box)}
+    return PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, record)
 
 
 def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> Iterator[Explanation]:

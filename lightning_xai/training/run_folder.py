@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -23,7 +24,6 @@ from lightning_xai.training.checkpoint_file import damage
 __all__ = ["RunFolder", "RunFolderError", "RunRecord"]
 
 RECORD_NAME = "run.json"
-RECORD_VERSION = 1
 CHECKPOINT_KEY = "run"
 """Key of a checkpoint that says which run it belongs to."""
 
@@ -31,7 +31,7 @@ _FOREIGN = "it belongs to another run"
 _CHECKPOINT = re.compile(r"step=(\d{1,18})\.ckpt")
 _UNFINISHED = re.compile(r"\.{1,2}step=\d{1,18}\.ckpt\..+")
 _SHOWN = 12
-_MOVED = re.compile(r"^lightning_xai\.(?:tasks|callbacks)\.")  # packages of version 0.1
+_MOVED = re.compile(r'"lightning_xai\.(?:tasks|callbacks)\.')  # packages of version 0.1
 
 
 class RunFolderError(ValueError):
@@ -51,7 +51,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     id: str
     settings: dict[str, Any]
     finished: bool
-    version: int
+    version: Literal[1]
 
 
 class RunFolder:
@@ -130,20 +130,17 @@ class RunFolder:
         """
         path = self.path / RECORD_NAME
         try:
-            record = read_json(path, RunRecord)
-            if record.version != RECORD_VERSION:
-                raise ValueError(f"version {record.version}, expected {RECORD_VERSION}")
+            return read_json(path, RunRecord)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise RunFolderError(
                 f"{path} cannot be read ({error}): restore it, or choose another folder for this run"
             ) from error
-        return record
 
     def begin(self, settings: Mapping[str, Any]) -> RunRecord:
         """Record a new run; needs the lock. Checkpoints of an earlier run in this folder are foreign from now on."""
-        record = RunRecord(uuid.uuid4().hex, _plain(settings), finished=False, version=RECORD_VERSION)
+        record = RunRecord(uuid.uuid4().hex, _plain(settings), finished=False, version=1)
         self._write(record)
         return record
 
@@ -243,12 +240,5 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Class paths of version 0.1 count as what they are called now.
     """
-    return {name: _renamed(value) for name, value in as_read(settings).items()}
-
-
-def _renamed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _renamed(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item) for item in value]
-    return _MOVED.sub("lightning_xai.training.", value) if isinstance(value, str) else value
+    plain: dict[str, Any] = json.loads(_MOVED.sub('"lightning_xai.training.', json.dumps(as_read(settings))))
+    return plain
