@@ -23,6 +23,7 @@ from PIL import Image
 from quiet_trainer import quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
 from torch import Tensor, nn
+from training_runs import task_of
 
 from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.data import Batch, Manifest, RecordError, Sample, ShardDataModule, write_shards
@@ -52,17 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(architecture_file: Callable[[str], Path]) -> Make:
-    """A task with a small random model, the same one each time."""
-
-    def build(name: str = "vit", **options: Any) -> ContrastiveFineTuning:
-        return task_of(architecture_file(name), **options)
-
-    return build
-
-
-def task_of(config: Path, **options: Any) -> ContrastiveFineTuning:
-    torch.manual_seed(0)
-    return ContrastiveFineTuning(str(config), None, **({"initial_lr": 1e-3, "final_lr": 1e-3} | options))
+    return lambda name="vit", **options: task_of(architecture_file(name), **options)
 
 
 def data_of(world: Path, **options: Any) -> ShardDataModule:
@@ -705,103 +696,53 @@ def test_broken_records_are_excluded_and_the_other_pairs_stay(
     assert_same_pairs(table_of(tmp_path / "grounding" / "validate"), intact)
 
 
-# --- two processes ---
+# --- two processes; test_same_numbers.py compares the numbers of their evaluations ---
 
 
-SPLITS = {"odd": 5, "fewer": 16, "three": 1, "one": 4}  # name of a validation split -> batch size
-
-
-def evaluate_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> dict[str, Any]:
-    """Validate on every split, and fit for an epoch; what is logged on this rank."""
-    found: dict[str, Any] = {}
-    for name, size in SPLITS.items():
-        data = data_of(Path(world), val=Path(splits) / name, eval_batch_size=size)
-        trainer = trainer_in(Path(out) / name, GroundingCallback(examples=0), **parallel)
-        (logged,) = trainer.validate(task_of(Path(config)), data, verbose=False)
-        found[name] = dict(logged)
+def fit_and_predict(config: str, world: str, splits: str, out: str, **parallel: Any) -> dict[str, Any]:
+    """Fit for an epoch, and write embeddings of splits of which a rank has fewer samples than the other, or none."""
     callback, saver = GroundingCallback(examples=2), ModelCheckpoint(monitor="val/gamma_mean", mode="max")
     logger = TensorBoardLogger(Path(out) / "fit")
     trainer = trainer_in(Path(out) / "fit", callback, saver, logger=logger, **parallel)
-    data = data_of(Path(world), val=Path(splits) / "odd", batch_size=4)
-    trainer.fit(task_of(Path(config)), data)
-    found["history"] = [
-        {k: row[k] for k in ("epoch", "step", "gamma_mean", "targets", "loss")} for row in callback.history
-    ]
-    found["drawn"] = len(callback.history[0]["examples"]["keys"])
-    found["saved"] = saver.best_model_path
-    return found
-
-
-def predict_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> None:
-    """Write the embeddings of splits of which a rank has fewer samples than the other, or none."""
+    trainer.fit(task_of(config), data_of(Path(world), batch_size=4))
     for name in ("three", "one"):
         data = data_of(Path(world), val=Path(splits) / name, test=None)
-        trainer = trainer_in(Path(out) / f"predict-{name}", EmbeddingWriter(), **parallel)
-        trainer.predict(task_of(Path(config)), data)
+        trainer_in(Path(out) / name, EmbeddingWriter(), **parallel).predict(task_of(config), data)
+    history = [{k: row[k] for k in ("epoch", "step", "gamma_mean", "targets", "loss")} for row in callback.history]
+    return {
+        "history": history,
+        "drawn": len(callback.history[0]["examples"]["keys"]),
+        "saved": saver.best_model_path,
+    }
 
 
-def evaluate_on_this_rank(config: str, world: str, splits: str, out: str) -> dict[str, Any]:
-    parallel = join_lightning()
-    predict_all(config, world, splits, out, **parallel)
-    return evaluate_all(config, world, splits, out, **parallel)
-
-
-class Two(NamedTuple):
-    ranks: list[dict[str, Any]]
-    alone: dict[str, Any]
-    folder: Path
-    samples: list[Sample]
-
-
-@pytest.fixture(scope="module")
-def two(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Two:
-    """The same on two processes (files in `two/`) and on one (in `alone/`)."""
-    folder, samples = tmp_path_factory.mktemp("two"), samples_of(world / "val")
-    for name, chosen in {"odd": samples, "fewer": samples[:7], "three": samples[:3], "one": samples[:1]}.items():
-        split_with(folder / "splits" / name, chosen)
-    where = (str(architecture_file("vit")), str(world), str(folder / "splits"))
-    ranks = run_distributed(evaluate_on_this_rank, *where, str(folder / "two"))
-    return Two(ranks, evaluate_all(*where, str(folder / "alone"), devices=1), folder, samples)
+def fit_and_predict_on_this_rank(config: str, world: str, splits: str, out: str) -> dict[str, Any]:
+    return fit_and_predict(config, world, splits, out, **join_lightning())
 
 
 @pytest.mark.distributed
-def test_two_processes_log_the_numbers_of_one(two: Two) -> None:
-    for rank in two.ranks:
-        for name in SPLITS:
-            assert rank[name] == pytest.approx(two.alone[name], abs=2e-6, nan_ok=True), name
-            assert rank[name]["val/grounding_targets"] == two.alone[name]["val/grounding_targets"]
-
-
-@pytest.mark.distributed
-def test_two_processes_write_the_table_of_one_to_the_last_pair(two: Two) -> None:
-    for name in SPLITS:
-        tables = [two.folder / number / name / "grounding" / "validate" for number in ("two", "alone")]
-        assert_same_pairs(table_of(tables[0]), table_of(tables[1]), tolerance=1e-6)
-        plain = [read_result(path)[1].targets for path in tables]
-        assert plain[0].equals(plain[1])
-
-
-@pytest.mark.distributed
-def test_two_processes_train_with_one_history_one_folder_and_one_checkpoint(two: Two) -> None:
-    first, second = two.ranks
+def test_two_processes_have_one_history_one_folder_and_one_checkpoint_and_each_its_own_embeddings(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    samples = samples_of(world / "val")
+    for name, count in (("three", 3), ("one", 1)):
+        split_with(tmp_path / "splits" / name, samples[:count])
+    where = (str(architecture_file("vit")), str(world), str(tmp_path / "splits"))
+    first, second = run_distributed(fit_and_predict_on_this_rank, *where, str(tmp_path / "two"))
+    alone = fit_and_predict(*where, str(tmp_path / "alone"))
     assert [row["epoch"] for row in first["history"]] == [0, 1]
     assert first["history"] == second["history"]
-    assert first["history"][0] == pytest.approx(two.alone["history"][0], abs=2e-6)
+    assert first["history"][0] == pytest.approx(alone["history"][0], abs=2e-6)
     assert first["saved"] == second["saved"]
     assert Path(first["saved"]).is_file()
-    assert [rank["drawn"] for rank in two.ranks] == [2, 0]  # only the rank that writes keeps pictures
-    assert len(list((two.folder / "two" / "fit").rglob("progress.png"))) == 1
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("name", "shares"), [("three", [2, 1]), ("one", [1, 0])])
-def test_each_process_writes_the_embeddings_of_its_own_samples(two: Two, name: str, shares: list[int]) -> None:
-    keys: list[str] = []
-    for rank, share in enumerate(shares):
-        path = two.folder / "two" / f"predict-{name}" / "embeddings" / f"rank_{rank}.npz"
-        with np.load(path, allow_pickle=False) as arrays:
-            assert arrays["image"].shape == (share, 24)
-            captions = sum(len(sample.captions) for sample in two.samples if sample.key in arrays["keys"])
-            assert arrays["text"].shape == (captions, 24)
-            keys += arrays["keys"].tolist()
-    assert keys == [sample.key for sample in two.samples[: sum(shares)]]
+    assert [rank["drawn"] for rank in (first, second)] == [2, 0]  # only the rank that writes keeps pictures
+    assert len(list((tmp_path / "two" / "fit").rglob("progress.png"))) == 1
+    for name, shares in (("three", [2, 1]), ("one", [1, 0])):
+        keys: list[str] = []
+        for rank, share in enumerate(shares):
+            with np.load(tmp_path / "two" / name / "embeddings" / f"rank_{rank}.npz", allow_pickle=False) as arrays:
+                assert arrays["image"].shape == (share, 24)
+                captions = sum(len(sample.captions) for sample in samples if sample.key in arrays["keys"])
+                assert arrays["text"].shape == (captions, 24)
+                keys += arrays["keys"].tolist()
+        assert keys == [sample.key for sample in samples[: sum(shares)]]
