@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -24,6 +24,7 @@ from lightning_xai.training.checkpoint_file import damage
 __all__ = ["RunFolder", "RunFolderError", "RunRecord"]
 
 RECORD_NAME = "run.json"
+RECORD_VERSION = 1
 CHECKPOINT_KEY = "run"
 """Key of a checkpoint that says which run it belongs to."""
 
@@ -51,7 +52,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     id: str
     settings: dict[str, Any]
     finished: bool
-    version: Literal[1]
+    version: int
 
 
 class RunFolder:
@@ -130,17 +131,20 @@ class RunFolder:
         """
         path = self.path / RECORD_NAME
         try:
-            return read_json(path, RunRecord)
+            record = read_json(path, RunRecord)
+            if record.version != RECORD_VERSION:
+                raise ValueError(f"version {record.version}, expected {RECORD_VERSION}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise RunFolderError(
                 f"{path} cannot be read ({error}): restore it, or choose another folder for this run"
             ) from error
+        return record
 
     def begin(self, settings: Mapping[str, Any]) -> RunRecord:
         """Record a new run; needs the lock. Checkpoints of an earlier run in this folder are foreign from now on."""
-        record = RunRecord(uuid.uuid4().hex, _plain(settings), finished=False, version=1)
+        record = RunRecord(uuid.uuid4().hex, _plain(settings), finished=False, version=RECORD_VERSION)
         self._write(record)
         return record
 

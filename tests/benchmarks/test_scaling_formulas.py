@@ -33,6 +33,7 @@ from scaling_formulas import (
     loss_seconds,
     memory,
     passes,
+    read_rate,
     saturates_at,
     step_seconds,
     towers_seconds,
@@ -285,6 +286,18 @@ def test_chunks_and_checkpointing_and_sharding_save_the_memory_they_are_for(shap
         assert saving | {part: 0} == plain | {part: 0}
 
 
+def test_the_memory_of_the_loss_grows_with_the_global_batch(shape: Shape) -> None:
+    small, large = (memory(shape, PLAN, world)["loss"] for world in (8, 64))
+    assert large == 8 * small
+    assert small == FLOAT32 * (OWN_ROWS_MATRICES * 256 * 2048 + FEATURE_MATRICES * 2048 * (2 * shape.embedding + 1))
+    assert memory(shape, PLAN, 1)["loss"] == FLOAT32 * LOSS_MATRICES * 256**2
+
+
+def test_reading_is_as_fast_as_cores_or_storage_allow() -> None:
+    assert read_rate(CLUSTER, replace(DATA, reader_rate=100), 2) == 2 * 14 * 100
+    assert read_rate(CLUSTER, replace(DATA, bytes_per_sample=1e6), 1024) == 20e9 / 1e6
+
+
 def test_demands_are_one_where_a_resource_is_just_enough(shape: Shape) -> None:
     rate = 8 * 256 / step_seconds(shape, PLAN, CLUSTER, 8)
     data = replace(DATA, reader_rate=rate / (8 * CLUSTER.cores_per_gpu))
@@ -302,6 +315,15 @@ def test_saturation_is_found_where_the_demand_first_reaches_one(shape: Shape) ->
         return saturates_at("pairs", shape, PLAN, CLUSTER, DATA, samples, 1024)
 
     assert [at(256), at(257), at(4 * 256), at(1024 * 256), at(1024 * 256 + 1)] == [1, 2, 4, 1024, None]
+
+
+def test_an_evaluation_is_spread_but_for_its_recall(shape: Shape) -> None:
+    one = evaluation_seconds(shape, PLAN, CLUSTER, 1, 1000, 5000)
+    four = evaluation_seconds(shape, PLAN, CLUSTER, 4, 1000, 5000)
+    assert four == pytest.approx((one[0] / 4, one[1]))
+    caption = shape.forward_flops(32) - shape.forward_flops(0)
+    expected = 1000 * (shape.forward_flops(0) + 5 * caption) / (989e12 * 0.35)
+    assert one[0] == pytest.approx(expected)
 
 
 def _recall_flops() -> int:

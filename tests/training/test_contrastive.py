@@ -299,7 +299,7 @@ def test_a_checkpoint_holds_plain_values_only_and_gives_the_very_same_encoder(
     assert torch.equal(loaded.logit_scale, task.encoder.logit_scale)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_before_its_weights_are_touched(
+def test_checkpoints_of_another_architecture_activation_or_project_are_refused_before_weights_are_touched(
     trained: tuple[ContrastiveFineTuning, Path], make: Make, shapes: Path, tmp_path: Path
 ) -> None:
     _, path = trained
@@ -309,12 +309,6 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_its_weights_are_
         with pytest.raises(ValueError, match="a vit of another configuration, this run trains a vit_average_pool"):
             run(other, datamodule=data_of(shapes), ckpt_path=path)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-
-
-def test_checkpoints_of_another_activation_or_project_are_refused(
-    trained: tuple[ContrastiveFineTuning, Path], make: Make, shapes: Path, tmp_path: Path
-) -> None:
-    _, path = trained
     checkpoint = torch.load(path, weights_only=True)
     checkpoint[CHECKPOINT_KEY]["model_cfg"]["quick_gelu"] = True
     torch.save(checkpoint, path)

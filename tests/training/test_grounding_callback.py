@@ -4,7 +4,6 @@ import contextlib
 import csv
 import gc
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -296,16 +295,13 @@ def run(make: Make, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return Run(folder / "run" / "version_0", trainer, callback, by_gamma, by_loss, printed.getvalue())
 
 
-def test_grounding_is_measured_before_training_and_after_each_epoch(run: Run) -> None:
-    assert [row["epoch"] for row in run.callback.history] == [0, 1, 2]
-    assert [row["step"] for row in run.callback.history] == [0, 3, 6]
-    means = [row["gamma_mean"] for row in run.callback.history]
-    assert len(set(means)) == 3
-    assert all(0 <= mean <= 1 for mean in means)
-
-
-def test_the_run_folder_holds_a_result_for_each_epoch(run: Run, expected: Pairs) -> None:
-    for row in run.callback.history:
+def test_grounding_is_measured_before_training_and_after_each_epoch_with_a_result_folder_each(
+    run: Run, world: Path, expected: Pairs
+) -> None:
+    history = run.callback.history
+    assert [(row["epoch"], row["step"]) for row in history] == [(0, 0), (1, 3), (2, 6)]
+    assert len({row["gamma_mean"] for row in history}) == 3
+    for row in history:
         path = run.folder / "grounding" / f"epoch={row['epoch']:03d}"
         table = lines_of(path)
         assert len(table) == len(expected)
@@ -319,6 +315,16 @@ def test_the_run_folder_holds_a_result_for_each_epoch(run: Run, expected: Pairs)
         for line in table:
             caption = line["caption"]
             assert all(words in caption for words in line["phrase"].split(", "))
+        classes = rows_of(path / "classes.csv")
+        assert [line["label"] for line in classes] == list(Manifest.load(world / "val").labels)
+        assert sum(int(line["targets"]) for line in classes) == row["targets"]
+        weighted = sum(int(line["targets"]) * float(line["gamma_mean"]) for line in classes if int(line["targets"]))
+        assert weighted / row["targets"] == pytest.approx(row["gamma_mean"], abs=1e-9)
+        # An example is drawn with the gamma of the table.
+        for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
+            drawn = (*name.split(": "), "measured")
+            first = next(line for line in table if (line["key"], line["phrase"], line["reason"]) == drawn)
+            assert (first["gamma"], first["rho"] == 1) == (gamma, hit)
 
 
 def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, world: Path) -> None:
@@ -350,15 +356,6 @@ def test_the_summary_has_a_line_for_each_epoch_with_what_the_module_logged(run: 
     assert float(lines[-1]["loss"]) == pytest.approx(float(run.trainer.callback_metrics["val/loss"]))
 
 
-def test_the_class_tables_add_up_to_the_whole(run: Run, world: Path) -> None:
-    for row in run.callback.history:
-        lines = rows_of(run.folder / "grounding" / f"epoch={row['epoch']:03d}" / "classes.csv")
-        assert [line["label"] for line in lines] == list(Manifest.load(world / "val").labels)
-        assert sum(int(line["targets"]) for line in lines) == row["targets"]
-        weighted = sum(int(line["targets"]) * float(line["gamma_mean"]) for line in lines if int(line["targets"]))
-        assert weighted / row["targets"] == pytest.approx(row["gamma_mean"], abs=1e-9)
-
-
 def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: Run) -> None:
     for name in ("progress.png", "curves.png"):
         with Image.open(run.folder / "grounding" / name) as picture:
@@ -371,18 +368,6 @@ def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: R
     heats = [row["examples"]["heats"] for row in run.callback.history]
     assert all(heat.shape == (4, 4) for epoch in heats for heat in epoch)
     assert not torch.equal(heats[0][0], heats[-1][0])
-
-
-def test_an_example_is_drawn_with_the_gamma_of_the_table(run: Run) -> None:
-    for row in run.callback.history:
-        table = lines_of(run.folder / "grounding" / f"epoch={row['epoch']:03d}")
-        for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
-            key, phrase = name.split(": ")
-            first = next(
-                line for line in table if (line["key"], line["phrase"], line["reason"]) == (key, phrase, "measured")
-            )
-            assert first["gamma"] == gamma
-            assert (first["rho"] == 1) == hit
 
 
 def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> None:
@@ -552,9 +537,20 @@ def test_validate_and_test_log_and_write_beside_the_training_without_touching_it
 # --- the model is left as it was ---
 
 
-def test_hooks_are_gone_after_a_run_and_after_an_exception(make: Make, world: Path, tmp_path: Path) -> None:
+def test_hooks_modes_and_gradients_are_as_before_also_after_an_exception(
+    make: Make, world: Path, tmp_path: Path, architecture_file: Callable[[str], Path]
+) -> None:
     task = make()
     before = hooks_in(task)
+    task.encoder.model.visual.eval()  # part of the model may be frozen on purpose
+    task.encoder.model.visual.requires_grad_(False)
+    modes = {name: module.training for name, module in task.named_modules()}
+    grads = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
+    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    assert {name: module.training for name, module in task.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in task.named_parameters()} == grads
+    assert all(parameter.grad is None for parameter in task.parameters())
+    task.encoder.model.visual.requires_grad_(True)
     trainer_in(tmp_path, GroundingCallback(examples=0)).fit(task, data_of(world))
     assert hooks_in(task) == before
 
@@ -565,32 +561,12 @@ def test_hooks_are_gone_after_a_run_and_after_an_exception(make: Make, world: Pa
             if batch_idx == 1:
                 raise KeyError("in the middle")
 
-    torch.manual_seed(0)
-    failing = Failing(str(config_of(task, tmp_path)), None)
+    failing = Failing(str(architecture_file("vit")), None)
     for start in ("fit", "validate"):
         trainer = trainer_in(tmp_path, GroundingCallback(examples=0))
         with pytest.raises(KeyError, match="in the middle"):
             getattr(trainer, start)(failing, data_of(world))
         assert hooks_in(failing) == before
-
-
-def config_of(task: ContrastiveFineTuning, folder: Path) -> Path:
-    path = folder / "same.json"
-    path.write_text(json.dumps(task.encoder.architecture["model_cfg"]))
-    return path
-
-
-def test_modes_and_gradients_are_as_before(make: Make, world: Path, tmp_path: Path) -> None:
-    task = make()
-    task.encoder.model.visual.eval()  # part of the model may be frozen on purpose
-    for parameter in task.encoder.model.visual.parameters():
-        parameter.requires_grad_(False)
-    modes = {name: module.training for name, module in task.named_modules()}
-    grads = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
-    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
-    assert {name: module.training for name, module in task.named_modules()} == modes
-    assert {name: parameter.requires_grad for name, parameter in task.named_parameters()} == grads
-    assert all(parameter.grad is None for parameter in task.parameters())
 
 
 @pytest.mark.slow
