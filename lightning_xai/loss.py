@@ -5,6 +5,7 @@ Shapes: B rows on this rank, W ranks, K embedding width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -37,6 +38,9 @@ def contrastive_loss(
         better, no gradient): the share of valid rows, averaged over both directions, whose own partner is more
         similar than every other one; a tie is a miss. It is NaN if no row is valid: nothing was there to get right.
 
+    Warns:
+        UserWarning: a single row, of which nothing can be learned.
+
     Raises:
         ValueError: the shapes do not fit each other.
 
@@ -50,6 +54,8 @@ def contrastive_loss(
         (tensor(0.), tensor(1.))
     """
     valid = _checked(image_features, text_features, valid)
+    if len(valid) == 1 and image_features.requires_grad:
+        warnings.warn("a batch of one pair has no negatives: its loss and gradient are zero", stacklevel=2)
     with torch.autocast(image_features.device.type, enabled=False):
         image, text = _known(image_features, text_features, valid)
         logits = logit_scale.to(image.dtype) * (image @ text.T)

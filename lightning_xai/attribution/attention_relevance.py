@@ -195,6 +195,8 @@ class _AttentionReplaced(TorchFunctionMode):
             # the other meaning of the name that it calls.
             meanings = {**func.__globals__, scaled_dot_product_attention.__name__: self._attend}
             func = FunctionType(func.__code__, meanings, func.__name__, func.__defaults__, func.__closure__)
+            # Where weights are returned as well (the pool of Hugging Face's SigLIP), it does not call that function.
+            kwargs = {**(kwargs or {}), "need_weights": False}
         return func(*args, **(kwargs or {}))
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.models.at_layer import as_constant, differentiable
+from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.registry import PluginError
 
 _ROUNDING, _NOTHING = 1e-6, 1e-12  # differences within a map that say nothing: relative to its largest, and absolute
+_SIMILARITY, _SIMILARITY_HALF = 1e-4, 2e-2  # what rounding may change a similarity by, in float32 and half precision
 _A = TypeVar("_A", bound="Attribution")
 
 
@@ -101,9 +102,16 @@ class AttributionMethod(ABC):
     origin: ClassVar[str] = ""
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
+        if not isinstance(encoder, TwoTowerEncoder):
+            raise TypeError(
+                f"{type(self).__name__} explains an encoder with tokenizer and image transform, as load_dual_encoder "
+                f"makes it; got a {type(encoder).__name__}. Save its state dict, and load it with "
+                "load_dual_encoder(NAME, pretrained=FILE)"
+            )
         if internal_batch_size is not None and internal_batch_size < 1:
             raise ValueError(f"internal_batch_size has to be at least 1, or None; got {internal_batch_size}")
         self.encoder = encoder
+        self._structure = encoder.structure()
         self.internal_batch_size = internal_batch_size
 
     @property
@@ -124,15 +132,21 @@ class AttributionMethod(ABC):
             tokens: [B, L] token ids; caption i belongs to image i.
 
         Raises:
-            ValueError: shapes do not match, or the similarity or the result is not finite (the message says which).
+            TypeError: not tensors, or images that are not normalised.
+            ValueError: shapes do not match; the similarity or the result is not finite (the message says which); or
+                the similarity that was explained is not the model's own, which was changed meanwhile.
             PluginError: `_attribute` returned no attribution, or one of another shape.
         """
         check_batch(images, tokens)
+        self._check_images(images)
+        images, tokens = as_constant(images), as_constant(tokens)
+        self._check_towers()
         with differentiable(self.encoder):
-            result = self._attribute(as_constant(images), as_constant(tokens))
+            result, own = self._compared(images, tokens)
         self._check_shapes(result, *tokens.shape)
         for part, what in ((result.similarity, "similarity"), (result.image, "image map"), (result.text, "text map")):
             check_finite(part, what, self.label)
+        self._check_similarity(result.similarity, own)
         image = result.image.flatten(1)
         _warn_if_constant(image, torch.ones_like(image, dtype=torch.bool), "image", self.label)
         _warn_if_constant(result.text, self.encoder.tokenizer.content_mask(tokens), "text", self.label)
@@ -165,6 +179,44 @@ class AttributionMethod(ABC):
         if self.origin and self.has_zero and not self.signed and bool((result.image < 0).any()):
             raise PluginError(f"{self.label}: a map has negative values; state `signed = True` in the class")
 
+    def _check_images(self, images: Tensor) -> None:
+        """Raise a ValueError where images are of another shape than the model's, which some towers would crop."""
+        if images.shape[1:] != self.encoder.image_shape:
+            raise ValueError(
+                f"the model takes images {[*self.encoder.image_shape]}, as encoder.image_transform makes them; got "
+                f"{[*images.shape[1:]]}. For another size, load it with image_size=(height, width)"
+            )
+
+    def _check_towers(self) -> None:
+        """Compare this method's towers with the model again, if its modules or hooks are others than before."""
+        structure = self.encoder.structure()
+        if structure == self._structure:
+            return
+        for value in vars(self).values():
+            own = type(value).__module__.startswith("lightning_xai.attribution.") and hasattr(value, "__dict__")
+            for part in vars(value).values() if own else (value,):
+                if isinstance(part, TowerAtLayer):
+                    self.encoder.check_tower(part)
+        self._structure = structure
+
+    def _compared(self, images: Tensor, tokens: Tensor) -> tuple[Attribution, Tensor]:
+        """The attribution, and the similarity [B] by the model's own functions, which it has to be about."""
+        own = [self.encoder.own_similarity(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
+        return self._attribute(images, tokens), torch.cat(own)
+
+    def _check_similarity(self, explained: Tensor, own: Tensor) -> None:
+        """Raise a ValueError where the similarity that was explained is not the model's, but for rounding."""
+        most = _SIMILARITY if own.dtype in (torch.float32, torch.float64) else _SIMILARITY_HALF
+        wrong = ((explained - own).abs() > most).nonzero()[:, 0]
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"{self.label}: the similarity of pair {row} is {float(own[row]):.4f} by the model's encode_image and "
+                f"encode_text, but {float(explained[row]):.4f} on the way that is explained: the model was changed by "
+                "hooks, adapters or wrappers that this way does not go through. Remove them, or merge adapters into "
+                "the weights (merge_and_unload), and make the method again"
+            )
+
     @abstractmethod
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         """`attribute` of a batch that has been checked, with the model ready for derivatives."""
@@ -187,6 +239,16 @@ class AttributionMethod(ABC):
 
 def check_batch(images: Tensor, tokens: Tensor) -> None:
     """Raise a ValueError that names the shapes where images and captions do not belong together."""
+    if not isinstance(images, Tensor) or not isinstance(tokens, Tensor):
+        raise TypeError(
+            "expected tensors: images as encoder.image_transform makes them, stacked, and tokens as "
+            f"encoder.tokenizer.encode(captions) does; got {type(images).__name__} and {type(tokens).__name__}"
+        )
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images have to be normalised floating-point pixels, as encoder.image_transform makes them; got "
+            f"{images.dtype}"
+        )
     if images.ndim != 4 or tokens.ndim != 2 or len(images) != len(tokens):
         raise ValueError(
             "expected images [B, 3, H, W] and tokens [B, L], one caption an image; "
@@ -200,10 +262,13 @@ def check_finite(part: Tensor, name: str, method: str) -> None:
     """Raise a ValueError where a part of a result [B, ...] is not finite; `name` says which part."""
     broken = (~part.reshape(len(part), -1).isfinite().all(dim=1)).nonzero()[:, 0]
     if len(broken):
-        raise ValueError(
-            f"{method}: the {name} of pair(s) {broken.tolist()} is not finite; look for NaN or infinity in the model's "
-            "weights and in the images"
-        )
+        advice = "look for NaN or infinity in the model's weights and in the images"
+        if part.dtype == torch.float16:
+            advice = (
+                "float16 ends at 65,504, which derivatives of layer norms exceed: convert the encoder to bfloat16 or "
+                "float32 (encoder.float()), and if that changes nothing, " + advice
+            )
+        raise ValueError(f"{method}: the {name} of pair(s) {broken.tolist()} is not finite; {advice}")
 
 
 def _warn_if_constant(maps: Tensor, own: Tensor, name: str, method: str) -> None:

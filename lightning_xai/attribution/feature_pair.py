@@ -15,7 +15,7 @@ L tokens as given, T tokens run, P image tokens, K embedding width, H x W the pa
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,7 @@ from lightning_xai.attribution.capture import Captured, capture
 from lightning_xai.attribution.pairwise import HiddenStates, IntraModalAttribution, PairwiseMethod, References
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
-from lightning_xai.models.at_layer import EmbeddingPath, TowerAtLayer, as_constant, differentiable
+from lightning_xai.models.at_layer import EmbeddingPath, TowerAtLayer, as_constant, differentiable, refuse_rewriting
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -100,6 +100,7 @@ class FeaturePairAttribution(PairwiseMethod):
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
+        refuse_rewriting(encoder)
         self.image = encoder.image_at_layer(image_layer)
         self.text = encoder.text_at_layer(text_layer)
         self.grid = self.image.grid
@@ -113,14 +114,20 @@ class FeaturePairAttribution(PairwiseMethod):
         assert isinstance(result, FeaturePairs)
         return result
 
+    def _compared(self, images: Tensor, tokens: Tensor) -> tuple[FeaturePairs, Tensor]:
+        """The attribution from what the model's own pass has computed of the images, and the similarity it gives."""
+        references, results, own = self.references(tokens.shape[1]), [], []
+        for rows in self._chunks(len(images)):
+            # At a head there is no block to listen to.
+            with nullcontext(Captured()) if self.image.block is None else self.capturing() as captured:
+                own.append(self.encoder.own_similarity(images[rows], tokens[rows]))
+            captured.text.clear()  # the model's own pass runs all of the padding
+            states = self.hidden_states(images[rows], tokens[rows], captured)
+            results.append(self.attribute_states(states, references))
+        return FeaturePairs.concatenate(results), torch.cat(own)
+
     def _attribute(self, images: Tensor, tokens: Tensor) -> FeaturePairs:
-        references = self.references(tokens.shape[1])
-        return FeaturePairs.concatenate(
-            [
-                self.attribute_states(self.hidden_states(images[rows], tokens[rows]), references)
-                for rows in self._chunks(len(images))
-            ]
-        )
+        return self._compared(images, tokens)[0]
 
     def attribute_states(self, states: HiddenStates, references: References) -> FeaturePairs:
         """`attribute` of hidden states that a forward pass has already made."""
@@ -138,6 +145,8 @@ class FeaturePairAttribution(PairwiseMethod):
             raise ValueError(
                 f"expected two batches of images of one shape; got {[*images.shape]} and {[*others.shape]}"
             )
+
+        self._check_images(images)
 
         def side(rows: slice, batch: Tensor) -> _Side:
             return _Side.of(self.image, self.image_states(batch[rows]), reference, None, self._dtype)

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.outputs import numpy_of, write_all, write_csv
+from lightning_xai.commands.outputs import numpy_of, progress_bar, write_all, write_csv
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
@@ -49,10 +49,8 @@ class Explainer:
         Raises:
             InputError: it cannot be used.
         """
-        from lightning_xai.data.shards import progress_bar
-
         prepared = prepare_entry(self.encoder, entry)
-        with progress_bar(True) as bar:
+        with progress_bar() as bar:
             bar.add_task("explaining", total=len(self.chosen))
             (explanations,) = self._explain([prepared], bar)
         print(self._write(self.out, prepared, explanations))  # noqa: T201
@@ -64,10 +62,9 @@ class Explainer:
             ValueError: not one entry can be used.
         """
         from lightning_xai.attribution import ConstantMapWarning
-        from lightning_xai.data.shards import progress_bar
 
         rows: list[dict[str, Any]] = []
-        with progress_bar(True) as bar, warnings.catch_warnings():
+        with progress_bar() as bar, warnings.catch_warnings():
             # It would name places in a batch; the summary names images.
             warnings.simplefilter("ignore", ConstantMapWarning)
             bar.add_task("explaining", total=len(entries) * len(self.chosen))

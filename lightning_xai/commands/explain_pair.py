@@ -45,6 +45,7 @@ ARRAYS = {
 }
 """What `attribution.npz` holds. With several methods, those above `tokens` are named `<method>/image` and so on."""
 _RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error")
+_MOST_HIDDEN = 0.6  # share of the image that is seen below which the picture says so
 _INCOMPLETE = 0.05  # share of the similarity from which the picture mentions the completeness error
 
 
@@ -61,6 +62,7 @@ class PreparedEntry:
         spans: character spans of the phrase.
         positions: its tokens' positions.
         box_xyxy: the box in pixels of the transformed image.
+        seen: share of the image that the model's crop leaves.
         record: of the entry, as the file has it.
     """
 
@@ -72,6 +74,7 @@ class PreparedEntry:
     spans: list[Span]
     positions: list[int]
     box_xyxy: Box | None
+    seen: float
     record: dict[str, Any]
 
 
@@ -106,9 +109,11 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     tokens = encoder.tokenizer.encode([entry.caption])[0].to(pixels.device)
     content, shown = shown_tokens(encoder.tokenizer, entry.caption, tokens, positions)
     strings = encoder.tokenizer.token_strings(tokens)
+    seen = encoder.seen(size)
     record: dict[str, Any] = {
         "image": str(entry.image),
         "image_size": list(size),
+        "image_seen": seen,
         "caption": entry.caption,
         "token_strings": [text for text in strings if text],  # padding has none
         "span": None,
@@ -123,7 +128,7 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
         }
     if entry.box is not None and box is not None:
         record["box"] = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(box)}
-    return PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, record)
+    return PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, seen, record)
 
 
 def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> Iterator[Explanation]:
@@ -210,6 +215,8 @@ def _asked(entry: Entry) -> str:
 def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
     """Lines below the picture: how the phrase or box was understood, and what the picture leaves out."""
     notes, entry, arrays = [], prepared.entry, explanation.arrays
+    if prepared.seen < _MOST_HIDDEN:
+        notes.append(f"The model sees {prepared.seen:.0%} of the image: its transform crops the rest.")
     if prepared.box_xyxy is not None:
         mask = arrays["box_mask"]
         notes.append(f"Tokens: coloured by the {mask.sum()} of {mask.size} patches that the box covers.")

@@ -1,4 +1,4 @@
-"""`export`: turn a checkpoint into weights that open_clip loads."""
+"""`export`: turn a checkpoint into weights that open_clip loads, or into a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -12,22 +12,37 @@ if TYPE_CHECKING:
 def export(checkpoint: Path, out: Path) -> None:
     """Turn a checkpoint of this project into weights for `open_clip.create_model(name, pretrained=out)`.
 
+    Where `fit` began with a folder of transformers (hf:FOLDER), into such a folder, for `from_pretrained(out)`.
+
     Args:
         checkpoint: a .ckpt file that `fit` has written.
-        out: a .safetensors or .pt file to write; the model's configuration goes to the same folder, as .json.
+        out: a .safetensors or .pt file to write; the model's configuration goes to the same folder, as .json. For a
+            model of transformers a new folder.
     """
-    from lightning_xai.models import load_dual_encoder, save_open_clip
+    from lightning_xai.models import HuggingFaceEncoder, load_dual_encoder, save_hugging_face, save_open_clip
 
     if checkpoint.suffix != ".ckpt":
         raise ValueError(f"export takes a .ckpt file that fit has written; got {checkpoint}")
     encoder = load_dual_encoder(str(checkpoint))
+    if isinstance(encoder, HuggingFaceEncoder):
+        save_hugging_face(encoder, out)
+        kind = type(encoder.model).__name__
+        print(  # noqa: T201
+            f"Saved {out}. To load it:\nfrom transformers import AutoProcessor, {kind}\n"
+            f"model = {kind}.from_pretrained({str(out)!r})\nprocessor = AutoProcessor.from_pretrained({str(out)!r})"
+        )
+        return
     save_open_clip(encoder, out)
-    print(f"Saved {out} and {out.with_suffix('.json')}. To load them:\n{_loading_code(encoder, out)}")  # noqa: T201
+    print(f"Saved {out} and {out.with_suffix('.json')}. To load them:\n{loading_code(encoder, out)}")  # noqa: T201
 
 
-def _loading_code(encoder: DualEncoder, weights: Path) -> str:
-    """Python code that builds the very same function: open_clip's own config of that name may differ, or not exist."""
+def loading_code(encoder: DualEncoder, weights: Path) -> str:
+    """Python code that builds the very same function: model, `preprocess` of images and `tokenizer` of captions.
+
+    open_clip's own config of the name may differ from the encoder's, or not exist, and its images may be others.
+    """
     import open_clip
+    from open_clip.timm_model import TimmModel
 
     name, config = encoder.architecture["name"], dict(encoder.architecture["model_cfg"])
     quick_gelu = config.pop("quick_gelu", False)
@@ -38,5 +53,17 @@ def _loading_code(encoder: DualEncoder, weights: Path) -> str:
     else:
         name = weights.stem
         lines.append(f"open_clip.add_model_config({str(weights.with_suffix('.json'))!r})")
-    lines.append(f"model = open_clip.create_model({name!r}, pretrained={str(weights)!r}{more})")
+    visual = encoder.model.visual
+    # open_clip builds timm's towers for timm's default size, and gives them another only after it has loaded weights.
+    sized = isinstance(visual, TimmModel) and hasattr(visual.trunk, "set_input_size")
+    if not sized:
+        more = f", pretrained={str(weights)!r}{more}"
+    pixels = {key: tuple(x) if isinstance(x, list) else x for key, x in encoder.preprocessing.items()}
+    lines.append(f"model = open_clip.create_model({name!r}{more}, force_preprocess_cfg={pixels!r})")
+    if sized:
+        lines.append(f"model.visual.set_input_size({encoder.image_transform.size!r})")
+        lines.append(f"open_clip.load_checkpoint(model, {str(weights)!r})")
+    lines.append("preprocess_cfg = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)")
+    lines.append("preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)")
+    lines.append(f"tokenizer = open_clip.get_tokenizer({name!r})")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lightning_xai.commands.model_choice import ModelChoice
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lightning_xai.data import CaptionTokenizer
@@ -55,17 +56,14 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     import torch
 
     from lightning_xai.models import load_clap, load_dual_encoder
+    from lightning_xai.models.clap import is_clap
 
-    try:
-        device = torch.device(choice.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"{choice.device!r} is no device; give cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"PyTorch finds no GPU for the device {choice.device}; leave it out, or give cpu")
-    if Path(choice.name).is_dir():
+    device = _device(choice.device)
+    folder = Path(choice.name.removeprefix("hf:"))
+    if folder.is_dir() and is_clap(folder):
         if choice.pretrained is not None:
-            raise ValueError(f"the folder {choice.name} holds its own weights: leave out --model.pretrained")
-        return load_clap(choice.name, device).eval()
+            raise ValueError(f"the folder {folder} holds its own weights: leave out --model.pretrained")
+        return load_clap(folder, device).eval()
     if choice.is_random:
         torch.manual_seed(choice.seed)
         print(  # noqa: T201
@@ -73,7 +71,27 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
             "tag or a file, or --model.name a checkpoint, to explain a trained model",
             file=sys.stderr,
         )
-    return load_dual_encoder(choice.name, choice.pretrained, device).eval()
+    return load_dual_encoder(choice.name, choice.pretrained, device, **choice.options).eval()
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name; without one a GPU where there is one.
+
+    Raises:
+        ValueError: no such device, or none on this machine.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device; give cpu, cuda or cuda:1") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu"] + ([] if here is None else [f"{here.type}:{i}" for i in range(torch.accelerator.device_count())])
+    found = device.type == "cpu" or f"{device.type}:{device.index or 0}" in known
+    if not found:
+        raise ValueError(f"PyTorch finds no device {name} on this machine; it has {', '.join(known)}")
+    return device
 
 
 def parse_box(text: str) -> Box:
@@ -220,16 +238,15 @@ def span_positions(tokenizer: CaptionTokenizer, caption: str, phrase: str | None
     for span in find_phrase(caption, phrase):
         try:
             tokens = tokenizer.token_span(caption, span)
-        except SpanCutOffError:
+        except SpanCutOffError as error:
+            cut_off = str(error)
             continue
         except SpanError as error:
             raise InputError(f"the span does not consist of whole tokens: {error}") from error
         spans.append(span)
         positions += range(tokens.start, tokens.stop)
     if not spans:
-        raise InputError(
-            f"the span {phrase!r} is cut off: the model reads {tokenizer.context_length} tokens; shorten the caption"
-        )
+        raise InputError(f"the span is cut off: {cut_off}; shorten the caption")
     return spans, positions
 
 

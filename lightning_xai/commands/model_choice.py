@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from lightning_xai.model_options import ModelOptions
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
 
-@dataclass
-class ModelChoice:
+@dataclass(frozen=True)
+class ModelChoice(ModelOptions):
     """The model to use.
 
     Attributes:
-        name: an open_clip name (ViT-B-32), a JSON model config, a .ckpt file that fit has written, or the folder of a
-            CLAP model.
-        pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those of the .ckpt file,
+        name: an open_clip name (ViT-B-32), a JSON model config, a .ckpt file that fit has written, an open_clip folder,
+            hf-hub:OWNER/NAME, or hf:FOLDER, a folder of Hugging Face's transformers (CLIP, SigLIP, CLAP and others).
+        pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those that the name brings,
             random ones otherwise.
         device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.
         seed: of the weights, where they are random.
@@ -29,4 +32,10 @@ class ModelChoice:
     @property
     def is_random(self) -> bool:
         """True if neither the name nor `pretrained` brings weights."""
-        return self.pretrained is None and not (self.name.endswith(".ckpt") or Path(self.name).is_dir())
+        brings = self.name.endswith(".ckpt") or self.name.startswith(("hf-hub:", "hf:", "local-dir:"))
+        return self.pretrained is None and not (brings or Path(self.name).is_dir())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `load_dual_encoder` among these."""
+        return {field.name: getattr(self, field.name) for field in fields(ModelOptions)}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from lightning_xai.atomic_file import replaced_at_once, write_json
 from lightning_xai.commands.inputs import InputError
@@ -63,11 +65,18 @@ def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerE
             "device": str(next(encoder.parameters()).device),
             "architecture": encoder.name,
             "image_size": list(encoder.image_shape[1:]),
+            "preprocessing": encoder.preprocessing,
             "context_length": encoder.tokenizer.context_length,
             "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         },
         "versions": package_versions(),
     }
+
+
+def progress_bar() -> Progress:
+    """A progress bar that leaves standard output to results."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def numpy_of(tensor: Tensor) -> NDArray[Any]:

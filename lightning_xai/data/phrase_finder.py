@@ -6,6 +6,7 @@ Both find whole words only. `spans.CaptionTokenizer` turns a place that they fou
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,28 +18,74 @@ Span = tuple[int, int]
 # names a dog, while "o'clock" ("o" + "'clock") names no clock.
 _WORD = re.compile(r"(?:(?<=\w)['\u2019])?\w+")
 _HYPHENS = frozenset("-\u2010\u2011")
+# Scripts written without spaces: Tibetan, Thai, Lao, Myanmar, Khmer, Japanese kana, Chinese characters. And Hangul,
+# whose particles follow their noun without one.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003134f"
+)
+_HANGUL = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af"
+_APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'"})
 _PHRASE_PART = re.compile(r"\(([^()]*)\)|([^()]+)")
 
 
 def find_phrases(caption: str, phrases: Sequence[str], *, exact: bool = True) -> list[Span]:
     """Find the places of several phrases in a caption, as whole words: character spans, end exclusive.
 
+    In scripts written without spaces, a phrase may stand anywhere.
+
     Args:
         caption: any text.
         phrases: of those that begin at the same place, the one listed first counts.
-        exact: whether case and white space between words have to be the same.
+        exact: whether case, white space between words, the form of apostrophes and the way in which Unicode composes
+            accents have to be the same.
 
     >>> find_phrases("A car door, carpets and a car.", ["car door", "car"])
     [(2, 10), (26, 29)]
     >>> find_phrases("A dog, another dog and two dogs", ["DOG"], exact=False)
     [(2, 5), (15, 18)]
     """
-    patterns = [re.escape(phrase) if exact else r"\s+".join(map(re.escape, phrase.split())) for phrase in phrases]
-    pattern = "|".join(pattern for pattern in patterns if pattern)
-    if not pattern:
-        return []
-    flags = 0 if exact else re.IGNORECASE
-    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", caption, flags)]
+    if exact:
+        patterns = [_whole(re.escape(phrase), phrase) for phrase in phrases if phrase]
+        return [match.span() for match in re.finditer("|".join(patterns), caption)] if patterns else []
+    text, places = _folded(caption)
+    folded = [_folded(phrase)[0] for phrase in phrases if phrase.strip()]
+    patterns = [_whole(r"\s+".join(map(re.escape, phrase.split())), phrase.strip()) for phrase in folded]
+    found = [match.span() for match in re.finditer("|".join(patterns), text, re.IGNORECASE)] if patterns else []
+    # A match may not end within what Unicode writes as several characters but readers see as one.
+    return [
+        (places[start][0], places[end - 1][1])
+        for start, end in found
+        if (start == 0 or places[start - 1] != places[start]) and (end == len(text) or places[end - 1] != places[end])
+    ]
+
+
+def _whole(pattern: str, phrase: str) -> str:
+    """A pattern that matches no part of a longer word."""
+    before = "" if re.match(f"[{_UNSPACED}]", phrase) else rf"(?<![^\W{_UNSPACED}])"
+    after = "" if re.match(f"[{_UNSPACED}{_HANGUL}]", phrase[-1]) else rf"(?![^\W{_UNSPACED}])"
+    return f"{before}(?:{pattern}){after}"
+
+
+def _folded(text: str) -> tuple[str, list[Span]]:
+    r"""A text with composed accents and plain apostrophes, and the span of `text` that each character stands for.
+
+    >>> _folded("cafe\u0301")
+    ('caf\xe9', [(0, 1), (1, 2), (2, 3), (3, 5)])
+    """
+    folded, places, start = "", [], 0
+    while start < len(text):
+        end = start + 1
+        # What follows is part of the character if it is an accent, or composes with it as the letters of Hangul do.
+        while end < len(text) and (
+            unicodedata.combining(text[end]) or len(unicodedata.normalize("NFC", text[start : end + 1])) == 1
+        ):
+            end += 1
+        part = unicodedata.normalize("NFC", text[start:end]).translate(_APOSTROPHES)
+        folded += part
+        places += [(start, end)] * len(part)
+        start = end
+    return folded, places
 
 
 @dataclass(frozen=True)
@@ -55,15 +102,6 @@ class _Phrase:
         """The order in which entries that fit win: longer mention, then more context, then the one that blocks."""
         context = len(self.before) + len(self.after)
         return len(self.core), context, self.label is None
-
-
-@dataclass(frozen=True)
-class _Words:
-    """A caption split into words. `gaps[i]` stands before word i: "" within a word, " ", "-", or "." for the rest."""
-
-    texts: tuple[str, ...]
-    spans: tuple[Span, ...]
-    gaps: tuple[str, ...]
 
 
 class MentionFinder:
@@ -101,12 +139,12 @@ class MentionFinder:
 
     def find(self, caption: str) -> dict[str, tuple[Span, ...]]:
         """The character spans `(start, end)` (end exclusive) of every mention, by class, from left to right."""
-        words = _split(caption)
+        words, spans, gaps = _split(caption)
         fits = [
             (phrase, index)
-            for index, text in enumerate(words.texts)
+            for index, text in enumerate(words)
             for phrase in self._by_first_word.get(text, ())
-            if _fits(phrase, words, index)
+            if _fits(phrase, words, gaps, index)
         ]
         fits.sort(key=lambda fit: fit[0].rank, reverse=True)  # stable: of equals the leftmost stays first
         taken: set[int] = set()
@@ -116,14 +154,15 @@ class MentionFinder:
             if taken.isdisjoint(covered):
                 taken.update(covered)
                 if phrase.label is not None:
-                    found.append((phrase.label, (words.spans[index][0], words.spans[covered[-1]][1])))
+                    found.append((phrase.label, (spans[index][0], spans[covered[-1]][1])))
         mentions: dict[str, tuple[Span, ...]] = {}
         for label, span in sorted(found, key=lambda item: item[1]):
             mentions[label] = (*mentions.get(label, ()), span)
         return mentions
 
 
-def _split(text: str) -> _Words:
+def _split(text: str) -> tuple[tuple[str, ...], list[Span], list[str]]:
+    """A text's words, their places, and what stands before each: "" inside a word, " ", "-", or "." for the rest."""
     texts, spans, gaps, end = [], [], [], 0
     for match in _WORD.finditer(text):
         between = text[end : match.start()]
@@ -132,7 +171,7 @@ def _split(text: str) -> _Words:
         texts.append(match.group().lower().replace("\u2019", "'"))
         spans.append(match.span())
         end = match.end()
-    return _Words(tuple(texts), tuple(spans), tuple(gaps))
+    return tuple(texts), spans, gaps
 
 
 def _parse_phrase(text: str, label: str | None) -> _Phrase:
@@ -140,7 +179,7 @@ def _parse_phrase(text: str, label: str | None) -> _Phrase:
     core: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     for context, mention in _PHRASE_PART.findall(text):
-        words = _split(context or mention).texts
+        words, _, _ = _split(context or mention)
         if mention and words:
             if core:
                 raise ValueError(f"{text!r}: the words outside parentheses have to stand together")
@@ -154,10 +193,10 @@ def _parse_phrase(text: str, label: str | None) -> _Phrase:
     return _Phrase(label, before, core, after)
 
 
-def _fits(phrase: _Phrase, words: _Words, index: int) -> bool:
+def _fits(phrase: _Phrase, words: tuple[str, ...], gaps: list[str], index: int) -> bool:
     first, last = index - len(phrase.before), index + len(phrase.core) + len(phrase.after)
-    if first < 0 or words.texts[first:last] != phrase.before + phrase.core + phrase.after:
+    if first < 0 or words[first:last] != phrase.before + phrase.core + phrase.after:
         return False
-    if any(gap == "." for gap in words.gaps[first + 1 : last]):
+    if any(gap == "." for gap in gaps[first + 1 : last]):
         return False
-    return words.gaps[first] != "-" and (last == len(words.gaps) or words.gaps[last] != "-")
+    return gaps[first] != "-" and (last == len(gaps) or gaps[last] != "-")

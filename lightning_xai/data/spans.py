@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ class SpanError(ValueError):
 
 
 class SpanCutOffError(SpanError):
-    """The span lies, in whole or in part, beyond the tokenizer's context length."""
+    """The span lies, in whole or in part, beyond the tokenizer's context length, or behind an end of text."""
 
 
 class SpanAlignmentError(SpanError):
@@ -49,7 +51,9 @@ class CaptionTokenizer:
         self.tokenizer = tokenizer
         self._memo: dict[str, list[int]] = {}
         self._encode_text, self._decode_ids = _find_codec(tokenizer)
-        self.context_length = int(tokenizer(["a"]).shape[1])
+        shortest = tokenizer(["a"])[0]
+        self.context_length, self._padding = len(shortest), int(shortest[-1])
+        self._told_of_cut = False
         self._first, self._capacity, self._end_id = self._probe()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -58,6 +62,8 @@ class CaptionTokenizer:
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Token ids [C, L] (int64) of C captions, exactly as the wrapped tokenizer makes them.
+
+        The first caption that is longer than the model reads is warned of.
 
         Raises:
             ValueError: a caption is empty, or `captions` is one string instead of a sequence.
@@ -68,14 +74,33 @@ class CaptionTokenizer:
             _check_not_empty(caption, f"caption {index} of {len(captions)}")
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
-        tokens: Tensor = self.tokenizer(list(captions))
-        return tokens.to(torch.int64)
+        tokens: Tensor = self.tokenizer(list(captions)).to(torch.int64)
+        self._tell_of_cut(captions, tokens)
+        return tokens
+
+    def _tell_of_cut(self, captions: Sequence[str], tokens: Tensor) -> None:
+        """Warn of the first caption that is longer than the model reads, of all that pass through this tokenizer."""
+        if self._told_of_cut or self._capacity == 0:
+            return
+        # Only a row without padding can be of one, so that others are not tokenised twice.
+        last = tokens[:, self._first + self._capacity - 1]
+        for row in ((last != self._padding) & (last != self._end_id)).nonzero()[:, 0].tolist():
+            length = len(self._ids(captions[row]))
+            if length > self._capacity:
+                self._told_of_cut = True
+                warnings.warn(
+                    f"a caption of {length} tokens is cut off; the model reads {self._capacity}: {captions[row]!r} "
+                    "(only the first such caption is named)",
+                    stacklevel=3,
+                )
+                return
 
     def token_span(self, caption: str, span: Span) -> slice:
         """The token positions that the characters `span` of `caption` became.
 
         The tokens of the text before the span and of the text up to its end have to be the first tokens of the whole
-        caption; what lies between them is the span, and has to decode to its characters again.
+        caption; what lies between them is the span, and has to decode to its characters again. Beyond ASCII, where
+        words may have no end and tokenizers strip accents, the tokenizer's own offsets decide where that fails.
 
         Args:
             caption: the text as it is given to `encode`.
@@ -85,7 +110,8 @@ class CaptionTokenizer:
             A slice of the caption's row of `encode`; tokens that the tokenizer adds in front are counted.
 
         Raises:
-            SpanCutOffError: a token of the span lies beyond the context length.
+            SpanCutOffError: a token of the span lies beyond the context length, or behind an end-of-text token that the
+                caption holds itself.
             SpanAlignmentError: the span starts or ends inside a token, or does not survive the tokenizer's cleaning.
             ValueError: the caption is empty, the span leaves it, or the tokenizer cannot align spans at all.
         """
@@ -96,11 +122,20 @@ class CaptionTokenizer:
         tokens, before, upto = self._ids(caption), self._ids(caption[:start]), self._ids(caption[:end])
         first, last = len(before), len(upto)
         phrase = caption[start:end]
+        reason = ""
         if tokens[:first] != before or tokens[:last] != upto or first >= last:
-            raise SpanAlignmentError(f"{phrase!r} at {span} does not start and end with a token of {caption!r}")
-        decoded = self._decode(tokens[first:last])
-        if _squeeze(decoded) != _squeeze(self._clean(phrase)):
-            raise SpanAlignmentError(f"{phrase!r} at {span} of {caption!r} decodes to {decoded!r}")
+            reason = f"{phrase!r} at {span} does not start and end with a token of {caption!r}"
+        elif _squeeze(decoded := self._decode(tokens[first:last])) != _squeeze(self._clean(phrase)):
+            reason = f"{phrase!r} at {span} of {caption!r} decodes to {decoded!r}"
+        if reason:
+            found = None if caption.isascii() else self._by_offsets(caption, span)
+            if found is None:
+                raise SpanAlignmentError(reason)
+            first, last = found
+        if self._end_id in tokens[:last]:
+            raise SpanCutOffError(
+                f"{phrase!r} at {span} stands behind an end-of-text token of {caption!r}, where the model stops reading"
+            )
         if last > self._capacity:
             raise SpanCutOffError(
                 f"{phrase!r} at {span} ends with token {last} of {caption!r}; only {self._capacity} fit "
@@ -108,10 +143,39 @@ class CaptionTokenizer:
             )
         return slice(self._first + first, self._first + last)
 
+    def offsets(self, caption: str) -> list[Span] | None:
+        """The characters of the cleaned caption that each of its own tokens stands for; None if that is not known.
+
+        Tokens that are bytes of one character share it.
+        """
+        text, ids = self._clean(caption), self._ids(caption)
+        inner: Any = getattr(self.tokenizer, "tokenizer", None)
+        if getattr(inner, "is_fast", False):
+            found = inner(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            # The pieces of some vocabularies begin with the blank before them.
+            return [(start + _blanks(text[start:end]), end) for start, end in found]
+        decoder = getattr(self.tokenizer, "decoder", None)
+        return _byte_offsets(text, [decoder[token] for token in ids]) if isinstance(decoder, dict) else None
+
+    def _by_offsets(self, caption: str, span: Span) -> tuple[int, int] | None:
+        """The first token of a span and the one after its last; None where a token holds more than the span."""
+        whole, before, upto = (self._clean(text) for text in (caption, caption[: span[0]], caption[: span[1]]))
+        offsets = self.offsets(caption)
+        if offsets is None or not whole.startswith(before) or not whole.startswith(upto):
+            return None
+        start, end = len(before) + _blanks(whole[len(before) :]), len(upto)
+        inside = [i for i, (first, last) in enumerate(offsets) if last > start and first < end]
+        if not inside or offsets[inside[0]][0] < start or offsets[inside[-1]][1] > end:
+            return None
+        unknown, ids = getattr(getattr(self.tokenizer, "tokenizer", None), "unk_token_id", None), self._ids(caption)
+        if all(ids[position] == unknown for position in inside):
+            return None  # the model does not see which words these are
+        return inside[0], inside[-1] + 1
+
     @property
     def padding_id(self) -> int:
         """The token that fills up short captions."""
-        return int(self.encode(["a"])[0, -1])
+        return self._padding
 
     def padding_caption(self) -> Tensor:
         """A caption that says nothing: start, one padding token, end, padding; token ids [L]."""
@@ -141,7 +205,11 @@ class CaptionTokenizer:
         Raises:
             ValueError: the tokenizer cannot decode.
         """
-        return " ".join("".join(self._piece(token) for token in self._content(_to_list(tokens))).split())
+        ids = _to_list(tokens)
+        if self._end_id in ids:
+            ids = ids[: ids.index(self._end_id)]
+        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
+        return " ".join("".join(self._decode([token]) for token in ids if token not in special).split())
 
     def token_strings(self, tokens: Tensor | Sequence[int]) -> list[str]:
         """One string for each of the token ids [L], without spaces: "" for padding after the end token.
@@ -151,16 +219,7 @@ class CaptionTokenizer:
         """
         ids = _to_list(tokens)
         length = ids.index(self._end_id) + 1 if self._end_id in ids else len(ids)
-        return [self._piece(token).strip() for token in ids[:length]] + [""] * (len(ids) - length)
-
-    def _content(self, ids: list[int]) -> list[int]:
-        if self._end_id in ids:
-            ids = ids[: ids.index(self._end_id)]
-        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
-        return [token for token in ids if token not in special]
-
-    def _piece(self, token: int) -> str:
-        return self._decode([token])
+        return [self._decode([token]).strip() for token in ids[:length]] + [""] * (len(ids) - length)
 
     def _decode(self, ids: list[int]) -> str:
         if self._decode_ids is None:
@@ -208,19 +267,37 @@ def _find_codec(tokenizer: Any) -> tuple[_Encode | None, _Decode | None]:
         return tokenizer.encode, tokenizer.decode
     inner = getattr(tokenizer, "tokenizer", None)  # open_clip's HFTokenizer
     if hasattr(inner, "decode") and callable(inner):
-        return _HuggingFaceEncode(tokenizer), inner.decode
+        return partial(_encode_hugging_face, tokenizer), inner.decode
     return None, None
 
 
-@dataclass(frozen=True)
-class _HuggingFaceEncode:
-    """`encode` for open_clip's `HFTokenizer`, which has none (a class, so that it can be sent to worker processes)."""
+def _encode_hugging_face(wrapper: Any, text: str) -> list[int]:
+    """`encode` for open_clip's `HFTokenizer`, which has none."""
+    # Not verbose: it would warn of texts that are longer than the model takes, which are cut elsewhere.
+    ids = wrapper.tokenizer(wrapper.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
+    return [int(token) for token in ids]
 
-    wrapper: Any
 
-    def __call__(self, text: str) -> list[int]:
-        ids = self.wrapper.tokenizer(self.wrapper.clean_fn(text), add_special_tokens=False)["input_ids"]
-        return [int(token) for token in ids]
+def _blanks(text: str) -> int:
+    """Number of blanks that a text begins with."""
+    return len(text) - len(text.lstrip())
+
+
+def _byte_offsets(text: str, pieces: Sequence[str]) -> list[Span]:
+    """Characters of the text for each piece of a byte-level vocabulary (one character a byte, `</w>` at word ends)."""
+    starts = [0]  # of each character, in bytes
+    for character in text:
+        starts.append(starts[-1] + len(character.encode("utf-8", "surrogatepass")))
+    place, found = 0, []
+    for piece in pieces:
+        at = bisect_right(starts, place) - 1
+        if place == starts[at]:
+            at += _blanks(text[at:])
+            place = starts[at]
+        end = place + len(piece.removesuffix("</w>"))
+        found.append((at, bisect_left(starts, end)))
+        place = end
+    return found
 
 
 def _no_codec(tokenizer: Any) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,10 +169,82 @@ def differentiable(module: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(evaluating(module))
         for child in module.modules():
-            if getattr(child, "grad_checkpointing", False):
-                stack.callback(setattr, child, "grad_checkpointing", child.grad_checkpointing)
-                child.grad_checkpointing = False  # type: ignore[assignment]
+            # As open_clip and timm, and as Hugging Face call it.
+            for flag in ("grad_checkpointing", "gradient_checkpointing"):
+                if getattr(child, flag, False):
+                    stack.callback(setattr, child, flag, getattr(child, flag))
+                    setattr(child, flag, False)
         yield
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """Forward hooks of a module that are not this package's, which only look."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("lightning_xai.")]
+
+
+def refuse_rewriting(module: nn.Module) -> None:
+    """Raise an UnsupportedTowerError where a part rewrites its weights in each forward pass, as peft's attention does.
+
+    Forward-mode derivatives cannot follow that, and would leave the weights half written.
+    """
+    for name, part in module.named_modules():
+        if type(part).__module__.startswith("peft.") and type(part).__name__ == "MultiheadAttention":
+            raise UnsupportedTowerError(
+                f"the adapter {name} rewrites the weights of nn.MultiheadAttention in each forward pass, which "
+                "derivatives along a path cannot follow: call merge_and_unload() first, or adapt other layers"
+            )
+
+
+def module_without_gradient(module: nn.Module, embed: Callable[[Tensor], Tensor], hidden: Tensor) -> str | None:
+    """The name of the innermost part that a gradient enters on the way from `hidden` and wrongly does not leave.
+
+    Parts whose output is a constant, such as positions, rightly pass on none: another input shows which they are.
+
+    Returns:
+        None where there is no such part; "" stands for the module itself.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(part: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            results = [x for x in _tensors(output) if x.is_floating_point()]
+            given = _tensors((arguments, tuple(keywords.values())))
+            if not results or any(map(_has_gradient, results)) or not any(map(_has_gradient, given)):
+                return
+            with torch.no_grad():
+                others = part.forward(*_moved(arguments), **{key: _moved(value) for key, value in keywords.items()})
+            moved = zip(results, [x for x in _tensors(others) if x.is_floating_point()], strict=True)
+            if not all(torch.equal(result, other) for result, other in moved):
+                found.append(name)
+
+        return look
+
+    with ExitStack() as stack:
+        for name, part in module.named_modules():
+            stack.callback(part.register_forward_hook(watch(name), with_kwargs=True).remove)
+        embedding = embed(hidden.detach().clone().requires_grad_())
+    return found[0] if found else None if embedding.requires_grad else ""
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    # Operators without a derivative, such as those of integer layers, only warn in the backward pass.
+    return tensor.requires_grad and "NotImplemented" not in (tensor.grad_fn.name() if tensor.grad_fn else "")
+
+
+def _moved(value: Any) -> Any:
+    """An argument whose tensors are others where they require gradients."""
+    if isinstance(value, Tensor):
+        return 2 * value + 1 if value.requires_grad else value
+    return type(value)(map(_moved, value)) if type(value) in (tuple, list) else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
 
 
 def as_constant(tensor: Tensor) -> Tensor:

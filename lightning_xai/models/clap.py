@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.architecture import FOLDER_CONFIG
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, resolve_layer
-from lightning_xai.models.block_list import BlockList, TextBlocksAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.hugging_face import HuggingFaceText, transformers_maker
+from lightning_xai.models.hugging_face_folder import check_folder, read_model
 
 _INSTALL = "CLAP needs transformers and soundfile: pip install 'lightning_xai[audio]'"
 _DYNAMIC_RANGE = 80.0
@@ -60,6 +61,8 @@ class ClapEncoder(TwoTowerEncoder):
         self.model = model
         self.tokenizer = tokenizer
         self._extractor = extractor
+        config = model.config.text_config
+        self._text_tower = HuggingFaceText(model.text_model, config, int(config.pad_token_id), self._embed_text)
         self.image_at_layer()
         self.text_at_layer()
 
@@ -85,6 +88,12 @@ class ClapEncoder(TwoTowerEncoder):
         extractor = self._extractor
         channels = 4 if extractor.truncation == "fusion" else 1
         return channels, extractor.feature_size, extractor.nb_max_samples // extractor.hop_length + 1
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Settings of the model's feature extractor."""
+        settings = self._extractor.to_dict()
+        return {name: value for name, value in settings.items() if isinstance(value, (str, int, float))}
 
     @property
     def sampling_rate(self) -> int:
@@ -162,7 +171,11 @@ class ClapEncoder(TwoTowerEncoder):
         """Token ids [B, L] -> embeddings [B, K], not normalised."""
         if not len(tokens):
             return self.logit_scale.new_zeros(0, self.embedding_width)
-        read = self.model.text_model(input_ids=tokens, attention_mask=self._visible(tokens).long()).pooler_output
+        return self._text_tower.encode(tokens)
+
+    def _embed_text(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        # Asked of the parts, as the model's own method normalises.
+        read = self.model.text_model(input_ids=tokens, attention_mask=mask).pooler_output
         embedding: Tensor = self.model.text_projection(read)
         return embedding
 
@@ -170,15 +183,11 @@ class ClapEncoder(TwoTowerEncoder):
         return ClapAudioAtLayer(self.model.audio_model.audio_encoder, self.model.audio_projection, layer)
 
     def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
-        blocks = BlockList(self.model.text_model.encoder, "layer")
-        return TextBlocksAtLayer(self.encode_text, blocks, layer, self._visible)
-
-    def _visible(self, tokens: Tensor) -> Tensor:
-        return tokens != int(self.model.config.text_config.pad_token_id)
+        return self._text_tower.at_layer(layer)
 
     @property
     def _maker(self) -> str:
-        return f"transformers {version('transformers')}"
+        return transformers_maker()
 
 
 class ClapAudioAtLayer(TowerAtLayer):
@@ -289,6 +298,17 @@ def read_sound(path: str | Path, rate: int) -> np.ndarray:
     return mono if own_rate == rate else np.asarray(resample_poly(mono, rate, own_rate))
 
 
+def is_clap(folder: Path) -> bool:
+    """True for a folder that is neither one of open_clip's nor, by its config.json, of another model."""
+    if (folder / FOLDER_CONFIG).is_file():
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True  # whose loading then says what it lacks
+    return not isinstance(config, dict) or config.get("model_type") == "clap"
+
+
 def load_clap(folder: str | Path, device: str | torch.device = "cpu", context_length: int = 77) -> ClapEncoder:
     """Load a CLAP model from a folder as `save_pretrained` writes it; nothing is downloaded, no code from it is run.
 
@@ -307,21 +327,8 @@ def load_clap(folder: str | Path, device: str | torch.device = "cpu", context_le
     except ImportError as error:
         raise ImportError(_INSTALL) from error
     folder = Path(folder)
-    missing = [
-        name
-        for name in ("config.json", "model.safetensors", "preprocessor_config.json")
-        if not (folder / name).is_file()
-    ]
-    if missing:
-        raise ValueError(
-            f"{folder} is no folder of a CLAP model: it lacks {', '.join(missing)}; download one, for example with "
-            "`hf download laion/clap-htsat-unfused --local-dir FOLDER`, and convert weights of another kind with "
-            "save_pretrained"
-        )
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "clap":
-        raise ValueError(f"{folder} holds a model of type {kind!r}, not 'clap'")
-    model = ClapModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    check_folder(folder, {"clap": "ClapModel"}, "a CLAP model", example="laion/clap-htsat-unfused")
+    model = read_model(ClapModel, folder)
     extractor = ClapFeatureExtractor.from_pretrained(folder, local_files_only=True)
     tokenizer = HFTokenizer(str(folder), context_length, local_files_only=True, trust_remote_code=False)
     return ClapEncoder(model, CaptionTokenizer(tokenizer), extractor).to(device)

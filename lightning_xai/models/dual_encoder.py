@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -13,12 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import read_image
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
 from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.image_transform import ImageTransform
 from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_tower_at_layer, text_tower_at_layer
+
+if TYPE_CHECKING:
+    from lightning_xai.models.hugging_face import HuggingFaceText
 
 CHECKPOINT_KEY = "dual_encoder"
 """The key of the architecture in Lightning checkpoints of this project, and in the metadata of exported weights."""
@@ -27,29 +31,41 @@ _Embed = Callable[["DualEncoder", Tensor], Tensor]
 
 
 class DualEncoder(TwoTowerEncoder):
-    """An open_clip model that carries all that is needed to use it: tokenizer, image transform, architecture.
+    """A model of images and captions with all that is needed to use and to train it.
+
+    This class is of open_clip's models; its subclass `HuggingFaceEncoder` is of those of transformers.
 
     Attributes:
-        model: the open_clip model; its weights are the only parameters.
+        model: the library's model; its weights are the only parameters.
         tokenizer: captions -> token ids, characters -> tokens.
         image_transform: pixels and boxes -> what the image tower takes.
         architecture: name, model and preprocessing configuration; plain values, so that checkpoints can hold them.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: CaptionTokenizer, architecture: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: CaptionTokenizer,
+        architecture: Mapping[str, Any],
+        image_transform: ImageTransform | None = None,
+    ) -> None:
         super().__init__()
         # open_clip's model classes share their methods, but no base class that has them.
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.image_transform = ImageTransform.from_open_clip(model)
+        self.image_transform = image_transform or ImageTransform.from_open_clip(model)
         self.architecture = dict(architecture)
-        try:
-            self._text_tower: TextTower | None = TextTower(model)
-        except UnsupportedTowerError:
-            # Such a model trains as usual; what needs its text tower at a layer raises the error.
-            self._text_tower = None
+        self._text_tower = self._trimming_text_tower()
         self._towers: tuple[_Embed, _Embed] = (_embed_images, _embed_tokens)
         self.check_towers()
+
+    def _trimming_text_tower(self) -> TextTower | HuggingFaceText | None:
+        """The text tower that runs no more tokens than a batch needs, where there is one."""
+        try:
+            return TextTower(self.model)
+        except UnsupportedTowerError:
+            # Such a model trains as usual; what needs its text tower at a layer raises the error.
+            return None
 
     @property
     def name(self) -> str:
@@ -74,6 +90,11 @@ class DualEncoder(TwoTowerEncoder):
         return int(self.architecture["model_cfg"]["embed_dim"])
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """open_clip's preprocessing configuration: size, mean, std, interpolation, resize mode and fill colour."""
+        return dict(self.architecture["preprocess_cfg"])
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(3, height, width) of the images that the transform makes."""
         return (3, *self.image_transform.size)
@@ -92,15 +113,17 @@ class DualEncoder(TwoTowerEncoder):
         """Boxes of an image file, resized and cropped as its pixels are."""
         return self.image_transform.boxes(boxes, size)
 
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share of an image that the transform's crop leaves."""
+        return self.image_transform.seen(size)
+
     def pictures(self, images: Tensor) -> Tensor:
         """The images' pixels, no longer normalised."""
         return self.image_transform.denormalize(images)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, K], not normalised."""
-        # CoCa normalises by default.
-        embedding: Tensor = self.model.encode_image(images, normalize=False)
-        return embedding
+        return self._own_embedding("image", images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, K], not normalised; only as many tokens are run as are needed."""
@@ -142,7 +165,7 @@ class DualEncoder(TwoTowerEncoder):
         Raises:
             UnsupportedTowerError: a tower cannot do so.
         """
-        checkpoint_blocks(self.model)
+        self._enable_checkpointing()
         image, tokens = self.black_image()[None].to(self.logit_scale), self.tokenizer.encode(["a probe"])
         try:
             with evaluating(self):  # draws no random numbers
@@ -152,6 +175,14 @@ class DualEncoder(TwoTowerEncoder):
                 f"{self._maker} cannot run the blocks of {self.name} with gradient checkpointing ({error}): set "
                 "gradient_checkpointing to false; chunk_size saves more memory than it does"
             ) from error
+
+    def _enable_checkpointing(self) -> None:
+        checkpoint_blocks(self.model)
+
+    def clamp_logit_scale(self, most: float) -> None:
+        """Keep the factor on similarities between 1 and `most`, in place."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(0.0, math.log(most))
 
     def compile_towers(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Let `forward` run compiled towers; all other methods run the modules as they are, whose hooks work."""
@@ -180,7 +211,7 @@ class DualEncoder(TwoTowerEncoder):
         return text_tower_at_layer(self.model, layer)
 
     def _own_embedding(self, tower: str, inputs: Tensor) -> Tensor:
-        # open_clip's own words, not `encode_text`, which is checked by them too.
+        # open_clip's own words, not `encode_text`, which is checked by them too. CoCa normalises by default.
         encode = self.model.encode_image if tower == "image" else self.model.encode_text
         embedding: Tensor = encode(inputs, normalize=False)
         return embedding
@@ -221,5 +252,4 @@ def _embed_images(encoder: DualEncoder, images: Tensor) -> Tensor:
 def _embed_tokens(encoder: DualEncoder, tokens: Tensor) -> Tensor:
     if encoder._text_tower is not None:
         return encoder._text_tower.encode(tokens)
-    embedding: Tensor = encoder.model.encode_text(tokens, normalize=False)
-    return embedding
+    return encoder._own_embedding("text", tokens)

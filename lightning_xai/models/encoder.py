@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, pad
 
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
+from lightning_xai.models.at_layer import (
+    TextTowerAtLayer,
+    TowerAtLayer,
+    UnsupportedTowerError,
+    differentiable,
+    evaluating,
+    foreign_hooks,
+    module_without_gradient,
+)
 from lightning_xai.models.block_list import ImageBlocksAtLayer, TextBlocksAtLayer
 
 
@@ -26,7 +36,9 @@ class TwoTowerEncoder(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        # Towers at a layer that agreed with the model, while it had this structure.
         self._checked: set[tuple[str, int]] = set()
+        self._structure: list[tuple[int, int]] = []
 
     @property
     @abstractmethod
@@ -42,6 +54,11 @@ class TwoTowerEncoder(nn.Module, ABC):
     @abstractmethod
     def embedding_width(self) -> int:
         """K, the width of the shared space."""
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """All that decides which input is made of a file, as plain values; empty where nothing is known of it."""
+        return {}
 
     @property
     @abstractmethod
@@ -77,6 +94,10 @@ class TwoTowerEncoder(nn.Module, ABC):
             [N, 4] as (x0, y0, x1, y1) in the input's pixels, clipped to the visible part; of area 0 if nothing is left.
         """
 
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share, in (0, 1], of a file's picture of (width, height) that an input holds; 1 if nothing is cut."""
+        return 1.0
+
     @abstractmethod
     def pictures(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] as a person sees them: colours in [0, 1], [B, 3, height, width]."""
@@ -96,14 +117,43 @@ class TwoTowerEncoder(nn.Module, ABC):
             ValueError: no such layer, an unsupported tower, or one whose layers do not give its own output again.
         """
         tower = self._image_at_layer(layer)
-        self._check("image", tower)
+        self._hand_out("image", tower)
         return tower
 
     def text_at_layer(self, layer: int = -1) -> TextTowerAtLayer:
         """The text tower, likewise."""
         tower = self._text_at_layer(layer)
-        self._check("text", tower)
+        self._hand_out("text", tower)
         return tower
+
+    @torch.no_grad()
+    def own_similarity(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The cosine similarity [B] of B images and captions by the model's own functions, wrapped as they may be."""
+        # They take captions of the full length only.
+        missing = max(0, self.tokenizer.context_length - tokens.shape[1])
+        whole = pad(tokens, (0, missing), value=self.tokenizer.padding_id) if missing else tokens
+        return cosine_similarity(self._own_embedding("image", images), self._own_embedding("text", whole))
+
+    def structure(self) -> list[tuple[int, int]]:
+        """What changes where modules or hooks are added, replaced or removed; weights may change."""
+        return [(id(module), len(foreign_hooks(module))) for module in self.modules()]
+
+    def check_tower(self, tower: TowerAtLayer) -> None:
+        """Compare a tower that was taken from this encoder with the model as it stands.
+
+        Raises:
+            ValueError: the model computes another function.
+        """
+        self._check("text" if isinstance(tower, TextTowerAtLayer) else "image", tower)
+
+    def _hand_out(self, name: str, tower: TowerAtLayer) -> None:
+        structure = self.structure()
+        if structure != self._structure:
+            self._checked.clear()
+            self._structure = structure
+        if (name, tower.layer) not in self._checked:
+            self._check(name, tower)
+            self._checked.add((name, tower.layer))
 
     @abstractmethod
     def _image_at_layer(self, layer: int) -> TowerAtLayer:
@@ -148,8 +198,6 @@ class TwoTowerEncoder(nn.Module, ABC):
     @torch.no_grad()
     def _check(self, name: str, at: TowerAtLayer) -> None:
         """Refuse a tower that is another one at this layer: attributions would explain another model."""
-        if (name, at.layer) in self._checked:
-            return
         inputs, embedding = self._probe(name)
         with evaluating(self):
             hidden = at.features_before(inputs)
@@ -159,6 +207,15 @@ class TwoTowerEncoder(nn.Module, ABC):
                     f"the image tower passes on {tokens} tokens at layer {at.layer}, not {at.prefix_tokens} and "
                     f"a grid of {rows} x {columns}, so that no token has a place in the image"
                 )
+        with differentiable(self):
+            stop = module_without_gradient(self, lambda leaf: at.embed_from(leaf, inputs), hidden)
+        if stop is not None:
+            kind = type(self.get_submodule(stop)).__name__
+            raise UnsupportedTowerError(
+                f"{stop or 'the model'}, a {kind} in the {name} tower, passes on no gradient, so nothing before it "
+                "can be explained: load the model without it (an integer layer, or a part inside torch.no_grad())"
+            )
+        with evaluating(self):
             ends = hidden.new_ones(1, 1, tokens)
             rebuilt = {
                 "embed_from(features_before(x))": at.embed_from(hidden, inputs),
@@ -168,10 +225,19 @@ class TwoTowerEncoder(nn.Module, ABC):
             error = float((other - embedding).norm() / embedding.norm())
             if not error <= (1e-3 if embedding.dtype in (torch.float32, torch.float64) else 5e-2):
                 raise self._mismatch(f"{what} of the {name} tower", error, at)
-        self._checked.add((name, at.layer))
 
     def _mismatch(self, what: str, error: float, at: TowerAtLayer) -> ValueError:
         differs = f"{what} differs from the encoder's own output by {error:.1e} (relative), at layer {at.layer}; "
+        hooked = [name or "the encoder" for name, module in self.named_modules() if foreign_hooks(module)]
+        if hooked:
+            return UnsupportedTowerError(
+                f"{differs}forward hooks change what the model computes ({', '.join(hooked[:3])}): remove them"
+            )
+        adapters = [name for name, module in self.named_modules() if type(module).__module__.startswith("peft.")]
+        if adapters:
+            return UnsupportedTowerError(
+                f"{differs}its adapters ({adapters[0]}) are no part of what is explained: call merge_and_unload() first"
+            )
         if isinstance(at, (ImageBlocksAtLayer, TextBlocksAtLayer)):
             return UnsupportedTowerError(
                 f"{differs}its blocks depend on more than the hidden states they pass on, so that layer cannot be "

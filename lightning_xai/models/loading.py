@@ -4,131 +4,280 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.model_options import ModelOptions
 from lightning_xai.models.architecture import (
+    FOLDER_CONFIG,
     architecture_from_json,
     built_in_architecture,
     differing_settings,
+    folder_architecture,
+    settled,
     tag_architecture,
     tags_of,
     with_quick_gelu,
+    with_sizes,
 )
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.hugging_face_folder import LIBRARY, PREFIX, load_hugging_face, load_recorded
+from lightning_xai.models.positions import ImagePositions, interpolate_image, interpolate_text, text_positions
 from lightning_xai.models.weights_file import Weights, read_weights
 
 __all__ = ["load_dual_encoder"]
 
-# Only OpenAI's own state dicts hold these besides the weights; all of OpenAI's models compute with QuickGELU.
+# Only OpenAI's own state dicts hold these besides the weights; all of OpenAI's models compute with QuickGELU, and were
+# trained with the pixels that are open_clip's defaults.
 _OPENAI_ONLY = frozenset({"input_resolution", "context_length", "vocab_size"})
+_OPENAI_PIXELS = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
+_LOCAL, _HUB = "local-dir:", "hf-hub:"
+_WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")  # as open_clip looks for them
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+# A file may differ from the model that was asked for in what can be carried over: positions, and it knows best itself.
+_ADAPTABLE = frozenset({"quick_gelu", "vision_cfg.image_size", "text_cfg.context_length"})
 
 
-def load_dual_encoder(
-    model: str | Path, pretrained: str | Path | None = None, device: str | torch.device = "cpu"
+def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files may lack
+    model: str | Path,
+    pretrained: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    image_mean: tuple[float, float, float] | None = None,
+    image_std: tuple[float, float, float] | None = None,
+    interpolation: str | None = None,
+    resize_mode: str | None = None,
+    quick_gelu: bool | None = None,
 ) -> DualEncoder:
     """Load any open_clip model, with weights from a tag, from a file, or random.
 
+    Pixels and activation are those that the weights were trained with: what the file or folder says, else what all of
+    open_clip's tags of the architecture agree on. Where they differ, the options below have to say it.
+
     Args:
-        model: an open_clip name (`"ViT-B-16"`), the path of a JSON model config, or the path of a Lightning checkpoint
-            of this project, which knows its architecture.
-        pretrained: None (random weights, or those of the Lightning checkpoint given as `model`); an open_clip tag
-            (`"openai"`, downloaded on first use), or a file: `.pt`, `.safetensors` or a Lightning checkpoint.
+        model: an open_clip name (`"ViT-B-16"`), the path of a JSON model config, the path of a Lightning checkpoint
+            of this project, which knows its architecture, an open_clip folder (`"local-dir:FOLDER"`, or its path
+            alone), `"hf-hub:OWNER/NAME"` (an open_clip model, downloaded on first use), or a folder of Hugging Face's
+            transformers (`"hf:FOLDER"`).
+        pretrained: None (random weights, or those that `model` brings); an open_clip tag (`"openai"`, downloaded on
+            first use), or a file: `.pt`, `.safetensors`, a TorchScript archive or a Lightning checkpoint.
         device: where to put the model.
+        image_size: (height, width) of images in pixels, or one number for both; positions are interpolated to it, with
+            a warning.
+        image_mean: mean of each channel, of pixel values in [0, 1].
+        image_std: standard deviation of each channel, likewise.
+        interpolation: of resizing images: `"bicubic"`, `"bilinear"` or `"random"`.
+        resize_mode: `"shortest"` (crop what sticks out), `"longest"` (pad) or `"squash"` (give the aspect ratio up).
+        quick_gelu: whether the transformers compute with OpenAI's QuickGELU.
 
     Raises:
-        ValueError: unknown name or tag (the message lists close ones), a config or checkpoint that is broken, or
-            weights of another architecture.
+        ValueError: unknown name or tag (the message lists close ones), a config or checkpoint that is broken, weights
+            of another architecture, or weights of which nothing says how they were trained.
 
     Example:
         >>> encoder = load_dual_encoder("RN50")  # doctest: +SKIP
         >>> encoder.encode_text(encoder.tokenizer.encode(["a red ring"])).shape  # doctest: +SKIP
         torch.Size([1, 1024])
     """
-    path = Path(model)
-    weights = None
-    if path.suffix == ".ckpt":
-        weights = read_weights(path)
-        if weights.architecture is None:
-            raise ValueError(f"{path} names no architecture, so it is no checkpoint of this project; name the model")
+    options = ModelOptions(
+        image_size=image_size,
+        image_mean=image_mean,
+        image_std=image_std,
+        interpolation=interpolation,
+        resize_mode=resize_mode,
+        quick_gelu=quick_gelu,
+    )
+    if str(model).startswith(PREFIX):
         if pretrained is not None and not Path(pretrained).is_file():
-            # A tag is often nothing but a default, and would take the place of the checkpoint's weights unseen.
-            raise ValueError(
-                f"{path} brings its own weights: set pretrained to null; got {str(pretrained)!r}, which is no file"
-            )
-        architecture = weights.architecture
-    else:
-        architecture = architecture_from_json(path) if path.suffix == ".json" else built_in_architecture(str(model))
+            raise ValueError(_brings_its_own(model, pretrained))
+        weights = None if pretrained is None else read_weights(Path(pretrained))
+        return load_hugging_face(Path(str(model).removeprefix(PREFIX)), weights, options).to(device)
+    source = _Source.of(model)
+    if source.weights is not None and source.architecture.get("library") == LIBRARY:
+        if pretrained is not None:
+            raise ValueError(_brings_its_own(model, pretrained))
+        return load_recorded(source.weights, options).to(device)
     if pretrained is not None:
-        encoder = _with_weights(architecture, str(pretrained))
-    else:
-        encoder = _from_architecture(architecture)
-        if weights is not None:
-            _load_weights(encoder, weights)
-    return encoder.to(device)
+        if source.weights is not None and not Path(pretrained).is_file():
+            # A tag is often nothing but a default, and would take the place of the checkpoint's weights unseen.
+            raise ValueError(_brings_its_own(model, pretrained))
+        if not Path(pretrained).is_file():
+            return _from_tag(source, str(pretrained), options).to(device)
+        source = replace(source, weights=read_weights(Path(pretrained)))
+    architecture = source.architecture
+    if source.weights is None:
+        architecture = _with_image_size(settled(architecture, options), options.size)
+        return _from_architecture(architecture, source.tokenizer).to(device)
+    return _from_file(source, source.weights, options).to(device)
 
 
-def _with_weights(architecture: dict[str, Any], pretrained: str) -> DualEncoder:
-    tags, name = tags_of(architecture), architecture["name"]
-    if not Path(pretrained).is_file():
-        if pretrained in tags:
-            return _from_tag(name, pretrained)
-        raise ValueError(
-            f"pretrained {pretrained!r} is neither a file nor a tag of {name}; tags: {', '.join(tags) or 'none'}"
-        )
-    weights = read_weights(Path(pretrained))
-    if weights.architecture is not None:
+def _brings_its_own(model: str | Path, pretrained: str | Path) -> str:
+    no_file = "" if Path(pretrained).is_file() else ", which is no file"
+    return f"{model} brings its own weights: set pretrained to null; got {str(pretrained)!r}{no_file}"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the name of a model stands for.
+
+    Attributes:
+        architecture: as far as it says.
+        weights: those that it brings.
+        tokenizer: what open_clip knows the tokenizer by, where that is not the architecture's own.
+        built_in: whether it is a name of open_clip's.
+    """
+
+    architecture: dict[str, Any]
+    weights: Weights | None = None
+    tokenizer: str | None = None
+    built_in: bool = False
+
+    @classmethod
+    def of(cls, model: str | Path) -> _Source:
+        name, path = str(model), Path(model)
+        if name.startswith(_HUB):
+            config = Path(_downloaded(name, FOLDER_CONFIG))
+            architecture = {**architecture_from_json(config), "name": name.removeprefix(_HUB).replace("/", "--")}
+            return cls(architecture, read_weights(Path(_downloaded(name, None))), tokenizer=name)
+        if name.startswith(_LOCAL) or path.is_dir():
+            folder = Path(name.removeprefix(_LOCAL))
+            if not folder.is_dir():
+                raise ValueError(f"{name}: there is no such folder")
+            return cls(folder_architecture(folder), read_weights(_weights_in(folder)), tokenizer=f"{_LOCAL}{folder}")
+        if path.suffix == ".ckpt":
+            weights = read_weights(path)
+            if weights.architecture is None:
+                raise ValueError(
+                    f"{path} names no architecture, so it is no checkpoint of this project; name the model"
+                )
+            return cls(weights.architecture, weights)
+        if path.suffix == ".json":
+            return cls(architecture_from_json(path))
+        return cls(built_in_architecture(name), built_in=True)
+
+
+def _downloaded(name: str, file: str | None) -> str:
+    """A file of a model on the Hugging Face hub, or its weights: from the cache, or downloaded."""
+    try:
+        return str(download_pretrained_from_hf(name.removeprefix(_HUB), filename=file))
+    except Exception as error:  # the hub's client has many kinds
+        raise ValueError(f"{name}: {file or 'weights'} could not be fetched from the hub: {error}") from error
+
+
+def _weights_in(folder: Path) -> Path:
+    named = [folder / f"{stem}{suffix}" for stem in _WEIGHTS for suffix in _SUFFIXES]
+    found = [path for path in named if path.is_file()]
+    found = found or sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder} holds no weights ({', '.join(_SUFFIXES)})")
+    return found[0]
+
+
+def _from_file(source: _Source, weights: Weights, options: ModelOptions) -> DualEncoder:
+    asked, recorded = source.architecture, weights.architecture
+    trained = asked
+    if recorded is not None:
         # Same shapes do not mean the same function (QuickGELU), so the file's own word counts.
-        difference = differing_settings(architecture["model_cfg"], weights.architecture["model_cfg"]) - {"quick_gelu"}
+        difference = differing_settings(asked["model_cfg"], recorded["model_cfg"]) - _ADAPTABLE
         if difference:
             raise ValueError(
-                f"{pretrained} holds a {weights.architecture['name']}, not a {name}: they differ in "
+                f"{weights.path} holds a {recorded['name']}, not a {asked['name']}: they differ in "
                 f"{', '.join(sorted(difference))}; pass the model it was made with, or other weights"
             )
-        architecture = weights.architecture
+        trained = {**recorded, "preprocess_cfg": recorded["preprocess_cfg"] or asked["preprocess_cfg"]}
     elif weights.state.keys() >= _OPENAI_ONLY:
-        architecture = with_quick_gelu(architecture)
+        trained = {**with_quick_gelu(asked), "preprocess_cfg": asked["preprocess_cfg"] or _OPENAI_PIXELS}
         weights = replace(weights, state={key: x for key, x in weights.state.items() if key not in _OPENAI_ONLY})
-    encoder = _from_architecture(architecture)
-    _load_weights(encoder, weights)
-    return encoder
+        recorded = trained
+    named_so = trained["model_cfg"].get("quick_gelu", False) or not source.built_in
+    trained = settled(trained, options, weights.path, activation_known=recorded is not None or named_so)
+    size = options.size or _image_size(asked)
+    length = _context_length(asked)
+    encoder = _trained(trained, weights, source.tokenizer, named=weights.architecture is not None)
+    try:
+        encoder.check_towers()
+    except ValueError as error:
+        raise ValueError(f"checkpoint {weights.path} does not work: {error}") from error
+    return _resized(encoder, size, length, source.tokenizer, str(weights.path))
 
 
-def _from_tag(name: str, tag: str) -> DualEncoder:
+def _from_tag(source: _Source, tag: str, options: ModelOptions) -> DualEncoder:
+    name, tags = source.architecture["name"], tags_of(source.architecture)
+    if tag not in tags:
+        raise ValueError(f"pretrained {tag!r} is neither a file nor a tag of {name}; tags: {', '.join(tags) or 'none'}")
     architecture = tag_architecture(name, tag)
+    if options.quick_gelu is not None:
+        architecture = settled(architecture, options)
     quick_gelu = architecture["model_cfg"].get("quick_gelu", False)
-    model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick_gelu)
-    return _assemble(model, open_clip.get_tokenizer(name), architecture)
+    model = open_clip.create_model(
+        name, pretrained=tag, force_quick_gelu=quick_gelu, force_preprocess_cfg=options.preprocessing
+    )
+    encoder = _assemble(model, open_clip.get_tokenizer(name), architecture)
+    size = options.size or encoder.image_transform.size
+    return _resized(encoder, size, _context_length(architecture), None, f"{name}, {tag},")
 
 
-def _from_architecture(architecture: Mapping[str, Any]) -> DualEncoder:
+def _image_size(architecture: Mapping[str, Any]) -> tuple[int, ...]:
+    size = architecture["model_cfg"]["vision_cfg"].get("image_size", 224)  # open_clip's default
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _context_length(architecture: Mapping[str, Any]) -> int:
+    return int(architecture["model_cfg"]["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
+
+
+def _with_image_size(architecture: Mapping[str, Any], size: tuple[int, ...] | None) -> dict[str, Any]:
+    if size is None or size == _image_size(architecture):
+        return dict(architecture)
+    return with_sizes(architecture, size, _context_length(architecture))
+
+
+def _from_architecture(architecture: Mapping[str, Any], tokenizer_name: str | None = None) -> DualEncoder:
     """A randomly initialised encoder of a given architecture."""
     name, model_cfg = architecture["name"], architecture["model_cfg"]
     with tempfile.TemporaryDirectory() as folder, _quiet_open_clip():
         # open_clip reads a configuration by name from its registry or from a folder; a folder keeps the registry clean.
         config = {"model_cfg": model_cfg, "preprocess_cfg": architecture["preprocess_cfg"]}
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+        (Path(folder) / FOLDER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
-            model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False)
-            tokenizer = _tokenizer(model_cfg["text_cfg"], folder)
+            model = open_clip.create_model(f"{_LOCAL}{folder}", pretrained_text=False)
+            _size_timm(model.visual)
+            tokenizer = _tokenizer(model_cfg["text_cfg"], folder, tokenizer_name)
         except Exception as error:  # open_clip checks nothing: a wrong setting raises wherever it is first used
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise ValueError(f"open_clip cannot build the model config {name!r} ({reason})") from error
     return _assemble(model, tokenizer, architecture)
 
 
-def _tokenizer(text_cfg: Mapping[str, Any], folder: str) -> Any:
+def _size_timm(visual: Any) -> None:
+    """Make a timm tower for the size that its config asks for: open_clip builds it for timm's default."""
+    size = tuple(visual.image_size) if isinstance(visual, TimmModel) else None
+    built_for = getattr(getattr(getattr(visual, "trunk", None), "patch_embed", None), "img_size", None)
+    if size is not None and built_for is not None and tuple(built_for) != size:
+        if not hasattr(visual.trunk, "set_input_size"):
+            raise ValueError(f"a {type(visual.trunk).__name__} of timm takes images of {built_for} only, not {size}")
+        visual.set_input_size(size)
+
+
+def _tokenizer(text_cfg: Mapping[str, Any], folder: str, name: str | None) -> Any:
+    if name is not None:  # a folder or a repository that has the tokenizer's files
+        return open_clip.get_tokenizer(name)
     if not text_cfg.get("hf_tokenizer_name"):
         return open_clip.get_tokenizer(f"local-dir:{folder}")
     # open_clip would look for this tokenizer's own files in the folder.
@@ -149,17 +298,97 @@ def _assemble(model: Any, tokenizer: Any, architecture: Mapping[str, Any]) -> Du
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """open_clip warns on the root logger that no weights were loaded, which here is what was asked for."""
-    root = logging.getLogger()
+    """open_clip warns that no weights were loaded, which here is what was asked for."""
+    loggers = [logging.getLogger(), logging.getLogger("open_clip.factory")]  # of open_clip 3, of open_clip 4
 
     def keep(record: logging.LogRecord) -> bool:
         return "open_clip" not in record.pathname
 
-    root.addFilter(keep)
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield
     finally:
-        root.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)
+
+
+def _trained(architecture: dict[str, Any], weights: Weights, tokenizer: str | None, *, named: bool) -> DualEncoder:
+    """The encoder with its weights, for the images and captions of its training.
+
+    Raises:
+        ValueError: the weights are of another model, or nothing says for which grid of patches.
+    """
+    text = weights.state.get("positional_embedding", weights.state.get("text.positional_embedding"))
+    encoder = _from_architecture(architecture, tokenizer)
+    model, own = encoder.model, encoder.model.state_dict()
+    length, size = _context_length(architecture), _image_size(architecture)
+    found = text_positions(model)
+    if text is not None and found is not None and text.ndim == 2:
+        length += len(text) - len(own[found[0]])
+    grid = ImagePositions.of(model)
+    positions = weights.state.get(grid.key) if grid is not None else None
+    if grid is not None and positions is not None and positions.ndim == own[grid.key].ndim:
+        square = grid.trained_size(positions)
+        if positions.shape[-2] != own[grid.key].shape[-2]:
+            if square is None:
+                raise ValueError(
+                    f"{weights.path} was trained on {grid.count(positions)} patches, which make no square, so that "
+                    f"their grid cannot be known; pass a config with the image_size of its training, and image_size "
+                    "(--model.image_size) for the size you want"
+                )
+            size = square
+        elif not named and square is not None and grid.grid[0] != grid.grid[1]:
+            rows, columns = grid.grid
+            side = math.isqrt(grid.count(positions))
+            raise ValueError(
+                f"{weights.path} holds positions of {rows * columns} patches, either of {rows} x {columns}, as "
+                f"{architecture['name']} has them, or of {side} x {side}: put an {FOLDER_CONFIG} with the image_size "
+                "of its training next to it, or pass a config with that, and image_size (--model.image_size) for yours"
+            )
+    if (length, size) != (_context_length(architecture), _image_size(architecture)):
+        encoder = _from_architecture(with_sizes(architecture, size, length), tokenizer)
+    _load_weights(encoder, weights)
+    return encoder
+
+
+def _resized(
+    encoder: DualEncoder, size: tuple[int, ...], length: int, tokenizer: str | None, source: str
+) -> DualEncoder:
+    """The encoder for another size of images, and captions of another length: its positions interpolated.
+
+    Raises:
+        ValueError: the image tower knows but one size.
+    """
+    architecture, model = encoder.architecture, encoder.model
+    if (size, length) == (_image_size(architecture), _context_length(architecture)):
+        return encoder
+    before = ImagePositions.of(model)
+    if isinstance(model.visual, TimmModel) and size != _image_size(architecture):
+        model.visual.set_input_size(size)  # which interpolates, too
+    target = _from_architecture(with_sizes(architecture, size, length), tokenizer)
+    state, changes = model.state_dict(), []
+    after = ImagePositions.of(target.model)
+    if before is not None and after is not None and before.grid != after.grid:
+        changes.append(f"image positions from {_grid(before.grid)} to {_grid(after.grid)} patches")
+        if not isinstance(model.visual, TimmModel):
+            state[after.key] = interpolate_image(state[after.key], after.prefix, before.grid, after.grid)
+    text = text_positions(model)
+    if text is not None and length != _context_length(architecture):
+        changes.append(f"text positions from {_context_length(architecture)} to {length} tokens")
+        state[text[0]] = interpolate_text(state[text[0]], length, text[1])
+    try:
+        target.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{encoder.name} cannot be given another size than {_image_size(architecture)}") from error
+    target.check_towers()
+    if changes:
+        warnings.warn(f"{source} was made for another size; interpolated {', '.join(changes)}", stacklevel=4)
+    return target
+
+
+def _grid(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"
 
 
 def _load_weights(encoder: DualEncoder, weights: Weights) -> None:
@@ -167,10 +396,6 @@ def _load_weights(encoder: DualEncoder, weights: Weights) -> None:
         encoder.model.load_state_dict(weights.state)
     else:
         _convert_weights(encoder, weights)
-    try:
-        encoder.check_towers()
-    except ValueError as error:
-        raise ValueError(f"checkpoint {weights.path} does not work: {error}") from error
 
 
 def _convert_weights(encoder: DualEncoder, weights: Weights) -> None:
@@ -191,13 +416,6 @@ def _convert_weights(encoder: DualEncoder, weights: Weights) -> None:
                 f"the weights in {weights.path} do not fit {encoder.architecture['name']}: "
                 f"{_misfit(own, found) or error}. Pass the model the checkpoint was made with"
             ) from error
-    resized = [
-        f"{key} from {found[key][0]} to {shape[0]} positions"
-        for key, shape in own.items()
-        if key.endswith("positional_embedding") and found.get(key, shape) != shape
-    ]
-    if resized:
-        warnings.warn(f"{weights.path} was made for another size; interpolated {', '.join(resized)}", stacklevel=2)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -6,13 +6,15 @@ Shape suffixes: B batch, N points of a path, T tokens, D hidden width, h heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import Attention, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_xai.models.at_layer import EmbeddingPath
+from lightning_xai.models.at_layer import EmbeddingPath, foreign_hooks
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,19 @@ class PooledBlock:
     @staticmethod
     def serves(block: nn.Module) -> bool:
         """Return whether the block is the plain pre-norm block this shortcut is exact for."""
+        attention: Any = getattr(block, "attn", None)
         return (
             type(block) is ResidualAttentionBlock
             and not hasattr(block, "ln_1_kv")
-            and isinstance(block.attn, nn.MultiheadAttention)
-            and block.attn.in_proj_weight is not None
-            and block.attn.bias_k is None
-            and not block.attn.add_zero_attn
+            and (_is_plain_torch(attention) or _is_plain_open_clip(attention))
+            and not any(foreign_hooks(part) for part in block.modules())
         )
 
     def read(self, hidden_BTD: Tensor, pool_B: Tensor) -> Tensor:
         """The block's output at the pooled position [B, D], for its input at all positions."""
         attention, rows = self.block.attn, torch.arange(len(hidden_BTD), device=hidden_BTD.device)
-        width, heads = attention.embed_dim, attention.num_heads
-        normed_BTD, weight, bias = self.block.ln_1(hidden_BTD), attention.in_proj_weight, attention.in_proj_bias
+        weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
+        width, normed_BTD = weight.shape[1], self.block.ln_1(hidden_BTD)
         query_B1D = linear(normed_BTD[rows, pool_B], weight[:width], bias[:width]).unsqueeze(1)
         key_BTD, value_BTD = linear(normed_BTD, weight[width:], bias[width:]).chunk(2, dim=2)
         query, key, value = (
@@ -101,12 +102,37 @@ class PooledBlock:
         return output
 
 
+def _is_plain_torch(attention: nn.Module) -> bool:
+    """Return whether this is PyTorch's attention, as open_clip 3 has it, with one projection for all and no extras."""
+    return (
+        type(attention) is nn.MultiheadAttention
+        # An adapter in its place is passed over by nn.MultiheadAttention, which reads the weights alone.
+        and type(attention.out_proj) is NonDynamicallyQuantizableLinear
+        and attention.in_proj_weight is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+    )
+
+
+def _is_plain_open_clip(attention: Any) -> bool:
+    """Return whether this is open_clip 4's attention, with parameters of PyTorch's names, and without extras."""
+    extras = ("logit_scale", "head_scale", "q_proj_weight")
+    norms = ("ln_q", "ln_k", "ln_inner")
+    return (
+        type(attention) is Attention
+        and getattr(attention, "in_proj_weight", None) is not None
+        and not any(getattr(attention, name, None) is not None for name in extras)
+        and all(type(getattr(attention, name, None)) is nn.Identity for name in norms)
+        and type(attention.out_proj) is nn.Linear
+    )
+
+
 class _Projection:
     """Query, key and value projections of a block, with the layer norm's affine part folded in."""
 
-    def __init__(self, attention: nn.MultiheadAttention, norm: nn.LayerNorm) -> None:
-        width = attention.embed_dim
+    def __init__(self, attention: Any, norm: nn.LayerNorm) -> None:
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        width = weight.shape[1]
         self._heads = attention.num_heads
         self._scale_D = norm.weight
         self._query_weight, self._key_value_weight = weight[:width], weight[width:]

@@ -34,7 +34,10 @@ def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
 
     Raises:
         RuntimeError: torch is too old.
+        ValueError: a model without a `logit_scale` (ALIGN).
     """
+    if not hasattr(encoder.model, "logit_scale"):
+        raise ValueError(f"{encoder.name} has a temperature, which cannot be sharded: take strategy ddp")
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import Replicate, distribute_tensor
 

@@ -29,10 +29,15 @@ from lightning_xai.models.pooled_block import PooledBlock
 
 def _run(blocks: Iterable[nn.Module], hidden_BTD: Tensor, transformer: nn.Module, mask: Tensor | None = None) -> Tensor:
     """Transformer blocks in whichever axis order this tower keeps."""
-    hidden = hidden_BTD if transformer.batch_first else hidden_BTD.transpose(0, 1)
+    hidden = hidden_BTD if batch_first(transformer) else hidden_BTD.transpose(0, 1)
     for block in blocks:
         hidden = block(hidden, attn_mask=mask)
-    return hidden if transformer.batch_first else hidden.transpose(0, 1)
+    return hidden if batch_first(transformer) else hidden.transpose(0, 1)
+
+
+def batch_first(transformer: nn.Module) -> bool:
+    """Whether blocks take [B, T, D]: open_clip 3 lets a transformer choose, open_clip 4 knows nothing else."""
+    return bool(getattr(transformer, "batch_first", True))
 
 
 class VisionTransformerAtLayer(TowerAtLayer):
@@ -57,7 +62,7 @@ class VisionTransformerAtLayer(TowerAtLayer):
 
     def captured(self, block_input: Tensor) -> Tensor:
         """The block's input, as a hook sees it, in the form `features_before` returns."""
-        return block_input if self._visual.transformer.batch_first else block_input.transpose(0, 1)
+        return block_input if batch_first(self._visual.transformer) else block_input.transpose(0, 1)
 
     def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] -> embeddings [B, K]."""
@@ -205,7 +210,7 @@ class TextTransformerAtLayer(TextTowerAtLayer):
 
     def captured(self, block_input: Tensor) -> Tensor:
         """The block's input, as a hook sees it, in the form `features_before` returns."""
-        return block_input if self._tower.transformer.batch_first else block_input.transpose(0, 1)
+        return block_input if batch_first(self._tower.transformer) else block_input.transpose(0, 1)
 
     def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the captions `inputs` -> embeddings [B, K]."""
@@ -241,6 +246,11 @@ def checkpoint_blocks(model: Any) -> None:
     if isinstance(towers["text"], HFTextEncoder):
         # Before version 5 its own default is the reentrant kind, which does not go with DistributedDataParallel.
         towers["text"].transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        # Only the reentrant kind needs its inputs to require gradients, which forward-mode derivatives do not allow.
+        for part in towers["text"].modules():
+            for key, hook in list(part._forward_hooks.items()):
+                if "make_inputs_require_grads" in getattr(hook, "__qualname__", ""):
+                    del part._forward_hooks[key]
     for name, tower in towers.items():
         # open_clip passes over towers that cannot, without an error.
         flags = ("grad_checkpointing", "gradient_checkpointing")
@@ -252,6 +262,18 @@ def checkpoint_blocks(model: Any) -> None:
             )
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile, a parallel wrapper or one of peft's models, which share its layers."""
+    while True:
+        if callable(getattr(model, "get_base_model", None)):
+            inner = model.get_base_model()
+        else:
+            inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def image_tower_at_layer(model: Any, layer: int) -> TowerAtLayer:
     """A model's image tower at the input of `layer`.
 
@@ -259,7 +281,7 @@ def image_tower_at_layer(model: Any, layer: int) -> TowerAtLayer:
         UnsupportedTowerError: a tower of an unsupported kind.
         ValueError: no such layer.
     """
-    visual: Any = model.visual
+    visual: Any = unwrapped(model).visual
     if isinstance(visual, VisionTransformer):
         return VisionTransformerAtLayer(visual, layer)
     if isinstance(visual, ModifiedResNet):
@@ -300,11 +322,12 @@ def text_tower_at_layer(model: Any, layer: int) -> TextTowerAtLayer:
         UnsupportedTowerError: a tower of an unsupported kind.
         ValueError: no such layer.
     """
+    model = unwrapped(model)
     text: Any = getattr(model, "text", model)
     if isinstance(text, HFTextEncoder):
         return _hugging_face_at_layer(text, layer)
     if isinstance(text, TextTransformer) and (text.cls_emb is not None or text.use_pad_mask):
-        blocks = BlockList(text.transformer, "resblocks", batch_first=text.transformer.batch_first)
+        blocks = BlockList(text.transformer, "resblocks", batch_first=batch_first(text.transformer))
 
         def encode(tokens: Tensor) -> Tensor:
             embedding: Tensor = model.encode_text(tokens, normalize=False)

@@ -12,17 +12,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_xai.models.architecture import check_architecture
+from lightning_xai.models.architecture import FOLDER_CONFIG, check_architecture, folder_architecture
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
+from lightning_xai.models.torchscript import is_torchscript, read_torchscript
 
 __all__ = ["Weights", "read_weights", "save_open_clip"]
 
 _STATE_PREFIX = "encoder.model."
+_WRAPPED_IN = ("state_dict", "model_state_dict", "model")
+"""Keys under which training code keeps a state dict, the usual ones first."""
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+"""What DistributedDataParallel, Lightning modules and torch.compile put before names."""
+_COMPILED = "_orig_mod."
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict of an open_clip model read from a file, and the architecture the file names, if any."""
+    """A state dict of an open_clip model read from a file.
+
+    Attributes:
+        path: the file.
+        state: names and tensors.
+        architecture: what the file itself, or an open_clip_config.json next to it, says of the model; else None.
+    """
 
     path: Path
     state: dict[str, Tensor]
@@ -32,19 +45,59 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Read a state dict without unpickling anything but tensors and plain values.
 
+    The file may be one of PyTorch's, a safetensors file or a TorchScript archive, whatever its name. Names may have the
+    prefixes of DistributedDataParallel, torch.compile and Lightning modules.
+
     Raises:
         ValueError: the file is missing, broken, or holds other objects.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
-    state, recorded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    with path.open("rb") as stream:
+        head = stream.read(len(_LFS_POINTER))
+    if head == _LFS_POINTER:
+        raise ValueError(
+            f"checkpoint {path} is a Git LFS pointer, which names the weights only: run `git lfs pull` where it lies"
+        )
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        state, recorded = _read_safetensors(path)
+    elif is_torchscript(path):
+        state, recorded = _read_torchscript(path), None
+    else:
+        state, recorded = _read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
             f"checkpoint {path} holds no state dict (names and tensors); save the model's state_dict alone"
         )
+    own = {str(key): value for key, value in state.items()}
+    if recorded is not None and any(key.startswith(_STATE_PREFIX) for key in own):
+        # A checkpoint of this project: all else in it belongs to metrics and the like.
+        state = {key.removeprefix(_STATE_PREFIX): x for key, x in own.items() if key.startswith(_STATE_PREFIX)}
+    else:
+        state = {_plain_name(key): value for key, value in own.items()}
+        if len(state) < len(own):
+            raise ValueError(
+                f"checkpoint {path} holds weights twice, under several prefixes ({', '.join(_PREFIXES)}); save one "
+                "model's state_dict alone"
+            )
     if not state:
         raise ValueError(f"checkpoint {path} holds no weights")
-    return Weights(path, state, None if recorded is None else check_architecture(recorded, path))
+    config = path.parent / FOLDER_CONFIG
+    if recorded is not None:
+        return Weights(path, state, check_architecture(recorded, path))
+    return Weights(path, state, folder_architecture(path.parent) if config.is_file() else None)
+
+
+def _plain_name(name: str) -> str:
+    """A tensor's name without the prefixes of wrappers, which come in any order.
+
+    >>> _plain_name("_orig_mod.module.visual._orig_mod.proj")
+    'visual.proj'
+    """
+    name = name.replace(f".{_COMPILED}", ".")
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -60,31 +113,53 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise ValueError(f"checkpoint {path} has broken JSON in its metadata {CHECKPOINT_KEY!r}: {error}") from error
 
 
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_torchscript(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken archive raises whatever its bytes happen to ask for
+        raise ValueError(
+            f"checkpoint {path} is a TorchScript archive whose tensors cannot be read ({error}); copy it again, or "
+            "save the model's state_dict"
+        ) from error
+
+
 def _read_pickle(path: Path) -> tuple[Any, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a broken pickle raises whatever its bytes happen to ask for
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"checkpoint {path} cannot be read as plain tensors ({reason}); it is broken, or holds Python objects, "
-            "which are never loaded: save its state_dict alone"
+            f"checkpoint {path} cannot be read as plain tensors ({_unreadable(path, error)}); it is broken, or holds "
+            "Python objects, which are never loaded: save its state_dict alone"
         ) from error
     if not isinstance(checkpoint, dict):
         return checkpoint, None
-    recorded, state = checkpoint.get(CHECKPOINT_KEY), checkpoint.get("state_dict", checkpoint)
-    if isinstance(state, dict):
-        prefix, only = ("module.", "") if recorded is None else (_STATE_PREFIX, _STATE_PREFIX)
-        state = {str(key).removeprefix(prefix): value for key, value in state.items() if str(key).startswith(only)}
-    return state, recorded
+    wrapped = [key for key in _WRAPPED_IN if isinstance(checkpoint.get(key), dict)]
+    state = checkpoint[wrapped[0]] if wrapped else checkpoint.get("state_dict", checkpoint)
+    return state, checkpoint.get(CHECKPOINT_KEY)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """The reason why a pickle was refused: the foreign classes in it, or the error, without PyTorch's advice on it."""
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # not a zip file, or a broken one
+        foreign = []
+    if foreign:
+        return f"it holds {', '.join(foreign[:4])}{' and more' if len(foreign) > 4 else ''}"
+    reason = str(error).strip().partition("\n")[0]
+    # PyTorch's own words begin with how to switch the safety off.
+    return type(error).__name__ if not reason or "weights_only" in reason or "eights only" in reason else reason
 
 
 def save_open_clip(encoder: DualEncoder, path: Path) -> None:
     """Write weights that `open_clip.create_model(name, pretrained=path)` loads.
 
-    A `.safetensors` file also carries the architecture in its metadata; `<name>.json` next to the file holds the
-    model config, so that models that open_clip has no name for can be built as well.
+    The file also carries the architecture, with the preprocessing of images; `<name>.json` next to it holds the model
+    config, so that models that open_clip has no name for can be built as well.
 
     Raises:
         ValueError: a suffix other than `.safetensors` or `.pt`.
@@ -96,7 +171,7 @@ def save_open_clip(encoder: DualEncoder, path: Path) -> None:
     if path.suffix == ".safetensors":
         save_file(state, path, metadata={CHECKPOINT_KEY: json.dumps(encoder.architecture)})
     else:
-        torch.save(state, path)
+        torch.save({"state_dict": state, CHECKPOINT_KEY: encoder.architecture}, path)
     path.with_suffix(".json").write_text(
         json.dumps(encoder.architecture["model_cfg"], indent=2) + "\n", encoding="utf-8"
     )

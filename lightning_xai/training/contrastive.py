@@ -172,7 +172,16 @@ class ContrastiveModule(L.LightningModule):
         self._batch_started = now
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The contrastive loss of the global batch, the same on every rank."""
+        """The contrastive loss of the global batch, the same on every rank.
+
+        Raises:
+            ValueError: the global batch is one pair, which has no negatives.
+        """
+        if len(batch.images) * self.trainer.world_size == 1:
+            raise ValueError(
+                "a batch of one pair has no negatives, so that loss and gradient are zero: raise --data.batch_size "
+                "(with chunk_size, pairs that do not fit into memory at once still are one batch)"
+            )
         # In float32, as the loss: half precision has no number as small as the bound that keeps zeros from being NaN.
         image, text = (
             normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
@@ -193,8 +202,7 @@ class ContrastiveModule(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step and clamp the logit scale, so that the model is never seen with a scale out of bounds."""
         super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            self.encoder.logit_scale.clamp_(0.0, math.log(self.max_logit_scale))
+        self.encoder.clamp_logit_scale(self.max_logit_scale)
 
     def on_train_epoch_end(self) -> None:
         """Stop the clock: validation does not count as training time."""
@@ -262,11 +270,13 @@ class ContrastiveModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture."""
         found = checkpoint.get(CHECKPOINT_KEY)
-        if found is None or found["model_cfg"] != self.encoder.architecture["model_cfg"]:
+        own = self.encoder.architecture
+        differs = next((part for part in ("model_cfg", "preprocess_cfg") if found and found[part] != own[part]), None)
+        if found is None or differs is not None:
             name = "no model of this project" if found is None else f"a {found['name']} of another configuration"
             raise ValueError(
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
-                "set model to what the checkpoint was made with"
+                f"{differs or 'the architecture'} differs, so set model to what the checkpoint was made with"
             )
 
 
@@ -284,8 +294,15 @@ class ContrastiveFineTuning(ContrastiveModule):
     """Load a dual encoder and fine-tune it, with the recipe of the feature-pair paper as defaults.
 
     Args:
-        model: an open_clip name, the path of a JSON model config, or a checkpoint of this project (`.ckpt`).
+        model: an open_clip name, the path of a JSON model config, a checkpoint of this project (`.ckpt`), an open_clip
+            folder, `hf-hub:OWNER/NAME`, or `hf:FOLDER`, a folder of Hugging Face's transformers.
         pretrained: an open_clip tag, a checkpoint file, or null for random weights.
+        image_size: (height, width) of images in pixels, or one number for both; null: that of the model.
+        image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.
+        image_std: standard deviation of each channel, likewise.
+        interpolation: of resizing images, likewise: bicubic, bilinear or random.
+        resize_mode: likewise: shortest (crop what sticks out), longest (pad) or squash (give the aspect ratio up).
+        quick_gelu: whether the transformers compute with OpenAI's QuickGELU; null: as the weights were trained.
         options: see `ContrastiveModule`, which also lists what is logged.
 
     Raises:
@@ -293,5 +310,27 @@ class ContrastiveFineTuning(ContrastiveModule):
     """
 
     # The parser of configs follows `options` to the signature that they are passed on to.
-    def __init__(self, model: str = "ViT-B-16", pretrained: str | None = "openai", **options: Any) -> None:
-        super().__init__(load_dual_encoder(model, pretrained), **options)
+    def __init__(
+        self,
+        model: str = "ViT-B-16",
+        pretrained: str | None = "openai",
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        image_mean: tuple[float, float, float] | None = None,
+        image_std: tuple[float, float, float] | None = None,
+        interpolation: str | None = None,
+        resize_mode: str | None = None,
+        quick_gelu: bool | None = None,
+        **options: Any,
+    ) -> None:
+        encoder = load_dual_encoder(
+            model,
+            pretrained,
+            image_size=image_size,
+            image_mean=image_mean,
+            image_std=image_std,
+            interpolation=interpolation,
+            resize_mode=resize_mode,
+            quick_gelu=quick_gelu,
+        )
+        super().__init__(encoder, **options)

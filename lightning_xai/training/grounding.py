@@ -23,6 +23,7 @@ from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, ValueRow, maps
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
 from lightning_xai.training.grounding_report import LOGGED, METHOD, Row, show, write
 
@@ -316,7 +317,7 @@ class GroundingCallback(Callback):
 
     def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: GroundingPass) -> None:
         assert self._attribution is not None, "Lightning calls setup first"
-        about = _about(trainer, measured.split, self._attribution.encoder.name)
+        about = _about(trainer, measured.split, self._attribution.encoder)
         sheet = write(folder, rows, measured, self._options, about)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if sheet is not None and loggers:
@@ -353,14 +354,15 @@ def _find_encoder(module: L.LightningModule) -> DualEncoder:
     return found
 
 
-def _about(trainer: L.Trainer, split: str, architecture: str) -> dict[str, dict[str, Any]]:
+def _about(trainer: L.Trainer, split: str, encoder: TwoTowerEncoder) -> dict[str, dict[str, Any]]:
     """`model` and `data` of a measurement's record, as far as they are known."""
     data = getattr(trainer, "datamodule", None)
+    model = {"architecture": encoder.name, "preprocessing": encoder.preprocessing}
     if not isinstance(data, ShardDataModule):
-        return {"model": {"architecture": architecture}}
+        return {"model": model}
     manifest = data.manifest(split)
     described = {"name": manifest.name, "folder": str(data.stores[split]), "fingerprint": manifest.fingerprint}
-    return {"model": {"architecture": architecture}, "data": described | {"samples": manifest.samples, "split": split}}
+    return {"model": model, "data": described | {"samples": manifest.samples, "split": split}}
 
 
 def _fitting(trainer: L.Trainer) -> bool:

@@ -46,6 +46,8 @@ def test_what_is_kept_is_features_before_at_every_layer(name: str, make_encoder:
 def test_a_tower_with_tokens_first_is_captured_with_the_batch_first(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
     model: Any = encoder.model
+    if not hasattr(model.visual.transformer, "batch_first"):
+        pytest.skip("open_clip 4 knows one order only")
     for transformer in (model.visual.transformer, model.transformer):
         transformer.batch_first = False
         for block in transformer.resblocks:

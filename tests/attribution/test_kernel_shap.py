@@ -77,7 +77,7 @@ def test_patches_agree_with_shapleys_definition(make_encoder: MakeEncoder, refer
     exact = shapley_values(4, patch_game(encoder, images[0], tokens[0], hidden, side=16)).reshape(2, 2)
     result = method.attribute(images, tokens)
     torch.testing.assert_close(result.image[0], exact, rtol=0, atol=1e-6)  # Captum fits in float32
-    assert exact.abs().min() > 0.1 * exact.abs().max() > 1e-4
+    assert exact.abs().min() > 0.02 * exact.abs().max() > 1e-4
 
 
 def test_tokens_agree_with_shapleys_definition(make_encoder: MakeEncoder) -> None:

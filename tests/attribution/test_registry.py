@@ -32,7 +32,7 @@ class Flat(AttributionMethod):
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         maps = torch.nn.functional.adaptive_avg_pool2d(images.mean(dim=1), self.grid)
-        return Attribution(maps, tokens.to(images), images.new_zeros(len(images)))
+        return Attribution(maps, tokens.to(images), self.encoder.own_similarity(images, tokens))
 
 
 class Pairs(PairwiseMethod):
@@ -46,7 +46,7 @@ class Pairs(PairwiseMethod):
         return InteractionAttribution(
             image=interactions.sum(dim=1),
             text=interactions.sum(dim=(2, 3)),
-            similarity=images.new_zeros(len(images)),
+            similarity=self.encoder.own_similarity(images, tokens),
             interactions=interactions,
             prefix=tokens.to(images),
         )

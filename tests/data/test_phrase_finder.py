@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import pytest
@@ -85,3 +86,24 @@ def test_given_words_are_found_as_whole_words_and_the_first_listed_counts() -> N
     for nothing in ([], [""], ["", "carp"]):
         assert find_phrases(caption, nothing) == []
     assert find_phrases(caption, [" "], exact=False) == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase", "found"),
+    [
+        ("一只狗在红色的垫子上", "红色的", "红色的"),
+        ("犬が赤いマットの上にいる", "犬", "犬"),
+        ("แมวบนเสื่อ", "แมว", "แมว"),
+        ("강아지가 매트 위에 있다", "강아지", "강아지"),
+        ("큰강아지", "강아지", None),
+        ("a狗 and a cat", "狗", "狗"),
+        ("un CAFE\u0301 noir", "café", "CAFE\u0301"),
+        ("un café noir", "cafe\u0301", "café"),
+        ("un cafe\u0301 noir", "cafe", None),
+        ("the dog\u2019s bowl", "dog's bowl", "dog\u2019s bowl"),
+        (unicodedata.normalize("NFD", "강아지가"), "강아지", unicodedata.normalize("NFD", "강아지")),
+    ],
+)
+def test_phrases_are_found_in_every_script_and_form_of_unicode(caption: str, phrase: str, found: str | None) -> None:
+    places = [caption[start:end] for start, end in find_phrases(caption, [phrase], exact=False)]
+    assert places == ([] if found is None else [found])

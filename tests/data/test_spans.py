@@ -184,3 +184,50 @@ def test_the_tokens_of_a_hugging_face_tokenizer_are_aligned(tmp_path: Path) -> N
         tokenizer.token_span(caption + " and dog", (27, 30))
     with pytest.raises(SpanAlignmentError):
         tokenizer.token_span(caption, (3, 7))
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase"),
+    [
+        ("一只狗在红色的垫子上", "红色的"),
+        ("犬が赤いマットの上にいる", "犬"),
+        ("ein größerer Hund", "größerer"),
+        ("un café noir", "café"),
+    ],
+)
+def test_spans_in_any_script_are_aligned_by_bytes(tokenizer: CaptionTokenizer, caption: str, phrase: str) -> None:
+    start = caption.index(phrase)
+    own = tokenizer.encode([caption])[0, tokenizer.token_span(caption, (start, start + len(phrase)))]
+    decoder: dict[int, str] = tokenizer.tokenizer.decoder
+    pieces = "".join(decoder[token].removesuffix("</w>") for token in own.tolist())
+    assert bytes(tokenizer.tokenizer.byte_decoder[character] for character in pieces).decode() == phrase
+
+
+def test_a_tokenizer_that_strips_accents_aligns_by_its_offsets(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="open_clip needs transformers for its HFTokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "un", "caf", "##e", "狗"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    tokenizer = CaptionTokenizer(open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=9))
+    for caption in ("un café noir", "un cafe\u0301 noir"):
+        assert tokenizer.token_span(caption, (3, len(caption) - 5)) == slice(2, 4)
+    assert tokenizer.token_span("un狗", (2, 3)) == slice(2, 3)
+    with pytest.raises(SpanAlignmentError, match="UNK"):
+        tokenizer.token_span("un größer", (3, 9))  # a word that the model does not see
+
+
+def test_a_span_behind_an_end_of_text_that_was_typed_is_cut_off(tokenizer: CaptionTokenizer) -> None:
+    caption = "a dog <end_of_text> on a mat"
+    assert tokenizer.token_span(caption, (2, 5)) == slice(2, 3)
+    with pytest.raises(SpanCutOffError, match="behind an end-of-text token"):
+        tokenizer.token_span(caption, (25, 28))
+
+
+def test_the_first_caption_that_is_cut_off_is_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32", context_length=6))
+    tokenizer.encode(["a b c d", "a"])  # as many as there are places
+    assert not recwarn.list
+    tokenizer.encode(["a", "a b c d e"])
+    tokenizer.encode(["a b c d e f"])
+    (warning,) = recwarn.list
+    assert "a caption of 5 tokens is cut off; the model reads 4: 'a b c d e'" in str(warning.message)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
+from lightning_xai.models.at_layer import TowerAtLayer
 
 SIZE = (32, 48)
 VIT: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -304,27 +305,30 @@ class BrokenError(Exception):
 
 
 @pytest.fixture
-def broken(encoder_of: Callable[[str], DualEncoder], request: pytest.FixtureRequest) -> Iterator[DualEncoder]:
-    """An encoder whose last block raises; the test leaves it as it was."""
+def broken(
+    encoder_of: Callable[[str], DualEncoder], request: pytest.FixtureRequest
+) -> Iterator[tuple[DualEncoder, TowerAtLayer]]:
+    """An encoder whose last block raises, and its image tower; the test leaves it as it was."""
     encoder = encoder_of(request.param)
+    tower = encoder.image_at_layer(0)  # before, since a check would already fail
     blocks = blocks_of(encoder, request.param)
 
     def fail(*ignored: Any) -> None:
         raise BrokenError
 
     handle = blocks[-1].register_forward_pre_hook(fail)
-    yield encoder
+    yield encoder, tower
     handle.remove()
 
 
 @pytest.mark.parametrize("broken", ["vit", "convnext", "swin"], indirect=True)
-def test_hooks_and_blocks_are_as_they_were_also_after_an_exception(broken: DualEncoder) -> None:
-    trunk: Any = broken.model.visual.trunk
+def test_hooks_and_blocks_are_as_they_were_also_after_an_exception(broken: tuple[DualEncoder, TowerAtLayer]) -> None:
+    encoder, tower = broken
+    trunk: Any = encoder.model.visual.trunk
     name = next(name for name in ("blocks", "stages", "layers") if hasattr(trunk, name))
-    blocks, modules = getattr(trunk, name), list(broken.modules())
+    blocks, modules = getattr(trunk, name), list(encoder.modules())
     hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules]
-    images = images_of(broken, 1)
-    tower = broken.image_at_layer(0)  # checked before: a new check would already fail
+    images = images_of(encoder, 1)
     hidden = tower.features_before(images)
     with pytest.raises(BrokenError):
         tower.embed_from(hidden)
@@ -333,7 +337,7 @@ def test_hooks_and_blocks_are_as_they_were_also_after_an_exception(broken: DualE
     with pytest.raises(RuntimeError):
         tower.features_before(images[:, :2])
     assert getattr(trunk, name) is blocks
-    assert list(broken.modules()) == modules
+    assert list(encoder.modules()) == modules
     assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules] == hooks
 
 

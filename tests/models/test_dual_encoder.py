@@ -339,8 +339,13 @@ def test_openais_own_state_dict_says_by_itself_that_it_needs_quick_gelu(
     assert encoder.architecture["name"] == f"{name}-quickgelu"
     torch.save(half, tmp_path / "half.pt")
     assert_same_function(encoder, load_dual_encoder(f"{name}-quickgelu", tmp_path / "half.pt"))
-    # Without those numbers the name decides, as in open_clip.
-    assert activations(load_dual_encoder(name, tmp_path / "half.pt")) == {"GELU"}
+    # Without those numbers all published weights of a name decide: those of ViT-B-32 differ.
+    if name == "RN50":
+        assert activations(load_dual_encoder(name, tmp_path / "half.pt")) == {"QuickGELU"}
+    else:
+        with pytest.raises(ValueError, match=r"half\.pt does not say .*quick_gelu: .*Give --model\.quick_gelu "):
+            load_dual_encoder(name, tmp_path / "half.pt")
+        assert activations(load_dual_encoder(name, tmp_path / "half.pt", quick_gelu=False)) == {"GELU"}
 
 
 def test_a_config_that_shares_its_name_with_an_open_clip_model_stays_itself(tmp_path: Path) -> None:
@@ -495,7 +500,7 @@ def test_recorded_weights_of_another_architecture_are_refused_with_both_names_an
         for model in (config, tmp_path / "wide.ckpt"):
             with pytest.raises(ValueError, match=f"{weights} holds a vit, not a wide") as caught:
                 load_dual_encoder(model, tmp_path / weights)
-            assert "differ in text_cfg.context_length, text_cfg.layers, vision_cfg.width;" in str(caught.value)
+            assert "differ in text_cfg.layers, vision_cfg.width;" in str(caught.value)
 
 
 def test_heads_make_another_architecture_although_all_shapes_agree(
@@ -532,17 +537,6 @@ def test_plain_weights_of_another_architecture_are_refused_with_the_tensors_that
             load_dual_encoder(write_config(tmp_path, "other", config), tmp_path / "weights.pt")
         for part in expected:
             assert part.removeprefix("of another shape: .*") in str(caught.value)
-
-
-def test_interpolated_positions_are_not_kept_silent(vit_task: ContrastiveFineTuning, tmp_path: Path) -> None:
-    torch.save(vit_task.encoder.model.state_dict(), tmp_path / "weights.pt")
-    config = write_config(tmp_path, "larger", variant(vision_cfg={"image_size": 64}, text_cfg={"context_length": 20}))
-    with pytest.warns(UserWarning, match=r"weights\.pt was made for another size; interpolated ") as caught:
-        loaded = load_dual_encoder(config, tmp_path / "weights.pt")
-    (message,) = [str(warning.message) for warning in caught if "weights.pt" in str(warning.message)]
-    assert "visual.positional_embedding from 17 to 65 positions" in message
-    assert " positional_embedding from 16 to 20 positions" in message
-    assert torch.equal(loaded.model.visual.conv1.weight, vit_task.encoder.model.visual.conv1.weight)
 
 
 def test_the_layout_of_a_model_with_a_separate_text_module_is_converted(
@@ -645,11 +639,11 @@ def test_a_readable_file_that_holds_something_else_is_named(
 ) -> None:
     cases: list[tuple[Any, str]] = [
         ([torch.ones(2)], "holds no state dict"),
-        ({"epoch": 3, "model": {"a": torch.ones(2)}}, "holds no state dict"),
+        ({"epoch": 3, "weights": {"a": torch.ones(2)}}, "holds no state dict"),
         ({"state_dict": [1, 2]}, "holds no state dict"),
         (torch.ones(3), "holds no state dict"),
         ({}, "holds no weights"),
-        ({"state_dict": {"other.visual.proj": torch.ones(2)}, CHECKPOINT_KEY: {}}, "holds no weights"),
+        ({"state_dict": {"other.visual.proj": torch.ones(2)}, CHECKPOINT_KEY: {}}, "is broken, expected"),
         ({1: torch.ones(2)}, "do not fit vit: .*missing: .*unknown: 1"),
         ({"state_dict": {"encoder.model.a": torch.ones(2)}, CHECKPOINT_KEY: {}}, "is broken, expected name, model_cfg"),
         ({"state_dict": {"encoder.model.a": torch.ones(2)}, CHECKPOINT_KEY: 3}, "is broken, expected name, model_cfg"),

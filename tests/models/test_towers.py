@@ -170,6 +170,8 @@ def test_a_path_embeds_every_mixture_of_reference_and_input(
 @torch.no_grad()
 def test_the_order_of_axes_is_read_from_the_tower(tmp_path: Path) -> None:
     encoder = encoder_from(ARCHITECTURES["vit"], tmp_path)
+    if not hasattr(encoder.model.visual.transformer, "batch_first"):
+        pytest.skip("open_clip 4 knows one order only")
     images, tokens = random_pairs(encoder)
     expected_image, expected_text = encoder.model.encode_image(images), encoder.model.encode_text(tokens)
     model: Any = encoder.model

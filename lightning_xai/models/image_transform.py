@@ -117,7 +117,7 @@ class ImageTransform:
         new_width, new_height = self._resized(size)
         scale = torch.tensor([new_width / width, new_height / height] * 2, dtype=torch.float64)
         offset = torch.tensor(
-            [_offset(new_width, self.size[1]), _offset(new_height, self.size[0])] * 2, dtype=torch.float64
+            [self._offset(new_width, self.size[1]), self._offset(new_height, self.size[0])] * 2, dtype=torch.float64
         )
         corners = boxes.reshape(-1, 4).to(torch.float64, copy=True)
         corners[:, 2:] += corners[:, :2]
@@ -125,6 +125,11 @@ class ImageTransform:
         target = torch.tensor([self.size[1], self.size[0]] * 2, dtype=torch.float64)
         corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=original) * scale + offset
         return corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=target).float()
+
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share, in (0, 1], of an image of (width, height) pixels that the crop leaves."""
+        width, height = self._resized(size)
+        return min(1.0, self.size[1] / width) * min(1.0, self.size[0] / height)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo the normalisation of `[..., 3, H, W]`: pixel values in [0, 1]."""
@@ -146,12 +151,12 @@ class ImageTransform:
         ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
         return round(width / ratio), round(height / ratio)
 
-
-def _offset(resized: int, target: int) -> int:
-    """Pixels that centre cropping (negative) or padding (positive) moves the image right or down."""
-    if resized < target:
-        return (target - resized) // 2
-    return -round((resized - target) / 2.0)
+    @staticmethod
+    def _offset(resized: int, target: int) -> int:
+        """Pixels that centre cropping (negative) or padding (positive) moves the image right or down."""
+        if resized < target:
+            return (target - resized) // 2
+        return -round((resized - target) / 2.0)
 
 
 def _three(values: Any) -> tuple[float, ...]:
