@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,6 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 
 # Importing these takes a process seconds; a server does so once, and every process is a fork of it.
 _PRELOADED = ["lightning_xai.training", "lightning_xai.evaluation", "pytest"]
-
-
-class _Here(NamedTuple):
-    """What processes would take over from the one that starts them, were there no server in between."""
-
-    environment: dict[str, str]
-    start_method: str
 
 
 def run_distributed(
@@ -56,8 +49,7 @@ def run_distributed(
     multiprocessing.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         waits = timeout if collective_timeout is None else collective_timeout
-        here = _Here(dict(os.environ), multiprocessing.get_start_method())
-        job = (world_size, inspect.getfile(function), function.__name__, args, folder, waits, here)
+        job = (world_size, inspect.getfile(function), function.__name__, args, folder, waits, start_state())
         start: Any = start_processes  # torch leaves it untyped
         context = start(_work, job, nprocs=world_size, join=False, start_method="forkserver")
         deadline = time.monotonic() + timeout
@@ -86,6 +78,19 @@ def join_lightning() -> dict[str, Any]:
     return {"devices": world, "strategy": "ddp"}
 
 
+def start_state() -> tuple[dict[str, str], str]:
+    """What processes would take over from the one that starts them, were there no server in between."""
+    return dict(os.environ), multiprocessing.get_start_method()
+
+
+def take_over(environment: dict[str, str], start_method: str) -> None:
+    """Go on in a server's process with the state of the one that asked for it."""
+    os.environ.clear()  # the server's, of when it was started
+    os.environ.update(environment)
+    multiprocessing.set_start_method(start_method, force=True)  # of data workers, not the server's
+    torch.set_num_threads(1)
+
+
 def _work(
     rank: int,
     world_size: int,
@@ -94,12 +99,9 @@ def _work(
     args: tuple[Any, ...],
     folder: str,
     collective_timeout: float,
-    here: _Here,
+    state: tuple[dict[str, str], str],
 ) -> None:
-    os.environ.clear()  # the server's, of when it was started
-    os.environ.update(here.environment)
-    multiprocessing.set_start_method(here.start_method, force=True)  # of data workers, not the server's
-    torch.set_num_threads(1)
+    take_over(*state)
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from distributed import start_state, take_over
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
 
 # Importing these takes seconds; a server does so once, and every process is a fork of it.
@@ -82,17 +83,13 @@ def start(arguments: Sequence[str], log: Path) -> BaseProcess:
     """`python -m lightning_xai ARGUMENTS`, in a process whose output is appended to `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    here = multiprocessing.get_start_method()
-    process = context.Process(target=_run, args=(list(arguments), str(log), dict(os.environ), here))
+    process = context.Process(target=_run, args=(list(arguments), str(log), *start_state()))
     process.start()
     return process
 
 
 def _run(arguments: list[str], log: str, environment: dict[str, str], start_method: str) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    multiprocessing.set_start_method(start_method, force=True)  # of the data loader's workers, not the server's
-    torch.set_num_threads(1)
+    take_over(environment, start_method)
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -203,7 +203,7 @@ def test_real_coco_files_are_prepared_trained_on_tested_and_embedded(
     )
     assert "test/gamma_mean" in done(tested).out
     path = tmp_path / "runs" / "embedded" / "version_0" / "embeddings" / "rank_0.npz"
-    assert f"Embeddings: {path}" in done(embedded).out
+    assert f"Saved {path}" in done(embedded).out
     with np.load(path, allow_pickle=False) as arrays:
         assert arrays["image"].shape == (Manifest.load(tmp_path / "val2017").samples, 24)
         assert arrays["text"].shape == (len(arrays["captions"]), 24)
@@ -267,24 +267,6 @@ def test_a_class_path_that_names_nothing_is_reported_with_its_module(
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(config), "--model.class_path=lightning_xai.tasks.FineTuning"])
     assert "module 'lightning_xai.tasks' has no attribute 'FineTuning'" in capsys.readouterr().err
-
-
-def test_a_callback_with_a_layer_that_does_not_exist_is_named(config: Path) -> None:
-    settings = json.loads(config.read_text())
-    settings["trainer"]["callbacks"][0]["init_args"]["image_layer"] = 12
-    config.write_text(json.dumps(settings))
-    assert "image tower has layers 0 to 2 (or -3 to -1); got layer 12" in message_of("fit", "--config", str(config))
-
-
-def test_a_checkpoint_of_another_architecture_is_named(
-    config: Path, tmp_path: Path, architecture_file: Callable[[str], Path]
-) -> None:
-    other = ContrastiveFineTuning(str(architecture_file("resnet")), None)
-    checkpoint: dict[str, Any] = {"state_dict": other.state_dict(), "pytorch-lightning_version": "2.5.0", "epoch": 0}
-    other.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint | {"global_step": 0, "callbacks": {}}, tmp_path / "other.ckpt")
-    message = message_of("validate", "--config", str(config), "--ckpt_path", str(tmp_path / "other.ckpt"))
-    assert "a resnet of another configuration, this run trains a vit" in message
 
 
 @pytest.mark.parametrize(

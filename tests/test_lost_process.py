@@ -12,14 +12,15 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 import torch.distributed as dist
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback
+from quiet_trainer import quiet_trainer
+from training_runs import task_of
 
 from lightning_xai.data import ShardDataModule, write_shards
 from lightning_xai.data.shapes import read_shapes
-from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
+from lightning_xai.training import GroundingCallback
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,19 +43,14 @@ class KilledWorker(Callback):
 
 def fail_on_one_process(config: str, shards: str, out: str, verb: str, cause: str, stays: bool) -> str:
     """The error that this process ends with, by itself. One that stays keeps its connections until the others ended."""
-    torch.manual_seed(0)
     callbacks: list[Callback] = [GroundingCallback(examples=0, before_training=False)]
     options: dict[str, Any] = {"num_workers": 0}
     if cause == "killed worker":
         callbacks, options = [*callbacks, KilledWorker()], {"num_workers": 1, "max_fault_fraction": 1.0}
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, inference_mode=False, default_root_dir=out, max_epochs=1,
-        num_sanity_val_steps=0, callbacks=callbacks, **join_lightning(),
-    )  # fmt: skip
+    trainer = quiet_trainer(Path(out), *callbacks, inference_mode=False, num_sanity_val_steps=0, **join_lightning())
     data = ShardDataModule(train=Path(shards), val=Path(shards), batch_size=1, **options)
     with pytest.raises(Exception) as error:  # noqa: PT011 - which one is what the test asks
-        getattr(trainer, verb)(ContrastiveFineTuning(config, None), data)
+        getattr(trainer, verb)(task_of(config), data)
     Path(out, f"ended-{dist.get_rank()}").touch()
     while stays and len(list(Path(out).glob("ended-*"))) < dist.get_world_size():
         time.sleep(0.1)

@@ -19,10 +19,9 @@ import pytest
 import torch
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback
-from quiet_trainer import quiet_trainer
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader
+from training_runs import Recorder, loader_of, task_of, trainer_in
 
 from lightning_xai.data import Batch, Sample, ShardDataModule, write_shards
 from lightning_xai.data.phrases import Phrases
@@ -39,15 +38,8 @@ RECALLS = tuple(f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_ima
 GROUNDING = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
 
 
-def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    steps = {"inference_mode": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-    return quiet_trainer(folder, *callbacks, **(steps | options))
-
-
-def task_of(config: str, **options: Any) -> ContrastiveFineTuning:
-    torch.manual_seed(0)
-    defaults: dict[str, Any] = {"initial_lr": 1e-3, "final_lr": 1e-2, "recall_at": (1, 3), "val_group_size": 4}
-    return ContrastiveFineTuning(config, None, **(defaults | options))
+def task_for(config: str) -> ContrastiveFineTuning:
+    return task_of(config, recall_at=(1, 3), val_group_size=4)
 
 
 def with_torn_images(samples: Iterable[Sample], torn: Iterable[int]) -> list[Sample]:
@@ -145,7 +137,7 @@ def evaluate_all(config: str, splits: str, out: str, **parallel: Any) -> dict[st
         )
         trainer = trainer_in(Path(out, name), DataFaults(), GroundingCallback(examples=0), seen, **parallel)
         run = trainer.test if case.verb == "test" else trainer.validate
-        (logged,) = run(task_of(config), data, verbose=False)
+        (logged,) = run(task_for(config), data, verbose=False)
         numbers = {number.removeprefix("test/").removeprefix("val/"): value for number, value in logged.items()}
         found[name] = {"logged": numbers, "batches": seen.batches, "faults": seen.faults}
     return found
@@ -246,24 +238,18 @@ LONG = "a long caption that goes on and on about a red ring"
 SHORT = "a ring"
 
 
-class Steps(Callback):
-    """The batches of this rank, and each step's loss and gradients as the optimizer gets them."""
+class Steps(Recorder):
+    """The batches of this rank, too."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.batches: list[Batch] = []
-        self.losses: list[float] = []
-        self.accuracies: list[float] = []
-        self.gradients: list[dict[str, Tensor]] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any) -> None:
         self.batches.append(batch)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self.gradients.append({name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None})
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        self.accuracies.append(float(trainer.callback_metrics["train/accuracy"]))
+    def all_of(self, name: str) -> list[float]:
+        return [row[name] for row in self.logged]
 
 
 Trained = tuple[list[dict[str, Any]], Steps, dict[str, Tensor]]
@@ -271,14 +257,14 @@ ROWS = ("images", "valid", "index", "tokens", "caption_index")
 
 
 def train_on_this_rank(config: str, shards: str, out: str) -> dict[str, Any]:
-    task, steps = task_of(config), Steps()
+    task, steps = task_for(config), Steps()
     data = ShardDataModule(train=Path(shards), batch_size=BATCH, num_workers=2, max_fault_fraction=1)
     trainer = trainer_in(Path(out), steps, max_epochs=EPOCHS, precision="64-true", **join_lightning())
     trainer.fit(task, data)
     return {
         "batches": [{name: getattr(batch, name) for name in ROWS} for batch in steps.batches],
-        "losses": steps.losses,
-        "accuracies": steps.accuracies,
+        "losses": steps.all_of("train/loss"),
+        "accuracies": steps.all_of("train/accuracy"),
         "gradients": steps.gradients,
         "weights": dict(task.state_dict()),
     }
@@ -316,9 +302,8 @@ def trained(architecture_file: Callable[[str], Path], tmp_path_factory: pytest.T
     config = str(architecture_file("vit"))
     ranks = run_distributed(train_on_this_rank, config, str(root / "shards"), str(root / "out"))
     batches = [joint_batch(list(parts)) for parts in zip(*(rank["batches"] for rank in ranks), strict=True)]
-    task, steps = task_of(config), Steps()
-    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type] # a list is a data set
-    trainer_in(root / "alone", steps, max_epochs=1, precision="64-true").fit(task, loader)
+    task, steps = task_for(config), Steps()
+    trainer_in(root / "alone", steps, precision="64-true").fit(task, loader_of(batches))
     return ranks, steps, dict(task.state_dict())
 
 
@@ -348,10 +333,11 @@ def by_step(ranks: list[dict[str, Any]]) -> list[tuple[dict[str, Tensor], ...]]:
 
 def test_losses_and_gradients_of_every_step_are_those_of_one_process_with_the_joint_batch(trained: Trained) -> None:
     ranks, alone, _ = trained
-    assert len(alone.losses) == len(by_step(ranks))
+    losses = alone.all_of("train/loss")
+    assert len(losses) == len(by_step(ranks))
     for rank in ranks:
-        assert rank["losses"] == pytest.approx(alone.losses, rel=1e-6)  # they are logged in float32
-        assert rank["accuracies"] == pytest.approx(alone.accuracies, nan_ok=True)
+        assert rank["losses"] == pytest.approx(losses, rel=1e-6)  # they are logged in float32
+        assert rank["accuracies"] == pytest.approx(alone.all_of("train/accuracy"), nan_ok=True)
         for gradients, expected in zip(rank["gradients"], alone.gradients, strict=True):
             assert len(gradients) == len(expected) > 30
             for name, gradient in expected.items():

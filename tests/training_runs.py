@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from quiet_trainer import quiet_trainer
 from torch import Tensor
@@ -17,9 +18,15 @@ from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.training import ContrastiveFineTuning
 
 
+def task_of(config: str | Path, **options: Any) -> ContrastiveFineTuning:
+    """A task with the small random model of a config, the same one each time."""
+    torch.manual_seed(0)
+    return ContrastiveFineTuning(str(config), None, **({"initial_lr": 1e-3, "final_lr": 1e-2} | options))
+
+
 def trainer_in(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
     steps = {"num_sanity_val_steps": 0, "use_distributed_sampler": False, "log_every_n_steps": 1}
-    return quiet_trainer(folder, *callbacks, **(steps | options))
+    return quiet_trainer(folder, *callbacks, **(steps | {"inference_mode": False} | options))
 
 
 def records_of(folder: Path, count: int) -> list[Record]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning_xai.commands.explain_entries import Explainer
 from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
-from lightning_xai.commands.intra_modal import Comparison
+from lightning_xai.commands.intra_modal import COMPARED_ARRAYS, compare_captions, compare_images
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import PICTURE, describe
+from lightning_xai.commands.outputs import PICTURE, describe, write_all
 
 
 @dataclass
@@ -73,18 +73,28 @@ class Explain:
         encoder = load_model(self.model)
         chosen, missing = choose_methods(encoder, self.method, self.options)
         settings = describe(asdict(self), self.model, encoder)
-        if self.image is not None and self.other_image is not None:
-            Comparison(self.out, encoder, chosen[0], settings).of_images(self.image, self.other_image, self.box)
-        elif self.caption is not None and self.other_caption is not None:
-            Comparison(self.out, encoder, chosen[0], settings).of_captions(self.caption, self.other_caption, self.span)
+        if self._compares:
+            self._compare(encoder, chosen[0], settings)
+            return
+        for name, reason in missing.items():
+            print(f"Skipped {name}: {reason}")  # noqa: T201
+        explainer = Explainer(self.out, encoder, chosen, missing, settings)
+        if self.image is not None and is_list(self.image):
+            explainer.explain_list(entries, self.batch_size)
         else:
-            for name, reason in missing.items():
-                print(f"Skipped {name}: {reason}")  # noqa: T201
-            explainer = Explainer(self.out, encoder, chosen, missing, settings)
-            if self.image is not None and is_list(self.image):
-                explainer.explain_list(entries, self.batch_size)
-            else:
-                explainer.explain_one(entries[0])
+            explainer.explain_one(entries[0])
+
+    def _compare(self, encoder: Any, chosen: Any, settings: dict[str, Any]) -> None:
+        """Compare two images or two captions, and write what `write_all` writes."""
+        if self.image is not None and self.other_image is not None:
+            arrays, record, sheet = compare_images(encoder, chosen.method, self.image, self.other_image, self.box)
+        else:
+            captions = (self.caption or "", self.other_caption or "")
+            arrays, record, sheet = compare_captions(encoder, chosen.method, *captions, self.span)
+        scores = {name: arrays[name].item() for name in ("similarity", "completeness_error")}
+        methods = {chosen.name: {"options": chosen.options, **scores}}
+        record = {**settings, **record, "methods": methods, "arrays": COMPARED_ARRAYS}
+        print(write_all(self.out, arrays, record, sheet))  # noqa: T201
 
     @property
     def _compares(self) -> bool:
@@ -127,11 +137,9 @@ class Explain:
         for path in (self.image, self.captions, self.other_image):
             if path is not None and not path.exists():
                 raise ValueError(f"{path} does not exist")
-        for capability, options in (("pairwise", ("span", "box")), ("intra_modal", ("other_image", "other_caption"))):
-            for option in options:
-                if getattr(self, option) is not None:
-                    check_method(self.method, **{capability: f"--{option.replace('_', '-')}"})
-        check_method(self.method)
+        for option in ("span", "box", "other_image", "other_caption"):
+            given = None if getattr(self, option) is None else f"--{option.replace('_', '-')}"
+            check_method(self.method, **{"intra_modal" if "other" in option else "pairwise": given})
 
     def _entries(self) -> list[Entry]:
         """Entries to explain, image by image."""

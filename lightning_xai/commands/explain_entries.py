@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress, TaskID
+import numpy as np
+from rich.progress import Progress
 
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.outputs import progress_bar, write_all, write_csv
+from lightning_xai.commands.outputs import numpy_of, progress_bar, write_all, write_csv
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
@@ -50,7 +51,8 @@ class Explainer:
         """
         prepared = prepare_entry(self.encoder, entry)
         with progress_bar() as bar:
-            (explanations,) = self._explain([prepared], bar, bar.add_task("explaining", total=len(self.chosen)))
+            bar.add_task("explaining", total=len(self.chosen))
+            (explanations,) = self._explain([prepared], bar)
         print(self._write(self.out, prepared, explanations))  # noqa: T201
 
     def explain_list(self, entries: Sequence[Entry], batch_size: int) -> None:
@@ -65,9 +67,9 @@ class Explainer:
         with progress_bar() as bar, warnings.catch_warnings():
             # It would name places in a batch; the summary names images.
             warnings.simplefilter("ignore", ConstantMapWarning)
-            task = bar.add_task("explaining", total=len(entries) * len(self.chosen))
+            bar.add_task("explaining", total=len(entries) * len(self.chosen))
             for start in range(0, len(entries), batch_size):
-                rows += self._explain_batch(entries[start : start + batch_size], bar, task)
+                rows += self._explain_batch(entries[start : start + batch_size], bar)
         write_csv(self.out / "summary.csv", rows, _SUMMARY)
         reasons = [f"  {row['name']}: {row['skipped']}" for row in rows if "skipped" in row]
         skipped = len(reasons)
@@ -83,7 +85,7 @@ class Explainer:
             lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
         print("\n".join([*lines, f"Saved {self.out / 'summary.csv'}"]))  # noqa: T201
 
-    def _explain_batch(self, entries: Sequence[Entry], bar: Progress, task: TaskID) -> list[dict[str, Any]]:
+    def _explain_batch(self, entries: Sequence[Entry], bar: Progress) -> list[dict[str, Any]]:
         """Rows of the summary: one for each method of an entry, or one that says why it was skipped."""
         rows: list[dict[str, Any]] = []
         batch = []
@@ -92,26 +94,31 @@ class Explainer:
                 batch.append(prepare_entry(self.encoder, entry))
             except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
                 rows.append(asdict(entry) | {"skipped": str(error)})
-                bar.advance(task, len(self.chosen))
-        for prepared, explanations in zip(batch, self._explain(batch, bar, task), strict=True):
+                bar.advance(bar.task_ids[0], len(self.chosen))
+        for prepared, explanations in zip(batch, self._explain(batch, bar), strict=True):
             self._write(self.out / prepared.entry.name, prepared, explanations)
-            rows += [asdict(prepared.entry) | _scores(each) for each in explanations]
+            for each in explanations:
+                faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
+                row = asdict(prepared.entry) | {"method": each.saliency.method, "fault": "; ".join(faults)}
+                rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
         return sorted(rows, key=lambda row: str(row["name"]))
 
-    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress, task: TaskID) -> list[list[Explanation]]:
+    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress) -> list[list[Explanation]]:
         """Explanations by every method of each entry."""
         explanations: list[list[Explanation]] = [[] for _ in batch]
         for chosen in self.chosen if batch else ():
-            bar.update(task, description=chosen.name)
+            bar.update(bar.task_ids[0], description=chosen.name)
             for each, given in zip(explanations, explain_batch(chosen, batch), strict=True):
                 each.append(given)
-            bar.advance(task, len(batch))
+            bar.advance(bar.task_ids[0], len(batch))
         return explanations
 
     def _write(self, folder: Path, prepared: PreparedEntry, explanations: Sequence[Explanation]) -> str:
         """Write arrays, record and picture of an entry, and say so."""
         several = len(explanations) + len(self.missing) > 1
-        arrays = prepared.arrays
+        arrays = {"tokens": numpy_of(prepared.tokens)}
+        if prepared.positions:
+            arrays["span_mask"] = np.isin(np.arange(len(prepared.tokens)), prepared.positions)
         for each in explanations:
             prefix = f"{each.saliency.method}/" if several else ""
             arrays |= {prefix + key: values for key, values in each.arrays.items()}
@@ -119,13 +126,3 @@ class Explainer:
         record = {"methods": methods, "not_served": self.missing, "arrays": ARRAYS}
         picture = sheet(self.encoder, prepared, explanations, self.missing)
         return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)
-
-
-def _scores(explanation: Explanation) -> dict[str, Any]:
-    record = explanation.record
-    return {
-        "method": explanation.saliency.method,
-        "similarity": record["similarity"],
-        "completeness_error": record["completeness_error"],
-        "fault": "; ".join(f"{name}: {fault}" for name, fault in record["fault"].items() if fault is not None),
-    }

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lightning_xai.commands.inputs import (
@@ -56,60 +55,27 @@ class PreparedEntry:
 
     Attributes:
         entry: image, caption and the part of either that is asked about.
-        size: (width, height) of the image file.
         pixels: [3, height, width].
         tokens: [L] token ids.
-        token_strings: [L], what each token stands for; empty for padding.
         content: positions of the caption's own tokens, without marks and padding.
         shown: these tokens as the picture shows them.
         spans: character spans of the phrase.
         positions: its tokens' positions.
         box_xyxy: the box in pixels of the transformed image.
         seen: share of the image that the model's crop leaves.
+        record: of the entry, as the file has it.
     """
 
     entry: Entry
-    size: tuple[int, int]
     pixels: Tensor
     tokens: Tensor
-    token_strings: Sequence[str]
     content: list[int]
     shown: list[Token]
     spans: list[Span]
     positions: list[int]
     box_xyxy: Box | None
     seen: float
-
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays that do not depend on a method."""
-        arrays = {"tokens": numpy_of(self.tokens)}
-        if self.positions:
-            arrays["span_mask"] = np.isin(np.arange(len(self.tokens)), self.positions)
-        return arrays
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The entry, as the record has it."""
-        entry, span, box = self.entry, None, None
-        if entry.span is not None:
-            span = {
-                "phrase": entry.span,
-                "characters": [list(each) for each in self.spans],
-                "positions": self.positions,
-                "tokens": [self.token_strings[position] for position in self.positions],
-            }
-        if entry.box is not None and self.box_xyxy is not None:
-            box = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(self.box_xyxy)}
-        return {
-            "image": str(entry.image),
-            "image_size": list(self.size),
-            "image_seen": self.seen,
-            "caption": entry.caption,
-            "token_strings": [text for text in self.token_strings if text],
-            "span": span,
-            "box": box,
-        }
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -118,31 +84,13 @@ class Explanation:
 
     Attributes:
         saliency: as it is drawn: values of the patches and of the caption's own tokens.
-        options: of the method.
         arrays: as `ARRAYS` names them.
+        record: of the method, as the file has it.
     """
 
     saliency: Saliency
-    options: Mapping[str, Any]
     arrays: dict[str, NDArray[Any]]
-
-    @property
-    def maps(self) -> dict[str, NDArray[Any]]:
-        """The values that are drawn."""
-        return {"image": self.saliency.image, "text": self.saliency.text}
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The method, as the record has it."""
-        return {
-            "options": dict(self.options),
-            "similarity": self.saliency.similarity,
-            "completeness_error": self.saliency.completeness_error,
-            "scale": self.saliency.scale,
-            "patches": list(self.arrays["image"].shape),
-            "range": {name: [float(values.min()), float(values.max())] for name, values in self.maps.items()},
-            "fault": {name: heat_fault(values) for name, values in self.maps.items()},
-        }
+    record: dict[str, Any]
 
 
 def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
@@ -161,9 +109,26 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     tokens = encoder.tokenizer.encode([entry.caption])[0].to(pixels.device)
     content, shown = shown_tokens(encoder.tokenizer, entry.caption, tokens, positions)
     strings = encoder.tokenizer.token_strings(tokens)
-    return PreparedEntry(
-        entry, size, pixels, tokens, strings, content, shown, spans, positions, box, encoder.seen(size)
-    )
+    seen = encoder.seen(size)
+    record: dict[str, Any] = {
+        "image": str(entry.image),
+        "image_size": list(size),
+        "image_seen": seen,
+        "caption": entry.caption,
+        "token_strings": [text for text in strings if text],  # padding has none
+        "span": None,
+        "box": None,
+    }
+    if entry.span is not None:
+        record["span"] = {
+            "phrase": entry.span,
+            "characters": [list(each) for each in spans],
+            "positions": positions,
+            "tokens": [strings[position] for position in positions],
+        }
+    if entry.box is not None and box is not None:
+        record["box"] = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(box)}
+    return PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, seen, record)
 
 
 def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> Iterator[Explanation]:
@@ -183,7 +148,17 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
             scale=_scale(chosen.method.has_zero, arrays),
             completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
         )
-        yield Explanation(saliency, chosen.options, arrays)
+        maps = {"image": saliency.image, "text": saliency.text}
+        record = {
+            "options": chosen.options,
+            "similarity": saliency.similarity,
+            "completeness_error": saliency.completeness_error,
+            "scale": saliency.scale,
+            "patches": list(arrays["image"].shape),
+            "range": {name: [float(values.min()), float(values.max())] for name, values in maps.items()},
+            "fault": {name: heat_fault(values) for name, values in maps.items()},
+        }
+        yield Explanation(saliency, arrays, record)
 
 
 def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
@@ -252,7 +227,7 @@ def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
         read = "all of them" if len(prepared.spans) == len(found) else f"the {len(prepared.spans)} that the model reads"
         notes.append(f"The phrase occurs {len(found)} times in the caption; {read} count.")
     error, most = explanation.saliency.completeness_error, _INCOMPLETE * abs(explanation.saliency.similarity)
-    if error is not None and "steps" in explanation.options and abs(error) > most:
+    if error is not None and "steps" in explanation.record["options"] and abs(error) > most:
         notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
     full = prepared.content[-1] >= len(prepared.tokens) - 2  # the end mark follows, in the last place
     if full and not entry.caption.rstrip().lower().endswith(prepared.shown[-1].text):

@@ -139,39 +139,32 @@ def read_entries(
         return [Entry(image.stem, image, caption, span, box)]
     if span is not None or box is not None:
         raise ValueError("a list has its spans and boxes in columns of these names: leave out --span and --box")
+    root = image if image.is_dir() else image.parent
     if not image.is_dir():
         if caption is not None or captions is not None:
             raise ValueError(f"{image} is a list and has its own captions: leave out --caption and --captions")
-        return _listed(image, image.parent)
-    if (caption is None) == (captions is None):
+        rows = _read_list(image)
+    elif (caption is None) == (captions is None):
         raise ValueError(
             f"{image} is a folder: give one --caption for all its images, or --captions FILE.csv with the columns "
             "image,caption"
         )
-    if captions is not None:
-        return _listed(captions, image)
-    files = sorted(path for path in image.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not files:
-        raise ValueError(f"{image} holds no image or sound ({', '.join(_SUFFIXES)})")
-    return [Entry(_numbered(i, path), path, caption or "") for i, path in enumerate(files)]
-
-
-def _listed(path: Path, root: Path) -> list[Entry]:
-    rows = _read_csv(path)
-    if not rows:
-        raise ValueError(f"{path} lists no image: give a line for each, below the header image,caption")
-    unknown, missing = rows[0].keys() - set(_COLUMNS), {"image", "caption"} - rows[0].keys()
-    if unknown or missing:
-        raise ValueError(f"{path}: expected the columns image,caption and if need be span,box; got {','.join(rows[0])}")
+    elif captions is not None:
+        rows = _read_list(captions)
+    else:
+        names = sorted(path.name for path in image.iterdir() if path.suffix.lower() in _SUFFIXES)
+        if not names:
+            raise ValueError(f"{image} holds no image or sound ({', '.join(_SUFFIXES)})")
+        rows = [{"image": name, "caption": caption or ""} for name in names]
     return [
-        Entry(_numbered(i, path), path, row["caption"], row.get("span") or None, row.get("box") or None)
+        Entry(f"{i:04d}-{path.stem}", path, row["caption"], row.get("span") or None, row.get("box") or None)
         for i, row in enumerate(rows)
         for path in [root / row["image"]]
     ]
 
 
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file by its header; a ValueError names what is no such file."""
+def _read_list(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV list by its header; a ValueError names what is no such file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark in front
             lines = csv.reader(file, strict=True)
@@ -184,11 +177,11 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
                 rows.append(dict(zip(header, fields, strict=True)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error}); write it again") from error
+    if not rows:
+        raise ValueError(f"{path} lists no image: give a line for each, below the header image,caption")
+    if not {"image", "caption"} <= rows[0].keys() <= set(_COLUMNS):
+        raise ValueError(f"{path}: expected the columns image,caption and if need be span,box; got {','.join(rows[0])}")
     return rows
-
-
-def _numbered(number: int, path: Path) -> str:
-    return f"{number:04d}-{path.stem}"
 
 
 def read_input(encoder: TwoTowerEncoder, path: Path) -> tuple[Tensor, tuple[int, int]]:

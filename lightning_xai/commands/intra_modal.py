@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_xai.commands.explain_pair import box_mask
 from lightning_xai.commands.inputs import InputError, read_input, span_positions, transformed_box
-from lightning_xai.commands.outputs import numpy_of, shown_tokens, write_all
+from lightning_xai.commands.outputs import numpy_of, shown_tokens
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
 from lightning_xai.report.plots import Example
 
@@ -20,10 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_xai.attribution import IntraModalAttribution, PairwiseMethod
-    from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
-_ARRAYS = {
+    Compared = tuple[dict[str, NDArray[Any]], dict[str, Any], Figure]  # arrays, record, picture
+
+COMPARED_ARRAYS = {
     "interactions": "what each pair of parts adds to the similarity: [H, W, H, W] for images, [L, L] for captions",
     "first": "of each part of the first input, with the whole second one",
     "second": "of each part of the second input, with the whole first one",
@@ -33,82 +32,60 @@ _ARRAYS = {
 }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Explains the similarity of two inputs of one kind.
+def compare_images(
+    encoder: TwoTowerEncoder, method: PairwiseMethod, image: Path, other: Path, box: str | None
+) -> Compared:
+    """Compare two images; with a box on the first one, show what in the second one matches it.
 
-    Attributes:
-        out: folder to write to.
-        encoder: the model.
-        chosen: a method whose flag `intra_modal` is set.
-        settings: what the record says of command and model.
+    Raises:
+        InputError: an image or the box cannot be used.
     """
+    (pixels, size), (other_pixels, _) = (read_input(encoder, path) for path in (image, other))
+    seen = transformed_box(encoder, box, size)
+    arrays = _arrays(method.attribute_images(pixels[None], other_pixels[None]))
+    if seen is not None:
+        arrays["box_mask"] = box_mask(seen, arrays["first"], pixels)
+        arrays["shown_second"] = arrays["interactions"][arrays["box_mask"]].sum(axis=0)
+    first, second = (
+        Example(numpy_of(encoder.pictures(each[None])[0].permute(1, 2, 0)), "", "", (), place)
+        for each, place in ((pixels, seen), (other_pixels, None))
+    )
+    heats = (arrays["first"] if seen is None else None, arrays["shown_second"])
+    sheet = image_pair_sheet(
+        first, second, heats, similarity=arrays["similarity"].item(), error=arrays["completeness_error"].item()
+    )
+    return arrays, {"images": [str(image), str(other)], "box": box, "box transformed": seen}, sheet
 
-    out: Path
-    encoder: TwoTowerEncoder
-    chosen: ChosenMethod
-    settings: Mapping[str, Any]
 
-    def of_images(self, image: Path, other: Path, box: str | None) -> None:
-        """Compare two images; with a box on the first one, show what in the second one matches it.
+def compare_captions(
+    encoder: TwoTowerEncoder, method: PairwiseMethod, caption: str, other: str, span: str | None
+) -> Compared:
+    """Compare two captions; with a span of the first one, show what in the second one matches it.
 
-        Raises:
-            InputError: an image or the box cannot be used.
-        """
-        (pixels, size), (other_pixels, _) = (read_input(self.encoder, path) for path in (image, other))
-        seen = transformed_box(self.encoder, box, size)
-        arrays = _arrays(self._method.attribute_images(pixels[None], other_pixels[None]))
-        if seen is not None:
-            arrays["box_mask"] = box_mask(seen, arrays["first"], pixels)
-            arrays["shown_second"] = arrays["interactions"][arrays["box_mask"]].sum(axis=0)
-        first, second = (
-            Example(numpy_of(self.encoder.pictures(each[None])[0].permute(1, 2, 0)), "", "", (), place)
-            for each, place in ((pixels, seen), (other_pixels, None))
-        )
-        heats = (arrays["first"] if seen is None else None, arrays["shown_second"])
-        sheet = image_pair_sheet(
-            first, second, heats, similarity=arrays["similarity"].item(), error=arrays["completeness_error"].item()
-        )
-        self._write(arrays, sheet, {"images": [str(image), str(other)], "box": box, "box transformed": seen})
-
-    def of_captions(self, caption: str, other: str, span: str | None) -> None:
-        """Compare two captions; with a span of the first one, show what in the second one matches it.
-
-        Raises:
-            InputError: a caption is empty, or the first one lacks the phrase.
-        """
-        if not (caption.strip() and other.strip()):
-            raise InputError("one of the captions is empty")
-        tokenizer = self.encoder.tokenizer
-        spans, positions = span_positions(tokenizer, caption, span)
-        tokens = tokenizer.encode([caption, other]).to(next(self.encoder.parameters()).device)
-        arrays = _arrays(self._method.attribute_texts(tokens[:1], tokens[1:]))
-        arrays |= {"tokens": numpy_of(tokens[0]), "other_tokens": numpy_of(tokens[1])}
-        if positions:
-            arrays["span_mask"] = np.isin(np.arange(tokens.shape[1]), positions)
-            arrays["shown_second"] = arrays["interactions"][positions].sum(axis=0)
-        rows, first = shown_tokens(tokenizer, caption, tokens[0], positions)
-        columns, second = shown_tokens(tokenizer, other, tokens[1])
-        sheet = text_pair_sheet(
-            first,
-            second,
-            arrays["interactions"][np.ix_(rows, columns)],
-            (arrays["first"][rows], arrays["shown_second"][columns]),
-            similarity=arrays["similarity"].item(),
-            error=arrays["completeness_error"].item(),
-        )
-        record = {"captions": [caption, other], "span": span, "characters": spans, "positions": positions}
-        self._write(arrays, sheet, record)
-
-    @property
-    def _method(self) -> PairwiseMethod:
-        return cast("PairwiseMethod", self.chosen.method)  # the command has checked the flag
-
-    def _write(self, arrays: Mapping[str, NDArray[Any]], sheet: Figure, record: Mapping[str, Any]) -> None:
-        scores = {name: arrays[name].item() for name in ("similarity", "completeness_error")}
-        methods = {self.chosen.name: {"options": self.chosen.options, **scores}}
-        record = {**self.settings, **record, "methods": methods, "arrays": _ARRAYS}
-        print(write_all(self.out, arrays, record, sheet))  # noqa: T201
+    Raises:
+        InputError: a caption is empty, or the first one lacks the phrase.
+    """
+    if not (caption.strip() and other.strip()):
+        raise InputError("one of the captions is empty")
+    tokenizer = encoder.tokenizer
+    spans, positions = span_positions(tokenizer, caption, span)
+    tokens = tokenizer.encode([caption, other]).to(next(encoder.parameters()).device)
+    arrays = _arrays(method.attribute_texts(tokens[:1], tokens[1:]))
+    arrays |= {"tokens": numpy_of(tokens[0]), "other_tokens": numpy_of(tokens[1])}
+    if positions:
+        arrays["span_mask"] = np.isin(np.arange(tokens.shape[1]), positions)
+        arrays["shown_second"] = arrays["interactions"][positions].sum(axis=0)
+    rows, first = shown_tokens(tokenizer, caption, tokens[0], positions)
+    columns, second = shown_tokens(tokenizer, other, tokens[1])
+    sheet = text_pair_sheet(
+        first,
+        second,
+        arrays["interactions"][np.ix_(rows, columns)],
+        (arrays["first"][rows], arrays["shown_second"][columns]),
+        similarity=arrays["similarity"].item(),
+        error=arrays["completeness_error"].item(),
+    )
+    return arrays, {"captions": [caption, other], "span": span, "characters": spans, "positions": positions}, sheet
 
 
 def _arrays(result: IntraModalAttribution) -> dict[str, NDArray[Any]]:

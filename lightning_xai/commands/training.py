@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
-from lightning_xai.training.preflight import check_allocation
+from lightning_xai.training.preflight import check_allocation, slurm_job
 from lightning_xai.training.run_folder import RunFolder
 
 __all__ = ["TrainingCLI"]
@@ -73,7 +73,8 @@ class TrainingCLI(LightningCLI):
         check_allocation(config.trainer.devices, config.trainer.num_nodes, config.trainer.accelerator)
         if self.subcommand == "fit":
             self._settings = self._deciding_settings()
-            config.run = config.run or _job_folder(config)
+            if config.run is None and (job := slurm_job()) is not None:
+                config.run = Path(config.trainer.default_root_dir or ".") / f"slurm-{job}"
             if config.run is not None:
                 self._enter(config.run)
         elif config.run is not None:  # a run's config.yaml names its folder, and must not be overwritten
@@ -156,18 +157,6 @@ class TrainingCLI(LightningCLI):
             for name in names:
                 at.pop(name, None)
         return settings
-
-
-def _job_folder(config: Any) -> Path | None:
-    """Folder of this Slurm job's run; the job keeps its number when it is requeued."""
-    if not {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys() or os.environ.get("SLURM_JOB_NAME") in (
-        "bash",
-        "interactive",
-    ):
-        return None
-    job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    name = f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if job else os.environ["SLURM_JOB_ID"]
-    return Path(config.trainer.default_root_dir or ".") / f"slurm-{name}"
 
 
 def _refuse_foreign(config: Any) -> None:

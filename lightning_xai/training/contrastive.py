@@ -184,7 +184,8 @@ class ContrastiveModule(L.LightningModule):
             )
         # In float32, as the loss: half precision has no number as small as the bound that keeps zeros from being NaN.
         image, text = (
-            normalize(x.to(_wide(x)), dim=1) for x in self.encoder(batch.images, batch.tokens, self.chunk_size)
+            normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+            for x in self.encoder(batch.images, batch.tokens, self.chunk_size)
         )
         scale = self.encoder.logit_scale.exp()
         loss, accuracy = global_contrastive_loss(image, text, scale, batch.valid)
@@ -210,7 +211,10 @@ class ContrastiveModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """Stop the clock where validation interrupts an epoch, and evaluate the same model on all ranks."""
         self._batch_started = 0.0
-        self._share_buffers()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # In training each rank collects batch statistics of its own batches; here all take the first one's.
+            for buffer in self.encoder.buffers():
+                dist.broadcast(buffer, src=0)
         gather_parameters(self.encoder)
 
     on_test_start = on_validation_start
@@ -235,12 +239,17 @@ class ContrastiveModule(L.LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/...`."""
-        self._log_retrieval("val")
+        """Log `val/...`, or `test/...`."""
+        split = "test" if self.trainer.testing else "val"
+        results = self.retrieval.compute()
+        self.retrieval.reset()
+        results[f"{split}/loss"] = results.pop("contrastive_loss")
+        results[f"{split}/accuracy"] = results.pop("accuracy")
+        for name, value in results.items():
+            # Reduced over the ranks by the metric: every rank holds the same number.
+            self.log(name if "/" in name else f"{split}/{name}", value, prog_bar=name == f"{split}/loss")
 
-    def on_test_epoch_end(self) -> None:
-        """Log `test/...`."""
-        self._log_retrieval("test")
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Unit-length embeddings: `image` [B, K] by `keys`, and `text` [C, K] by `captions` and `caption_image`."""
@@ -269,25 +278,6 @@ class ContrastiveModule(L.LightningModule):
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
                 f"{differs or 'the architecture'} differs, so set model to what the checkpoint was made with"
             )
-
-    def _share_buffers(self) -> None:
-        """Give all ranks the first one's batch statistics; in training each rank collects those of its batches."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for buffer in self.encoder.buffers():
-                dist.broadcast(buffer, src=0)
-
-    def _log_retrieval(self, split: str) -> None:
-        results = self.retrieval.compute()
-        self.retrieval.reset()
-        results[f"{split}/loss"] = results.pop("contrastive_loss")
-        results[f"{split}/accuracy"] = results.pop("accuracy")
-        for name, value in results.items():
-            # Reduced over the ranks by the metric: every rank holds the same number.
-            self.log(name if "/" in name else f"{split}/{name}", value, prog_bar=name == f"{split}/loss")
-
-
-def _wide(features: Tensor) -> torch.dtype:
-    return torch.promote_types(features.dtype, torch.float32)
 
 
 def _refuse_batch_statistics(encoder: DualEncoder) -> None:

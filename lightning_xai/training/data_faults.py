@@ -20,27 +20,13 @@ class DataFaults(Callback):
     `TooManyBrokenRecordsError`. Does nothing with other data modules than `ShardDataModule`.
     """
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log those of the epoch."""
-        self._report(trainer, pl_module, "train")
-
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log those of a whole validation, not of Lightning's sanity check of a few batches."""
-        if not trainer.sanity_checking:
-            self._report(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log those of the test."""
-        self._report(trainer, pl_module, "test")
-
-    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print those of the split that was embedded."""
-        self._report(trainer, pl_module, None)
-
-    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, logged: str | None) -> None:
+        """Report those of the epoch or of the split, but not of Lightning's sanity check of a few batches."""
         data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, ShardDataModule):
+        if trainer.sanity_checking or not isinstance(data, ShardDataModule):
             return
+        stage = trainer.state.stage
+        logged = None if stage is None or trainer.predicting else stage.dataloader_prefix
         split = logged or data.predict_split
         counts = data.gather_faults(split)
         if logged:
@@ -48,3 +34,5 @@ class DataFaults(Callback):
         if counts and trainer.is_global_zero:
             epoch = f" of epoch {trainer.current_epoch}" if split == "train" else ""
             print(f"\nBroken records in {split}{epoch}, left out:\n{shard_table(counts)}", flush=True)  # noqa: T201
+
+    on_train_epoch_end = on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

@@ -6,7 +6,7 @@ import math
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
@@ -25,21 +25,35 @@ from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
-from lightning_xai.training.grounding_report import LOGGED, METHOD, Measured, Row, excluded_from, show, write
+from lightning_xai.training.grounding_report import LOGGED, METHOD, Row, show, write
+
+if TYPE_CHECKING:
+    from lightning_xai.results.table import ResultTable
 
 __all__ = ["GroundingCallback"]
 
 _SCALARS = (*LOGGED, "grounding_targets")
 
 
-class _Pass:
+class GroundingPass:
     """The rows of one evaluation on this rank, measured batch by batch after the module's own forward passes.
 
     Args:
         attribution: of the model that is evaluated.
         batch_size: phrases attributed at a time; bounds memory, changes no number.
         examples: how many examples to keep for drawing.
+
+    Attributes:
+        label_names: the split's classes; None before the first batch.
+        examples: what to draw of `row["examples"]`.
+        split: `"val"` or `"test"`; as all that follows after `finish`.
+        row: `targets`, gamma and rho over all ranks, and `examples`.
+        table: the long table of all ranks, on the first one; elsewhere None.
     """
+
+    split: str
+    row: Row
+    table: ResultTable | None
 
     def __init__(self, attribution: FeaturePairAttribution, batch_size: int, examples: int) -> None:
         self.hooks = ExitStack()
@@ -47,10 +61,10 @@ class _Pass:
         self._maps = maps_of(attribution, batch_size)
         self._metric = choose_metric(SPEC.name, {})
         self._most_drawn = examples
-        self._label_names: tuple[str, ...] | None = None
+        self.label_names: tuple[str, ...] | None = None
+        self.examples: list[Example] = []
         self._targets: list[dict[str, Any]] = []
         self._values: list[ValueRow] = []
-        self._examples: list[Example] = []
         self._drawn: dict[str, list[Any]] = {"keys": [], "heats": [], "gammas": [], "hits": []}
 
     def open(self) -> None:
@@ -61,9 +75,9 @@ class _Pass:
     def add(self, batch: Batch) -> None:
         """Measure a batch whose forward pass has just run."""
         self.hooks.close()
-        if self._label_names is None:
-            self._label_names = batch.label_names
-        if self._label_names != batch.label_names:
+        if self.label_names is None:
+            self.label_names = batch.label_names
+        if self.label_names != batch.label_names:
             raise ValueError(
                 "the batches of one evaluation differ in their classes; GroundingCallback measures one split at a "
                 "time, so give the trainer one validation data loader"
@@ -73,32 +87,43 @@ class _Pass:
         self._values += rows.values
         self._draw(batch, rows)
 
-    def result(self, split: str) -> Measured:
-        """Everything of all ranks; every rank has to call this."""
-        if self._label_names is None:
+    def finish(self, split: str) -> None:
+        """Put together what all ranks have measured; every rank has to call this."""
+        self.hooks.close()
+        if self.label_names is None:
             raise RuntimeError(
                 "the evaluation had no lightning_xai.data.Batch, so there is no grounding: let the data loader give "
                 "such batches (ShardDataModule does), or take GroundingCallback out"
             )
-        found, table = join_rows([(METHOD, 0, *row) for row in self._values], self._targets, SPEC.scores)
+        self.split = split
+        found, self.table = join_rows([(METHOD, 0, *row) for row in self._values], self._targets, SPEC.scores)
         scores = {score.name: found.get((METHOD, 0, score.name), (math.nan, 0)) for score in SPEC.scores}
-        row: Row = {"targets": scores[LOGGED[0]][1]} | {name: scores[name][0] for name in LOGGED}
-        row |= {"excluded": excluded_from(table) if table is not None else {}, "examples": self._drawn}
-        return Measured(split, row, self._label_names, table, self._examples)
+        self.row = {"targets": scores[LOGGED[0]][1]} | {name: scores[name][0] for name in LOGGED}
+        self.row |= {"excluded": self._excluded(), "examples": self._drawn}
+
+    def _excluded(self) -> dict[str, int]:
+        """How many phrases were not measured, by reason; on the first rank."""
+        if self.table is None:
+            return {}
+        from lightning_xai.results.table import exclusions
+
+        values = self.table.values
+        counts = exclusions(values[values["metric"] == SPEC.values[0]], by=["metric"])
+        return {why: count for why, count in zip(counts["excluded"], counts["count"].tolist(), strict=True) if why}
 
     def _draw(self, batch: Batch, rows: BatchRows) -> None:
         """Keep the first phrase of each of the first images; which ones they are never depends on the model."""
         found = {(target, metric): value for target, metric, value, _ in rows.values}
         for target, heat in rows.phrases:
-            if len(self._examples) == self._most_drawn:
+            if len(self.examples) == self._most_drawn:
                 return
-            if any(example.key == target["key"] for example in self._examples):
+            if any(example.key == target["key"] for example in self.examples):
                 continue
             image = (batch.index == target["index"]).nonzero()[0]
             pixels = self._encoder.pictures(batch.images[image].float().cpu())[0].permute(1, 2, 0).numpy()
             text, phrase, box = target["caption"], target["phrase"], tuple(target[side] for side in BOX_COLUMNS)
             places = places_of(text, phrase)
-            self._examples.append(Example(np.asarray(pixels), phrase, text, places, box, target["key"]))
+            self.examples.append(Example(np.asarray(pixels), phrase, text, places, box, target["key"]))
             self._drawn["keys"].append(f"{target['key']}: {phrase}")
             self._drawn["heats"].append(heat.clone())
             self._drawn["gammas"].append(found[target["target"], "gamma"])
@@ -151,12 +176,9 @@ class GroundingCallback(Callback):
         examples: int = 6,
         internal_batch_size: int = 128,
     ) -> None:
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("examples", examples, 0),
-            ("internal_batch_size", internal_batch_size, 1),
-        ):
-            if value < least:
+        given = {"every_n_epochs": every_n_epochs, "examples": examples, "internal_batch_size": internal_batch_size}
+        for name, value in given.items():
+            if value < (least := 0 if name == "examples" else 1):
                 raise ValueError(f"{name} has to be at least {least}; got {value}")
         self._options: dict[str, Any] = {
             "image_layer": image_layer,
@@ -171,8 +193,8 @@ class GroundingCallback(Callback):
         self.internal_batch_size = internal_batch_size
         self.history: list[Row] = []
         self._attribution: FeaturePairAttribution | None = None
-        self._pass: _Pass | None = None
-        self._measured: Measured | None = None
+        self._pass: GroundingPass | None = None
+        self._measured: GroundingPass | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check all that could fail later, before anything is computed."""
@@ -205,7 +227,7 @@ class GroundingCallback(Callback):
         if due:
             assert self._attribution is not None, "Lightning calls setup first"
             examples = self.examples if trainer.is_global_zero else 0
-            self._pass = _Pass(self._attribution, self.internal_batch_size, examples)
+            self._pass = GroundingPass(self._attribution, self.internal_batch_size, examples)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -229,9 +251,8 @@ class GroundingCallback(Callback):
         """Join the ranks' rows, and log the scores."""
         if self._pass is None:
             return
-        self._pass.hooks.close()
-        self._measured = self._pass.result("test" if trainer.testing else "val")
-        self._pass = None
+        self._measured, self._pass = self._pass, None
+        self._measured.finish("test" if trainer.testing else "val")
         row = self._measured.row
         for name in _SCALARS:
             # Every rank holds the same number already.
@@ -294,7 +315,7 @@ class GroundingCallback(Callback):
         """A run that resumes has a history from its checkpoint, which the measurement before training belongs to."""
         return self.before_training and not self.history
 
-    def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: Measured) -> None:
+    def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: GroundingPass) -> None:
         assert self._attribution is not None, "Lightning calls setup first"
         about = _about(trainer, measured.split, self._attribution.encoder)
         sheet = write(folder, rows, measured, self._options, about)

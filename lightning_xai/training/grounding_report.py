@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,13 @@ from rich.console import Console
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, score_column
-from lightning_xai.report.plots import Example, GradedMap, curves, progress_sheet, save_figure
+from lightning_xai.report.plots import GradedMap, curves, progress_sheet, save_figure
 from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions, state_name
 
 if TYPE_CHECKING:
-    from lightning_xai.results.table import ResultTable
+    from lightning_xai.training.grounding import GroundingPass
 
-__all__ = ["LOGGED", "METHOD", "Measured", "Row", "excluded_from", "show", "write"]
+__all__ = ["LOGGED", "METHOD", "Row", "show", "write"]
 
 METHOD = "feature_pair"
 Row = dict[str, Any]
@@ -31,35 +30,8 @@ LOGGED = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho")
 """Scores that the callback logs, besides `grounding_targets`."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The result of one evaluation.
-
-    Attributes:
-        split: `"val"` or `"test"`.
-        row: `targets`, gamma and rho over all ranks, and `examples`.
-        label_names: the split's classes.
-        table: the long table of all ranks, on the first one; elsewhere None.
-        examples: what to draw of `row["examples"]`.
-    """
-
-    split: str
-    row: Row
-    label_names: tuple[str, ...]
-    table: ResultTable | None
-    examples: list[Example]
-
-
-def excluded_from(table: ResultTable) -> dict[str, int]:
-    """Count the phrases that were not measured, by reason."""
-    from lightning_xai.results.table import exclusions
-
-    counts = exclusions(table.values[table.values["metric"] == SPEC.values[0]], by=["metric"])
-    return {why: count for why, count in zip(counts["excluded"], counts["count"].tolist(), strict=True) if why}
-
-
 def write(
-    folder: Path, rows: Sequence[Row], measured: Measured, options: Mapping[str, Any], about: Mapping[str, Any]
+    folder: Path, rows: Sequence[Row], measured: GroundingPass, options: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Figure | None:
     """Write the result folder of the last of `rows`, which is `measured`, and tables and pictures of all rows together.
 
@@ -69,7 +41,7 @@ def write(
     Args:
         folder: of the run's grounding.
         rows: measurements.
-        measured: the last one.
+        measured: what the last one was measured from; its rows of all ranks are on the first rank only.
         options: of the attribution method.
         about: `model` and `data` of the record.
 
@@ -145,9 +117,9 @@ def _lines(rows: Sequence[Row]) -> Any:
     return pd.DataFrame(lines)
 
 
-def _progress(rows: Sequence[Row], measured: Measured) -> Figure:
+def _progress(rows: Sequence[Row], measured: GroundingPass) -> Figure:
     """The examples' heat maps, a column for each measurement that drew the same ones."""
-    same = [row for row in rows if row["examples"]["keys"] == measured.row["examples"]["keys"]]
+    same = [row for row in rows if row["examples"]["keys"] == rows[-1]["examples"]["keys"]]
     return progress_sheet(
         measured.examples,
         [

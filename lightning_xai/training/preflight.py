@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-__all__ = ["Preflight", "check_allocation"]
+__all__ = ["Preflight", "check_allocation", "slurm_job"]
 
 
 class Preflight(Callback):
@@ -66,35 +66,29 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
         ValueError: they do not fit, GPUs would be idle, tasks would have none, or the first node's name cannot be
             resolved.
     """
-    if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"} <= os.environ.keys():
+    if slurm_job() is None or "SLURM_PROCID" not in os.environ:
         return
-    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return  # an interactive allocation, which Lightning also treats as no job
     tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
-    each = os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
-    if each.isdecimal() and int(each) * nodes != tasks:
-        raise ValueError(
-            f"Slurm has started {tasks} tasks on {nodes} nodes with {each} a node: ask for --nodes=N and "
-            "--ntasks-per-node=DEVICES, not for --ntasks"
-        )
-    wanted = _count(devices)
-    if wanted is not None and each.isdecimal() and wanted != int(each):
-        raise ValueError(
-            f"trainer.devices={devices}, but Slurm has started {each} task(s) on each node, and every task takes one "
-            f"device: submit with --ntasks-per-node={wanted}, or set --trainer.devices={each}"
-        )
-    if int(num_nodes) != nodes:
-        raise ValueError(
-            f"trainer.num_nodes={num_nodes}, but the job has {nodes} node(s): submit with --nodes={num_nodes}, or set "
-            f"--trainer.num_nodes={nodes}"
-        )
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    each, gpus = os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks // nodes)), os.environ.get("SLURM_GPUS_ON_NODE", "")
+    here, wanted = int(each) if each.isdecimal() else None, _count(devices)
     trains_on_gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    if trains_on_gpus and gpus.isdecimal() and each.isdecimal() and 0 < int(gpus) != int(each):
-        raise ValueError(
-            f"Slurm has given this node {gpus} GPU(s) and started {each} task(s) on it, and every task takes one: "
-            f"submit with --ntasks-per-node={gpus}, or with --gpus-per-node={each}"
-        )
+    conflicts = {
+        f"Slurm has started {tasks} tasks on {nodes} nodes with {each} a node: ask for --nodes=N and "
+        "--ntasks-per-node=DEVICES, not for --ntasks": here is not None and here * nodes != tasks,
+        f"trainer.devices={devices}, but Slurm has started {each} task(s) on each node, and every task takes one "
+        f"device: submit with --ntasks-per-node={wanted}, or set --trainer.devices={each}": (
+            None not in (wanted, here) and wanted != here
+        ),
+        f"trainer.num_nodes={num_nodes}, but the job has {nodes} node(s): submit with --nodes={num_nodes}, or set "
+        f"--trainer.num_nodes={nodes}": int(num_nodes) != nodes,
+        f"Slurm has given this node {gpus} GPU(s) and started {each} task(s) on it, and every task takes one: "
+        f"submit with --ntasks-per-node={gpus}, or with --gpus-per-node={each}": (
+            trains_on_gpus and gpus.isdecimal() and here is not None and 0 < int(gpus) != here
+        ),
+    }
+    for message, wrong in conflicts.items():
+        if wrong:
+            raise ValueError(message)
     address = os.environ.get("MASTER_ADDR")
     if address:
         try:
@@ -104,6 +98,19 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
                 f"MASTER_ADDR={address} cannot be resolved on {socket.gethostname()} ({error}): set it to the first "
                 "node's name or address as the other nodes know it"
             ) from error
+
+
+def slurm_job() -> str | None:
+    """This Slurm job's number, `12` or `12_3` in an array, which it keeps when it is requeued; None outside of a job.
+
+    An interactive allocation is none, as for Lightning.
+    """
+    if not {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys():
+        return None
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _count(devices: Any) -> int | None:

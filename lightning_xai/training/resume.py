@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_xai.data.sample import stable_hash
+from lightning_xai.training.preflight import slurm_job
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
 
 __all__ = ["Resume", "RunStoppedError"]
@@ -277,8 +278,8 @@ class Resume(Checkpoint):
             return
         name = signal.Signals(signum).name
         step = f"stopped by {name} after step {trainer.global_step}"
-        if signum == signal.SIGUSR1 and _may_requeue(trainer):
-            requeued = _requeue() if trainer.is_global_zero else ""
+        if signum == signal.SIGUSR1 and (job := slurm_job()) is not None and _may_requeue(trainer):
+            requeued = _requeue(job) if trainer.is_global_zero else ""
             requeued = trainer.strategy.broadcast(requeued)
             if not requeued:
                 raise RunStoppedError(f"{step}; the job is back in the queue and will resume from there", 0)
@@ -307,17 +308,12 @@ def _out_of_time(trainer: L.Trainer) -> bool:
 
 def _may_requeue(trainer: L.Trainer) -> bool:
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    if isinstance(environment, SLURMEnvironment):
-        return environment.auto_requeue
     # A strategy of one process has no environment.
-    return environment is None and {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys()
+    return environment.auto_requeue if isinstance(environment, SLURMEnvironment) else environment is None
 
 
-def _requeue() -> str:
+def _requeue(job: str) -> str:
     """Put this job back into Slurm's queue; returns why that failed, or an empty text."""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         # Nothing here comes from a user: the job's number is Slurm's own.
         result = subprocess.run(  # noqa: S603

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -31,7 +32,7 @@ _FOREIGN = "it belongs to another run"
 _CHECKPOINT = re.compile(r"step=(\d{1,18})\.ckpt")
 _UNFINISHED = re.compile(r"\.{1,2}step=\d{1,18}\.ckpt\..+")
 _SHOWN = 12
-_MOVED = re.compile(r"^lightning_xai\.(?:tasks|callbacks)\.")  # packages of version 0.1
+_MOVED = re.compile(r'"lightning_xai\.(?:tasks|callbacks)\.')  # packages of version 0.1
 
 
 class RunFolderError(ValueError):
@@ -243,12 +244,5 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Class paths of version 0.1 count as what they are called now.
     """
-    return {name: _renamed(value) for name, value in as_read(settings).items()}
-
-
-def _renamed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _renamed(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item) for item in value]
-    return _MOVED.sub("lightning_xai.training.", value) if isinstance(value, str) else value
+    plain: dict[str, Any] = json.loads(_MOVED.sub('"lightning_xai.training.', json.dumps(as_read(settings))))
+    return plain

@@ -31,12 +31,9 @@ def page_command() -> str:
 
 
 def test_the_pages_tables_are_what_the_calculator_prints_for_its_inputs() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert scaling.with_tables(page, scaling.tables(options(page_command()))) == page
-
-
-def test_the_defaults_are_the_pages_inputs() -> None:
-    assert scaling.tables(options()) == scaling.tables(options(page_command()))
+    page, tables = PAGE.read_text(encoding="utf-8"), scaling.tables(options(page_command()))
+    assert scaling.with_tables(page, tables) == page
+    assert scaling.tables(options()) == tables  # they are the defaults
 
 
 def test_writing_replaces_the_tables_and_nothing_else(tmp_path: Path) -> None:

@@ -96,17 +96,6 @@ def test_flops_are_counted_forward_and_backward(setting: training.Setting) -> No
     assert 2.5 * counter.get_total_flops() < contest.flops() <= 3.1 * counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA GeForce RTX 4090", None),
-    ],
-)
-def test_the_peak_is_that_of_a_known_device(name: str, peak: float | None) -> None:
-    assert training.peak_of(name) == peak
-
-
 @pytest.mark.slow
 def test_photographs_are_as_large_as_cocos_and_their_captions_as_long(tmp_path: Path) -> None:
     from lightning_xai.data.shard_reader import read_samples

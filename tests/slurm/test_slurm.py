@@ -142,7 +142,7 @@ def test_two_nodes_take_the_steps_of_one_process_with_the_joint_batch_and_measur
     ours, alone = (
         next(csv.DictReader((folder / "grounding" / "summary.csv").open())) for folder in (run, tmp_path / "run")
     )
-    assert ours["pairs"] == alone["pairs"] != "0"
+    assert ours["targets"] == alone["targets"] != "0"
     for name in ("gamma_mean", "rho"):
         # Batches of another size go through other matrix products, which round otherwise: float32 has 7 digits.
         assert float(ours[name]) == pytest.approx(float(alone[name]), rel=1e-4)

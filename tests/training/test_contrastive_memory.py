@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from training_runs import Recorder, loader_of, records_of, trainer_in
+from training_runs import Recorder, loader_of, records_of, task_of, trainer_in
 
 from lightning_xai.data import Batch, RecordError, ShardDataModule
 from lightning_xai.data.batch import TrainingCollate
@@ -34,11 +34,6 @@ SAVING: list[dict[str, Any]] = [
 ]
 
 
-def fine_tuning(config: str, **options: Any) -> ContrastiveFineTuning:
-    torch.manual_seed(0)
-    return ContrastiveFineTuning(config, None, **({"initial_lr": 1e-3, "final_lr": 1e-2} | options))
-
-
 def batches_of_eight(task: ContrastiveFineTuning, shards: str, rank: int = 0, world: int = 1) -> list[Batch]:
     """A rank's part of three batches, with a broken record, in the precision of the weights."""
     collate = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer)
@@ -51,10 +46,10 @@ def batches_of_eight(task: ContrastiveFineTuning, shards: str, rank: int = 0, wo
 
 def train(config: str, shards: str, folder: str, options: dict[str, Any], **trainer: Any) -> dict[str, Any]:
     """Three steps in float64 on this process, or on this process's part: losses, gradients and the final weights."""
-    task = fine_tuning(config, **options).double()
+    task = task_of(config, **options).double()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     recorder = Recorder()
-    running = trainer_in(Path(folder), recorder, inference_mode=False, **trainer)
+    running = trainer_in(Path(folder), recorder, **trainer)
     running.fit(task, loader_of(batches_of_eight(task, shards, rank, world)))
     running.save_checkpoint(Path(folder) / "last.ckpt")
     saved = torch.load(Path(folder) / "last.ckpt", weights_only=True, map_location="cpu")
@@ -96,7 +91,7 @@ def test_what_saves_memory_changes_no_number_of_a_run(
 
 
 def test_no_more_pairs_than_a_chunk_pass_through_a_tower_at_a_time(where: tuple[str, str, str]) -> None:
-    task = fine_tuning(where[0], chunk_size=3)
+    task = task_of(where[0], chunk_size=3)
     sizes: list[int] = []
     for tower in (task.encoder.model.visual.conv1, task.encoder.model.token_embedding):
         tower.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
@@ -119,7 +114,7 @@ def test_the_captions_of_a_training_step_are_cut_and_those_of_validation_are_not
 
     lengths = Lengths()
     data = ShardDataModule(train=where[1], val=shapes / "val", batch_size=32, num_workers=0)
-    trainer_in(Path(where[2]), lengths).fit(fine_tuning(where[0]), data)
+    trainer_in(Path(where[2]), lengths).fit(task_of(where[0]), data)
     assert max(lengths.seen["train"]) < 16
     assert lengths.seen["val"] == {16}
 
@@ -131,8 +126,8 @@ def test_grounding_is_measured_in_a_run_with_gradient_checkpointing_as_without(
     def history(**options: Any) -> list[dict[str, Any]]:
         grounding = GroundingCallback(examples=0)
         data = ShardDataModule(train=where[1], val=shapes / "val", batch_size=32, num_workers=0)
-        trainer = trainer_in(Path(where[2]), grounding, inference_mode=False)
-        trainer.fit(fine_tuning(where[0], **options), data)
+        trainer = trainer_in(Path(where[2]), grounding)
+        trainer.fit(task_of(where[0], **options), data)
         return [{name: row[name] for name in ("gamma_mean", "rho", "loss")} for row in grounding.history]
 
     plain = history()
@@ -159,14 +154,14 @@ def test_options_that_do_not_suit_the_model_are_refused_before_anything_runs(
     message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        fine_tuning(str(architecture_file(architecture)), **options)
+        task_of(str(architecture_file(architecture)), **options)
 
 
 # --- precision ---
 
 
 def losses_of(config: str, shards: str, folder: str, options: dict[str, Any], **trainer: Any) -> list[float]:
-    task, recorder = fine_tuning(config, **options), Recorder()
+    task, recorder = task_of(config, **options), Recorder()
     trainer_in(Path(folder), recorder, **trainer).fit(task, loader_of(batches_of_eight(task, shards)))
     assert all(p.dtype == torch.float32 for p in task.parameters())
     return [row["train/loss"] for row in recorder.logged]
@@ -188,7 +183,7 @@ def test_half_precision_gives_the_losses_of_float32_within_its_rounding(
 
 
 def test_an_embedding_of_zeros_in_half_precision_is_no_nan(where: tuple[str, str, str]) -> None:
-    task = fine_tuning(where[0])
+    task = task_of(where[0])
     nn.init.zeros_(task.encoder.model.text_projection)
     recorder = Recorder()
     trainer = trainer_in(Path(where[2]), recorder, plugins=[MixedPrecision("16-mixed", "cpu")])
@@ -209,9 +204,9 @@ def test_a_compiled_run_has_the_plain_ones_losses_grounding_and_checkpoint(
     config = str(architecture_file("vit"))
     runs: list[list[dict[str, Any]]] = []
     for compiled in (False, True):
-        task, recorder, grounding = fine_tuning(config, compile=compiled), Recorder(), GroundingCallback(examples=0)
+        task, recorder, grounding = task_of(config, compile=compiled), Recorder(), GroundingCallback(examples=0)
         data = ShardDataModule(train=shapes / "train", val=shapes / "val", batch_size=32, num_workers=0)
-        trainer = trainer_in(tmp_path / str(compiled), recorder, grounding, inference_mode=False)
+        trainer = trainer_in(tmp_path / str(compiled), recorder, grounding)
         trainer.fit(task, data)
         trainer.save_checkpoint(tmp_path / f"{compiled}.ckpt")
         runs.append([{"loss": row["train/loss"]} for row in recorder.logged])
@@ -292,14 +287,14 @@ def ground_on_this_rank(config: str, train_shards: str, val_shards: str, folder:
     for name, parallel in (("ddp", join_lightning()), ("fsdp", {"strategy": fsdp(), "devices": 2})):
         # Layers before the last: whole blocks run again, and derivatives pass through them.
         grounding = GroundingCallback(examples=0, image_layer=-2, text_layer=-2)
-        task, held, recorder = fine_tuning(config), Held(), Recorder()
+        task, held, recorder = task_of(config), Held(), Recorder()
         if dist.get_rank() == 1:
             with torch.no_grad():
                 for parameter in task.encoder.parameters():
                     parameter.normal_()
         data = ShardDataModule(train=train_shards, val=val_shards, batch_size=16, num_workers=0)
         callbacks = (grounding, held, recorder)
-        trainer = trainer_in(Path(folder) / name, *callbacks, inference_mode=False, **parallel)
+        trainer = trainer_in(Path(folder) / name, *callbacks, **parallel)
         trainer.fit(task, data)
         trainer.save_checkpoint(f"{folder}/{name}.ckpt")
         (tested,) = trainer.validate(task, data, verbose=False)
@@ -312,9 +307,9 @@ def ground_on_this_rank(config: str, train_shards: str, val_shards: str, folder:
                 "held": held.shares,
             }
         )
-        resumed, again = fine_tuning(config), Recorder()
+        resumed, again = task_of(config), Recorder()
         parallel = join_lightning() if name == "ddp" else {"strategy": fsdp(), "devices": 2}
-        trainer = trainer_in(Path(folder) / "resumed", again, inference_mode=False, max_epochs=2, **parallel)
+        trainer = trainer_in(Path(folder) / "resumed", again, max_epochs=2, **parallel)
         trainer.fit(resumed, data, ckpt_path=f"{folder}/ddp.ckpt")  # of DDP, whoever goes on with it
         found[-1]["resumed"] = [row["train/loss"] for row in again.logged]
     return found
@@ -344,7 +339,7 @@ def test_a_model_shared_by_two_processes_is_grounded_saved_and_resumed_like_one_
     saved = torch.load(tmp_path / "fsdp.ckpt", weights_only=True)
     state = saved["state_dict"]
     assert load_dual_encoder(tmp_path / "fsdp.ckpt").logit_scale.item() == state["encoder.model.logit_scale"].item()
-    task = fine_tuning(config)
+    task = task_of(config)
     data = ShardDataModule(train=shapes / "train", val=shapes / "val", batch_size=16, num_workers=0)
     trainer_in(tmp_path / "alone").validate(task, data, ckpt_path=tmp_path / "fsdp.ckpt", verbose=False)
     for name, value in task.state_dict().items():
@@ -374,7 +369,7 @@ def refuse_on_this_rank(config: str, shards: str, folder: str) -> list[str]:
         ({"compile": True}, fsdp(), False),
         ({}, fsdp(), True),
     ):
-        task = fine_tuning(config, **options)
+        task = task_of(config, **options)
         trainer = trainer_in(Path(folder), strategy=strategy, devices=2, inference_mode=inference_mode)
         try:
             trainer.fit(task, loader_of(batches_of_eight(task, shards)))

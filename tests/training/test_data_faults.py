@@ -85,17 +85,13 @@ def test_every_kind_of_damage_is_counted_by_shard(
     ]
 
 
-def test_testing_logs_its_own_number(tmp_path: Path, damaged: Path) -> None:
-    trainer = trainer_in(tmp_path)
-    trainer.test(Reader(), data_that_vanish(damaged), verbose=False)
-    assert trainer.callback_metrics["test/broken_records"] == 17
-    assert not any(name.startswith(("val/", "train/")) for name in trainer.callback_metrics)
-
-
-def test_predicting_counts_and_prints_each_pass(
+def test_testing_logs_its_own_number_and_predicting_prints_each_pass(
     tmp_path: Path, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, trainer = data_that_vanish(damaged), trainer_in(tmp_path)
+    trainer.test(Reader(), data, verbose=False)
+    assert trainer.callback_metrics["test/broken_records"] == 17
+    assert not any(name.startswith(("val/", "train/")) for name in trainer.callback_metrics)
     for _ in range(2):
         trainer.predict(Reader(), data)
         assert data.fault_counts == {"test": 17}

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from quiet_trainer import quiet_trainer
+from training_runs import task_of
 
 from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
 from lightning_xai.data.sample import read_image
@@ -31,22 +32,13 @@ def samples(shapes: Path) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def task(architecture_file: Callable[[str], Path]) -> ContrastiveFineTuning:
-    torch.manual_seed(0)
-    return ContrastiveFineTuning(str(architecture_file("vit")), None)
+    return task_of(architecture_file("vit"))
 
 
-def predict(task: ContrastiveFineTuning, folder: Path, samples: list[Sample], logger: CSVLogger | None = None) -> None:
+def predict(task: ContrastiveFineTuning, folder: Path, samples: list[Sample], **options: Any) -> None:
     write_shards(samples, folder / "shards", name="test", progress=False)
     data = ShardDataModule(val=folder / "shards", eval_batch_size=4, num_workers=0, max_fault_fraction=0.5)
-    options: dict[str, Any] = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    trainer = L.Trainer(
-        accelerator="cpu", logger=logger or False, default_root_dir=folder, callbacks=[EmbeddingWriter()], **options
-    )
-    trainer.predict(task, data)
+    quiet_trainer(folder, EmbeddingWriter(), **options).predict(task, data)
 
 
 def test_the_file_holds_the_unit_embeddings_of_every_image_and_caption_but_broken_ones(
@@ -75,5 +67,5 @@ def test_the_file_holds_the_unit_embeddings_of_every_image_and_caption_but_broke
 
 def test_a_logger_decides_on_the_folder(task: ContrastiveFineTuning, samples: list[Sample], tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "logs", name="run", version=3)
-    predict(task, tmp_path, samples[:2], logger)
+    predict(task, tmp_path, samples[:2], logger=logger)
     assert (tmp_path / "logs" / "run" / "version_3" / "embeddings" / "rank_0.npz").is_file()

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import gc
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from PIL import Image
 from quiet_trainer import quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
 from torch import Tensor, nn
+from training_runs import task_of
 
 from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.data import Batch, Manifest, RecordError, Sample, ShardDataModule, write_shards
@@ -52,17 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make(architecture_file: Callable[[str], Path]) -> Make:
-    """A task with a small random model, the same one each time."""
-
-    def build(name: str = "vit", **options: Any) -> ContrastiveFineTuning:
-        return task_of(architecture_file(name), **options)
-
-    return build
-
-
-def task_of(config: Path, **options: Any) -> ContrastiveFineTuning:
-    torch.manual_seed(0)
-    return ContrastiveFineTuning(str(config), None, **({"initial_lr": 1e-3, "final_lr": 1e-3} | options))
+    return lambda name="vit", **options: task_of(architecture_file(name), **options)
 
 
 def data_of(world: Path, **options: Any) -> ShardDataModule:
@@ -306,16 +296,13 @@ def run(make: Make, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return Run(folder / "run" / "version_0", trainer, callback, by_gamma, by_loss, printed.getvalue())
 
 
-def test_grounding_is_measured_before_training_and_after_each_epoch(run: Run) -> None:
-    assert [row["epoch"] for row in run.callback.history] == [0, 1, 2]
-    assert [row["step"] for row in run.callback.history] == [0, 3, 6]
-    means = [row["gamma_mean"] for row in run.callback.history]
-    assert len(set(means)) == 3
-    assert all(0 <= mean <= 1 for mean in means)
-
-
-def test_the_run_folder_holds_a_result_for_each_epoch(run: Run, expected: Pairs) -> None:
-    for row in run.callback.history:
+def test_grounding_is_measured_before_training_and_after_each_epoch_with_a_result_folder_each(
+    run: Run, world: Path, expected: Pairs
+) -> None:
+    history = run.callback.history
+    assert [(row["epoch"], row["step"]) for row in history] == [(0, 0), (1, 3), (2, 6)]
+    assert len({row["gamma_mean"] for row in history}) == 3
+    for row in history:
         path = run.folder / "grounding" / f"epoch={row['epoch']:03d}"
         table = lines_of(path)
         assert len(table) == len(expected)
@@ -329,6 +316,16 @@ def test_the_run_folder_holds_a_result_for_each_epoch(run: Run, expected: Pairs)
         for line in table:
             caption = line["caption"]
             assert all(words in caption for words in line["phrase"].split(", "))
+        classes = rows_of(path / "classes.csv")
+        assert [line["label"] for line in classes] == list(Manifest.load(world / "val").labels)
+        assert sum(int(line["targets"]) for line in classes) == row["targets"]
+        weighted = sum(int(line["targets"]) * float(line["gamma_mean"]) for line in classes if int(line["targets"]))
+        assert weighted / row["targets"] == pytest.approx(row["gamma_mean"], abs=1e-9)
+        # An example is drawn with the gamma of the table.
+        for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
+            drawn = (*name.split(": "), "measured")
+            first = next(line for line in table if (line["key"], line["phrase"], line["reason"]) == drawn)
+            assert (first["gamma"], first["rho"] == 1) == (gamma, hit)
 
 
 def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, world: Path) -> None:
@@ -360,15 +357,6 @@ def test_the_summary_has_a_line_for_each_epoch_with_what_the_module_logged(run: 
     assert float(lines[-1]["loss"]) == pytest.approx(float(run.trainer.callback_metrics["val/loss"]))
 
 
-def test_the_class_tables_add_up_to_the_whole(run: Run, world: Path) -> None:
-    for row in run.callback.history:
-        lines = rows_of(run.folder / "grounding" / f"epoch={row['epoch']:03d}" / "classes.csv")
-        assert [line["label"] for line in lines] == list(Manifest.load(world / "val").labels)
-        assert sum(int(line["targets"]) for line in lines) == row["targets"]
-        weighted = sum(int(line["targets"]) * float(line["gamma_mean"]) for line in lines if int(line["targets"]))
-        assert weighted / row["targets"] == pytest.approx(row["gamma_mean"], abs=1e-9)
-
-
 def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: Run) -> None:
     for name in ("progress.png", "curves.png"):
         with Image.open(run.folder / "grounding" / name) as picture:
@@ -381,18 +369,6 @@ def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: R
     heats = [row["examples"]["heats"] for row in run.callback.history]
     assert all(heat.shape == (4, 4) for epoch in heats for heat in epoch)
     assert not torch.equal(heats[0][0], heats[-1][0])
-
-
-def test_an_example_is_drawn_with_the_gamma_of_the_table(run: Run) -> None:
-    for row in run.callback.history:
-        table = lines_of(run.folder / "grounding" / f"epoch={row['epoch']:03d}")
-        for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
-            key, phrase = name.split(": ")
-            first = next(
-                line for line in table if (line["key"], line["phrase"], line["reason"]) == (key, phrase, "measured")
-            )
-            assert first["gamma"] == gamma
-            assert (first["rho"] == 1) == hit
 
 
 def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> None:
@@ -562,9 +538,20 @@ def test_validate_and_test_log_and_write_beside_the_training_without_touching_it
 # --- the model is left as it was ---
 
 
-def test_hooks_are_gone_after_a_run_and_after_an_exception(make: Make, world: Path, tmp_path: Path) -> None:
+def test_hooks_modes_and_gradients_are_as_before_also_after_an_exception(
+    make: Make, world: Path, tmp_path: Path, architecture_file: Callable[[str], Path]
+) -> None:
     task = make()
     before = hooks_in(task)
+    task.encoder.model.visual.eval()  # part of the model may be frozen on purpose
+    task.encoder.model.visual.requires_grad_(False)
+    modes = {name: module.training for name, module in task.named_modules()}
+    grads = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
+    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    assert {name: module.training for name, module in task.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in task.named_parameters()} == grads
+    assert all(parameter.grad is None for parameter in task.parameters())
+    task.encoder.model.visual.requires_grad_(True)
     trainer_in(tmp_path, GroundingCallback(examples=0)).fit(task, data_of(world))
     assert hooks_in(task) == before
 
@@ -575,32 +562,12 @@ def test_hooks_are_gone_after_a_run_and_after_an_exception(make: Make, world: Pa
             if batch_idx == 1:
                 raise KeyError("in the middle")
 
-    torch.manual_seed(0)
-    failing = Failing(str(config_of(task, tmp_path)), None)
+    failing = Failing(str(architecture_file("vit")), None)
     for start in ("fit", "validate"):
         trainer = trainer_in(tmp_path, GroundingCallback(examples=0))
         with pytest.raises(KeyError, match="in the middle"):
             getattr(trainer, start)(failing, data_of(world))
         assert hooks_in(failing) == before
-
-
-def config_of(task: ContrastiveFineTuning, folder: Path) -> Path:
-    path = folder / "same.json"
-    path.write_text(json.dumps(task.encoder.architecture["model_cfg"]))
-    return path
-
-
-def test_modes_and_gradients_are_as_before(make: Make, world: Path, tmp_path: Path) -> None:
-    task = make()
-    task.encoder.model.visual.eval()  # part of the model may be frozen on purpose
-    for parameter in task.encoder.model.visual.parameters():
-        parameter.requires_grad_(False)
-    modes = {name: module.training for name, module in task.named_modules()}
-    grads = {name: parameter.requires_grad for name, parameter in task.named_parameters()}
-    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
-    assert {name: module.training for name, module in task.named_modules()} == modes
-    assert {name: parameter.requires_grad for name, parameter in task.named_parameters()} == grads
-    assert all(parameter.grad is None for parameter in task.parameters())
 
 
 @pytest.mark.slow
@@ -706,103 +673,53 @@ def test_broken_records_are_excluded_and_the_other_pairs_stay(
     assert_same_pairs(table_of(tmp_path / "grounding" / "validate"), intact)
 
 
-# --- two processes ---
+# --- two processes; test_same_numbers.py compares the numbers of their evaluations ---
 
 
-SPLITS = {"odd": 5, "fewer": 16, "three": 1, "one": 4}  # name of a validation split -> batch size
-
-
-def evaluate_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> dict[str, Any]:
-    """Validate on every split, and fit for an epoch; what is logged on this rank."""
-    found: dict[str, Any] = {}
-    for name, size in SPLITS.items():
-        data = data_of(Path(world), val=Path(splits) / name, eval_batch_size=size)
-        trainer = trainer_in(Path(out) / name, GroundingCallback(examples=0), **parallel)
-        (logged,) = trainer.validate(task_of(Path(config)), data, verbose=False)
-        found[name] = dict(logged)
+def fit_and_predict(config: str, world: str, splits: str, out: str, **parallel: Any) -> dict[str, Any]:
+    """Fit for an epoch, and write embeddings of splits of which a rank has fewer samples than the other, or none."""
     callback, saver = GroundingCallback(examples=2), ModelCheckpoint(monitor="val/gamma_mean", mode="max")
     logger = TensorBoardLogger(Path(out) / "fit")
     trainer = trainer_in(Path(out) / "fit", callback, saver, logger=logger, **parallel)
-    data = data_of(Path(world), val=Path(splits) / "odd", batch_size=4)
-    trainer.fit(task_of(Path(config)), data)
-    found["history"] = [
-        {k: row[k] for k in ("epoch", "step", "gamma_mean", "targets", "loss")} for row in callback.history
-    ]
-    found["drawn"] = len(callback.history[0]["examples"]["keys"])
-    found["saved"] = saver.best_model_path
-    return found
-
-
-def predict_all(config: str, world: str, splits: str, out: str, **parallel: Any) -> None:
-    """Write the embeddings of splits of which a rank has fewer samples than the other, or none."""
+    trainer.fit(task_of(config), data_of(Path(world), batch_size=4))
     for name in ("three", "one"):
         data = data_of(Path(world), val=Path(splits) / name, test=None)
-        trainer = trainer_in(Path(out) / f"predict-{name}", EmbeddingWriter(), **parallel)
-        trainer.predict(task_of(Path(config)), data)
+        trainer_in(Path(out) / name, EmbeddingWriter(), **parallel).predict(task_of(config), data)
+    history = [{k: row[k] for k in ("epoch", "step", "gamma_mean", "targets", "loss")} for row in callback.history]
+    return {
+        "history": history,
+        "drawn": len(callback.history[0]["examples"]["keys"]),
+        "saved": saver.best_model_path,
+    }
 
 
-def evaluate_on_this_rank(config: str, world: str, splits: str, out: str) -> dict[str, Any]:
-    parallel = join_lightning()
-    predict_all(config, world, splits, out, **parallel)
-    return evaluate_all(config, world, splits, out, **parallel)
-
-
-class Two(NamedTuple):
-    ranks: list[dict[str, Any]]
-    alone: dict[str, Any]
-    folder: Path
-    samples: list[Sample]
-
-
-@pytest.fixture(scope="module")
-def two(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Two:
-    """The same on two processes (files in `two/`) and on one (in `alone/`)."""
-    folder, samples = tmp_path_factory.mktemp("two"), samples_of(world / "val")
-    for name, chosen in {"odd": samples, "fewer": samples[:7], "three": samples[:3], "one": samples[:1]}.items():
-        split_with(folder / "splits" / name, chosen)
-    where = (str(architecture_file("vit")), str(world), str(folder / "splits"))
-    ranks = run_distributed(evaluate_on_this_rank, *where, str(folder / "two"))
-    return Two(ranks, evaluate_all(*where, str(folder / "alone"), devices=1), folder, samples)
+def fit_and_predict_on_this_rank(config: str, world: str, splits: str, out: str) -> dict[str, Any]:
+    return fit_and_predict(config, world, splits, out, **join_lightning())
 
 
 @pytest.mark.distributed
-def test_two_processes_log_the_numbers_of_one(two: Two) -> None:
-    for rank in two.ranks:
-        for name in SPLITS:
-            assert rank[name] == pytest.approx(two.alone[name], abs=2e-6, nan_ok=True), name
-            assert rank[name]["val/grounding_targets"] == two.alone[name]["val/grounding_targets"]
-
-
-@pytest.mark.distributed
-def test_two_processes_write_the_table_of_one_to_the_last_pair(two: Two) -> None:
-    for name in SPLITS:
-        tables = [two.folder / number / name / "grounding" / "validate" for number in ("two", "alone")]
-        assert_same_pairs(table_of(tables[0]), table_of(tables[1]), tolerance=1e-6)
-        plain = [read_result(path)[1].targets for path in tables]
-        assert plain[0].equals(plain[1])
-
-
-@pytest.mark.distributed
-def test_two_processes_train_with_one_history_one_folder_and_one_checkpoint(two: Two) -> None:
-    first, second = two.ranks
+def test_two_processes_have_one_history_one_folder_and_one_checkpoint_and_each_its_own_embeddings(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    samples = samples_of(world / "val")
+    for name, count in (("three", 3), ("one", 1)):
+        split_with(tmp_path / "splits" / name, samples[:count])
+    where = (str(architecture_file("vit")), str(world), str(tmp_path / "splits"))
+    first, second = run_distributed(fit_and_predict_on_this_rank, *where, str(tmp_path / "two"))
+    alone = fit_and_predict(*where, str(tmp_path / "alone"))
     assert [row["epoch"] for row in first["history"]] == [0, 1]
     assert first["history"] == second["history"]
-    assert first["history"][0] == pytest.approx(two.alone["history"][0], abs=2e-6)
+    assert first["history"][0] == pytest.approx(alone["history"][0], abs=2e-6)
     assert first["saved"] == second["saved"]
     assert Path(first["saved"]).is_file()
-    assert [rank["drawn"] for rank in two.ranks] == [2, 0]  # only the rank that writes keeps pictures
-    assert len(list((two.folder / "two" / "fit").rglob("progress.png"))) == 1
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("name", "shares"), [("three", [2, 1]), ("one", [1, 0])])
-def test_each_process_writes_the_embeddings_of_its_own_samples(two: Two, name: str, shares: list[int]) -> None:
-    keys: list[str] = []
-    for rank, share in enumerate(shares):
-        path = two.folder / "two" / f"predict-{name}" / "embeddings" / f"rank_{rank}.npz"
-        with np.load(path, allow_pickle=False) as arrays:
-            assert arrays["image"].shape == (share, 24)
-            captions = sum(len(sample.captions) for sample in two.samples if sample.key in arrays["keys"])
-            assert arrays["text"].shape == (captions, 24)
-            keys += arrays["keys"].tolist()
-    assert keys == [sample.key for sample in two.samples[: sum(shares)]]
+    assert [rank["drawn"] for rank in (first, second)] == [2, 0]  # only the rank that writes keeps pictures
+    assert len(list((tmp_path / "two" / "fit").rglob("progress.png"))) == 1
+    for name, shares in (("three", [2, 1]), ("one", [1, 0])):
+        keys: list[str] = []
+        for rank, share in enumerate(shares):
+            with np.load(tmp_path / "two" / name / "embeddings" / f"rank_{rank}.npz", allow_pickle=False) as arrays:
+                assert arrays["image"].shape == (share, 24)
+                captions = sum(len(sample.captions) for sample in samples if sample.key in arrays["keys"])
+                assert arrays["text"].shape == (captions, 24)
+                keys += arrays["keys"].tolist()
+        assert keys == [sample.key for sample in samples[: sum(shares)]]

@@ -17,11 +17,13 @@ import torch
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from stopped_runs import differences, left_by
+from quiet_trainer import quiet_trainer
+from stopped_runs import Left, differences, left_by
+from training_runs import task_of
 
 from lightning_xai.data import ShardDataModule
 from lightning_xai.data.shapes import prepare_shapes
-from lightning_xai.training import AtomicCheckpointIO, ContrastiveFineTuning, GroundingCallback, Resume
+from lightning_xai.training import AtomicCheckpointIO, GroundingCallback, Resume
 from lightning_xai.training.resume import RunStoppedError
 from lightning_xai.training.run_folder import RunFolder, RunFolderError
 
@@ -65,33 +67,28 @@ def fit(run: Path, model: Path, world: Path, *callbacks: Callback, **options: An
     """Train, or go on with the training in `run`, until it is finished (True) or stopped."""
     folder, record = RunFolder(run), RunFolder(run).read()
     newest = None if record is None else folder.newest(record)
-    torch.manual_seed(0)
-    module = ContrastiveFineTuning(str(model), None, initial_lr=1e-3, final_lr=1e-4)
+    module = task_of(model, final_lr=1e-4)
     data = ShardDataModule(
         train=world / "train", val=world / "val", batch_size=4, num_workers=0, shuffle_buffer=6, max_fault_fraction=1.0
     )
     best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1, "inference_mode": False,
-    }  # fmt: skip
-    trainer = L.Trainer(
-        callbacks=[
-            GroundingCallback(examples=0),
-            best,
-            *callbacks,
-            Resume(folder, chosen=None if newest is None else newest.name),
-        ],
-        plugins=[AtomicCheckpointIO()],
-        logger=TensorBoardLogger(run, name="", version=""),
-        **defaults | options,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    resume = Resume(folder, chosen=None if newest is None else newest.name)
+    defaults: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 1, "inference_mode": False}
+    defaults |= {"plugins": [AtomicCheckpointIO()], "logger": TensorBoardLogger(run, name="", version="")}
+    trainer = quiet_trainer(run, GroundingCallback(examples=0), best, *callbacks, resume, **(defaults | options))
     try:
         trainer.fit(module, data, ckpt_path=newest)
     except RunStoppedError:
         return False
     return True
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Left:
+    """What the usual schedule leaves without interruption."""
+    run = tmp_path_factory.mktemp("whole")
+    assert fit(run, model, world)
+    return left_by(run)
 
 
 @pytest.mark.slow
@@ -126,15 +123,14 @@ def test_stopped_at_any_batch_a_run_ends_as_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_a_stop_inside_a_validation_costs_no_more_than_the_batch_before_it(
-    model: Path, world: Path, tmp_path: Path
+    model: Path, world: Path, tmp_path: Path, whole: Left
 ) -> None:
-    assert fit(tmp_path / "whole", model, world)
     run = tmp_path / "stopped"
     # Three batches of the validation before training, then those of the first epoch's.
     assert not fit(run, model, world, StopAt(4, signal.SIGTERM, validation=True))
     assert [path.name for path in RunFolder(run).files()] == ["step=00000005.ckpt"]
     assert fit(run, model, world)
-    assert differences(left_by(run), left_by(tmp_path / "whole")) == []
+    assert differences(left_by(run), whole) == []
 
 
 def test_where_gradients_are_summed_up_a_stop_at_an_epochs_end_costs_no_more_than_a_step(
@@ -147,9 +143,8 @@ def test_where_gradients_are_summed_up_a_stop_at_an_epochs_end_costs_no_more_tha
 
 @pytest.mark.slow
 def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
-    model: Path, world: Path, tmp_path: Path
+    model: Path, world: Path, tmp_path: Path, whole: Left
 ) -> None:
-    assert fit(tmp_path / "whole", model, world)
     run = tmp_path / "run"
     with pytest.warns(UserWarning, match="max_time is over"):
         assert fit(run, model, world, Slow(1.0), max_time={"seconds": 1})
@@ -157,7 +152,7 @@ def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
     assert record is not None
     assert not record.finished
     assert fit(run, model, world, max_time={"hours": 1})
-    whole, gone_on = left_by(tmp_path / "whole"), left_by(run)
+    gone_on = left_by(run)
     # What was measured where the time was over has been logged in addition.
     logged = {key: value for key, value in gone_on.logged.items() if key in whole.logged}
     assert differences(gone_on._replace(logged=logged), whole) == []
@@ -174,13 +169,14 @@ class Slow(Callback):
 
 
 @pytest.mark.slow
-def test_stopped_before_the_first_checkpoint_a_run_starts_over(model: Path, world: Path, tmp_path: Path) -> None:
-    assert fit(tmp_path / "whole", model, world)
+def test_stopped_before_the_first_checkpoint_a_run_starts_over(
+    model: Path, world: Path, tmp_path: Path, whole: Left
+) -> None:
     run = tmp_path / "stopped"
     assert not fit(run, model, world, StopAt(1, signal.SIGTERM, validation=True))
     assert RunFolder(run).files() == []
     assert fit(run, model, world)
-    assert differences(left_by(run), left_by(tmp_path / "whole")) == []
+    assert differences(left_by(run), whole) == []
 
 
 @pytest.mark.distributed
