@@ -23,8 +23,14 @@ import torch
 from torch import Tensor
 
 from lightning_xai.attribution.base import InteractionAttribution, check_finite
-from lightning_xai.attribution.capture import Captured, capture
-from lightning_xai.attribution.pairwise import HiddenStates, IntraModalAttribution, PairwiseMethod, References
+from lightning_xai.attribution.pairwise import (
+    Captured,
+    HiddenStates,
+    IntraModalAttribution,
+    PairwiseMethod,
+    References,
+    capture,
+)
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.models.at_layer import EmbeddingPath, TowerAtLayer, as_constant, differentiable, refuse_rewriting

@@ -9,17 +9,17 @@ Shape suffixes: B pairs, L caption tokens, H x W the patch grid.
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_xai.attribution.base import AttributionMethod, InteractionAttribution, check_batch, check_finite
-from lightning_xai.attribution.capture import Captured
-from lightning_xai.models.at_layer import differentiable
+from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable
 
-__all__ = ["HiddenStates", "IntraModalAttribution", "PairwiseMethod", "References"]
+__all__ = ["Captured", "HiddenStates", "IntraModalAttribution", "PairwiseMethod", "References", "capture"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,54 @@ class HiddenStates:
     def pairs(self, images: Tensor, captions: Tensor) -> HiddenStates:
         """The states of pairs, given the rows [N] of their images and of their captions."""
         return HiddenStates(self.image[images], self.text[captions], self.tokens[captions])
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Inputs of a layer, one for each forward pass through it, as `TowerAtLayer.features_before` returns them.
+
+    Attributes:
+        image: those of the image tower.
+        text: those of the text tower.
+    """
+
+    image: list[Tensor] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def only(kept: list[Tensor], count: int) -> Tensor | None:
+        """The one input kept, if it is of `count` images or captions; else the pass that is meant is not known."""
+        return as_constant(kept[0]) if len(kept) == 1 and len(kept[0]) == count else None
+
+
+@contextmanager
+def capture(image: TowerAtLayer, text: TowerAtLayer) -> Iterator[Captured]:
+    """Inside, keep what enters both towers' layers, without graph; the hooks are removed also after an exception.
+
+    Example:
+        >>> with capture(image, text) as captured:  # doctest: +SKIP
+        ...     model(images, tokens)
+        >>> hidden = Captured.only(captured.image, len(images))  # doctest: +SKIP
+
+    Raises:
+        ValueError: the layer is the head, which has no block.
+    """
+    captured, handles = Captured(), []
+    try:
+        for tower, kept in ((image, captured.image), (text, captured.text)):
+            if tower.block is None:
+                raise ValueError(
+                    f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
+                )
+
+            def keep(_: object, inputs: tuple[Tensor, ...], at: TowerAtLayer = tower, to: list[Tensor] = kept) -> None:
+                to.append(at.captured(inputs[0]).detach())
+
+            handles.append(tower.block.register_forward_pre_hook(keep))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

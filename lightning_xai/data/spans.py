@@ -21,7 +21,7 @@ class SpanError(ValueError):
 
 
 class SpanCutOffError(SpanError):
-    """The span lies, in whole or in part, beyond the tokenizer's context length, or behind an end of text."""
+    """The span lies, in whole or in part, beyond the context length or after an end of text."""
 
 
 class SpanAlignmentError(SpanError):
@@ -110,7 +110,7 @@ class CaptionTokenizer:
             A slice of the caption's row of `encode`; tokens that the tokenizer adds in front are counted.
 
         Raises:
-            SpanCutOffError: a token of the span lies beyond the context length, or behind an end-of-text token that the
+            SpanCutOffError: a token of the span lies beyond the context length, or after an end-of-text token that the
                 caption holds itself.
             SpanAlignmentError: the span starts or ends inside a token, or does not survive the tokenizer's cleaning.
             ValueError: the caption is empty, the span leaves it, or the tokenizer cannot align spans at all.
@@ -134,7 +134,7 @@ class CaptionTokenizer:
             first, last = found
         if self._end_id in tokens[:last]:
             raise SpanCutOffError(
-                f"{phrase!r} at {span} stands behind an end-of-text token of {caption!r}, where the model stops reading"
+                f"{phrase!r} at {span} stands after an end-of-text token of {caption!r}, where the model stops reading"
             )
         if last > self._capacity:
             raise SpanCutOffError(

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.base import AttributionMethod
-from lightning_xai.attribution.capture import Captured
-from lightning_xai.attribution.pairwise import HiddenStates, PairwiseMethod, References
+from lightning_xai.attribution.pairwise import Captured, HiddenStates, PairwiseMethod, References
 from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch

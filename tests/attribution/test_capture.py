@@ -9,7 +9,7 @@ from conftest import ARCHITECTURES
 from torch import Tensor
 
 from lightning_xai.attribution import FeaturePairAttribution
-from lightning_xai.attribution.capture import Captured, capture
+from lightning_xai.attribution.pairwise import Captured, capture
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.at_layer import differentiable
 

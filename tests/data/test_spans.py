@@ -219,7 +219,7 @@ def test_a_tokenizer_that_strips_accents_aligns_by_its_offsets(tmp_path: Path) -
 def test_a_span_behind_an_end_of_text_that_was_typed_is_cut_off(tokenizer: CaptionTokenizer) -> None:
     caption = "a dog <end_of_text> on a mat"
     assert tokenizer.token_span(caption, (2, 5)) == slice(2, 3)
-    with pytest.raises(SpanCutOffError, match="behind an end-of-text token"):
+    with pytest.raises(SpanCutOffError, match="after an end-of-text token"):
         tokenizer.token_span(caption, (25, 28))
 
 

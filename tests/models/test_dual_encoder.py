@@ -18,7 +18,7 @@ from inputs import CAPTIONS
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_xai.attribution.capture import capture
+from lightning_xai.attribution.pairwise import capture
 from lightning_xai.models import DualEncoder, load_dual_encoder, save_open_clip
 from lightning_xai.models.architecture import tag_architecture
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY
