@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.progress import Progress
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
 from lightning_xai.commands.outputs import numpy_of, progress_bar, write_all, write_csv
+from lightning_xai.registry import PluginError
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
@@ -23,6 +24,26 @@ _SUMMARY = (
     "name", "image", "caption", "span", "box", "method", "similarity", "completeness_error", "fault", "skipped",
 )  # fmt: skip
 _MOST_REASONS = 5
+
+
+@dataclass(frozen=True)
+class _Explained:
+    """An entry's explanations, and why methods have none of it."""
+
+    explanations: list[Explanation] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def _explained_by(chosen: ChosenMethod, batch: Sequence[PreparedEntry]) -> list[Explanation | ValueError]:
+    """What a method says of each entry of a batch, or why it cannot: then one by one, to find which it is."""
+    try:
+        return list(explain_batch(chosen, batch))
+    except PluginError:
+        raise
+    except ValueError as error:
+        if len(batch) == 1:
+            return [error]
+        return [given for entry in batch for given in _explained_by(chosen, [entry])]
 
 
 @dataclass(frozen=True)
@@ -48,12 +69,17 @@ class Explainer:
 
         Raises:
             InputError: it cannot be used.
+            ValueError: no method can explain it.
         """
         prepared = prepare_entry(self.encoder, entry)
         with progress_bar() as bar:
             bar.add_task("explaining", total=len(self.chosen))
-            (explanations,) = self._explain([prepared], bar)
-        print(self._write(self.out, prepared, explanations))  # noqa: T201
+            (explained,) = self._explain([prepared], bar)
+        if not explained.explanations:
+            raise ValueError("; ".join(explained.failed.values()))
+        for name, reason in explained.failed.items():
+            print(f"Skipped {name}: {reason}")  # noqa: T201
+        print(self._write(self.out, prepared, explained))  # noqa: T201
 
     def explain_list(self, entries: Sequence[Entry], batch_size: int) -> None:
         """Explain a list, each entry in its own folder, and write `summary.csv`.
@@ -71,13 +97,19 @@ class Explainer:
             for start in range(0, len(entries), batch_size):
                 rows += self._explain_batch(entries[start : start + batch_size], bar)
         write_csv(self.out / "summary.csv", rows, _SUMMARY)
-        reasons = [f"  {row['name']}: {row['skipped']}" for row in rows if "skipped" in row]
+        of_method = {True: ", {method}", False: ""}  # what was skipped: one method's explanation, or the entry
+        reasons = [
+            f"  {row['name']}{of_method['method' in row].format(**row)}: {row['skipped']}"
+            for row in rows
+            if "skipped" in row
+        ]
         skipped = len(reasons)
         if skipped > _MOST_REASONS:
             reasons[_MOST_REASONS:] = [f"  and {skipped - _MOST_REASONS} more"]
-        if skipped == len(entries):
+        saved = len({row["name"] for row in rows if "skipped" not in row})
+        if not saved:
             raise ValueError("\n".join([f"none of the {len(entries)} entries can be used:", *reasons]))
-        lines = [f"Saved explanations of {len(entries) - skipped} of {len(entries)} entries in {self.out}"]
+        lines = [f"Saved explanations of {saved} of {len(entries)} entries in {self.out}"]
         if skipped:
             lines += [f"Skipped {skipped}:", *reasons]
         faulty = sum(bool(row.get("fault")) for row in rows)
@@ -95,27 +127,36 @@ class Explainer:
             except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
                 rows.append(asdict(entry) | {"skipped": str(error)})
                 bar.advance(bar.task_ids[0], len(self.chosen))
-        for prepared, explanations in zip(batch, self._explain(batch, bar), strict=True):
-            self._write(self.out / prepared.entry.name, prepared, explanations)
-            for each in explanations:
+        for prepared, explained in zip(batch, self._explain(batch, bar), strict=True):
+            if explained.explanations:
+                self._write(self.out / prepared.entry.name, prepared, explained)
+            rows += [
+                asdict(prepared.entry) | {"method": name, "skipped": reason}
+                for name, reason in explained.failed.items()
+            ]
+            for each in explained.explanations:
                 faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
                 row = asdict(prepared.entry) | {"method": each.saliency.method, "fault": "; ".join(faults)}
                 rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
         return sorted(rows, key=lambda row: str(row["name"]))
 
-    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress) -> list[list[Explanation]]:
-        """Explanations by every method of each entry."""
-        explanations: list[list[Explanation]] = [[] for _ in batch]
+    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress) -> list[_Explained]:
+        """Explanations by every method of each entry; what one entry does to a method is no loss of the others."""
+        found = [_Explained() for _ in batch]
         for chosen in self.chosen if batch else ():
             bar.update(bar.task_ids[0], description=chosen.name)
-            for each, given in zip(explanations, explain_batch(chosen, batch), strict=True):
-                each.append(given)
+            for each, given in zip(found, _explained_by(chosen, batch), strict=True):
+                if isinstance(given, Explanation):
+                    each.explanations.append(given)
+                else:
+                    each.failed[chosen.name] = str(given)
             bar.advance(bar.task_ids[0], len(batch))
-        return explanations
+        return found
 
-    def _write(self, folder: Path, prepared: PreparedEntry, explanations: Sequence[Explanation]) -> str:
+    def _write(self, folder: Path, prepared: PreparedEntry, explained: _Explained) -> str:
         """Write arrays, record and picture of an entry, and say so."""
-        several = len(explanations) + len(self.missing) > 1
+        explanations, missing = explained.explanations, self.missing | explained.failed
+        several = len(explanations) + len(missing) > 1
         arrays = {"tokens": numpy_of(prepared.tokens)}
         if prepared.positions:
             arrays["span_mask"] = np.isin(np.arange(len(prepared.tokens)), prepared.positions)
@@ -123,6 +164,6 @@ class Explainer:
             prefix = f"{each.saliency.method}/" if several else ""
             arrays |= {prefix + key: values for key, values in each.arrays.items()}
         methods = {each.saliency.method: each.record for each in explanations}
-        record = {"methods": methods, "not_served": self.missing, "arrays": ARRAYS}
-        picture = sheet(self.encoder, prepared, explanations, self.missing)
+        record = {"methods": methods, "not_served": missing, "arrays": ARRAYS}
+        picture = sheet(self.encoder, prepared, explanations, missing)
         return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)

@@ -17,7 +17,7 @@ from lightning_xai.commands.inputs import (
     span_positions,
     transformed_box,
 )
-from lightning_xai.commands.outputs import numpy_of, shown_tokens
+from lightning_xai.commands.outputs import numpy_of, shown_tokens, sums_of
 from lightning_xai.report.explanation import Saliency, Token, comparison_sheet, explanation_sheet
 from lightning_xai.report.plots import Example, Scale, heat_fault
 
@@ -57,7 +57,7 @@ class PreparedEntry:
         entry: image, caption and the part of either that is asked about.
         pixels: [3, height, width].
         tokens: [L] token ids.
-        content: positions of the caption's own tokens, without marks and padding.
+        content: positions of the caption's own tokens, without marks and padding; bytes of one character together.
         shown: these tokens as the picture shows them.
         spans: character spans of the phrase.
         positions: its tokens' positions.
@@ -69,7 +69,7 @@ class PreparedEntry:
     entry: Entry
     pixels: Tensor
     tokens: Tensor
-    content: list[int]
+    content: list[list[int]]
     shown: list[Token]
     spans: list[Span]
     positions: list[int]
@@ -143,7 +143,7 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
         saliency = Saliency(
             chosen.name,
             arrays["shown_image"],
-            arrays["shown_text"][each.content],
+            sums_of(arrays["shown_text"], each.content),
             similarity=arrays["similarity"].item(),
             scale=_scale(chosen.method.has_zero, arrays),
             completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
@@ -229,7 +229,7 @@ def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
     error, most = explanation.saliency.completeness_error, _INCOMPLETE * abs(explanation.saliency.similarity)
     if error is not None and "steps" in explanation.record["options"] and abs(error) > most:
         notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
-    full = prepared.content[-1] >= len(prepared.tokens) - 2  # the end mark follows, in the last place
+    full = prepared.content[-1][-1] >= len(prepared.tokens) - 2  # the end mark follows, in the last place
     if full and not entry.caption.rstrip().lower().endswith(prepared.shown[-1].text):
         notes.append(f"The model reads {len(prepared.tokens)} tokens; the rest of the caption is cut off.")
     if "interactions" in arrays:

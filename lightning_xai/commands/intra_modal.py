@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_xai.commands.explain_pair import box_mask
 from lightning_xai.commands.inputs import InputError, read_input, span_positions, transformed_box
-from lightning_xai.commands.outputs import numpy_of, shown_tokens
+from lightning_xai.commands.outputs import numpy_of, shown_tokens, sums_of
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
 from lightning_xai.report.plots import Example
 
@@ -80,8 +80,8 @@ def compare_captions(
     sheet = text_pair_sheet(
         first,
         second,
-        arrays["interactions"][np.ix_(rows, columns)],
-        (arrays["first"][rows], arrays["shown_second"][columns]),
+        sums_of(sums_of(arrays["interactions"], rows).T, columns).T,
+        (sums_of(arrays["first"], rows), sums_of(arrays["shown_second"], columns)),
         similarity=arrays["similarity"].item(),
         error=arrays["completeness_error"].item(),
     )

@@ -87,8 +87,10 @@ def numpy_of(tensor: Tensor) -> NDArray[Any]:
 
 def shown_tokens(
     tokenizer: CaptionTokenizer, caption: str, tokens: Tensor, marked: Sequence[int] = ()
-) -> tuple[list[int], list[Token]]:
+) -> tuple[list[list[int]], list[Token]]:
     """A caption's own tokens, without marks of start and end and padding: their positions, and how they are shown.
+
+    Tokens that are bytes of one character are shown as one.
 
     Args:
         tokenizer: made the tokens.
@@ -102,14 +104,31 @@ def shown_tokens(
     own: list[int] = tokenizer.content_mask(tokens[None].cpu())[0].nonzero()[:, 0].tolist()
     if not own:
         raise InputError(f"nothing of the caption {caption!r} is left by the tokenizer")
-    strings = tokenizer.token_strings(tokens)
+    groups = _by_character(tokenizer, caption, own)
     # Some vocabularies mark a word piece that continues a word.
-    pieces = [strings[position].removeprefix("##") for position in own]
+    pieces = [tokenizer.joint_string(tokens[group].tolist()).removeprefix("##") for group in groups]
     joined = _joined(caption, pieces)
-    return own, [
-        Token(piece, continues, position in marked)
-        for piece, continues, position in zip(pieces, joined, own, strict=True)
+    return groups, [
+        Token(piece, continues, group[0] in marked)
+        for piece, continues, group in zip(pieces, joined, groups, strict=True)
     ]
+
+
+def _by_character(tokenizer: CaptionTokenizer, caption: str, own: Sequence[int]) -> list[list[int]]:
+    """Positions of tokens, those that share a character together."""
+    offsets = None if caption.isascii() else tokenizer.offsets(caption)
+    groups: list[list[int]] = []
+    for row, position in enumerate(own):
+        if offsets is not None and 0 < row < len(offsets) and offsets[row][0] < offsets[row - 1][1]:
+            groups[-1].append(position)
+        else:
+            groups.append([position])
+    return groups
+
+
+def sums_of(values: NDArray[Any], groups: Sequence[Sequence[int]]) -> NDArray[Any]:
+    """The sum of the values of each group of positions along the first axis."""
+    return np.stack([values[list(group)].sum(axis=0) for group in groups])
 
 
 def _joined(caption: str, pieces: Sequence[str]) -> list[bool]:

@@ -211,6 +211,14 @@ class CaptionTokenizer:
         special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
         return " ".join("".join(self._decode([token]) for token in ids if token not in special).split())
 
+    def joint_string(self, tokens: Sequence[int]) -> str:
+        """The text of token ids that belong together, such as the bytes of one character, without spaces around it.
+
+        Raises:
+            ValueError: the tokenizer cannot decode.
+        """
+        return self._decode(list(tokens)).strip()
+
     def token_strings(self, tokens: Tensor | Sequence[int]) -> list[str]:
         """One string for each of the token ids [L], without spaces: "" for padding after the end token.
 

@@ -198,6 +198,8 @@ class TwoTowerEncoder(nn.Module, ABC):
     @torch.no_grad()
     def _check(self, name: str, at: TowerAtLayer) -> None:
         """Refuse a tower that is another one at this layer: attributions would explain another model."""
+        if any(hasattr(parameter, "to_local") for parameter in self.parameters()):
+            return  # sharded after it was checked: parts of it cannot run on their own, outside its forward pass
         inputs, embedding = self._probe(name)
         with evaluating(self):
             hidden = at.features_before(inputs)

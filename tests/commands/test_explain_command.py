@@ -30,6 +30,8 @@ from lightning_xai.attribution import (
     SimilarityGradCAM,
 )
 from lightning_xai.cli import main
+from lightning_xai.commands.outputs import shown_tokens
+from lightning_xai.data import CaptionTokenizer
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_clap, load_dual_encoder, save_open_clip
 
 Explained = Callable[..., tuple[dict[str, NDArray[Any]], Any]]
@@ -543,3 +545,28 @@ def test_the_help_teaches_with_an_example_and_loads_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False"
     assert '  python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"\n' in done.stdout
     assert "--other_image" in done.stdout
+
+
+def test_a_pair_that_one_method_cannot_explain_is_named_and_the_rest_goes_on(
+    model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "list.csv"
+    listed.write_text(f"image,caption\n{image},a dog\n{image},a dog on a mat and a cat on a red sofa\n")
+    options = ["--options.image_masks", "8", "--options.image_samples", "40", "--options.text_samples", "8"]
+    main(["explain", "--image", str(listed), *model, "--method", "all", *options, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "Saved explanations of 2 of 2 entries" in said
+    assert re.search(r"Skipped 1:\n  0001-\S+, kernel_shap: text_samples has to be at least \d+ for \d+ tokens", said)
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows if row["skipped"]] == ["kernel_shap"]
+    assert len(rows) == 2 * len(METHODS)
+    record = json.loads((tmp_path / "out" / rows[-1]["name"] / "explanation.json").read_text())
+    assert "text_samples" in record["not_served"]["kernel_shap"]
+
+
+def test_the_bytes_of_one_character_are_shown_as_one_token(tokenizer: CaptionTokenizer) -> None:
+    caption = "a \u72d7 dog"
+    groups, shown = shown_tokens(tokenizer, caption, tokenizer.encode([caption])[0])
+    assert [token.text for token in shown] == ["a", "\u72d7", "dog"]
+    assert [len(group) for group in groups] == [1, 3, 1]
