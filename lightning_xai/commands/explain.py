@@ -26,6 +26,8 @@ class Explain:
     Every method side by side: the same without --span, with --method all.
     A box on the words: --box 120,40,200,180 instead of --span.
     Many at once: --image list.csv (columns image,caption and if need be span,box), or a folder with --caption.
+    Two captions: --caption "A dog runs" --other-caption "A puppy is playing", also by a sentence encoder
+    (--model.name st:FOLDER); every pair of their tokens is then in pairs.csv as well.
 
     Attributes:
         model: the model to explain.
@@ -113,6 +115,10 @@ class Explain:
             "--other-image needs no --caption, and --other-caption no --image: leave it out": (
                 (self.other_image is not None and self.caption is not None)
                 or (self.other_caption is not None and self.image is not None)
+            ),
+            f"{self.model.name} is a sentence encoder, which has no image tower and compares two texts: give --caption "
+            "TEXT and --other-caption TEXT": (
+                self.model.compares_texts_only and (self.caption is None or self.other_caption is None)
             ),
             f"--out has to be a folder, but {self.out} is a file": self.out.is_file(),
             f"{self.out / PICTURE} is the image to explain, and would be replaced: choose another --out": any(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_xai.commands.explain_pair import box_mask
 from lightning_xai.commands.inputs import InputError, read_input, span_positions, transformed_box
-from lightning_xai.commands.outputs import numpy_of, shown_tokens, write_all
+from lightning_xai.commands.outputs import numpy_of, shown_tokens, write_all, write_csv
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
 from lightning_xai.report.plots import Example
 
@@ -31,6 +31,8 @@ _ARRAYS = {
     "similarity": "cosine similarity of the two",
     "completeness_error": "sum of all attributions minus what they should sum to",
 }
+PAIRS = "pairs.csv"
+_PAIRS = ("token", "other_token", "attribution", "position", "other_position")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Comparison:
     def of_captions(self, caption: str, other: str, span: str | None) -> None:
         """Compare two captions; with a span of the first one, show what in the second one matches it.
 
+        Writes a table of all pairs of tokens as well, the largest attribution first.
+
         Raises:
             InputError: a caption is empty, or the first one lacks the phrase.
         """
@@ -89,16 +93,30 @@ class Comparison:
             arrays["shown_second"] = arrays["interactions"][positions].sum(axis=0)
         rows, first = shown_tokens(tokenizer, caption, tokens[0], positions)
         columns, second = shown_tokens(tokenizer, other, tokens[1])
+        matrix = arrays["interactions"][np.ix_(rows, columns)]
         sheet = text_pair_sheet(
             first,
             second,
-            arrays["interactions"][np.ix_(rows, columns)],
+            matrix,
             (arrays["first"][rows], arrays["shown_second"][columns]),
             similarity=arrays["similarity"].item(),
             error=arrays["completeness_error"].item(),
         )
         record = {"captions": [caption, other], "span": span, "characters": spans, "positions": positions}
         self._write(arrays, sheet, record)
+        places = ((row, column) for row in range(len(rows)) for column in range(len(columns)))
+        table = [
+            {
+                "token": first[row].text,
+                "other_token": second[column].text,
+                "attribution": float(matrix[row, column]),
+                "position": rows[row],
+                "other_position": columns[column],
+            }
+            for row, column in sorted(places, key=lambda place: -matrix[place])
+        ]
+        write_csv(self.out / PAIRS, table, _PAIRS)
+        print(f"Saved {self.out / PAIRS}: {_largest(table)}")  # noqa: T201
 
     @property
     def _method(self) -> PairwiseMethod:
@@ -115,3 +133,9 @@ def _arrays(result: IntraModalAttribution) -> dict[str, NDArray[Any]]:
     names = ("interactions", "first", "second", "similarity", "completeness_error")
     arrays = {name: numpy_of(getattr(result, name)[0]) for name in names}
     return arrays | {"shown_second": arrays["second"]}
+
+
+def _largest(table: Sequence[Mapping[str, Any]]) -> str:
+    """The first few lines of the table, in words."""
+    pairs = [f"{row['token']} - {row['other_token']} {row['attribution']:+.3f}" for row in table[:3]]
+    return ", ".join(pairs) + (", ..." if len(table) > 3 else "")
