@@ -70,7 +70,7 @@ class FeaturePairAttribution(PairwiseMethod):
     """Attributions between the tokens of a caption and the patches of an image (feature-pair paper, Eq. 10).
 
     Args:
-        encoder: the dual encoder to explain; with a sentence encoder, which has no image tower, `attribute_texts` works.
+        encoder: the dual encoder to explain, or a sentence encoder, for `attribute_texts` alone.
         image_layer: the image tower's layer whose input is attributed to, counted as open_clip counts its blocks
             (-1: the last; a ResNet's stages are 1 to 4).
         text_layer: likewise for the text tower.

@@ -393,6 +393,7 @@ class HuggingFaceTokenizer:
         return text.lower() if self.lower else text
 
     def __call__(self, captions: list[str]) -> Tensor:
+        """Token ids [C, L] of captions."""
         tokens: Tensor = self.tokenizer(
             [self.clean_fn(caption) for caption in captions],
             padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt",

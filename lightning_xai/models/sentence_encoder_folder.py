@@ -1,6 +1,6 @@
 """Folders of sentence-transformers, read with Hugging Face's transformers: the package itself is not needed.
 
-`modules.json` lists a model's parts: a transformer, the pooling of its tokens, and what follows on the pooled embedding.
+`modules.json` lists a model's parts: a transformer, the pooling of its tokens, and layers on the pooled embedding.
 No code of a folder is run, and files of PyTorch are read as tensors alone.
 """
 
@@ -70,7 +70,8 @@ def load_sentence_encoder(
     kinds = [kind for kind, _ in parts]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise UnsupportedTowerError(
-            f"{folder} is made of {', '.join(kinds) or 'nothing'}; a sentence encoder begins with Transformer and Pooling"
+            f"{folder} is made of {', '.join(kinds) or 'nothing'}; supported are Transformer, Pooling, Dense and "
+            "Normalize, in this order"
         )
     transformer = _transformer(parts[0][1])
     tokenizer = _tokenizer(parts[0][1], transformer.config, context_length)
@@ -197,7 +198,7 @@ def _warn_of_prompt(folder: Path) -> None:
     prompt = (config.get("prompts") or {}).get(name) if name else None
     if prompt:
         warnings.warn(
-            f"sentence-transformers puts the prompt {prompt!r} in front of each text of {folder}; here it is not: write "
-            "it into your texts",
+            f"sentence-transformers puts the prompt {prompt!r} in front of each text of {folder}, which is not done "
+            "here: write it into your texts",
             stacklevel=3,
         )
