@@ -126,8 +126,13 @@ def _transformer(folder: Path) -> Any:
         raise UnsupportedTowerError(
             f"{folder} holds a {config.model_type} model with a decoder, which is not supported"
         )
-    # Sentence encoders have their own pooling; BERT's pooler is often left out.
-    return read_model(transformers.AutoModel, folder, safetensors=names[0] == _WEIGHTS[0], optional="pooler.")
+    try:
+        # Sentence encoders have their own pooling; BERT's pooler is often left out.
+        return read_model(transformers.AutoModel, folder, safetensors=names[0] == _WEIGHTS[0], optional="pooler.")
+    except ValueError:
+        raise
+    except Exception as error:  # a file that is cut off, or holds other objects, raises whatever breaks first
+        raise ValueError(f"transformers cannot read the weights in {folder}: download them again ({error})") from error
 
 
 def _tokenizer(folder: Path, config: Any, context_length: int | None) -> HuggingFaceTokenizer:
