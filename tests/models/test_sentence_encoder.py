@@ -423,8 +423,8 @@ DESCRIPTIONS = [
     ("A bus stops at the traffic light.", "The traffic is heavy and the bus is late."),
 ]
 STOP = """
-    a an the of on in at to with and is are it its by for from that this his her their some two one up down out over near
-    next top while as into there who has have be being off through very other under before after where
+    a an the of on in at to with and is are it its by for from that this his her their some two one up down out over
+    near next top while as into there who has have be being off through very other under before after where
 """
 
 
