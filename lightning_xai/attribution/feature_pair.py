@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -75,7 +76,7 @@ class FeaturePairAttribution(PairwiseMethod):
     """Attributions between the tokens of a caption and the patches of an image (feature-pair paper, Eq. 10).
 
     Args:
-        encoder: the dual encoder to explain.
+        encoder: the dual encoder to explain, or a sentence encoder, for `attribute_texts` alone.
         image_layer: the image tower's layer whose input is attributed to, counted as open_clip counts its blocks
             (-1: the last; a ResNet's stages are 1 to 4).
         text_layer: likewise for the text tower.
@@ -107,12 +108,18 @@ class FeaturePairAttribution(PairwiseMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         refuse_rewriting(encoder)
-        self.image = encoder.image_at_layer(image_layer)
+        self._image_layer = image_layer
         self.text = encoder.text_at_layer(text_layer)
-        self.grid = self.image.grid
+        if encoder.has_image_tower:
+            self.grid = self.image.grid
         self._points, self._weights = (as_constant(numbers) for numbers in quadrature(rule, steps))
         self._image_reference = image_reference
         self._text_reference = text_reference
+
+    @cached_property
+    def image(self) -> TowerAtLayer:
+        """The image tower at its layer."""
+        return self.encoder.image_at_layer(self._image_layer)
 
     def attribute(self, images: Tensor, tokens: Tensor) -> FeaturePairs:
         """All pairs of tokens and patches; see `AttributionMethod.attribute`."""
@@ -158,7 +165,7 @@ class FeaturePairAttribution(PairwiseMethod):
             return _Side.of(self.image, self.image_states(batch[rows]), reference, None, self._dtype)
 
         with differentiable(self.encoder):
-            reference = self.references().image
+            reference = self._image_reference_states()
             parts = [self._compare(side(rows, images), side(rows, others)) for rows in self._chunks(len(images))]
         matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         first_last = self.image.on_grid(matrix_BPP).movedim(1, -1)
@@ -177,17 +184,20 @@ class FeaturePairAttribution(PairwiseMethod):
             raise ValueError(f"expected two batches of captions of one shape; got {[*tokens.shape]}, {[*others.shape]}")
 
         def side(rows: slice, batch: Tensor) -> _Side:
-            with torch.no_grad():
-                hidden = self.text.features_before(batch[rows], length)
+            hidden = self.text_states(batch[rows])
             return _Side.of(self.text, hidden, reference[:, : hidden.shape[1]], batch[rows], self._dtype)
+
+        def compare(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            matrix_BTT, similarity, error = self._compare(side(rows, tokens), side(rows, others))
+            matrix_BTL = self.text.on_caption(matrix_BTT, length)
+            return self.text.on_caption(matrix_BTL.mT, length).mT, similarity, error
 
         length = tokens.shape[1]
         with differentiable(self.encoder):
-            reference = self.references(length).text
-            parts = [self._compare(side(rows, tokens), side(rows, others)) for rows in self._chunks(len(tokens))]
-        matrix_BTT, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
-        matrix_BTL = self.text.on_caption(matrix_BTT, length) * self.text.visible(others)[:, None]
-        matrix_BLL = self.text.on_caption(matrix_BTL.mT, length).mT * self.text.visible(tokens)[:, :, None]
+            reference = self._text_reference_states(length)
+            parts = [compare(rows) for rows in self._chunks(len(tokens))]
+        matrix_BLL, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
+        matrix_BLL = matrix_BLL * self.text.visible(tokens)[:, :, None] * self.text.visible(others)[:, None]
         check_finite(matrix_BLL, "attribution", self.label)
         return IntraModalAttribution(matrix_BLL, similarity, error)
 
@@ -212,18 +222,23 @@ class FeaturePairAttribution(PairwiseMethod):
         """Hidden states at the text layer: [B, T, D]."""
         return self.text.features_before(tokens)
 
-    @torch.no_grad()
     def references(self, length: int | None = None) -> References:
         """Hidden states of both references; of the text's first `length` tokens (default: the context length)."""
+        with differentiable(self.encoder):
+            text = self._text_reference_states(length or self.encoder.tokenizer.context_length)
+            return References(self._image_reference_states(), text)
+
+    @torch.no_grad()
+    def _image_reference_states(self) -> Tensor:
         weight = next(self.encoder.parameters())
-        length = length or self.encoder.tokenizer.context_length
-        with differentiable(self.encoder), torch.no_grad():
-            image = self.image.features_before(self._reference_image().to(weight)[None])
-            text = self.text.features_before(self._reference_tokens(length).to(weight.device)[None], length)
-            return References(
-                torch.zeros_like(image) if self._is(self._image_reference, "features") else image,
-                torch.zeros_like(text) if self._is(self._text_reference, "features") else text,
-            )
+        image = self.image.features_before(self._reference_image().to(weight)[None])
+        return torch.zeros_like(image) if self._is(self._image_reference, "features") else image
+
+    @torch.no_grad()
+    def _text_reference_states(self, length: int) -> Tensor:
+        device = next(self.encoder.parameters()).device
+        text = self.text.features_before(self._reference_tokens(length).to(device)[None], length)
+        return torch.zeros_like(text) if self._is(self._text_reference, "features") else text
 
     def _visible(self, tokens: Tensor) -> Tensor:
         return self.text.visible(tokens)
@@ -333,11 +348,12 @@ class SimilarityGradCAM(FeaturePairAttribution):
         *,
         internal_batch_size: int | None = None,
     ) -> None:
-        image, text = encoder.image_at_layer(-1), encoder.text_at_layer(-1)
+        if image_layer is None:
+            image_layer = _before_the_last(encoder.image_at_layer()) if encoder.has_image_tower else -1
         super().__init__(
             encoder,
-            _before_the_last(image) if image_layer is None else image_layer,
-            _before_the_last(text) if text_layer is None else text_layer,
+            image_layer,
+            _before_the_last(encoder.text_at_layer()) if text_layer is None else text_layer,
             steps=1,
             image_reference="features",
             text_reference="features",

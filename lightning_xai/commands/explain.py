@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_xai.commands.explain_entries import Explainer
 from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
-from lightning_xai.commands.intra_modal import COMPARED_ARRAYS, compare_captions, compare_images
+from lightning_xai.commands.intra_modal import COMPARED_ARRAYS, compare_captions, compare_images, write_pairs
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import PICTURE, describe, write_all
 
@@ -26,6 +26,8 @@ class Explain:
     Every method side by side: the same without --span, with --method all.
     A box on the words: --box 120,40,200,180 instead of --span.
     Many at once: --image list.csv (columns image,caption and if need be span,box), or a folder with --caption.
+    Two captions: --caption "A dog runs" --other-caption "A puppy is playing", also by a sentence encoder
+    (--model.name st:FOLDER); every pair of their tokens is then in pairs.csv as well.
 
     Attributes:
         model: the model to explain.
@@ -87,14 +89,17 @@ class Explain:
     def _compare(self, encoder: Any, chosen: Any, settings: dict[str, Any]) -> None:
         """Compare two images or two captions, and write what `write_all` writes."""
         if self.image is not None and self.other_image is not None:
-            arrays, record, sheet = compare_images(encoder, chosen.method, self.image, self.other_image, self.box)
+            compared = compare_images(encoder, chosen.method, self.image, self.other_image, self.box)
         else:
             captions = (self.caption or "", self.other_caption or "")
-            arrays, record, sheet = compare_captions(encoder, chosen.method, *captions, self.span)
+            compared = compare_captions(encoder, chosen.method, *captions, self.span)
+        arrays, record, sheet, pairs = compared
         scores = {name: arrays[name].item() for name in ("similarity", "completeness_error")}
         methods = {chosen.name: {"options": chosen.options, **scores}}
         record = {**settings, **record, "methods": methods, "arrays": COMPARED_ARRAYS}
         print(write_all(self.out, arrays, record, sheet))  # noqa: T201
+        if pairs:
+            print(write_pairs(self.out, pairs))  # noqa: T201
 
     @property
     def _compares(self) -> bool:
@@ -123,6 +128,10 @@ class Explain:
             "--other-image needs no --caption, and --other-caption no --image: leave it out": (
                 (self.other_image is not None and self.caption is not None)
                 or (self.other_caption is not None and self.image is not None)
+            ),
+            f"{self.model.name} is a sentence encoder, which has no image tower and compares two texts: give --caption "
+            "TEXT and --other-caption TEXT": (
+                self.model.compares_texts_only and (self.caption is None or self.other_caption is None)
             ),
             f"--out has to be a folder, but {self.out} is a file": self.out.is_file(),
             f"{self.out / PICTURE} is the image to explain, and would be replaced: choose another --out": any(

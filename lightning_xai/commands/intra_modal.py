@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_xai.commands.explain_pair import box_mask
 from lightning_xai.commands.inputs import InputError, read_input, span_positions, transformed_box
-from lightning_xai.commands.outputs import numpy_of, shown_tokens, sums_of
+from lightning_xai.commands.outputs import numpy_of, shown_tokens, sums_of, write_csv
 from lightning_xai.report.explanation import image_pair_sheet, text_pair_sheet
 from lightning_xai.report.plots import Example
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from lightning_xai.attribution import IntraModalAttribution, PairwiseMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
-    Compared = tuple[dict[str, NDArray[Any]], dict[str, Any], Figure]  # arrays, record, picture
+    # Arrays, record, picture, and of captions the pairs of tokens, the largest attribution first.
+    Compared = tuple[dict[str, NDArray[Any]], dict[str, Any], Figure, list[dict[str, Any]]]
 
 COMPARED_ARRAYS = {
     "interactions": "what each pair of parts adds to the similarity: [H, W, H, W] for images, [L, L] for captions",
@@ -30,6 +32,8 @@ COMPARED_ARRAYS = {
     "similarity": "cosine similarity of the two",
     "completeness_error": "sum of all attributions minus what they should sum to",
 }
+_FILE = "pairs.csv"
+_PAIRS = ("token", "other_token", "attribution", "position", "other_position")
 
 
 def compare_images(
@@ -54,7 +58,7 @@ def compare_images(
     sheet = image_pair_sheet(
         first, second, heats, similarity=arrays["similarity"].item(), error=arrays["completeness_error"].item()
     )
-    return arrays, {"images": [str(image), str(other)], "box": box, "box transformed": seen}, sheet
+    return arrays, {"images": [str(image), str(other)], "box": box, "box transformed": seen}, sheet, []
 
 
 def compare_captions(
@@ -77,18 +81,38 @@ def compare_captions(
         arrays["shown_second"] = arrays["interactions"][positions].sum(axis=0)
     rows, first = shown_tokens(tokenizer, caption, tokens[0], positions)
     columns, second = shown_tokens(tokenizer, other, tokens[1])
+    matrix = sums_of(sums_of(arrays["interactions"], rows).T, columns).T
     sheet = text_pair_sheet(
         first,
         second,
-        sums_of(sums_of(arrays["interactions"], rows).T, columns).T,
+        matrix,
         (sums_of(arrays["first"], rows), sums_of(arrays["shown_second"], columns)),
         similarity=arrays["similarity"].item(),
         error=arrays["completeness_error"].item(),
     )
-    return arrays, {"captions": [caption, other], "span": span, "characters": spans, "positions": positions}, sheet
+    places = ((row, column) for row in range(len(rows)) for column in range(len(columns)))
+    table = [
+        {
+            "token": first[row].text,
+            "other_token": second[column].text,
+            "attribution": float(matrix[row, column]),
+            "position": rows[row][0],
+            "other_position": columns[column][0],
+        }
+        for row, column in sorted(places, key=lambda place: -matrix[place])
+    ]
+    record = {"captions": [caption, other], "span": span, "characters": spans, "positions": positions}
+    return arrays, record, sheet, table
 
 
 def _arrays(result: IntraModalAttribution) -> dict[str, NDArray[Any]]:
     names = ("interactions", "first", "second", "similarity", "completeness_error")
     arrays = {name: numpy_of(getattr(result, name)[0]) for name in names}
     return arrays | {"shown_second": arrays["second"]}
+
+
+def write_pairs(folder: Path, table: Sequence[Mapping[str, Any]]) -> str:
+    """Write the pairs of tokens; returns the line that says so, with the largest of them."""
+    write_csv(folder / _FILE, table, _PAIRS)
+    pairs = [f"{row['token']} - {row['other_token']} {row['attribution']:+.3f}" for row in table[:3]]
+    return f"Saved {folder / _FILE}: {', '.join(pairs)}{', ...' if len(table) > 3 else ''}"

@@ -8,6 +8,9 @@ from typing import Any
 
 from lightning_xai.model_options import ModelOptions
 
+SENTENCES = "st:"
+"""In front of a folder, it names a model of sentence-transformers."""
+
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
 
@@ -17,7 +20,8 @@ class ModelChoice(ModelOptions):
 
     Attributes:
         name: an open_clip name (ViT-B-32), a JSON model config, a .ckpt file that fit has written, an open_clip folder,
-            hf-hub:OWNER/NAME, or hf:FOLDER, a folder of Hugging Face's transformers (CLIP, SigLIP, CLAP and others).
+            hf-hub:OWNER/NAME, hf:FOLDER, a folder of Hugging Face's transformers (CLIP, SigLIP, CLAP and others), or
+            st:FOLDER, one of sentence-transformers, for two captions.
         pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those that the name brings,
             random ones otherwise.
         device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.
@@ -32,8 +36,13 @@ class ModelChoice(ModelOptions):
     @property
     def is_random(self) -> bool:
         """True if neither the name nor `pretrained` brings weights."""
-        brings = self.name.endswith(".ckpt") or self.name.startswith(("hf-hub:", "hf:", "local-dir:"))
+        brings = self.name.endswith(".ckpt") or self.name.startswith(("hf-hub:", "hf:", SENTENCES, "local-dir:"))
         return self.pretrained is None and not (brings or Path(self.name).is_dir())
+
+    @property
+    def compares_texts_only(self) -> bool:
+        """True for a sentence encoder, which has no image tower."""
+        return self.name.startswith(SENTENCES)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerE
             "random_weights_seed": choice.seed if choice.is_random else None,
             "device": str(next(encoder.parameters()).device),
             "architecture": encoder.name,
-            "image_size": list(encoder.image_shape[1:]),
+            "image_size": list(encoder.image_shape[1:]) if encoder.has_image_tower else None,
             "preprocessing": encoder.preprocessing,
             "context_length": encoder.tokenizer.context_length,
             "parameters": sum(parameter.numel() for parameter in encoder.parameters()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,12 @@ class TwoTowerEncoder(nn.Module, ABC):
 
     Attributes:
         tokenizer: captions -> token ids, characters -> tokens.
+        has_image_tower: False for an encoder of texts alone, where all that needs images raises an
+            `UnsupportedTowerError`.
     """
 
     tokenizer: CaptionTokenizer
+    has_image_tower: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()

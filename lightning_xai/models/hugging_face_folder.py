@@ -27,7 +27,18 @@ from lightning_xai.models.processor_transform import ProcessorTransform
 if TYPE_CHECKING:
     from lightning_xai.models.weights_file import Weights
 
-__all__ = ["LIBRARY", "PREFIX", "check_folder", "load_hugging_face", "load_recorded", "read_model", "save_hugging_face"]
+__all__ = [
+    "LIBRARY",
+    "PREFIX",
+    "HuggingFaceTokenizer",
+    "check_folder",
+    "import_transformers",
+    "load_hugging_face",
+    "load_recorded",
+    "read_model",
+    "read_tokenizer",
+    "save_hugging_face",
+]
 
 PREFIX = "hf:"
 """In front of a folder, it names a model of transformers."""
@@ -66,7 +77,7 @@ def load_hugging_face(folder: Path, weights: Weights | None, options: ModelOptio
             image processor that cannot be served.
     """
     kind = check_folder(folder, _MODELS, "a dual encoder", needs_weights=weights is None)
-    model_class = getattr(_transformers(), _MODELS[kind])
+    model_class = getattr(import_transformers(), _MODELS[kind])
     if weights is None:
         model = read_model(model_class, folder)
     else:
@@ -79,7 +90,7 @@ def load_hugging_face(folder: Path, weights: Weights | None, options: ModelOptio
                 f"{weights.path} holds another model than {name}: they differ in {', '.join(sorted(difference)[:6])}"
             )
         return load_recorded(weights, options, folder)
-    tokenizer = _Tokenizer.of(folder, model.config)
+    tokenizer = HuggingFaceTokenizer.of(folder, model.config)
     architecture = {
         "name": name,
         "library": LIBRARY,
@@ -104,7 +115,7 @@ def load_recorded(weights: Weights, options: ModelOptions, folder: Path | None =
     kind = str(recorded["model_cfg"].get("model_type"))
     if kind not in _MODELS:
         raise ValueError(f"{weights.path} holds a model of type {kind!r}; this release knows {', '.join(_MODELS)}")
-    config = getattr(_transformers(), _MODELS[kind]).config_class.from_dict(dict(recorded["model_cfg"]))
+    config = getattr(import_transformers(), _MODELS[kind]).config_class.from_dict(dict(recorded["model_cfg"]))
     places = [weights.path.parent, Path(recorded["tokenizer"]["folder"])] if folder is None else [folder]
     place = next((place for place in places if _has_vocabulary(place)), None)
     if place is None:
@@ -113,7 +124,7 @@ def load_recorded(weights: Weights, options: ModelOptions, folder: Path | None =
             f"{' or '.join(map(str, places))}: copy the tokenizer's files next to the checkpoint, or give the model's "
             f"folder as name ({PREFIX}FOLDER) and the checkpoint as pretrained"
         )
-    tokenizer = _Tokenizer.of(place, config)
+    tokenizer = HuggingFaceTokenizer.of(place, config)
     if tokenizer.fingerprint() != recorded["tokenizer"]["vocabulary"]:
         raise ValueError(
             f"the tokenizer in {place} is another one than {weights.path} was trained with: its vocabulary, or how it "
@@ -170,13 +181,22 @@ def check_folder(
     return str(kind)
 
 
-def read_model(model_class: Any, folder: Path) -> Any:
+def read_model(model_class: Any, folder: Path, *, safetensors: bool = True, optional: str | None = None) -> Any:
     """The model in a folder, in float32, with all of its weights.
+
+    Args:
+        model_class: of transformers.
+        folder: as `save_pretrained` writes it.
+        safetensors: whether its weights are safetensors; else they are PyTorch's file, read as tensors alone.
+        optional: beginning of the names of weights that it may lack, since nobody uses that part.
 
     Raises:
         ValueError: weights are missing or of other shapes, which transformers would replace by random numbers.
     """
-    options = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
+    options = {
+        "use_safetensors": safetensors, "weights_only": True, "local_files_only": True, "dtype": torch.float32,
+        "output_loading_info": True,
+    }  # fmt: skip
     try:
         try:
             model, report = model_class.from_pretrained(folder, attn_implementation="sdpa", **options)
@@ -187,6 +207,7 @@ def read_model(model_class: Any, folder: Path) -> Any:
     except RuntimeError as error:  # transformers 5 has logged which are of another shape
         raise ValueError(f"the weights in {folder} do not fit its config.json: some are of another shape") from error
     wrong = [str(name) for part in ("missing_keys", "mismatched_keys") for name in sorted(report[part], key=str)]
+    wrong = [name for name in wrong if optional is None or not name.startswith(optional)]
     if wrong:
         raise ValueError(
             f"the weights in {folder} do not fit its config.json: missing or of another shape are "
@@ -195,7 +216,12 @@ def read_model(model_class: Any, folder: Path) -> Any:
     return model
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The library.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -207,7 +233,7 @@ def _transformers() -> Any:
 
 def _build(kind: str, config: Any) -> Any:
     """A model with random weights, which others are to replace."""
-    model_class = getattr(_transformers(), _MODELS[kind])
+    model_class = getattr(import_transformers(), _MODELS[kind])
     try:
         return model_class._from_config(config, attn_implementation="sdpa")
     except ValueError:
@@ -215,7 +241,7 @@ def _build(kind: str, config: Any) -> Any:
 
 
 def _encoder(
-    model: Any, tokenizer: _Tokenizer, architecture: dict[str, Any], weights: Weights | None
+    model: Any, tokenizer: HuggingFaceTokenizer, architecture: dict[str, Any], weights: Weights | None
 ) -> HuggingFaceEncoder:
     if weights is not None:
         try:
@@ -257,7 +283,7 @@ def _without(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, A
 def _read_processor(folder: Path) -> dict[str, Any]:
     """The settings of a folder's image processor, with the defaults of its class."""
     try:
-        processor = _transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = import_transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the image processor of {folder} cannot be read: {error}") from error
     settings: dict[str, Any] = json.loads(json.dumps(processor.to_dict(), default=str))
@@ -302,44 +328,55 @@ def _has_vocabulary(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, as transformers makes it.
+
+    Raises:
+        ImportError: it needs a package that is not installed.
+        ValueError: there is none, or it pads on the left.
+    """
+    transformers = import_transformers()
+    if not _has_vocabulary(folder):
+        raise ValueError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}): copy its files there")
+    if (folder / "spiece.model").is_file() and find_spec("sentencepiece") is None:
+        # transformers would take another tokenizer then, which does not clean captions as SigLIP's does.
+        raise ImportError(_INSTALL)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"the tokenizer of {folder} cannot be read ({error}); put its files there, as its save_pretrained "
+            "writes them"
+        ) from error
+    if tokenizer.padding_side != "right":
+        raise ValueError(
+            f"the tokenizer of {folder} pads on the left, so that words are at other places in every batch: if "
+            'the model was trained with padding on the right, put "padding_side": "right" into its '
+            "tokenizer_config.json"
+        )
+    return tokenizer
+
+
 @dataclass(frozen=True)
-class _Tokenizer:
+class HuggingFaceTokenizer:
     """A tokenizer of transformers as `CaptionTokenizer` takes it: captions -> token ids of one length.
 
     Attributes:
         tokenizer: of transformers.
         context_length: tokens that a caption is cut or padded to.
         end: the mark of the end, if all after it is replaced by token 0, as OpenAI's own CLIP pads.
+        lower: whether captions are put in lower case before.
     """
 
     tokenizer: Any
     context_length: int
     end: int | None = None
+    lower: bool = False
 
     @classmethod
-    def of(cls, folder: Path, config: Any) -> _Tokenizer:
+    def of(cls, folder: Path, config: Any) -> HuggingFaceTokenizer:
         """The tokenizer in a folder, for a model's configuration."""
-        transformers = _transformers()
-        if not _has_vocabulary(folder):
-            raise ValueError(f"{folder} holds no tokenizer ({', '.join(_VOCABULARIES)}): copy its files there")
-        if (folder / "spiece.model").is_file() and find_spec("sentencepiece") is None:
-            # transformers would take another tokenizer then, which does not clean captions as SigLIP's does.
-            raise ImportError(_INSTALL)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ValueError(
-                f"the tokenizer of {folder} cannot be read ({error}); put its files there, as its save_pretrained "
-                "writes them"
-            ) from error
-        if tokenizer.padding_side != "right":
-            raise ValueError(
-                f"the tokenizer of {folder} pads on the left, so that words are at other places in every batch: if "
-                'the model was trained with padding on the right, put "padding_side": "right" into its '
-                "tokenizer_config.json"
-            )
+        tokenizer = read_tokenizer(folder)
         text = config.text_config
         positions = int(text.max_position_embeddings)
         if "roberta" in text.model_type or config.model_type == "altclip":
@@ -351,15 +388,16 @@ class _Tokenizer:
         same = ends and tokenizer.pad_token_id == tokenizer.eos_token_id
         return cls(tokenizer, length, int(tokenizer.eos_token_id) if same else None)
 
-    @staticmethod
-    def clean_fn(text: str) -> str:
-        """The caption as it is: the tokenizer does its own cleaning."""
-        return text
+    def clean_fn(self, text: str) -> str:
+        """The caption as it is, but for upper case: the tokenizer does its own cleaning."""
+        return text.lower() if self.lower else text
 
     def __call__(self, captions: list[str]) -> Tensor:
+        """Token ids [C, L] of captions."""
         tokens: Tensor = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
-        )["input_ids"]
+            [self.clean_fn(caption) for caption in captions],
+            padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt",
+        )["input_ids"]  # fmt: skip
         if self.end is None:
             return tokens
         after = tokens.eq(self.end).cumsum(dim=1).cumsum(dim=1) > 1

@@ -46,7 +46,7 @@ __all__ = ["load_dual_encoder"]
 # trained with the pixels that are open_clip's defaults.
 _OPENAI_ONLY = frozenset({"input_resolution", "context_length", "vocab_size"})
 _OPENAI_PIXELS = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
-_LOCAL, _HUB = "local-dir:", "hf-hub:"
+_LOCAL, _HUB, _SENTENCES = "local-dir:", "hf-hub:", "st:"
 _WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")  # as open_clip looks for them
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 # A file may differ from the model that was asked for in what can be carried over: positions, and it knows best itself.
@@ -103,6 +103,11 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
         resize_mode=resize_mode,
         quick_gelu=quick_gelu,
     )
+    if str(model).startswith(_SENTENCES):
+        raise ValueError(
+            f"{model} is a sentence encoder, which has no image tower: `explain` takes it with --caption and "
+            "--other-caption, and in Python load_sentence_encoder(FOLDER) loads it"
+        )
     if str(model).startswith(PREFIX):
         if pretrained is not None and not Path(pretrained).is_file():
             raise ValueError(_brings_its_own(model, pretrained))
