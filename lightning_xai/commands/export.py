@@ -16,8 +16,8 @@ def export(checkpoint: Path, out: Path) -> None:
 
     Args:
         checkpoint: a .ckpt file that `fit` has written.
-        out: a .safetensors or .pt file to write; the model's configuration goes to the same folder, as .json. For a
-            model of transformers a new folder.
+        out: a .safetensors or .pt file to write, next to which the model's configuration goes as .json; or a new folder
+            (no suffix), as repositories of open_clip models have it. For a model of transformers a new folder.
     """
     from lightning_xai.models import HuggingFaceEncoder, load_dual_encoder, save_hugging_face, save_open_clip
 
@@ -33,7 +33,8 @@ def export(checkpoint: Path, out: Path) -> None:
         )
         return
     save_open_clip(encoder, out)
-    print(f"Saved {out} and {out.with_suffix('.json')}. To load them:\n{loading_code(encoder, out)}")  # noqa: T201
+    saved = f"{out} and {out.with_suffix('.json')}" if out.suffix else str(out)
+    print(f"Saved {saved}. To load the model:\n{loading_code(encoder, out)}")  # noqa: T201
 
 
 def loading_code(encoder: DualEncoder, weights: Path) -> str:
@@ -44,6 +45,12 @@ def loading_code(encoder: DualEncoder, weights: Path) -> str:
     import open_clip
     from open_clip.timm_model import TimmModel
 
+    if not weights.suffix:
+        folder = f"local-dir:{weights}"
+        return (
+            f"import open_clip\nmodel, _, preprocess = open_clip.create_model_and_transforms({folder!r})\n"
+            f"tokenizer = open_clip.get_tokenizer({folder!r})"
+        )
     name, config = encoder.architecture["name"], dict(encoder.architecture["model_cfg"])
     quick_gelu = config.pop("quick_gelu", False)
     known = open_clip.get_model_config(name) if name in open_clip.list_models() else None

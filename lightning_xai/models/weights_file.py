@@ -156,18 +156,23 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def save_open_clip(encoder: DualEncoder, path: Path) -> None:
-    """Write weights that `open_clip.create_model(name, pretrained=path)` loads.
+    """Write weights that `open_clip.create_model(name, pretrained=path)` loads, or a folder for `local-dir:`.
 
-    The file also carries the architecture, with the preprocessing of images; `<name>.json` next to it holds the model
-    config, so that models that open_clip has no name for can be built as well.
+    A file also carries the architecture, with the preprocessing of images; `<name>.json` next to it holds the model
+    config, so that models that open_clip has no name for can be built as well. A folder, for a path without suffix,
+    holds both in its `open_clip_config.json`, as repositories on the hub do, and the files of a tokenizer from there.
 
     Raises:
-        ValueError: a suffix other than `.safetensors` or `.pt`.
+        ValueError: a suffix other than `.safetensors` or `.pt`; a folder that holds something, or a model that
+            open_clip builds for another size of images before it loads a folder's weights.
     """
-    if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"export writes .safetensors or .pt, not {path.suffix or 'a file without suffix'}: {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix not in (".safetensors", ".pt", ""):
+        raise ValueError(f"export writes .safetensors, .pt or a folder, not {path.suffix}: {path}")
     state = {key: value.detach().cpu().contiguous() for key, value in encoder.model.state_dict().items()}
+    if not path.suffix:
+        _save_folder(encoder, state, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(state, path, metadata={CHECKPOINT_KEY: json.dumps(encoder.architecture)})
     else:
@@ -175,3 +180,24 @@ def save_open_clip(encoder: DualEncoder, path: Path) -> None:
     path.with_suffix(".json").write_text(
         json.dumps(encoder.architecture["model_cfg"], indent=2) + "\n", encoding="utf-8"
     )
+
+
+def _save_folder(encoder: DualEncoder, state: dict[str, Tensor], folder: Path) -> None:
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: give a new folder, or a file that ends in .safetensors or .pt")
+    visual: Any = encoder.model.visual
+    default = getattr(getattr(visual, "trunk", None), "default_cfg", {}).get("input_size", (3, *visual.image_size))
+    if hasattr(getattr(visual, "trunk", None), "set_input_size") and tuple(default[1:]) != tuple(visual.image_size):
+        raise ValueError(
+            f"open_clip builds a folder's {encoder.name} for images of {tuple(default[1:])} before it loads its "
+            "weights: export to a .safetensors file, whose printed code sets the size first"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        state, folder / "open_clip_model.safetensors", metadata={CHECKPOINT_KEY: json.dumps(encoder.architecture)}
+    )
+    config = {name: encoder.architecture[name] for name in ("model_cfg", "preprocess_cfg")}
+    (folder / FOLDER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    own: Any = getattr(encoder.tokenizer.tokenizer, "tokenizer", None)
+    if hasattr(own, "save_pretrained"):
+        own.save_pretrained(folder)
