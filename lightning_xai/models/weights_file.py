@@ -145,7 +145,7 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
 def _unreadable(path: Path, error: Exception) -> str:
     """The reason why a pickle was refused: the foreign classes in it, or the error, without PyTorch's advice on it."""
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:  # not a zip file, or a broken one
         foreign = []
     if foreign:
