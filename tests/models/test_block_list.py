@@ -69,7 +69,7 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
     "small_swin": partial(
         SwinTransformer, img_size=SIZE, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4
     ),
-    # It is given no size, and interpolates its 16 x 16 positions to the grid of each image, where asked to along one side.
+    # It is given no size, and interpolates its 16 x 16 positions to the grid of each image.
     "small_naflex": partial(NaFlexVit, **NAFLEX, pos_embed_interp_mode="bilinear"),
     "small_naflex_average": partial(NaFlexVit, **NAFLEX, reg_tokens=2, pos_embed_ar_preserving=True),
     "small_naflex_factors": partial(NaFlexVit, **NAFLEX, class_token=True, pos_embed="factorized"),
