@@ -23,6 +23,7 @@ def rows() -> list[tuple[str, list[str]]]:
 ROWS = rows()
 
 
+@pytest.mark.slow
 def test_the_page_lists_every_model_once() -> None:
     listed = sorted(name for _, members in ROWS for name in members)
     installed = supported_models.names()
