@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lightning_xai.data.batch import Batch
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Region, Sample
 from lightning_xai.data.shards import write_shards
+from lightning_xai.models.image_transform import ImageTransform
 
 TRANSFORM = ImageTransform(size=(8, 8))
 
@@ -22,6 +23,13 @@ def jpeg(seed: int, mode: str = "RGB") -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(stream, "JPEG")
     return stream.getvalue()
+
+
+def grey_sample(key: str = "a", captions: tuple[str, ...] = ("a photo",), **changes: Any) -> Sample:
+    """A sample of 64 x 48 grey pixels."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48), "grey").save(stream, "PNG")
+    return Sample(key, stream.getvalue(), (64, 48), captions, source=f"test/{key}.png", **changes)
 
 
 def make_samples(count: int, broken: Iterable[int] = ()) -> Iterator[Sample]:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.image_transform import ImageTransform
 
 # The replaced words stand at other places than the true ones.
 NEGATIVE = HardNegative("see the old dog bite a big rat", (23, 30), 0, (14, 17), 1)

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lightning_xai.metrics import METRICS as SPECS
 from lightning_xai.results.examples import ExampleRecord, write_examples
-from lightning_xai.results.record import MethodRecord, MetricRecord, ResultRecord, Score
+from lightning_xai.results.record import MethodRecord, ResultRecord
 from lightning_xai.results.roar import LOSS, ORIGINAL
 from lightning_xai.results.table import ResultTable, read_result, write_result
 
@@ -22,43 +23,7 @@ SIGNED = ("feature_pair", "kernel_shap", "integrated_gradients")
 SKILLS = {"feature_pair": 0.3, "m2ib": 0.5, "random": 0.1}
 
 
-def score(name: str, value: str, heading: str, better: Any = "up", *, percent: bool = True, **more: Any) -> Score:
-    return Score(name=name, value=value, heading=heading, better=better, percent=percent, **more)
-
-
-GROUNDING = MetricRecord(
-    name="grounding",
-    title="Visual-linguistic grounding",
-    note="γ: share of the attribution in the box.",
-    values=("gamma", "rho"),
-    scores=(
-        score("gamma_mean", "gamma", "γ mean", percent=False),
-        score("gamma_above_50", "gamma", "γ > 0.5", reduce="share_above", threshold=0.5),
-        score("gamma_above_80", "gamma", "γ > 0.8", reduce="share_above", threshold=0.8),
-        score("rho", "rho", "ρ"),
-    ),
-    chart="cumulative",
-)
-HARD_NEGATIVES = MetricRecord(
-    name="hard_negatives",
-    title="Hard negative captions",
-    note="δ: below 0 the model has noticed.",
-    values=("positive", "negative", "delta"),
-    scores=(
-        score("delta_negative", "delta", "δ < 0", reduce="share_below"),
-        score("delta_mean", "delta", "δ mean", None, percent=False),
-    ),
-    chart="distribution",
-)
-CONFIDENCE = MetricRecord(
-    name="confidence",
-    title="Confidence",
-    note="With only the important part kept.",
-    values=("image_drop", "text_increase"),
-    scores=(score("image_drop", "image_drop", "image drop", "down"), score("text_increase", "text_increase", "text")),
-    chart="bars",
-)
-METRICS = {metric.name: metric for metric in (GROUNDING, HARD_NEGATIVES, CONFIDENCE)}
+METRICS = {name: SPECS[name].record({}) for name in ("grounding", "hard_negatives", "confidence")}
 
 
 def target(kind: str, index: int, ordinal: int, label: str, **more: Any) -> dict[str, Any]:
@@ -181,7 +146,7 @@ def write_state(folder: Path, epoch: int | str, skill: float, *, name: str = "sh
         model={"architecture": "shapes_vit"},
         data={"name": name},
         methods=methods_of(["feature_pair"]),
-        metrics={"grounding": GROUNDING},
+        metrics={"grounding": METRICS["grounding"]},
         state={"epoch": epoch, "step": 10},
         logged={"loss": 3 - skill, "image_to_text_recall_at_1": skill / 10},
     )

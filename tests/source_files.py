@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import pytest
+from image_files import UNSAFE_NAMES, jpeg
 
 from lightning_xai.cli import main
 from lightning_xai.data import Manifest, Sample
 from lightning_xai.data.sample import encode_sample
 from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.sources import SOURCES
+
+BROKEN_JSON = (
+    (b'{"images": [\n  {"id": 4,,', "line 2 column 12"),
+    (b"", "line 1 column 1"),
+    (b"\xff\xfe\x00", "can't decode byte"),
+    (b"[" * 200_000, "recursion"),
+    (b"[1, 2]", "Expected `object`, got `array`"),
+)
 
 
 def read_all(read: Callable[..., Iterator[Sample]], **options: Any) -> tuple[list[Sample], dict[str, int]]:
@@ -29,3 +42,81 @@ def prepare(name: str, out: Path, **options: Any) -> tuple[Manifest, list[Sample
     manifest = Manifest.load(out)
     records = read_samples(out, manifest, range(len(manifest.shards)), 0, manifest.samples)
     return manifest, [sample for _, sample in records if isinstance(sample, Sample)]
+
+
+class World:
+    """A data set in its publishers' form, in a folder; tests change it before it is read.
+
+    Args:
+        folder: where all of it lies.
+        images: folder of the images, below.
+    """
+
+    source: ClassVar[str]
+    """As `prepare` calls it."""
+    advice: ClassVar[str]
+    """Words of the error where no image could be used."""
+
+    def __init__(self, folder: Path, images: str = "images") -> None:
+        self.folder = folder
+        self.images = folder / images
+        self.images.mkdir(parents=True)
+
+    def options(self) -> dict[str, Any]:
+        """Write the files, and return the options that read them."""
+        raise NotImplementedError
+
+    def refer_to(self, name: str) -> None:
+        """Add an image, with a caption, whose file has this name, without the file."""
+        raise NotImplementedError
+
+    def json(self, name: str, content: Any) -> Path:
+        path = self.folder / name
+        path.write_text(json.dumps(content))
+        return path
+
+    def read(self, **changes: Any) -> tuple[list[Sample], dict[str, int]]:
+        return read_all(SOURCES[self.source], **self.options() | changes)
+
+    def prepare(self, **changes: Any) -> tuple[Manifest, list[Sample]]:
+        return prepare(self.source, self.folder / "out", **self.options() | changes)
+
+
+class SourceTests:
+    """Tests of what every source does, for the `world` of a module."""
+
+    def test_a_missing_path_is_named_with_its_option(self, world: World) -> None:
+        paths = [name for name, value in world.options().items() if isinstance(value, Path)]
+        for name in paths:
+            with pytest.raises(FileNotFoundError, match=rf"^{name}: .*nowhere.* give "):
+                world.read(**{name: world.folder / "nowhere.json"})
+
+    def test_a_broken_json_file_is_named_with_its_option_and_the_place(self, world: World) -> None:
+        broken = world.folder / "broken.json"
+        for name, value in world.options().items():
+            for content, message in BROKEN_JSON if str(value).endswith(".json") else ():
+                broken.write_bytes(content)
+                with pytest.raises(ValueError, match=rf"^{name}: .*broken\.json: .*{message}.* download it again"):
+                    world.read(**{name: broken})
+
+    def test_names_that_leave_the_images_folder_are_never_opened(self, world: World) -> None:
+        samples, excluded = world.read()
+        secret = world.images.parent / "secret.jpg"
+        secret.write_bytes(jpeg())
+        for name in UNSAFE_NAMES:
+            world.refer_to(name.format(absolute=secret))
+        assert world.read() == (samples, {**excluded, "image_name_unsafe": len(UNSAFE_NAMES)})
+
+    def test_no_image_at_all_is_an_error_that_says_why(self, world: World) -> None:
+        for path in world.images.rglob("*.jpg"):
+            path.unlink()
+        with pytest.raises(ValueError, match=rf"image_missing': \d.*{world.advice}"):
+            world.read()
+
+    def test_shards_are_written_and_read_back(self, world: World) -> None:
+        world.refer_to("missing.jpg")
+        samples, excluded = world.read()
+        manifest, stored = world.prepare()
+        assert (manifest.name, stored) == (f"{world.source}/{world.options()['split']}", samples)
+        assert manifest.excluded == excluded
+        assert excluded

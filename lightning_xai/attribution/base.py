@@ -138,6 +138,7 @@ class AttributionMethod(ABC):
             PluginError: `_attribute` returned no attribution, or one of another shape.
         """
         check_batch(images, tokens)
+        self._check_images(images)
         images, tokens = as_constant(images), as_constant(tokens)
         self._check_towers()
         with differentiable(self.encoder):
@@ -177,6 +178,14 @@ class AttributionMethod(ABC):
         # Built-in methods are known to keep this; a check would cost them a wait for the device.
         if self.origin and self.has_zero and not self.signed and bool((result.image < 0).any()):
             raise PluginError(f"{self.label}: a map has negative values; state `signed = True` in the class")
+
+    def _check_images(self, images: Tensor) -> None:
+        """Raise a ValueError where images are of another shape than the model's, which some towers would crop."""
+        if images.shape[1:] != self.encoder.image_shape:
+            raise ValueError(
+                f"the model takes images {[*self.encoder.image_shape]}, as encoder.image_transform makes them; got "
+                f"{[*images.shape[1:]]}. For another size, load it with image_size=(height, width)"
+            )
 
     def _check_towers(self) -> None:
         """Compare this method's towers with the model again, if its modules or hooks are others than before."""

@@ -146,6 +146,8 @@ class FeaturePairAttribution(PairwiseMethod):
                 f"expected two batches of images of one shape; got {[*images.shape]} and {[*others.shape]}"
             )
 
+        self._check_images(images)
+
         def side(rows: slice, batch: Tensor) -> _Side:
             return _Side.of(self.image, self.image_states(batch[rows]), reference, None, self._dtype)
 

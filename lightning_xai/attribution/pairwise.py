@@ -114,6 +114,7 @@ class PairwiseMethod(AttributionMethod):
             ValueError: shapes do not match, a row selects no token of its caption, or the map is not finite.
         """
         check_batch(images, tokens)
+        self._check_images(images)
         if span_mask.shape != tokens.shape:
             raise ValueError(
                 f"span_mask has to be of the tokens' shape {tuple(tokens.shape)}; got {tuple(span_mask.shape)}"

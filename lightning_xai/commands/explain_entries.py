@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TaskID
+from rich.progress import Progress, TaskID
 
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.outputs import write_all, write_csv
+from lightning_xai.commands.outputs import progress_bar, write_all, write_csv
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
@@ -50,7 +49,7 @@ class Explainer:
             InputError: it cannot be used.
         """
         prepared = prepare_entry(self.encoder, entry)
-        with _progress_bar() as bar:
+        with progress_bar() as bar:
             (explanations,) = self._explain([prepared], bar, bar.add_task("explaining", total=len(self.chosen)))
         print(self._write(self.out, prepared, explanations))  # noqa: T201
 
@@ -63,7 +62,7 @@ class Explainer:
         from lightning_xai.attribution import ConstantMapWarning
 
         rows: list[dict[str, Any]] = []
-        with _progress_bar() as bar, warnings.catch_warnings():
+        with progress_bar() as bar, warnings.catch_warnings():
             # It would name places in a batch; the summary names images.
             warnings.simplefilter("ignore", ConstantMapWarning)
             task = bar.add_task("explaining", total=len(entries) * len(self.chosen))
@@ -130,7 +129,3 @@ def _scores(explanation: Explanation) -> dict[str, Any]:
         "completeness_error": record["completeness_error"],
         "fault": "; ".join(f"{name}: {fault}" for name, fault in record["fault"].items() if fault is not None),
     }
-
-
-def _progress_bar() -> Progress:
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))

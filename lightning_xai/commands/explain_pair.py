@@ -46,6 +46,7 @@ ARRAYS = {
 }
 """What `attribution.npz` holds. With several methods, those above `tokens` are named `<method>/image` and so on."""
 _RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error")
+_MOST_HIDDEN = 0.6  # share of the image that is seen below which the picture says so
 _INCOMPLETE = 0.05  # share of the similarity from which the picture mentions the completeness error
 
 
@@ -64,6 +65,7 @@ class PreparedEntry:
         spans: character spans of the phrase.
         positions: its tokens' positions.
         box_xyxy: the box in pixels of the transformed image.
+        seen: share of the image that the model's crop leaves.
     """
 
     entry: Entry
@@ -76,6 +78,7 @@ class PreparedEntry:
     spans: list[Span]
     positions: list[int]
     box_xyxy: Box | None
+    seen: float
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -101,6 +104,7 @@ class PreparedEntry:
         return {
             "image": str(entry.image),
             "image_size": list(self.size),
+            "image_seen": self.seen,
             "caption": entry.caption,
             "token_strings": [text for text in self.token_strings if text],
             "span": span,
@@ -157,7 +161,9 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     tokens = encoder.tokenizer.encode([entry.caption])[0].to(pixels.device)
     content, shown = shown_tokens(encoder.tokenizer, entry.caption, tokens, positions)
     strings = encoder.tokenizer.token_strings(tokens)
-    return PreparedEntry(entry, size, pixels, tokens, strings, content, shown, spans, positions, box)
+    return PreparedEntry(
+        entry, size, pixels, tokens, strings, content, shown, spans, positions, box, encoder.seen(size)
+    )
 
 
 def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> Iterator[Explanation]:
@@ -234,6 +240,8 @@ def _asked(entry: Entry) -> str:
 def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
     """Lines below the picture: how the phrase or box was understood, and what the picture leaves out."""
     notes, entry, arrays = [], prepared.entry, explanation.arrays
+    if prepared.seen < _MOST_HIDDEN:
+        notes.append(f"The model sees {prepared.seen:.0%} of the image: its transform crops the rest.")
     if prepared.box_xyxy is not None:
         mask = arrays["box_mask"]
         notes.append(f"Tokens: coloured by the {mask.sum()} of {mask.size} patches that the box covers.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from lightning_xai.atomic_file import replaced_at_once, write_json
 from lightning_xai.commands.inputs import InputError
@@ -69,6 +71,12 @@ def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerE
         },
         "versions": package_versions(),
     }
+
+
+def progress_bar() -> Progress:
+    """A progress bar that leaves standard output to results."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def numpy_of(tensor: Tensor) -> NDArray[Any]:

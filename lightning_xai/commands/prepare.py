@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SOURCES"]
 
-_OUT = "folder to make."
-_COMMON = {
-    "samples_per_shard": (int, 1000, "images in a shard."),
-    "overwrite": (bool, False, "replace a folder of shards that is there already."),
-}
+_COMMON_HELP = """\
+    out: folder to make.
+    samples_per_shard: images in a shard.
+    overwrite: replace a folder of shards that is there already.
+"""
 
 
 def prepare_shapes(out: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
@@ -44,7 +44,7 @@ def _command(name: str) -> Callable[..., None]:
 
     read = sources.SOURCES[name]
 
-    def prepare(*, out: Path, samples_per_shard: int, overwrite: bool, **options: Any) -> None:
+    def prepare(*, out: Path, samples_per_shard: int = 1000, overwrite: bool = False, **options: Any) -> None:
         from lightning_xai.data.shards import describe, write_shards
 
         split, excluded = options.get("split"), Counter[str]()
@@ -58,27 +58,18 @@ def _command(name: str) -> Callable[..., None]:
         )
         print(describe(manifest))  # noqa: T201 - the summary is the command's output
 
-    options = sources.source_options(read)
-    required = [option for option in options.values() if option.default is option.empty]
-    optional = [option for option in options.values() if option.default is not option.empty]
-    own = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, annotation=Path)
-    common = [own.replace(name=key, annotation=kind, default=value) for key, (kind, value, _) in _COMMON.items()]
-    parameters = [*required, own, *optional, *common]
+    *common, _ = inspect.signature(prepare, eval_str=True).parameters.values()
+    parameters = [*sources.source_options(read).values(), *common]
+    parameters.sort(key=lambda parameter: parameter.default is not parameter.empty)
     prepare.__name__ = f"prepare_{name.replace('-', '_')}"
-    prepare.__doc__ = _help(read)
+    # The first line of the source's docstring, and the texts of its options.
+    summary, _, rest = (inspect.getdoc(read) or "").partition("\n\n")
+    arguments = rest.partition("Args:\n")[2].partition("\n\n")[0]
+    prepare.__doc__ = f"{summary}\n\nArgs:\n{arguments}\n{_COMMON_HELP}"
     # Parsers read these rather than the code.
     prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     prepare.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return prepare
-
-
-def _help(read: Callable[..., Any]) -> str:
-    """The first line of a source's docstring and the texts of its options, and those of the common ones."""
-    summary, _, rest = (inspect.getdoc(read) or "").partition("\n\n")
-    arguments = rest.partition("Args:\n")[2].partition("\n\n")[0] or ""
-    texts = {"out": _OUT, **{key: text for key, (_, _, text) in _COMMON.items()}}
-    common = "\n".join(f"    {key}: {text}" for key, text in texts.items())
-    return f"{summary}\n\nArgs:\n{arguments}\n{common}\n"
 
 
 def _checked(samples: Iterable[Sample], name: str) -> Iterator[Sample]:

@@ -58,7 +58,7 @@ class Report:
 
         from rich.console import Console
 
-        from lightning_xai.report.build import Options, build_sections, write_report
+        from lightning_xai.report.build import build_sections, write_report
         from lightning_xai.report.sections.significance import OrderTest
         from lightning_xai.report.terminal import report_tables
         from lightning_xai.results.runs import load_runs
@@ -66,8 +66,8 @@ class Report:
         names = [name.strip() for name in self.names.split(",")] if self.names is not None else []
         test = OrderTest(self.epsilon, self.alpha, self.bootstrap_samples, self.seed)
         with Console(stderr=True).status("Reading results, comparing, drawing ..."):
-            runs = load_runs(self.runs, names)
-            sections, comparisons = build_sections(runs, Options(test, self.method, self.min_pairs))
+            runs = load_runs(self.runs, names, self.method)
+            sections, comparisons = build_sections(runs, test, self.min_pairs)
             subtitle = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(run.name for run in runs)}"
             footer = (
                 f"Made by lightning_xai {version('lightning_xai')} from {sum(len(run.files) for run in runs)} files."

@@ -6,21 +6,19 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from lightning_xai.atomic_file import write_json
 from lightning_xai.attribution.method_options import ChosenMethod, choose_method
 from lightning_xai.commands.inputs import load_model
-from lightning_xai.commands.outputs import describe
+from lightning_xai.commands.outputs import describe, progress_bar
 from lightning_xai.data.excluded import BROKEN_RECORD
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest
 from lightning_xai.evaluation.roar_data import (
@@ -86,8 +84,14 @@ class RoarRun:
             ValueError: a trial is done, but with other settings, data or weights.
             NonFiniteLossError: a loss is NaN or infinite.
         """
-        to_do = [trial for trial in trials if not self._is_done(trial)]
-        with _progress() as bar:
+        to_do = []
+        for trial in trials:
+            found = read_trial(self.roar.out, trial)
+            if found is None:
+                to_do.append(trial)
+            else:
+                check_recipe(found, self._recipe(trial), self.roar.out)
+        with progress_bar() as bar:
             task = bar.add_task("trials", total=len(trials), completed=len(trials) - len(to_do))
             for trial in to_do:
                 train = self._training_data(trial, bar)
@@ -97,16 +101,10 @@ class RoarRun:
 
     def prepare(self) -> None:
         """Create the data that trials need; one job does so before many that share the trials."""
-        with _progress() as bar:
+        with progress_bar() as bar:
             for label in (ORIGINAL, *self.chosen):
                 for modality in self.roar.modalities:
                     self._training_data(Trial(label, modality, 0), bar)
-
-    def _is_done(self, trial: Trial) -> bool:
-        found = read_trial(self.roar.out, trial)
-        if found is not None:
-            check_recipe(found, self._recipe(trial), self.roar.out)
-        return found is not None
 
     def _recipe(self, trial: Trial) -> Recipe:
         method, architecture = self.chosen.get(trial.label), self.encoder.architecture
@@ -124,21 +122,15 @@ class RoarRun:
     @cached_property
     def _originals(self) -> tuple[Path, Path]:
         """Folders of the training and validation parts."""
-        parts, settings = self._partition, self.settings(Trial(ORIGINAL, NO_MODALITY, 0))["selection"]
+        roar, settings = self.roar, self.settings(Trial(ORIGINAL, NO_MODALITY, 0))["selection"]
+        keys, self.broken = read_keys(roar.data, self.manifest)
+        parts = partition(keys, validation=roar.validation, samples=roar.samples, skip=roar.skip, seed=roar.split_seed)
         transform = self.encoder.architecture["preprocess_cfg"], self.encoder.image_transform.size
         digest = _digest([self.manifest.fingerprint, settings, transform])
-        folders = []
-        for name, keys in (("training", parts.training), ("validation", parts.validation)):
-            folder = self.roar.out / "data" / f"{name}-{digest}"
-            write_original(self.encoder, self.roar.data, keys, folder, f"{self.manifest.name}: {name} part")
-            folders.append(folder)
-        return folders[0], folders[1]
-
-    @cached_property
-    def _partition(self) -> Any:
-        keys, self.broken = read_keys(self.roar.data, self.manifest)
-        roar = self.roar
-        return partition(keys, validation=roar.validation, samples=roar.samples, skip=roar.skip, seed=roar.split_seed)
+        training, validation = (roar.out / "data" / f"{name}-{digest}" for name in ("training", "validation"))
+        for folder, own, name in zip((training, validation), parts, ("training", "validation"), strict=True):
+            write_original(self.encoder, roar.data, own, folder, f"{self.manifest.name}: {name} part")
+        return training, validation
 
     def _training_data(self, trial: Trial, bar: Progress) -> Path:
         """The folder that a trial trains on; if it is missing, the method's data of all modalities are created."""
@@ -236,10 +228,3 @@ def _choose(encoder: DualEncoder, label: str, name: str, options: dict[str, Any]
 def _digest(value: Any) -> str:
     """A short name that depends on plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        yield bar

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import Progress
 
 from lightning_xai.atomic_file import write_json
 from lightning_xai.commands.explain_pair import PreparedEntry, prepare_entry
 from lightning_xai.commands.inputs import Entry, InputError, load_model, read_entries
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import describe, numpy_of, write_csv
+from lightning_xai.commands.outputs import describe, numpy_of, progress_bar, write_csv
 from lightning_xai.report.plots import Example, save_figure
 from lightning_xai.report.sanity import COLUMNS, sanity_curves, sanity_sheet, sanity_table
 
@@ -67,7 +66,10 @@ class SanityCheck:
         Raises:
             ValueError: settings that exclude each other, no pair that can be used, or no method that serves the model.
         """
+        import torch
+
         from lightning_xai.attribution.method_options import check_method
+        from lightning_xai.evaluation.sanity_check import sanity_check
 
         if self.limit < 1:
             raise ValueError(f"--limit has to be at least 1; got {self.limit}")
@@ -80,7 +82,17 @@ class SanityCheck:
         pairs, skipped = _prepare(encoder, entries, self.limit)
         for name, reason in {**missing, **skipped}.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
-        result = self._check(chosen, pairs)
+        with progress_bar() as bar:
+            task = bar.add_task("randomising")
+            result = sanity_check(
+                {each.name: each.method for each in chosen},
+                torch.stack([pair.pixels for pair in pairs]),
+                torch.stack([pair.tokens for pair in pairs]),
+                towers=self.towers,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
         record = {
             **describe(asdict(self), self.model, encoder),
             "pairs": [{"image": str(each.entry.image), "caption": each.entry.caption} for each in pairs],
@@ -100,24 +112,6 @@ class SanityCheck:
         save_figure(sanity_sheet(example, maps, result.stages, title), self.out / "sanity_maps.png")
         Console().print(sanity_table(rows))
         print(f"Saved {self.out / 'sanity.png'} and {self.out / 'sanity_maps.png'}")  # noqa: T201
-
-    def _check(self, chosen: Sequence[Any], pairs: Sequence[PreparedEntry]) -> Any:
-        """The check's `SanityResult`, with a progress bar."""
-        import torch
-
-        from lightning_xai.evaluation.sanity_check import sanity_check
-
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("randomising")
-            return sanity_check(
-                {each.name: each.method for each in chosen},
-                torch.stack([pair.pixels for pair in pairs]),
-                torch.stack([pair.tokens for pair in pairs]),
-                towers=self.towers,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
 
 
 def _choose(encoder: Any, names: Sequence[str], options: dict[str, Any]) -> tuple[list[Any], dict[str, str]]:

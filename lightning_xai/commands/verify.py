@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from rich.markup import escape
 
@@ -46,20 +45,12 @@ class Verify:
         if workers < 0:
             raise ValueError(f"workers has to be at least 0; got {workers}")
         found = [_verify(place, self, workers) for given in self.sets for place in _sets_in(given)]
-        wrong = [result.wrong for result in found if result.wrong]
+        wrong = [message for _, _, message in found if message]
         if wrong:
             raise ValueError("\n".join(wrong))
-        samples, shards = sum(result.samples for result in found), sum(result.shards for result in found)
+        samples, shards = sum(size for size, _, _ in found), sum(size for _, size, _ in found)
         how = "; sizes and SHA-256 only, --quick decodes nothing" if self.quick else ""
         print(f"ok: {samples:,} samples in {shards:,} shards{how}")  # noqa: T201 - this is what was asked
-
-
-class _Result(NamedTuple):
-    """The size of a set, and what is wrong with it."""
-
-    samples: int
-    shards: int
-    wrong: str
 
 
 def _sets_in(given: str) -> list[str]:
@@ -74,8 +65,12 @@ def _sets_in(given: str) -> list[str]:
     return sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_NAME}")) or [given]
 
 
-def _verify(place: str, options: Verify, workers: int) -> _Result:
-    """Check one set, and show the faults of its shards."""
+def _verify(place: str, options: Verify, workers: int) -> tuple[int, int, str]:
+    """Check one set, and show the faults of its shards.
+
+    Returns:
+        The number of its samples and shards, and what is wrong with it.
+    """
     from lightning_xai.data.excluded import shard_table, worst_shards
     from lightning_xai.data.shard_store import open_store
     from lightning_xai.data.shards import Manifest, ShardError, progress_bar
@@ -85,7 +80,7 @@ def _verify(place: str, options: Verify, workers: int) -> _Result:
     try:
         manifest = Manifest.read(store)
     except ShardError as error:
-        return _Result(0, 0, str(error))
+        return 0, 0, str(error)
     verification = Verification(manifest)
     # Workers start here, before the bar, whose thread must not be forked.
     reports = read_reports(store, manifest, quick=options.quick, workers=workers)
@@ -107,4 +102,4 @@ def _verify(place: str, options: Verify, workers: int) -> _Result:
             f"{store}: {counts.total():,} {faults} in {worst_shards(counts)}. Copy these shards again from where they "
             "are whole, or prepare the data again"
         )
-    return _Result(manifest.samples, len(manifest.shards), wrong)
+    return manifest.samples, len(manifest.shards), wrong

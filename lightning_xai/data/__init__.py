@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_xai.data.batch import Batch
     from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
-    from lightning_xai.data.image_transform import ImageTransform
     from lightning_xai.data.phrases import Phrases
     from lightning_xai.data.sample import RecordError, Region, Sample
     from lightning_xai.data.shards import Manifest, write_shards
     from lightning_xai.data.spans import CaptionTokenizer
     from lightning_xai.exclusion import Exclusion
+    from lightning_xai.models.image_transform import ImageTransform
 
 __all__ = [
     "Batch",
@@ -35,7 +35,7 @@ _MODULES = {
     "Batch": "data.batch",
     "CaptionTokenizer": "data.spans",
     "Exclusion": "exclusion",
-    "ImageTransform": "data.image_transform",
+    "ImageTransform": "models.image_transform",
     "Manifest": "data.shards",
     "Phrases": "data.phrases",
     "RecordError": "data.sample",

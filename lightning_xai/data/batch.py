@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_xai.data.excluded import Fault
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.phrases import (
-    NamedBoxes,
-    NegativeRows,
-    Negatives,
-    PhraseRows,
-    Phrases,
-    TensorFields,
-    named_boxes,
-)
+from lightning_xai.data.phrases import NamedBoxes, Negatives, Phrases, TargetRows, TensorFields, Transform
 from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image, stable_hash
 from lightning_xai.data.spans import CaptionTokenizer
 
@@ -88,32 +80,27 @@ class TrainingCollate:
         captions_per_image: only the first so many captions of an image take part; None: all.
     """
 
-    transform: ImageTransform
+    transform: Transform
     tokenizer: CaptionTokenizer
     seed: int = 0
     captions_per_image: int | None = None
 
     def __call__(self, records: Sequence[Record], epoch: int = 0) -> Batch:
         """Decode, transform and tokenise; a record that fails becomes an invalid row and a fault."""
-        images = _read_images(records, self.transform, self.tokenizer.context_length)
-        choices = [-1 if sample is None else self._choice(sample, epoch) for sample in images.samples]
+        samples, images = _read_images(records, self.transform, self.tokenizer.context_length)
+        choices = [-1 if sample is None else self._choice(sample, epoch) for sample in samples]
         captions = [
-            "" if sample is None else sample.captions[choice]
-            for sample, choice in zip(images.samples, choices, strict=True)
+            "" if sample is None else sample.captions[choice] for sample, choice in zip(samples, choices, strict=True)
         ]
         tokens = self._tokens(captions)
-        _blank(tokens, zip(images.samples, choices, strict=True), self.tokenizer)
+        _blank(tokens, zip(samples, choices, strict=True), self.tokenizer)
         return Batch(
-            images=images.pixels,
-            valid=images.valid,
-            index=images.index,
+            **images,
             tokens=tokens,
             caption_image=torch.arange(len(captions)),
             caption_index=torch.tensor(choices, dtype=torch.int64),
             captions=captions,
-            keys=images.keys,
             phrases=Phrases.empty(self.tokenizer.context_length),
-            faults=images.faults,
         )
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
@@ -143,7 +130,7 @@ class EvaluationCollate:
         swap_objects: add hard negatives made from the captions (`object_swaps`) to those that the data set has.
     """
 
-    transform: ImageTransform
+    transform: Transform
     tokenizer: CaptionTokenizer
     label_names: tuple[str, ...]
     captions_per_image: int | None = None
@@ -151,40 +138,31 @@ class EvaluationCollate:
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Decode, transform, tokenise and align; a record that fails becomes an invalid row and a fault."""
-        images = _read_images(records, self.transform, self.tokenizer.context_length)
-        labels = {label: row for row, label in enumerate(self.label_names)}
+        samples, images = _read_images(records, self.transform, self.tokenizer.context_length)
         captions: list[str] = []
         origin: list[tuple[int, int]] = []
-        rows = PhraseRows(self.transform, self.tokenizer, labels)
-        negatives = NegativeRows(self.transform, self.tokenizer, labels)
-        first_rows: list[tuple[Sample, int]] = []
-        for image_row, sample in enumerate(images.samples):
+        targets = TargetRows(self.transform, self.tokenizer, self.label_names)
+        for image_row, sample in enumerate(samples):
             if sample is None:
                 continue
             texts = sample.captions[: self.captions_per_image]
-            rows.add(sample, texts, image_row, len(captions))
-            negatives.add(sample, self._negatives(sample, texts), image_row, len(captions))
-            first_rows.append((sample, len(captions)))
+            targets.add(sample, texts, self._negatives(sample, texts), image_row, len(captions))
             captions.extend(texts)
             origin.extend((image_row, caption_index) for caption_index in range(len(texts)))
         length = self.tokenizer.context_length
         where = torch.tensor(origin, dtype=torch.int64).reshape(-1, 2)
         tokens = self.tokenizer.encode(captions) if captions else torch.zeros(0, length, dtype=torch.int64)
-        _blank(tokens, ((images.samples[row], caption_index) for row, caption_index in origin), self.tokenizer)
+        _blank(tokens, ((samples[row], caption_index) for row, caption_index in origin), self.tokenizer)
         return Batch(
-            images=images.pixels,
-            valid=images.valid,
-            index=images.index,
+            **images,
             tokens=tokens,
             caption_image=where[:, 0].clone(),
             caption_index=where[:, 1].clone(),
             captions=captions,
-            keys=images.keys,
-            phrases=rows.phrases(),
+            phrases=targets.phrases(),
             label_names=self.label_names,
-            faults=images.faults,
-            named=named_boxes(first_rows, self.captions_per_image, self.transform),
-            negatives=negatives.negatives(),
+            named=targets.named(),
+            negatives=targets.negatives(),
         )
 
     def _negatives(self, sample: Sample, captions: Sequence[str]) -> list[HardNegative]:
@@ -192,19 +170,10 @@ class EvaluationCollate:
         return stored + (object_swaps(sample, captions, self.label_names) if self.swap_objects else [])
 
 
-@dataclass
-class _Images:
-    """The image half of a batch; `samples` holds None where a row is not valid."""
-
-    pixels: Tensor
-    valid: Tensor
-    index: Tensor
-    samples: list[Sample | None]
-    keys: list[str]
-    faults: list[Fault]
-
-
-def _read_images(records: Sequence[Record], transform: ImageTransform, context_length: int) -> _Images:
+def _read_images(
+    records: Sequence[Record], transform: Transform, context_length: int
+) -> tuple[list[Sample | None], dict[str, Any]]:
+    """The samples, None where a row is not valid, and the fields of `Batch` that are about images."""
     pixels = torch.zeros(len(records), 3, *transform.size)
     index = torch.full((len(records),), -1, dtype=torch.int64)
     samples: list[Sample | None] = []
@@ -224,10 +193,10 @@ def _read_images(records: Sequence[Record], transform: ImageTransform, context_l
                 faults.append(Fault(global_index, error.kind, str(error)))
         keys.append(record.key if isinstance(record, Sample) else "")
         samples.append(sample)
-    return _Images(pixels, index >= 0, index, samples, keys, faults)
+    return samples, {"images": pixels, "valid": index >= 0, "index": index, "keys": keys, "faults": faults}
 
 
-def _read_pixels(sample: Sample, transform: ImageTransform) -> Tensor:
+def _read_pixels(sample: Sample, transform: Transform) -> Tensor:
     image = decode_image(sample)
     try:
         return transform(image)

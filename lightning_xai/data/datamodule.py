@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -13,12 +12,11 @@ import torch.distributed
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
 
-from lightning_xai.data.batch import Batch, EvaluationCollate, TrainingCollate
+from lightning_xai.data.batch import EvaluationCollate, TrainingCollate
 from lightning_xai.data.dataset import EvaluationDataset, ShardLoader, TrainingDataset, TrainingLoader, count_batches
 from lightning_xai.data.excluded import ExcludedByShard, FaultCounter
-from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.data.phrases import Transform
 from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
 from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
@@ -36,7 +34,7 @@ _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",
 class Encoder(Protocol):
     """The part of a model that the data module needs: `LightningModule.encoder` has these two attributes."""
 
-    image_transform: ImageTransform
+    image_transform: Transform
     tokenizer: CaptionTokenizer
 
 
@@ -130,14 +128,13 @@ class ShardDataModule(LightningDataModule):
         self.pin_memory = pin_memory
         self.epoch = 0
         self._manifests: dict[str, Manifest] = {}
-        self._bound: tuple[ImageTransform, CaptionTokenizer] | None = None
+        self._bound: tuple[Transform, CaptionTokenizer] | None = None
         self._faults: dict[str, FaultCounter] = {}
         self._verified: set[str] = set()
-        self._reported: set[str] = set()
         self._train_loader: TrainingLoader | None = None
         self._restored: dict[str, Any] | None = None
 
-    def bind(self, image_transform: ImageTransform, tokenizer: CaptionTokenizer) -> None:
+    def bind(self, image_transform: Transform, tokenizer: CaptionTokenizer) -> None:
         """Set transform and tokenizer by hand, for use without a trainer; they go before the model's."""
         self._bound = (image_transform, tokenizer)
 
@@ -157,9 +154,9 @@ class ShardDataModule(LightningDataModule):
         for split in needed:
             if stage == "fit" and split == "val" and self.stores["val"] is None:
                 continue
-            manifest = self.manifest(split)
+            store, manifest = self._shards(split)
             if stage == "fit" and split == "train":
-                count_batches(self._store(split), manifest, self.batch_size, self._place()[1])
+                count_batches(store, manifest, self.batch_size, self._place()[1])
             if self.verify and split not in self._verified:
                 self._verify(split)
                 self._verified.add(split)
@@ -208,9 +205,7 @@ class ShardDataModule(LightningDataModule):
         if counter is None:
             return Counter()
         parts = self._gather((counter.counts, counter.read))
-        counts: ExcludedByShard = Counter()
-        for part, _ in parts:
-            counts.update(part)
+        counts: ExcludedByShard = sum((part for part, _ in parts), Counter())
         counter.check_sum(counts, sum(read for _, read in parts))
         return counts
 
@@ -220,33 +215,30 @@ class ShardDataModule(LightningDataModule):
         Raises:
             ValueError: the split is not given, no model is known, or there is less than one batch for each rank.
         """
-        manifest = self.manifest("train")
-        transform, tokenizer = self._encoding()
+        collate = TrainingCollate(*self._encoding(), self.seed, self.captions_per_image)
         rank, world_size = self._place()
         dataset = TrainingDataset(
-            self._store("train"),
-            manifest,
-            TrainingCollate(transform, tokenizer, self.seed, self.captions_per_image),
+            *self._shards("train"),
+            collate,
             batch_size=self.batch_size,
             shuffle_buffer=self.shuffle_buffer,
             rank=rank,
             world_size=world_size,
         )
-        loader = TrainingLoader(dataset, current_epoch=self._current_epoch, **self._options(len(dataset)))
-        self._begin("train", len(dataset) * self.batch_size, loader, world_size)
-        self._train_loader = loader
+        options = self._options("train", dataset)
+        self._train_loader = loader = TrainingLoader(dataset, current_epoch=self._current_epoch, **options)
         self._go_on()
         return loader
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+    def val_dataloader(self) -> ShardLoader | list[ShardLoader]:
         """All captions and phrases of the validation split, in order; an empty list where it is not given."""
         return [] if self.stores["val"] is None else self._evaluation_loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> ShardLoader:
         """All captions and phrases of the test split, in order."""
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> ShardLoader:
         """As `test_dataloader`, or the validation split where no test split is given."""
         return self._evaluation_loader(self.predict_split)
 
@@ -285,20 +277,6 @@ class ShardDataModule(LightningDataModule):
         self._restored = state_dict
         self._go_on()
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count and show the batch's broken records.
-
-        Raises:
-            TooManyBrokenRecordsError: there are more than `max_fault_fraction` allows; see the class.
-        """
-        if isinstance(batch, Batch):
-            split = self._running_split()
-            if split == "train":
-                # Not _current_epoch(): a run that overfits reads the same batches in each epoch.
-                self._faults[split].continue_in(self.epoch if self.trainer is None else self.trainer.current_epoch)
-            self._faults[split].add(batch.faults, int(batch.valid.sum()) + len(batch.faults))
-        return batch
-
     def _go_on(self) -> None:
         """Take up what a checkpoint says of the epoch: strategies restore before the loader is made, or after."""
         if self._restored is None or self._train_loader is None:
@@ -307,54 +285,24 @@ class ShardDataModule(LightningDataModule):
         self._faults["train"].load_state(self._restored["faults"][self._place()[0]])
         self._restored = None
 
-    def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
-        manifest = self.manifest(split)
-        transform, tokenizer = self._encoding()
+    def _evaluation_loader(self, split: str) -> ShardLoader:
+        labels = self.manifest(split).labels
+        collate = EvaluationCollate(*self._encoding(), labels, self.captions_per_image, self.swap_objects)
         rank, world_size = self._place()
         dataset = EvaluationDataset(
-            self._store(split),
-            manifest,
-            EvaluationCollate(transform, tokenizer, manifest.labels, self.captions_per_image, self.swap_objects),
-            batch_size=self.eval_batch_size,
-            rank=rank,
-            world_size=world_size,
+            *self._shards(split), collate, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
         )
-        loader = _EvaluationLoader(dataset, **self._options(len(dataset)))
-        self._begin(split, -(-manifest.samples // world_size), loader, world_size)
-        loader.on_start = self._faults[split].begin
-        return loader
-
-    def _begin(self, split: str, records: int, loader: DataLoader[Batch], world_size: int) -> None:
-        """Get ready to count faults, and say once what there is to read: `records` on each rank."""
-        manifest = self.manifest(split)
-        if split not in self._faults:
-            total = min(world_size * records, manifest.samples)  # the last rank may have padding
-            shards = {entry.name: entry.samples for entry in manifest.shards}
-            place = str(self._store(split))
-            self._faults[split] = FaultCounter(split, place, shards, total, self.max_fault_fraction)
-        if split in self._reported:
-            return
-        self._reported.add(split)
-        size = self.batch_size if split == "train" else self.eval_batch_size
-        line = (
-            f"{split}: {manifest.samples:,} samples in {len(manifest.shards)} shards ({self._store(split)}); "
-            f"{len(loader):,} batches of {size} on each of {world_size} ranks, {loader.num_workers} workers each"
-        )
-        if split == "train":
-            line += f"; {manifest.samples - world_size * records:,} samples sit out each epoch, others each time"
-        rank_zero_info(line)
+        return ShardLoader(dataset, **self._options(split, dataset))
 
     def _verify(self, split: str) -> None:
-        store, manifest = self._store(split), self.manifest(split)
-        rank, world_size = self._place()
+        (store, manifest), (rank, world_size) = self._shards(split), self._place()
         parts = self._gather(find_wrong_checksums(store, manifest.shards[rank::world_size]))
         refuse_faults(store, manifest, [fault for part in parts for fault in part])
 
     def _plan(self) -> dict[str, Any]:
         """All that decides which samples the training batches of an epoch hold."""
-        manifest = self.manifest("train")
-        world_size = self._place()[1]
-        batches = count_batches(self._store("train"), manifest, self.batch_size, world_size)
+        (store, manifest), world_size = self._shards("train"), self._place()[1]
+        batches = count_batches(store, manifest, self.batch_size, world_size)
         return {
             "samples": manifest.samples,
             "fingerprint": manifest.fingerprint,
@@ -378,12 +326,26 @@ class ShardDataModule(LightningDataModule):
     def _workers(self, batches: int) -> int:
         return min(self.num_workers, batches)
 
-    def _options(self, batches: int) -> dict[str, Any]:
-        workers = self._workers(batches)
+    def _options(self, split: str, dataset: TrainingDataset | EvaluationDataset) -> dict[str, Any]:
+        """Options of a split's loader, its counter of faults among them; says once what there is to read."""
+        manifest, world_size, workers = dataset.manifest, dataset.world_size, self._workers(len(dataset))
+        if split not in self._faults:
+            # The last batches of an evaluation may have padding.
+            read = min(world_size * len(dataset) * dataset.batch_size, manifest.samples)
+            shards = {entry.name: entry.samples for entry in manifest.shards}
+            self._faults[split] = FaultCounter(split, str(dataset.store), shards, read, self.max_fault_fraction)
+            line = (
+                f"{split}: {manifest.samples:,} samples in {len(shards)} shards ({dataset.store}); {len(dataset):,} "
+                f"batches of {dataset.batch_size} on each of {world_size} ranks, {workers} workers each"
+            )
+            if split == "train":
+                line += f"; {manifest.samples - read:,} samples sit out each epoch, others each time"
+            rank_zero_info(line)
         pin_memory = self.pin_memory
         if pin_memory is None:
             pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
+            "faults": self._faults[split],
             "num_workers": workers,
             "persistent_workers": self.persistent_workers and workers > 0,
             "pin_memory": pin_memory,
@@ -391,7 +353,7 @@ class ShardDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    def _encoding(self) -> tuple[ImageTransform, CaptionTokenizer]:
+    def _encoding(self) -> tuple[Transform, CaptionTokenizer]:
         if self._bound is not None:
             return self._bound
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -420,18 +382,13 @@ class ShardDataModule(LightningDataModule):
             return 0  # the same batches again and again are what is asked for
         return self.trainer.current_epoch
 
-    def _running_split(self) -> str:
-        trainer = self.trainer
-        if trainer is None or trainer.training:
-            return "train"
-        if trainer.predicting:
-            return self.predict_split
-        return "test" if trainer.testing else "val"
-
     @property
     def predict_split(self) -> str:
         """The split that `predict` reads: `"test"`, or `"val"` where no test split is given."""
         return "val" if self.stores["test"] is None else "test"
+
+    def _shards(self, split: str) -> tuple[ShardStore, Manifest]:
+        return self._store(split), self.manifest(split)
 
     def _store(self, split: str) -> ShardStore:
         store = self.stores[split]
@@ -484,17 +441,6 @@ class ShapesDataModule(ShardDataModule):
             ShardError: `root` holds shards with other settings, corrupt ones, or something else.
         """
         prepare_shapes(self.root, self.train_samples, self.val_samples, self.data_seed)
-
-
-class _EvaluationLoader(ShardLoader):
-    """A loader that calls back when an evaluation starts, of which Lightning does not notify a data module."""
-
-    on_start: Callable[[], None] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as ShardLoader's
-        if self.on_start is not None:
-            self.on_start()
-        return super().__iter__()
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

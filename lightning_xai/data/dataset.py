@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import chain, islice, repeat
 from multiprocessing import forkserver, resource_tracker
@@ -25,6 +25,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
+from lightning_xai.data.excluded import FaultCounter
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
@@ -51,7 +52,32 @@ def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world_
     return batches
 
 
-class TrainingDataset(IterableDataset[Batch]):
+@dataclass(eq=False)
+class _RankDataset(IterableDataset[Batch]):
+    """The batches of one rank.
+
+    Attributes:
+        place: where the shards lie, as `open_store` takes it.
+        manifest: their manifest.
+        batch_size: images per batch and rank.
+        rank: of this process, from 0.
+        world_size: number of ranks.
+    """
+
+    place: Place
+    manifest: Manifest
+    collate: Any
+    _: KW_ONLY
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.store = open_store(self.place)
+
+
+@dataclass(eq=False)
+class TrainingDataset(_RankDataset):
     """The training batches of one rank.
 
     In each epoch the shards are laid end to end in an order drawn from (seed, epoch), the same on all ranks, and the
@@ -60,39 +86,20 @@ class TrainingDataset(IterableDataset[Batch]):
     epoch.
     A worker takes a contiguous part of its rank's batches and shuffles it through a buffer of undecoded samples.
 
-    Args:
-        place: where the shards lie, as `open_store` takes it.
-        manifest: their manifest.
+    Attributes:
         collate: makes a batch; its seed is the seed of the order, too.
-        batch_size: images per batch and rank.
         shuffle_buffer: samples that a worker holds while it shuffles; 0 or 1: the order of the shards.
-        rank: of this process, from 0.
-        world_size: number of ranks.
 
     Raises:
         ValueError: there is less than one batch for each rank.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        manifest: Manifest,
-        collate: TrainingCollate,
-        *,
-        batch_size: int,
-        shuffle_buffer: int = 1000,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        super().__init__()
-        self.store = open_store(place)
-        self.manifest = manifest
-        self.collate = collate
-        self.batch_size = batch_size
-        self.shuffle_buffer = shuffle_buffer
-        self.rank = rank
-        self.world_size = world_size
-        self._batches = count_batches(self.store, manifest, batch_size, world_size)
+    collate: TrainingCollate
+    shuffle_buffer: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._batches = count_batches(self.store, self.manifest, self.batch_size, self.world_size)
         # Epoch and first batch are in shared memory: persistent workers keep the copy of the dataset they started with.
         share: Callable[[], torch.Tensor] = torch.zeros(2, dtype=torch.int64).share_memory_
         self._position = share()
@@ -127,33 +134,25 @@ class TrainingDataset(IterableDataset[Batch]):
         """The samples from `begin` on of this rank's part of the epoch's ring, in that order of their positions."""
         begin += stable_hash("entry", self.collate.seed, epoch) % self.manifest.samples
         begin += self.rank * self._batches * self.batch_size
-        unread = order.to_come()
-        records = self._read(epoch, begin, unread)
-        positions = (position for position in unread.span if position not in unread.skipped)
+        span, skipped = order.to_come()
+        records = self._read(epoch, begin, span, skipped)
+        positions = (position for position in span if position not in skipped)
         waiting: dict[int, Record] = {}  # read, as they lie before one that was to be given out first
         for position in order:
             while position not in waiting:
                 waiting[next(positions)] = next(records)
             yield waiting.pop(position)
 
-    def _read(self, epoch: int, begin: int, unread: _Unread) -> Iterator[Record]:
-        """The samples at those positions after `begin`, in turn."""
+    def _read(self, epoch: int, begin: int, span: range, skipped: frozenset[int]) -> Iterator[Record]:
+        """The samples at the positions of `span` after `begin` that are not skipped, in turn."""
         samples = self.manifest.samples
         shards = self.manifest.order(self.collate.seed, epoch)
         for turn in (0, samples):  # a part may run over the end of the line into its beginning
             shift = begin - turn
-            lower, upper = max(unread.span.start + shift, 0), min(unread.span.stop + shift, samples)
+            lower, upper = max(span.start + shift, 0), min(span.stop + shift, samples)
             if lower < upper:
-                skipped = [position + shift for position in unread.skipped]
-                yield from read_samples(self.store, self.manifest, shards, lower, upper, skipped)
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """Positions of samples that are still to be read: those of `span` without those that are skipped."""
-
-    span: range
-    skipped: frozenset[int]
+                passed = [position + shift for position in skipped]
+                yield from read_samples(self.store, self.manifest, shards, lower, upper, passed)
 
 
 class _ShuffledOrder:
@@ -186,10 +185,10 @@ class _ShuffledOrder:
         """Skip that many positions."""
         deque(islice(self, count), maxlen=0)
 
-    def to_come(self) -> _Unread:
-        """The positions that were not yet given out."""
+    def to_come(self) -> tuple[range, frozenset[int]]:
+        """A range with the positions that were not yet given out, and those in it that were."""
         first = min(self._held, default=self._drawn)
-        return _Unread(range(first, self._count), frozenset(range(first, self._drawn)) - self._held)
+        return range(first, self._count), frozenset(range(first, self._drawn)) - self._held
 
     def _draw(self) -> Iterator[int]:
         for position in range(self._count):
@@ -198,40 +197,23 @@ class _ShuffledOrder:
             yield position
 
 
-class EvaluationDataset(IterableDataset[Batch]):
+@dataclass(eq=False)
+class EvaluationDataset(_RankDataset):
     """The evaluation batches of one rank: every sample of the split exactly once over all ranks and workers.
 
     Rank r takes the r-th contiguous part of ceil(N / world_size) samples; a rank whose part is shorter is padded with
     invalid samples, so that all ranks have the same number of batches of the same sizes. There is no shuffling; with
     several workers the batches come in turn from contiguous parts of the rank's part: `Batch.index` gives the place.
 
-    Args:
-        place: where the shards lie, as `open_store` takes it.
-        manifest: their manifest.
+    Attributes:
         collate: makes a batch.
-        batch_size: images per batch and rank.
-        rank: of this process, from 0.
-        world_size: number of ranks.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        manifest: Manifest,
-        collate: EvaluationCollate,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        super().__init__()
-        self.store = open_store(place)
-        self.manifest = manifest
-        self.collate = collate
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self._per_rank = -(-manifest.samples // world_size)
+    collate: EvaluationCollate
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._per_rank = -(-self.manifest.samples // self.world_size)
 
     def __len__(self) -> int:
         """Batches of this rank; the same on every rank."""
@@ -260,14 +242,27 @@ class ShardLoader(DataLoader[Batch]):
 
     Args:
         dataset: the batches.
+        faults: counts what they could not use; begins with each iteration.
         **options: of DataLoader.
     """
 
-    def __init__(self, dataset: IterableDataset[Batch], **options: Any) -> None:
+    def __init__(self, dataset: IterableDataset[Batch], *, faults: FaultCounter | None = None, **options: Any) -> None:
         super().__init__(dataset, **(options | {"batch_size": None, "worker_init_fn": _heed_parent_only}))
+        self.faults = faults
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch names a private class
         """The batches."""
+        if self.faults is not None:
+            self.faults.begin()
+        return self._count_faults(self._started())
+
+    def _count_faults(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self.faults is not None:
+                self.faults.add(batch.faults, int(batch.valid.sum()) + len(batch.faults))
+            yield batch
+
+    def _started(self) -> Iterator[Batch]:
         if self.num_workers == 0 or self._iterator is not None:  # no process is started: persistent workers are there
             return super().__iter__()
         with _held_signals(self.multiprocessing_context):  # else one could reach a worker that does not ignore it yet
@@ -284,7 +279,7 @@ class TrainingLoader(ShardLoader):
     Args:
         dataset: the batches; this loader seeks in it.
         current_epoch: gives the epoch.
-        **options: of DataLoader.
+        **options: of `ShardLoader`.
     """
 
     def __init__(self, dataset: TrainingDataset, *, current_epoch: Callable[[], int], **options: Any) -> None:
@@ -298,10 +293,14 @@ class TrainingLoader(ShardLoader):
         """The batches of the current epoch; after `load_state_dict`, those that were still to come in its epoch."""
         epoch = self.current_epoch()
         resume, self._resume = self._resume, None
-        consumed = min(resume[1], len(self._batches_dataset)) if resume and resume[0] == epoch else 0
+        consumed = 0
+        if resume and resume[0] == epoch:
+            consumed = min(resume[1], len(self._batches_dataset))
+        elif self.faults is not None:
+            self.faults.begin()
         self._batches_dataset.seek(epoch, consumed)
         self._progress = (epoch, consumed)
-        for batch in super().__iter__():
+        for batch in self._count_faults(self._started()):
             consumed += 1
             self._progress = (epoch, consumed)
             yield batch

@@ -23,6 +23,7 @@ __all__ = [
     "FaultCounter",
     "TooManyBrokenRecordsError",
     "counting",
+    "excluded_as",
     "shard_table",
     "worst_shards",
 ]
@@ -64,6 +65,15 @@ def counting(excluded: Counter[str]) -> Iterator[None]:
         yield
     except ExcludedError as reason:
         excluded[str(reason)] += 1
+
+
+@contextmanager
+def excluded_as(reason: str, errors: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
+    """Raise errors of the block as an `ExcludedError`."""
+    try:
+        yield
+    except errors as error:
+        raise ExcludedError(reason) from error
 
 
 @dataclass(unsafe_hash=True)  # not frozen: Lightning sets the fields of a copy where it converts a batch's precision
@@ -113,18 +123,12 @@ class FaultCounter:
         self._stops = list(accumulate(shards.values()))
         self._records = records
         self._fraction = fraction
-        self._epoch = 0
         self._shown: set[str] = set()
 
-    def begin(self, epoch: int = 0) -> None:
+    def begin(self) -> None:
         """Start a pass from nothing."""
-        self._epoch, self.read = epoch, 0
+        self.read = 0
         self.counts.clear()
-
-    def continue_in(self, epoch: int) -> None:
-        """Go on with an epoch, or begin it where the last records belonged to another one."""
-        if epoch != self._epoch:
-            self.begin(epoch)
 
     def add(self, faults: Sequence[Fault], read: int) -> None:
         """Count what a batch of `read` records, padding not included, could not use; the first few faults are shown.
@@ -155,11 +159,11 @@ class FaultCounter:
     def state(self) -> dict[str, Any]:
         """The pass so far, as plain values."""
         counts = [[shard, reason, count] for (shard, reason), count in sorted(self.counts.items())]
-        return {"epoch": self._epoch, "read": self.read, "counts": counts}
+        return {"read": self.read, "counts": counts}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on with a pass whose `state` this was."""
-        self._epoch, self.read = state["epoch"], state["read"]
+        self.read = state["read"]
         self.counts = Counter({(shard, reason): count for shard, reason, count in state["counts"]})
 
     def _check(self, counts: ExcludedByShard, records: int, so_many: str) -> None:

@@ -104,15 +104,6 @@ class _Phrase:
         return len(self.core), context, self.label is None
 
 
-@dataclass(frozen=True)
-class _Words:
-    """A caption split into words. `gaps[i]` stands before word i: "" within a word, " ", "-", or "." for the rest."""
-
-    texts: tuple[str, ...]
-    spans: tuple[Span, ...]
-    gaps: tuple[str, ...]
-
-
 class MentionFinder:
     """Finds where a caption names one of the classes of a dictionary.
 
@@ -148,12 +139,12 @@ class MentionFinder:
 
     def find(self, caption: str) -> dict[str, tuple[Span, ...]]:
         """The character spans `(start, end)` (end exclusive) of every mention, by class, from left to right."""
-        words = _split(caption)
+        words, spans, gaps = _split(caption)
         fits = [
             (phrase, index)
-            for index, text in enumerate(words.texts)
+            for index, text in enumerate(words)
             for phrase in self._by_first_word.get(text, ())
-            if _fits(phrase, words, index)
+            if _fits(phrase, words, gaps, index)
         ]
         fits.sort(key=lambda fit: fit[0].rank, reverse=True)  # stable: of equals the leftmost stays first
         taken: set[int] = set()
@@ -163,14 +154,15 @@ class MentionFinder:
             if taken.isdisjoint(covered):
                 taken.update(covered)
                 if phrase.label is not None:
-                    found.append((phrase.label, (words.spans[index][0], words.spans[covered[-1]][1])))
+                    found.append((phrase.label, (spans[index][0], spans[covered[-1]][1])))
         mentions: dict[str, tuple[Span, ...]] = {}
         for label, span in sorted(found, key=lambda item: item[1]):
             mentions[label] = (*mentions.get(label, ()), span)
         return mentions
 
 
-def _split(text: str) -> _Words:
+def _split(text: str) -> tuple[tuple[str, ...], list[Span], list[str]]:
+    """A text's words, their places, and what stands before each: "" inside a word, " ", "-", or "." for the rest."""
     texts, spans, gaps, end = [], [], [], 0
     for match in _WORD.finditer(text):
         between = text[end : match.start()]
@@ -179,7 +171,7 @@ def _split(text: str) -> _Words:
         texts.append(match.group().lower().replace("\u2019", "'"))
         spans.append(match.span())
         end = match.end()
-    return _Words(tuple(texts), tuple(spans), tuple(gaps))
+    return tuple(texts), spans, gaps
 
 
 def _parse_phrase(text: str, label: str | None) -> _Phrase:
@@ -187,7 +179,7 @@ def _parse_phrase(text: str, label: str | None) -> _Phrase:
     core: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     for context, mention in _PHRASE_PART.findall(text):
-        words = _split(context or mention).texts
+        words, _, _ = _split(context or mention)
         if mention and words:
             if core:
                 raise ValueError(f"{text!r}: the words outside parentheses have to stand together")
@@ -201,10 +193,10 @@ def _parse_phrase(text: str, label: str | None) -> _Phrase:
     return _Phrase(label, before, core, after)
 
 
-def _fits(phrase: _Phrase, words: _Words, index: int) -> bool:
+def _fits(phrase: _Phrase, words: tuple[str, ...], gaps: list[str], index: int) -> bool:
     first, last = index - len(phrase.before), index + len(phrase.core) + len(phrase.after)
-    if first < 0 or words.texts[first:last] != phrase.before + phrase.core + phrase.after:
+    if first < 0 or words[first:last] != phrase.before + phrase.core + phrase.after:
         return False
-    if any(gap == "." for gap in words.gaps[first + 1 : last]):
+    if any(gap == "." for gap in gaps[first + 1 : last]):
         return False
-    return words.gaps[first] != "-" and (last == len(words.gaps) or words.gaps[last] != "-")
+    return gaps[first] != "-" and (last == len(gaps) or gaps[last] != "-")

@@ -5,22 +5,33 @@ Where something cannot be measured, its row says why (`Exclusion`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import HardNegative, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanCutOffError
 from lightning_xai.exclusion import Exclusion
 
-__all__ = ["NamedBoxes", "NegativeRows", "Negatives", "PhraseRows", "Phrases", "TensorFields", "named_boxes"]
-
 _T = TypeVar("_T", bound="TensorFields")
+
+
+class Transform(Protocol):
+    """The part of a model's image transform that data need; see `lightning_xai.models.image_transform`."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(height, width)` of the transformed image in pixels."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB image as `[3, height, width]` float32; a `RecordError` where that cannot be."""
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes `[N, 4]` `(x, y, width, height)` in an image of that size, as `(x0, y0, x1, y1)` after it."""
 
 
 @dataclass
@@ -133,158 +144,154 @@ class Negatives(TensorFields):
         return len(self.captions)
 
 
-class _Rows:
-    """Collects rows of a caption, an image, a class, a reason, a box and tokens, image by image."""
+@dataclass(frozen=True)
+class _Row:
+    """A phrase or a hard negative; `masks` and `words` are the columns that only one of them has."""
 
-    def __init__(self, transform: ImageTransform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
+    caption_row: int
+    image_row: int
+    label: int
+    reason: int
+    box: Tensor
+    masks: tuple[Tensor, ...]
+    words: tuple[str, ...]
+
+
+class TargetRows:
+    """Collects what can be measured of a batch, image by image.
+
+    Args:
+        transform: of the images.
+        tokenizer: of the captions.
+        labels: the split's classes.
+    """
+
+    def __init__(self, transform: Transform, tokenizer: CaptionTokenizer, labels: Sequence[str]) -> None:
         self._transform = transform
         self._tokenizer = tokenizer
-        self._labels = labels
-        self._numbers: list[tuple[int, int, int, int]] = []
-        self._boxes: list[Tensor] = []
-        self._masks: list[Tensor] = []
+        self._labels = {label: row for row, label in enumerate(labels)}
+        self._phrases: list[_Row] = []
+        self._negatives: list[_Row] = []
+        self._named: list[tuple[int, Tensor]] = []
 
-    def _columns(self) -> tuple[Tensor, ...]:
-        """The columns caption_row, image_row, label and reason."""
-        numbers = torch.tensor(self._numbers, dtype=torch.int64).reshape(-1, 4)
-        return tuple(column.clone() for column in numbers.unbind(1))
-
-    def _mask(self, caption: str, spans: Sequence[Span]) -> tuple[Tensor, Exclusion]:
-        """The tokens of all spans that are whole, and why there are none."""
-        mask = torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
-        found = [self._find_tokens(caption, span) for span in spans]
-        for tokens in found:
-            if isinstance(tokens, slice):
-                mask[tokens] = True
-        reasons = [reason for reason in found if isinstance(reason, Exclusion)]
-        return mask, reasons[0] if len(reasons) == len(found) else Exclusion.MEASURED
-
-    def _find_tokens(self, caption: str, span: Span) -> slice | Exclusion:
-        try:
-            return self._tokenizer.token_span(caption, span)
-        except SpanCutOffError:
-            return Exclusion.SPAN_CUT_OFF
-        except SpanAlignmentError:
-            return Exclusion.SPAN_NOT_ALIGNED
-
-
-class PhraseRows(_Rows):
-    """Collects the rows of `Phrases`, image by image."""
-
-    def __init__(self, transform: ImageTransform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
-        super().__init__(transform, tokenizer, labels)
-        self._text: list[str] = []
-
-    def add(self, sample: Sample, captions: Sequence[str], image_row: int, first_caption_row: int) -> None:
-        """The phrases of one image whose captions start at a row of the batch's tokens."""
-        regions: dict[tuple[str, str], list[Region]] = {}
-        for region in sample.regions:
-            regions.setdefault((region.label, region.entity), []).append(region)
-        unknown = sorted({label for label, _ in regions} - self._labels.keys())
+    def add(
+        self,
+        sample: Sample,
+        captions: Sequence[str],
+        negatives: Iterable[HardNegative],
+        image_row: int,
+        first_caption_row: int,
+    ) -> None:
+        """The targets of one image; `captions` are its first ones, and start at a row of the batch's tokens."""
+        unknown = sorted({region.label for region in sample.regions} - self._labels.keys())
         if unknown:
             raise ValueError(
                 f"record {sample.key!r} has labels {unknown} that its manifest lacks; prepare the shards again"
             )
-        for (label, _), instances in sorted(regions.items()):
-            box = _transformed(instances[0], sample, self._transform)
+        given = torch.tensor([region.box for region in sample.regions], dtype=torch.float64)
+        boxes = list(self._transform.boxes(given, sample.size))  # (x0, y0, x1, y1) in the transformed image
+        self._add_phrases(sample, captions, boxes, image_row, first_caption_row)
+        for negative in negatives:
+            self._add_negative(sample, negative, boxes[negative.region], image_row, first_caption_row)
+        for region, box in zip(sample.regions, boxes, strict=True):
+            if _has_area(box):
+                named = (index for index, spans in sorted(region.spans.items()) if spans and index < len(captions))
+                self._named += [(first_caption_row + index, box) for index in named]
+
+    def _add_phrases(
+        self, sample: Sample, captions: Sequence[str], boxes: Sequence[Tensor], image_row: int, first_caption_row: int
+    ) -> None:
+        things: dict[tuple[str, str], list[int]] = {}
+        for number, region in enumerate(sample.regions):
+            things.setdefault((region.label, region.entity), []).append(number)
+        for (label, _), numbers in sorted(things.items()):
+            instances, box = [sample.regions[number] for number in numbers], boxes[numbers[0]]
             geometry = _geometry_reason(instances, box)
-            before = len(self._numbers)
-            for caption_index, caption in enumerate(captions):
-                spans = sorted({span for region in instances for span in region.spans.get(caption_index, ())})
+            before = len(self._phrases)
+            for index, caption in enumerate(captions):
+                spans = sorted({span for region in instances for span in region.spans.get(index, ())})
                 if spans:
                     mask, reason = self._mask(caption, spans)
-                    numbers = (first_caption_row + caption_index, image_row, self._labels[label], geometry or reason)
-                    self._append(numbers, box, mask, ", ".join(caption[start:end] for start, end in spans))
-            if len(self._numbers) == before:
-                mask = torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
-                self._append((-1, image_row, self._labels[label], Exclusion.NOT_MENTIONED), box, mask, "")
+                    text = ", ".join(caption[start:end] for start, end in spans)
+                    place = (first_caption_row + index, image_row, self._labels[label])
+                    self._phrases.append(_Row(*place, geometry or reason, box, (mask,), (text,)))
+            if len(self._phrases) == before:
+                place = (-1, image_row, self._labels[label])
+                self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, (self._no_tokens(),), ("",)))
 
-    def _append(self, numbers: tuple[int, int, int, int], box: Tensor, mask: Tensor, text: str) -> None:
-        self._numbers.append(numbers)
-        self._boxes.append(box)
-        self._masks.append(mask)
-        self._text.append(text)
+    def _add_negative(
+        self, sample: Sample, negative: HardNegative, box: Tensor, image_row: int, first_caption_row: int
+    ) -> None:
+        caption = sample.captions[negative.caption]
+        mask, reason = self._mask(negative.text, [negative.span])
+        true_mask, true_reason = self._mask(caption, [negative.true_span])
+        if not _has_area(box):
+            reason = Exclusion.OUTSIDE_CROP
+        place = (first_caption_row + negative.caption, image_row, self._labels[sample.regions[negative.region].label])
+        words = (negative.text, caption[slice(*negative.true_span)], negative.text[slice(*negative.span)])
+        self._negatives.append(_Row(*place, reason or true_reason, box, (mask, true_mask), words))
 
     def phrases(self) -> Phrases:
-        """All rows so far."""
-        if not self._numbers:
-            return Phrases.empty(self._tokenizer.context_length)
-        caption_row, image_row, label, reason = self._columns()
-        masks, boxes = torch.stack(self._masks), torch.stack(self._boxes)
-        return Phrases(caption_row, image_row, label, masks, boxes, reason, self._text)
-
-
-class NegativeRows(_Rows):
-    """Collects the rows of `Negatives`, image by image."""
-
-    def __init__(self, transform: ImageTransform, tokenizer: CaptionTokenizer, labels: dict[str, int]) -> None:
-        super().__init__(transform, tokenizer, labels)
-        self._words: list[tuple[str, str, str]] = []
-
-    def add(self, sample: Sample, negatives: Iterable[HardNegative], image_row: int, first_caption_row: int) -> None:
-        """Wrong captions of one image, whose true captions start at a row of the batch's tokens."""
-        for negative in negatives:
-            region, caption = sample.regions[negative.region], sample.captions[negative.caption]
-            box = _transformed(region, sample, self._transform)
-            mask, reason = self._mask(negative.text, [negative.span])
-            true_mask, true_reason = self._mask(caption, [negative.true_span])
-            if not _has_area(box):
-                reason = Exclusion.OUTSIDE_CROP
-            row = first_caption_row + negative.caption
-            self._numbers.append((row, image_row, self._labels[region.label], reason or true_reason))
-            self._boxes.append(box)
-            self._masks += [mask, true_mask]
-            true_words, words = caption[slice(*negative.true_span)], negative.text[slice(*negative.span)]
-            self._words.append((negative.text, true_words, words))
+        """All phrases so far."""
+        rows = self._phrases
+        caption_row, image_row, label, reason = _numbers(rows)
+        mask = _stacked([row.masks[0] for row in rows], self._no_tokens())
+        boxes = _stacked([row.box for row in rows], torch.zeros(4))
+        return Phrases(caption_row, image_row, label, mask, boxes, reason, [row.words[0] for row in rows])
 
     def negatives(self) -> Negatives:
-        """All rows so far."""
-        length, rows = self._tokenizer.context_length, len(self._numbers)
-        caption_row, image_row, label, reason = self._columns()
-        captions, text, replacement = ([words[column] for words in self._words] for column in range(3))
-        masks = torch.stack(self._masks) if rows else torch.zeros(0, length, dtype=torch.bool)
-        mask, true_mask = masks.reshape(rows, 2, length).unbind(1)
+        """All hard negatives so far."""
+        rows = self._negatives
+        caption_row, image_row, label, reason = _numbers(rows)
+        mask, true_mask = (_stacked([row.masks[i] for row in rows], self._no_tokens()) for i in range(2))
+        captions, text, replacement = ([row.words[i] for row in rows] for i in range(3))
         return Negatives(
             caption_row=caption_row,
             image_row=image_row,
             label=label,
-            boxes=torch.stack(self._boxes) if rows else torch.zeros(0, 4),
+            boxes=_stacked([row.box for row in rows], torch.zeros(4)),
             reason=reason,
             tokens=self._tokenizer.encode(captions),
-            mask=mask.clone(),
-            true_mask=true_mask.clone(),
+            mask=mask,
+            true_mask=true_mask,
             captions=captions,
             text=text,
             replacement=replacement,
         )
 
+    def named(self) -> NamedBoxes:
+        """All boxes so far that captions name."""
+        rows = torch.tensor([row for row, _ in self._named], dtype=torch.int64)
+        return NamedBoxes(rows, _stacked([box for _, box in self._named], torch.zeros(4)))
 
-def named_boxes(
-    samples: Sequence[tuple[Sample, int]], captions_per_image: int | None, transform: ImageTransform
-) -> NamedBoxes:
-    """The boxes that the captions of some samples name.
+    def _no_tokens(self) -> Tensor:
+        return torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
 
-    Args:
-        samples: each with the row of its first caption.
-        captions_per_image: only the first so many captions take part; None: all.
-        transform: of the images.
-    """
-    rows: list[int] = []
-    boxes = [torch.zeros(0, 4)]
-    most = math.inf if captions_per_image is None else captions_per_image
-    for sample, first_row in samples:
-        for region in sample.regions:
-            box = _transformed(region, sample, transform)
-            named = [number for number, spans in sorted(region.spans.items()) if spans and number < most]
-            if named and _has_area(box):
-                rows += [first_row + number for number in named]
-                boxes.append(box.expand(len(named), 4))
-    return NamedBoxes(torch.tensor(rows, dtype=torch.int64), torch.cat(boxes))
+    def _mask(self, caption: str, spans: Sequence[Span]) -> tuple[Tensor, Exclusion]:
+        """The tokens of all spans that are whole, and why there are none."""
+        mask = self._no_tokens()
+        reasons = [self._mark(mask, caption, span) for span in spans]
+        return mask, reasons[0] if all(reasons) else Exclusion.MEASURED
+
+    def _mark(self, mask: Tensor, caption: str, span: Span) -> Exclusion:
+        try:
+            mask[self._tokenizer.token_span(caption, span)] = True
+        except SpanCutOffError:
+            return Exclusion.SPAN_CUT_OFF
+        except SpanAlignmentError:
+            return Exclusion.SPAN_NOT_ALIGNED
+        return Exclusion.MEASURED
 
 
-def _transformed(region: Region, sample: Sample, transform: ImageTransform) -> Tensor:
-    """A region's box `(x0, y0, x1, y1)` in pixels of the transformed image, [4] float32."""
-    return transform.boxes(torch.tensor([region.box], dtype=torch.float64), sample.size)[0]
+def _numbers(rows: Sequence[_Row]) -> list[Tensor]:
+    """The columns caption_row, image_row, label and reason."""
+    numbers = [(row.caption_row, row.image_row, row.label, row.reason) for row in rows]
+    return [column.clone() for column in torch.tensor(numbers, dtype=torch.int64).reshape(-1, 4).unbind(1)]
+
+
+def _stacked(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The parts along a new first dimension, which is empty where there are none."""
+    return torch.stack(list(parts)) if parts else like[None][:0]
 
 
 def _has_area(box: Tensor) -> bool:

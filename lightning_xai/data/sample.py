@@ -13,9 +13,10 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import msgspec
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -38,6 +39,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_T = TypeVar("_T")
+# JSON can hold it (a lone surrogate), but no tokenizer and no other file takes it.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 Box = tuple[float, float, float, float]
@@ -148,6 +152,27 @@ def stable_hash(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def parse_json(data: bytes, kind: type[_T], version: int) -> _T:
+    """The content of a JSON file whose schema has that version.
+
+    Raises:
+        ValueError: it is no JSON, its schema has another version, or a field is missing or of the wrong type.
+    """
+    try:
+        record = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"broken JSON ({error})") from error
+    found = record.get("version") if isinstance(record, dict) else None
+    if found != version:
+        raise ValueError(f"schema version {found!r}, expected {version}")
+    try:
+        return msgspec.convert(record, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ValueError):  # a class's own check, which says more than its place
+            raise error.__cause__ from error
+        raise ValueError(f"field missing or of the wrong type ({error})") from error
+
+
 def read_image(data: bytes, origin: str) -> Image.Image:
     """Decode an image file to upright 8-bit RGB.
 
@@ -227,7 +252,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     _check(sample)
     record = {
         "version": SCHEMA_VERSION,
-        "captions": list(sample.captions),
+        "captions": sample.captions,
         "width": sample.size[0],
         "height": sample.size[1],
         "source": sample.source,
@@ -237,7 +262,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     if sample.negatives:
         record["negatives"] = [asdict(negative) for negative in sample.negatives]
     if sample.blanks:
-        record["blanks"] = {str(caption): list(positions) for caption, positions in sample.blanks.items()}
+        record["blanks"] = dict(sample.blanks)
     return {
         image_extension(sample.image, sample.source or sample.key): sample.image,
         "json": json.dumps(record, ensure_ascii=False).encode(),
@@ -265,19 +290,9 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
     if "json" not in members:
         raise RecordError(f"{where}: the .json member is missing; rebuild the shard", kind=UNPAIRED_MEMBER)
     try:
-        record = json.loads(members["json"])
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RecordError(f"{where}: broken JSON ({error}); rebuild the shard") from error
-    version = record.get("version") if isinstance(record, dict) else None
-    if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"{where}: schema version {version!r}, expected {SCHEMA_VERSION}; "
-            "prepare the shards again with this release"
-        )
-    try:
-        fields = msgspec.convert(record, _Record, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise RecordError(f"{where}: field missing or of the wrong type ({error}); rebuild the shard") from error
+        fields = parse_json(members["json"], _Record, SCHEMA_VERSION)
+    except ValueError as error:
+        raise RecordError(f"{where}: {error}; prepare the shards again with this release") from error
     sample = Sample(
         key=key,
         image=images[0],
@@ -293,64 +308,56 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
 
 
 def _encode_region(region: Region) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "label": region.label,
-        "box": list(region.box),
-        "crowd": region.crowd,
-        "spans": {str(caption): [list(span) for span in spans] for caption, spans in region.spans.items()},
-    }
+    # In this order, and without an entity where there is none, so that shards keep their bytes.
+    record = {"label": region.label, "box": region.box, "crowd": region.crowd, "spans": dict(region.spans)}
     return record | {"entity": region.entity} if region.entity else record
 
 
 def _check(sample: Sample, where: str | None = None) -> None:
-    where = where or f"record {sample.key!r} ({sample.source})"
+    regions = chain.from_iterable(_region_faults(region, sample) for region in sample.regions)
+    for fault in chain(_faults(sample), regions, _negative_faults(sample)):
+        raise RecordError(f"{where or f'record {sample.key!r} ({sample.source})'}: {fault}")
+
+
+def _faults(sample: Sample) -> Iterator[str]:
+    """All that breaks the contract but regions and negatives; each check may rely on those before it."""
     if not _KEY.fullmatch(sample.key):
-        raise RecordError(f"{where}: a key has 1 to 200 letters, digits, '_' or '-'; got {sample.key!r}")
+        yield f"a key has 1 to 200 letters, digits, '_' or '-'; got {sample.key!r}"
     if min(sample.size) < 1:
-        raise RecordError(f"{where}: width and height have to be positive; got {sample.size}")
+        yield f"width and height have to be positive; got {sample.size}"
     if not sample.captions or not all(isinstance(text, str) and text.strip() for text in sample.captions):
-        raise RecordError(f"{where}: at least one caption is needed and none may be empty; got {sample.captions!r}")
-    _check_text(sample, where)
-    for region in sample.regions:
-        _check_region(region, sample, where)
-    for negative in sample.negatives:
-        _check_negative(negative, sample, where)
+        yield f"at least one caption is needed and none may be empty; got {sample.captions!r}"
+    names = (name for region in sample.regions for name in (region.label, region.entity))
+    for text in (*sample.captions, sample.source, *names, *(negative.text for negative in sample.negatives)):
+        if _HALF_CHARACTER.search(text):
+            yield f"{text!r} is no text (surrogates not allowed); mend or drop it"
     for caption, positions in sample.blanks.items():
         if not 0 <= caption < len(sample.captions) or min(positions, default=0) < 0:
-            raise RecordError(f"{where}: blanks {list(positions)} of caption {caption} of {len(sample.captions)}")
+            yield f"blanks {list(positions)} of caption {caption} of {len(sample.captions)}"
 
 
-def _check_text(sample: Sample, where: str) -> None:
-    """Refuse halves of characters (lone surrogates), which JSON can hold but no tokenizer and no other file takes."""
-    names = (name for region in sample.regions for name in (region.label, region.entity))
-    texts = (*sample.captions, sample.source, *names, *(negative.text for negative in sample.negatives))
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        wrong = next(text for text in texts if any("\ud800" <= character <= "\udfff" for character in text))
-        raise RecordError(f"{where}: {wrong!r} is no text ({error.reason}); mend or drop it") from error
+def _negative_faults(sample: Sample) -> Iterator[str]:
+    for negative in sample.negatives:
+        if not 0 <= negative.caption < len(sample.captions) or not 0 <= negative.region < len(sample.regions):
+            yield (
+                f"the hard negative {negative.text!r} belongs to caption {negative.caption} of "
+                f"{len(sample.captions)} and region {negative.region} of {len(sample.regions)}"
+            )
+        true = sample.captions[negative.caption]
+        for (start, end), text in ((negative.span, negative.text), (negative.true_span, true)):
+            if not 0 <= start < end <= len(text):
+                yield f"span {(start, end)} of a hard negative leaves its caption {text!r}"
 
 
-def _check_negative(negative: HardNegative, sample: Sample, where: str) -> None:
-    if not 0 <= negative.caption < len(sample.captions) or not 0 <= negative.region < len(sample.regions):
-        raise RecordError(
-            f"{where}: the hard negative {negative.text!r} belongs to caption {negative.caption} of "
-            f"{len(sample.captions)} and region {negative.region} of {len(sample.regions)}"
-        )
-    for (start, end), text in ((negative.span, negative.text), (negative.true_span, sample.captions[negative.caption])):
-        if not 0 <= start < end <= len(text):
-            raise RecordError(f"{where}: span {(start, end)} of a hard negative leaves its caption {text!r}")
-
-
-def _check_region(region: Region, sample: Sample, where: str) -> None:
+def _region_faults(region: Region, sample: Sample) -> Iterator[str]:
     x, y, width, height = region.box
     if not all(math.isfinite(value) for value in region.box) or width <= 0 or height <= 0:
-        raise RecordError(f"{where}: the box of {region.label!r} has no area: {region.box}")
+        yield f"the box of {region.label!r} has no area: {region.box}"
     if x + width <= 0 or y + height <= 0 or x >= sample.size[0] or y >= sample.size[1]:
-        raise RecordError(f"{where}: the box of {region.label!r} lies outside the image {sample.size}: {region.box}")
+        yield f"the box of {region.label!r} lies outside the image {sample.size}: {region.box}"
     for caption, spans in region.spans.items():
         if not 0 <= caption < len(sample.captions):
-            raise RecordError(f"{where}: {region.label!r} has spans in caption {caption} of {len(sample.captions)}")
+            yield f"{region.label!r} has spans in caption {caption} of {len(sample.captions)}"
         for start, end in spans:
             if not 0 <= start < end <= len(sample.captions[caption]):
-                raise RecordError(f"{where}: span {(start, end)} of {region.label!r} leaves caption {caption}")
+                yield f"span {(start, end)} of {region.label!r} leaves caption {caption}"

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.sample import Box, Region, Sample, Span
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardError, ShardsExistError, write_shards
 
@@ -145,13 +146,10 @@ def render_caption(template: str, first: Object, second: Object) -> tuple[str, S
     >>> caption, caption[slice(*first)], caption[slice(*second)]
     ('there is an orange ring next to a blue star', 'orange ring', 'blue star')
     """
-    before, between, after = template.split("{}")
-    start_1 = len(before) + len(_article(first))
-    end_1 = start_1 + len(phrase(first))
-    start_2 = end_1 + len(between) + len(_article(second))
-    end_2 = start_2 + len(phrase(second))
-    caption = f"{before}{_article(first)}{phrase(first)}{between}{_article(second)}{phrase(second)}{after}"
-    return caption, (start_1, end_1), (start_2, end_2)
+    words = phrase(first), phrase(second)
+    caption = template.format(*(("an " if text[0] in "aeiou" else "a ") + text for text in words))
+    span_1, span_2 = find_phrases(caption, words)
+    return caption, span_1, span_2
 
 
 def draw_shape(shape: str, size: int, angle: float = 0.0) -> _Floats:
@@ -184,10 +182,6 @@ def draw_shape(shape: str, size: int, angle: float = 0.0) -> _Floats:
     return covered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _article(thing: Object) -> str:
-    return "an " if phrase(thing)[0] in "aeiou" else "a "
-
-
 def _outline(shape: str) -> npt.NDArray[np.float64]:
     """[K, 2] corners (x, y) of a shape, y down, in any unit."""
     corners = {
@@ -210,30 +204,19 @@ def _outline(shape: str) -> npt.NDArray[np.float64]:
     return np.stack([radius * np.sin(t), -radius * np.cos(t)], axis=1)
 
 
-@dataclass(frozen=True)
-class _Stamps:
-    """Every shape in every size and angle, drawn once.
-
-    Attributes:
-        masks: by (shape, size, angle), each index counted from 0: [h, w] coverage.
-        extents: [shapes, sizes, angles, 2] height and width of the masks.
-    """
-
-    masks: dict[tuple[int, int, int], _Floats]
-    extents: _Ints
+_Stamps = dict[tuple[int, int, int], _Floats]
+"""[h, w] coverage of every shape in every size and angle, by (shape, size, angle), each index counted from 0."""
 
 
 @lru_cache(maxsize=4)
 def _draw_stamps(image_size: int) -> _Stamps:
     smallest, largest = (round(size * image_size / _REFERENCE_SIZE) for size in _SHAPE_SIZES)
-    masks = {
+    return {
         (i, j, k): draw_shape(shape, size, angle)
         for i, shape in enumerate(SHAPES)
         for j, size in enumerate(range(smallest, largest + 1))
         for k, angle in enumerate(_ANGLES)
     }
-    extents = np.array([mask.shape for mask in masks.values()], dtype=np.int64)
-    return _Stamps(masks, extents.reshape(len(SHAPES), -1, len(_ANGLES), 2))
 
 
 @dataclass(frozen=True)
@@ -242,7 +225,7 @@ class _Scenes:
 
     Attributes:
         colors: [n, 4] index into `COLORS`.
-        stamps: [n, 4, 3] key into `_Stamps.masks`; the first entry is the shape.
+        stamps: [n, 4, 3] key into `_Stamps`; the first entry is the shape.
         corners: [n, 4, 2] y and x of the upper left pixel.
         present: [n, 4] whether the object is drawn.
         captions: [n, 2] template and order of each caption: `2 * template + swapped`.
@@ -273,10 +256,11 @@ def _plan(rng: np.random.Generator, pairs: _Ints, stamps: _Stamps, image_size: i
     shapes = np.concatenate([named[:, :, 1], _others(rng, named[:, :, 1], len(SHAPES))], axis=1)
     repeats = rng.random(n) < _SAME_SHAPE_RATE
     shapes[repeats, _NAMED] = shapes[repeats, rng.integers(_NAMED, size=n)[repeats]]
-    sizes = rng.integers(stamps.extents.shape[1], size=(n, _OBJECTS))
+    extents = np.array([mask.shape for mask in stamps.values()]).reshape(len(SHAPES), -1, len(_ANGLES), 2)
+    sizes = rng.integers(extents.shape[1], size=(n, _OBJECTS))
     angles = rng.integers(len(_ANGLES), size=(n, _OBJECTS))
     wanted = np.arange(_OBJECTS) < rng.integers(_NAMED, _OBJECTS, endpoint=True, size=n)[:, None]
-    corners, present = _place(rng, stamps.extents[shapes, sizes, angles], wanted, image_size)
+    corners, present = _place(rng, extents[shapes, sizes, angles], wanted, image_size)
     variants = rng.permuted(np.tile(np.arange(2 * len(TEMPLATES)), (n, 1)), axis=1)
     return _Scenes(colors, np.stack([shapes, sizes, angles], axis=2), corners, present, variants[:, :2])
 
@@ -322,7 +306,7 @@ def _paint(rng: np.random.Generator, scenes: _Scenes, stamps: _Stamps, image_siz
     paints = (np.array(list(COLORS.values()))[scenes.colors] + jitter).astype(np.float32)
     corners, keys = scenes.corners.tolist(), scenes.stamps.tolist()
     for row, column in np.argwhere(scenes.present)[::-1].tolist():  # the named ones last
-        mask = stamps.masks[tuple(keys[row][column])]
+        mask = stamps[tuple(keys[row][column])]
         y, x = corners[row][column]
         patch = images[row, y : y + mask.shape[0], x : x + mask.shape[1]]
         patch += mask[:, :, None] * (paints[row, column] - patch)
@@ -371,7 +355,7 @@ def _describe(name: str, image: npt.NDArray[np.uint8], scenes: _Scenes, stamps: 
 
 def _box(scenes: _Scenes, stamps: _Stamps, row: int, k: int) -> Box:
     y, x = scenes.corners[row, k].tolist()
-    height, width = stamps.extents[tuple(scenes.stamps[row, k])].tolist()
+    height, width = stamps[tuple(scenes.stamps[row, k].tolist())].shape
     return (float(x), float(y), float(width), float(height))
 
 

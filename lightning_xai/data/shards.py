@@ -2,7 +2,7 @@
 
 A folder holds `shard-000000.tar`, `shard-000001.tar`, ... and `manifest.json`, which lists each shard with its number
 of samples, bytes and SHA-256. The same samples give the same bytes, so that two machines can compare hashes.
-Shards may come from anywhere; `tar_records` is what opens them.
+Shards may come from anywhere; `shard_reader` is what opens them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeAlias
+from typing import Annotated, BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from webdataset.writer import TarWriter
 
 from lightning_xai.data.excluded import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
-from lightning_xai.data.sample import RecordError, Sample, encode_sample
+from lightning_xai.data.sample import RecordError, Sample, encode_sample, parse_json
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 
 MANIFEST_NAME = "manifest.json"
@@ -38,6 +39,7 @@ _EXCLUDED_KEY = "left_out"  # as version 1 of the file calls it: shards that are
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*\.tar")  # commands take a leading "-" for an option
 _LOGGED_RECORDS = 10
 _SHOWN_FAULTS = 10
+_CHUNK = 1 << 20
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -91,6 +93,9 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
         excluded: reason -> records of the source that were not written.
         captions: number of captions over all samples.
         version: version of the manifest's own schema.
+
+    Raises:
+        ShardError: no shard, one twice, or labels that are not sorted.
     """
 
     name: str
@@ -99,6 +104,15 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     excluded: Mapping[str, _Count]
     captions: _Count
     version: int = MANIFEST_VERSION
+
+    def __post_init__(self) -> None:
+        names = [entry.name for entry in self.shards]
+        if not names:
+            raise ShardError("no shard is listed")
+        if len(set(names)) != len(names):
+            raise ShardError("a shard is listed twice")
+        if list(self.labels) != sorted(set(self.labels)):
+            raise ShardError("'labels' are not sorted texts")
 
     @property
     def samples(self) -> int:
@@ -141,16 +155,15 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
         path = store.locate(MANIFEST_NAME)
         try:
             with store.open(MANIFEST_NAME) as stream:
-                record = json.loads(stream.read().decode())
+                return parse_json(stream.read(), cls, MANIFEST_VERSION)
         except FileNotFoundError as error:
             raise ShardError(
                 f"{path}: not found; check the path, or make the shards with `python -m lightning_xai prepare`"
             ) from error
         except OSError as error:
             raise ShardError(f"{path}: cannot be read ({error}); check the path, and your access to it") from error
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ShardError(f"{path}: broken JSON ({error}); restore the file or prepare the shards again") from error
-        return _parse_manifest(record, path)
+        except ValueError as error:
+            raise ShardError(f"{path}: {error}; restore the file or prepare the shards again") from error
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json`; the same manifest gives the same bytes."""
@@ -255,92 +268,80 @@ def write_shards(
     out = out.resolve()
     _check_target(out, overwrite)
     excluded = Counter() if excluded is None else excluded
-    partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir(parents=True)
-    content = _Content(excluded)
+    unfinished = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    unfinished.mkdir(parents=True)
+    captions: dict[str, int] = {}
+    labels: set[str] = set()
     shards: list[ShardEntry] = []
     try:
         with progress_bar(progress) as bar:
-            records = content.take(bar.track(samples, total=total, description=escape(name)))
+            tracked = bar.track(samples, total=total, description=escape(name))
+            records = _encoded(tracked, excluded, captions, labels)
             for first in records:
                 group = chain([first], islice(records, samples_per_shard - 1))
-                shards.append(_write_shard(partial / f"shard-{len(shards):06d}.tar", group))
+                shards.append(_write_shard(unfinished / f"shard-{len(shards):06d}.tar", group))
         if not shards:
             raise ShardError(f"{out}: no sample to write for {name!r}; excluded: {dict(excluded) or 'nothing'}")
         manifest = Manifest(
             name=name,
             shards=tuple(shards),
-            labels=tuple(sorted(content.labels)),
+            labels=tuple(sorted(labels)),
             excluded={reason: count for reason, count in sorted(excluded.items()) if count},
-            captions=content.captions,
+            captions=sum(captions.values()),
         )
-        manifest.save(partial)
-        _publish(partial, out, overwrite)
+        manifest.save(unfinished)
+        _publish(unfinished, out, overwrite)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return manifest
 
 
-class _HashingFile:
-    """The write side of a file that hashes and counts what passes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+def hash_rest(stream: BinaryIO) -> str:
+    """The SHA-256, in hexadecimal digits, of the bytes that a stream still has."""
+    digest = hashlib.sha256()
+    for chunk in iter(partial(stream.read, _CHUNK), b""):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _write_shard(path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardEntry:
     """Write keys with their members as one shard."""
     samples = 0
-    with path.open("wb") as file:
-        hashed = _HashingFile(file)
+    with path.open("w+b") as file:
         # Time and owner are fixed so that the same samples give the same bytes. The members are bytes already
         # (encoder=False). The GNU format holds keys of more than 100 characters, which webdataset's default does not.
-        with TarWriter(hashed, encoder=False, mtime=0, user="nobody", group="nobody", format="GNU_FORMAT") as tar:
+        with TarWriter(file, encoder=False, mtime=0, user="nobody", group="nobody", format="GNU_FORMAT") as tar:
             for key, members in records:
                 tar.write({"__key__": key, **members})
                 samples += 1
-    return ShardEntry(path.name, samples, hashed.bytes, hashed.sha256)
+        size = file.tell()
+        file.seek(0)
+        return ShardEntry(path.name, samples, size, hash_rest(file))
 
 
-class _Content:
-    """Encodes samples, and notes what a manifest says of those that could be."""
+def _encoded(
+    samples: Iterable[Sample], excluded: Counter[str], captions: dict[str, int], labels: set[str]
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """Key and members of each sample that keeps the contract; the others are counted, and the first logged.
 
-    def __init__(self, excluded: Counter[str]) -> None:
-        self.labels: set[str] = set()
-        self.captions = 0
-        self._excluded = excluded
-        self._keys: set[str] = set()
-
-    def take(self, samples: Iterable[Sample]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        """Key and members of each sample that keeps the contract; the others are counted, and the first logged."""
-        for sample in samples:
-            try:
-                members = encode_sample(sample)
-            except RecordError as error:
-                self._excluded[BROKEN_RECORD] += 1
-                if self._excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
-                    _log.warning("excluded: %s", error)
-                continue
-            if sample.key in self._keys:
-                raise ShardError(
-                    f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to "
-                    "be unique in a data set: remove the duplicate from the source or make its keys distinct"
-                )
-            self._keys.add(sample.key)
-            self.captions += len(sample.captions)
-            self.labels.update(region.label for region in sample.regions)
-            yield sample.key, members
+    `captions` takes the number of captions by key, `labels` those of the regions.
+    """
+    for sample in samples:
+        try:
+            members = encode_sample(sample)
+        except RecordError as error:
+            excluded[BROKEN_RECORD] += 1
+            if excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
+                _log.warning("excluded: %s", error)
+            continue
+        if sample.key in captions:
+            raise ShardError(
+                f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to "
+                "be unique in a data set: remove the duplicate from the source or make its keys distinct"
+            )
+        captions[sample.key] = len(sample.captions)
+        labels.update(region.label for region in sample.regions)
+        yield sample.key, members
 
 
 def progress_bar(enabled: bool) -> Progress:
@@ -368,7 +369,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise ShardsExistError(f"{out}: is not empty and holds no shards of this project; choose another folder")
 
 
-def _publish(partial: Path, out: Path, overwrite: bool) -> None:
+def _publish(unfinished: Path, out: Path, overwrite: bool) -> None:
     """Give the finished folder its name; old shards that it replaces come back if that fails."""
     _check_target(out, overwrite)  # another process may have been faster
     retired = out.parent / f".{out.name}.retired-{uuid.uuid4().hex[:8]}"
@@ -378,36 +379,9 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
             out.rename(retired)
         elif out.exists():
             out.rmdir()  # refuses if it is no longer empty
-        partial.rename(out)
+        unfinished.rename(out)
     except OSError as error:
         if retired.exists() and not out.exists():
             retired.rename(out)
         raise ShardsExistError(f"{out}: could not be put in place ({error}); run again") from error
     shutil.rmtree(retired, ignore_errors=True)
-
-
-def _parse_manifest(record: Any, path: str) -> Manifest:
-    version = record.get("version") if isinstance(record, dict) else None
-    if version != MANIFEST_VERSION:
-        raise ShardError(
-            f"{path}: manifest version {version!r}, expected {MANIFEST_VERSION}; prepare the shards again with this "
-            "release"
-        )
-    try:
-        manifest = msgspec.convert(record, Manifest)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ShardError):
-            raise ShardError(f"{path}: {error.__cause__}") from error
-        raise ShardError(
-            f"{path}: field missing or of the wrong type ({error}); restore the file or prepare the shards again"
-        ) from error
-    names = [entry.name for entry in manifest.shards]
-    checks = {
-        "no shard is listed": bool(names),
-        "a shard is listed twice": len(set(names)) == len(names),
-        "'labels' are not sorted texts": list(manifest.labels) == sorted(set(manifest.labels)),
-    }
-    for fault, holds in checks.items():
-        if not holds:
-            raise ShardError(f"{path}: {fault}; restore the file or prepare the shards again")
-    return manifest

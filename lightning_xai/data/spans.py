@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ class CaptionTokenizer:
         self.tokenizer = tokenizer
         self._memo: dict[str, list[int]] = {}
         self._encode_text, self._decode_ids = _find_codec(tokenizer)
-        self.context_length = int(tokenizer(["a"]).shape[1])
+        shortest = tokenizer(["a"])[0]
+        self.context_length, self._padding = len(shortest), int(shortest[-1])
+        self._told_of_cut = False
         self._first, self._capacity, self._end_id = self._probe()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -59,6 +62,8 @@ class CaptionTokenizer:
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Token ids [C, L] (int64) of C captions, exactly as the wrapped tokenizer makes them.
+
+        The first caption that is longer than the model reads is warned of.
 
         Raises:
             ValueError: a caption is empty, or `captions` is one string instead of a sequence.
@@ -69,8 +74,26 @@ class CaptionTokenizer:
             _check_not_empty(caption, f"caption {index} of {len(captions)}")
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
-        tokens: Tensor = self.tokenizer(list(captions))
-        return tokens.to(torch.int64)
+        tokens: Tensor = self.tokenizer(list(captions)).to(torch.int64)
+        self._tell_of_cut(captions, tokens)
+        return tokens
+
+    def _tell_of_cut(self, captions: Sequence[str], tokens: Tensor) -> None:
+        """Warn of the first caption that is longer than the model reads, of all that pass through this tokenizer."""
+        if self._told_of_cut or self._capacity == 0:
+            return
+        # Only a row without padding can be of one, so that others are not tokenised twice.
+        last = tokens[:, self._first + self._capacity - 1]
+        for row in ((last != self._padding) & (last != self._end_id)).nonzero()[:, 0].tolist():
+            length = len(self._ids(captions[row]))
+            if length > self._capacity:
+                self._told_of_cut = True
+                warnings.warn(
+                    f"a caption of {length} tokens is cut off; the model reads {self._capacity}: {captions[row]!r} "
+                    "(only the first such caption is named)",
+                    stacklevel=3,
+                )
+                return
 
     def token_span(self, caption: str, span: Span) -> slice:
         """The token positions that the characters `span` of `caption` became.
@@ -152,7 +175,7 @@ class CaptionTokenizer:
     @property
     def padding_id(self) -> int:
         """The token that fills up short captions."""
-        return int(self.encode(["a"])[0, -1])
+        return self._padding
 
     def padding_caption(self) -> Tensor:
         """A caption that says nothing: start, one padding token, end, padding; token ids [L]."""
@@ -182,7 +205,11 @@ class CaptionTokenizer:
         Raises:
             ValueError: the tokenizer cannot decode.
         """
-        return " ".join("".join(self._piece(token) for token in self._content(_to_list(tokens))).split())
+        ids = _to_list(tokens)
+        if self._end_id in ids:
+            ids = ids[: ids.index(self._end_id)]
+        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
+        return " ".join("".join(self._decode([token]) for token in ids if token not in special).split())
 
     def token_strings(self, tokens: Tensor | Sequence[int]) -> list[str]:
         """One string for each of the token ids [L], without spaces: "" for padding after the end token.
@@ -192,16 +219,7 @@ class CaptionTokenizer:
         """
         ids = _to_list(tokens)
         length = ids.index(self._end_id) + 1 if self._end_id in ids else len(ids)
-        return [self._piece(token).strip() for token in ids[:length]] + [""] * (len(ids) - length)
-
-    def _content(self, ids: list[int]) -> list[int]:
-        if self._end_id in ids:
-            ids = ids[: ids.index(self._end_id)]
-        special = set(getattr(getattr(self.tokenizer, "tokenizer", self.tokenizer), "all_special_ids", ()))
-        return [token for token in ids if token not in special]
-
-    def _piece(self, token: int) -> str:
-        return self._decode([token])
+        return [self._decode([token]).strip() for token in ids[:length]] + [""] * (len(ids) - length)
 
     def _decode(self, ids: list[int]) -> str:
         if self._decode_ids is None:
@@ -249,20 +267,15 @@ def _find_codec(tokenizer: Any) -> tuple[_Encode | None, _Decode | None]:
         return tokenizer.encode, tokenizer.decode
     inner = getattr(tokenizer, "tokenizer", None)  # open_clip's HFTokenizer
     if hasattr(inner, "decode") and callable(inner):
-        return _HuggingFaceEncode(tokenizer), inner.decode
+        return partial(_encode_hugging_face, tokenizer), inner.decode
     return None, None
 
 
-@dataclass(frozen=True)
-class _HuggingFaceEncode:
-    """`encode` for open_clip's `HFTokenizer`, which has none (a class, so that it can be sent to worker processes)."""
-
-    wrapper: Any
-
-    def __call__(self, text: str) -> list[int]:
-        # Not verbose: it would warn of texts that are longer than the model takes, which are cut elsewhere.
-        ids = self.wrapper.tokenizer(self.wrapper.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
-        return [int(token) for token in ids]
+def _encode_hugging_face(wrapper: Any, text: str) -> list[int]:
+    """`encode` for open_clip's `HFTokenizer`, which has none."""
+    # Not verbose: it would warn of texts that are longer than the model takes, which are cut elsewhere.
+    ids = wrapper.tokenizer(wrapper.clean_fn(text), add_special_tokens=False, verbose=False)["input_ids"]
+    return [int(token) for token in ids]
 
 
 def _blanks(text: str) -> int:

@@ -26,7 +26,7 @@ from lightning_xai.data.excluded import (
 from lightning_xai.data.sample import RecordError, Sample, decode_image
 from lightning_xai.data.shard_reader import RECORD_MEMBERS, TarRecords, decode_records
 from lightning_xai.data.shard_store import ShardStore
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardEntry, find_file_fault
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardEntry, find_file_fault, hash_rest
 
 __all__ = ["ShardReport", "Verification", "find_wrong_checksums", "read_reports"]
 
@@ -41,28 +41,17 @@ class ShardReport:
 
     Attributes:
         entry: the shard, as the manifest lists it.
-        kinds: kind of fault -> how often.
-        findings: what was found, one for each message there could be; lost records are one.
-        messages: of the first findings.
+        faults: what is wrong, and how often; lost records are one fault.
         captions: of its usable samples.
         labels: of its usable samples' regions.
         keys: hashes of the keys of all its records, in order, [N] bytes.
     """
 
     entry: ShardEntry
-    kinds: Counter[str] = field(default_factory=Counter)
-    findings: int = 0
-    messages: list[str] = field(default_factory=list)
+    faults: list[tuple[Fault, int]] = field(default_factory=list)
     captions: int = 0
     labels: set[str] = field(default_factory=set)
     keys: NDArray[np.bytes_] = field(default_factory=lambda: np.empty(0, dtype=f"S{_KEY_BYTES}"))
-
-    def add(self, kind: str, message: str, count: int = 1) -> None:
-        """Note a fault."""
-        self.kinds[kind] += count
-        self.findings += 1
-        if len(self.messages) < _KEPT_MESSAGES:
-            self.messages.append(message)
 
 
 class Verification:
@@ -88,9 +77,8 @@ class Verification:
 
     def add(self, report: ShardReport) -> None:
         """Take up the next shard's report; in the order of the manifest."""
-        for kind, count in report.kinds.items():
-            self.counts[report.entry.name, kind] += count
-        self._say(report.messages, report.findings)
+        for fault, count in report.faults:
+            self._note(report.entry.name, fault.kind, fault.message, count)
         self._captions += report.captions
         self._labels |= report.labels
         self._keys.append(report.keys)
@@ -99,8 +87,8 @@ class Verification:
         """After the last report of a full read: look for keys in several shards, and check the manifest's counts."""
         names = [entry.name for entry in self._manifest.shards]
         for shard, record, other, first in _repeated_keys(self._keys):
-            self.counts[names[shard], DUPLICATE_KEY] += 1
-            self._say([f"{names[shard]}: record {record} has the key of record {first} of {names[other]} (from 0)"])
+            message = f"{names[shard]}: record {record} has the key of record {first} of {names[other]} (from 0)"
+            self._note(names[shard], DUPLICATE_KEY, message)
         if self.counts:
             return  # what could not be read is missing in the sums
         for name, stated, found in (
@@ -108,13 +96,14 @@ class Verification:
             ("labels", self._manifest.labels, tuple(sorted(self._labels))),
         ):
             if stated != found:
-                self.counts[MANIFEST_NAME, WRONG_COUNT] += 1
-                self._say([f"{MANIFEST_NAME} says {name}: {stated}, the shards hold {found}"])
+                message = f"{MANIFEST_NAME} says {name}: {stated}, the shards hold {found}"
+                self._note(MANIFEST_NAME, WRONG_COUNT, message)
 
-    def _say(self, messages: Iterable[str], findings: int = 1) -> None:
-        self.findings += findings
-        self.messages.extend(messages)
-        del self.messages[_KEPT_MESSAGES:]
+    def _note(self, shard: str, kind: str, message: str, count: int = 1) -> None:
+        self.counts[shard, kind] += count
+        self.findings += 1
+        if len(self.messages) < _KEPT_MESSAGES:
+            self.messages.append(message)
 
 
 def read_reports(
@@ -152,14 +141,13 @@ class _Reports(Dataset[ShardReport]):
     def __getitem__(self, shard: int) -> ShardReport:
         report = ShardReport(self.manifest.shards[shard])
         fault = find_file_fault(self.store, report.entry)
-        if fault is not None:
-            report.add(fault.kind, fault.message)
-        if fault is None and self.quick:
+        same_size = fault is None
+        if same_size and self.quick:
             fault = _find_wrong_checksum(self.store, report.entry)
-            if fault is not None:
-                report.add(fault.kind, fault.message)
-        elif not self.quick and (fault is None or fault.kind != MISSING_SHARD):
-            _read_records(self.store, report, same_size=fault is None)
+        if fault is not None:
+            report.faults.append((fault, 1))
+        if not self.quick and (fault is None or fault.kind != MISSING_SHARD):
+            _read_records(self.store, report, same_size)
         return report
 
 
@@ -176,12 +164,13 @@ def _read_records(store: ShardStore, report: ShardReport, same_size: bool) -> No
     if records.error or len(keys) < entry.samples:
         reason = records.error or f"it ends after {len(keys)} records"
         lost = max(entry.samples - len(keys), 1)
-        report.add(UNREADABLE_SHARD, f"{entry.name}: {lost:,} of {entry.samples:,} records are lost ({reason})", lost)
+        message = f"{entry.name}: {lost:,} of {entry.samples:,} records are lost ({reason})"
+        report.faults.append((Fault(-1, UNREADABLE_SHARD, message), lost))
     elif len(keys) > entry.samples:
         message = f"{entry.name} holds {len(keys):,} records, the manifest says {entry.samples:,}"
-        report.add(WRONG_COUNT, message, len(keys) - entry.samples)
-    if same_size and stream.ended and (fault := _compare(stream, entry)) is not None:
-        report.add(fault.kind, fault.message)
+        report.faults.append((Fault(-1, WRONG_COUNT, message), len(keys) - entry.samples))
+    if same_size and stream.ended and (fault := _compare(stream.sha256.hexdigest(), entry)) is not None:
+        report.faults.append((fault, 1))
 
 
 def _look_at(item: Sample | RecordError, report: ShardReport) -> None:
@@ -191,23 +180,22 @@ def _look_at(item: Sample | RecordError, report: ShardReport) -> None:
         decode_image(item)
     except RecordError as error:
         message = str(error)
-        report.add(error.kind, message if report.entry.name in message else f"{report.entry.name}, {message}")
+        message = message if report.entry.name in message else f"{report.entry.name}, {message}"
+        report.faults.append((Fault(-1, error.kind, message), 1))
     else:
         report.captions += len(item.captions)
         report.labels.update(region.label for region in item.regions)
 
 
 def _find_wrong_checksum(store: ShardStore, entry: ShardEntry) -> Fault | None:
-    stream = _HashedStream(partial(store.open, entry.name, entry.bytes))
     try:
-        stream.close()
+        with store.open(entry.name, entry.bytes) as stream:
+            return _compare(hash_rest(stream), entry)
     except OSError as error:
         return Fault(-1, UNREADABLE_SHARD, f"{entry.name} cannot be read ({error})")
-    return _compare(stream, entry)
 
 
-def _compare(stream: _HashedStream, entry: ShardEntry) -> Fault | None:
-    found = stream.sha256.hexdigest()
+def _compare(found: str, entry: ShardEntry) -> Fault | None:
     if found == entry.sha256:
         return None
     return Fault(-1, WRONG_CHECKSUM, f"{entry.name} has the SHA-256 {found[:16]}..., not {entry.sha256[:16]}...")
@@ -231,7 +219,11 @@ class _HashedStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._take(len(buffer))
+        if self._source is None:
+            self._source = self._opened()
+        data = self._source.read(len(buffer))
+        self.sha256.update(data)
+        self.ended = not data
         buffer[: len(data)] = data
         return len(data)
 
@@ -240,19 +232,11 @@ class _HashedStream(io.RawIOBase):
             return
         try:
             while not self.ended:
-                self._take(_BLOCK)
+                self.read(_BLOCK)
         finally:
             super().close()
             if self._source is not None:
                 self._source.close()
-
-    def _take(self, size: int) -> bytes:
-        if self._source is None:
-            self._source = self._opened()
-        data = self._source.read(size)
-        self.sha256.update(data)
-        self.ended = self.ended or not data
-        return data
 
 
 def _repeated_keys(keys: list[NDArray[np.bytes_]]) -> Iterator[tuple[int, int, int, int]]:

@@ -7,10 +7,11 @@ where it was, with any number of processes.
 
 from __future__ import annotations
 
+import io
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,26 +19,31 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
 from rich.console import Console
 
+from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.attribution.base import ConstantMapWarning
 from lightning_xai.attribution.method_options import check_method, choose_method
 from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
-from lightning_xai.evaluation.examples import ExampleGallery, Pixels, write_gallery
-from lightning_xai.evaluation.method_run import MethodRun, gather_to_first, join_rows
-from lightning_xai.evaluation.rows import Embeddings
+from lightning_xai.evaluation.examples import Place, choose_examples
+from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
+from lightning_xai.evaluation.rows import Embeddings, measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.models.loading import load_dual_encoder
+from lightning_xai.results.examples import ExampleRecord, write_examples
 from lightning_xai.results.record import MethodRecord, ResultRecord, method_of, package_versions
 
 if TYPE_CHECKING:
     from lightning_xai.results.table import ResultTable
 
 __all__ = ["AttributionEvaluation"]
+
+_QUALITY = 92
 
 
 class AttributionEvaluation(L.LightningModule):
@@ -128,6 +134,7 @@ class AttributionEvaluation(L.LightningModule):
         self.table: ResultTable | None = None
         self._source = {"name": model, "pretrained": pretrained}
         self._runs: list[MethodRun] = []
+        self._pictures: dict[str, bytes] = {}
         self._broken = self._pairs = 0
         self._started = 0.0
 
@@ -167,6 +174,7 @@ class AttributionEvaluation(L.LightningModule):
         self._runs = [run for label in self.methods for run in self._build(label, metrics, settings)]
         # A process that comes late would take what others have just written for an earlier run's.
         self.trainer.strategy.barrier()
+        self._pictures = {}
         self._broken = self._pairs = 0
         self._started = time.perf_counter()
         stored, damaged = sum(len(run.cache) for run in self._runs), sum(run.cache.damaged for run in self._runs)
@@ -179,16 +187,20 @@ class AttributionEvaluation(L.LightningModule):
         """Attribute what is not there yet; scores are computed at the end."""
         self._broken += len(batch.faults)
         indices = [index for index in batch.index.tolist() if index >= 0]
-        todo = [run for run in self._runs if not run.has(indices)]
+        todo = [run for run in self._runs if not all(index in run.cache for index in indices)]
         if todo:
             # The derivatives of a tail in half precision would be noise.
             with torch.autocast(self.device.type, enabled=False), warnings.catch_warnings():
                 # A constant map shows in every number; a line for each batch and method would bury the rest.
                 warnings.simplefilter("ignore", ConstantMapWarning)
-                self._compute(batch, todo)
-        pixels = _picture_of(self.encoder, batch)
+                self._compute(batch, indices, todo)
         for run in self._runs:
-            run.collect(indices, pixels)
+            run.collect(indices)
+        images = {record.image: index for run in self._runs for (index, _, _), record in run.examples.items()}
+        self._pictures = {
+            name: self._pictures[name] if name in self._pictures else _jpeg(self.encoder, batch, index)
+            for name, index in images.items()
+        }
 
     def on_test_epoch_end(self) -> None:
         """Join the ranks' rows on the first one, log the scores, write and show everything."""
@@ -205,10 +217,15 @@ class AttributionEvaluation(L.LightningModule):
                 # Every rank holds the same number already.
                 self.log(f"test/{run.label}/{score.name}" + (f"/seed={run.seed}" if repeated else ""), value)
         totals = gather_to_first((self._broken, self._pairs, seconds))
-        kept = {run.label: (run.gallery, gather_to_first(run.gallery.kept)) for run in runs if run.gallery is not None}
+        kept = {run.label: gather_to_first(run.examples) for run in runs if run.shown is not None}
+        chosen = from_first(lambda: self._write_examples(kept))
+        for name in chosen & self._pictures.keys():
+            # Always written again: an earlier run in this folder may have been of a model that sees another size.
+            with replaced_at_once(self.out / name) as part:
+                part.write_bytes(self._pictures[name])
+        self.trainer.strategy.barrier()
         if self.table is not None:
             self.result = self._record(runs, *zip(*totals, strict=True))
-            write_gallery(self.out, {label: gallery.shown(parts) for label, (gallery, parts) in kept.items()})
             self._write(self.result, self.table)
         there = {name for (_, _, name), (_, count) in found.items() if count}
         measured = {name for name, spec in metrics.items() if there & {score.name for score in spec.scores}}
@@ -218,10 +235,6 @@ class AttributionEvaluation(L.LightningModule):
                 f"no item was left to measure {', '.join(missing)}: {self.out / 'values.csv'} has the reason for each "
                 "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method)"
             )
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Leave what was computed on disk."""
-        self._close()
 
     def teardown(self, stage: str) -> None:
         """Leave what was computed on disk."""
@@ -254,17 +267,18 @@ class AttributionEvaluation(L.LightningModule):
         for number in range(self.seeds if chosen.method.stochastic else 1):
             if number:
                 chosen = choose_method(self.encoder, name, own | {"seed": first + number})
-            gallery = None if number else ExampleGallery(*self.shown)
-            yield MethodRun(label, chosen, metrics, self.out, settings, gallery, self.internal_batch_size)
+            shown = None if number else self.shown
+            yield MethodRun(label, chosen, metrics, self.out, settings, shown, self.internal_batch_size)
 
-    def _compute(self, batch: Batch, runs: list[MethodRun]) -> None:
+    def _compute(self, batch: Batch, indices: list[int], runs: list[MethodRun]) -> None:
         """One forward pass of the model, and the rows that each of the methods makes from it."""
         with ExitStack() as passes:
             for run in runs:
                 passes.enter_context(run.maps.forward_pass())
             embeddings = Embeddings.of(self.encoder, batch)
         for run in runs:
-            run.compute(batch, embeddings)
+            rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings)
+            run.cache.put(rows.by_item(indices, heats=run.shown is not None))
             self._pairs += len(batch.tokens)
 
     def _record(
@@ -323,6 +337,15 @@ class AttributionEvaluation(L.LightningModule):
             },
         )
 
+    def _write_examples(self, kept: Mapping[str, list[dict[Place, ExampleRecord]]]) -> set[str]:
+        """Choose from what each rank has kept, write `METHOD/examples.json`, and return the names of the pictures."""
+        names: set[str] = set()
+        for label, parts in kept.items():
+            chosen = choose_examples((item for part in parts for item in part.items()), *self.shown).values()
+            write_examples(self.out / label, list(chosen))
+            names |= {record.image for record in chosen}
+        return names
+
     def _write(self, result: ResultRecord, table: ResultTable) -> None:
         """Write the results, and show them on the terminal."""
         # Not before: pandas takes a while to import.
@@ -349,13 +372,11 @@ class AttributionEvaluation(L.LightningModule):
         return runs
 
 
-def _picture_of(encoder: TwoTowerEncoder, batch: Batch) -> Callable[[int], Pixels]:
-    """From the index of a sample of a batch to its picture as the model saw it, [H, W, 3] bytes."""
-    rows = {index: row for row, index in enumerate(batch.index.tolist())}
-
-    def pixels(index: int) -> Pixels:
-        picture = encoder.pictures(batch.images[[rows[index]]].float().cpu())[0].permute(1, 2, 0)
-        levels: Pixels = (picture * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        return levels
-
-    return pixels
+def _jpeg(encoder: TwoTowerEncoder, batch: Batch, index: int) -> bytes:
+    """The picture of a sample of a batch as the model saw it."""
+    row = (batch.index == index).nonzero()[0]
+    picture = encoder.pictures(batch.images[row].float().cpu())[0].permute(1, 2, 0)
+    buffer = io.BytesIO()
+    levels = (picture * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
+    Image.fromarray(levels.numpy()).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+    return buffer.getvalue()

@@ -14,23 +14,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+import msgspec
 import torch.distributed as dist
 
 from lightning_xai.atomic_file import write_json
 from lightning_xai.attribution import METHODS
 from lightning_xai.attribution.method_options import ChosenMethod
-from lightning_xai.data.batch import Batch
-from lightning_xai.evaluation.examples import Candidate, ExampleGallery, Pixels
-from lightning_xai.evaluation.rows import Embeddings, maps_of, measure_batch
+from lightning_xai.evaluation.examples import Place, choose_examples, example_of
+from lightning_xai.evaluation.rows import maps_of
 from lightning_xai.metrics.registry import ChosenMetric
+from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.record import Score, settings_that_differ
 
 if TYPE_CHECKING:
     from lightning_xai.results.table import ResultTable
 
-__all__ = ["CacheError", "MethodRun", "ResultCache", "gather_to_first", "join_rows"]
+__all__ = ["CacheError", "MethodRun", "ResultCache", "from_first", "gather_to_first", "join_rows"]
 
-_HEAT_DIGITS = 4
 _FORMAT = 2  # of what the cache holds for an item
 _SETTINGS = "settings.json"
 _T = TypeVar("_T")
@@ -40,8 +40,13 @@ class CacheError(ValueError):
     """A folder holds results of other settings; the message names them, and says what to do."""
 
 
-class ResultCache:
-    """Records by the number of their item.
+class _Item(msgspec.Struct):
+    index: int
+    record: dict[str, Any]
+
+
+class ResultCache(dict[int, dict[str, Any]]):
+    """Records by the number of their item, to read; new ones are `put`.
 
     Args:
         folder: of this cache alone; created if needed.
@@ -59,7 +64,6 @@ class ResultCache:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._file: TextIO | None = None
-        self._records: dict[int, dict[str, Any]] = {}
         self.damaged = 0
         paths = sorted(folder.glob("*.jsonl"))
         # NaN, which equals nothing, as text.
@@ -67,28 +71,16 @@ class ResultCache:
         for path in paths:
             self._load(path)
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._records
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._records[index]
-
-    def put(self, index: int, record: Mapping[str, Any]) -> None:
-        """Keep a record of plain values; it is on disk after the next `flush`."""
+    def put(self, records: Mapping[int, Mapping[str, Any]]) -> None:
+        """Keep records of plain values, and hand them to the operating system: they then outlive the process."""
         # This run goes on with what a later one would read, lists for tuples included.
-        line = json.dumps({"index": index, "record": record}, ensure_ascii=True)
+        lines = [json.dumps({"index": index, "record": record}, ensure_ascii=True) for index, record in records.items()]
         if self._file is None:
             self._file = (self._folder / f"{uuid.uuid4().hex}.jsonl").open("w", encoding="ascii")
-        self._file.write(line + "\n")
-        self._records[index] = json.loads(line)["record"]
-
-    def flush(self) -> None:
-        """Hand what was put to the operating system: it then outlives the process."""
-        if self._file is not None:
-            self._file.flush()
+        self._file.writelines(f"{line}\n" for line in lines)
+        self._file.flush()
+        for line in lines:
+            self._take(line)
 
     def close(self) -> None:
         """Write what is left."""
@@ -116,20 +108,19 @@ class ResultCache:
         with path.open(encoding="ascii", errors="replace") as lines:
             for line in lines:
                 try:
-                    self._take(json.loads(line))
+                    self._take(line)
                 # One cut-off line must not lose the others.
-                except (ValueError, KeyError, TypeError, RecursionError):  # noqa: PERF203
+                except (ValueError, RecursionError):  # noqa: PERF203
                     self.damaged += 1
 
-    def _take(self, item: Any) -> None:
-        index, record = item["index"], item["record"]
-        if type(index) is not int or not isinstance(record, dict):
-            raise TypeError(f"expected the number and the record of an item; got {index!r} and {type(record)}")
-        self._records[index] = record
+    def _take(self, line: str) -> None:
+        # Not msgspec's own reader: captions may hold lone surrogates, which it refuses.
+        item = msgspec.convert(json.loads(line), _Item)
+        self[item.index] = item.record
 
 
 class MethodRun:
-    """Attributes and measures batches, and keeps the rows of each item on disk.
+    """One method of an evaluation, and the rows that it makes, which are kept on disk.
 
     Args:
         label: of the method.
@@ -137,7 +128,7 @@ class MethodRun:
         metrics: what to measure; those that need a sign are skipped for methods without.
         folder: of the evaluation.
         settings: what else the rows depend on, but for the method, the metrics and their options.
-        gallery: keeps examples to look at; None for none.
+        shown: how many examples to keep; see `choose_examples`. None: none at all.
         batch_size: inputs that pass through a tower at a time; changes no number.
 
     Attributes:
@@ -145,6 +136,7 @@ class MethodRun:
         metrics: what is measured, by name.
         targets: target -> row of the table of targets; of this process.
         values: rows of the table of values of this process.
+        examples: what this process may show of its part.
 
     Raises:
         CacheError: the folder holds rows of other settings.
@@ -157,7 +149,7 @@ class MethodRun:
         metrics: Mapping[str, ChosenMetric],
         folder: Path,
         settings: Mapping[str, Any],
-        gallery: ExampleGallery | None,
+        shown: tuple[int, int, int] | None,
         batch_size: int,
     ) -> None:
         self.label = label
@@ -168,9 +160,9 @@ class MethodRun:
         }
         self.targets: dict[str, dict[str, Any]] = {}
         self.values: list[tuple[str, int, str, str, float, str]] = []
-        self.gallery = gallery if "grounding" in self.metrics else None
+        self.shown = shown if "grounding" in self.metrics else None
+        self.examples: dict[Place, ExampleRecord] = {}
         self.maps = maps_of(chosen.method, batch_size)
-        self._batch_size = batch_size
         # How many at a time changes no number.
         own = {key: value for key, value in chosen.options.items() if key != "internal_batch_size"}
         measured = {name: metric.options for name, metric in self.metrics.items()}
@@ -187,37 +179,9 @@ class MethodRun:
             },
         )
 
-    def has(self, indices: Sequence[int]) -> bool:
-        """True if all of these items are in the cache."""
-        return all(index in self.cache for index in indices)
-
-    def compute(self, batch: Batch, embeddings: Embeddings) -> None:
-        """Attribute and measure a batch that has passed through the model, and keep its rows on disk."""
-        rows = measure_batch(batch, self.maps, list(self.metrics.values()), embeddings, self._batch_size)
-        records: dict[int, dict[str, Any]] = {
-            index: {"targets": [], "values": [], "heats": {}} for index in batch.index.tolist() if index >= 0
-        }
-        index_of = {target["target"]: target["index"] for target in rows.targets}
-        for target in rows.targets:
-            records[target["index"]]["targets"].append(target)
-        for name, metric, value, excluded in rows.values:
-            number = None if math.isnan(value) else value
-            records[index_of[name]]["values"].append((name, metric, number, excluded))
-        for target, heat in rows.phrases if self.gallery is not None else ():
-            digits = [[float(f"{value:.{_HEAT_DIGITS}g}") for value in line] for line in heat.tolist()]
-            records[target["index"]]["heats"][target["target"]] = digits
-        for index, record in records.items():
-            self.cache.put(index, record)
-        self.cache.flush()
-
-    def collect(self, indices: Sequence[int], pixels: Callable[[int], Pixels]) -> None:
-        """Add the rows of some items, which are in the cache.
-
-        Args:
-            indices: of the items.
-            pixels: index to picture, for those that are kept to look at.
-        """
-        candidates: list[Candidate] = []
+    def collect(self, indices: Sequence[int]) -> None:
+        """Add the rows of some items, which are in the cache."""
+        candidates = list(self.examples.items())
         for index in indices:
             record = self.cache[index]
             found: dict[tuple[str, str], float] = {}
@@ -228,11 +192,11 @@ class MethodRun:
             targets = {target["target"]: target for target in record["targets"]}
             self.targets |= targets
             candidates += [
-                Candidate.of(targets[name], found[name, "gamma"], found[name, "rho"] == 1, heat)
+                example_of(targets[name], found[name, "gamma"], found[name, "rho"] == 1, heat)
                 for name, heat in record["heats"].items()
             ]
-        if self.gallery is not None:
-            self.gallery.add(candidates, pixels)
+        if self.shown is not None:
+            self.examples = choose_examples(candidates, *self.shown)
 
 
 def join_rows(
@@ -263,7 +227,7 @@ def join_rows(
         lines = score_table(table.values, scores).itertuples(index=False, name=None)
         return {(method, seed, score): (value, count) for method, seed, score, value, count in lines}
 
-    return _from_first(summed_up), next(iter(tables), None)
+    return from_first(summed_up), next(iter(tables), None)
 
 
 def gather_to_first(part: _T) -> list[_T]:
@@ -276,8 +240,12 @@ def gather_to_first(part: _T) -> list[_T]:
     return gathered or []
 
 
-def _from_first(compute: Callable[[], _T]) -> _T:
-    """Compute something small on the first process alone, for all."""
+def from_first(compute: Callable[[], _T]) -> _T:
+    """Compute something small on the first process alone, for all. Every process has to call this.
+
+    Raises:
+        RuntimeError: (elsewhere) the first process failed; there, its own error.
+    """
     if not _several():
         return compute()
     answer: list[Any] = [None, None]

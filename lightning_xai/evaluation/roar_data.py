@@ -9,10 +9,9 @@ Shape suffixes: N pairs, L caption tokens, H x W the patch grid.
 from __future__ import annotations
 
 import io
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,18 +20,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_xai.attribution import Attribution, AttributionMethod, ConstantMapWarning
+from lightning_xai.attribution import Attribution, AttributionMethod
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.dataset import EvaluationDataset
 from lightning_xai.data.degradation import cut_through_ties, degrade_image, important_tokens
 from lightning_xai.data.excluded import BROKEN_RECORD
 from lightning_xai.data.sample import RecordError, Sample, read_image, stable_hash
 from lightning_xai.data.shard_reader import read_samples
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardsExistError, write_shards
+from lightning_xai.data.shards import Manifest, ShardsExistError, write_shards
+from lightning_xai.evaluation.sanity_check import attributions_of
 from lightning_xai.heat_maps import upsample
 from lightning_xai.models.dual_encoder import DualEncoder
 
-__all__ = ["Partition", "attribute_pairs", "count_ties", "partition", "read_keys", "write_degraded", "write_original"]
+__all__ = ["attribute_pairs", "count_ties", "partition", "read_keys", "write_degraded", "write_original"]
 
 Modality = Literal["image", "text"]
 Fill = Literal["model_mean", "image_mean"]
@@ -40,23 +40,10 @@ Fill = Literal["model_mean", "image_mean"]
 NO_TOKENS = "caption without tokens"
 
 
-@dataclass(frozen=True)
-class Partition:
-    """The samples that take part, by key.
-
-    Attributes:
-        training: those that are degraded and trained on.
-        validation: those that are measured on, always as they are.
-    """
-
-    training: frozenset[str]
-    validation: frozenset[str]
-
-
 def partition(
     keys: Sequence[str], *, validation: float = 0.2, samples: int | None = None, skip: int = 0, seed: int = 0
-) -> Partition:
-    """Draw samples, and split them into a training and a validation part.
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Draw samples, and split them into a training part, to degrade, and a validation part, to measure on as it is.
 
     A function of the keys, not of their order: samples are sorted by a hash of seed and key, of which the first
     `skip` are skipped, so that two drawings with the same seed need not overlap.
@@ -68,12 +55,15 @@ def partition(
         skip: how many of the sorted samples to skip.
         seed: of the drawing and of the parts.
 
+    Returns:
+        The keys of both parts.
+
     Raises:
         ValueError: there are not that many samples, or a part would be empty.
 
     Example:
-        >>> parts = partition([f"key{i}" for i in range(100)], samples=50)
-        >>> len(parts.training), len(parts.validation), parts.training & parts.validation
+        >>> training, validation = partition([f"key{i}" for i in range(100)], samples=50)
+        >>> len(training), len(validation), training & validation
         (40, 10, frozenset())
     """
     if skip < 0 or (samples is not None and samples < 1) or skip + (samples or 1) > len(keys):
@@ -90,7 +80,7 @@ def partition(
             f"a share of {validation} of {len(drawn)} samples leaves a part empty; give a share between 0 and 1, or "
             "more samples"
         )
-    return Partition(frozenset(drawn[count:]), frozenset(drawn[:count]))
+    return frozenset(drawn[count:]), frozenset(drawn[:count])
 
 
 def read_keys(folder: Path, manifest: Manifest) -> tuple[list[str], int]:
@@ -145,18 +135,16 @@ def attribute_pairs(
     manifest = Manifest.load(folder)
     collate = EvaluationCollate(encoder.image_transform, encoder.tokenizer, manifest.labels)
     device = next(encoder.parameters()).device
-    parts = []
-    with warnings.catch_warnings():
-        # Captions of one word, and images in which a method finds nothing, are common.
-        warnings.simplefilter("ignore", ConstantMapWarning)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in EvaluationDataset(folder, manifest, collate, batch_size=batch_size):
             if batch.faults:
                 raise ValueError(f"{folder}: {batch.faults[0].message}; delete the folder and run again")
             batch = batch.to(device)
-            result = method.attribute(batch.images, batch.tokens)
-            parts.append(Attribution(result.image.cpu(), result.text.cpu(), result.similarity.cpu()))
+            yield batch.images, batch.tokens
             on_progress(len(batch.images))
-    return Attribution.concatenate(parts)
+
+    return attributions_of(method, batches())
 
 
 def count_ties(
@@ -235,8 +223,6 @@ def write_degraded(
 
 def _write(out: Path, name: str, samples: Iterator[Sample], excluded: Counter[str]) -> Manifest:
     """Write shards, unless they exist or another process is faster, which writes the same."""
-    if (out / MANIFEST_NAME).is_file():
-        return Manifest.load(out)
     try:
         return write_shards(samples, out, name=name, excluded=excluded, progress=False)
     except ShardsExistError:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrase_finder import find_phrases
+from lightning_xai.data.phrases import Negatives
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
@@ -47,7 +49,6 @@ __all__ = [
     "BatchRows",
     "Embeddings",
     "MethodMaps",
-    "PairwiseMaps",
     "ValueRow",
     "Wanted",
     "maps_of",
@@ -58,6 +59,7 @@ __all__ = [
 ValueRow = tuple[str, str, float, str]
 """Target, metric, value and reason of exclusion; NaN with a reason, a number with an empty one."""
 BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+_HEAT_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,13 @@ class MethodMaps:
 
     Args:
         method: of the model that is evaluated.
-        batch_size: pairs of image and caption that are attributed at a time; bounds memory.
+        batch_size: inputs that pass through a tower at a time; bounds memory, changes no number.
     """
 
     def __init__(self, method: AttributionMethod, batch_size: int) -> None:
         self.method = method
         self.grid = method.grid
-        self._batch_size = batch_size
+        self.batch_size = batch_size
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -114,11 +116,8 @@ class MethodMaps:
 
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
         """Attribute what is wanted of a batch, after its forward pass."""
-        image, text = [self._none(batch)], [batch.images.new_zeros(0, batch.tokens.shape[1])]
-        for rows in self._chunks(len(batch.tokens) if wanted.captions else 0):
-            part = self.method.attribute(batch.images[batch.caption_image[rows]], batch.tokens[rows])
-            image.append(part.image)
-            text.append(part.text)
+        rows = slice(None if wanted.captions else 0)
+        image, text = self._of_pairs(batch, batch.caption_image[rows], batch.tokens[rows])
         phrases, negatives = batch.phrases, batch.negatives
         asked = [(int(phrases.image_row[row]), phrases.text[row]) for row in wanted.phrases.tolist()]
         if negatives is not None:
@@ -126,79 +125,81 @@ class MethodMaps:
                 asked += [(int(negatives.image_row[row]), words[row]) for row in wanted.negatives.tolist()]
         sizes = [len(wanted.phrases), len(wanted.negatives), len(wanted.negatives)]
         own, true, replacements = torch.split(self._of_words(batch, asked), sizes)
-        return BatchMaps(own, true, replacements, torch.cat(image), torch.cat(text))
+        return BatchMaps(own, true, replacements, image, text)
 
     def _of_words(self, batch: Batch, asked: list[tuple[int, str]]) -> Tensor:
         """A map for each image and words; the same question is answered once."""
-        questions = list(dict.fromkeys(asked))
-        if not questions:
-            return self._none(batch)
-        tokens = self.method.encoder.tokenizer.encode([words for _, words in questions]).to(batch.tokens.device)
-        images = torch.tensor([image for image, _ in questions], device=batch.tokens.device)
-        maps = torch.cat(
-            [
-                self.method.attribute(batch.images[images[rows]], tokens[rows]).image
-                for rows in self._chunks(len(questions))
-            ]
-        )
-        place = {question: row for row, question in enumerate(questions)}
-        return maps[torch.tensor([place[question] for question in asked], device=maps.device)]
+        place = {question: row for row, question in enumerate(dict.fromkeys(asked))}
+        tokens = batch.tokens[:0]
+        if asked:
+            tokens = self.method.encoder.tokenizer.encode([words for _, words in place]).to(batch.tokens.device)
+        images = torch.tensor([image for image, _ in place], dtype=torch.int64, device=batch.tokens.device)
+        maps, _ = self._of_pairs(batch, images, tokens)
+        return maps[torch.tensor([place[question] for question in asked], dtype=torch.int64, device=maps.device)]
 
-    def _none(self, batch: Batch) -> Tensor:
-        return batch.images.new_zeros(0, *self.grid)
+    def _of_pairs(self, batch: Batch, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps of images, given by their rows, and of their captions."""
+        image, text = self._nothing(batch)
+        parts = [self.method.attribute(batch.images[images[rows]], tokens[rows]) for rows in self.chunks(len(tokens))]
+        return torch.cat([image, *(part.image for part in parts)]), torch.cat([text, *(part.text for part in parts)])
 
-    def _chunks(self, count: int) -> Iterator[slice]:
-        yield from (slice(start, start + self._batch_size) for start in range(0, count, self._batch_size))
+    def _nothing(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """No maps of images and of captions."""
+        return batch.images.new_zeros(0, *self.grid), batch.images.new_zeros(0, batch.tokens.shape[1])
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        """Slices of at most `batch_size` of `count` things."""
+        yield from (slice(start, start + self.batch_size) for start in range(0, count, self.batch_size))
 
 
-class PairwiseMaps(MethodMaps):
-    """Makes the maps of batches with a pairwise method, from what the model's own forward pass computes.
+class _PairwiseMaps(MethodMaps):
+    """Makes them with a pairwise method, from what the model's own forward pass computes.
 
     The weights have to stay as they are from the first call of `maps` on.
     """
 
     method: PairwiseMethod
+    _captured = Captured()
 
-    def __init__(self, method: PairwiseMethod, batch_size: int) -> None:
-        super().__init__(method, batch_size)
-        self._captured = Captured()
-        self._references: References | None = None
+    @cached_property
+    def _references(self) -> References:
+        return self.method.references()
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Inside, the model runs on a batch; `maps` of the same batch, after it, reuses what the pass computed."""
         with self.method.capturing() as self._captured:
             yield
 
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
-        """Attribute what is wanted of a batch, after its forward pass."""
         captured, self._captured = self._captured, Captured()
         phrases, negatives = batch.phrases, batch.negatives
         captions, masks = phrases.caption_row[wanted.phrases], phrases.span_mask[wanted.phrases]
         if negatives is not None:
             captions = torch.cat([captions, negatives.caption_row[wanted.negatives]])
             masks = torch.cat([masks, negatives.true_mask[wanted.negatives]])
-        image, text = self._none(batch), batch.images.new_zeros(0, batch.tokens.shape[1])
+        image, text = self._nothing(batch)
         if not wanted.captions and not len(captions):
             return BatchMaps(image, image, image, image, text)
-        states = self.method.hidden_states(batch.images, batch.tokens, captured)
-        if self._references is None:
-            self._references = self.method.references()
+        states, replacements = self.method.hidden_states(batch.images, batch.tokens, captured), image
         if wanted.captions:
             image, text, maps = self._of_captions(batch, states, captions, masks)
         else:
-            maps = self._of_spans(batch, states, captions, masks)
+            # Far cheaper for spans alone.
+            of = batch.caption_image
+            maps = self._of_spans(batch, masks, lambda rows: states.pairs(of[captions[rows]], captions[rows]))
+        if negatives is not None:
+            wrong_pairs = partial(self._wrong_pairs, negatives, states, wanted.negatives)
+            replacements = self._of_spans(batch, negatives.mask[wanted.negatives], wrong_pairs)
         own, true = torch.split(maps, [len(wanted.phrases), len(maps) - len(wanted.phrases)])
-        return BatchMaps(own, true, self._replacements(batch, states, wanted.negatives), image, text)
+        return BatchMaps(own, true, replacements, image, text)
 
     def _of_captions(
         self, batch: Batch, states: HiddenStates, captions: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Maps of all captions, and those of spans as sums over their interactions."""
-        assert self._references is not None
-        spans = batch.images.new_zeros(len(captions), *self.grid)
-        images, texts = [self._none(batch)], [batch.images.new_zeros(0, batch.tokens.shape[1])]
-        for rows in self._chunks(len(batch.tokens)):
+        image, text = self._nothing(batch)
+        spans, images, texts = image.new_zeros(len(captions), *self.grid), [image], [text]
+        for rows in self.chunks(len(batch.tokens)):
             chosen = torch.arange(len(batch.tokens), device=captions.device)[rows]
             result = self.method.attribute_states(states.pairs(batch.caption_image[chosen], chosen), self._references)
             images.append(result.image)
@@ -208,33 +209,21 @@ class PairwiseMaps(MethodMaps):
             spans[here] = torch.einsum("rl,rlhw->rhw", masks[here].to(interactions), interactions).to(spans)
         return torch.cat(images), torch.cat(texts), spans
 
-    def _of_spans(self, batch: Batch, states: HiddenStates, captions: Tensor, masks: Tensor) -> Tensor:
-        """Maps of spans alone, far cheaper."""
-        assert self._references is not None
-        maps = [self._none(batch)]
-        for rows in self._chunks(len(captions)):
-            chosen = states.pairs(batch.caption_image[captions[rows]], captions[rows])
-            maps.append(self.method.span_map_of(chosen, masks[rows], self._references))
-        return torch.cat(maps)
+    def _of_spans(self, batch: Batch, masks: Tensor, states_of: Callable[[slice], HiddenStates]) -> Tensor:
+        """Maps of spans, given their masks and how to get the states of some of them."""
+        chunks = self.chunks(len(masks))
+        maps = (self.method.span_map_of(states_of(rows), masks[rows], self._references) for rows in chunks)
+        return torch.cat([self._nothing(batch)[0], *maps])
 
-    def _replacements(self, batch: Batch, states: HiddenStates, wanted: Tensor) -> Tensor:
-        """Maps of the words that a wrong caption has in place of the true ones."""
-        assert self._references is not None
-        maps = [self._none(batch)]
-        negatives = batch.negatives
-        for rows in self._chunks(len(wanted)):
-            assert negatives is not None
-            chosen = wanted[rows]
-            tokens = negatives.tokens[chosen]
-            image, text = states.image[negatives.image_row[chosen]], self.method.text_states(tokens)
-            mask = negatives.mask[chosen]
-            maps.append(self.method.span_map_of(HiddenStates(image, text, tokens), mask, self._references))
-        return torch.cat(maps)
+    def _wrong_pairs(self, negatives: Negatives, states: HiddenStates, wanted: Tensor, rows: slice) -> HiddenStates:
+        """States of images with wrong captions of theirs."""
+        tokens, images = negatives.tokens[wanted[rows]], negatives.image_row[wanted[rows]]
+        return HiddenStates(states.image[images], self.method.text_states(tokens), tokens)
 
 
 def maps_of(method: AttributionMethod, batch_size: int) -> MethodMaps:
     """Make the maps that fit a method; see `MethodMaps`."""
-    return PairwiseMaps(method, batch_size) if isinstance(method, PairwiseMethod) else MethodMaps(method, batch_size)
+    return _PairwiseMaps(method, batch_size) if isinstance(method, PairwiseMethod) else MethodMaps(method, batch_size)
 
 
 @dataclass(frozen=True)
@@ -272,6 +261,20 @@ class BatchRows:
     values: list[ValueRow]
     phrases: list[tuple[dict[str, Any], Tensor]]
 
+    def by_item(self, indices: Iterable[int], *, heats: bool) -> dict[int, dict[str, Any]]:
+        """The rows of each of these items, and if wanted the maps of its phrases, as plain values to keep on disk."""
+        records: dict[int, dict[str, Any]] = {index: {"targets": [], "values": [], "heats": {}} for index in indices}
+        index_of = {target["target"]: target["index"] for target in self.targets}
+        for target in self.targets:
+            records[target["index"]]["targets"].append(target)
+        for name, metric, value, excluded in self.values:
+            number = None if math.isnan(value) else value
+            records[index_of[name]]["values"].append((name, metric, number, excluded))
+        for target, heat in self.phrases if heats else ():
+            digits = [[float(f"{value:.{_HEAT_DIGITS}g}") for value in line] for line in heat.tolist()]
+            records[target["index"]]["heats"][target["target"]] = digits
+        return records
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -283,11 +286,7 @@ class _Group:
 
 
 def measure_batch(
-    batch: Batch,
-    maps: MethodMaps,
-    metrics: Sequence[ChosenMetric],
-    embeddings: Embeddings | None = None,
-    batch_size: int = 64,
+    batch: Batch, maps: MethodMaps, metrics: Sequence[ChosenMetric], embeddings: Embeddings | None = None
 ) -> BatchRows:
     """Attribute and measure a batch whose forward pass has just run.
 
@@ -296,19 +295,14 @@ def measure_batch(
         maps: makes the method's maps.
         metrics: what to measure.
         embeddings: of the batch; needed by metrics of captions.
-        batch_size: inputs that pass through a tower at a time.
 
     Raises:
         ValueError: an attribution is not finite.
     """
-    measuring = _Measuring(batch, maps, {metric.spec.kind for metric in metrics}, embeddings, batch_size)
-    groups: dict[Kind, _Group] = {}
-    values: list[ValueRow] = []
-    for metric in metrics:
-        kind = metric.spec.kind
-        if kind not in groups:
-            groups[kind] = measuring.group(kind)
-        values += _value_rows(groups[kind], metric)
+    kinds = dict.fromkeys(metric.spec.kind for metric in metrics)
+    measuring = _Measuring(batch, maps, kinds.keys(), embeddings)
+    groups = {kind: measuring.group(kind) for kind in kinds}
+    values = [row for metric in metrics for row in _value_rows(groups[metric.spec.kind], metric)]
     targets = [row for group in groups.values() for row in group.rows]
     return BatchRows(targets, values, measuring.measured_phrases(groups["phrase"]) if "phrase" in groups else [])
 
@@ -316,35 +310,31 @@ def measure_batch(
 class _Measuring:
     """One batch, its maps by one method, and the targets that they make."""
 
-    def __init__(
-        self, batch: Batch, maps: MethodMaps, kinds: set[Kind], embeddings: Embeddings | None, batch_size: int
-    ) -> None:
+    def __init__(self, batch: Batch, maps: MethodMaps, kinds: Set[Kind], embeddings: Embeddings | None) -> None:
         self.batch = batch
+        self.maker = maps
         self.size = (batch.images.shape[2], batch.images.shape[3])
         self.grid = maps.grid
-        self.signed = maps.method.signed
         self.embeddings = embeddings
-        self.batch_size = batch_size
         self.reason_R = measurable(batch.phrases.reason, batch.phrases.boxes, maps.grid, self.size)
         self.wanted = self._wanted(kinds)
         self.maps: BatchMaps = maps.maps(batch, self.wanted)
 
     def group(self, kind: Kind) -> _Group:
         """All targets of a kind."""
-        groups: dict[Kind, Callable[[], _Group]] = {
+        return {
             "phrase": self._phrases,
             "phrase_pair": self._phrase_pairs,
             "negative": self._negatives,
             "caption": self._caption_targets,
-        }
-        return groups[kind]()
+        }[kind]()
 
     def measured_phrases(self, group: _Group) -> list[tuple[dict[str, Any], Tensor]]:
         """Target and map of each phrase that can be measured."""
         heats = self.maps.phrases.float().cpu()
         return [(group.rows[row], heat) for row, heat in zip(self.wanted.phrases.tolist(), heats, strict=True)]
 
-    def _wanted(self, kinds: set[Kind]) -> Wanted:
+    def _wanted(self, kinds: Set[Kind]) -> Wanted:
         phrases = (self.reason_R == Exclusion.MEASURED).nonzero()[:, 0]
         negatives = phrases[:0]
         if "negative" in kinds and self.batch.negatives is not None:
@@ -364,7 +354,7 @@ class _Measuring:
             for text, box in zip(phrases.text, phrases.boxes.tolist(), strict=True)
         )
         rows = self._rows("phrase", phrases.image_row, phrases.caption_row, phrases.label, more)
-        return _Group(rows, self.reason_R.tolist(), PhraseTargets(self.maps.phrases, masks, self.signed))
+        return _Group(rows, self.reason_R.tolist(), PhraseTargets(self.maps.phrases, masks, self.maker.method.signed))
 
     def _phrase_pairs(self) -> _Group:
         phrases = self.batch.phrases
@@ -414,10 +404,10 @@ class _Measuring:
             boxes=batch.named.boxes,
             box_owner=batch.named.caption_row,
             image_size=self.size,
-            signed=self.signed,
+            signed=self.maker.method.signed,
             similarity_of_images=lambda rows, kept, hidden: self._similarity_of_images(embeddings, rows, kept, hidden),
             similarity_of_texts=lambda kept: self._similarity_of_texts(embeddings, kept | ~content),
-            batch_size=self.batch_size,
+            batch_size=self.maker.batch_size,
         )
         boxes = torch.bincount(batch.named.caption_row, minlength=len(batch.tokens)).tolist()
         captions = torch.arange(len(batch.tokens))
@@ -438,8 +428,7 @@ class _Measuring:
         """The similarity of all images with their captions, with padding in place of tokens that are not kept."""
         encoder = embeddings.encoder
         tokens = only_tokens(self.batch.tokens, kept_CL, encoder.tokenizer.padding_id)
-        starts = range(0, len(tokens), self.batch_size)
-        parts = [encoder.encode_text(tokens[start : start + self.batch_size]) for start in starts]
+        parts = [encoder.encode_text(tokens[rows]) for rows in self.maker.chunks(len(tokens))]
         kept_CK = torch.cat([embeddings.text_CK[:0], *parts])
         return cosine_similarity(embeddings.image_BK[self.batch.caption_image], kept_CK)
 

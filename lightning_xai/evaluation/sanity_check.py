@@ -9,7 +9,7 @@ Shape suffixes: B pairs, L caption tokens, H x W the patch grid.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +112,10 @@ def sanity_check(
             tower, or a result on random weights that is not finite.
     """
     check_batch(images, tokens)
-    encoder = _shared_encoder(methods)
+    encoders = {id(method.encoder): method.encoder for method in methods.values()}
+    if len(encoders) != 1:
+        raise ValueError(f"expected methods of one encoder; got {len(methods)} methods of {len(encoders)} encoders")
+    (encoder,) = encoders.values()
     if batch_size < 1:
         raise ValueError(f"batch_size has to be at least 1; got {batch_size}")
     own = encoder.tokenizer.content_mask(tokens).cpu()
@@ -123,30 +126,23 @@ def sanity_check(
         for stage in stages:
             stage.randomise()
             for name, method in methods.items():
-                maps[name].append(_explain(method, images, tokens, batch_size))
+                batches = zip(torch.split(images, batch_size), torch.split(tokens, batch_size), strict=True)
+                maps[name].append(attributions_of(method, batches))
                 if stage.name != ORIGINAL:
                     rows += _compare(name, stage.name, maps[name][0], maps[name][-1], own)
                 on_progress(sum(map(len, maps.values())), len(stages) * len(methods))
     return SanityResult(rows, [stage.name for stage in stages], maps)
 
 
-def _shared_encoder(methods: Mapping[str, AttributionMethod]) -> TwoTowerEncoder:
-    encoders = {id(method.encoder): method.encoder for method in methods.values()}
-    if len(encoders) != 1:
-        raise ValueError(f"expected methods of one encoder; got {len(methods)} methods of {len(encoders)} encoders")
-    (encoder,) = encoders.values()
-    return encoder
-
-
-def _explain(method: AttributionMethod, images: Tensor, tokens: Tensor, batch_size: int) -> Attribution:
-    """Maps of all pairs, on the CPU."""
+def attributions_of(method: AttributionMethod, batches: Iterable[tuple[Tensor, Tensor]]) -> Attribution:
+    """Maps of all pairs of some batches of images and tokens, on the CPU."""
     parts = []
     with warnings.catch_warnings():
-        # Random models give constant maps as a matter of course; they are counted.
+        # Captions of one word, images in which a method finds nothing, and random models give constant maps as a matter
+        # of course.
         warnings.simplefilter("ignore", ConstantMapWarning)
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size)
-            result = method.attribute(images[rows], tokens[rows])
+        for images, tokens in batches:
+            result = method.attribute(images, tokens)
             parts.append(Attribution(result.image.cpu(), result.text.cpu(), result.similarity.cpu()))
     return Attribution.concatenate(parts)
 

@@ -1,17 +1,14 @@
-"""Metrics by their names, with the options that settings give; what they return is checked against their contract."""
+"""Metrics by their names, with the options that settings give."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
 
-from lightning_xai.metrics.base import MetricSpec, check_spec, no_targets
-from lightning_xai.registry import BUILTIN, PluginError, Registry, resolve_options
+from lightning_xai.metrics.base import ChosenMetric, MetricSpec, check_spec, no_targets
+from lightning_xai.registry import PluginError, Registry, resolve_options
 
 __all__ = ["METRICS", "ChosenMetric", "choose_metric", "choose_metrics"]
 
@@ -25,53 +22,6 @@ METRICS: Registry[MetricSpec] = Registry(
     check=check_spec,
 )
 """Every metric by the name that configs and results use. A new one is one file and one entry."""
-
-
-@dataclass(frozen=True)
-class ChosenMetric:
-    """A metric with all of its options.
-
-    Attributes:
-        spec: the metric.
-        options: every option and its value, those left at their defaults included.
-        origin: the package that it comes from.
-    """
-
-    spec: MetricSpec
-    options: dict[str, Any]
-    origin: str
-
-    def measure(self, targets: Any) -> dict[str, list[float]]:
-        """Compute the metric's values, each a number for each target; NaN where it has none.
-
-        Raises:
-            PluginError: `compute` broke its contract.
-        """
-        try:
-            found = self.spec.compute(targets, **self.options)
-        except Exception as error:
-            # What is wrong with options or maps is for the user; all else is the plug-in's own fault.
-            if self.origin == BUILTIN or isinstance(error, ValueError):
-                raise
-            raise self.error(f"compute failed on {len(targets)} targets ({type(error).__name__}: {error})") from error
-        names, wants = ", ".join(self.spec.values), "compute has to return"
-        if not isinstance(found, Mapping):
-            raise self.error(f"{wants} a mapping from each of {names} to a tensor; got {type(found)}")
-        if found.keys() != set(self.spec.values):
-            raise self.error(f"{wants} the values {names}; got {', '.join(map(str, found))}")
-        for name, value in found.items():
-            if not isinstance(value, Tensor) or value.shape != (len(targets),):
-                got = list(value.shape) if isinstance(value, Tensor) else type(value)
-                raise self.error(f"{wants} {name} as a tensor, a number for each target, [{len(targets)}]; got {got}")
-            if value.is_complex() or value.isinf().any():
-                raise self.error(f"{wants} {name} as finite numbers, or NaN without one; got {value.tolist()}")
-        # Whole columns at a time: a read for each number would wait for the device as often.
-        return {name: found[name].detach().cpu().to(torch.float64).tolist() for name in self.spec.values}
-
-    def error(self, rule: str) -> PluginError:
-        """Make the error that names package, entry and the rule that is broken."""
-        name = self.spec.name
-        return PluginError(f"plug-in {self.origin}, entry {name!r} of lightning_xai.metrics: {rule}")
 
 
 def choose_metrics(

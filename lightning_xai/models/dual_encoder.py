@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import read_image
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
 from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.image_transform import ImageTransform
 from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_tower_at_layer, text_tower_at_layer
 
 if TYPE_CHECKING:
@@ -112,6 +112,10 @@ class DualEncoder(TwoTowerEncoder):
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Boxes of an image file, resized and cropped as its pixels are."""
         return self.image_transform.boxes(boxes, size)
+
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share of an image that the transform's crop leaves."""
+        return self.image_transform.seen(size)
 
     def pictures(self, images: Tensor) -> Tensor:
         """The images' pixels, no longer normalised."""

@@ -94,6 +94,10 @@ class TwoTowerEncoder(nn.Module, ABC):
             [N, 4] as (x0, y0, x1, y1) in the input's pixels, clipped to the visible part; of area 0 if nothing is left.
         """
 
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share, in (0, 1], of a file's picture of (width, height) that an input holds; 1 if nothing is cut."""
+        return 1.0
+
     @abstractmethod
     def pictures(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] as a person sees them: colours in [0, 1], [B, 3, height, width]."""

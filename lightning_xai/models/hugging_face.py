@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_xai.data.processor_transform import ProcessorTransform
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
 from lightning_xai.models.block_list import BlockList, ImageBlocksAtLayer, TextBlocksAtLayer
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.processor_transform import ProcessorTransform
 
 __all__ = ["HuggingFaceEncoder", "HuggingFaceText", "transformers_maker"]
 

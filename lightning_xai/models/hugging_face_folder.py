@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_xai.data.processor_transform import ProcessorTransform
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.model_options import ModelOptions
 from lightning_xai.models.architecture import differing_settings
 from lightning_xai.models.hugging_face import HuggingFaceEncoder
+from lightning_xai.models.processor_transform import ProcessorTransform
 
 if TYPE_CHECKING:
     from lightning_xai.models.weights_file import Weights

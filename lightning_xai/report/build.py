@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from PIL import Image
 
-from lightning_xai.atomic_file import replaced_at_once, write_json
+from lightning_xai.atomic_file import read_json, replaced_at_once, write_json
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.page import Block, Chart, Folded, HeatMaps, Section, flat, page
 from lightning_xai.report.paper_table import PaperTable
-from lightning_xai.report.plots import save_figure
 from lightning_xai.report.sections.appendix import appendix_blocks
 from lightning_xai.report.sections.gaps import gap_blocks
 from lightning_xai.report.sections.heat_maps import heat_map_blocks
@@ -31,43 +29,26 @@ _LIST_NAME = "report.json"
 _OWN = re.compile(r"(tables|figures)/[a-z0-9][a-z0-9._-]*\.(csv|md|tex|png|svg)")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of a report.
-
-    Attributes:
-        test: how distributions are compared.
-        method: label of the method whose gamma ranks classes; None: feature pairs, or else the first.
-        min_pairs: how many measured phrases a class needs to be ranked.
-    """
-
-    test: OrderTest = field(default_factory=OrderTest)
-    method: str | None = None
-    min_pairs: int = 10
-
-
-def build_sections(runs: Sequence[Run], options: Options) -> tuple[list[Section], list[Comparison]]:
+def build_sections(runs: Sequence[Run], test: OrderTest, min_pairs: int = 10) -> tuple[list[Section], list[Comparison]]:
     """Build the report's sections; a section without data becomes a one-line note, or is left out.
+
+    Args:
+        runs: of the report.
+        test: how distributions are compared.
+        min_pairs: how many measured phrases a class needs to be ranked.
 
     Returns:
         The sections, and the comparisons of distributions of gamma.
-
-    Raises:
-        ValueError: none of the runs has the method that is asked for.
     """
-    method, labels = options.method, {grounding.label for run in runs for grounding in run.groundings}
-    if method is not None and method not in labels:
-        raise ValueError(f"--method {method}: none of the runs has it; they have {', '.join(sorted(labels))}")
-    comparisons, refused = compare(runs, options.test)
+    comparisons, refused = compare(runs, test)
     gallery = Gallery(runs)
-    significance = significance_blocks(comparisons, refused, options.test, runs)
     sections = [
-        Section("overview", "At a glance", overview_blocks(runs, comparisons, method, options.min_pairs)),
+        Section("overview", "At a glance", overview_blocks(runs, comparisons, min_pairs)),
         *metric_sections(runs),
         Section("training", "Training", training_blocks(runs)),
-        Section("significance", "Significance", significance),
-        Section("gaps", "Knowledge gaps", gap_blocks(runs, gallery, method, options.min_pairs)),
-        Section("heat-maps", "Heat maps", heat_map_blocks(runs, gallery, method)),
+        Section("significance", "Significance", significance_blocks(comparisons, refused, test, runs)),
+        Section("gaps", "Knowledge gaps", gap_blocks(runs, gallery, min_pairs)),
+        Section("heat-maps", "Heat maps", heat_map_blocks(runs, gallery)),
         Section("appendix", "Settings and files", appendix_blocks(runs)),
     ]
     return _named([section for section in sections if section.blocks]), comparisons
@@ -113,7 +94,7 @@ def _named(sections: Sequence[Section]) -> list[Section]:
     def named(block: Block) -> Block:
         if isinstance(block, Folded):
             return replace(block, blocks=tuple(map(named, block.blocks)))
-        if not isinstance(block, (Chart, HeatMaps, PaperTable)):
+        if not isinstance(block, (Chart, PaperTable)):
             return block
         kind = "table" if isinstance(block, PaperTable) else "figure"
         return replace(block, name=unique(kind, block.name), number=len(taken[kind]))
@@ -129,11 +110,10 @@ def _write_block(out: Path, block: Block) -> Iterator[str]:
             _write_text(out / name, text)
             yield name
     elif isinstance(block, Chart):
-        name = f"figures/{block.name}"
-        _write_text(out / f"{name}.svg", block.svg)
-        save_figure(block.figure, out / f"{name}.png")
-        yield from (f"{name}.png", f"{name}.svg")
-    elif isinstance(block, HeatMaps):
+        if not isinstance(block, HeatMaps):
+            name = f"figures/{block.name}.svg"
+            _write_text(out / name, block.svg)
+            yield name
         name = f"figures/{block.name}.png"
         with replaced_at_once(out / name) as part:
             Image.fromarray(block.pixels).save(part, compress_level=3)
@@ -143,13 +123,16 @@ def _write_block(out: Path, block: Block) -> Iterator[str]:
 def _remove_earlier(out: Path) -> None:
     """Remove the tables and figures of an earlier report, which may have been about other runs; no other files."""
     try:
-        record: Any = json.loads((out / _LIST_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        names = read_json(out / _LIST_NAME, _Listed).files
+    except (FileNotFoundError, ValueError):
         return
-    names = record.get("files") if isinstance(record, dict) else None
-    for name in names if isinstance(names, list) else ():
-        if isinstance(name, str) and _OWN.fullmatch(name):
+    for name in names:
+        if _OWN.fullmatch(name):
             (out / name).unlink(missing_ok=True)
+
+
+class _Listed(msgspec.Struct):
+    files: list[str]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -18,16 +18,14 @@ from numpy.typing import NDArray
 
 from lightning_xai.report.plots import (
     BAR,
+    COLOURS,
     Example,
     Scale,
     colour_bar,
     heat_fault,
-    heat_panel,
-    image_panel,
     limits,
+    panel,
     scaled,
-    tinted,
-    to_uint8,
 )
 from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Point, Sheet, text_width
 
@@ -105,8 +103,8 @@ def explanation_sheet(
     _check_count(tokens, saliency.text)
     title = f"{saliency.method}: {asked}" if asked else saliency.method
     sheet = Sheet(_PAIR, title, _numbers(saliency.similarity, saliency.completeness_error))
-    image_panel(sheet, example, (GAP, sheet.top), _SIDE)
-    y = heat_panel(sheet, example, saliency.image, (2 * GAP + _SIDE, sheet.top), _SIDE, saliency.scale)
+    panel(sheet, example, (GAP, sheet.top), _SIDE)
+    y = panel(sheet, example, (2 * GAP + _SIDE, sheet.top), _SIDE, saliency.image, saliency.scale)
     y = sheet.caption(example.caption, (GAP, y + 12), _PAIR - 2 * GAP, example.spans)
     y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (GAP, y + 8), _PAIR - 2 * GAP)
     _bars(sheet, _notes(sheet, notes, y), {"patches": saliency.image, "tokens": saliency.text}, saliency.scale)
@@ -145,7 +143,7 @@ def comparison_sheet(
         if i % columns == 0:
             y = end
             sheet.text("image", (GAP + _COLUMN / 2, y), ha="center", weight="bold")
-            image_panel(sheet, example, (GAP, y + 2 * LINE), _COLUMN)
+            panel(sheet, example, (GAP, y + 2 * LINE), _COLUMN)
         end = _method_column(sheet, example, tokens, saliency, (GAP + (i % columns + 1) * across, y)) + GAP
     sheet.close(_notes(sheet, [f"{name}: {why}" for name, why in (missing or {}).items()], end) + BAR)
     # Every map has its own scale.
@@ -168,11 +166,8 @@ def image_pair_sheet(
     """
     asked = "what matches the box" if saliencies[0] is None else "what makes them similar"
     sheet = Sheet(_PAIR, f"Two images: {asked}", _numbers(similarity, error))
-    if saliencies[0] is None:
-        y = image_panel(sheet, first, (GAP, sheet.top), _SIDE)
-    else:
-        y = heat_panel(sheet, first, saliencies[0], (GAP, sheet.top), _SIDE)
-    y = max(y, heat_panel(sheet, second, saliencies[1], (2 * GAP + _SIDE, sheet.top), _SIDE))
+    y = panel(sheet, first, (GAP, sheet.top), _SIDE, saliencies[0])
+    y = max(y, panel(sheet, second, (2 * GAP + _SIDE, sheet.top), _SIDE, saliencies[1]))
     named = zip(_ORDER, saliencies, strict=True)
     _bars(sheet, y + GAP, {f"patches of the {name}": values for name, values in named if values is not None}, "signed")
     return sheet.figure
@@ -229,7 +224,7 @@ def _method_column(sheet: Sheet, example: Example, tokens: Sequence[Token], sali
         kind = f"error {saliency.completeness_error:.0e}"
     numbers = f"{low:.2g} … {high:.2g}  ({kind})"
     sheet.text(numbers, (x + _COLUMN / 2, y + LINE), ha="center", fontsize=_SMALL, color=_GREY)
-    y = heat_panel(sheet, example, saliency.image, (x, y + 2 * LINE), _COLUMN, saliency.scale)
+    y = panel(sheet, example, (x, y + 2 * LINE), _COLUMN, saliency.image, saliency.scale)
     y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (x, y + 8), _COLUMN)
     if heat_fault(saliency.text) is not None:
         sheet.text(f"tokens: {heat_fault(saliency.text)}", (x, y - 6), fontsize=_SMALL, color=_GREY)
@@ -241,7 +236,7 @@ def _chips(sheet: Sheet, tokens: Sequence[Token], strengths: Values, at: Point, 
 
     Words stay together where they fit on one line.
     """
-    colours = tinted(np.ones((len(strengths), 3), dtype=np.float32), strengths.astype(np.float32))
+    colours = COLOURS(strengths / 2 + 0.5)
     widths = [min(max(text_width(token.text), 4.0) + 2 * _CHIP_PAD, width) for token in tokens]
     x, top = 0.0, at[1]
     for i, token in enumerate(tokens):
@@ -250,8 +245,8 @@ def _chips(sheet: Sheet, tokens: Sequence[Token], strengths: Values, at: Point, 
         if x and x + (widths[i] if token.joined else sum(widths[i:after])) > width:
             x, top = 0.0, top + _CHIP_LINE
         look = {"linewidth": 0.5, "zorder": 2}
-        colour, place = tuple(colours[i].tolist()), (at[0] + x, top, widths[i])
-        sheet.ground(*place, _CHIP_HEIGHT, facecolor=colour, edgecolor="0.8", **look)
+        place = (at[0] + x, top, widths[i])
+        sheet.ground(*place, _CHIP_HEIGHT, facecolor=colours[i], edgecolor="0.8", **look)
         if token.marked:
             sheet.ground(place[0], top + _CHIP_HEIGHT, widths[i], 4, facecolor=_MARK, edgecolor="0.3", **look)
         ink = "white" if abs(strengths[i]) > _WHITE_TEXT_FROM else "black"
@@ -269,9 +264,7 @@ def _notes(sheet: Sheet, notes: Sequence[str], y: float) -> float:
 
 def _matrix(axes: Any, first: Sequence[Token], second: Sequence[Token], pairs: Values) -> None:
     """All pairs of tokens, a cell each; the first caption's tokens down the side."""
-    ground = np.ones((*pairs.shape, 3), dtype=np.float32)
-    picture = to_uint8(tinted(ground, scaled(pairs, "signed").astype(np.float32)))
-    axes.imshow(picture, interpolation="nearest", aspect="auto")
+    axes.imshow(scaled(pairs, "signed"), COLOURS, vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
     axes.tick_params(length=0, labelsize=_SMALL, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_xticks(range(len(second)), [token.text for token in second], rotation=90, parse_math=False)
     axes.set_yticks(range(len(first)), [token.text for token in first], parse_math=False)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -36,39 +35,31 @@ _MOST_HATCHED = 30  # classes; patterns of more and thinner bars would be noise
 _MOST_ACROSS = 3  # panels
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Values of one run or method.
-
-    Attributes:
-        name: in the legend.
-        values: [n], finite, at least one.
-        baseline: whether the method ignores the model.
-    """
-
-    name: str
-    values: NDArray[np.float64]
-    baseline: bool = False
+Panels = Mapping[str, Mapping[str, NDArray[np.float64]]]
+"""Heading -> name -> values [n], finite, at least one; a name has the same colour in all panels."""
 
 
 @style()
-def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, marks: Sequence[float] = ()) -> Figure:
+def cumulative(
+    panels: Panels, title: str, value: str, marks: Sequence[float] = (), *, baselines: Collection[str] = ()
+) -> Figure:
     """Draw the share of targets above each value in [0, 1], after Figure 5 (left): the higher a curve, the better.
 
     Args:
-        panels: heading -> samples; a name has the same colour in all panels.
+        panels: what to show.
         title: above the figure.
         value: name of the value.
         marks: thresholds to show.
+        baselines: names of what ignores the model.
 
     Raises:
         ValueError: there are no samples.
     """
-    figure, pairs, looks = _panels(panels, title)
+    figure, every, looks = _panels(panels, title, baselines)
     points = np.linspace(0, 1, 401)
-    for axes, samples in pairs:
-        for sample in samples:
-            axes.plot(points, 100 * survival_curve(sample.values, points), **looks[sample.name])
+    for axes, samples in zip(every, panels.values(), strict=True):
+        for name, values in samples.items():
+            axes.plot(points, 100 * survival_curve(values, points), **looks[name])
         for mark in marks:
             axes.axvline(mark, color=_SOFT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
         axes.set(xlim=(0, 1), ylim=(0, 100), xlabel=value)
@@ -78,24 +69,24 @@ def cumulative(panels: Mapping[str, Sequence[Sample]], title: str, value: str, m
 
 
 @style()
-def distribution(panels: Mapping[str, Sequence[Sample]], title: str, value: str) -> Figure:
+def distribution(panels: Panels, title: str, value: str) -> Figure:
     """Draw a histogram of values around zero, after Figure 5 (right); each panel has its own scale.
 
     Args:
-        panels: heading -> samples; a name has the same colour in all panels.
+        panels: what to show.
         title: above the figure.
         value: name of the value.
 
     Raises:
         ValueError: there are no samples.
     """
-    figure, pairs, looks = _panels(panels, title)
-    for axes, samples in pairs:
-        furthest = max(float(np.quantile(np.abs(sample.values), 0.995)) for sample in samples) or 1.0
+    figure, every, looks = _panels(panels, title)
+    for axes, samples in zip(every, panels.values(), strict=True):
+        furthest = max(float(np.quantile(np.abs(values), 0.995)) for values in samples.values()) or 1.0
         edges = np.linspace(-furthest, furthest, _BINS)
-        for sample in samples:
-            share = 100 * np.histogram(np.clip(sample.values, -furthest, furthest), edges)[0] / len(sample.values)
-            axes.stairs(share, edges, linewidth=1.8, **looks[sample.name])
+        for name, values in samples.items():
+            share = 100 * np.histogram(np.clip(values, -furthest, furthest), edges)[0] / len(values)
+            axes.stairs(share, edges, linewidth=1.8, **looks[name])
         axes.axvline(0, color=_INK, linewidth=0.9)
         axes.set(xlabel=value, ylim=(0, None))
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
@@ -209,22 +200,21 @@ def _axes(
 
 
 def _panels(
-    panels: Mapping[str, Sequence[Sample]], title: str
-) -> tuple[Figure, list[tuple[Any, Sequence[Sample]]], dict[str, dict[str, Any]]]:
-    """Make a figure with axes for each panel; the samples that go there, and name -> colour and line style."""
+    panels: Panels, title: str, baselines: Collection[str] = ()
+) -> tuple[Figure, list[Any], dict[str, dict[str, Any]]]:
+    """Make a figure with axes for each panel; also name -> colour and line style."""
     across = min(max(len(panels), 1), _MOST_ACROSS)
     down = math.ceil(len(panels) / across)
     size = (6.4, 4.2) if len(panels) == 1 else (3.3 * across + 0.4, 2.7 * down + 0.9)
     figure, every = _axes(len(panels) if any(panels.values()) else 0, (down, across), size, title)
     for axes, heading in zip(every, panels, strict=True):
         axes.set_title(printable(heading))
-    baselines = {sample.name: sample.baseline for samples in panels.values() for sample in samples}
-    own = [name for name, baseline in baselines.items() if not baseline]
+    names = dict.fromkeys(name for samples in panels.values() for name in samples)
     colours = cycler(linestyle=_STYLES) * mpl.rcParams["axes.prop_cycle"]
     greys = cycler(linestyle=_STYLES[1:]) * cycler(color=[_BASELINE])
-    looks: dict[str, dict[str, Any]] = dict(zip(own, cycle(colours), strict=False))
-    looks |= zip((name for name in baselines if name not in own), cycle(greys), strict=False)
-    return figure, list(zip(every, panels.values(), strict=True)), looks
+    looks: dict[str, dict[str, Any]] = dict(zip((n for n in names if n not in baselines), cycle(colours), strict=False))
+    looks |= zip((name for name in names if name in baselines), cycle(greys), strict=False)
+    return figure, every, looks
 
 
 def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -242,7 +232,7 @@ def _legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
         figure.legend(lines, names, loc="outside lower center", ncols=columns)
 
 
-def _columns(figure: Figure, names: Iterator[str] | Mapping[str, object]) -> int:
+def _columns(figure: Figure, names: Iterable[str]) -> int:
     """Number of names of a legend that fit side by side, so that it is not cut off at the sides."""
     widest = max(text_width(line) for name in names for line in _name(name).splitlines())
     # A line's sample and the gaps take about 60 pixels.

@@ -6,7 +6,7 @@ Pictures are read once each. Examples that cannot be drawn are counted, never sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.plots import Example, GradedMap, example_sheet, heat_fault, progress_sheet, scaled
+from lightning_xai.report.plots import Example, GradedMap, heat_fault, progress_sheet, scaled
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
 
@@ -23,7 +23,6 @@ _LARGEST_PICTURE = 4096 * 4096  # pixels; examples are what a model sees
 _LARGEST_MAP = 512
 
 Key = tuple[str, str, str, str]
-Chooser = Callable[[ExampleRecord], bool]
 
 
 class _Drawable(NamedTuple):
@@ -54,36 +53,37 @@ class Gallery:
         }
 
     def side_by_side(
-        self, columns: Mapping[str, tuple[str, str]], chosen: Chooser, title: str, most: int = 6
+        self,
+        columns: Mapping[str, tuple[str, str]],
+        why: str,
+        title: str,
+        *,
+        labels: Collection[str] | None = None,
+        most: int = 6,
     ) -> tuple[Figure, int] | None:
         """One row for each example that all columns have, one column for each method or run.
 
         Args:
             columns: heading -> run and label.
-            chosen: which records take part.
+            why: the reason to show an example, as the records have it; failures start with the lowest gamma.
             title: stands above.
+            labels: classes of the examples; None: all.
             most: at most so many examples, the first ones.
 
         Returns:
             The sheet and the number of its rows; None where the columns share no example.
         """
         found = [self._drawable.get(where, {}) for where in columns.values()]
-        of_first = found[0].items() if found else ()
-        keys = [key for key, each in of_first if chosen(each.record) and all(key in other for other in found)][:most]
-        if not keys:
+        shared = [found[0][key] for key in found[0] if all(key in other for other in found)] if found else []
+        rows = [each for each in shared if why in each.record.why and (labels is None or each.record.label in labels)]
+        if why == "failure":
+            rows.sort(key=lambda each: -1.0 if each.record.gamma is None else each.record.gamma)
+        if not rows:
             return None
-        examples = [found[0][key].example for key in keys]
-        maps = [[other[key].graded for key in keys] for other in found]
-        return progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176), len(keys)
-
-    def worst(self, run: str, label: str, title: str, most: int = 12) -> tuple[Figure, int] | None:
-        """The failures of a method, the lowest gamma first, and how many; None where none were kept."""
-        failures = (d for d in self._drawable.get((run, label), {}).values() if "failure" in d.record.why)
-        found = sorted(failures, key=lambda d: -1.0 if d.record.gamma is None else d.record.gamma)[:most]
-        if not found:
-            return None
-        examples, maps = [d.example for d in found], [d.graded for d in found]
-        return example_sheet(examples, maps, title, columns=6, side=224), len(found)
+        rows = rows[:most]
+        maps = [[other[_key(each.record)].graded for each in rows] for other in found]
+        examples = [each.example for each in rows]
+        return progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176), len(rows)
 
     def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
         try:

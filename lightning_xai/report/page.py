@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -30,17 +31,17 @@ _HALF, _WIDE = 700, 1200  # pixels across: charts up to which stand side by side
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph; `missing` marks what a report lacks, and why."""
+    """Text in an element of its own.
+
+    Attributes:
+        text: as it is.
+        missing: whether it says what a report lacks, and why.
+        tag: a paragraph ("p"), a heading within a section ("h3") or preformatted text, such as settings ("pre").
+    """
 
     text: str
     missing: bool = False
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading within a section."""
-
-    text: str
+    tag: Literal["p", "h3", "pre"] = "p"
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,6 @@ class Findings:
     """Short results side by side: a number or a name, and the sentence that it belongs to."""
 
     items: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Text as it is, such as settings."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,11 @@ class Chart:
         """The figure as SVG."""
         return svg_text(self.figure)
 
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The figure as [H, W, 3]."""
+        return rasterize(self.figure)
+
     @property
     def url(self) -> str:
         """The figure, in the colours of the reader's mode."""
@@ -99,26 +98,10 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class HeatMaps:
-    """A picture of heat maps; as for `Chart`, but the picture may be pixels [H, W, 3]."""
+class HeatMaps(Chart):
+    """A sheet of heat maps, shown as pixels, which are sharp on dense screens too."""
 
-    name: str
-    title: str
-    note: str
-    alt: str
-    picture: Figure | NDArray[np.uint8]
-    number: int = 0
     look = "sheet"
-
-    @cached_property
-    def pixels(self) -> NDArray[np.uint8]:
-        """[H, W, 3]."""
-        return rasterize(self.picture) if isinstance(self.picture, Figure) else self.picture
-
-    @property
-    def width(self) -> int:
-        """Pixels across in the page, on which heat maps are sharp on dense screens."""
-        return round(int(self.pixels.shape[1]) * 0.75)
 
     @property
     def url(self) -> str:
@@ -136,7 +119,7 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = Note | Heading | Findings | Code | Chart | HeatMaps | Folded | PaperTable
+Block = Note | Findings | Chart | Folded | PaperTable
 
 
 @dataclass(frozen=True)
@@ -188,7 +171,6 @@ def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) ->
         script=Markup(script),  # noqa: S704
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         kind=lambda block: type(block).__name__,
-        html=lambda table: Markup(table.to_html()),  # noqa: S704
     )
 
 

@@ -1,6 +1,6 @@
-"""Tables as papers print them: plain values with a description of each column, as CSV, Markdown, LaTeX and HTML.
+"""Tables as papers print them: plain values with a description of each column, as CSV, Markdown and LaTeX.
 
-pandas' Styler lays them out. Text stays text in each of the formats, whatever it holds.
+pandas' Styler lays them out; on the page, `page.html.j2` does. Text stays text in each format, whatever it holds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
+from itertools import groupby
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -174,6 +174,12 @@ class PaperTable:
             found |= {(i, place) for i in values if self.texts[i][place].partition(" ± ")[0] == printed}
         return found
 
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The groups of columns from left to right, and how many columns each has; none where no column has one."""
+        found = [(group, len(list(own))) for group, own in groupby(column.group for column in self.columns)]
+        return found if any(group for group, _ in found) else []
+
     def to_csv(self) -> str:
         """Every value with all its digits, with a column of standard errors after each that has some."""
         columns: dict[str, list[Value]] = {}
@@ -186,7 +192,7 @@ class PaperTable:
             if any(not math.isnan(error) for _, error in numbers):
                 columns[f"{column.full_heading} standard error"] = [error for _, error in numbers]
         if self.baselines:
-            columns["baseline"] = [int(self._is_baseline(row)) for row in range(len(self.rows))]
+            columns["baseline"] = [int(self.is_baseline(row)) for row in range(len(self.rows))]
         return str(pd.DataFrame(columns, dtype=object).to_csv(index=False, lineterminator="\n"))
 
     def to_markdown(self) -> str:
@@ -212,12 +218,6 @@ class PaperTable:
         if 0 < self.baselines < len(self.rows):
             lines.insert(lines.index(r"\bottomrule") - self.baselines, r"\midrule")
         return "\n".join([r"% needs \usepackage{booktabs}", *lines, ""])
-
-    def to_html(self) -> str:
-        """A `table` element; `page.js` makes it sort, by the values of its `data` elements."""
-        frame = self._frame(escape, "<strong>{}</strong>", self._html_cell)
-        text = str(frame.style.hide(axis="index").to_html(exclude_styles=True))
-        return text.replace("<table>", f'<table aria-labelledby="caption-table-{escape(self.name)}">', 1)
 
     def to_terminal(self) -> Table:
         """A table for `rich`; the best is bold.
@@ -248,33 +248,20 @@ class PaperTable:
             shown.add_row(*(row[place] for place in kept), end_section=i == len(texts) - self.baselines - 1)
         return shown
 
-    def _is_baseline(self, row: int) -> bool:
+    def is_baseline(self, row: int) -> bool:
+        """True for the rows of methods that ignore the model."""
         return row >= len(self.rows) - self.baselines
 
-    def _frame(
-        self,
-        escaped: Callable[[str], str],
-        bold: str,
-        cell: Callable[[str, int, int], str] = lambda text, row, place: text,
-    ) -> pd.DataFrame:
+    def _frame(self, escaped: Callable[[str], str], bold: str) -> pd.DataFrame:
         """The printed texts, escaped, under their escaped headings."""
         rows = [
-            [
-                cell(bold.format(text) if (i, place) in self.best else text, i, place)
-                for place, text in enumerate(map(escaped, row))
-            ]
+            [bold.format(text) if (i, place) in self.best else text for place, text in enumerate(map(escaped, row))]
             for i, row in enumerate(self.texts)
         ]
         headings = [(escaped(column.group), escaped(column.heading)) for column in self.columns]
         groups = any(column.group for column in self.columns)
         index = pd.MultiIndex.from_tuples(headings) if groups else pd.Index([heading for _, heading in headings])
         return pd.DataFrame(rows, columns=index, dtype=object)
-
-    def _html_cell(self, text: str, row: int, place: int) -> str:
-        if self.columns[place].numeric:
-            value = self.columns[place].numbers(self.rows[row][place])[0]
-            return f'<data value="{"" if math.isnan(value) else repr(float(value))}">{text}</data>'
-        return f'<span class="baseline">{text}</span>' if self._is_baseline(row) else text
 
 
 def latex_escaped(text: str) -> str:

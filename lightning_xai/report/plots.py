@@ -3,8 +3,8 @@
 Figures are made with matplotlib's objects on the Agg canvas, never through pyplot: a training process draws many of
 them, and users may plot with pyplot at the same time. Nothing here needs torch.
 
-Sheets are laid out by hand in pixels of the finished picture. Images are scaled to that size once and then shown pixel
-for pixel, so that small images stay crisp, and a caption's lines are broken by the measured width of their text.
+Sheets are laid out in pixels of the finished picture, and a caption's lines are broken by the measured width of their
+text. Heat maps lie over their images in colours that are the more opaque the stronger they are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from lightning_xai.atomic_file import replaced_at_once
-from lightning_xai.report.sheet import FONT_PT, GAP, LINE, Point, Sheet, style, text_width
+from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Point, Sheet, style
 from lightning_xai.results.record import Score, state_name
 
 Box = tuple[float, float, float, float]
@@ -33,13 +33,17 @@ Heat = NDArray[np.floating]
 Scale = Literal["signed", "positive", "range"]
 """How values become colours: zero in the middle, from zero up, or from the lowest to the highest."""
 
-_RED = np.array([0.86, 0.08, 0.10], dtype=np.float32)
-_BLUE = np.array([0.10, 0.25, 0.90], dtype=np.float32)
+_BLUE, _RED, _MOST_OPAQUE = (0.10, 0.25, 0.90), (0.86, 0.08, 0.10), 0.85
+COLOURS = LinearSegmentedColormap.from_list(
+    "attribution",
+    [(0, (*_BLUE, _MOST_OPAQUE)), (0.5, (*_BLUE, 0)), (0.5, (*_RED, 0)), (1, (*_RED, _MOST_OPAQUE))],
+    N=513,  # an odd number, so that one of them is for zero
+)
+"""Colours of strengths from -1 to 1: blue and red, the weaker the more of the ground shows."""
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-_MOST_OPAQUE = 0.85
-_YELLOW = (255, 214, 10)
+_YELLOW = "#ffd60a"
 BAR = 76  # pixels that a colour bar takes
-_NARROWEST = 480  # so that the colour bar's note fits
+_NARROWEST = 672  # so that the colour bar's note fits
 _HIT, _MISS = "#1a7f37", "#8a8a8a"
 
 
@@ -63,39 +67,9 @@ class Example:
     box: Box | None = None
     key: str = ""
 
-
-def overlay(image: NDArray[np.floating], heat: Heat, box: Box | None = None) -> NDArray[np.uint8]:
-    """Lay a signed heat map over an image: red is positive, blue negative, and stronger colour a larger magnitude.
-
-    The image is shown with little colour, or a red object would look like a red patch. The map is
-    interpolated linearly between patch centres, which adds neither an extremum nor a sign. A map that says nothing
-    (`heat_fault`) leaves the image as it is, with the box: say so near the picture.
-
-    Args:
-        image: [H, W, 3] floats in [0, 1].
-        heat: [h, w] at patch resolution; covers the whole image.
-        box: `(x0, y0, x1, y1)` in pixels, outlined in yellow.
-
-    Returns:
-        uint8 [H, W, 3].
-
-    Raises:
-        ValueError: the image or the map has another shape, or the map is empty.
-
-    >>> picture = overlay(np.ones((4, 4, 3)), np.array([[1.0, -1.0]]))
-    >>> [bool(picture[0, 0].argmax() == 0), bool(picture[0, 3].argmax() == 2)]
-    [True, True]
-    """
-    image = _checked_image(image)
-    heat = np.asarray(heat, dtype=np.float32)
-    if heat.ndim != 2 or not heat.size:
-        raise ValueError(f"heat: expected one map [h, w], got the shape {heat.shape}")
-    if heat_fault(heat) is None:
-        strengths = heat / np.abs(heat).max()
-        height, width = image.shape[:2]
-        strengths = np.asarray(Image.fromarray(strengths).resize((width, height), Image.Resampling.BILINEAR))
-        image = tinted(_muted(image), strengths)
-    return outlined(to_uint8(image), box)
+    def __post_init__(self) -> None:
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or not self.image.size:
+            raise ValueError(f"image: expected [H, W, 3] floats in [0, 1], got the shape {self.image.shape}")
 
 
 def heat_fault(heat: Heat) -> str | None:
@@ -152,43 +126,13 @@ class GradedMap:
 
     Attributes:
         heat: [h, w], signed.
-        gamma: in [0, 1]; NaN where it does not exist.
+        gamma: in [0, 1]; NaN where it does not exist, None where the map was not graded.
         hit: whether its largest entry lies inside the box.
     """
 
     heat: Heat
-    gamma: float
-    hit: bool
-
-
-def example_sheet(
-    examples: Sequence[Example], maps: Sequence[GradedMap], title: str, *, columns: int = 4, side: int = 320
-) -> Figure:
-    """Heat maps side by side, each with its caption (the phrase highlighted), gamma and whether it hit.
-
-    Args:
-        examples: what to show, in reading order.
-        maps: one for each example.
-        title: stands above the sheet.
-        columns: at most so many side by side.
-        side: pixels of a picture's longer side.
-
-    Raises:
-        ValueError: the sequences differ in length or are empty.
-    """
-    _check_length("maps", maps, len(examples))
-    columns = min(columns, len(examples))
-    sheet = Sheet(max(columns * (side + GAP) + GAP, _NARROWEST), title)
-    left = (sheet.width - columns * (side + GAP) + GAP) // 2
-    y = end = float(sheet.top)
-    for number, (example, graded) in enumerate(zip(examples, maps, strict=True)):
-        if number % columns == 0:
-            y = end
-        x = left + number % columns * (side + GAP)
-        below = _graded_panel(sheet, example, graded, (x, y), side)
-        end = max(end, sheet.caption(example.caption, (x, below), side, example.spans) + 2 * GAP)
-    _key(sheet, end)
-    return sheet.figure
+    gamma: float | None = None
+    hit: bool = False
 
 
 def progress_sheet(
@@ -219,17 +163,22 @@ def progress_sheet(
     for name, of_epoch in zip(epoch_names, maps, strict=True):
         _check_length(f"maps of {name}", of_epoch, len(examples))
     epochs = evenly(len(epoch_names), columns - 1)
-    sheet = Sheet(max((len(epochs) + 1) * (side + GAP) + GAP, _NARROWEST), title)
     places = [GAP + place * (side + GAP) for place in range(len(epochs) + 1)]
+    sheet = Sheet(max(places[-1] + side + GAP, _NARROWEST), title)
+    y = float(sheet.top)
     for x, name in zip(places, ["image", *(epoch_names[epoch] for epoch in epochs)], strict=True):
-        sheet.text(name, (x + side / 2, sheet.top), ha="center", weight="bold")
-    y = sheet.top + LINE + 6.0
+        y = max(y, sheet.caption(name, (x, sheet.top), side, weight="bold", fontsize=FONT_PT - 1) + 6)
     for i, example in enumerate(examples):
         below = sheet.caption(example.caption, (GAP, y), sheet.width - 2 * GAP, example.spans)
-        image_panel(sheet, example, (GAP, below), side)
+        y = panel(sheet, example, (GAP, below), side) + GAP
         for x, epoch in zip(places[1:], epochs, strict=True):
-            y = _graded_panel(sheet, example, maps[epoch][i], (x, below), side) + GAP
-    _key(sheet, y)
+            y = max(y, _graded_panel(sheet, example, maps[epoch][i], (x, below), side) + GAP)
+    if all(each.gamma is None for of_epoch in maps for each in of_epoch):
+        return sheet.close(y)
+    sheet.close(y + BAR)
+    note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
+    ticks = {-1.0: "against", 0.0: "0", 1.0: "for the phrase"}
+    colour_bar(sheet, (sheet.width - 300) / 2, 300, ticks, note)
     return sheet.figure
 
 
@@ -293,140 +242,85 @@ def rasterize(figure: Figure) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
-def image_panel(sheet: Sheet, example: Example, at: Point, side: int) -> float:
-    """Show the image and its box, and return where it ends."""
-    image, box = fitted(example, side)
-    return sheet.picture(outlined(to_uint8(image), box), at, side)
-
-
-def heat_panel(
-    sheet: Sheet, example: Example, heat: Heat, at: Point, side: int, scale: Scale = "signed", *, marked: bool = False
+def panel(
+    sheet: Sheet,
+    example: Example,
+    at: Point,
+    side: int,
+    heat: Heat | None = None,
+    scale: Scale = "signed",
+    *,
+    marked: bool = False,
 ) -> float:
-    """Show a heat map over its image, its largest entry `marked`, and return where it ends; a fault is named on it."""
-    image, box = fitted(example, side)
-    picture, fault = overlay(image, scaled(heat, scale), box), heat_fault(heat)
-    end = sheet.picture(_marked(picture, heat) if marked and fault is None else picture, at, side)
+    """Show an image with its box, or a heat map over it, and return where it ends; a fault of the map is named on it.
+
+    Below a map, the image has little colour, or a red object would look like a red patch. The map is interpolated
+    linearly between patch centres, which adds neither an extremum nor a sign.
+
+    Args:
+        sheet: where to show it.
+        example: image and box.
+        at: top left corner of the square that holds the image.
+        side: pixels of the image's longer side.
+        heat: [h, w] at patch resolution; covers the whole image.
+        scale: how its values become colours.
+        marked: draw a circle at the centre of the map's largest entry, the one that rho asks about.
+    """
+    image: NDArray[np.float32] = np.clip(np.asarray(example.image, dtype=np.float32), 0, 1)
+    enlarged = side / max(image.shape[:2])
+    height, width = (max(1, round(pixels * enlarged)) for pixels in image.shape[:2])
+    x, y = at[0] + (side - width) // 2, at[1]
+    fault = None if heat is None else heat_fault(heat)
+    place = (x, y, width, height)
+    if heat is not None and fault is None:
+        image = 0.2 + 0.7 * (image @ _GREY_WEIGHTS)[..., None] + 0.1 * image
+    # Pixels of small images stay sharp squares.
+    sheet.picture(image, place, interpolation="nearest" if enlarged >= 2 else "auto")
+    if heat is not None and fault is None:
+        colours = {"cmap": COLOURS, "vmin": -1, "vmax": 1, "interpolation_stage": "data"}
+        sheet.picture(scaled(heat, scale), place, interpolation="bilinear", **colours)
+    if example.box is not None:
+        ends = [min(max(end * enlarged, 0), (width, height)[i % 2]) for i, end in enumerate(example.box)]
+        thick = max(2, side // 112) * 72 / DPI  # whole pixels are sharp
+        dark = withStroke(linewidth=thick + 1.2, foreground="black")
+        look = {"fill": False, "edgecolor": _YELLOW, "linewidth": thick, "path_effects": [dark]}
+        sheet.ground(x + ends[0], y + ends[1], ends[2] - ends[0], ends[3] - ends[1], **look)
     if fault is not None:
         ground = {"facecolor": "white", "edgecolor": "0.6", "boxstyle": "round,pad=0.5"}
-        middle = (at[0] + side / 2, (at[1] + end) / 2)
+        middle = (at[0] + side / 2, y + height / 2)
         sheet.text(fault, middle, ha="center", va="center", weight="bold", bbox=ground)
-    return end
+    elif marked and heat is not None:
+        row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
+        sheet.ring((x + (column + 0.5) * width / heat.shape[1], y + (row + 0.5) * height / heat.shape[0]))
+    return float(y + height)
 
 
 def _graded_panel(sheet: Sheet, example: Example, graded: GradedMap, at: Point, side: int) -> float:
     """Show a heat map with gamma and the mark of a hit or a miss below it."""
-    heat_panel(sheet, example, graded.heat, at, side, marked=True)
+    y = panel(sheet, example, at, side, graded.heat, marked=graded.gamma is not None)
+    if graded.gamma is None:
+        return y
     words = f"γ = {graded.gamma:.2f}" if math.isfinite(graded.gamma) else "no γ: nothing positive"
     look: dict[str, Any] = {"color": _HIT if graded.hit else _MISS, "weight": "bold"}
     if heat_fault(graded.heat):
         words, look = "no γ", {"color": "0.25"}
     else:
         words += "   ✓ hit" if graded.hit else "   ✗ miss"
-    sheet.text(words, (at[0], at[1] + side + 6), **look)
-    return at[1] + side + 6 + LINE
-
-
-def _key(sheet: Sheet, y: float) -> None:
-    """Close a sheet with a colour bar and what the marks mean."""
-    note = "attribution, relative to each map's largest    ○ its largest entry    yellow: the object's box"
-    if text_width(note) > sheet.width - 2 * GAP:
-        note = "relative to each map's largest (○); yellow: box"
-    sheet.close(y + BAR)
-    length = min(300, sheet.width - 4 * GAP)
-    ticks = {-1.0: "against", 0.0: "0", 1.0: "for the phrase"}
-    colour_bar(sheet, (sheet.width - length) / 2, length, ticks, note)
+    sheet.text(words, (at[0], y + 6), **look)
+    return y + 6 + LINE
 
 
 def colour_bar(
     sheet: Sheet, left: float, length: float, ticks: Mapping[float, str], note: str, *, signed: bool = True
 ) -> None:
     """Draw a colour bar at the foot of a closed sheet, with its ends at the first and the last tick."""
-    colours = colour_map() if signed else ListedColormap(colour_map()(np.linspace(0.5, 1, 101)))
-    shown, axes = (
-        ScalarMappable(Normalize(min(ticks), max(ticks)), colours),
-        sheet.axes(left, sheet.height - 64, length, 12),
-    )
+    colours = COLOURS if signed else ListedColormap(COLOURS(np.linspace(0.5, 1, 256)))
+    shown = ScalarMappable(Normalize(min(ticks), max(ticks)), colours)
+    axes = sheet.axes(left, sheet.height - 64, length, 12)
     bar = sheet.figure.colorbar(shown, cax=axes, orientation="horizontal", ticks=list(ticks))
     bar.ax.set_xticklabels(list(ticks.values()), fontsize=FONT_PT - 1)
     bar.outline.set_linewidth(0.5)
     sheet.text(note, (left + length / 2, sheet.height - 24), ha="center", fontsize=FONT_PT - 1, color="0.35")
-
-
-def _checked_image(image: NDArray[np.floating]) -> NDArray[np.float32]:
-    image = np.asarray(image, dtype=np.float32)
-    if image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"image: expected [H, W, 3] floats in [0, 1], got the shape {image.shape}")
-    return image
-
-
-def to_uint8(image: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Values in [0, 1] as bytes 0 to 255."""
-    return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def _muted(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The image with an eighth of its colour and somewhat lighter: enough to recognise it by under a heat map."""
-    grey = (image @ _GREY_WEIGHTS)[..., None]
-    return np.clip(0.2 + 0.8 * (0.875 * grey + 0.125 * image), 0, 1)
-
-
-def tinted(image: NDArray[np.float32], scaled: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Blend [..., 3] with red where `scaled` [...] in [-1, 1] is positive and with blue where it is negative."""
-    colour = np.where(scaled[..., None] > 0, _RED, _BLUE)
-    alpha = _MOST_OPAQUE * np.abs(scaled)[..., None]
-    return ((1 - alpha) * image + alpha * colour).astype(np.float32)
-
-
-def colour_map() -> ListedColormap:
-    """Colours that `overlay` gives a light grey image, from the most negative to the most positive entry."""
-    scaled = np.linspace(-1, 1, 201, dtype=np.float32)
-    return ListedColormap(tinted(np.full((201, 3), 0.85, dtype=np.float32), scaled).tolist())
-
-
-def outlined(picture: NDArray[np.uint8], box: Box | None) -> NDArray[np.uint8]:
-    """Draw a box in yellow, with a dark line around it on pictures that have the room."""
-    if box is None:
-        return picture
-    height, width = picture.shape[:2]
-    x0, y0 = min(max(round(box[0]), 0), width - 1), min(max(round(box[1]), 0), height - 1)
-    x1, y1 = min(max(round(box[2]) - 1, x0), width - 1), min(max(round(box[3]) - 1, y0), height - 1)
-    drawn = Image.fromarray(picture)
-    pen = ImageDraw.Draw(drawn)
-    thickness = max(1, round(max(height, width) / 112))
-    if thickness > 1:
-        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=(0, 0, 0), width=thickness + 2)
-    pen.rectangle((x0, y0, x1, y1), outline=_YELLOW, width=thickness)
-    return np.array(drawn)
-
-
-def _marked(picture: NDArray[np.uint8], heat: Heat) -> NDArray[np.uint8]:
-    """Draw a small circle at the centre of the map's largest entry, the one that rho asks about."""
-    row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
-    x = (int(column) + 0.5) * picture.shape[1] / heat.shape[1]
-    y = (int(row) + 0.5) * picture.shape[0] / heat.shape[0]
-    drawn = Image.fromarray(picture)
-    pen = ImageDraw.Draw(drawn)
-    for radius, colour, thickness in ((6, (0, 0, 0), 4), (5, (255, 255, 255), 2)):
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=thickness)
-    return np.array(drawn)
-
-
-def fitted(example: Example, side: int) -> tuple[NDArray[np.float32], Box | None]:
-    """The image scaled so that its longer side has `side` pixels, and the box with it.
-
-    Images of less than half that size are enlarged without smoothing: their pixels stay sharp squares.
-    """
-    image = _checked_image(example.image)
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    resized = np.asarray(Image.fromarray(to_uint8(image)).resize(size, method), dtype=np.float32) / np.float32(255)
-    if example.box is None:
-        return resized, None
-    across, down = size[0] / width, size[1] / height
-    x0, y0, x1, y1 = example.box
-    return resized, (x0 * across, y0 * down, x1 * across, y1 * down)
 
 
 def _check_length(name: str, given: Sequence[object], expected: int) -> None:

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_xai.report.paper_table import Column
-from lightning_xai.report.plots import Example, Heat, Scale, evenly, heat_panel, image_panel
-from lightning_xai.report.sheet import FONT_PT, GAP, Sheet, style, text_width
+from lightning_xai.report.plots import Example, GradedMap, Heat, evenly, heat_fault, progress_sheet, scaled
+from lightning_xai.report.sheet import style
 
 COLUMNS = ("method", "modality", "stage", "spearman", "ssim", "pairs", "constant")
 """What each row of a sanity check holds, in the order of its CSV file."""
@@ -97,20 +97,14 @@ def sanity_sheet(
     if not maps or any(len(given) != len(stages) for given in maps.values()):
         counts = {method: len(given) for method, given in maps.items()}
         raise ValueError(f"expected {len(stages)} maps of each method, one for each stage; got {counts or 'none'}")
-    shown, left = evenly(len(stages), columns), round(max(map(text_width, maps))) + 2 * GAP
-    places = [left + place * (side + GAP) for place in range(len(shown) + 1)]
-    sheet = Sheet(places[-1] + side + GAP, title)
-    top = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans) + GAP
-    headings = zip(places, ["image", *(stages[i] for i in shown)], strict=True)
-    y = max(sheet.caption(name, (x, top), side, weight="bold", fontsize=FONT_PT - 1) for x, name in headings) + 4
-    for method, heats in maps.items():
-        sheet.text(method, (GAP, y + side / 2), va="center")
-        image_panel(sheet, replace(example, box=None), (left, y), side)
-        for x, i in zip(places[1:], shown, strict=True):
-            scale: Scale = "signed" if np.min(heats[i]) < 0 < np.max(heats[i]) else "range"
-            heat_panel(sheet, example, heats[i], (x, y), side, scale)
-        y += side + GAP
-    return sheet.close(y)
+    rows = [replace(example, caption=f"{method}: {example.caption}", spans=()) for method in maps]
+    drawn = [[GradedMap(_unsigned(heats[i])) for heats in maps.values()] for i in range(len(stages))]
+    return progress_sheet(rows, drawn, stages, title, columns=columns + 1, side=side)
+
+
+def _unsigned(heat: Heat) -> Heat:
+    """The map from its lowest value to its highest, unless it has both signs."""
+    return heat if heat_fault(heat) is not None or np.min(heat) < 0 < np.max(heat) else scaled(heat, "range")
 
 
 def sanity_table(

@@ -6,6 +6,9 @@ them, and users may plot with pyplot at the same time. Nothing here needs torch.
 
 from __future__ import annotations
 
+import re
+import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,8 +20,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 DPI = 128
@@ -26,6 +30,15 @@ FONT_PT = 9.0
 LINE = 19  # pixels from one line of text to the next at that size and DPI
 GAP = 16
 _HIGHLIGHT = "#ffe680"
+_OWN_FONT = "DejaVu Sans"  # which matplotlib brings
+_FALLBACK_FONTS = (
+    *(f"Noto Sans {name}" for name in ("CJK SC", "CJK JP", "CJK KR", "SC", "JP", "KR", "Thai", "Devanagari", "Arabic")),
+    *("Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Noto Sans Hebrew", "Noto Sans Bengali"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Leelawadee UI", "PingFang SC", "Hiragino Sans"),
+    *("Apple SD Gothic Neo", "Thonburi", "Arial Unicode MS"),
+)
+_NO_GLYPH = "\u25a1"
+_told_of: set[str] = set()
 
 Point = tuple[float, float]
 
@@ -33,15 +46,9 @@ Point = tuple[float, float]
 @contextmanager
 def style() -> Iterator[None]:
     """Use matplotlib's defaults with `style.mplstyle` on top, whatever settings the user has; also a decorator."""
-    with mpl.rc_context(_style()):
+    families: dict[Any, Any] = {"font.family": ["sans-serif", *_fallback_fonts()]}
+    with mpl.rc_context(rc=families, fname=str(files("lightning_xai.report").joinpath("style.mplstyle"))):
         yield
-
-
-@cache
-def _style() -> Any:
-    own = mpl.rc_params_from_file(str(files("lightning_xai.report").joinpath("style.mplstyle")))
-    # The backend would be loaded.
-    return {name: value for name, value in own.items() if not name.startswith("backend")}
 
 
 class Sheet:
@@ -79,13 +86,15 @@ class Sheet:
         """Write one line of text, as it is (no mathematics in it), with its top left corner at `at`."""
         self._axes.text(*at, printable(text), parse_math=False, **{"fontsize": FONT_PT, "va": "top", **style})
 
-    def picture(self, picture: NDArray[np.uint8], at: Point, side: int) -> float:
-        """Show uint8 [h, w, 3] pixel for pixel below `at`, centred in `side` across; return where it ends."""
-        height, width = (int(pixels) for pixels in picture.shape[:2])
-        x, y = at[0] + (side - width) // 2, at[1]
-        extent = (x, x + width, y + height, y)
-        self._axes.imshow(picture, interpolation="nearest", aspect="auto", extent=extent)
-        return y + height
+    def picture(self, values: NDArray[np.floating], place: tuple[float, float, float, float], **style: Any) -> None:
+        """Show [h, w, 3] or, in the colours of the `style`, [h, w] in a rectangle: left, top, width and height."""
+        x, y, width, height = place
+        self._axes.imshow(values, aspect="auto", extent=(x, x + width, y + height, y), **style)
+
+    def ring(self, at: Point) -> None:
+        """Draw a small white circle, with a dark line around it."""
+        dark = withStroke(linewidth=2.5, foreground="black")
+        self._axes.plot(*at, "o", markersize=5, markerfacecolor="none", markeredgecolor="white", path_effects=[dark])
 
     def ground(self, x: float, y: float, width: float, height: float, **style: Any) -> None:
         """Fill a rectangle."""
@@ -114,18 +123,28 @@ class Sheet:
         return self.figure.add_axes(shares)
 
 
+def picture(pixels: NDArray[np.uint8]) -> Figure:
+    """A figure of nothing but these pixels, [H, W, 3].
+
+    Raises:
+        ValueError: they are more across or down than matplotlib draws.
+    """
+    if max(pixels.shape) >= 2**16:
+        raise ValueError(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are more than can be drawn")
+    figure = Figure(figsize=(pixels.shape[1] / DPI, pixels.shape[0] / DPI), dpi=DPI)
+    figure.figimage(pixels)
+    return figure
+
+
 def wrap(text: str, width: float) -> list[int]:
     """Where the lines of a text begin, and its end: broken at blanks (a word wider than `width` pixels anywhere)."""
-    breaks, start = [0], 0
-    while text_width(text[start:]) > width:
-        # Bisection, since the measured width grows with the number of characters.
-        low, high = start + 1, len(text)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if text_width(text[start:middle]) <= width else (low, middle - 1)
-        blank = text.rfind(" ", start + 1, low + 1)
-        start = blank + 1 if blank > 0 else low
-        breaks.append(start)
+    breaks = [0]
+    for word in re.finditer(r"\S+", text):
+        if text_width(text[breaks[-1] : word.end()]) > width:
+            breaks += [word.start()] if word.start() > breaks[-1] else []
+            for end in range(word.start() + 1, word.end()):
+                if text_width(text[breaks[-1] : end + 1]) > width:
+                    breaks.append(end)
     return [*breaks, len(text)]
 
 
@@ -141,5 +160,39 @@ def text_width(text: str) -> float:
 
 
 def printable(text: str) -> str:
-    """The text with line breaks and what no font can draw replaced one for one, so that character spans still hold."""
-    return "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+    """The text with line breaks and what no font can draw replaced one for one, so that character spans still hold.
+
+    Scripts that no installed font has are warned of, once each.
+    """
+    shown = "".join(char if char.isprintable() else " " if char.isspace() else "?" for char in text)
+    if shown.isascii():
+        return shown
+    for char in dict.fromkeys(shown):
+        if not any(ord(char) in _characters(family) for family in (_OWN_FONT, *_fallback_fonts())):
+            _tell_of_missing_font(unicodedata.name(char, "these").split()[0], char)
+            shown = shown.replace(char, _NO_GLYPH)
+    return shown
+
+
+@cache
+def _fallback_fonts() -> tuple[str, ...]:
+    """Installed fonts for scripts that matplotlib's own font lacks."""
+    installed = {font.name for font in fontManager.ttflist}
+    return tuple(name for name in _FALLBACK_FONTS if name in installed)
+
+
+@cache
+def _characters(family: str) -> frozenset[int]:
+    """The code points that a font can draw."""
+    return frozenset(get_font(findfont(FontProperties(family=family))).get_charmap())
+
+
+def _tell_of_missing_font(script: str, char: str) -> None:
+    if script in _told_of:
+        return
+    _told_of.add(script)
+    warnings.warn(
+        f"no installed font draws {script} characters such as {char!r}, which become {_NO_GLYPH} in pictures: install "
+        "one that does (Noto Sans CJK for Chinese, Japanese and Korean, on Debian fonts-noto-cjk; else Noto Sans)",
+        stacklevel=4,
+    )

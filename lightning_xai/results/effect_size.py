@@ -178,11 +178,10 @@ def _measured(rows: pd.DataFrame) -> pd.api.typing.SeriesGroupBy:
 
 def _by_class(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean, spread and count of every class that the rows name, measured or not."""
-    found = [(math.fsum(part) / len(part), part.std(ddof=1), len(part)) for _, part in _measured(rows)]
-    labels = [label for label, _ in _measured(rows)]
-    classes = pd.DataFrame(found, index=pd.Index(labels, name="label"), columns=["mean", "std", "count"])
+    found = {label: (math.fsum(part) / len(part), part.std(ddof=1), len(part)) for label, part in _measured(rows)}
     every = pd.Index(sorted(set(rows["label"])), name="label")
-    return classes.reindex(every).fillna({"count": 0}).astype({"mean": float, "std": float, "count": int})
+    classes = pd.DataFrame.from_dict(found, orient="index", columns=["mean", "std", "count"]).reindex(every)
+    return classes.fillna({"count": 0}).astype({"mean": float, "std": float, "count": int})
 
 
 def _check_min_pairs(min_pairs: int) -> None:

@@ -5,14 +5,13 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from lightning_xai.atomic_file import write_json
-from lightning_xai.results.record import VERSION, ResultError
+from lightning_xai.results.record import VERSION, read_file
 
 __all__ = ["EXAMPLES_NAME", "ExampleRecord", "read_examples", "write_examples"]
 
@@ -56,7 +55,6 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _File(msgspec.Struct):
-    version: int
     examples: list[ExampleRecord]
 
 
@@ -72,16 +70,4 @@ def read_examples(folder: Path) -> list[ExampleRecord]:
         ResultError: the file is broken, of another version, or names an image outside of the result folder.
     """
     path = folder / EXAMPLES_NAME
-    if not path.is_file():
-        return []
-    try:
-        # Not msgspec's own reader: captions may hold lone surrogates, which it refuses.
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record.get("version") if isinstance(record, dict) else None
-        if version != VERSION:
-            raise ResultError(f"{path}: version {version!r}, this release reads {VERSION}; run it again")
-        return msgspec.convert(record, _File).examples
-    except ResultError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise ResultError(f"{path}: field missing or of the wrong type ({error}); run it again") from error
+    return read_file(path, _File).examples if path.is_file() else []

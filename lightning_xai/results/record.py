@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -46,6 +46,7 @@ __all__ = [
 RESULT_NAME = "result.json"
 VERSION = 2
 Better = Literal["up", "down"]
+T = TypeVar("T")
 _LABEL = re.compile(r"[A-Za-z0-9_.,=+-]{1,120}")
 _PACKAGES = ("lightning_xai", "torch", "open_clip_torch", "captum", "numpy")
 
@@ -114,8 +115,8 @@ class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
         note: what its numbers mean, in one or two sentences.
         values: the metrics of the long table that it writes: ("gamma", "rho").
         scores: how they are summed up.
-        modality: what it is about, where scores of image and text are shown as lines of one table; else "".
         chart: how the values are drawn; None: not at all.
+        options: every option and its value.
     """
 
     name: str
@@ -178,6 +179,10 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
     rows: int | None = None
     version: int = VERSION
 
+    def __post_init__(self) -> None:
+        for label in self.methods:
+            check_label(label)  # names a folder
+
     @property
     def scores(self) -> dict[str, Score]:
         """Every score of every metric, by name."""
@@ -195,28 +200,31 @@ def read_record(folder: Path) -> ResultRecord:
     Raises:
         ResultError: it is missing, broken or of another version.
     """
-    path = folder / RESULT_NAME
-    try:
-        found = read_json(path, _Version).version
-        if found != VERSION:
-            raise ResultError(
-                f"{path}: version {found} of the result format, this release reads {VERSION}; "
-                "run the same command again in an empty folder to write it in the new format"
-            )
-        record = read_json(path, ResultRecord)
-        for label in record.methods:
-            check_label(label)  # names a folder
-        return record
-    except OSError as error:
-        raise ResultError(f"{path} cannot be read ({error}); give the folder of a finished run") from error
-    except ResultError:
-        raise
-    except ValueError as error:
-        raise ResultError(f"{path}: field missing or of the wrong type ({error}); run it again") from error
+    return read_file(folder / RESULT_NAME, ResultRecord)
 
 
 class _Version(msgspec.Struct):
     version: int = 0
+
+
+def read_file(path: Path, kind: type[T]) -> T:
+    """Read a JSON file of the result format.
+
+    Raises:
+        ResultError: it is missing, broken or of another version.
+    """
+    try:
+        found = read_json(path, _Version).version
+        if found == VERSION:
+            return read_json(path, kind)
+    except OSError as error:
+        raise ResultError(f"{path} cannot be read ({error}); give the folder of a finished run") from error
+    except ValueError as error:
+        raise ResultError(f"{path}: field missing or of the wrong type ({error}); run it again") from error
+    raise ResultError(
+        f"{path}: version {found} of the result format, this release reads {VERSION}; "
+        "run the same command again in an empty folder to write it in the new format"
+    )
 
 
 def package_versions() -> dict[str, str]:

@@ -7,7 +7,6 @@ needs torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import msgspec
 import pandas as pd
 
 from lightning_xai.results.record import MetricRecord, ResultRecord, Score
-from lightning_xai.results.table import ResultTable
+from lightning_xai.results.table import VALUE_COLUMNS, ResultTable
 from lightning_xai.results.trials import LOSS, MODALITIES, ORIGINAL
 
 __all__ = ["LOSS", "MODALITIES", "ORIGINAL", "ROAR", "label_at", "roar_result", "roar_scores"]
@@ -50,23 +49,20 @@ def roar_scores(record: ResultRecord, table: ResultTable) -> pd.DataFrame:
     """
     losses = table.values[table.values["metric"] == LOSS]
     original = losses[losses["method"] == ORIGINAL].set_index("seed")["value"]
-    rows = []
-    for method in record.methods:
-        for modality in MODALITIES:
-            own = losses[(losses["method"] == method) & (losses["target"] == modality)].sort_values("seed")
-            for seed, degraded in zip(own["seed"], own["value"], strict=True):
-                if seed in original.index:
-                    loss = float(original[seed])
-                    rows.append((method, modality, seed, (degraded - loss) / loss if loss else math.nan))
-    return pd.DataFrame(rows, columns=["method", "modality", "seed", "value"]).astype({"value": "float64"})
+    kept = losses[losses["seed"].isin(original.index)].rename(columns={"target": "modality"})
+    places = {name: place for place, name in enumerate((*record.methods, *MODALITIES))}
+    kept = kept[kept["method"].isin(record.methods) & kept["modality"].isin(MODALITIES)]
+    kept = kept.sort_values(["method", "modality", "seed"], key=lambda column: column.replace(places))
+    loss = kept["seed"].map(original)
+    scores = kept.assign(value=(kept["value"] - loss) / loss.where(loss != 0))
+    return scores[["method", "modality", "seed", "value"]].reset_index(drop=True)
 
 
 def roar_result(record: ResultRecord, table: ResultTable) -> tuple[ResultRecord, ResultTable]:
     """ROAR+ with its scores in place of losses, as the values of the metric `ROAR`."""
-    scores = roar_scores(record, table)
     # A retraining that diverged makes the mean NaN: without it, the method would look better than it is known to be.
-    rows = [(row.method, row.seed, row.modality, row.modality, row.value, "") for row in scores.itertuples()]
-    values = pd.DataFrame(rows, columns=list(table.values.columns)).astype({"value": "float64"})
+    scores = roar_scores(record, table).assign(metric=lambda rows: rows["modality"], excluded="")
+    values = scores.rename(columns={"modality": "target"})[list(VALUE_COLUMNS)]
     return msgspec.structs.replace(record, metrics={ROAR.name: ROAR}), ResultTable(values, table.targets)
 
 

@@ -12,9 +12,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -54,6 +54,9 @@ _LARGEST_CONFIG = 2**20
 _PICTURES = ("progress.png", "progress-validate.png", "progress-test.png")
 
 
+Measured = TypeVar("Measured", bound="Measurement")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A score that was measured once for each seed.
@@ -87,9 +90,10 @@ class Measurement:
     table: ResultTable
     data: str
 
-    def measured_by(self, label: str) -> MethodRecord:
-        """The method with this label."""
-        return self.record.methods[label]
+    @property
+    def full_name(self) -> str:
+        """The run, and the state where it has one."""
+        return ", ".join(filter(None, (self.run, self.state)))
 
     def estimates(self, metric: str) -> dict[str, dict[str, Estimate]]:
         """Label -> score -> estimate over seeds, in the order of the record; only what has rows."""
@@ -109,65 +113,49 @@ class Measurement:
         own = frame[(frame["method"] == label) & frame["metric"].isin(tuple(values))]
         return own[own["seed"] == own["seed"].min()]
 
-    def asked(self, metric: str) -> str:
-        """A digest of the targets of a metric, measured or not: the same data ask for the same ones."""
-        if metric not in self._asked:
-            described = self.record.metrics[metric].values
-            names = self.table.values.loc[self.table.values["metric"].isin(described), "target"].unique()
-            targets = self.table.targets[self.table.targets["target"].isin(names)]
-            columns = [name for name in ("kind", "key", "caption_index", "phrase", "label") if name in targets]
-            lines = sorted(map("\x1f".join, targets[columns].astype(str).to_numpy().tolist()))
-            self._asked[metric] = hashlib.sha256("\x1e".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-        return self._asked[metric]
-
-    @cached_property
-    def _asked(self) -> dict[str, str]:
-        return {}
+    def sample(self, label: str, value: str) -> NDArray[np.float64]:
+        """One of the metrics of the long table, where it was measured, of a method's first seed."""
+        rows = self.first_seed(label, [value])
+        return np.asarray(rows.loc[rows["excluded"] == "", "value"], dtype=np.float64)
 
     def same_data(self, other: Measurement, metric: str) -> bool:
-        """True if both have the same targets of a metric, and nothing says that their data differ."""
+        """True if both have the same targets of a metric, measured or not, and nothing says that their data differ."""
         known = {each.record.data.get("fingerprint") for each in (self, other)} - {None}
-        return len(known) < 2 and self.asked(metric) == other.asked(metric)
+        asked = {_asked(each.table, each.record.metrics[metric].values) for each in (self, other)}
+        return len(known) < 2 and len(asked) == 1
+
+
+@lru_cache(maxsize=64)
+def _asked(table: ResultTable, values: tuple[str, ...]) -> str:
+    """A digest of the targets that some metrics of the long table were asked for."""
+    names = table.values.loc[table.values["metric"].isin(values), "target"].unique()
+    targets = table.targets[table.targets["target"].isin(names)]
+    columns = [name for name in ("kind", "key", "caption_index", "phrase", "label") if name in targets]
+    lines = sorted(map("\x1f".join, targets[columns].astype(str).to_numpy().tolist()))
+    return hashlib.sha256("\x1e".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
-class Grounding:
+class Grounding(Measurement):
     """The grounding of one model, in one state, by one method on one data set.
 
     Attributes:
         name: distinguishes it from the other groundings by the same method: the run, the state, or both.
         label: of the method.
-        measurement: where it was measured.
     """
 
     name: str
     label: str
-    measurement: Measurement
-
-    @property
-    def run(self) -> str:
-        """Name of the run."""
-        return self.measurement.run
-
-    @property
-    def state(self) -> str:
-        """The state of a training; else empty."""
-        return self.measurement.state
-
-    @property
-    def data(self) -> str:
-        """Name of the data set."""
-        return self.measurement.data
 
     @property
     def method(self) -> MethodRecord:
         """The method."""
-        return self.measurement.measured_by(self.label)
+        return self.record.methods[self.label]
 
     @property
     def metric(self) -> MetricRecord:
         """The metric of grounding."""
-        return self.measurement.record.metrics[GROUNDING]
+        return self.record.metrics[GROUNDING]
 
     @property
     def value(self) -> str:
@@ -177,18 +165,12 @@ class Grounding:
     @cached_property
     def rows(self) -> pd.DataFrame:
         """The values of the first seed, with the columns of their targets."""
-        return self.measurement.first_seed(self.label, self.metric.values)
+        return self.first_seed(self.label, self.metric.values)
 
     @cached_property
     def gammas(self) -> NDArray[np.float64]:
         """`value` of all phrases that have it."""
-        rows = self.rows
-        there = (rows["metric"] == self.value) & (rows["excluded"] == "")
-        return np.asarray(rows.loc[there, "value"], dtype=np.float64)
-
-    def same_data(self, other: Grounding) -> bool:
-        """True if both were asked for the same phrases, and nothing says that their data differ."""
-        return self.measurement.same_data(other.measurement, GROUNDING)
+        return self.sample(self.label, self.value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,24 +180,26 @@ class Run:
     Attributes:
         name: distinguishes it from the other runs of the report.
         folder: its path.
+        model: a short name of the model.
         measurements: one, or one for each state of a training, in their order.
         config: Lightning's config.yaml of a training as text; empty where there is none.
-        configured: the options of the model in it.
         picture: a training's sheet of heat maps; None where there is none.
         examples: label -> examples with heat maps.
         files: every file that was read, and its size in bytes.
         alone: whether it is the only run.
+        method: label of the method that ranks classes; None: feature pairs, or else the first.
     """
 
     name: str
     folder: Path
+    model: str
     measurements: tuple[Measurement, ...]
     config: str = ""
-    configured: Mapping[str, Any] = field(default_factory=dict)
     picture: Path | None = None
     examples: Mapping[str, Sequence[ExampleRecord]] = field(default_factory=dict)
     files: Mapping[Path, int] = field(default_factory=dict)
     alone: bool = False
+    method: str | None = None
 
     @property
     def record(self) -> ResultRecord:
@@ -228,13 +212,6 @@ class Run:
         return self.record.kind == "training"
 
     @property
-    def model(self) -> str:
-        """A short name of the model."""
-        # The callback knows the architecture only: any module may use it. The command line's config says the rest.
-        given = self.configured
-        return model_name({**given, "name": given["model"]} if given.get("model") else self.record.model)
-
-    @property
     def data(self) -> str:
         """The name of the data set."""
         return self.measurements[-1].data
@@ -244,23 +221,25 @@ class Run:
         """Of the methods of an evaluation, or of the states of a training."""
         found = []
         for each in self.measurements:
-            shown = each.state if self.alone and each.state else ", ".join(filter(None, (self.name, each.state)))
+            shown = each.state if self.alone and each.state else each.full_name
             values = each.record.metrics[GROUNDING].values if GROUNDING in each.record.metrics else ()
             there = set(each.table.values.loc[each.table.values["metric"].isin(values), "method"])
-            found += [Grounding(shown, label, each) for label in each.record.methods if label in there]
+            about = (each.run, each.state, each.record, each.table, each.data)
+            found += [Grounding(*about, shown, label) for label in each.record.methods if label in there]
         return tuple(found)
 
-    def of_class(self, method: str | None = None) -> Grounding | None:
-        """The grounding that ranks classes: by a method, feature pairs, or else the first; of a training the last."""
-        found = [each for each in self.groundings if method is None or each.label == method]
-        own = [each for each in found if each.label == FEATURE_PAIR]
-        own = own or [each for each in found if method is not None or not each.method.baseline]
+    @cached_property
+    def shown(self) -> Grounding | None:
+        """The grounding that ranks classes; of a training the last one."""
+        own = [each for each in self.groundings if each.label == (self.method or FEATURE_PAIR)]
+        if self.method is None:
+            own = own or [each for each in self.groundings if not each.method.baseline]
         return (own[-1] if self.is_training else own[0]) if own else None
 
 
-def by_data(measurements: Iterable[Measurement], metric: str) -> list[list[Measurement]]:
+def by_data(measurements: Iterable[Measured], metric: str) -> list[list[Measured]]:
     """Those that asked a metric for the same targets together, in order of first appearance."""
-    groups: list[list[Measurement]] = []
+    groups: list[list[Measured]] = []
     for each in measurements:
         group = next((group for group in groups if all(each.same_data(other, metric) for other in group)), None)
         if group is None:
@@ -272,11 +251,9 @@ def by_data(measurements: Iterable[Measurement], metric: str) -> list[list[Measu
 
 def by_method_and_data(groundings: Sequence[Grounding]) -> list[list[Grounding]]:
     """Those by the same method on the same data together."""
-    groups: list[list[Grounding]] = []
-    for label in dict.fromkeys(each.label for each in groundings):
-        own = {each.measurement: each for each in groundings if each.label == label}
-        groups += [[own[each] for each in group] for group in by_data(own, GROUNDING)]
-    return groups
+    labels = dict.fromkeys(each.label for each in groundings)
+    of_label = ([each for each in groundings if each.label == label] for label in labels)
+    return [group for own in of_label for group in by_data(own, GROUNDING)]
 
 
 def model_name(model: Mapping[str, Any]) -> str:
@@ -296,16 +273,17 @@ def model_name(model: Mapping[str, Any]) -> str:
     return f"{short}, {Path(str(pretrained)).name}" if pretrained else short
 
 
-def load_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
+def load_runs(folders: Sequence[Path], names: Sequence[str] = (), method: str | None = None) -> list[Run]:
     """Read the runs of these folders.
 
     Args:
         folders: at least one; none twice.
         names: one for each folder; without any, each is called by as much of its path as distinguishes it.
+        method: label of the method that ranks classes; None: feature pairs, or else the first.
 
     Raises:
         ResultError: a folder holds no results, or files that are broken, incomplete or of another version.
-        ValueError: no folder, one twice, or other names than one different name for each.
+        ValueError: no folder, one twice, other names than one different name for each, or none has the method.
     """
     if not folders:
         raise ValueError("give at least one folder of results")
@@ -316,7 +294,11 @@ def load_runs(folders: Sequence[Path], names: Sequence[str] = ()) -> list[Run]:
     if names and (len(names) != len(folders) or len(set(names)) != len(names) or not all(names)):
         raise ValueError(f"--names has to hold a different name for each of {len(folders)} runs; got {list(names)}")
     named = zip(folders, names or distinct_names(resolved), strict=True)
-    return [_load_run(folder, name, alone=len(folders) == 1) for folder, name in named]
+    runs = [_load_run(folder, name, alone=len(folders) == 1, method=method) for folder, name in named]
+    labels = {grounding.label for run in runs for grounding in run.groundings}
+    if method is not None and method not in labels:
+        raise ValueError(f"--method {method}: none of the runs has it; they have {', '.join(sorted(labels))}")
+    return runs
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -336,32 +318,47 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
             depths[i] += 1
 
 
-def _load_run(folder: Path, name: str, *, alone: bool) -> Run:
-    files: dict[Path, int] = {}
-    if (folder / RESULT_NAME).is_file():
-        measurement = _measurement(folder, name, files)
-        examples = {label: read_examples(folder / label) for label in measurement.record.methods}
-        for label in examples:
-            _note(folder / label / EXAMPLES_NAME, files)
-        return Run(name, folder, (measurement,), examples=examples, files=files, alone=alone)
-    if (folder / "grounding").is_dir():
-        return _training_run(folder, name, files, alone)
+def _load_run(folder: Path, name: str, **about: Any) -> Run:
+    is_training = not (folder / RESULT_NAME).is_file()
+    places = _states(folder) if is_training else [folder]
+    config, settings = _config(folder) if is_training else ("", {})
+    measurements = sorted((_measurement(place, name, settings) for place in places), key=_order)
+    methods = () if is_training else measurements[0].record.methods
+    pictures = [folder / "grounding" / each for each in _PICTURES]
+    picture = next((path for path in pictures if is_training and path.is_file()), None)
+    read = [place / each for place in places for each in (RESULT_NAME, VALUES_NAME, TARGETS_NAME)]
+    read += [folder / label / EXAMPLES_NAME for label in methods]
+    read += [path for path in (folder / "config.yaml", picture) if is_training and path is not None]
+    # The callback knows the architecture only: any module may use it. The command line's config says the rest.
+    given = _options(settings, "model")
+    model = {**given, "name": given["model"]} if given.get("model") else measurements[-1].record.model
+    return Run(
+        name,
+        folder,
+        model_name(model),
+        tuple(measurements),
+        config=config,
+        picture=picture,
+        examples={label: read_examples(folder / label) for label in methods},
+        files={path: path.stat().st_size for path in read if path.is_file()},
+        **about,
+    )
+
+
+def _states(folder: Path) -> list[Path]:
+    """The folders of a training's measurements."""
+    root = folder / "grounding"
     if not folder.is_dir():
         raise ResultError(f"{folder} is not a folder; give those of finished runs")
-    near = sorted(
-        {found.parent for found in folder.glob(f"*/{RESULT_NAME}")} | {g.parent for g in folder.glob("*/grounding")}
-    )
-    near = near or sorted(found.parent for found in folder.glob("*/*/grounding"))
-    hint = f"; did you mean {', '.join(map(str, near[:3]))}?" if near else ""
-    raise ResultError(
-        f"{folder} holds no results: expected {RESULT_NAME} (of `test` with AttributionEvaluation, or of `roar`) or "
-        f"grounding/ (of `fit` with GroundingCallback){hint}"
-    )
-
-
-def _training_run(folder: Path, name: str, files: dict[Path, int], alone: bool) -> Run:
-    root = folder / "grounding"
-    found = [path for path in root.iterdir() if (path / RESULT_NAME).is_file()]
+    if not root.is_dir():
+        results = [*folder.glob(f"*/{RESULT_NAME}"), *folder.glob("*/grounding")] or folder.glob("*/*/grounding")
+        near = sorted({found.parent for found in results})
+        hint = f"; did you mean {', '.join(map(str, near[:3]))}?" if near else ""
+        raise ResultError(
+            f"{folder} holds no results: expected {RESULT_NAME} (of `test` with AttributionEvaluation, or of `roar`) "
+            f"or grounding/ (of `fit` with GroundingCallback){hint}"
+        )
+    found = sorted(path for path in root.iterdir() if (path / RESULT_NAME).is_file())
     if not found:
         old = any(root.glob("pairs-*.csv")) or (root / "summary.csv").is_file()
         raise ResultError(
@@ -370,21 +367,7 @@ def _training_run(folder: Path, name: str, files: dict[Path, int], alone: bool) 
             if old
             else f"{root}: no measurement; expected epoch=000/{RESULT_NAME}, which GroundingCallback writes"
         )
-    config, settings = _config(folder, files)
-    states = sorted((_measurement(path, name, files, settings) for path in found), key=_order)
-    picture = next((path for each in _PICTURES if (path := root / each).is_file()), None)
-    if picture is not None:
-        _note(picture, files)
-    return Run(
-        name,
-        folder,
-        tuple(states),
-        config=config,
-        configured=_options(settings, "model"),
-        picture=picture,
-        files=files,
-        alone=alone,
-    )
+    return found
 
 
 def _order(measurement: Measurement) -> tuple[bool, int, bool]:
@@ -393,41 +376,15 @@ def _order(measurement: Measurement) -> tuple[bool, int, bool]:
     return (False, epoch, False) if isinstance(epoch, int) else (True, 0, epoch == "test")
 
 
-def _measurement(
-    folder: Path, run: str, files: dict[Path, int], settings: Mapping[str, Any] | None = None
-) -> Measurement:
+def _measurement(folder: Path, run: str, settings: Mapping[str, Any]) -> Measurement:
     record, table = read_result(folder)
-    for name in (RESULT_NAME, VALUES_NAME, TARGETS_NAME):
-        _note(folder / name, files)
-    table = _checked(table, folder, diverged=record.kind == "roar")
     if record.kind == "roar":
         record, table = roar_result(record, table)
-    data = str(record.data.get("name") or training_data(settings or {}))
+    data = str(record.data.get("name") or training_data(settings))
     return Measurement(run, state_name(record.state.get("epoch", "")), record, table, data)
 
 
-def _checked(table: ResultTable, folder: Path, *, diverged: bool) -> ResultTable:
-    """The table, where values are finite numbers or excluded, and each has a target."""
-    try:
-        values = table.values.assign(value=pd.to_numeric(table.values["value"]).astype("float64"))
-        checked = ResultTable(values, table.targets)
-        frame = checked.frame
-    except ValueError as error:
-        raise ResultError(f"{folder}: {VALUES_NAME} and {TARGETS_NAME} do not fit ({error}); run it again") from error
-    orphan = ~frame["target"].isin(table.targets["target"])
-    if orphan.any():
-        raise ResultError(f"{folder}: {TARGETS_NAME} lacks {frame.loc[orphan, 'target'].iloc[0]!r}; run it again")
-    wrong = (frame["excluded"] == "") & ~np.isfinite(frame["value"])
-    if wrong.any() and not diverged:
-        row = frame[wrong].iloc[0]
-        where = f"{row['metric']} of {row['method']}, target {row['target']}"
-        raise ResultError(
-            f"{folder / VALUES_NAME}, {where}: expected a finite number, got {row['value']}; run it again"
-        )
-    return checked
-
-
-def _config(folder: Path, files: dict[Path, int]) -> tuple[str, dict[str, Any]]:
+def _config(folder: Path) -> tuple[str, dict[str, Any]]:
     """Lightning's config as text and as plain values; both empty where there is none."""
     path = folder / "config.yaml"
     if not path.is_file():
@@ -439,7 +396,6 @@ def _config(folder: Path, files: dict[Path, int]) -> tuple[str, dict[str, Any]]:
         settings = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise ResultError(f"{path}: no YAML that can be read ({error}); restore it, or delete it") from error
-    _note(path, files)
     return text, settings if isinstance(settings, dict) else {}
 
 
@@ -455,8 +411,3 @@ def _options(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = settings.get(name)
     given = section.get("init_args") if isinstance(section, Mapping) else None
     return given if isinstance(given, Mapping) else {}
-
-
-def _note(path: Path, files: dict[Path, int]) -> None:
-    if path.is_file():
-        files[path] = path.stat().st_size

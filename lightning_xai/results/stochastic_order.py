@@ -37,26 +37,16 @@ class StochasticOrder:
             the first dominates the second. 1 where the samples are too small to say anything at this level.
         interval: the `alpha` and `1 - alpha` quantiles of the bootstrapped ratios.
         epsilon: the threshold that was asked for.
-        alpha: significance level.
-        n: size of the first sample.
-        m: size of the second sample.
-        bootstrap_samples: how often both were resampled.
-        seed: of the resampling.
     """
 
     violation_ratio: float
     epsilon_min: float
     interval: tuple[float, float]
     epsilon: float
-    alpha: float
-    n: int
-    m: int
-    bootstrap_samples: int
-    seed: int
 
     @property
     def dominates(self) -> bool:
-        """The verdict: the first almost dominates the second at threshold `epsilon` and level `alpha`."""
+        """The verdict: the first almost dominates the second at threshold `epsilon`, at the level of the bound."""
         return self.epsilon_min < self.epsilon
 
 
@@ -128,17 +118,7 @@ def almost_stochastic_order(
     if _large_enough(above.size, below.size, alpha):
         bound = min(max(ratio - float(np.std(resampled, ddof=1)) * NormalDist().inv_cdf(alpha), 0.0), 1.0)
     low, high = np.quantile(resampled, [alpha, 1 - alpha]).tolist()
-    return StochasticOrder(
-        violation_ratio=ratio,
-        epsilon_min=bound,
-        interval=(low, high),
-        epsilon=epsilon,
-        alpha=alpha,
-        n=above.size,
-        m=below.size,
-        bootstrap_samples=bootstrap_samples,
-        seed=seed,
-    )
+    return StochasticOrder(violation_ratio=ratio, epsilon_min=bound, interval=(low, high), epsilon=epsilon)
 
 
 def violation_ratio(first: Values, second: Values) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pandas as pd
 
 from lightning_xai.atomic_file import replaced_at_once
@@ -120,38 +121,26 @@ def score_table(frame: pd.DataFrame, scores: Iterable[Score], by: Sequence[str] 
     return pd.DataFrame(rows, columns=[*by, "score", "value", "count"])
 
 
-def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str] = ()) -> pd.DataFrame:
+def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str]) -> pd.DataFrame:
     """Scores of one metric, in columns: a line for each group.
 
     Args:
         frame: as for `score_table`.
         scores: of one metric; the first one's value counts the targets.
-        by: columns whose combinations make a group; none: all rows together.
+        by: columns whose combinations make a group.
 
     Returns:
         The columns `by`, `targets` (measured ones), each score by its name, and `excluded_REASON` for each reason that
         some target has.
     """
+    by = list(by)
     summed = score_table(frame, scores, by)
-    counts = summed.loc[summed["score"] == scores[0].name, [*by, "count"]].rename(columns={"count": "targets"})
-    lines = counts.reset_index(drop=True)
-    for score in scores:
-        column = summed.loc[summed["score"] == score.name, [*by, "value"]].rename(columns={"value": score.name})
-        lines = (
-            lines.merge(column, on=list(by), how="left")
-            if by
-            else lines.assign(**{score.name: column[score.name].iloc[0]})
-        )
-    reasons = exclusions(frame[frame["metric"] == scores[0].value], [*by, "metric"])
-    for reason in sorted(set(reasons["excluded"]) - {""}):
-        own = reasons[reasons["excluded"] == reason]
-        name = f"excluded_{reason}"
-        if by:
-            lines = lines.merge(own[[*by, "count"]].rename(columns={"count": name}), on=list(by), how="left")
-            lines[name] = lines[name].fillna(0).astype("int64")
-        else:
-            lines[name] = int(own["count"].sum())
-    return lines
+    targets = summed[summed["score"] == scores[0].name].set_index(by)["count"].rename("targets")
+    values = summed.pivot(index=by, columns="score", values="value").reindex(columns=[score.name for score in scores])
+    reasons = exclusions(frame[(frame["metric"] == scores[0].value) & (frame["excluded"] != "")], by)
+    excluded = reasons.pivot(index=by, columns="excluded", values="count").reindex(targets.index).fillna(0)
+    found = [targets, values.reindex(targets.index), excluded.astype("int64").add_prefix("excluded_")]
+    return pd.concat(found, axis="columns").reset_index()
 
 
 def exclusions(frame: pd.DataFrame, by: Sequence[str] = ("method", "metric")) -> pd.DataFrame:
@@ -183,14 +172,29 @@ def read_result(folder: Path) -> tuple[ResultRecord, ResultTable]:
             raise ResultError(f"{folder / name}: the columns {', '.join(missing)} are missing; run it again")
     if record.rows not in (None, len(values)):
         raise ResultError(f"{folder / VALUES_NAME}: {len(values)} rows, expected {record.rows}; run it again")
+    try:
+        table = ResultTable(values.assign(value=pd.to_numeric(values["value"]).astype("float64")), targets)
+        frame = table.frame
+    except ValueError as error:
+        raise ResultError(f"{folder}: {VALUES_NAME} and {TARGETS_NAME} do not fit ({error}); run it again") from error
+    orphan = ~frame["target"].isin(targets["target"])
+    if orphan.any():
+        raise ResultError(f"{folder}: {TARGETS_NAME} lacks {frame.loc[orphan, 'target'].iloc[0]!r}; run it again")
+    measured = frame[frame["excluded"] == ""]
+    if record.kind != "roar":  # a retraining may diverge
+        _check_values(folder, measured, np.isfinite(measured["value"]), "a finite number")
     for score in record.scores.values():
-        found = values.loc[(values["metric"] == score.value) & (values["excluded"] == ""), "value"]
-        if score.bounds is not None and not found.between(*score.bounds).all():
-            wrong = found[~found.between(*score.bounds)].iloc[0]
-            raise ResultError(
-                f"{folder / VALUES_NAME}: expected {score.value} in {list(score.bounds)}, got {wrong}; run it again"
-            )
-    return record, ResultTable(values, targets)
+        if score.bounds is not None:
+            found = measured[measured["metric"] == score.value]
+            _check_values(folder, found, found["value"].between(*score.bounds), f"a number in {list(score.bounds)}")
+    return record, table
+
+
+def _check_values(folder: Path, rows: pd.DataFrame, right: pd.Series, expected: str) -> None:
+    if not right.all():
+        row = rows[~right].iloc[0]
+        where = f"{row['metric']} of {row['method']}, target {row['target']}"
+        raise ResultError(f"{folder / VALUES_NAME}, {where}: expected {expected}, got {row['value']}; run it again")
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

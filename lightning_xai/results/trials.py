@@ -232,12 +232,10 @@ def gather(
         check_recipe(found, msgspec.structs.replace(found.recipe, **expected), folder)
     done_trials = {found.trial for found in done}
     missing = [str(trial) for trial in trials if trial not in done_trials]
+    about = msgspec.structs.asdict(first.about)
     record = ResultRecord(
         kind="roar",
-        model=first.about.model,
-        data=first.about.data,
-        settings=first.about.settings,
-        versions=first.about.versions,
+        **{name: about[name] for name in ("model", "data", "settings", "versions")},
         methods={
             label: _method(name, options, [found for found in done if found.trial.label == label])
             for label, (name, options) in methods.items()

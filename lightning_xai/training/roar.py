@@ -26,7 +26,6 @@ from lightning_xai.training.contrastive import ContrastiveModule
 
 __all__ = ["NonFiniteLossError", "RoarRetraining", "retrain"]
 
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
 _IGNORED = (
     ".*isinstance.treespec, LeafSpec",  # a deprecation of torch, in Lightning's code
     "The '.*_dataloader' does not have many workers",  # the data sets of trials are small
@@ -135,7 +134,7 @@ def retrain(
         seed=seed,
         max_fault_fraction=0.0,
     )
-    with _quiet(), _deterministic_only_here():
+    with _process_as_before():
         _trainer(next(encoder.parameters()).device, options).fit(module, datamodule=data)
     if len(module.curve) != options.epochs + 1:
         done = len(module.curve) - 1
@@ -161,29 +160,18 @@ def _trainer(device: torch.device, options: Retraining) -> L.Trainer:
 
 
 @contextmanager
-def _deterministic_only_here() -> Iterator[None]:
-    """Restore on leaving what a deterministic trainer sets for the whole process."""
+def _process_as_before() -> Iterator[None]:
+    """Restore on leaving what a deterministic trainer sets for the whole process, and keep it quiet inside."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, disabled = torch.backends.cudnn.benchmark, logging.root.manager.disable
+    # Lightning would describe the trainer again for each trial.
+    logging.disable(logging.INFO)
     try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning from describing the trainer again for each trial."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
             for message in _IGNORED:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark

@@ -149,11 +149,19 @@ def test_the_model_and_the_users_random_numbers_are_as_they_were_also_after_an_e
             continue
         method.attribute(images, tokens)
         assert state_of(encoder) == before
-        with pytest.raises((RuntimeError, AssertionError)):
-            method.attribute(images[:, :, :7], tokens)
+        with pytest.raises(IndexError):
+            method.attribute(images, tokens + 10**6)  # in the middle of a pass: no such token
         assert state_of(encoder) == before
         for key, value in encoder.state_dict().items():
             torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
+
+
+@every_method
+def test_images_of_another_size_are_refused(make_encoder: MakeEncoder, name: str) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = random_pairs(encoder)
+    with pytest.raises(ValueError, match=r"takes images \[3, 32, 32\].*got \[3, 40, 32\].*image_size"):
+        build(name, encoder).attribute(images.new_zeros(len(images), 3, 40, 32), tokens)
 
 
 @every_method

@@ -41,8 +41,8 @@ class Constant(AttributionMethod):
     """Says the same of every part."""
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        batch = len(images)
-        return Attribution(torch.ones(batch, 4, 4), torch.ones(tokens.shape), torch.zeros(batch))
+        own = self.encoder.own_similarity(images, tokens)
+        return Attribution(torch.ones(len(images), 4, 4), torch.ones(tokens.shape), own)
 
 
 class Unsupported(AttributionMethod):
@@ -491,7 +491,7 @@ def test_random_weights_are_said_to_be_random_and_are_the_same_again(
 def test_a_phrase_past_the_context_length_is_reported_as_cut_off(model: list[str], image: Path, tmp_path: Path) -> None:
     caption = "a dog " * 9 + "a cat"
     said = message_of("--image", image, "--caption", caption, "--span", "cat", *model, "--out", tmp_path / "out")
-    assert "the span 'cat' is cut off: the model reads 16 tokens" in said
+    assert "the span is cut off: 'cat' at (56, 59) ends with token 20" in said
     explain("--image", image, "--caption", caption, "--span", "dog", *model, "--out", tmp_path / "out")
     assert record_of(tmp_path / "out")["span"]["positions"] == [2, 4, 6, 8, 10, 12, 14]
 

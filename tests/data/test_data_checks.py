@@ -143,7 +143,7 @@ def test_another_number_of_processes_is_refused_by_all(checkpoint: Path, shards:
 
 def test_too_few_samples_are_refused_before_anything_runs(tmp_path: Path, one_shard: Path) -> None:
     module = CountingReader()
-    with pytest.raises(ValueError, match="23 samples do not fill one batch of 24 on each of 1 ranks; lower batch_size"):
+    with pytest.raises(ValueError, match=r"23 samples do not fill one batch of 24 on each of 1 ranks; .*at most 23"):
         quiet_trainer(tmp_path).fit(module, data_of(one_shard, batch_size=24))
     assert module.batches == 0
     data_of(one_shard, batch_size=24).setup("validate")

@@ -3,13 +3,12 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from captioned_shards import TRANSFORM, keys, make_samples, make_shards
-from lightning.pytorch import LightningModule
+from damaged_shards import Reader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
@@ -17,10 +16,10 @@ from torch.utils.data import DataLoader
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
 from lightning_xai.data.excluded import BrokenRecordWarning, TooManyBrokenRecordsError
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import Sample
 from lightning_xai.data.shards import write_shards
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.models.image_transform import ImageTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
 
@@ -36,22 +35,17 @@ def test_the_global_random_state_stays_as_it_is(shards: Path, tokenizer: Caption
 # --- with a real trainer ---------------------------------------------------------------------------------------------
 
 
-class Recorder(LightningModule):
+class Recorder(Reader):
     """Records the keys of each training epoch and of each evaluation."""
 
-    def __init__(self, tokenizer: CaptionTokenizer | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-        if tokenizer is not None:
-            self.encoder = SimpleNamespace(image_transform=TRANSFORM, tokenizer=tokenizer)
         self.train_keys: dict[int, list[str]] = {}
         self.val_keys: list[list[str]] = []
-        self.on_device: set[str] = set()
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         self.train_keys.setdefault(self.current_epoch, []).extend(batch.keys)
-        self.on_device.add(batch.images.device.type)
-        return self.weight * batch.images.mean()
+        return super().training_step(batch, batch_idx)
 
     def on_validation_start(self) -> None:
         self.val_keys.append([])
@@ -63,11 +57,11 @@ class Recorder(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_keys.append(list(batch.keys))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
-        return batch.keys
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+class WithoutEncoder(Recorder):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.encoder
 
 
 make_trainer = partial(quiet_trainer, max_epochs=3)
@@ -94,13 +88,13 @@ SAVING: dict[str, tuple[dict[str, Any], str]] = {
     ],
 )
 def test_a_resumed_run_sees_the_very_same_samples(
-    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer, workers: int, saving: str, length: dict[str, int]
+    tmp_path: Path, shards: Path, workers: int, saving: str, length: dict[str, int]
 ) -> None:
     def data() -> ShardDataModule:
         return ShardDataModule(train=shards, val=shards, batch_size=4, eval_batch_size=57, num_workers=workers)
 
     options, file = SAVING[saving]
-    straight = Recorder(tokenizer)
+    straight = Recorder()
     trainer = make_trainer(tmp_path, checkpoints(tmp_path, **options), num_sanity_val_steps=0, **length)
     trainer.fit(straight, data())
     assert sorted(straight.train_keys) == [0, 1, 2, 3]
@@ -108,7 +102,7 @@ def test_a_resumed_run_sees_the_very_same_samples(
     assert {len(epoch) for epoch in straight.train_keys.values()} == {56}
     assert [sorted(run) for run in straight.val_keys] == [sorted(f"k{i}" for i in range(57))] * 4
 
-    resumed = Recorder(tokenizer)
+    resumed = Recorder()
     trainer = make_trainer(tmp_path, num_sanity_val_steps=0, **length)
     trainer.fit(resumed, data(), ckpt_path=tmp_path / file, weights_only=True)
     seen = [key for epoch in sorted(resumed.train_keys) for key in resumed.train_keys[epoch]]
@@ -117,44 +111,24 @@ def test_a_resumed_run_sees_the_very_same_samples(
     assert seen == expected[4 * step :]
 
 
-@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}, {"num_workers": 0}])
-def test_three_epochs_have_three_orders_that_a_second_run_repeats(
-    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer, options: dict[str, Any]
-) -> None:
-    runs: list[dict[int, list[str]]] = []
-    for _ in range(2):
-        module = Recorder(tokenizer)
-        # the global seed must not matter
-        torch.manual_seed(len(runs))
-        make_trainer(tmp_path).fit(module, ShardDataModule(train=shards, val=shards, batch_size=4, **options))
-        runs.append(module.train_keys)
-    assert runs[0] == runs[1]
-    assert sorted(runs[0]) == [0, 1, 2]
-    assert runs[0][0] != runs[0][1] != runs[0][2]
-
-
-def test_overfitting_repeats_the_same_batches(tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer) -> None:
-    module = Recorder(tokenizer)
+def test_overfitting_repeats_the_same_batches(tmp_path: Path, shards: Path) -> None:
+    module = Recorder()
     make_trainer(tmp_path, overfit_batches=2).fit(module, ShardDataModule(train=shards, batch_size=4, num_workers=2))
     assert {len(epoch) for epoch in module.train_keys.values()} == {8}
     assert module.train_keys[0] == module.train_keys[1] == module.train_keys[2]
 
 
-def test_an_epoch_that_is_cut_short_does_not_disturb_the_next(
-    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer
-) -> None:
-    whole, cut = Recorder(tokenizer), Recorder(tokenizer)
+def test_an_epoch_that_is_cut_short_does_not_disturb_the_next(tmp_path: Path, shards: Path) -> None:
+    whole, cut = Recorder(), Recorder()
     data: dict[str, Any] = {"train": shards, "batch_size": 4, "persistent_workers": True}
     make_trainer(tmp_path).fit(whole, ShardDataModule(**data))
     make_trainer(tmp_path, limit_train_batches=3).fit(cut, ShardDataModule(**data))
     assert cut.train_keys == {epoch: whole.train_keys[epoch][:12] for epoch in range(3)}
 
 
-def test_validate_test_and_predict_read_their_split(
-    tmp_path: Path, shards: Path, one_shard: Path, tokenizer: CaptionTokenizer
-) -> None:
+def test_validate_test_and_predict_read_their_split(tmp_path: Path, shards: Path, one_shard: Path) -> None:
     data = ShardDataModule(val=shards, test=one_shard, batch_size=8)
-    module = Recorder(tokenizer)
+    module = Recorder()
     trainer = make_trainer(tmp_path)
     trainer.validate(module, data, verbose=False)
     assert sorted(module.val_keys[-1]) == sorted(f"k{i}" for i in range(57))
@@ -171,8 +145,8 @@ def test_validate_test_and_predict_read_their_split(
 
 def test_a_model_without_an_encoder_is_told_what_it_lacks(tmp_path: Path, shards: Path) -> None:
     data = ShardDataModule(train=shards, batch_size=8, num_workers=0)
-    with pytest.raises(ValueError, match=r"Recorder.encoder is .*bind"):
-        make_trainer(tmp_path).fit(Recorder(None), data)
+    with pytest.raises(ValueError, match=r"WithoutEncoder.encoder is .*bind"):
+        make_trainer(tmp_path).fit(WithoutEncoder(), data)
 
 
 def test_bound_transform_and_tokenizer_go_before_the_models(
@@ -183,7 +157,7 @@ def test_bound_transform_and_tokenizer_go_before_the_models(
     (batch,) = data.val_dataloader()
     assert isinstance(batch, Batch)
     assert batch.images.shape == (57, 3, 4, 6)
-    make_trainer(tmp_path).validate(Recorder(None), data, verbose=False)
+    make_trainer(tmp_path).validate(WithoutEncoder(), data, verbose=False)
 
 
 def test_without_a_trainer_the_epoch_is_an_attribute(shards: Path, tokenizer: CaptionTokenizer) -> None:
@@ -197,14 +171,14 @@ def test_without_a_trainer_the_epoch_is_an_attribute(shards: Path, tokenizer: Ca
 
 
 def test_the_preflight_line_comes_once_and_has_the_numbers(
-    tmp_path: Path, shards: Path, tokenizer: CaptionTokenizer, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.INFO, logger=logger.name):
             data = ShardDataModule(train=shards, val=shards, batch_size=8, eval_batch_size=50)
-            make_trainer(tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(Recorder(tokenizer), data)
+            make_trainer(tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(Recorder(), data)
     finally:
         logger.removeHandler(caplog.handler)
     lines = sorted({record.message for record in caplog.records if "samples in" in record.message})
@@ -219,12 +193,10 @@ def test_the_preflight_line_comes_once_and_has_the_numbers(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_counted_and_the_rest_survives(
-    tmp_path: Path, tokenizer: CaptionTokenizer, workers: int
-) -> None:
+def test_a_broken_image_is_counted_and_the_rest_survives(tmp_path: Path, workers: int) -> None:
     folder = make_shards(tmp_path / "s", 30, broken=[17])
     data = ShardDataModule(train=folder, val=folder, batch_size=10, num_workers=workers)
-    module = Recorder(tokenizer)
+    module = Recorder()
     with pytest.warns(BrokenRecordWarning) as caught:
         make_trainer(tmp_path).fit(module, data)
     messages = [str(warning.message) for warning in caught if warning.category is BrokenRecordWarning]
@@ -234,27 +206,27 @@ def test_a_broken_image_is_counted_and_the_rest_survives(
     assert set(module.train_keys[0]) == {f"k{i}" for i in range(30)}
 
 
-def test_too_many_broken_records_stop_the_run(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "s", 30, broken=[3, 9, 21])
     with (
         pytest.warns(BrokenRecordWarning),
         pytest.raises(TooManyBrokenRecordsError, match=r"3 of the 30 records .* max_fault_fraction=0.08 allows 2"),
     ):
         make_trainer(tmp_path).validate(
-            Recorder(tokenizer), ShardDataModule(val=folder, batch_size=30, max_fault_fraction=0.08), verbose=False
+            Recorder(), ShardDataModule(val=folder, batch_size=30, max_fault_fraction=0.08), verbose=False
         )
     allowed = ShardDataModule(val=folder, batch_size=30, max_fault_fraction=0.1)
     with pytest.warns(BrokenRecordWarning):
-        make_trainer(tmp_path).validate(Recorder(tokenizer), allowed, verbose=False)
+        make_trainer(tmp_path).validate(Recorder(), allowed, verbose=False)
     assert allowed.fault_counts == {"val": 3}
 
 
-def test_broken_records_are_counted_from_0_in_each_training_epoch(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+def test_broken_records_are_counted_from_0_in_each_training_epoch(tmp_path: Path) -> None:
     # An epoch reads 16 of 30 samples in a row and meets one of these two; one is allowed, both would be too many.
     folder = make_shards(tmp_path / "s", 30, per_shard=30, broken=[0, 15])
     data = ShardDataModule(train=folder, batch_size=16, num_workers=0)
     with pytest.warns(BrokenRecordWarning) as caught:
-        make_trainer(tmp_path, max_epochs=6).fit(Recorder(tokenizer), data)
+        make_trainer(tmp_path, max_epochs=6).fit(Recorder(), data)
     assert len({str(warning.message) for warning in caught if warning.category is BrokenRecordWarning}) == 2
     assert data.fault_counts == {"train": 1}
 
@@ -313,11 +285,11 @@ def test_no_more_workers_are_started_than_there_are_batches(shards: Path, tokeni
 # --- the embedded world ----------------------------------------------------------------------------------------------
 
 
-def test_shapes_are_made_on_first_use_and_kept(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+def test_shapes_are_made_on_first_use_and_kept(tmp_path: Path) -> None:
     def data() -> ShapesDataModule:
         return ShapesDataModule(root=tmp_path / "shapes", train_samples=40, val_samples=12, batch_size=8, num_workers=0)
 
-    module = Recorder(tokenizer)
+    module = Recorder()
     make_trainer(tmp_path, max_epochs=1).fit(module, data())
     assert len(module.train_keys[0]) == 40
     assert len(module.val_keys[-1]) == 12

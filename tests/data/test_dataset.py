@@ -115,18 +115,6 @@ def test_the_samples_of_an_epoch_do_not_depend_on_ranks_and_workers(shards: Path
     assert halves == whole
 
 
-def test_epochs_differ_and_runs_agree(shards: Path, tokenizer: CaptionTokenizer) -> None:
-    def run(seed: int, epoch: int) -> list[str]:
-        dataset = training(shards, tokenizer, seed=seed)
-        dataset.seek(epoch)
-        return keys(dataset)
-
-    assert run(0, 0) == run(0, 0)
-    assert run(0, 0) != run(0, 1)
-    assert run(0, 0) != run(1, 0)
-    assert run(0, 5) == run(0, 5)
-
-
 def test_every_sample_gets_its_turn_though_some_sit_out_each_epoch(
     one_shard: Path, tokenizer: CaptionTokenizer
 ) -> None:
@@ -138,11 +126,6 @@ def test_every_sample_gets_its_turn_though_some_sit_out_each_epoch(
         assert len(epoch_keys) == len(set(epoch_keys)) == 16
         seen.update(epoch_keys)
     assert len(seen) == 23
-
-
-def test_less_than_a_batch_per_rank_is_an_error_with_the_numbers(shards: Path, tokenizer: CaptionTokenizer) -> None:
-    with pytest.raises(ValueError, match=r"57 samples do not fill one batch of 20 on each of 3 ranks; .*at most 19"):
-        training(shards, tokenizer, 0, 3, batch_size=20)
 
 
 def test_workers_outlive_a_signal_to_the_whole_job_in_the_moment_in_which_they_start() -> None:
@@ -243,16 +226,16 @@ def test_the_order_is_that_of_a_shuffle_buffer_full_of_samples(
 ) -> None:
     manifest = Manifest.load(shards)
     part = 57 // world_size // 4 * 4
-    for epoch in range(3):
-        order = manifest.order(0, epoch)
+    for seed, epoch in ((0, 0), (0, 1), (1, 2)):
+        order = manifest.order(seed, epoch)
         ring = [index for index, _ in read_samples(shards, manifest, order, 0, 57)] * 2
-        entry = stable_hash("entry", 0, epoch) % 57
+        entry = stable_hash("entry", seed, epoch) % 57
         for rank in range(world_size):
-            dataset = training(shards, tokenizer, rank, world_size, shuffle_buffer=shuffle_buffer)
+            dataset = training(shards, tokenizer, rank, world_size, seed, shuffle_buffer=shuffle_buffer)
             dataset.seek(epoch)
             samples = iter(ring[entry + rank * part :][:part])
             if shuffle_buffer > 1:
-                rng = random.Random(stable_hash("shuffle", 0, epoch, rank, 0))
+                rng = random.Random(stable_hash("shuffle", seed, epoch, rank, 0))
                 samples = wds.shuffle(shuffle_buffer, initial=shuffle_buffer, rng=rng)(samples)
             assert [index for batch in dataset for index in batch.index.tolist()] == list(samples)
 

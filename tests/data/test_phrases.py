@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from captioned_shards import grey_sample
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from PIL import Image
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.object_swaps import object_swaps
-from lightning_xai.data.phrases import NamedBoxes, NegativeRows, Negatives, TensorFields, named_boxes
+from lightning_xai.data.phrases import Negatives, TargetRows
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.models.image_transform import ImageTransform
 
 LABELS = ("cat", "dog", "horse")
 TRANSFORM = ImageTransform(size=(32, 32))  # 64 x 48 becomes 42 x 32 and loses 5 pixels on each side
@@ -28,15 +27,8 @@ CAT = Region("cat", (30, 20, 10, 10), {0: ((11, 19),), 1: ((4, 7),)})
 ELEPHANT = HardNegative("A dog, and an Indian elephant!", (11, 29), 0, (11, 19), 1)
 
 
-def make_sample(
-    key: str = "a",
-    captions: tuple[str, ...] = CAPTIONS,
-    regions: tuple[Region, ...] = (DOG, CAT),
-    negatives: tuple[HardNegative, ...] = (),
-) -> Sample:
-    stream = io.BytesIO()
-    Image.new("RGB", (64, 48), "grey").save(stream, "PNG")
-    return Sample(key, stream.getvalue(), (64, 48), captions, regions, negatives=negatives)
+def make_sample(key: str = "a", captions: tuple[str, ...] = CAPTIONS, **changes: Any) -> Sample:
+    return grey_sample(key, captions, **({"regions": (DOG, CAT)} | changes))
 
 
 def collated(
@@ -54,7 +46,7 @@ def words(tokenizer: CaptionTokenizer, tokens: Tensor, mask: Tensor) -> str:
 
 
 def test_masks_spell_the_true_words_and_what_stands_in_their_place(tokenizer: CaptionTokenizer) -> None:
-    plain, negative = make_sample("plain", ("nothing",), ()), make_sample("b", negatives=(ELEPHANT,))
+    plain, negative = make_sample("plain", ("nothing",), regions=()), make_sample("b", negatives=(ELEPHANT,))
     batch, negatives = collated(tokenizer, plain, negative)
     assert len(negatives) == 1
     assert words(tokenizer, negatives.tokens[0], negatives.mask[0]) == "an indian elephant"
@@ -141,25 +133,28 @@ def test_what_cannot_be_measured_has_a_reason(tokenizer: CaptionTokenizer) -> No
             assert negatives.true_mask.any()
 
 
-def test_a_batch_without_negatives_has_the_usual_shapes(tokenizer: CaptionTokenizer) -> None:
+def test_a_batch_without_targets_has_the_usual_shapes(tokenizer: CaptionTokenizer) -> None:
     for batch in (
         EvaluationCollate(TRANSFORM, tokenizer, LABELS, swap_objects=True)([(-1, None)]),
-        collated(tokenizer, make_sample(regions=()), swap=True)[0],
+        collated(tokenizer, make_sample(captions=(CAPTIONS[0],), regions=()), swap=True)[0],
     ):
-        negatives = batch.negatives
+        negatives, phrases = batch.negatives, batch.phrases
         assert negatives is not None
-        assert len(negatives) == 0
-        assert negatives.tokens.shape == negatives.mask.shape == negatives.true_mask.shape == (0, 77)
-        assert negatives.boxes.shape == (0, 4)
-        numbers = (negatives.caption_row, negatives.image_row, negatives.label, negatives.reason)
-        assert {tuple(column.shape) for column in numbers} == {(0,)}
-        assert {column.dtype for column in (*numbers, negatives.tokens)} == {torch.int64}
-        assert negatives.mask.dtype == negatives.true_mask.dtype == torch.bool
+        assert (len(negatives), len(phrases)) == (0, 0)
+        assert batch.images.shape[1:] == (3, 32, 32)
+        assert batch.tokens.shape == (len(batch.captions), 77)
+        assert negatives.tokens.shape == (0, 77)
+        for mask in (negatives.mask, negatives.true_mask, phrases.span_mask):
+            assert (mask.shape, mask.dtype) == ((0, 77), torch.bool)
+        assert negatives.boxes.shape == phrases.boxes.shape == (0, 4)
+        numbers = [getattr(part, name) for part in (negatives, phrases) for name in ("caption_row", "label", "reason")]
+        assert {tuple(column.shape) for column in (*numbers, negatives.image_row, phrases.image_row)} == {(0,)}
+        assert {column.dtype for column in (*numbers, batch.tokens, negatives.tokens)} == {torch.int64}
 
 
 def test_columns_do_not_share_memory(tokenizer: CaptionTokenizer) -> None:
-    rows = NegativeRows(TRANSFORM, tokenizer, {label: row for row, label in enumerate(LABELS)})
-    rows.add(make_sample(), [ELEPHANT], 3, 7)
+    rows = TargetRows(TRANSFORM, tokenizer, LABELS)
+    rows.add(make_sample(), CAPTIONS, [ELEPHANT], 3, 7)
     negatives = rows.negatives()
     negatives.caption_row[0] = 99
     negatives.mask[:] = False
@@ -173,7 +168,8 @@ def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer:
     assert moved.images.device.type == moved.phrases.boxes.device.type == "meta"
     assert moved.negatives is not None
     assert moved.named is not None
-    tensors = [value for part in (moved.negatives, moved.named) for value in vars(part).values() if _is_tensor(value)]
+    parts = (moved.negatives, moved.named)
+    tensors = [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
     assert len(tensors) == 8 + 2
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.negatives.captions == negatives.captions
@@ -181,10 +177,6 @@ def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer:
     copy = pickle.loads(pickle.dumps(batch))
     assert torch.equal(copy.negatives.true_mask, negatives.true_mask)
     assert copy.negatives.replacement == negatives.replacement
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 # --- boxes that captions name ---
@@ -198,7 +190,12 @@ def sample_of(*regions: Region, captions: int = 3) -> Sample:
     return Sample("a", b"", (64, 48), tuple(f"dog {number}" for number in range(captions)), regions)
 
 
-def row_boxes(named: NamedBoxes) -> list[tuple[int, tuple[float, ...]]]:
+def row_boxes(
+    tokenizer: CaptionTokenizer, sample: Sample, first_row: int = 0, captions: int = 3
+) -> list[tuple[int, tuple[float, ...]]]:
+    rows = TargetRows(TRANSFORM, tokenizer, (*LABELS, "kite"))
+    rows.add(sample, sample.captions[:captions], [], 0, first_row)
+    named = rows.named()
     return [(row, tuple(box)) for row, box in zip(named.caption_row.tolist(), named.boxes.tolist(), strict=True)]
 
 
@@ -206,75 +203,40 @@ def after(box: tuple[float, float, float, float]) -> tuple[float, ...]:
     return tuple(TRANSFORM.boxes(torch.tensor([box]), (64, 48))[0].tolist())
 
 
-def test_every_caption_gets_every_box_that_it_names_several_instances_included() -> None:
+def test_every_caption_gets_every_box_that_it_names_several_instances_included(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(
         Region("dog", HERE, {0: SPAN, 2: SPAN}),
         Region("dog", THERE, {0: SPAN, 2: SPAN}),
         Region("cat", TOUCHED, {1: ((0, 3), (4, 5))}),
         Region("kite", HERE),
     )
-    found = row_boxes(named_boxes([(sample, 10)], None, TRANSFORM))
+    found = row_boxes(tokenizer, sample, 10)
     expected = [(10, after(HERE)), (10, after(THERE)), (11, after(TOUCHED)), (12, after(HERE)), (12, after(THERE))]
     assert sorted(found) == sorted(expected)
 
 
-def test_boxes_of_which_the_crop_leaves_nothing_are_not_among_them() -> None:
+def test_boxes_of_which_the_crop_leaves_nothing_are_not_among_them(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(Region("dog", GONE, {0: SPAN}), Region("dog", TOUCHED, {0: SPAN}))
-    found = row_boxes(named_boxes([(sample, 0)], None, TRANSFORM))
+    found = row_boxes(tokenizer, sample)
     assert found == [(0, after(TOUCHED))]
     x0, _, x1, _ = found[0][1]
     assert 0 == x0 < x1 < 12 * 42 / 64
 
 
-def test_captions_that_take_no_part_name_nothing() -> None:
+def test_captions_that_take_no_part_name_nothing(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(Region("dog", HERE, {0: SPAN, 1: SPAN, 2: SPAN}), Region("cat", THERE, {2: SPAN}))
-    assert row_boxes(named_boxes([(sample, 5)], 2, TRANSFORM)) == [(5, after(HERE)), (6, after(HERE))]
-    assert len(row_boxes(named_boxes([(sample, 5)], None, TRANSFORM))) == 4
+    assert row_boxes(tokenizer, sample, 5, captions=2) == [(5, after(HERE)), (6, after(HERE))]
+    assert len(row_boxes(tokenizer, sample, 5)) == 4
 
 
-def test_a_caption_without_a_place_that_names_the_region_does_not_name_it() -> None:
+def test_a_caption_without_a_place_that_names_the_region_does_not_name_it(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(Region("dog", HERE, {0: (), 1: SPAN}))
-    assert row_boxes(named_boxes([(sample, 0)], None, TRANSFORM)) == [(1, after(HERE))]
+    assert row_boxes(tokenizer, sample) == [(1, after(HERE))]
 
 
-# --- moving to a device ---
-
-
-@dataclass
-class Inner(TensorFields):
-    numbers: Tensor
-    words: list[str]
-
-
-@dataclass
-class Outer(TensorFields):
-    inner: Inner
-    weights: Tensor
-    absent: Inner | None = None
-    name: str = "outer"
-
-
-def test_tensors_of_all_depths_move_and_the_rest_stays_as_it_is() -> None:
-    words = ["a"]
-    record = Outer(Inner(torch.arange(3), words), torch.ones(2), None, "other")
-    moved = record.to("meta")
-    assert isinstance(moved, Outer)
-    assert isinstance(moved.inner, Inner)
-    assert moved.inner.numbers.device.type == moved.weights.device.type == "meta"
-    assert moved.inner.words is words
-    assert (moved.absent, moved.name) == (None, "other")
-    assert record.weights.device.type == record.inner.numbers.device.type == "cpu"
-
-
-def test_page_locked_memory_reaches_all_depths(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[int] = []
-
-    def pin(tensor: Tensor) -> Tensor:
-        pinned.append(len(tensor))
-        return tensor + 1
-
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
-    record = Outer(Inner(torch.zeros(3), []), torch.zeros(2), Inner(torch.zeros(1), ["x"])).pin_memory()
-    assert pinned == [3, 2, 1]
-    assert record.absent is not None
-    assert [part.sum().item() for part in (record.inner.numbers, record.weights, record.absent.numbers)] == [3, 2, 1]
+def test_page_locked_memory_reaches_all_depths(tokenizer: CaptionTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
+    pinned = collated(tokenizer, make_sample(), swap=True)[0].pin_memory()
+    assert pinned.negatives is not None
+    for part in (pinned, pinned.phrases, pinned.negatives):
+        assert {value.device.type for value in vars(part).values() if isinstance(value, Tensor)} == {"meta"}

@@ -99,11 +99,6 @@ def test_records_without_hard_negatives_blanks_and_entities_do_not_name_them() -
     assert decode_sample("000000000042", members, "shard") == plain
 
 
-def test_other_members_are_never_looked_at() -> None:
-    members = {**encode_sample(sample()), "pyd": b"cos\nsystem\n(S'false'\ntR.", "pickle": b"\x80"}
-    assert decode_sample("000000000042", members, "shard") == sample()
-
-
 WRONG_SAMPLES: list[tuple[dict[str, Any], str]] = [
     ({"key": "a.b"}, "key"),
     ({"key": "../a"}, "key"),

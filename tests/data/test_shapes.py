@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,6 @@ from lightning_xai.data.shapes import (
     phrase,
     prepare_shapes,
     read_shapes,
-    render_caption,
     split_pairs,
 )
 from lightning_xai.data.shard_reader import read_samples
@@ -230,16 +227,6 @@ def test_a_sample_does_not_depend_on_how_many_are_read(samples: list[Sample]) ->
         assert list(read_shapes("train", count)) == samples[:count]
 
 
-def test_spans_are_exactly_the_phrases() -> None:
-    for template, first in product(TEMPLATES, range(8)):
-        caption, span, other = render_caption(template, (first, 0), (4, 3))
-        assert caption[slice(*span)] == f"{list(COLORS)[first]} circle"
-        assert caption[slice(*other)] == "orange star"
-        assert "an orange" in caption
-        assert "a orange" not in caption
-        assert not any(left == right == " " for left, right in pairwise(caption))
-
-
 WRONG_ARGUMENTS = [
     (("training", 1, 0, 64), "expected a split of train, val, test; got 'training'"),
     (("train", -1, 0, 64), "expected count >= 0"),
@@ -308,8 +295,3 @@ def test_several_that_prepare_at_once_all_succeed(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
     folder = tmp_path / "out" / "train"
     assert find_wrong_checksums(LocalStore(folder), Manifest.load(folder).shards) == []
-
-
-def test_reading_is_lazy() -> None:
-    reader: Iterator[Sample] = read_shapes("train", 10**9)
-    assert io.BytesIO(next(reader).image).read(2) == b"\xff\xd8"

@@ -10,15 +10,12 @@ import pickle
 import random
 import tarfile
 import tracemalloc
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from shard_files import make_sample, make_samples, members_of, read, write, write_by_hand
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from lightning_xai.data.excluded import UNREADABLE_SHARD
 from lightning_xai.data.sample import RecordError, Sample
@@ -155,26 +152,6 @@ def test_a_record_cut_in_two_is_lost_as_those_after_it_are(tmp_path: Path) -> No
     assert kinds == [UNREADABLE_SHARD] * 3
 
 
-def test_random_damage_never_crashes_and_never_changes_the_count(tmp_path: Path) -> None:
-    samples = make_samples(6)
-    manifest = write(tmp_path, samples, samples_per_shard=6)
-    shard = tmp_path / "shard-000000.tar"
-    whole = np.frombuffer(shard.read_bytes(), dtype=np.uint8)
-    rng = np.random.default_rng(0)
-    errors = 0
-    for _ in range(150):
-        damaged = whole.copy()
-        where = 512 * rng.integers(len(whole) // 512, size=3)  # headers lie on multiples of 512
-        for begin in where:
-            area = slice(begin + rng.integers(512), begin + 512)
-            damaged[area] = rng.integers(0, 256, size=len(damaged[area]))
-        shard.write_bytes(damaged.tobytes())
-        items = read(tmp_path, manifest)
-        assert len(items) == 6
-        errors += sum(isinstance(item, RecordError) for item in items)
-    assert errors > 100
-
-
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
 def test_a_compressed_file_is_not_unpacked(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     manifest = write_by_hand(tmp_path / "out", members_of(make_sample(0)), samples=1)
@@ -207,28 +184,37 @@ def test_files_are_closed_when_a_reader_stops_early(tmp_path: Path) -> None:
     assert len(list(descriptors.iterdir())) == before
 
 
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """The file whole, cut off anywhere, or with some bytes of a block or its end changed."""
+    choice = rng.randrange(4)
+    if choice == 0:
+        return data
+    if choice == 1:
+        return data[: rng.randrange(len(data))]
+    begin = 512 * rng.randrange(len(data) // 512) + rng.randrange(512)  # headers begin on multiples of 512
+    noise = rng.randbytes(rng.choice((1, 8, 512 - begin % 512)))
+    return (data[:begin] + noise + data[begin + len(noise) :])[: len(data)]
+
+
 def test_any_positions_of_damaged_shards_are_those_of_a_full_read(tmp_path: Path) -> None:
     manifest = write(tmp_path, make_samples(14))
     shards = [tmp_path / entry.name for entry in manifest.shards]
-    whole = [np.frombuffer(shard.read_bytes(), dtype=np.uint8) for shard in shards]
-    rng = np.random.default_rng(0)
+    whole = [shard.read_bytes() for shard in shards]
+    rng = random.Random(0)
     broken = 0
-    for turn in range(60):
+    for turn in range(100):
         for shard, data in zip(shards, whole, strict=True):
-            damaged = data[: rng.integers(len(data))] if turn % 3 == 0 else data.copy()
-            if turn % 3 == 1:
-                begin = rng.integers(len(data) - 8)
-                damaged[begin : begin + 8] = rng.integers(0, 256, size=8)
-            shard.write_bytes(damaged.tobytes())
+            shard.write_bytes(damaged(data, rng))
         order = manifest.order(0, turn)
         full = [(index, _shown(item)) for index, item in read_samples(tmp_path, manifest, order, 0, 14)]
-        start, stop = sorted(int(position) for position in rng.integers(0, 15, size=2))
+        assert sorted(index for index, _ in full) == list(range(14))
+        start, stop = sorted(rng.choices(range(15), k=2))
         skipped = {position for position in range(14) if rng.random() < 0.5}
         some = read_samples(tmp_path, manifest, order, start, stop, skipped)
         expected = [full[position] for position in range(start, stop) if position not in skipped]
         assert [(index, _shown(item)) for index, item in some] == expected
         broken += sum(isinstance(item, str) for _, item in expected)
-    assert broken > 25
+    assert broken > 50
 
 
 def _shown(item: Sample | RecordError) -> Sample | str:
@@ -246,8 +232,8 @@ def test_shards_whose_positions_are_all_skipped_are_not_opened(tmp_path: Path) -
 # --- tar files ---
 
 
-def opened(path: Path, extensions: Collection[str], **options: Any) -> TarRecords:
-    return TarRecords(partial(open_file, path), extensions, **options)
+def opened(path: Path, extensions: Collection[str], wanted: Collection[int] | None = None) -> TarRecords:
+    return TarRecords(partial(open_file, path), extensions, wanted)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -268,13 +254,6 @@ def test_members_of_one_name_are_a_record_and_unknown_extensions_are_ignored(tmp
     assert (records.error, records.seen) == ("", 2)
 
 
-def test_what_names_alone_show_to_be_wrong_is_noted_by_record(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [(name, b"") for name in ("a.txt", "a.txt", "b.txt", "c.txt", "b.json")])
-    faults = {record.key: record.fault for record in opened(path, ("txt", "json"), stop=3)}
-    assert faults == {"a": "its .txt member comes twice", "b": "", "c": ""}
-    assert [record.fault for record in opened(path, ("txt", "json"))][-1].startswith("its key comes twice")
-
-
 def test_a_tar_file_without_members_is_whole(tmp_path: Path) -> None:
     records = opened(write_tar(tmp_path / "a.tar", []), ("txt",))
     assert list(records) == []
@@ -289,7 +268,7 @@ def test_another_kind_of_file_says_so(tmp_path: Path) -> None:
         (tmp_path / "a.tar").write_bytes(content)
         records = opened(tmp_path / "a.tar", ("txt",))
         assert list(records) == []
-        assert records.error == "it is not an uncompressed tar file"
+        assert records.error.startswith("it is not an uncompressed tar file (")
 
 
 def test_a_sparse_member_that_stands_for_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
@@ -310,63 +289,19 @@ def test_a_sparse_member_that_stands_for_gigabytes_is_not_unpacked(tmp_path: Pat
 # --- passing over ----------------------------------------------------------------------------------------------------
 
 
-def by_tarfile(data: bytes) -> tuple[list[dict[str, Any]], str]:
-    """The records of a whole file as tarfile reads it member by member, and what it says of the damage."""
-    damage: list[str] = []
-
-    def members() -> Iterator[dict[str, Any]]:
-        seen: list[str] = []
-        try:
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as tar:
-                for entry in tar:
-                    key, extension = base_plus_ext(entry.name)
-                    if entry.isreg() and not entry.issparse() and extension in ("txt", "json"):
-                        if not seen or seen[0] != key:
-                            seen = [key]
-                        if extension not in seen[1:]:
-                            file = tar.extractfile(entry)
-                            assert file is not None
-                            yield {"fname": entry.name, "data": file.read(), "__url__": ""}
-                        seen.append(extension)
-        except Exception as error:
-            damage.append(str(error))
-
-    return list(group_by_keys(members())), "".join(damage)
-
-
 def make_tar(rng: random.Random) -> bytes:
-    """A tar file as some tool or other writes it: one of three formats, with long, foreign and repeated names."""
+    """A tar file as some tool or other writes it: one of two formats, with long, foreign and repeated names."""
     stream = io.BytesIO()
-    kind = rng.choice((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
-    with tarfile.open(fileobj=stream, mode="w", format=kind) as tar:
+    with tarfile.open(fileobj=stream, mode="w", format=rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as tar:
         for number in range(rng.randrange(1, 9)):
-            name = rng.choice(("{}", "{}", "deep/{}", "ä{}", "{}" + "x" * 98, "{}" + "y" * 140, "a" * 99 + "/{}"))
-            if kind == tarfile.USTAR_FORMAT and len(name) > 90 and "/" not in name:
-                name = "{}"  # it has no place for such names
+            name = rng.choice(("{}", "deep/{}", "ä{}", "{}" + "x" * 98, "{}" + "y" * 140, "a" * 99 + "/{}"))
             key = number if rng.random() < 0.8 else number % 2
-            for extension in rng.sample(("txt", "json", "other", "TXT"), rng.randrange(1, 4)):
-                entry = tarfile.TarInfo(f"{name.format(key)}.{extension.lower()}")
-                if kind == tarfile.PAX_FORMAT and rng.random() < 0.2:
-                    entry.mtime = 0.5  # makes a header of its own
+            for extension in rng.sample(("txt", "json", "other"), rng.randrange(1, 4)):
+                entry = tarfile.TarInfo(f"{name.format(key)}.{extension}")
+                entry.type = rng.choice((tarfile.REGTYPE,) * 9 + (tarfile.SYMTYPE,))
                 entry.size = rng.choice((0, 1, 100, 512, 513, 3000))
                 tar.addfile(entry, io.BytesIO(rng.randbytes(entry.size)))
-            if rng.random() < 0.2:
-                link = tarfile.TarInfo(f"link{number}.txt")
-                link.type = rng.choice((tarfile.SYMTYPE, tarfile.DIRTYPE))
-                tar.addfile(link)
     return stream.getvalue()
-
-
-def corrupted(data: bytes, rng: random.Random) -> bytes:
-    """The file whole, cut off anywhere, or with some bytes of a block changed."""
-    choice = rng.randrange(3)
-    if choice == 0:
-        return data
-    if choice == 1:
-        return data[: rng.randrange(len(data))]
-    begin = 512 * rng.randrange(len(data) // 512) + rng.randrange(512)
-    noise = rng.randbytes(rng.choice((1, 8, 512)))
-    return (data[:begin] + noise + data[begin + len(noise) :])[: len(data)]
 
 
 class OneWay(io.BytesIO):
@@ -379,28 +314,20 @@ class OneWay(io.BytesIO):
         raise io.UnsupportedOperation(f"seek {place}")
 
 
-@pytest.mark.parametrize("stream", [io.BytesIO, OneWay])
-def test_any_records_of_any_file_are_what_tarfile_reads_also_where_it_is_damaged(stream: type[io.BytesIO]) -> None:
+def test_any_records_of_any_file_are_those_of_a_full_read_also_where_it_is_damaged() -> None:
     rng = random.Random(0)
     damages = 0
-    for _ in range(600):
-        data = corrupted(make_tar(rng), rng)
-        expected, damage = by_tarfile(data)
-        whole = TarRecords(partial(stream, data), ("txt", "json"))
+    for _ in range(500):
+        data = damaged(make_tar(rng), rng)
+        whole = TarRecords(partial(io.BytesIO, data), ("txt", "json"))
         records = list(whole)
-        if data[257:262] == b"ustar":
-            found = [{"__key__": record.key, "__url__": "", **record.members} for record in records]
-            assert (found, whole.error) == (expected, damage)
-        damages += bool(whole.error)
-        start = rng.randrange(10)
-        stop = rng.randrange(start, 11)
-        skipped = {number for number in range(start, stop) if rng.random() < 0.4}
-        some = TarRecords(partial(stream, data), ("txt", "json"), start, stop, skipped)
-        wanted = [number for number in range(start, stop) if number not in skipped]
-        assert list(some) == [records[number] for number in wanted if number < len(records)]
-        if wanted and wanted[-1] >= len(records):
+        wanted = [number for number in range(len(records)) if rng.random() < 0.6]
+        for stream in (io.BytesIO, OneWay):
+            some = TarRecords(partial(stream, data), ("txt", "json"), wanted)
+            assert list(some) == [records[number] for number in wanted]
             assert (some.error, some.seen) == (whole.error, whole.seen)
-    assert damages > 100
+        damages += bool(whole.error)
+    assert damages > 50
 
 
 class Counted(io.BytesIO):
@@ -415,9 +342,7 @@ class Counted(io.BytesIO):
 
 
 @pytest.mark.parametrize("length", [10, 180])
-def test_only_the_headers_of_skipped_records_are_read_and_tarfile_parses_none_of_them(
-    length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_headers_of_skipped_records_are_read(length: int) -> None:
     stream = Counted()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for number in range(40):
@@ -425,10 +350,9 @@ def test_only_the_headers_of_skipped_records_are_read_and_tarfile_parses_none_of
             entry.size = 50_000
             tar.addfile(entry, io.BytesIO(bytes(entry.size)))
     stream.seek(0)
-    monkeypatch.setattr(tarfile, "open", None)
-    records = TarRecords(lambda: stream, ("txt",), 20, 30, set(range(21, 29)))
+    records = TarRecords(lambda: stream, ("txt",), {20, 29})
     assert [int(record.key) for record in records] == [20, 29]
-    assert stream.taken <= 2 * 50_000 + 31 * 3 * 512
+    assert stream.taken <= 2 * 50_000 + 41 * 4 * 512
 
 
 def test_a_member_that_promises_gigabytes_takes_no_memory_for_them() -> None:
@@ -444,15 +368,29 @@ def test_a_member_that_promises_gigabytes_takes_no_memory_for_them() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, b"?"])
+def test_a_negative_size_does_not_send_the_reader_back_for_ever(kind: bytes) -> None:
+    entry = tarfile.TarInfo("a.txt")
+    entry.type = kind
+    data = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    for stream in (io.BytesIO, OneWay):
+        records = TarRecords(partial(stream, bytes(data) * 2), ("txt",))
+        assert list(records) == []
+        assert records.error
+
+
 def test_a_record_ends_where_the_next_one_begins_also_where_that_is_skipped(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in ("a.txt", "b.txt", "a.txt", "b.json")])
-    records = list(opened(path, ("txt", "json"), start=0, stop=3, skipped={1}))
+    records = list(opened(path, ("txt", "json"), {0, 2}))
     assert [(record.key, record.members, bool(record.fault)) for record in records] == [
         ("a", {"txt": b"a.txt"}, False),
         ("a", {"txt": b"a.txt"}, True),
     ]
     path.write_bytes(path.read_bytes()[: 2 * 1024 + 512])  # ends after the header of the third record
-    for skipped in ((), (1,)):
-        cut = opened(path, ("txt", "json"), stop=2, skipped=skipped)
+    for wanted in ({0, 1}, {0}):
+        cut = opened(path, ("txt", "json"), wanted)
         assert next(iter(cut)).key == "a"
         assert cut.error == ""

@@ -237,7 +237,7 @@ def test_hostile_shard_names_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 WRONG_MANIFESTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda record: record.update(version=99), "manifest version 99, expected 1"),
+    (lambda record: record.update(version=99), "schema version 99, expected 1"),
     *(
         (change, rf"field missing or of the wrong type \(.*{place}")
         for change, place in (
@@ -275,7 +275,7 @@ def test_a_missing_or_broken_manifest_says_what_to_do(tmp_path: Path) -> None:
         Manifest.load(tmp_path)
     for broken in (b"{", b"\xff\xfe", b"[" * 100_000, b"[]"):
         (tmp_path / MANIFEST_NAME).write_bytes(broken)
-        with pytest.raises(ShardError, match=r"manifest\.json: (broken JSON|manifest version None).*again"):
+        with pytest.raises(ShardError, match=r"manifest\.json: (broken JSON|schema version None).*again"):
             Manifest.load(tmp_path)
 
 

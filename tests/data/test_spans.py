@@ -221,3 +221,13 @@ def test_a_span_behind_an_end_of_text_that_was_typed_is_cut_off(tokenizer: Capti
     assert tokenizer.token_span(caption, (2, 5)) == slice(2, 3)
     with pytest.raises(SpanCutOffError, match="behind an end-of-text token"):
         tokenizer.token_span(caption, (25, 28))
+
+
+def test_the_first_caption_that_is_cut_off_is_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32", context_length=6))
+    tokenizer.encode(["a b c d", "a"])  # as many as there are places
+    assert not recwarn.list
+    tokenizer.encode(["a", "a b c d e"])
+    tokenizer.encode(["a b c d e f"])
+    (warning,) = recwarn.list
+    assert "a caption of 5 tokens is cut off; the model reads 4: 'a b c d e'" in str(warning.message)

@@ -28,7 +28,7 @@ def lines_of(folder: Path) -> dict[Path, list[str]]:
 def filled(folder: Path, *indices: int) -> ResultCache:
     store = ResultCache(folder, SETTINGS)
     for index in indices:
-        store.put(index, {"number": index})
+        store.put({index: {"number": index}})
     return store
 
 
@@ -36,8 +36,7 @@ def test_what_was_put_is_there_in_the_next_run(tmp_path: Path) -> None:
     folder = tmp_path / "below" / "rows"
     first = ResultCache(folder, SETTINGS)
     assert (len(first), 3 in first) == (0, False)
-    first.put(3, RECORD)
-    first.put(7, {"gamma": math.nan, "pair": (1, 2)})
+    first.put({3: RECORD, 7: {"gamma": math.nan, "pair": (1, 2)}})
     first.close()
 
     second = ResultCache(folder, SETTINGS)
@@ -52,16 +51,16 @@ def test_what_was_put_is_there_in_the_next_run(tmp_path: Path) -> None:
     assert first[7] == second[7] == {"pair": [1, 2]}
 
 
-def test_a_record_is_on_disk_after_a_flush_without_a_close(tmp_path: Path) -> None:
+def test_a_record_is_on_disk_without_a_close(tmp_path: Path) -> None:
     store = filled(tmp_path, 1, 2)
-    store.flush()
+    assert len(store) == 2
     assert [len(lines) for lines in lines_of(tmp_path).values()] == [2]
     assert len(ResultCache(tmp_path, SETTINGS)) == 2
 
 
 def test_a_record_does_not_change_with_the_values_it_was_made_of(tmp_path: Path) -> None:
     store, record = ResultCache(tmp_path, SETTINGS), {"rows": [1]}
-    store.put(0, record)
+    store.put({0: record})
     record["rows"].append(2)
     assert store[0] == {"rows": [1]}
 
@@ -69,7 +68,6 @@ def test_a_record_does_not_change_with_the_values_it_was_made_of(tmp_path: Path)
 def test_a_run_that_only_reads_leaves_no_file(tmp_path: Path) -> None:
     filled(tmp_path, 1).close()
     reader = ResultCache(tmp_path, SETTINGS)
-    reader.flush()
     reader.close()
     reader.close()
     assert len(lines_of(tmp_path)) == 1
@@ -78,7 +76,7 @@ def test_a_run_that_only_reads_leaves_no_file(tmp_path: Path) -> None:
 def test_after_a_close_more_can_be_put(tmp_path: Path) -> None:
     store = filled(tmp_path, 1)
     store.close()
-    store.put(2, {"number": 2})
+    store.put({2: {"number": 2}})
     store.close()
     assert {index: ResultCache(tmp_path, SETTINGS)[index] for index in (1, 2)} == {1: {"number": 1}, 2: {"number": 2}}
 
@@ -93,7 +91,7 @@ def test_a_line_that_was_cut_off_is_as_if_never_written_and_the_next_run_writes_
 
     resumed = ResultCache(tmp_path, SETTINGS)
     assert (1 in resumed, 2 in resumed, resumed.damaged) == (True, False, 1)
-    resumed.put(2, {"number": "again"})
+    resumed.put({2: {"number": "again"}})
     resumed.close()
     last = ResultCache(tmp_path, SETTINGS)
     assert (last[1], last[2], last.damaged) == ({"number": 1}, {"number": "again"}, 1)
@@ -110,9 +108,8 @@ def test_a_line_without_its_line_feed_is_whole(tmp_path: Path) -> None:
 def test_two_writers_of_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
     first, second = filled(tmp_path), filled(tmp_path)
     for index in range(0, 20, 2):
-        first.put(index, {"number": index})
-        second.put(index + 1, {"number": index + 1})
-        (first, second)[index % 4 // 2].flush()
+        first.put({index: {"number": index}})
+        second.put({index + 1: {"number": index + 1}})
     first.close()
     second.close()
     assert len(lines_of(tmp_path)) == 2
@@ -202,7 +199,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path: Path) -> Non
 def test_values_that_are_not_plain_are_refused_and_leave_nothing_behind(tmp_path: Path) -> None:
     store = filled(tmp_path, 1)
     with pytest.raises(TypeError):
-        store.put(2, {"path": Path()})
+        store.put({2: {"path": Path()}})
     assert 2 not in store
     store.close()
     assert ResultCache(tmp_path, SETTINGS).damaged == 0

@@ -43,9 +43,9 @@ class SilentSigned(Silent):
 class Given(MethodMaps):
     """Gives maps that were drawn before: one for each phrase, true words, replacement and caption of a batch."""
 
-    def __init__(self, batch: Batch, *, signed: bool = True) -> None:
+    def __init__(self, batch: Batch, *, signed: bool = True, batch_size: int = 64) -> None:
         encoder = LinearEncoder(SIZE, GRID)
-        super().__init__((SilentSigned if signed else Silent)(encoder), 1)
+        super().__init__((SilentSigned if signed else Silent)(encoder), batch_size)
         generator = torch.Generator().manual_seed(5)
         assert batch.negatives is not None
         rows = {"phrases": len(batch.phrases), "true": len(batch.negatives), "replacements": len(batch.negatives)}
@@ -77,16 +77,15 @@ def measured(
     maps: Given,
     metrics: Sequence[str] = tuple(METRICS),
     options: dict[str, dict[str, Any]] | None = None,
-    batch_size: int = 64,
 ) -> BatchRows:
     chosen = choose_metrics(metrics, options or {})
     embeddings = Embeddings.of(maps.method.encoder, batch)
-    return measure_batch(batch, maps, list(chosen.values()), embeddings, batch_size)
+    return measure_batch(batch, maps, list(chosen.values()), embeddings)
 
 
-def table(batch: Batch, maps: Given, name: str, *, batch_size: int = 64, **options: Any) -> list[Row]:
+def table(batch: Batch, maps: Given, name: str, **options: Any) -> list[Row]:
     """The targets of one metric with its values in columns, and the reason where one is missing."""
-    rows = measured(batch, maps, [name], {name: options} if options else {}, batch_size)
+    rows = measured(batch, maps, [name], {name: options} if options else {})
     targets = {target["target"]: dict(target) for target in rows.targets}
     assert len(targets) == len(rows.targets)
     for target, metric, value, excluded in rows.values:
@@ -250,8 +249,8 @@ def test_hard_negatives_are_measured_in_the_true_objects_box(batch: Batch) -> No
 @pytest.mark.parametrize("quantile", [0.5, 0.75])
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_localization_agrees_with_loops_over_pixels(batch: Batch, quantile: float, batch_size: int) -> None:
-    maker = Given(batch)
-    rows = table(batch, maker, "localization", quantile=quantile, batch_size=batch_size)
+    maker = Given(batch, batch_size=batch_size)
+    rows = table(batch, maker, "localization", quantile=quantile)
     height, width = SIZE
     for number, row in enumerate(rows):
         image, caption = int(batch.caption_image[number]) - 1, batch.captions[number]
@@ -296,10 +295,10 @@ def kept_image(image: Tensor, heat: NDArray[np.float64], hidden: float, signed: 
 def test_confidence_is_the_similarity_of_what_is_kept(
     batch: Batch, batch_size: int, hidden: str, signed: bool, share: float | None
 ) -> None:
-    maker = Given(batch, signed=signed)
+    maker = Given(batch, signed=signed, batch_size=batch_size)
     encoder = maker.method.encoder
     assert isinstance(encoder, LinearEncoder)
-    rows = table(batch, maker, "confidence", batch_size=batch_size, hidden_image=hidden, keep_pixels=share)
+    rows = table(batch, maker, "confidence", hidden_image=hidden, keep_pixels=share)
     assert len(rows) == 5
     for number, row in enumerate(rows):
         image = batch.images[int(batch.caption_image[number])]

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from lightning_xai.attribution import METHODS, FeaturePairAttribution
 from lightning_xai.cli import main
-from lightning_xai.data.processor_transform import ProcessorTransform
 from lightning_xai.models import (
     DualEncoder,
     HuggingFaceEncoder,
@@ -41,6 +40,7 @@ from lightning_xai.models import (
     load_dual_encoder,
     save_hugging_face,
 )
+from lightning_xai.models.processor_transform import ProcessorTransform
 from lightning_xai.models.sharding import shard_encoder
 from lightning_xai.training.contrastive import ContrastiveModule
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from lightning_xai.report.figures import Sample, bars, class_bars, cumulative, distribution, follows_reader, svg_text
+from lightning_xai.report.figures import bars, class_bars, cumulative, distribution, follows_reader, svg_text
 from lightning_xai.report.plots import rasterize
 from lightning_xai.results.runs import Estimate
 
@@ -19,8 +21,8 @@ DRAW = np.random.default_rng(0)
 LONG = "a rather long name of a run, made of many words, number"
 
 
-def sample(name: str, *, baseline: bool = False, count: int = 50) -> Sample:
-    return Sample(name, DRAW.random(count), baseline)
+def samples(*names: str) -> dict[str, NDArray[Any]]:
+    return {name: DRAW.random(50) for name in names}
 
 
 def classes(**means: float) -> pd.DataFrame:
@@ -30,7 +32,7 @@ def classes(**means: float) -> pd.DataFrame:
 
 def test_a_curve_is_the_share_above_each_value_and_baselines_are_grey() -> None:
     values = np.array([0.1, 0.3, 0.3, 0.9])
-    figure = cumulative({"": [Sample("a", values), Sample("r", values, baseline=True)]}, "t", "γ", [0.5])
+    figure = cumulative({"": {"a": values, "r": values}}, "t", "γ", [0.5], baselines=["r"])
     line, grey = figure.axes[0].lines[:2]
     x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
     assert y.tolist() == [100 * float(np.mean(values > point)) for point in x]
@@ -38,7 +40,7 @@ def test_a_curve_is_the_share_above_each_value_and_baselines_are_grey() -> None:
 
 
 def test_a_name_has_one_colour_in_all_panels() -> None:
-    panels = {"m": [sample("a"), sample("b")], "n": [sample("b"), sample("c")]}
+    panels = {"m": samples("a", "b"), "n": samples("b", "c")}
     first, second = cumulative(panels, "t", "γ").axes
     assert first.lines[1].get_color() == second.lines[0].get_color()
     assert len({line.get_color() for line in (*first.lines, *second.lines)}) == 3
@@ -46,7 +48,7 @@ def test_a_name_has_one_colour_in_all_panels() -> None:
 
 def test_a_distribution_sums_to_all_values_outliers_included() -> None:
     values = np.append(DRAW.normal(size=400), [1e6, -1e6])
-    (axes,) = distribution({"m": [Sample("a", values)]}, "t", "δ").axes
+    (axes,) = distribution({"m": {"a": values}}, "t", "δ").axes
     assert axes.patches[0].get_data().values.sum() == pytest.approx(100)  # type: ignore[attr-defined]
     assert axes.get_xlim()[1] < 1e5
 
@@ -74,7 +76,7 @@ def test_classes_are_ordered_by_the_first_run() -> None:
 @pytest.mark.parametrize("count", [7, 12])
 @pytest.mark.parametrize("draw", [cumulative, distribution])
 def test_a_legend_and_a_title_are_never_cut_off(count: int, draw: Callable[..., Figure]) -> None:
-    figure = draw({"panel": [sample(f"{LONG} {i}") for i in range(count)]}, f"{LONG} " * 3, "γ")
+    figure = draw({"panel": samples(*(f"{LONG} {i}" for i in range(count)))}, f"{LONG} " * 3, "γ")
     rasterize(figure)
     for artist in (figure.legends[0], *figure.texts):
         extent = artist.get_window_extent()
@@ -86,7 +88,7 @@ def test_a_legend_and_a_title_are_never_cut_off(count: int, draw: Callable[..., 
     "draw",
     [
         lambda: cumulative({}, "t", "γ"),
-        lambda: distribution({"a": []}, "t", "δ"),
+        lambda: distribution({"a": {}}, "t", "δ"),
         lambda: bars({}, [], "t"),
         lambda: class_bars({"a": classes()}, "t", "γ"),
     ],
@@ -98,7 +100,7 @@ def test_nothing_to_show_is_refused(draw: Callable[[], Figure]) -> None:
 
 def test_an_svg_is_the_same_each_time_follows_the_reader_and_leaves_settings_alone() -> None:
     before = dict(mpl.rcParams)
-    texts = [svg_text(cumulative({"": [Sample("$x$ \n\x00", np.array([0.5]))]}, "$y_", "γ")) for _ in range(2)]
+    texts = [svg_text(cumulative({"": {"$x$ \n\x00": np.array([0.5])}}, "$y_", "γ")) for _ in range(2)]
     assert dict(mpl.rcParams) == before
     assert texts[0] == texts[1]
     followed = follows_reader(texts[0])

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from result_folders import SKILLS, put_examples, rewrite, write_evaluation, write_grid, write_roar, write_training
 
-from lightning_xai.report.build import Options, build_sections, write_report
+from lightning_xai.report.build import build_sections, write_report
 from lightning_xai.report.sections.significance import OrderTest
 from lightning_xai.results.examples import read_examples, write_examples
 from lightning_xai.results.runs import load_runs
@@ -58,7 +58,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_grid(folder / "grid")
     write_training(folder / "training", [0.1, 0.5])
     runs = load_runs([folder / name for name in ("before", "after", "roar", "grid", "training")])
-    sections, _ = build_sections(runs, Options(OrderTest(bootstrap_samples=20)))
+    sections, _ = build_sections(runs, OrderTest(bootstrap_samples=20))
     return write_report(folder / "out", f"Title {HOSTILE} {LONG}", f"{HOSTILE} {LONG}", sections, f"{HOSTILE} {LONG}")
 
 
@@ -175,7 +175,7 @@ def test_a_table_is_sorted_by_click_and_key_with_baselines_aside_and_empty_cells
 ) -> None:
     write_evaluation(tmp_path / "a", {"feature_pair": 0.4, "m2ib": 0.6, "rise": 0.5, "random": 0.1}, examples=False)
     rewrite(tmp_path / "a", lambda v, t: (v[(v["method"] != "rise") | (v["metric"] != "gamma")], t))
-    sections, _ = build_sections(load_runs([tmp_path / "a"]), Options(OrderTest(bootstrap_samples=20)))
+    sections, _ = build_sections(load_runs([tmp_path / "a"]), OrderTest(bootstrap_samples=20))
     page, _ = opened(browser, write_report(tmp_path / "out", "t", "", sections, ""))
     before = rows_of(page, "grounding")
     headings = page.locator("#table-grounding thead button")

@@ -17,14 +17,13 @@ from lightning_xai.report.plots import (
     Example,
     GradedMap,
     curves,
-    evenly,
-    example_sheet,
     heat_fault,
-    overlay,
+    panel,
     progress_sheet,
     rasterize,
     save_figure,
 )
+from lightning_xai.report.sheet import Sheet
 from lightning_xai.results.record import Score
 
 SCORES = tuple(
@@ -50,8 +49,18 @@ def heat(seed: int = 0) -> NDArray[np.floating]:
 MAP = GradedMap(heat(), 0.5, True)
 
 
+def overlay(image: Any, values: Any, box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:
+    """A heat map as sheets show it, in the size of the image."""
+    sheet = Sheet(image.shape[1], "")
+    return rasterize(sheet.close(panel(sheet, Example(image, "", "", (), box), (0, 0), max(image.shape), values)))
+
+
 def redness(picture: NDArray[np.uint8]) -> NDArray[np.int64]:
     return picture[..., 0].astype(np.int64) - picture[..., 2]
+
+
+def sheet_of(examples: list[Example], maps: list[GradedMap], title: str = "t") -> Figure:
+    return progress_sheet(examples, [maps], ["after"], title)
 
 
 def texts(figure: Figure) -> list[str]:
@@ -99,66 +108,48 @@ def test_the_strongest_colour_is_that_of_the_largest_magnitude() -> None:
 
 
 def test_the_box_is_outlined_and_its_inside_is_not_painted_over() -> None:
-    picture = overlay(GREY, heat(), box=(10, 20, 30, 40))
-    yellow = (picture == YELLOW).all(-1)
-    expected = np.zeros((64, 64), dtype=bool)
-    expected[20:40, 10:30] = True
-    expected[21:39, 11:29] = False
-    assert np.array_equal(yellow, expected)
+    plain, boxed = overlay(GREY, heat()), overlay(GREY, heat(), box=(10, 20, 30, 40))
+    yellow = (boxed == YELLOW).all(-1)
+    for side in (yellow[18:22, 14:27], yellow[38:42, 14:27], yellow[24:37, 8:12].T, yellow[24:37, 28:32].T):
+        assert side.any(axis=0).all()
+    assert not yellow[23:37, 13:27].any()
+    assert np.array_equal(plain[23:37, 13:27], boxed[23:37, 13:27])
+    assert (overlay(GREY, heat(), box=(-50, -50, 200, 200)) == YELLOW).all(-1).any(), "a box may leave the image"
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, math.nan])
 def test_a_map_that_says_nothing_leaves_the_image_with_its_box_and_is_named(value: float) -> None:
-    flat = np.full((4, 4), value)
     image = np.random.default_rng(1).random((64, 64, 3))
-    assert heat_fault(flat) is not None
-    assert np.array_equal(overlay(image, flat), np.rint(image * 255).astype(np.uint8))
-    assert (overlay(image, flat, (10, 10, 30, 30)) == YELLOW).all(-1).any()
+    sheet = Sheet(64, "")
+    panel(sheet, Example(image, "", "", (), (10, 10, 30, 30)), (0, 0), 64, np.full((4, 4), value))
+    (shown,) = sheet.figure.axes[0].images
+    assert np.array_equal(np.asarray(shown.get_array()), image.astype(np.float32))
+    assert len(highlights(sheet.figure)) == 1
+    assert heat_fault(np.full((4, 4), value)) in texts(sheet.figure)
 
 
-@pytest.mark.parametrize(
-    ("image", "values", "message"),
-    [
-        (np.zeros((3, 8, 8)), np.ones((2, 2)), r"expected \[H, W, 3\]"),
-        (np.zeros((8, 8)), np.ones((2, 2)), r"expected \[H, W, 3\]"),
-        (GREY, np.ones((1, 2, 2)), r"expected one map \[h, w\]"),
-        (GREY, np.ones((0, 2)), r"expected one map \[h, w\]"),
-    ],
-)
-def test_wrong_shapes_are_refused(image: Any, values: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        overlay(image, values)
-
-
-@pytest.mark.parametrize("count", [1, 2, 6, 7, 23])
-def test_columns_are_spread_evenly_from_the_first_to_the_last(count: int) -> None:
-    chosen = evenly(count, 6)
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == min(count, 6)
-    assert chosen[0] == 0
-    assert chosen[-1] == count - 1
-    assert np.ptp(np.diff(chosen)) <= 1 if count > 1 else True
+@pytest.mark.parametrize("image", [np.zeros((3, 8, 8)), np.zeros((8, 8))])
+def test_wrong_shapes_are_refused(image: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected \[H, W, 3\]"):
+        sheet_of([Example(image, "", "", ())], [MAP])
 
 
 def test_the_sheet_shows_the_caption_gamma_and_hit_of_each_example() -> None:
     graded = [GradedMap(heat(), gamma, gamma == 0.83) for gamma in (0.83, math.nan, 0.1)]
-    sheet = example_sheet([example()] * 3, graded, "after")
+    flat = GradedMap(np.zeros((8, 8)), math.nan, False)
+    sheet = sheet_of([example()] * 4, [*graded, flat], "Title")
     shown = texts(sheet)
-    assert shown.count("a red ring and a blue star") == 3
+    assert {"constant map", "no γ"} <= set(shown)
+    assert shown.count("a red ring and a blue star") == 4
     assert any("0.83" in text and "hit" in text for text in shown)
     assert any("nothing positive" in text and "miss" in text for text in shown)
-    assert "after" in shown
-
-
-def test_a_map_that_says_nothing_is_named_in_the_sheet() -> None:
-    shown = texts(example_sheet([example()], [GradedMap(np.zeros((8, 8)), math.nan, False)], "t"))
-    assert {"constant map", "no γ"} <= set(shown)
+    assert {"Title", "image", "after"} <= set(shown)
 
 
 def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:
     def columns_of(caption: str, spans: tuple[tuple[int, int], ...]) -> tuple[list[int], list[int]]:
-        sheet = rasterize(example_sheet([Example(GREY, "", caption, spans)], [MAP], "t"))
-        line = sheet[389:406]  # below the title, picture and gamma
+        sheet = rasterize(sheet_of([Example(GREY, "", caption, spans)], [MAP]))
+        line = sheet[69:86]  # below the title and the columns' names
         ink = np.flatnonzero((line < 120).all(-1).any(0))
         return ink.tolist(), np.flatnonzero((line == HIGHLIGHT).all(-1).any(0)).tolist()
 
@@ -173,8 +164,8 @@ def test_the_highlight_lies_under_the_phrase_and_nowhere_else() -> None:
 def test_a_long_caption_is_wrapped_and_no_character_or_highlight_is_lost() -> None:
     phrase = "a very long winded phrase that certainly will not fit on a single line of the narrow panel"
     caption = f"there is {phrase} and {'x' * 120} after it"
-    sheet = example_sheet([example(caption, phrase)], [MAP], "Title")
-    lines = [text for text in texts(sheet) if text and text in caption]
+    sheet = sheet_of([example(caption, phrase)], [MAP])
+    lines = [text for text in texts(sheet) if text in caption and text not in ("", "t", "after")]
     assert "".join(lines).replace(" ", "") == caption.replace(" ", "")
     assert len(highlights(sheet)) >= 2
     for text in sheet.axes[0].texts:
@@ -188,7 +179,7 @@ def test_a_long_caption_is_wrapped_and_no_character_or_highlight_is_lost() -> No
 )
 def test_no_caption_breaks_the_sheet(caption: str) -> None:
     odd = Example(GREY, "", caption, ((0, 1), (5, 500), (3, 3)), None)
-    assert rasterize(example_sheet([odd], [MAP], caption)).std() > 0
+    assert rasterize(sheet_of([odd], [MAP], caption)).std() > 0
 
 
 def test_small_images_are_enlarged_to_sharp_squares() -> None:
@@ -210,14 +201,12 @@ def test_the_progress_sheet_keeps_the_first_and_the_last_epoch() -> None:
     assert [text for text in shown if text.startswith("γ")] == [
         f"γ = {gamma}   ✓ hit" for gamma in ("0.00", "0.06", "0.11", "0.50", "0.50", "0.50")
     ]
-    assert len(sheet.axes[0].images) == 2 * (1 + 3)
+    assert len(sheet.axes[0].images) == 2 * (1 + 2 * 3)
 
 
 def test_lengths_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match="maps: expected 1 entries, got 2"):
-        example_sheet([example()], [MAP, MAP], "t")
     with pytest.raises(ValueError, match="at least one example"):
-        example_sheet([], [], "t")
+        sheet_of([], [])
     with pytest.raises(ValueError, match="maps: expected 2 entries, got 1"):
         progress_sheet([example()], [[MAP]], ["before", "epoch 1"])
     with pytest.raises(ValueError, match="maps of before: expected 1 entries, got 0"):
@@ -248,7 +237,7 @@ def test_curves_accept_nothing_but_nan_and_refuse_rows_without_epoch() -> None:
 
 
 def test_figures_are_written_whole_in_the_size_they_were_laid_out(tmp_path: Path) -> None:
-    sheet = example_sheet([example()], [MAP], "t")
+    sheet = sheet_of([example()], [MAP])
     save_figure(sheet, tmp_path / "new" / "sheet.png")
     saved = np.asarray(Image.open(tmp_path / "new" / "sheet.png").convert("RGB"))
     assert np.array_equal(saved, rasterize(sheet))
@@ -263,7 +252,7 @@ def test_drawing_never_touches_pyplot() -> None:
         "import sys, numpy as np\n"
         "from lightning_xai.report.plots import *\n"
         "one = Example(np.zeros((8, 8, 3)), 'a', 'a b', ((0, 1),), (1, 1, 5, 5))\n"
-        "rasterize(example_sheet([one], [GradedMap(np.eye(2), 0.5, True)], 't'))\n"
+        "rasterize(progress_sheet([one], [[GradedMap(np.eye(2), 0.5, True)]], ['before']))\n"
         "rasterize(curves([{'epoch': 0, 'rho': 0.5}], scores=()))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )

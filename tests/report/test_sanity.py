@@ -2,16 +2,13 @@ from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from PIL import Image
 from rich.console import Console
 
-from lightning_xai.report.plots import Example, rasterize, save_figure
+from lightning_xai.report.plots import Example, rasterize
 from lightning_xai.report.sanity import sanity_curves, sanity_sheet, sanity_table
 
 STAGES = ["head", "block 1", "block 0", "embedding"]
@@ -72,43 +69,24 @@ def test_more_methods_than_colours_are_still_told_apart() -> None:
     assert len({(str(line.get_color()), line.get_linestyle()) for line in lines}) == 13
 
 
-def test_the_sheet_has_a_row_for_each_method_and_keeps_the_first_and_the_last_stage(tmp_path: Path) -> None:
+def test_the_sheet_has_a_row_for_each_method_and_keeps_the_first_and_the_last_stage() -> None:
     generator = np.random.default_rng(1)
     stages = ["original", *(f"block {i}" for i in range(11, -1, -1)), "embedding"]
     maps = {method: [generator.normal(size=(4, 6)) for _ in stages] for method in METHODS}
     sheet = sanity_sheet(example(), maps, stages, columns=5)
-    assert len(sheet.axes[0].images) == len(METHODS) * (1 + 5)
+    assert len(sheet.axes[0].images) == len(METHODS) * (1 + 2 * 5)
     shown = texts(sheet)
-    assert all(method in shown for method in METHODS)
-    assert "a dog on $5 mat" in shown
+    assert all(f"{method}: a dog on $5 mat" in shown for method in METHODS)
     headings = [text for text in shown if text in (*stages, "image")]
-    assert headings[0] == "image"
-    assert headings[1] == "original"
-    assert headings[-1] == "embedding"
-    assert len(headings) == 6
-    for text in sheet.axes[0].texts:
-        extent = text.get_window_extent()
-        assert extent.x0 >= 0
-        assert extent.x1 <= sheet.bbox.width + 1
-    save_figure(sheet, tmp_path / "maps.png")
-    assert Image.open(tmp_path / "maps.png").size == (round(sheet.bbox.width), round(sheet.bbox.height))
+    assert [*headings[:2], headings[-1], len(headings)] == ["image", "original", "embedding", 6]
 
 
-def panel(figure: Figure, number: int) -> Any:
-    return figure.axes[0].images[number].get_array()
-
-
-def test_signed_maps_are_red_and_blue_and_others_go_from_least_to_most() -> None:
-    grey = Example(np.full((32, 32, 3), 0.5), "", "", (), None, "key")
-    signed, one_sided = np.array([[-1.0, 1.0]]), [np.array([[5.0, 6.0]]), np.array([[-6.0, -5.0]])]
-    sheet = sanity_sheet(grey, {"a": [signed, signed], "b": one_sided}, ["original", "head"], side=64)
-    below, above = (panel(sheet, 1)[32, x].astype(int) for x in (4, 60))
-    assert below[2] > below[0] + 50
-    assert above[0] > above[2] + 50
-    for number in (4, 5):
-        least, most = (panel(sheet, number)[32, x].astype(int) for x in (4, 60))
-        assert least[0] == least[2]
-        assert most[0] > most[2] + 50
+def test_signed_maps_keep_their_sign_and_others_go_from_least_to_most() -> None:
+    signed, one_sided = np.array([[-2.0, 4.0]]), [np.array([[5.0, 6.0]]), np.array([[-6.0, -5.0]])]
+    sheet = sanity_sheet(example(), {"a": [signed, signed], "b": one_sided}, ["original", "head"], side=64)
+    strengths = [np.asarray(image.get_array()) for image in sheet.axes[0].images]
+    maps = [each.tolist() for each in strengths if each.ndim == 2]
+    assert maps == [[[-0.5, 1.0]]] * 2 + [[[0.0, 1.0]]] * 2
 
 
 def test_a_map_that_says_nothing_is_named() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -66,9 +65,6 @@ def test_a_folder_without_results_is_refused_with_a_hint(tmp_path: Path) -> None
 
 
 def test_results_of_version_1_are_refused_with_the_way_to_make_them_again(tmp_path: Path) -> None:
-    (tmp_path / "result.json").write_text(json.dumps({"version": 1, "kind": "evaluation"}))
-    with pytest.raises(ResultError, match=r"version 1 .* run the same command again"):
-        load_runs([tmp_path])
     old = tmp_path / "training" / "grounding"
     old.mkdir(parents=True)
     (old / "summary.csv").write_text("epoch,pairs\n0,3\n")
@@ -87,8 +83,11 @@ def test_results_of_version_1_are_refused_with_the_way_to_make_them_again(tmp_pa
         ("values.csv", r"gamma,0\.\d+", "gamma,", "expected a finite number"),
         ("values.csv", r"gamma,0\.\d+", "gamma,inf", "expected a finite number"),
         ("values.csv", r"phrase/1/0", "phrase/none", "lacks 'phrase/none'"),
+        ("values.csv", r"\A(?s:.*)", "method,seed\n", "the columns target, metric, value, excluded are missing"),
         ("targets.csv", r"\A.*\n", "a,b\n", "not a table of results|are missing"),
+        ("targets.csv", r"\A(?s:.*)", "", "not a table of results"),
         ("m2ib/examples.json", r"\"hit\"", '"hat"', "field missing"),
+        ("m2ib/examples.json", r"examples/0.png", "../secret.png", "outside of the result folder"),
     ],
 )
 def test_a_broken_file_is_named(name: str, pattern: str, new: str, message: str, tmp_path: Path) -> None:

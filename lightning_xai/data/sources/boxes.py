@@ -1,34 +1,43 @@
-"""Boxes as annotation files give them, made boxes of the upright image: checked, turned with it, and clipped to it."""
+"""Boxes as annotation files give them, made boxes of the upright image."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from lightning_xai.data.excluded import ExcludedError
+from lightning_xai.data.excluded import ExcludedError, excluded_as
 from lightning_xai.data.sample import Box
 
 
 @dataclass(frozen=True)
 class BoxTransform:
-    """Turns boxes of the stored pixels (`stored` wide and high) by an EXIF orientation of 5 to 8; others stay."""
+    """Makes boxes of annotation files boxes of the upright image: checked, turned with it, and clipped to it.
 
-    orientation: int
-    stored: tuple[int, int]
+    Attributes:
+        size: `(width, height)` of the upright image.
+        orientation: EXIF orientation of 5 to 8, by which boxes of the stored pixels are turned; others stay.
+    """
 
-    def __call__(self, box: Box) -> Box:
-        """The box `(x, y, width, height)` on the upright image."""
+    size: tuple[int, int]
+    orientation: int = 1
+
+    def __call__(self, values: object) -> Box:
+        """The box `(x, y, width, height)` on the upright image, from whatever an annotation file holds.
+
+        Raises:
+            ExcludedError: `box_malformed`, `box_without_area` or `box_outside_image`.
+        """
+        return _clip(self._turn(parse_box(values)), self.size)
+
+    def _turn(self, box: Box) -> Box:
+        if self.orientation < 5:
+            return box
         x, y, width, height = box
-        right, below = self.stored[0] - x - width, self.stored[1] - y - height
-        if self.orientation == 5:
-            return y, x, height, width
-        if self.orientation == 6:
-            return below, x, height, width
-        if self.orientation == 7:
-            return below, right, height, width
-        if self.orientation == 8:
-            return y, right, height, width
-        return box
+        # The stored image is as wide as the upright one is high.
+        right, below = self.size[1] - x - width, self.size[0] - y - height
+        left = y if self.orientation in (5, 8) else below
+        top = x if self.orientation in (5, 6) else right
+        return left, top, height, width
 
 
 def parse_box(values: object) -> Box:
@@ -42,10 +51,8 @@ def parse_box(values: object) -> Box:
     """
     if isinstance(values, str):  # "1234" are no four numbers
         raise ExcludedError("box_malformed")
-    try:
+    with excluded_as("box_malformed", (TypeError, ValueError, OverflowError)):
         x, y, width, height = (float(value) for value in values)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ExcludedError("box_malformed") from error
     if not all(map(math.isfinite, (x, y, width, height))):
         raise ExcludedError("box_malformed")
     if width <= 0 or height <= 0:
@@ -53,14 +60,11 @@ def parse_box(values: object) -> Box:
     return x, y, width, height
 
 
-def clip_box(box: Box, size: tuple[int, int]) -> Box:
+def _clip(box: Box, size: tuple[int, int]) -> Box:
     """The part of a box inside an image of `size` (width, height).
 
-    >>> clip_box((-2.0, 3.0, 5.0, 4.0), (10, 5))
+    >>> _clip((-2.0, 3.0, 5.0, 4.0), (10, 5))
     (0.0, 3.0, 3.0, 2.0)
-
-    Raises:
-        ExcludedError: there is none (`box_outside_image`).
     """
     x, y, width, height = box
     # A side that lies inside is kept as it is: left + width - left is not always width.

@@ -19,45 +19,65 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from pycocotools.coco import COCO
+from typing_extensions import NotRequired, TypedDict
 
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.phrase_finder import MentionFinder
-from lightning_xai.data.sample import Region, Sample, Span
-from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sample import Region, Sample
 from lightning_xai.data.sources.coco_classes import read_classes
-from lightning_xai.data.sources.files import (
-    check_file,
-    check_folder,
-    kept_captions,
-    listed_records,
-    load_json,
-    read_image_file,
-    usable_samples,
-)
+from lightning_xai.data.sources.files import check_path, kept_captions, read_image_file, read_json, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
+_Pixels = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # neither NaN nor infinite
 
-@dataclass(frozen=True)
-class _Entry:
-    """One image of the split: its id, its possible file names below the images folder, its captions."""
 
+# Dictionaries, which pycocotools indexes.
+class _Image(TypedDict):
+    id: int
+    file_name: str
+    width: _Pixels
+    height: _Pixels
+
+
+class _Caption(TypedDict):
+    id: Any
     image_id: int
-    files: tuple[str, ...]
-    captions: tuple[str, ...]
+    caption: Any
 
 
-@dataclass(frozen=True)
-class _Instances:
-    """The instances file: annotated image sizes, category names, and (from pycocotools) annotations by image."""
+class _Object(TypedDict):
+    # Without the outlines, which make up most of the file: 860,000 of them would fill memory.
+    id: Any
+    image_id: int
+    category_id: int
+    bbox: NotRequired[Any]
+    iscrowd: NotRequired[Any]
 
-    sizes: Mapping[int, tuple[int, int]]
-    categories: Mapping[int, str]
-    annotations: Mapping[int, list[dict[str, Any]]]
+
+class _Category(TypedDict):
+    id: int
+    name: str
+
+
+class _CaptionsFile(TypedDict):
+    images: list[_Image]
+    annotations: list[_Caption]
+
+
+class _InstancesFile(TypedDict):
+    images: list[_Image]
+    annotations: list[_Object]
+    categories: list[_Category]
+
+
+class _CocoKarpathyImage(KarpathyImage, frozen=True, kw_only=True):
+    cocoid: int
 
 
 def read_coco(
@@ -95,140 +115,68 @@ def read_coco(
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    _check_paths(images, captions, instances)
-    chosen = None if karpathy is None else read_karpathy(karpathy, split, need_cocoid=True)
-    caption_index = _load_coco(captions, "captions", ("images", "annotations"))
-    instance_index = _load_coco(instances, "instances", ("images", "annotations", "categories"))
-    objects = _read_instances(instance_index, instances)
-    entries = _caption_entries(caption_index, captions, excluded)
-    known = {entry.image_id for entry in entries} | set(objects.sizes)
-    _count_unknown(objects, known, excluded)
-    if chosen is not None:
-        names = {entry.image_id: entry.files for entry in entries}
-        entries = [_karpathy_entry(image, names) for image in chosen]
+    check_path(images, "images", "folder", "the folder that holds the image files")
+    chosen = None if karpathy is None else read_karpathy(karpathy, split, _CocoKarpathyImage)
+    listed = _index(read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published"))
+    annotated = _index(read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published"))
+    files = {key: [image["file_name"]] for key, image in listed.imgs.items()}
+    sizes = {key: (int(image["width"]), int(image["height"])) for key, image in annotated.imgs.items()}
+    known = files.keys() | sizes.keys()
+    for reason, index, images_known in (("caption", listed, files), ("annotation", annotated, known)):
+        unknown = sum(len(found) for image, found in index.imgToAnns.items() if image not in images_known)
+        excluded[f"{reason}_of_unknown_image"] += unknown
+    if chosen is None:
+        texts = {image: [text["caption"] for text in found] for image, found in listed.imgToAnns.items()}
+        entries = [(image, names, texts.get(image, ())) for image, names in files.items()]
+    else:
+        entries = [(image.cocoid, [*files.get(image.cocoid, ()), *image.files], image.captions) for image in chosen]
+    labels = {key: category["name"] for key, category in annotated.cats.items()}
     return usable_samples(
         entries,
-        _CocoReader(images, objects, split, excluded).read,
+        _CocoReader(images, f"coco/{split}", sizes, labels, annotated.imgToAnns, excluded).read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice="Check that the images, captions and instances belong together (the same year and split)",
     )
 
 
-class _CocoReader:
-    """Builds samples from entries; counts the captions and regions that it excludes."""
-
-    def __init__(self, images: Path, objects: _Instances, split: str, excluded: Counter[str]) -> None:
-        self._images = images
-        self._objects = objects
-        self._split = split
-        self._excluded = excluded
-        self._finder = MentionFinder(*read_classes())
-
-    def read(self, entry: _Entry) -> Sample:
-        """The entry's sample."""
-        captions = kept_captions(entry.captions, self._excluded)
-        if entry.image_id not in self._objects.sizes:
-            raise ExcludedError("image_without_record")
-        file = read_image_file(self._images, entry.files)
-        to_upright = file.from_annotated(self._objects.sizes[entry.image_id])
-        mentions = [self._finder.find(caption) for caption in captions]
-        regions = []
-        for annotation in self._objects.annotations.get(entry.image_id, ()):
-            with counting(self._excluded):
-                regions.append(self._region(annotation, to_upright, file.size, mentions))
-        source = f"coco/{self._split}/{file.name}"
-        return Sample(f"{entry.image_id:012d}", file.data, file.size, captions, tuple(regions), source)
-
-    def _region(
-        self,
-        annotation: Mapping[str, Any],
-        to_upright: BoxTransform,
-        size: tuple[int, int],
-        mentions: Sequence[Mapping[str, tuple[Span, ...]]],
-    ) -> Region:
-        label = _label(annotation, self._objects)
-        box = clip_box(to_upright(parse_box(annotation.get("bbox"))), size)
-        spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
-        return Region(label, box, spans, crowd=bool(annotation.get("iscrowd", 0)))
-
-
-def _label(annotation: Mapping[str, Any], objects: _Instances) -> str:
-    category = annotation["category_id"]
-    if category not in objects.categories:
-        raise ExcludedError("category_unknown")
-    return objects.categories[category]
-
-
-def _count_unknown(objects: _Instances, known: set[int], excluded: Counter[str]) -> None:
-    excluded["annotation_of_unknown_image"] += sum(
-        len(annotations) for image, annotations in objects.annotations.items() if image not in known
-    )
-
-
-# Annotation files
-
-
-def _check_paths(images: Path, captions: Path, instances: Path) -> None:
-    check_folder(images, "images", "the image files")
-    for name, path in (("captions", captions), ("instances", instances)):
-        check_file(path, name, "the JSON file as it was published")
-
-
-def _load_coco(path: Path, name: str, parts: tuple[str, ...]) -> COCO:
+def _index(dataset: _CaptionsFile | _InstancesFile) -> COCO:
     """A file of COCO's, indexed by pycocotools."""
-    data = load_json(path, name)
-    needed = {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id", "caption" if name == "captions" else "category_id"),
-        "categories": ("id", "name"),
-    }
-    for part in parts:
-        for record in listed_records(data, part, needed[part], origin=f"{name}: {path}", kind=f"COCO's {name} file"):
-            # Outlines make up most of the file and are not used; 860,000 of them would fill memory.
-            record.pop("segmentation", None)
     index = COCO()
-    index.dataset = data
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            index.createIndex()
-    except TypeError as error:
-        raise ValueError(f"{name}: {path}: an id is no number ({error}); is it COCO's {name} file?") from error
+    index.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        index.createIndex()
     return index
 
 
-def _read_instances(index: COCO, path: Path) -> _Instances:
-    return _Instances(
-        sizes={image: _annotated_size(record, path) for image, record in index.imgs.items()},
-        categories={key: str(record["name"]) for key, record in index.cats.items()},
-        annotations=dict(index.imgToAnns),
-    )
+@dataclass(frozen=True)
+class _CocoReader:
+    """Builds samples from entries; counts the captions and regions that it excludes."""
 
+    images: Path
+    source: str
+    # By the id of the image, the category, the image.
+    sizes: Mapping[int, tuple[int, int]]
+    labels: Mapping[int, str]
+    objects: Mapping[int, Sequence[_Object]]
+    excluded: Counter[str]
+    finder: MentionFinder = field(default_factory=lambda: MentionFinder(*read_classes()))
 
-def _annotated_size(record: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    try:
-        return int(record["width"]), int(record["height"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"instances: {path}: image {record['id']!r} has no whole width and height ({error})"
-        ) from error
-
-
-def _caption_entries(index: COCO, path: Path, excluded: Counter[str]) -> list[_Entry]:
-    excluded["caption_of_unknown_image"] += sum(
-        len(annotations) for image, annotations in index.imgToAnns.items() if image not in index.imgs
-    )
-    entries = []
-    for image, record in index.imgs.items():
-        if not isinstance(image, int):
-            raise ValueError(f"captions: {path}: image id {image!r} is no whole number")
-        texts = (annotation["caption"] for annotation in index.imgToAnns.get(image, ()))
-        captions = tuple(text if isinstance(text, str) else "" for text in texts)
-        entries.append(_Entry(image, (str(record["file_name"]),), captions))
-    return entries
-
-
-def _karpathy_entry(image: KarpathyImage, names: Mapping[int, tuple[str, ...]]) -> _Entry:
-    """An image of Karpathy's; `names` are COCO's file names by image id."""
-    assert image.cocoid is not None  # read_karpathy was asked for it
-    return _Entry(image.cocoid, (*names.get(image.cocoid, ()), *image.files), image.captions)
+    def read(self, entry: tuple[int, Sequence[str], Sequence[object]]) -> Sample:
+        """The sample of an image id, its possible file names below the images folder, and its captions."""
+        image, names, texts = entry
+        captions = kept_captions(texts, self.excluded)
+        if image not in self.sizes:
+            raise ExcludedError("image_without_record")
+        file = read_image_file(self.images, names)
+        upright = file.from_annotated(self.sizes[image])
+        mentions = [self.finder.find(caption) for caption in captions]
+        regions = []
+        for thing in self.objects.get(image, ()):
+            with counting(self.excluded):
+                if thing["category_id"] not in self.labels:
+                    raise ExcludedError("category_unknown")
+                label = self.labels[thing["category_id"]]
+                spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
+                regions.append(Region(label, upright(thing.get("bbox")), spans, crowd=bool(thing.get("iscrowd"))))
+        return file.sample(f"{image:012d}", self.source, captions, regions)

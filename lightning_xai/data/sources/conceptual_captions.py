@@ -20,17 +20,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from lightning_xai.data.excluded import ExcludedError
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.sources.files import (
-    check_file,
-    check_folder,
-    kept_captions,
-    key_from,
-    read_image_file,
-    read_rows,
-    usable_samples,
-)
+from lightning_xai.data.sources.files import captioned_sample, check_path, read_rows, usable_samples
 
 _NAME = "conceptual-captions"
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -70,11 +61,11 @@ def read_conceptual_captions(
         raise ValueError(
             "give captions (a TSV file) with images (their folder), or shards (img2dataset's folder) alone"
         )
-    check_file(captions, "captions", "the TSV file of captions and paths")
-    check_folder(images, "images", "the images that were fetched")
+    check_path(captions, "captions", "file", "the path of the TSV file of captions and paths")
+    check_path(images, "images", "folder", "the folder that holds the images that were fetched")
     return usable_samples(
-        read_rows(captions, excluded),
-        partial(_sample, images=images, split=split, excluded=excluded),
+        _fetched(captions, excluded),
+        partial(captioned_sample, images=images, source=f"{_NAME}/{split}", excluded=excluded),
         excluded,
         what=f"row of {captions}",
         advice="Fetch the images first; each row needs its caption, a tab and the path of its image below the images "
@@ -82,13 +73,12 @@ def read_conceptual_captions(
     )
 
 
-def _sample(row: tuple[str, str], images: Path, split: str, excluded: Counter[str]) -> Sample:
-    caption, path = row
-    if "\t" in path:
-        raise ExcludedError("row_malformed")
-    if _ADDRESS.match(path):
-        raise ExcludedError("image_not_fetched")
-    captions = kept_captions([caption], excluded)
-    file = read_image_file(images, [str(PurePosixPath(path))])
-    key = key_from(file.name.removesuffix(".jpg"))
-    return Sample(key, file.data, file.size, captions, source=f"{_NAME}/{split}/{file.name}")
+def _fetched(path: Path, excluded: Counter[str]) -> Iterator[tuple[list[str], list[str]]]:
+    """The path and the caption of each row that has them."""
+    for caption, image in read_rows(path, excluded):
+        if "\t" in image:
+            excluded["row_malformed"] += 1
+        elif _ADDRESS.match(image):
+            excluded["image_not_fetched"] += 1
+        else:
+            yield [str(PurePosixPath(image))], [caption]

@@ -15,18 +15,20 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
+import msgspec
 from PIL import Image
 
-from lightning_xai.data.excluded import ExcludedError, counting
-from lightning_xai.data.sample import RecordError, Sample, exif_orientation, read_image
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
+from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, exif_orientation, read_image
 from lightning_xai.data.sources.boxes import BoxTransform
 
 Entry = TypeVar("Entry")
+T = TypeVar("T")
 
 _UNSAFE_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 _LONGEST_KEY = 200
@@ -61,10 +63,22 @@ class ImageFile:
             ExcludedError: it is another image (`size_mismatch`).
         """
         if size == self.size:
-            return BoxTransform(1, size)
+            return BoxTransform(self.size)
         if self.orientation >= 5 and size == self.size[::-1]:
-            return BoxTransform(self.orientation, size)
+            return BoxTransform(self.size, self.orientation)
         raise ExcludedError("size_mismatch")
+
+    def sample(
+        self,
+        name: str,
+        source: str,
+        captions: Iterable[str],
+        regions: Iterable[Region] = (),
+        negatives: Iterable[HardNegative] = (),
+    ) -> Sample:
+        """The sample of this file, with a key made from `name`, of the data set (and split) `source`."""
+        key, source = key_from(name), f"{source}/{self.name}"
+        return Sample(key, self.data, self.size, tuple(captions), tuple(regions), source, tuple(negatives))
 
 
 def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
@@ -78,7 +92,17 @@ def read_image_file(folder: Path, names: Iterable[str]) -> ImageFile:
         ExcludedError: `image_missing`, `image_name_unsafe` (no file is there, and a name would leave the folder),
             `image_unreadable`, `image_does_not_decode`.
     """
-    return decode_image_file(*_read_first(folder, names))
+    reason = "image_missing"
+    for name in names:
+        file = folder / name
+        if not is_safe_name(name):
+            reason = "image_name_unsafe"
+            continue
+        with excluded_as("image_unreadable", OSError):
+            data = file.read_bytes() if file.is_file() else None
+        if data is not None:
+            return decode_image_file(name, data)
+    raise ExcludedError(reason)
 
 
 def decode_image_file(name: str, data: bytes) -> ImageFile:
@@ -87,10 +111,8 @@ def decode_image_file(name: str, data: bytes) -> ImageFile:
     Raises:
         ExcludedError: `image_does_not_decode`.
     """
-    try:
+    with excluded_as("image_does_not_decode", RecordError):
         size = read_image(data, name).size
-    except RecordError as error:
-        raise ExcludedError("image_does_not_decode") from error
     with Image.open(io.BytesIO(data)) as opened:
         return ImageFile(name, data, size, exif_orientation(opened))
 
@@ -107,98 +129,71 @@ def is_safe_name(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name)
 
 
-def _read_first(folder: Path, names: Iterable[str]) -> tuple[str, bytes]:
-    unsafe = False
-    for name in names:
-        if not is_safe_name(name):
-            unsafe = True
-            continue
-        file = folder / name
-        try:
-            if file.is_file():
-                return name, file.read_bytes()
-        except OSError as error:
-            raise ExcludedError("image_unreadable") from error
-    raise ExcludedError("image_name_unsafe" if unsafe else "image_missing")
-
-
-def check_folder(path: Path, name: str, holds: str) -> None:
-    """Refuse a path that is no folder.
+def check_path(path: Path, name: str, kind: Literal["file", "folder"], what: str) -> None:
+    """Refuse a path that is no file, or no folder.
 
     Args:
-        path: the folder.
+        path: the file or folder.
         name: the argument or option that it was given as.
-        holds: what should be in it ("the image files").
+        kind: which of both it should be.
+        what: what is expected ("the folder that holds the image files").
 
     Raises:
-        FileNotFoundError: it is no folder.
+        FileNotFoundError: it is none.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{name}: {path} is not a folder; give the folder that holds {holds}")
+    if not (path.is_dir() if kind == "folder" else path.is_file()):
+        raise FileNotFoundError(f"{name}: {path} is not a {kind}; give {what}")
 
 
-def check_file(path: Path, name: str, what: str) -> None:
-    """Refuse a path that is no file.
-
-    Args:
-        path: the file.
-        name: the argument or option that it was given as.
-        what: what file it should be ("the JSON file as it was published").
-
-    Raises:
-        FileNotFoundError: it is no file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: {path} is not a file; give the path of {what}")
-
-
-def load_json(path: Path, name: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
+def read_json(path: Path, name: str, kind: type[T], what: str) -> T:
+    """The content of a JSON file, of which the fields of `kind` are checked and the others ignored.
 
     Args:
         path: the file.
         name: the argument or option that it was given as, for messages.
+        kind: the form that it has, most often a `msgspec.Struct`.
+        what: what file it should be ("COCO's captions_*.json").
 
     Raises:
-        ValueError: broken JSON, with the place; no text; or no object. The message names option and file.
+        FileNotFoundError: there is no such file.
+        ValueError: broken JSON, with the place; or of another form, with the record and the field. The message names
+            option and file.
     """
+    check_path(path, name, "file", what)
     try:
-        data = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name}: {path} is broken JSON at line {error.lineno} column {error.colno} (character {error.pos}: "
-            f"{error.msg}); download it again"
-        ) from error
+        return msgspec.convert(json.loads(path.read_bytes()), kind)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {path} is no JSON text ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{name}: {path} holds a {type(data).__name__}, expected an object; is it the right file?")
-    return data
+        raise ValueError(f"{name}: {path}: {error}; is it {what}? If it is, download it again") from error
 
 
-def listed_records(
-    data: Mapping[str, Any], part: str, keys: Iterable[str], *, origin: str, kind: str
-) -> list[dict[str, Any]]:
-    """The list `part` of an object from `load_json`, where each record is an object that has all `keys`.
+def text_of(value: object, reason: str) -> str:
+    """A text without white space around it.
+
+    Raises:
+        ExcludedError: it is empty or no text; counted under `reason`.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ExcludedError(reason)
+    return value.strip()
+
+
+def joined_names(joined: str, there: Collection[str], lacks: str, advice: str = "") -> list[str]:
+    """The names that `joined` holds with "+" between them.
 
     Args:
-        data: the object.
-        part: name of the list.
-        keys: what each record needs, of whatever type.
-        origin: option and file, for messages ("captions: captions_val2017.json").
-        kind: what file it should be ("COCO's captions file").
+        joined: "train+val".
+        there: the names that there are.
+        lacks: begins the error ("karpathy: dataset_coco.json has no split").
+        advice: ends it.
 
     Raises:
-        ValueError: there is no such list, or a record lacks a key; the message says which.
+        ValueError: there is no such name; the message lists those there are.
     """
-    records = data.get(part)
-    if not isinstance(records, list):
-        raise ValueError(f"{origin} has no list {part!r}; is it {kind}? It has {sorted(data)}")
-    for index, record in enumerate(records):
-        for key in keys:
-            if not isinstance(record, dict) or key not in record:
-                raise ValueError(f"{origin}: {part}[{index}] has no {key!r}; is it {kind}?")
-    return records
+    names = joined.split("+")
+    for name in names:
+        if name not in there:
+            raise ValueError(f"{lacks} {name!r}; it has {sorted(there)}, which '+' joins{advice}")
+    return names
 
 
 def read_rows(path: Path, excluded: Counter[str]) -> Iterator[tuple[str, str]]:
@@ -212,16 +207,13 @@ def read_rows(path: Path, excluded: Counter[str]) -> Iterator[tuple[str, str]]:
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines):
-            try:
-                text = (line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line).decode()
-            except UnicodeDecodeError:
-                excluded["row_not_utf8"] += 1
-                continue
-            first, tab, rest = text.rstrip("\r\n").partition("\t")
-            if tab:
+            with counting(excluded):
+                with excluded_as("row_not_utf8"):
+                    text = (line.removeprefix(_BYTE_ORDER_MARK) if number == 0 else line).decode()
+                first, tab, rest = text.rstrip("\r\n").partition("\t")
+                if not tab:
+                    raise ExcludedError("row_malformed")
                 yield first, rest
-            else:
-                excluded["row_malformed"] += 1
 
 
 def usable_samples(
@@ -258,12 +250,26 @@ def kept_captions(texts: Iterable[object], excluded: Counter[str]) -> tuple[str,
     Raises:
         ExcludedError: none is left (`image_without_caption`).
     """
-    stripped = [text.strip() if isinstance(text, str) else "" for text in texts]
-    captions = tuple(text for text in stripped if text)
-    excluded["caption_empty"] += len(stripped) - len(captions)
+    captions = []
+    for text in texts:
+        with counting(excluded):
+            captions.append(text_of(text, "caption_empty"))
     if not captions:
         raise ExcludedError("image_without_caption")
-    return captions
+    return tuple(captions)
+
+
+def captioned_sample(
+    entry: tuple[Sequence[str], Iterable[object]], images: Path, source: str, excluded: Counter[str]
+) -> Sample:
+    """The sample of an image without boxes: `entry` is where its file may lie below `images`, and its captions.
+
+    Raises:
+        ExcludedError: without caption, or as `read_image_file`.
+    """
+    names, texts = entry
+    captions = kept_captions(texts, excluded)
+    return read_image_file(images, names).sample(names[0].removesuffix(".jpg"), source, captions)
 
 
 def key_from(name: str) -> str:

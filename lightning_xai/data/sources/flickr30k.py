@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import NoReturn
 from xml.etree import ElementTree
 
-from lightning_xai.data.excluded import ExcludedError, counting
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.sample import Box, Region, Sample, Span
-from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
-from lightning_xai.data.sources.files import check_folder, is_safe_name, key_from, read_image_file, usable_samples
-from lightning_xai.data.sources.karpathy import read_karpathy
+from lightning_xai.data.sources.boxes import BoxTransform, parse_box
+from lightning_xai.data.sources.files import check_path, is_safe_name, joined_names, read_image_file, usable_samples
+from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
 # [/EN#<chain>/<type>/.../<type> <words>]
 _PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s/\[\]]+)+)\s([^\[\]]*)\]")
@@ -102,15 +102,18 @@ def read_flickr30k(
         FileNotFoundError: a file or folder is missing.
         ValueError: a file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    check_folder(images, "images", "the image files")
-    check_folder(entities, "entities", "Sentences/ and Annotations/")
+    check_path(images, "images", "folder", "the folder that holds the image files")
     for name in ("Sentences", "Annotations"):
-        check_folder(entities / name, "entities", f"Flickr30k Entities' {name} (unpack annotations.zip)")
-    ids = _listed(entities, split) if karpathy is None else _karpathys(karpathy, split)
+        what = f"the folder of Flickr30k Entities, with {name}/ (unpack annotations.zip there)"
+        check_path(entities / name, "entities", "folder", what)
+    if karpathy is None:
+        ids = _listed(entities, split)
+    else:
+        ids = [image.filename.removesuffix(".jpg") for image in read_karpathy(karpathy, split, KarpathyImage)]
     unrelated = _read_unrelated(entities) if exclude_unrelated else frozenset()
     return usable_samples(
         ids,
-        _Flickr30kReader(images, entities, split, unrelated, excluded).read,
+        _Flickr30kReader(images, entities, f"flickr30k/{split}", unrelated, excluded).read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice=f"Check that the images and the annotations in {entities} belong together",
@@ -130,146 +133,104 @@ def parse_sentence(line: str) -> tuple[str, tuple[Phrase, ...]]:
         ValueError: a bracket is left over, or a phrase has no words: the markup is not as published.
     """
     line = line.strip()
-    text, phrases, end = "", [], 0
-    for match in _PHRASE.finditer(line):
-        chain, types, words = match.groups()
-        text += line[end : match.start()]
+    text, *marked = _PHRASE.split(line)
+    phrases = []
+    for chain, types, words, after in zip(*(marked[group::4] for group in range(4)), strict=True):
         words = words.strip()
         if not words:
             raise ValueError(f"the phrase of chain {chain} has no words in {line!r}")
-        span = (len(text), len(text) + len(words))
-        phrases.append(Phrase(chain, tuple(types[1:].split("/")), span))
-        text += words
-        end = match.end()
-    text += line[end:]
+        phrases.append(Phrase(chain, tuple(types[1:].split("/")), (len(text), len(text) + len(words))))
+        text += words + after
     if "[" in text or "]" in text:
         raise ValueError(f"a bracket is left over in {line!r}")
     return text, tuple(phrases)
 
 
+@dataclass(frozen=True)
 class _Flickr30kReader:
     """Builds samples from image ids; counts the captions, phrases and regions that it excludes."""
 
-    def __init__(
-        self, images: Path, entities: Path, split: str, unrelated: frozenset[tuple[str, int]], excluded: Counter[str]
-    ) -> None:
-        self._images = images
-        self._entities = entities
-        self._split = split
-        self._unrelated = unrelated
-        self._excluded = excluded
+    images: Path
+    entities: Path
+    source: str
+    unrelated: frozenset[tuple[str, int]]
+    excluded: Counter[str]
 
     def read(self, image_id: str) -> Sample:
         """The image's sample."""
         if not is_safe_name(image_id):
             raise ExcludedError("image_name_unsafe")
         sentences = self._sentences(image_id)
-        file = read_image_file(self._images, (f"{image_id}.jpg",))
-        annotation = self._annotation(image_id)
-        to_upright = file.from_annotated(annotation.size or file.size)
-        regions = self._regions(annotation, [phrases for _, phrases in sentences], to_upright, file.size)
-        captions = tuple(text for text, _ in sentences)
-        source = f"flickr30k/{self._split}/{file.name}"
-        return Sample(key_from(image_id), file.data, file.size, captions, regions, source)
+        file = read_image_file(self.images, (f"{image_id}.jpg",))
+        annotation = _Annotation()
+        with counting(self.excluded):
+            annotation = self._parse(_read_xml(self.entities / "Annotations" / f"{image_id}.xml"))
+        upright = file.from_annotated(annotation.size or file.size)
+        captions, phrases = zip(*sentences, strict=True)
+        return file.sample(image_id, self.source, captions, self._regions(annotation, phrases, upright))
 
     def _sentences(self, image_id: str) -> list[tuple[str, tuple[Phrase, ...]]]:
-        try:
-            lines = (self._entities / "Sentences" / f"{image_id}.txt").read_bytes().decode().split("\n")
-        except FileNotFoundError as error:
-            raise ExcludedError("sentences_missing") from error
-        except (OSError, ValueError) as error:
-            raise ExcludedError("sentences_unreadable") from error
+        path = self.entities / "Sentences" / f"{image_id}.txt"
+        unreadable = excluded_as("sentences_unreadable", (OSError, ValueError))
+        with unreadable, excluded_as("sentences_missing", FileNotFoundError):
+            lines = path.read_bytes().decode().split("\n")
         while lines and not lines[-1].strip():  # the end of the file is no caption
             lines.pop()
         sentences = []
         for number, line in enumerate(lines, start=1):
-            with counting(self._excluded):
-                sentences.append(self._sentence(image_id, number, line))
+            with counting(self.excluded):
+                if not line.strip():
+                    raise ExcludedError("caption_empty")
+                if (image_id, number) in self.unrelated:
+                    raise ExcludedError("caption_unrelated")
+                with excluded_as("caption_markup_malformed"):
+                    sentences.append(parse_sentence(line))
         if not sentences:
             raise ExcludedError("image_without_caption")
         return sentences
 
-    def _sentence(self, image_id: str, number: int, line: str) -> tuple[str, tuple[Phrase, ...]]:
-        if not line.strip():
-            raise ExcludedError("caption_empty")
-        if (image_id, number) in self._unrelated:
-            raise ExcludedError("caption_unrelated")
-        try:
-            return parse_sentence(line)
-        except ValueError as error:
-            raise ExcludedError("caption_markup_malformed") from error
-
-    def _annotation(self, image_id: str) -> _Annotation:
-        """The content of the image's XML; nothing, and counted, where it cannot be used."""
-        annotation = _Annotation()
-        with counting(self._excluded):
-            annotation = self._parse(_read_xml(self._entities / "Annotations" / f"{image_id}.xml"))
-        return annotation
-
     def _parse(self, root: ElementTree.Element) -> _Annotation:
-        annotation = _Annotation(size=_annotated_size(root))
+        with excluded_as("annotation_malformed"):
+            size = int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))
+        annotation = _Annotation(size)
         for thing in root.findall("object"):
             chains = [name.text.strip() for name in thing.findall("name") if name.text and name.text.strip()]
             corners = thing.find("bndbox")
             if corners is not None:
-                with counting(self._excluded):
+                with counting(self.excluded):
                     box = _voc_box(corners)
                     annotation.boxes += [(chain, box) for chain in chains]
-            if _flag(thing, "scene"):
-                annotation.scenes.update(chains)
-            if _flag(thing, "nobndbox"):
-                annotation.without_box.update(chains)
+            for name, flagged in (("scene", annotation.scenes), ("nobndbox", annotation.without_box)):
+                if thing.findtext(name, "").strip() == "1":
+                    flagged.update(chains)
         return annotation
 
     def _regions(
-        self,
-        annotation: _Annotation,
-        phrases: Sequence[Sequence[Phrase]],
-        to_upright: BoxTransform,
-        size: tuple[int, int],
-    ) -> tuple[Region, ...]:
-        self._count_phrases(annotation, phrases)
+        self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]], upright: BoxTransform
+    ) -> list[Region]:
+        boxed = {chain for chain, _ in annotation.boxes}
+        reasons = dict.fromkeys(annotation.without_box, "phrase_no_box")
+        reasons |= dict.fromkeys(annotation.scenes, "phrase_scene")
         spans: dict[str, dict[int, tuple[Span, ...]]] = {}
-        for caption, found in enumerate(phrases):
-            for phrase in found:
-                places = spans.setdefault(phrase.chain, {})
-                places[caption] = (*places.get(caption, ()), phrase.span)
-        labels = _labels(phrases)
+        types: dict[str, Counter[str]] = {}  # of the chains that can be seen
+        for caption, phrase in ((caption, phrase) for caption, found in enumerate(phrases) for phrase in found):
+            places = spans.setdefault(phrase.chain, {})
+            places[caption] = (*places.get(caption, ()), phrase.span)
+            if not phrase.chain.strip("0") or _NOT_VISUAL in phrase.types:
+                self.excluded["phrase_notvisual"] += 1
+                continue
+            types.setdefault(phrase.chain, Counter()).update(phrase.types)
+            if phrase.chain not in boxed:
+                self.excluded[reasons.get(phrase.chain, "phrase_not_annotated")] += 1
         regions = []
         for chain, box in annotation.boxes:
-            with counting(self._excluded):
-                if chain not in labels:
+            with counting(self.excluded):
+                if chain not in types:
                     raise ExcludedError("box_of_unmentioned_chain")
-                clipped = clip_box(to_upright(box), size)
-                regions.append(Region(labels[chain], clipped, spans[chain], entity=chain))
-        return tuple(regions)
-
-    def _count_phrases(self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]]) -> None:
-        boxed = {chain for chain, _ in annotation.boxes}
-        for phrase in (phrase for found in phrases for phrase in found):
-            if not _is_visual(phrase):
-                self._excluded["phrase_notvisual"] += 1
-            elif phrase.chain in boxed:
-                continue
-            elif phrase.chain in annotation.scenes:
-                self._excluded["phrase_scene"] += 1
-            elif phrase.chain in annotation.without_box:
-                self._excluded["phrase_no_box"] += 1
-            else:
-                self._excluded["phrase_not_annotated"] += 1
-
-
-def _is_visual(phrase: Phrase) -> bool:
-    return phrase.chain.strip("0") != "" and _NOT_VISUAL not in phrase.types
-
-
-def _labels(phrases: Sequence[Sequence[Phrase]]) -> dict[str, str]:
-    """The most frequent type of each chain that can be seen; of equals the one that comes first."""
-    types: dict[str, Counter[str]] = {}
-    for phrase in (phrase for found in phrases for phrase in found):
-        if _is_visual(phrase):
-            types.setdefault(phrase.chain, Counter()).update(phrase.types)
-    return {chain: counts.most_common(1)[0][0] for chain, counts in types.items()}
+                # The most frequent type; of equals the one that comes first.
+                label = types[chain].most_common(1)[0][0]
+                regions.append(Region(label, upright(box), spans[chain], entity=chain))
+        return regions
 
 
 # Annotations
@@ -283,39 +244,21 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
 
 
 def _read_xml(path: Path) -> ElementTree.Element:
-    try:
+    with excluded_as("annotation_unreadable", OSError), excluded_as("annotation_missing", FileNotFoundError):
         data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ExcludedError("annotation_missing") from error
-    except OSError as error:
-        raise ExcludedError("annotation_unreadable") from error
     parser = ElementTree.XMLParser(target=_WithoutDoctype())  # noqa: S314 - without document type, so without entities
-    try:
+    # LookupError: an encoding that does not exist.
+    with excluded_as("annotation_malformed", (ElementTree.ParseError, ValueError, LookupError)):
         parser.feed(data)
         root: ElementTree.Element = parser.close()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # also an encoding that does not exist
-        raise ExcludedError("annotation_malformed") from error
     return root
-
-
-def _annotated_size(root: ElementTree.Element) -> tuple[int, int]:
-    try:
-        return int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))
-    except ValueError as error:
-        raise ExcludedError("annotation_malformed") from error
 
 
 def _voc_box(corners: ElementTree.Element) -> Box:
     """`(x, y, width, height)` of a box whose corners are pixels counted from 1, both included."""
-    try:
+    with excluded_as("box_malformed"):
         left, top, right, bottom = (float(corners.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax"))
-    except ValueError as error:
-        raise ExcludedError("box_malformed") from error
     return parse_box((left - 1, top - 1, right - left + 1, bottom - top + 1))
-
-
-def _flag(thing: ElementTree.Element, name: str) -> bool:
-    return thing.findtext(name, "").strip() == "1"
 
 
 # Lists
@@ -323,28 +266,16 @@ def _flag(thing: ElementTree.Element, name: str) -> bool:
 
 def _listed(entities: Path, split: str) -> list[str]:
     """The image ids of the publishers' lists."""
-    ids: list[str] = []
-    for name in split.split("+"):
-        path = entities / f"{name}.txt"
-        if not is_safe_name(name) or "/" in name or not path.is_file():
-            there = sorted(path.stem for path in entities.glob("*.txt"))
-            raise ValueError(
-                f"split: {entities} has no list {name + '.txt'!r} of image ids; the lists there are {there}, which '+' "
-                "joins. Flickr30k Entities comes with train.txt, val.txt and test.txt"
-            )
-        ids += _lines(path)
-    return ids
-
-
-def _karpathys(path: Path, split: str) -> list[str]:
-    return [image.filename.removesuffix(".jpg") for image in read_karpathy(path, split)]
+    there = {path.stem for path in entities.glob("*.txt")}
+    advice = ". Flickr30k Entities comes with train.txt, val.txt and test.txt"
+    names = joined_names(split, there, f"split: {entities} has no .txt list of the image ids of", advice)
+    return [image_id for name in names for image_id in _lines(entities / f"{name}.txt")]
 
 
 def _read_unrelated(entities: Path) -> frozenset[tuple[str, int]]:
     """Image ids and sentence numbers (from 1) of the captions that the publishers found to be of another image."""
     path = entities / _UNRELATED
-    if not path.is_file():
-        raise FileNotFoundError(f"entities: {path} is not there, which lists the captions to exclude")
+    check_path(path, "entities", "file", "the file that lists the captions to exclude")
     found = set()
     for line in _lines(path):
         if not line.startswith("#"):

@@ -36,21 +36,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_xai.data.excluded import ExcludedError, counting
+import msgspec
+
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.phrase_finder import find_phrases
-from lightning_xai.data.sample import Box, HardNegative, Region, Sample, Span
-from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sample import HardNegative, Region, Sample, Span
+from lightning_xai.data.sources.boxes import BoxTransform
 from lightning_xai.data.sources.files import (
-    check_file,
-    check_folder,
-    key_from,
-    load_json,
+    check_path,
+    joined_names,
     read_image_file,
+    read_json,
+    text_of,
     usable_samples,
 )
 
@@ -72,17 +74,19 @@ class _Object:
     box: Any
 
 
-@dataclass(frozen=True)
-class _Caption:
-    """A caption as the file has it."""
+class _Caption(msgspec.Struct):
+    """A caption as the file has it; `bboxes` become `_Object`s."""
 
-    key: str
-    text: str
-    is_true: bool
-    kind: str
-    positive: str
-    replaced: Any
-    objects: tuple[_Object, ...]
+    caption: str
+    type: str
+    label: Any = None
+    cpt_p_id: Any = None
+    replaced: Any = None
+    bboxes: Any = None
+
+    @property
+    def is_true(self) -> bool:
+        return _LABELS[str(self.label)]
 
 
 def read_hnc(
@@ -118,150 +122,118 @@ def read_hnc(
         ValueError: a file is broken or of another kind, a type does not occur in it, or (at the end) no image
             could be used.
     """
-    check_folder(images, "images", "the image files")
-    check_file(captions, "captions", "HNC's JSON file of this split")
+    check_path(images, "images", "folder", "the folder that holds the image files")
+    records = read_json(captions, "captions", dict[str, Any], "HNC's JSON file of this split")
+    graphs: dict[str, Any] = {}
     if scene_graphs is not None:
-        check_file(scene_graphs, "scene_graphs", "GQA's JSON file of scene graphs")
-    records = load_json(captions, "captions")
-    graphs = {} if scene_graphs is None else load_json(scene_graphs, "scene_graphs")
-    reader = _HncReader(images, split, graphs, _wanted_types(records, types, captions), excluded)
+        graphs = read_json(scene_graphs, "scene_graphs", dict[str, Any], "GQA's JSON file of scene graphs")
     return usable_samples(
         records.items(),
-        reader.read,
+        _HncReader(images, f"hnc/{split}", graphs, _wanted_types(records, types, captions), excluded).read,
         excluded,
         what=f"image of {captions}",
         advice=f"Check that it is HNC's file of the images in {images}",
     )
 
 
+@dataclass(frozen=True)
 class _HncReader:
     """Builds samples from the records of images; counts the captions, objects and negatives that it excludes."""
 
-    def __init__(
-        self, images: Path, split: str, graphs: Mapping[str, Any], types: frozenset[str], excluded: Counter[str]
-    ) -> None:
-        self._images = images
-        self._split = split
-        self._graphs = graphs
-        self._types = types
-        self._excluded = excluded
+    images: Path
+    source: str
+    graphs: Mapping[str, Any]  # by image id; empty without a file of them
+    types: Collection[str]
+    excluded: Counter[str]
 
     def read(self, entry: tuple[str, Any]) -> Sample:
         """The sample of an image id and its record."""
         image_id, record = entry
         found = self._captions(record)
-        taken = [caption for caption in found if caption.kind in self._types]
-        self._excluded["caption_of_other_type"] += len(found) - len(taken)
-        positives = [caption for caption in taken if caption.is_true]
+        taken = {key: caption for key, caption in found.items() if caption.type in self.types}
+        self.excluded["caption_of_other_type"] += len(found) - len(taken)
+        positives = {key: caption for key, caption in taken.items() if caption.is_true}
         if not positives:
             raise ExcludedError("image_without_caption")
-        file = read_image_file(self._images, [f"{folder}{image_id}.jpg" for folder in _SUBFOLDERS])
-        graph = self._graph(image_id)
+        file = read_image_file(self.images, [f"{folder}{image_id}.jpg" for folder in _SUBFOLDERS])
+        graph = self.graphs.get(image_id)
+        if not isinstance(graph, Mapping):
+            self.excluded["scene_graph_missing"] += bool(self.graphs)
+            graph = {}
         things = {thing.key: thing for thing in self._objects(graph.get("objects"))}
-        for caption in found:
-            for thing in caption.objects:
+        for caption in found.values():
+            for thing in caption.bboxes:
                 things.setdefault(thing.key, thing)
-        to_upright = file.from_annotated(_annotated_size(graph) or file.size)
-        regions = self._regions(tuple(things.values()), [caption.text for caption in positives], to_upright, file.size)
-        return Sample(
-            key=key_from(image_id),
-            image=file.data,
-            size=file.size,
-            captions=tuple(caption.text for caption in positives),
-            regions=tuple(regions.values()),
-            source=f"hnc/{self._split}/{file.name}",
-            negatives=self._negatives(taken, positives, tuple(regions)),
-        )
+        captions = [caption.caption for caption in positives.values()]
+        size: Any = (graph.get("width"), graph.get("height"))
+        upright = file.from_annotated(size if all(isinstance(side, int) for side in size) else file.size)
+        regions = self._regions(tuple(things.values()), captions, upright)
+        negatives = self._negatives(taken, positives, tuple(regions))
+        return file.sample(image_id, self.source, captions, regions.values(), negatives)
 
-    def _graph(self, image_id: str) -> Mapping[str, Any]:
-        graph = self._graphs.get(image_id)
-        if isinstance(graph, Mapping):
-            return graph
-        if self._graphs:
-            self._excluded["scene_graph_missing"] += 1
-        return {}
-
-    def _captions(self, record: Any) -> list[_Caption]:
+    def _captions(self, record: Any) -> dict[str, _Caption]:
         captions = _captions_of(record)
         if captions is None:
             raise ExcludedError("image_record_malformed")
-        found = []
-        for key, caption in captions.items():
-            with counting(self._excluded):
-                found.append(self._caption(key, caption))
+        found = {}
+        for key, value in captions.items():
+            with counting(self.excluded):
+                with excluded_as("caption_malformed"):
+                    caption = msgspec.convert(value, _Caption)
+                if str(caption.label) not in _LABELS:
+                    raise ExcludedError("caption_malformed")
+                caption.caption = text_of(caption.caption, "caption_malformed")
+                caption.bboxes = self._objects(caption.bboxes)
+                found[key] = caption
         return found
 
-    def _caption(self, key: str, record: Any) -> _Caption:
-        if not isinstance(record, Mapping):
-            raise ExcludedError("caption_malformed")
-        text, label, kind = record.get("caption"), str(record.get("label")), record.get("type")
-        if not isinstance(text, str) or not text.strip() or label not in _LABELS or not isinstance(kind, str):
-            raise ExcludedError("caption_malformed")
-        return _Caption(
-            key=key,
-            text=text.strip(),
-            is_true=_LABELS[label],
-            kind=kind,
-            positive=str(record.get("cpt_p_id")),
-            replaced=record.get("replaced"),
-            objects=self._objects(record.get("bboxes")),
-        )
-
-    def _objects(self, boxes: Any) -> tuple[_Object, ...]:
+    def _objects(self, boxes: Any) -> list[_Object]:
         things = []
         for key, value in _keyed(boxes):
-            with counting(self._excluded):
+            with counting(self.excluded):
                 things.append(_object(key, value))
-        return tuple(things)
+        return things
 
-    def _regions(
-        self, things: Sequence[_Object], captions: Sequence[str], to_upright: BoxTransform, size: tuple[int, int]
-    ) -> dict[str, Region]:
+    def _regions(self, things: Sequence[_Object], captions: Sequence[str], upright: BoxTransform) -> dict[str, Region]:
         """Regions by the key of their object."""
         spans = _mentions({thing.name for thing in things}, captions)
         regions = {}
         for thing in things:
-            with counting(self._excluded):
-                box = clip_box(to_upright(_box(thing.box)), size)
-                regions[thing.key] = Region(thing.name, box, spans.get(thing.name, {}))
+            with counting(self.excluded):
+                regions[thing.key] = Region(thing.name, upright(_sides(thing.box)), spans.get(thing.name, {}))
         return regions
 
     def _negatives(
-        self, taken: Sequence[_Caption], positives: Sequence[_Caption], regions: Sequence[str]
-    ) -> tuple[HardNegative, ...]:
+        self, taken: Mapping[str, _Caption], positives: Mapping[str, _Caption], regions: Sequence[str]
+    ) -> list[HardNegative]:
         """The wrong ones of `taken`; `regions` are the keys of the sample's regions."""
-        true = {caption.key: (number, caption) for number, caption in enumerate(positives)}
+        keys = list(positives)
         negatives = []
-        for caption in taken:
+        for caption in taken.values():
             if not caption.is_true:
-                with counting(self._excluded):
-                    if caption.positive not in true:
+                with counting(self.excluded):
+                    positive = str(caption.cpt_p_id)
+                    if positive not in positives:
                         raise ExcludedError("negative_without_positive")
-                    number, positive = true[caption.positive]
-                    negatives.append(_negative(caption, positive, number, regions))
-        return tuple(negatives)
+                    negatives.append(_negative(caption, positives[positive], keys.index(positive), regions))
+        return negatives
 
 
 def _negative(caption: _Caption, positive: _Caption, number: int, regions: Sequence[str]) -> HardNegative:
     """The hard negative of a true caption, the sample's `number`-th."""
-    original, replacement = _replaced(caption.replaced)
-    named = {thing.key for thing in positive.objects if thing.name == original}
+    with excluded_as("negative_malformed"):
+        pair = msgspec.convert(caption.replaced, tuple[str, str])
+    original, replacement = (text_of(word, "negative_malformed") for word in pair)
+    if original == replacement:
+        raise ExcludedError("negative_malformed")
+    named = {thing.key for thing in positive.bboxes if thing.name == original}
     if len(named) != 1:
         raise ExcludedError("negative_of_several_objects" if named else "negative_of_no_object")
     (key,) = named
     if key not in regions:
         raise ExcludedError("negative_without_box")
-    true_span, span = _swapped(positive.text, original, caption.text, replacement)
-    return HardNegative(caption.text, span, number, true_span, regions.index(key))
-
-
-def _replaced(pair: Any) -> tuple[str, str]:
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise ExcludedError("negative_malformed")
-    original, replacement = (word.strip() if isinstance(word, str) else "" for word in pair)
-    if not original or not replacement or original == replacement:
-        raise ExcludedError("negative_malformed")
-    return original, replacement
+    true_span, span = _swapped(positive.caption, original, caption.caption, replacement)
+    return HardNegative(caption.caption, span, number, true_span, regions.index(key))
 
 
 def _swapped(true: str, original: str, wrong: str, replacement: str) -> tuple[Span, Span]:
@@ -297,18 +269,14 @@ def _captions_of(record: Any) -> Mapping[str, Any] | None:
     return captions if isinstance(captions, Mapping) else None
 
 
-def _wanted_types(records: Mapping[str, Any], types: str, path: Path) -> frozenset[str]:
+def _wanted_types(records: Mapping[str, Any], types: str, path: Path) -> Collection[str]:
     captions = (caption for record in records.values() for caption in (_captions_of(record) or {}).values())
     kinds = (caption.get("type") for caption in captions if isinstance(caption, Mapping))
     there = frozenset(kind for kind in kinds if isinstance(kind, str))
-    wanted = there if types == "all" else frozenset(types.split("+"))
-    missing = sorted(wanted - there)
-    if missing:
-        raise ValueError(
-            f"types: {path} has no captions of type {missing[0]!r}; its types are {sorted(there)}, which '+' joins "
-            "('all' takes every one). Is it HNC's file?"
-        )
-    return wanted
+    if types == "all":
+        return there
+    advice = " ('all' takes every one). Is it HNC's file?"
+    return joined_names(types, there, f"types: {path} has no captions of type", advice)
 
 
 def _keyed(boxes: Any) -> Sequence[tuple[str | None, Any]]:
@@ -325,24 +293,12 @@ def _object(key: str | None, value: Any) -> _Object:
         name, box = value["name"], value.get("bbox", value)
     else:
         name, box, key = key, value, None
-    if not isinstance(name, str) or not name.strip():
-        raise ExcludedError("object_malformed")
+    label = text_of(name, "object_malformed")
     # Without an id, the same name and box are the same object.
-    return _Object(f"{name} {box}" if key is None else key, name.strip(), box)
+    return _Object(f"{name} {box}" if key is None else key, label, box)
 
 
-def _box(value: Any) -> Box:
-    if isinstance(value, Mapping):
-        value = [
-            value.get("x"),
-            value.get("y"),
-            value.get("w", value.get("width")),
-            value.get("h", value.get("height")),
-        ]
-    return parse_box(value)
-
-
-def _annotated_size(graph: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The size that a scene graph states; None where it states none."""
-    width, height = graph.get("width"), graph.get("height")
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else None
+def _sides(box: Any) -> Any:
+    if isinstance(box, Mapping):
+        return [box.get("x"), box.get("y"), box.get("w", box.get("width")), box.get("h", box.get("height"))]
+    return box

@@ -17,21 +17,28 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_xai.data.excluded import ExcludedError
+import msgspec
+
+from lightning_xai.data.excluded import ExcludedError, excluded_as
 from lightning_xai.data.sample import IMAGE_MEMBERS, Sample
 from lightning_xai.data.shard_reader import TarRecord, TarRecords
 from lightning_xai.data.shard_store import open_file
-from lightning_xai.data.sources.files import check_folder, decode_image_file, kept_captions, key_from, usable_samples
+from lightning_xai.data.sources.files import check_path, decode_image_file, kept_captions, key_from, usable_samples
 
 _MEMBERS = (*IMAGE_MEMBERS, "txt", "json")
 _FETCHED = "success"
 
 _log = logging.getLogger(__name__)
+
+
+class _About(msgspec.Struct):
+    status: Any = _FETCHED
+    caption: Any = None
 
 
 def read_img2dataset(shards: Path, name: str, excluded: Counter[str]) -> Iterator[Sample]:
@@ -52,7 +59,7 @@ def read_img2dataset(shards: Path, name: str, excluded: Counter[str]) -> Iterato
         FileNotFoundError: there is no such folder.
         ValueError: it holds no tar file, or (at the end) no image could be used.
     """
-    check_folder(shards, "shards", "the tar files that img2dataset wrote")
+    check_path(shards, "shards", "folder", "the folder that holds the tar files that img2dataset wrote")
     files = sorted(shards.glob("*.tar"))
     if not files:
         raise ValueError(
@@ -84,31 +91,16 @@ def _sample(entry: tuple[str, TarRecord], name: str, excluded: Counter[str]) -> 
     images = [record.members[extension] for extension in IMAGE_MEMBERS if extension in record.members]
     if record.fault or len(images) > 1:
         raise ExcludedError("record_malformed")
-    about = _parse(record.members.get("json", b"{}"))
-    if about.get("status", _FETCHED) != _FETCHED:
+    with excluded_as("record_malformed", (ValueError, RecursionError)):
+        about = msgspec.convert(json.loads(record.members.get("json", b"{}")), _About)
+    if about.status != _FETCHED:
         raise ExcludedError("image_not_fetched")
-    captions = kept_captions([_caption(record.members.get("txt"), about)], excluded)
+    caption = about.caption
+    if "txt" in record.members:
+        with excluded_as("caption_not_utf8"):
+            caption = record.members["txt"].decode()
+    captions = kept_captions([caption], excluded)
     if not images:
         raise ExcludedError("image_missing")
     key = key_from(f"{shard}-{record.key}")
-    file = decode_image_file(key, images[0])
-    return Sample(key, file.data, file.size, captions, source=f"{name}/{key}")
-
-
-def _parse(data: bytes) -> Mapping[str, Any]:
-    try:
-        about = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ExcludedError("record_malformed") from error
-    if not isinstance(about, dict):
-        raise ExcludedError("record_malformed")
-    return about
-
-
-def _caption(text: bytes | None, about: Mapping[str, Any]) -> object:
-    if text is None:
-        return about.get("caption")
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise ExcludedError("caption_not_utf8") from error
+    return decode_image_file(key, images[0]).sample(key, name, captions)

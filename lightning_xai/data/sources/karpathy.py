@@ -8,69 +8,57 @@ written; COCO's also have a `filepath` (folder) and a `cocoid`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_xai.data.sources.files import check_file, load_json
+import msgspec
+
+from lightning_xai.data.sources.files import joined_names, read_json
 
 
-@dataclass(frozen=True)
-class KarpathyImage:
-    """One image of a split.
+class KarpathyImage(msgspec.Struct, frozen=True):
+    """One image of a split, as the file has it.
 
     Attributes:
         filename: its file's name, without folder.
-        files: where the file may lie below the images folder: as `filename`, and in its `filepath`.
-        captions: the raw sentences; "" stands for one that is no text.
-        cocoid: COCO's image id; None where the file has none.
+        split: the split that it belongs to.
+        sentences: its captions, each with its `raw` text.
+        filepath: its file's folder.
     """
 
     filename: str
-    files: tuple[str, ...]
-    captions: tuple[str, ...]
-    cocoid: int | None
+    split: str
+    sentences: list[Any]
+    filepath: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Where the file may lie below the images folder: as `filename`, and in its `filepath`."""
+        return (self.filename, f"{self.filepath}/{self.filename}") if self.filepath else (self.filename,)
+
+    @property
+    def captions(self) -> list[object]:
+        """The raw sentences; None stands for a sentence without."""
+        return [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in self.sentences]
 
 
-def read_karpathy(path: Path, split: str, *, need_cocoid: bool = False) -> list[KarpathyImage]:
+Image = TypeVar("Image", bound=KarpathyImage)
+
+
+def read_karpathy(path: Path, split: str, kind: type[Image]) -> list[Image]:
     """The images of one or several splits, in the order of the file.
 
     Args:
         path: a file of Karpathy's form.
         split: which of its splits to take; several joined by "+" ("train+restval").
-        need_cocoid: every image has to have COCO's id.
+        kind: the form of an image; a data set may need further fields.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is broken or of another form, or it has no such split (the message lists those it has).
     """
-    check_file(path, "karpathy", "one of Karpathy's dataset_*.json files")
-    records = load_json(path, "karpathy").get("images")
-    if not isinstance(records, list):
-        raise ValueError(f"karpathy: {path} has no list 'images'; is it one of Karpathy's dataset_*.json files?")
-    needed = [("split", str), ("filename", str), ("sentences", list), *([("cocoid", int)] if need_cocoid else [])]
-    for index, record in enumerate(records):
-        for key, kind in needed:
-            if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-                raise ValueError(
-                    f"karpathy: {path}: images[{index}] has no valid {key!r}; is it the dataset_*.json file of this "
-                    "data set?"
-                )
-    wanted = split.split("+")
-    there = sorted({record["split"] for record in records})
-    for name in wanted:
-        if name not in there:
-            raise ValueError(f"karpathy: {path} has no split {name!r}; it has {there}, which '+' joins")
-    return [_image(record) for record in records if record["split"] in wanted]
-
-
-def _image(record: Mapping[str, Any]) -> KarpathyImage:
-    filename, filepath, cocoid = record["filename"], record.get("filepath"), record.get("cocoid")
-    raws = (sentence.get("raw") if isinstance(sentence, dict) else None for sentence in record["sentences"])
-    return KarpathyImage(
-        filename=filename,
-        files=(filename, f"{filepath}/{filename}") if isinstance(filepath, str) and filepath else (filename,),
-        captions=tuple(raw if isinstance(raw, str) else "" for raw in raws),
-        cocoid=cocoid if isinstance(cocoid, int) else None,
-    )
+    dataset = msgspec.defstruct("Dataset", [("images", list[kind])])  # type: ignore[valid-type]
+    found = read_json(path, "karpathy", dataset, "the dataset_*.json file of this data set")
+    images: list[Image] = found.images  # type: ignore[attr-defined]
+    wanted = joined_names(split, {image.split for image in images}, f"karpathy: {path} has no split")
+    return [image for image in images if image.split in wanted]

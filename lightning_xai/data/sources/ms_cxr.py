@@ -23,22 +23,23 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightning_xai.data.excluded import ExcludedError, counting
+import msgspec
+
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.sample import Region, Sample
-from lightning_xai.data.sources.boxes import BoxTransform, clip_box, parse_box
+from lightning_xai.data.sources.boxes import BoxTransform
 from lightning_xai.data.sources.files import (
-    check_file,
-    check_folder,
-    key_from,
-    listed_records,
-    load_json,
+    check_path,
+    joined_names,
     read_image_file,
+    read_json,
+    text_of,
     usable_samples,
 )
 
@@ -51,7 +52,7 @@ class _Annotation:
     """One box, as either file gives it; nothing but the path has been checked."""
 
     path: str
-    size: tuple[object, object]
+    size: tuple[Any, Any]
     phrase: object
     finding: object
     box: object
@@ -80,18 +81,24 @@ def read_ms_cxr(
         FileNotFoundError: a file or folder is missing.
         ValueError: the file is broken or of another kind, the split is unknown, or (at the end) no image could be used.
     """
-    check_folder(images, "images", "MIMIC-CXR-JPG's files/")
-    check_file(annotations, "annotations", "MS_CXR_Local_Alignment_v1.1.0.json or .csv")
+    check_path(images, "images", "folder", "the folder that holds MIMIC-CXR-JPG's files/")
+    check_path(annotations, "annotations", "file", "the path of MS_CXR_Local_Alignment_v1.1.0.json or .csv")
     read = {".json": _read_json, ".csv": _read_csv}.get(annotations.suffix.lower())
     if read is None:
         raise ValueError(f"annotations: {annotations} is neither a .json nor a .csv file; give one of MS-CXR's two")
     found = read(annotations, excluded)
+    if split is not None:
+        there = {annotation.split for annotation in found if isinstance(annotation.split, str)}
+        none = "" if there else " (it names none, as versions before 1.1.0)"
+        advice = f"{none}; leave split out to take all of them"
+        wanted = joined_names(split, there, f"annotations: {annotations} has no split", advice)
+        found = [annotation for annotation in found if annotation.split in wanted]
     by_image: dict[str, list[_Annotation]] = {}
-    for annotation in found if split is None else _of_split(found, split, annotations):
+    for annotation in found:
         by_image.setdefault(annotation.path, []).append(annotation)
     return usable_samples(
         by_image.values(),
-        partial(_sample, images=images, name=_name(split), excluded=excluded),
+        partial(_sample, images=images, source="ms-cxr" if split is None else f"ms-cxr/{split}", excluded=excluded),
         excluded,
         what=f"image of {annotations}",
         advice=f"Check that {images} holds MIMIC-CXR-JPG's images in their original resolution, by the paths that the "
@@ -99,86 +106,49 @@ def read_ms_cxr(
     )
 
 
-def _name(split: str | None) -> str:
-    return "ms-cxr" if split is None else f"ms-cxr/{split}"
-
-
-def _of_split(annotations: Sequence[_Annotation], split: str, path: Path) -> list[_Annotation]:
-    wanted = split.split("+")
-    there = {annotation.split for annotation in annotations if isinstance(annotation.split, str)}
-    for name in wanted:
-        if name not in there:
-            known = f"it has {sorted(there)}, which '+' joins" if there else "it names none, as versions before 1.1.0"
-            raise ValueError(f"annotations: {path} has no split {name!r}; {known}; leave split out to take all of them")
-    return [annotation for annotation in annotations if annotation.split in wanted]
-
-
 # An image
 
 
-def _sample(annotations: Sequence[_Annotation], images: Path, name: str, excluded: Counter[str]) -> Sample:
+def _sample(annotations: Sequence[_Annotation], images: Path, source: str, excluded: Counter[str]) -> Sample:
     path = annotations[0].path
     size = _annotated_size(annotations)
     file = read_image_file(images, (path, path.removeprefix(_ROOT)))
-    to_upright = file.from_annotated(size)
+    upright = file.from_annotated(size)
+    phrases: dict[str, list[_Annotation]] = {}
+    for annotation in annotations:
+        with counting(excluded):
+            phrase = " ".join(text_of(annotation.phrase, "phrase_empty").split())
+            phrases.setdefault(phrase, []).append(annotation)
     captions: list[str] = []
     regions: list[Region] = []
-    for phrase, boxes in _by_phrase(annotations, excluded).items():
+    for phrase, boxes in phrases.items():
         with counting(excluded):
-            regions += _target(phrase, len(captions), boxes, to_upright, file.size, excluded)
+            regions += _target(phrase, len(captions), boxes, upright, excluded)
             captions.append(phrase)
     if not captions:
         raise ExcludedError("image_without_caption")
-    key = key_from(PurePosixPath(path).name.removesuffix(".jpg"))
-    return Sample(key, file.data, file.size, tuple(captions), tuple(regions), f"{name}/{file.name}")
+    return file.sample(PurePosixPath(path).name.removesuffix(".jpg"), source, captions, regions)
 
 
 def _annotated_size(annotations: Sequence[_Annotation]) -> tuple[int, int]:
-    sizes = set()
-    for annotation in annotations:
-        width, height = annotation.size
-        sizes.add((_whole_number(width), _whole_number(height)))
-    if len(sizes) > 1:
+    with excluded_as("size_malformed", (TypeError, ValueError, OverflowError)):
+        sizes = {(float(width), float(height)) for width, height in (found.size for found in annotations)}
+    width, height = sizes.pop()
+    if sizes or not width.is_integer() or not height.is_integer():
         raise ExcludedError("size_malformed")
-    return sizes.pop()
-
-
-def _whole_number(value: object) -> int:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ExcludedError("size_malformed") from error
-    if not number.is_integer():
-        raise ExcludedError("size_malformed")
-    return int(number)
-
-
-def _by_phrase(annotations: Sequence[_Annotation], excluded: Counter[str]) -> dict[str, list[_Annotation]]:
-    phrases: dict[str, list[_Annotation]] = {}
-    for annotation in annotations:
-        phrase = " ".join(annotation.phrase.split()) if isinstance(annotation.phrase, str) else ""
-        if phrase:
-            phrases.setdefault(phrase, []).append(annotation)
-        else:
-            excluded["phrase_empty"] += 1
-    return phrases
+    return int(width), int(height)
 
 
 def _target(
-    phrase: str,
-    caption: int,
-    annotations: Sequence[_Annotation],
-    to_upright: BoxTransform,
-    size: tuple[int, int],
-    excluded: Counter[str],
+    phrase: str, caption: int, annotations: Sequence[_Annotation], upright: BoxTransform, excluded: Counter[str]
 ) -> list[Region]:
     """A region for each box of a phrase, which is the caption of that index."""
     spans = {caption: ((0, len(phrase)),)}
     regions: list[Region] = []
     for annotation in annotations:
         with counting(excluded):
-            box = clip_box(to_upright(parse_box(annotation.box)), size)
-            regions.append(Region(_label(annotation), box, spans, entity=phrase))
+            box = upright(annotation.box)
+            regions.append(Region(text_of(annotation.finding, "category_unknown"), box, spans, entity=phrase))
     if len(regions) < len(annotations):
         raise ExcludedError("phrase_incomplete")
     distinct = [region for index, region in enumerate(regions) if region not in regions[:index]]
@@ -186,46 +156,49 @@ def _target(
     return distinct
 
 
-def _label(annotation: _Annotation) -> str:
-    if not isinstance(annotation.finding, str) or not annotation.finding.strip():
-        raise ExcludedError("category_unknown")
-    return annotation.finding.strip()
-
-
 # The two files
 
 
+class _Image(msgspec.Struct):
+    id: Any
+    path: Any
+    width: Any
+    height: Any
+
+
+class _Finding(msgspec.Struct):
+    id: Any
+    name: Any
+
+
+class _Box(msgspec.Struct):
+    image_id: Any
+    category_id: Any
+    bbox: Any
+    label_text: Any
+    split: Any = None
+
+
+class _File(msgspec.Struct):
+    images: list[_Image]
+    annotations: list[_Box]
+    categories: list[_Finding]
+
+
 def _read_json(path: Path, excluded: Counter[str]) -> list[_Annotation]:
-    data = load_json(path, "annotations")
-    read = partial(listed_records, data, origin=f"annotations: {path}", kind="MS-CXR's .json file")
-    images = _by_id(read("images", ("id", "path", "width", "height")))
-    findings = _by_id(read("categories", ("id", "name")))
+    file = read_json(path, "annotations", _File, "MS-CXR's .json file")
+    # Ids may be anything, also what has no hash.
+    images = {repr(image.id): image for image in file.images if isinstance(image.path, str)}
+    findings = {repr(finding.id): finding.name for finding in file.categories}
     annotations = []
-    for record in read("annotations", ("image_id", "category_id", "bbox", "label_text")):
-        image = _look_up(images, record["image_id"])
-        if not isinstance(image.get("path"), str):
+    for box in file.annotations:
+        image = images.get(repr(box.image_id))
+        if image is None:
             excluded["annotation_of_unknown_image"] += 1
             continue
-        annotations.append(
-            _Annotation(
-                path=image["path"],
-                size=(image["width"], image["height"]),
-                phrase=record["label_text"],
-                finding=_look_up(findings, record["category_id"]).get("name"),
-                box=record["bbox"],
-                split=record.get("split"),
-            )
-        )
+        finding, size = findings.get(repr(box.category_id)), (image.width, image.height)
+        annotations.append(_Annotation(image.path, size, box.label_text, finding, box.bbox, box.split))
     return annotations
-
-
-def _by_id(records: Iterable[Mapping[str, Any]]) -> dict[int | str, Mapping[str, Any]]:
-    return {record["id"]: record for record in records if isinstance(record["id"], (int, str))}
-
-
-def _look_up(records: Mapping[int | str, Mapping[str, Any]], identity: object) -> Mapping[str, Any]:
-    """The record of an id, which may be anything; an empty one where there is none."""
-    return records.get(identity, {}) if isinstance(identity, (int, str)) else {}
 
 
 def _read_csv(path: Path, excluded: Counter[str]) -> list[_Annotation]:
@@ -243,16 +216,10 @@ def _read_csv(path: Path, excluded: Counter[str]) -> list[_Annotation]:
                 if None in row or None in row.values():  # more fields than the header, or fewer
                     excluded["annotation_malformed"] += 1
                     continue
-                annotations.append(
-                    _Annotation(
-                        path=row["path"],
-                        size=(row["image_width"], row["image_height"]),
-                        phrase=row["label_text"],
-                        finding=row["category_name"],
-                        box=[row[side] for side in "xywh"],
-                        split=row.get("split") or None,
-                    )
-                )
+                size = (row["image_width"], row["image_height"])
+                box = [row[side] for side in "xywh"]
+                split = row.get("split") or None
+                annotations.append(_Annotation(row["path"], size, row["label_text"], row["category_name"], box, split))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"annotations: {path} is no CSV text ({error}); download it again") from error
     return annotations

@@ -19,14 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.sources.files import (
-    check_folder,
-    kept_captions,
-    key_from,
-    read_image_file,
-    read_rows,
-    usable_samples,
-)
+from lightning_xai.data.sources.files import captioned_sample, check_path, read_rows, usable_samples
 
 _CAPTIONS = "radiology/captions.txt"
 _IMAGES = "radiology/images"
@@ -47,23 +40,16 @@ def read_roco(*, folder: Path, split: str, excluded: Counter[str]) -> Iterator[S
         FileNotFoundError: a file or folder is missing.
         ValueError: there is no such split, or (at the end) no image could be used.
     """
-    check_folder(folder, "folder", "ROCO's splits, with radiology/captions.txt in each")
+    check_path(folder, "folder", "folder", "the folder that holds ROCO's splits, with radiology/captions.txt in each")
     captions, images = folder / split / _CAPTIONS, folder / split / _IMAGES
     if not captions.is_file():
         there = sorted(path.parents[1].name for path in folder.glob(f"*/{_CAPTIONS}"))
         raise ValueError(f"folder: {folder} has no split {split!r} ({split}/{_CAPTIONS}); it has {there or 'none'}")
-    check_folder(images, "folder", "the images of this split")
+    check_path(images, "folder", "folder", "the folder that holds the images of this split")
     return usable_samples(
-        read_rows(captions, excluded),
-        partial(_sample, images=images, split=split, excluded=excluded),
+        (([f"{image}.jpg"], [caption]) for image, caption in read_rows(captions, excluded)),
+        partial(captioned_sample, images=images, source=f"roco/{split}", excluded=excluded),
         excluded,
         what=f"row of {captions}",
         advice=f"Check that the images were fetched to {images}, each named by its id (ROCO_00001.jpg)",
     )
-
-
-def _sample(row: tuple[str, str], images: Path, split: str, excluded: Counter[str]) -> Sample:
-    image, caption = row
-    captions = kept_captions([caption], excluded)
-    file = read_image_file(images, [f"{image}.jpg"])
-    return Sample(key_from(image), file.data, file.size, captions, source=f"roco/{split}/{file.name}")

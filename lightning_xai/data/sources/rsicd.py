@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_xai.data.sample import Sample
-from lightning_xai.data.sources.files import check_folder, kept_captions, key_from, read_image_file, usable_samples
+from lightning_xai.data.sources.files import captioned_sample, check_path, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 
 
@@ -39,18 +39,11 @@ def read_rsicd(*, images: Path, karpathy: Path, split: str, excluded: Counter[st
         FileNotFoundError: a file or folder is missing.
         ValueError: the file is broken or of another form, the split is unknown, or (at the end) no image could be used.
     """
-    check_folder(images, "images", "the image files")
+    check_path(images, "images", "folder", "the folder that holds the image files")
     return usable_samples(
-        read_karpathy(karpathy, split),
-        partial(_sample, images=images, split=split, excluded=excluded),
+        ((image.files, image.captions) for image in read_karpathy(karpathy, split, KarpathyImage)),
+        partial(captioned_sample, images=images, source=f"rsicd/{split}", excluded=excluded),
         excluded,
         what=f"image of {split!r} in {images}",
         advice=f"Check that the images belong to {karpathy}",
     )
-
-
-def _sample(image: KarpathyImage, images: Path, split: str, excluded: Counter[str]) -> Sample:
-    captions = kept_captions(image.captions, excluded)
-    file = read_image_file(images, image.files)
-    key = key_from(image.filename.removesuffix(".jpg"))
-    return Sample(key, file.data, file.size, captions, source=f"rsicd/{split}/{file.name}")

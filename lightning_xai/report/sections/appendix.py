@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from lightning_xai.report.page import Block, Code, Folded
+from lightning_xai.report.page import Block, Folded, Note
 from lightning_xai.report.paper_table import Column, PaperTable, Value
 from lightning_xai.results.runs import Run
 from lightning_xai.results.table import exclusions
@@ -26,7 +26,7 @@ def appendix_blocks(runs: Sequence[Run]) -> list[Block]:
         record = msgspec.to_builtins(run.record, builtin_types=(float,), enc_hook=str)
         record = {name: found for name, found in record.items() if found and name != "metrics"}
         text = run.config or json.dumps(record, indent=2, ensure_ascii=False, default=str)
-        blocks.append(Folded(f"Settings and versions of {run.name}", (Code(text),)))
+        blocks.append(Folded(f"Settings and versions of {run.name}", (Note(text, tag="pre"),)))
     columns = [Column("run", numeric=False), Column("file", numeric=False), Column("bytes")]
     rows: list[list[Value]] = [[run.name, str(path), size] for run in runs for path, size in run.files.items()]
     blocks.append(Folded("Files that were read", (PaperTable("files", "Files that were read", "", columns, rows),)))

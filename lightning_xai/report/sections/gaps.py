@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+
+import pandas as pd
 
 from lightning_xai.report.figures import class_bars
 from lightning_xai.report.gallery import Gallery
-from lightning_xai.report.page import Block, Chart, Folded, Heading, HeatMaps, Note
+from lightning_xai.report.page import Block, Chart, Folded, HeatMaps, Note
 from lightning_xai.report.paper_table import Column, PaperTable
 from lightning_xai.report.sections.metrics import score_columns
 from lightning_xai.results.effect_size import ClassGaps, GroundingChange, grounding_change, knowledge_gaps
-from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Grounding, Run, by_method_and_data
 from lightning_xai.results.table import score_table
 
@@ -20,17 +21,10 @@ _MOST_COMPARED = 4  # bars side by side for one class
 _MOST_NAMED = 8
 
 
-def gap_blocks(runs: Sequence[Run], gallery: Gallery, method: str | None, min_pairs: int) -> list[Block]:
-    """Classes by grounding, and what changed from the first run, or state of a training, to each other one.
-
-    Args:
-        runs: of the report.
-        gallery: their examples.
-        method: label of the method that ranks classes; None: feature pairs, or else the first.
-        min_pairs: how many measured phrases a class needs to be ranked.
-    """
+def gap_blocks(runs: Sequence[Run], gallery: Gallery, min_pairs: int) -> list[Block]:
+    """Classes by grounding, and what changed from the first run, or state of a training, to each other one."""
     blocks: list[Block] = []
-    for group in class_groups(runs, method):
+    for group in class_groups(runs):
         gaps = {each.name: gaps_of(each, min_pairs) for each in group}
         ranked = {each: gaps[each.name] for each in group if len(gaps[each.name].classes)}
         about = f"{group[0].label} on {group[0].data}"
@@ -48,13 +42,12 @@ def gap_blocks(runs: Sequence[Run], gallery: Gallery, method: str | None, min_pa
     return blocks
 
 
-def class_groups(runs: Sequence[Run], method: str | None) -> list[list[Grounding]]:
+def class_groups(runs: Sequence[Run]) -> list[list[Grounding]]:
     """Groundings on the same phrases by the method that ranks classes, the first of each the one before."""
     found: list[Grounding] = []
     for run in runs:
-        shown = run.of_class(method)
-        if shown is not None:
-            found += dict.fromkeys([run.groundings[0], shown] if run.is_training else [shown])
+        if run.shown is not None:
+            found += dict.fromkeys([run.groundings[0], run.shown] if run.is_training else [run.shown])
     return by_method_and_data(found)
 
 
@@ -80,34 +73,30 @@ def _class_chart(ranked: Mapping[str, ClassGaps], about: str) -> Chart:
 
 def _class_table(runs: Mapping[Grounding, ClassGaps], about: str, min_pairs: int) -> PaperTable:
     """Every class of the first run, the worst first, with the same class of the others."""
-    order = list(dict.fromkeys(label for gaps in runs.values() for label in gaps.classes.index))
     columns = [Column("class", numeric=False)]
-    cells: dict[str, list[float | int | None]] = {label: [] for label in order}
+    tables = []
     for each, gaps in runs.items():
+        scores = each.metric.scores
         group = each.name if len(runs) > 1 else ""
-        metric = each.metric
-        columns += [replace(column, group=group, better=None) for column in score_columns(metric)]
+        columns += [replace(column, group=group, better=None) for column in score_columns(each.metric)]
         columns.append(Column("phrases", group))
-        table = score_table(each.rows, metric.scores, by=("label",))
-        scores = {(row.label, row.score): row.value for row in table.itertuples()}
-        for label in order:
-            if label in gaps.classes.index:
-                own: list[float | int | None] = [scores.get((label, score.name)) for score in metric.scores]
-                cells[label] += [*own, int(gaps.classes.loc[label, "count"])]
-            else:
-                cells[label] += [None] * (len(metric.scores) + 1)
+        table = score_table(each.rows, scores, by=("label",)).pivot(index="label", columns="score", values="value")
+        table = table.reindex(index=gaps.classes.index, columns=[score.name for score in scores])
+        # As objects, counts stay whole numbers beside what a run lacks.
+        tables.append(table.assign(phrases=gaps.classes["count"].astype(object)))
+    frame = pd.concat(tables, axis="columns", sort=False)
     few = {label: count for gaps in runs.values() for label, count in gaps.too_few.items()}
     note = "Ordered by the first run, the worst on top."
     if few:
         some = ", ".join(f"{label} ({count})" for label, count in list(few.items())[:_MOST_NAMED])
         more = ", …" if len(few) > _MOST_NAMED else ""
         note += f" Not ranked for fewer than {min_pairs} measured phrases: {some}{more}."
-    rows = [[label, *cells[label]] for label in order]
+    rows = frame.reset_index().to_numpy(dtype=object).tolist()
     return PaperTable(f"classes-{about}", f"Classes by γ ({about})", note, columns, rows)
 
 
 def _change(gallery: Gallery, before: Grounding, after: Grounding, min_pairs: int) -> Iterator[Block]:
-    yield Heading(f"From {before.name} to {after.name}")
+    yield Note(f"From {before.name} to {after.name}", tag="h3")
     try:
         change = grounding_change(
             *(each.rows[each.rows["metric"] == each.value] for each in (before, after)), min_pairs=min_pairs
@@ -137,12 +126,10 @@ def _change_table(change: GroundingChange, before: Grounding, after: Grounding) 
     columns += [Column("effect size", digits=2, signed=True), Column("± standard error", digits=2)]
     columns += [Column(f"γ mean, {side}") for side in sides]
     columns += [Column("difference", signed=True), *(Column(f"phrases, {side}") for side in sides)]
-    rows = [
-        [what, *(row.Index, row.smd, row.standard_error, row.mean_before, row.mean_after, row.difference),
-         *(int(row.count_before), int(row.count_after))]
-        for what, classes in (("gain", change.gains(_MOST_CHANGES)), ("loss", change.losses(_MOST_CHANGES)))
-        for row in classes.itertuples()
-    ]  # fmt: skip
+    changes = {"gain": change.gains(_MOST_CHANGES), "loss": change.losses(_MOST_CHANGES)}
+    frame = pd.concat(changes, names=["change"]).reset_index()
+    names = ["change", "label", "smd", "standard_error", "mean_before", "mean_after", "difference"]
+    rows = frame[[*names, "count_before", "count_after"]].to_numpy(dtype=object).tolist()
     note = "Effect size: standardised mean difference of γ, in pooled standard deviations; positive is better."
     if not len(change.losses(1)):
         note += " No class got worse."
@@ -164,14 +151,10 @@ def _changed_examples(
         return
     names, title = ", ".join(sorted(labels)), f"Classes that {what} most from {before.name} to {after.name}"
     columns = {each.name: (each.run, each.label) for each in (before, after)}
-    found = gallery.side_by_side(columns, _of_classes(labels), title)
+    found = gallery.side_by_side(columns, "class", title, labels=labels)
     if found is None:
         yield Note(f"{title}: the runs share no example of {names}.", missing=True)
         return
     sheet, rows = found
     alt = f"Heat maps of {rows} phrases of the classes {names} in both runs."
     yield HeatMaps(f"examples-{what}-{after.name}", title, "Fixed examples of these classes.", alt, sheet)
-
-
-def _of_classes(labels: set[str]) -> Callable[[ExampleRecord], bool]:
-    return lambda record: "class" in record.why and record.label in labels

@@ -6,17 +6,21 @@ Everything is driven by the metrics' own records, so that those of plug-ins are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from lightning_xai.report.figures import Sample, bars, cumulative, distribution
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_xai.report.figures import Panels, bars, cumulative, distribution
 from lightning_xai.report.page import Block, Chart, Note, Section
 from lightning_xai.report.paper_table import Column, PaperTable, score_column
 from lightning_xai.results.record import MetricRecord, Score
 from lightning_xai.results.roar import label_at
 from lightning_xai.results.runs import Estimate, Measurement, Run, by_data
 
+Groups = Sequence[Sequence[Measurement]]
 _SYMBOLS = {"layer": "ℓ", "beta": "β", "variance": "σ²"}
 _MOST_MISSING = 6
 
@@ -31,11 +35,13 @@ def metric_sections(runs: Sequence[Run]) -> Iterator[Section]:
         for group in groups:
             about = group[0].data + (f" ({group[0].run})" if data[group[0].data] > 1 else "")
             blocks += metric_tables(name, group, about, suffix=f"-{about}" if len(groups) > 1 else "")
-        blocks += _charts(name, runs, groups)
+        metric = groups[0][0].record.metrics[name]
+        if metric.chart is not None:
+            charts = {"cumulative": _cumulative_charts, "distribution": _distribution_charts, "bars": _bar_charts}
+            blocks += charts[metric.chart](metric, runs, groups)
         if name == "roar":
             blocks += [block for run in runs for block in _trials(run)]
-        title = groups[0][0].record.metrics[name].title
-        yield Section(f"metric-{name}", title, tuple(blocks) or (Note("Nothing was measured.", missing=True),))
+        yield Section(f"metric-{name}", metric.title, tuple(blocks) or (Note("Nothing was measured.", missing=True),))
 
 
 def score_columns(metric: MetricRecord) -> list[Column]:
@@ -64,7 +70,7 @@ def metric_tables(name: str, group: Sequence[Measurement], about: str, suffix: s
             count = max(found.count for found in scores.values())
             head = [each.run, each.state, label] if states else [each.run, label]
             cells = [scores.get(score.name) for score in metric.scores]
-            lines.append((each.measured_by(label).baseline, [*head, *cells, count]))
+            lines.append((each.record.methods[label].baseline, [*head, *cells, count]))
     if not lines:
         return
     columns = [Column(heading, numeric=False) for heading in (("run", "state") if states else ("run",))]
@@ -84,52 +90,36 @@ def metric_tables(name: str, group: Sequence[Measurement], about: str, suffix: s
     )
 
 
-def _charts(name: str, runs: Sequence[Run], groups: Sequence[Sequence[Measurement]]) -> Iterator[Chart]:
-    metric = groups[0][0].record.metrics[name]
-    if metric.chart == "cumulative":
-        yield from _cumulative_charts(metric, runs, groups)
-    elif metric.chart == "distribution":
-        yield from (chart for group in groups for chart in _distribution_charts(metric, group))
-    elif metric.chart == "bars":
-        yield from (chart for group in groups for chart in _bar_charts(metric, group))
-
-
-def _sample(metric: MetricRecord, measurement: Measurement, label: str, name: str) -> Iterator[Sample]:
-    """The first value that a metric sums up, of a method's first seed, where there is any."""
-    rows = measurement.first_seed(label, [metric.scores[0].value])
-    values = rows.loc[rows["excluded"] == "", "value"].to_numpy("float64")
-    if len(values):
-        yield Sample(name, values, measurement.measured_by(label).baseline)
-
-
-def _cumulative_charts(
-    metric: MetricRecord, runs: Sequence[Run], groups: Sequence[Sequence[Measurement]]
-) -> Iterator[Chart]:
+def _cumulative_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups) -> Iterator[Chart]:
     """A figure for each run with its methods or states, and one for each data set with the runs by method."""
     there = {each for group in groups for each in group}
     for run in runs:
-        own = [each for each in run.measurements if each in there]
-        samples = [
-            sample
-            for each in own
-            for label in each.record.methods
-            for sample in _sample(metric, each, label, each.state or label)
-        ]
+        own = [(each, label) for each in run.measurements if each in there for label in each.record.methods]
+        samples = {each.state or label: each.sample(label, metric.scores[0].value) for each, label in own}
+        samples = {name: values for name, values in samples.items() if len(values)}
         if len(samples) > 1 or (samples and len(runs) == 1):
-            yield _cumulative_chart(metric, {"": samples}, f"{run.name} on {run.data}")
+            baselines = [label for label, method in run.record.methods.items() if method.baseline]
+            yield _cumulative_chart(metric, {"": samples}, f"{run.name} on {run.data}", baselines)
     for group in groups:
         latest = {each.run: each for each in group}  # of a training its last state
-        panels: dict[str, list[Sample]] = {}
-        for each in latest.values():
-            for label, method in each.record.methods.items():
-                if not method.baseline:
-                    panels.setdefault(label, []).extend(_sample(metric, each, label, each.run))
+        panels = _by_method(metric, latest.values())
         shared = {label: samples for label, samples in panels.items() if len(samples) > 1}
         if shared:
             yield _cumulative_chart(metric, shared, f"runs side by side on {group[0].data}")
 
 
-def _cumulative_chart(metric: MetricRecord, panels: dict[str, list[Sample]], about: str) -> Chart:
+def _by_method(metric: MetricRecord, group: Iterable[Measurement]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Label -> run and state -> the first value that a metric sums up, baselines aside."""
+    panels: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for each in group:
+        for label, method in each.record.methods.items():
+            values = each.sample(label, metric.scores[0].value)
+            if len(values) and not method.baseline:
+                panels.setdefault(label, {})[each.full_name] = values
+    return panels
+
+
+def _cumulative_chart(metric: MetricRecord, panels: Panels, about: str, baselines: Sequence[str] = ()) -> Chart:
     value = _symbol(metric)
     first = metric.scores[0].value
     shares = [score for score in metric.scores if score.reduce == "share_above" and score.value == first]
@@ -139,34 +129,37 @@ def _cumulative_chart(metric: MetricRecord, panels: dict[str, list[Sample]], abo
         title,
         "The higher a curve, the better. Dotted: the thresholds of the table.",
         f"Curves of the share of targets above each {value}. {_alt(shares[:1], panels)}",
-        cumulative(panels, title, value, [score.threshold for score in shares]),
+        cumulative(panels, title, value, [score.threshold for score in shares], baselines=baselines),
     )
 
 
-def _distribution_charts(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[Chart]:
+def _distribution_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups) -> Iterator[Chart]:
     """A panel for each method with the runs in it: the maps of each method have a scale of their own."""
-    value, panels = _symbol(metric), dict[str, list[Sample]]()
-    for each in group:
-        for label, method in each.record.methods.items():
-            found = list(_sample(metric, each, label, ", ".join(filter(None, (each.run, each.state)))))
-            if found and not method.baseline:
-                panels.setdefault(label, []).extend(found)
-    if panels:
-        title = f"Distribution of {value}: {metric.title} on {group[0].data}"
-        note = "Each method has its own scale; the outermost bins hold what lies beyond."
-        figure = distribution(panels, title, value)
-        yield Chart(f"{metric.scores[0].value}-{group[0].data}", title, note, _alt(metric.scores[:1], panels), figure)
+    value, scores = _symbol(metric), metric.scores[:1]
+    note = "Each method has its own scale; the outermost bins hold what lies beyond."
+    for group in groups:
+        panels, data = _by_method(metric, group), group[0].data
+        if panels:
+            title = f"Distribution of {value}: {metric.title} on {data}"
+            figure = distribution(panels, title, value)
+            yield Chart(f"{scores[0].value}-{data}", title, note, _alt(scores, panels), figure)
 
 
-def _bar_charts(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[Chart]:
+def _bar_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups) -> Iterator[Chart]:
+    """A figure for each data set."""
+    for group in groups:
+        yield from _bar_chart(metric, group)
+
+
+def _bar_chart(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[Chart]:
     """A panel for each score, a bar for each method of each run."""
     panels: dict[str, dict[str, Estimate]] = {}
     baselines = []
     shown = _shown(group)
     for each in shown:
         for label, scores in each.estimates(metric.name).items():
-            name = label if len(shown) == 1 else ", ".join(filter(None, (each.run, each.state, label)))
-            if each.measured_by(label).baseline:
+            name = label if len(shown) == 1 else f"{each.full_name}, {label}"
+            if each.record.methods[label].baseline:
                 baselines.append(name)
             for score, column in zip(metric.scores, score_columns(metric), strict=True):
                 if score.name in scores and scores[score.name].mean == scores[score.name].mean:
@@ -224,16 +217,16 @@ def _symbol(metric: MetricRecord) -> str:
     return greek or first.value.replace("_", " ")
 
 
-def _alt(scores: Sequence[Score], panels: Mapping[str, Sequence[Sample]]) -> str:
+def _alt(scores: Sequence[Score], panels: Panels) -> str:
     """The scores of every sample of a chart, for those who do not see it."""
     named = (
-        f"{', '.join(filter(None, (heading, each.name)))}: {score.heading} {_percent(score, each)}"
+        f"{', '.join(filter(None, (heading, name)))}: {score.heading} {_percent(score, values)}"
         for score in scores
         for heading, samples in panels.items()
-        for each in samples
+        for name, values in samples.items()
     )
     return "; ".join(named) + "."
 
 
-def _percent(score: Score, sample: Sample) -> str:
-    return score_column(score).text(score.of(sample.values.tolist())) + (" %" if score.percent else "")
+def _percent(score: Score, values: NDArray[np.float64]) -> str:
+    return score_column(score).text(score.of(values.tolist())) + (" %" if score.percent else "")

@@ -15,15 +15,13 @@ _MOST_FINDINGS = 3
 _KINDS = {"training": "training", "evaluation": "evaluation", "roar": "ROAR+"}
 
 
-def overview_blocks(
-    runs: Sequence[Run], comparisons: Sequence[Comparison], method: str | None, min_pairs: int
-) -> list[Block]:
+def overview_blocks(runs: Sequence[Run], comparisons: Sequence[Comparison], min_pairs: int) -> list[Block]:
     """A few findings of each kind, since they have to fit a screen, and a table of the runs."""
     findings = [
-        *islice((found for run in runs for found in _grounding_finding(run, method)), _MOST_FINDINGS),
-        *islice((_verdict(each) for each in comparisons if _is_telling(each, runs, method)), _MOST_FINDINGS),
+        *islice((found for run in runs for found in _grounding_finding(run)), _MOST_FINDINGS),
+        *islice((_verdict(each) for each in comparisons if _is_telling(each, runs)), _MOST_FINDINGS),
         *islice((found for run in runs for found in _roar_findings(run)), _MOST_FINDINGS),
-        *islice(_gap_findings(runs, method, min_pairs), _MOST_FINDINGS),
+        *islice(_gap_findings(runs, min_pairs), _MOST_FINDINGS),
     ]
     columns = [Column(name, numeric=False) for name in ("run", "kind", "model", "data", "folder")]
     rows = [[run.name, _KINDS[run.record.kind], run.model, run.data, str(run.folder)] for run in runs]
@@ -31,9 +29,9 @@ def overview_blocks(
     return [Findings(tuple(findings)), PaperTable("runs", "Runs", note, columns, rows)]
 
 
-def _grounding_finding(run: Run, method: str | None) -> Iterator[tuple[str, str]]:
+def _grounding_finding(run: Run) -> Iterator[tuple[str, str]]:
     """The first score in percent of the method that ranks classes, of a training from its begin to its end."""
-    shown = run.of_class(method)
+    shown = run.shown
     if shown is None or not len(shown.gammas):
         return
     score = next((score for score in shown.metric.scores if score.percent), shown.metric.scores[0])
@@ -56,13 +54,12 @@ def _verdict(comparison: Comparison) -> tuple[str, str]:
     return f"{comparison.better.name} grounds better", f"than {comparison.basis}."
 
 
-def _is_telling(comparison: Comparison, runs: Sequence[Run], method: str | None) -> bool:
+def _is_telling(comparison: Comparison, runs: Sequence[Run]) -> bool:
     """True if it is by the method that ranks classes, and of a training from its begin to its end."""
     for run in runs:
         if run.name == comparison.first.run == comparison.second.run:
             return {comparison.first, comparison.second} == {run.groundings[0], run.groundings[-1]}
-    shown = [run.of_class(method) for run in runs]
-    return comparison.first in shown and comparison.second in shown
+    return {comparison.first, comparison.second} <= {run.shown for run in runs}
 
 
 def _roar_findings(run: Run) -> Iterator[tuple[str, str]]:
@@ -79,8 +76,8 @@ def _roar_findings(run: Run) -> Iterator[tuple[str, str]]:
             yield best, f"{text} ({run.name})."
 
 
-def _gap_findings(runs: Sequence[Run], method: str | None, min_pairs: int) -> Iterator[tuple[str, str]]:
-    for group in class_groups(runs, method):
+def _gap_findings(runs: Sequence[Run], min_pairs: int) -> Iterator[tuple[str, str]]:
+    for group in class_groups(runs):
         worst = gaps_of(group[-1], min_pairs).classes.head(3)
         if len(worst):
             about = f"are the classes of {group[-1].data} with the lowest mean γ ({group[-1].name})."

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
 
 from lightning_xai.report.page import Block, Note
 from lightning_xai.report.paper_table import Column, PaperTable, Value
-from lightning_xai.results.runs import Grounding, Run
+from lightning_xai.results.record import settings_that_differ
+from lightning_xai.results.runs import GROUNDING, Grounding, Run
 from lightning_xai.results.stochastic_order import StochasticOrder, almost_stochastic_order
 
 
@@ -70,7 +70,8 @@ def compare(runs: Sequence[Run], test: OrderTest) -> tuple[list[Comparison], lis
         sides = ((second.gammas, first.gammas), (first.gammas, second.gammas))
         orders = [almost_stochastic_order(*each, **asdict(test)) for each in sides]
         comparisons.append(Comparison(first, second, *orders))
-        differing = options_differ(first.method.options, second.method.options)
+        options = (first.method.options, second.method.options)
+        differing = settings_that_differ(*options) if all(options) else []
         if differing:
             names = f"{first.name} and {second.name}"
             refused.append(f"{names}: options of {first.label} differ ({', '.join(differing)}).")
@@ -93,22 +94,11 @@ def why_not(first: Grounding, second: Grounding) -> str | None:
     pair = f"{first.name} and {second.name}"
     if first.label != second.label or first.method.name != second.method.name:
         return f"{pair} are not compared: {first.label} and {second.label} are different methods."
-    if not first.same_data(second):
+    if not first.same_data(second, GROUNDING):
         return f"{pair} are not compared by {first.value} ({first.label}): {_difference(first, second)}."
     if not len(first.gammas) or not len(second.gammas):
         return f"{pair} are not compared ({first.label}): one of them has no measured phrase."
     return None
-
-
-def options_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Names of the options in which two methods of one name differ, where both are known.
-
-    >>> options_differ({"steps": 10, "rule": "right"}, {"steps": 50, "rule": "right"})
-    ['steps']
-    """
-    if not first or not second:
-        return []
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 def _difference(first: Grounding, second: Grounding) -> str:

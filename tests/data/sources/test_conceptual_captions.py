@@ -5,36 +5,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_files import HTML, UNSAFE_NAMES, jpeg
-from source_files import prepare, read_all
+from image_files import HTML, jpeg
+from source_files import SourceTests, World, read_all
 
-from lightning_xai.data.sample import Sample
 from lightning_xai.data.sources.conceptual_captions import read_conceptual_captions
 
 
-class World:
-    """Images that were fetched, and the TSV file that lists them; tests add rows before it is read."""
+class CaptionsWorld(World):
+    source = "conceptual-captions"
+    advice = "Fetch the images first"
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.images = folder / "images"
-        (self.images / "sub").mkdir(parents=True)
+        super().__init__(folder)
+        (self.images / "sub").mkdir()
         (self.images / "1.jpg").write_bytes(jpeg((40, 30)))
         (self.images / "sub" / "2.jpg").write_bytes(jpeg((30, 40)))
-        self.captions = folder / "Train_GCC-training.tsv"
         self.content = b'a very typical "bus" station\t1.jpg\n'
 
-    def read(self) -> tuple[list[Sample], dict[str, int]]:
-        self.captions.write_bytes(self.content)
-        return read_all(read_conceptual_captions, captions=self.captions, images=self.images, split="train")
+    def refer_to(self, name: str) -> None:
+        self.content += f"a bus\t{name}\n".encode()
+
+    def options(self) -> dict[str, Any]:
+        captions = self.folder / "Train_GCC-training.tsv"
+        captions.write_bytes(self.content)
+        return {"captions": captions, "images": self.images, "split": "train"}
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
+def world(tmp_path: Path) -> CaptionsWorld:
+    return CaptionsWorld(tmp_path)
 
 
-def test_rows_with_fetched_images_become_samples_in_order(world: World) -> None:
+class TestSource(SourceTests):
+    pass
+
+
+def test_rows_with_fetched_images_become_samples_in_order(world: CaptionsWorld) -> None:
+    world.content = b"\xef\xbb\xbf" + world.content  # a byte order mark is no part of the first caption
     world.content += b" people walk \tsub/2.jpg\r\n" + "ein Café".encode() + b"\t./1.jpg"
     (first, second), excluded = world.read()
     assert (first.key, first.captions, first.size) == ("1", ('a very typical "bus" station',), (40, 30))
@@ -45,13 +52,7 @@ def test_rows_with_fetched_images_become_samples_in_order(world: World) -> None:
     assert excluded == {"image_twice": 1}
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_caption(world: World) -> None:
-    world.content = b"\xef\xbb\xbf" + world.content
-    (sample,), _ = world.read()
-    assert sample.captions[0].startswith("a very")
-
-
-def test_bad_rows_are_counted_and_the_rest_survives(world: World) -> None:
+def test_bad_rows_are_counted_and_the_rest_survives(world: CaptionsWorld) -> None:
     (world.images / "404.jpg").write_bytes(HTML)
     (world.images / "cut.jpg").write_bytes(jpeg()[:300])
     rows = {
@@ -78,48 +79,14 @@ def test_bad_rows_are_counted_and_the_rest_survives(world: World) -> None:
     assert excluded == Counter(rows.values()) | {"caption_empty": 2}
 
 
-def test_paths_that_leave_the_images_folder_are_never_opened(world: World) -> None:
-    secret = world.folder / "secret.jpg"
-    secret.write_bytes(jpeg())
-    for name in UNSAFE_NAMES:
-        world.content += f"a bus\t{name.format(absolute=secret)}\n".encode()
-    samples, excluded = world.read()
-    assert len(samples) == 1
-    assert excluded == {"image_name_unsafe": len(UNSAFE_NAMES)}
-
-
-def test_a_file_of_addresses_alone_says_what_to_do(world: World) -> None:
-    world.content = b"a bus\thttp://example.org/1.jpg\n" * 3
-    with pytest.raises(ValueError, match=r"'image_not_fetched': 3.*Fetch the images first"):
-        world.read()
-
-
-def test_a_file_in_another_encoding_is_an_error_with_its_counts(world: World) -> None:
+def test_a_file_in_another_encoding_is_an_error_with_its_counts(world: CaptionsWorld) -> None:
     world.content = world.content.decode().encode("utf-16")
     with pytest.raises(ValueError, match="row_not_utf8"):
         world.read()
 
 
-@pytest.mark.parametrize("name", ["captions", "images"])
-def test_a_missing_path_is_named_with_its_argument(world: World, name: str) -> None:
-    world.read()
-    paths: dict[str, Any] = {"captions": world.captions, "images": world.images} | {name: world.folder / "nowhere"}
-    with pytest.raises(FileNotFoundError, match=rf"^{name}: .*nowhere"):
-        read_all(read_conceptual_captions, **paths, split="train")
-
-
-def test_shards_are_written_and_read_back(world: World) -> None:
-    world.content += b"people\tsub/2.jpg\na bus\thttp://example.org/1.jpg\n"
-    samples, excluded = world.read()
-    options = {"captions": world.captions, "images": world.images, "split": "train", "samples-per-shard": 1}
-    manifest, stored = prepare("conceptual-captions", world.folder / "out", **options)
-    assert (manifest.name, stored) == ("conceptual-captions/train", samples)
-    assert (len(manifest.shards), manifest.captions, manifest.labels) == (2, 2, ())
-    assert manifest.excluded == excluded == {"image_not_fetched": 1}
-
-
 @pytest.mark.parametrize("given", [(), ("captions",), ("images",), ("captions", "shards"), ("images", "shards")])
-def test_the_two_ways_are_not_mixed(world: World, given: tuple[str, ...]) -> None:
-    paths: dict[str, Any] = {"captions": world.captions, "images": world.images, "shards": world.folder}
+def test_the_two_ways_are_not_mixed(world: CaptionsWorld, given: tuple[str, ...]) -> None:
+    paths = {**world.options(), "shards": world.folder}
     with pytest.raises(ValueError, match=r"captions .* with images .* or shards"):
         read_all(read_conceptual_captions, split="train", **{name: paths[name] for name in given})

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,11 @@ import open_clip
 import pytest
 import torch
 from image_files import jpeg
-from source_files import prepare, read_all
+from source_files import SourceTests, World
 
 from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Sample
 from lightning_xai.data.batch import EvaluationCollate
-from lightning_xai.data.sources.flickr30k import parse_sentence, read_flickr30k
+from lightning_xai.data.sources.flickr30k import parse_sentence
 
 BOY = "[/EN#283585/people A young white boy]"
 # The data set's own kinds of marks: several types, the null chain, a scene, a chain without box, one with two boxes.
@@ -41,16 +40,18 @@ OBJECTS = (
 )
 
 
-class World:
-    """Flickr30k Entities in its publishers' format, in a folder; tests change it before it is read."""
+class FlickrWorld(World):
+    source = "flickr30k"
+    advice = "belong together"
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.images, self.entities = folder / "flickr30k-images", folder / "entities"
-        for path in (self.images, self.entities / "Sentences", self.entities / "Annotations"):
-            path.mkdir(parents=True)
+        super().__init__(folder, "flickr30k-images")
+        self.entities = folder / "entities"
+        for name in ("Sentences", "Annotations"):
+            (self.entities / name).mkdir(parents=True)
         self.lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
         self.karpathy: list[dict[str, Any]] | None = None
+        self.add("1000092795")
 
     def add(
         self,
@@ -74,27 +75,28 @@ class World:
         measures = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
         return f"<annotation>\n<filename>{name}.jpg</filename>{measures}{''.join(objects)}</annotation>\n"
 
-    def paths(self) -> dict[str, Any]:
+    def refer_to(self, name: str) -> None:
+        self.lists["val"].append(name.removesuffix(".jpg"))
+
+    def options(self) -> dict[str, Any]:
         for split, names in self.lists.items():
             (self.entities / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
-        paths: dict[str, Any] = {"images": self.images, "entities": self.entities}
+        options: dict[str, Any] = {"images": self.images, "entities": self.entities, "split": "val"}
         if self.karpathy is not None:
-            paths["karpathy"] = self.folder / "dataset_flickr30k.json"
-            paths["karpathy"].write_text(json.dumps({"dataset": "flickr30k", "images": self.karpathy}))
-        return paths
-
-    def read(self, split: str = "val", **options: Any) -> tuple[list[Sample], dict[str, int]]:
-        return read_all(read_flickr30k, **self.paths(), split=split, **options)
+            options["karpathy"] = self.json("dataset_flickr30k.json", {"dataset": "flickr30k", "images": self.karpathy})
+        return options
 
 
 USUAL = {"phrase_notvisual": 1, "phrase_scene": 1, "phrase_no_box": 1}  # of SENTENCES with OBJECTS
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    world = World(tmp_path)
-    world.add("1000092795")
-    return world
+def world(tmp_path: Path) -> FlickrWorld:
+    return FlickrWorld(tmp_path)
+
+
+class TestSource(SourceTests):
+    pass
 
 
 def words(sample: Sample, number: int) -> list[tuple[int, str]]:
@@ -103,7 +105,7 @@ def words(sample: Sample, number: int) -> list[tuple[int, str]]:
     return [(caption, sample.captions[caption][slice(*span)]) for caption in spans for span in spans[caption]]
 
 
-def test_sentences_lose_their_marks_and_phrases_become_regions_of_their_chains(world: World) -> None:
+def test_sentences_lose_their_marks_and_phrases_become_regions_of_their_chains(world: FlickrWorld) -> None:
     (sample,), excluded = world.read()
     assert (sample.key, sample.size, sample.source) == ("1000092795", (100, 80), "flickr30k/val/1000092795.jpg")
     assert sample.captions == (
@@ -124,14 +126,9 @@ def test_sentences_lose_their_marks_and_phrases_become_regions_of_their_chains(w
     assert excluded == USUAL
 
 
-def test_each_chain_with_one_box_is_measured_and_phrases_are_spelled_by_their_tokens(
-    world: World, tmp_path: Path
-) -> None:
-    manifest, stored = prepare("flickr30k", tmp_path / "shards", **world.paths(), split="val")
-    assert (manifest.name, manifest.labels) == ("flickr30k/val", ("bodyparts", "people"))
-    assert manifest.excluded == USUAL
-    assert stored == world.read()[0]
-
+def test_each_chain_with_one_box_is_measured_and_phrases_are_spelled_by_their_tokens(world: FlickrWorld) -> None:
+    manifest, stored = world.prepare()
+    assert manifest.labels == ("bodyparts", "people")
     tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
     transform = ImageTransform(size=(80, 80))  # 10 pixels at the left and right are cropped
     batch = EvaluationCollate(transform, tokenizer, manifest.labels)([(0, stored[0])])
@@ -148,14 +145,14 @@ def test_each_chain_with_one_box_is_measured_and_phrases_are_spelled_by_their_to
     assert [manifest.labels[label] for label in phrases.label] == ["bodyparts"] * 2 + ["people"] * 4
 
 
-def test_an_object_of_several_chains_is_a_region_of_each(world: World) -> None:
+def test_an_object_of_several_chains_is_a_region_of_each(world: FlickrWorld) -> None:
     world.add("2", f"{BOY} in [/EN#7/clothing red]", (thing("283585 7", "1 1 10 10"),))
     samples, _ = world.read()
     assert [(region.label, region.entity) for region in samples[1].regions] == [("people", "283585"), ("clothing", "7")]
     assert samples[1].regions[0].box == samples[1].regions[1].box == (0, 0, 10, 10)
 
 
-def test_the_most_frequent_type_of_a_chain_is_its_label_and_of_equals_the_first(world: World) -> None:
+def test_the_most_frequent_type_of_a_chain_is_its_label_and_of_equals_the_first(world: FlickrWorld) -> None:
     sentences = "[/EN#1/other/people a cook] and [/EN#2/vehicles/other a cart]\n[/EN#1/people he]"
     world.add("2", sentences, (thing("1", "1 1 10 10"), thing("2", "1 1 10 10")))
     samples, _ = world.read()
@@ -163,54 +160,50 @@ def test_the_most_frequent_type_of_a_chain_is_its_label_and_of_equals_the_first(
 
 
 @pytest.mark.parametrize(("size", "orientation"), [((80, 100), 6), ((100, 80), 1)])
-def test_boxes_are_turned_with_the_image(world: World, size: tuple[int, int], orientation: int) -> None:
+def test_boxes_are_turned_with_the_image(world: FlickrWorld, size: tuple[int, int], orientation: int) -> None:
     world.add("2", data=jpeg((100, 80), orientation=orientation))
     samples, _ = world.read()
     assert samples[1].size == size
     assert samples[1].regions[0].box == ((20, 10, 40, 30) if orientation == 6 else (10, 20, 30, 40))
 
 
-def test_splits_are_joined_in_the_order_asked_for(world: World) -> None:
+def test_splits_are_joined_in_the_order_asked_for(world: FlickrWorld) -> None:
     world.add("3", split="test")
     world.add("4", split="train")
-    samples, _ = world.read("test+val")
+    samples, _ = world.read(split="test+val")
     assert [sample.key for sample in samples] == ["3", "1000092795"]
 
 
-def test_karpathys_split_takes_the_place_of_the_lists(world: World) -> None:
+def test_karpathys_split_takes_the_place_of_the_lists(world: FlickrWorld) -> None:
     world.add("3", split="train")
     world.karpathy = [
         {"filename": f"{name}.jpg", "imgid": 0, "sentids": [0], "split": split, "sentences": [{"raw": "not this"}]}
         for name, split in (("3", "val"), ("1000092795", "train"))
     ]
-    samples, _ = world.read("val")
+    samples, _ = world.read(split="val")
     assert [sample.key for sample in samples] == ["3"]
     assert samples[0].captions[0].startswith("A young white boy")
     with pytest.raises(ValueError, match=r"no split 'test'; it has \['train', 'val'\]"):
-        world.read("test")
+        world.read(split="test")
 
 
 @pytest.mark.parametrize("split", ["dev", "", "val+", "../secret", "sub/list", "/val"])
-def test_an_unknown_split_is_an_error_that_lists_what_exists(world: World, split: str) -> None:
+def test_an_unknown_split_is_an_error_that_lists_what_exists(world: FlickrWorld, split: str) -> None:
     (world.entities / "sub").mkdir()
     for place in (world.folder / "secret.txt", world.entities / "sub" / "list.txt"):
         place.write_text("1000092795\n")
     with pytest.raises(ValueError, match=r"\['test', 'train', 'val'\]"):
-        world.read(split)
+        world.read(split=split)
 
 
-@pytest.mark.parametrize("name", ["images", "entities", "karpathy", "Sentences", "Annotations"])
-def test_a_missing_path_is_named_with_its_argument(world: World, name: str) -> None:
-    paths = {"karpathy": None, **world.paths()}
-    if name in paths:
-        paths[name] = world.folder / "nowhere"
-    else:
-        (world.entities / name).rename(world.folder / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=rf"^{name if name in paths else 'entities'}: "):
-        read_all(read_flickr30k, **paths, split="val")
+@pytest.mark.parametrize("name", ["Sentences", "Annotations"])
+def test_a_missing_folder_of_the_annotations_is_named(world: FlickrWorld, name: str) -> None:
+    (world.entities / name).rename(world.folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=rf"^entities: .*{name}"):
+        world.read()
 
 
-def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
+def test_bad_images_are_counted_and_the_rest_survives(world: FlickrWorld) -> None:
     world.add("2")
     (world.images / "2.jpg").unlink()
     world.add("3", data=b"<html>404</html>")
@@ -219,8 +212,7 @@ def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
     (world.entities / "Sentences" / "5.txt").unlink()
     world.add("6", sentences=b"caf\xe9")
     world.add("7", sentences="\n \n")
-    (world.folder / "secret.jpg").write_bytes(jpeg((100, 80)))
-    world.lists["val"] += ["../../secret", "/etc/passwd", "..\\secret", "9\0", "1000092795"]
+    world.lists["val"].append("1000092795")
     samples, excluded = world.read()
     assert [sample.key for sample in samples] == ["1000092795"]
     images = {reason: count for reason, count in excluded.items() if not reason.startswith("phrase")}
@@ -231,7 +223,6 @@ def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
         "sentences_missing": 1,
         "sentences_unreadable": 1,
         "image_without_caption": 1,
-        "image_name_unsafe": 4,
         "image_twice": 1,
     }
 
@@ -249,7 +240,7 @@ def test_bad_images_are_counted_and_the_rest_survives(world: World) -> None:
         "[/EN#1/people a [/EN#2/people boy] here]",
     ],
 )
-def test_malformed_marks_lose_the_caption_and_not_the_image(world: World, sentence: str) -> None:
+def test_malformed_marks_lose_the_caption_and_not_the_image(world: FlickrWorld, sentence: str) -> None:
     world.add("2", f"first\n{sentence}\n\n{BOY}\r\n", OBJECTS[:1])
     samples, excluded = world.read()
     assert samples[1].captions == ("first", "A young white boy")
@@ -282,7 +273,7 @@ OUTSIDE = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;
         (None, "annotation_missing"),
     ],
 )
-def test_an_annotation_that_cannot_be_used_leaves_the_captions(world: World, xml: str | None, reason: str) -> None:
+def test_an_annotation_that_cannot_be_used_leaves_captions(world: FlickrWorld, xml: str | None, reason: str) -> None:
     world.add("2", BOY)
     if xml is None:
         (world.entities / "Annotations" / "2.xml").unlink()
@@ -305,21 +296,21 @@ def test_an_annotation_that_cannot_be_used_leaves_the_captions(world: World, xml
         ("10 10 1e999 20", "box_malformed"),
     ],
 )
-def test_bad_boxes_are_counted_and_the_rest_survives(world: World, corners: str, reason: str) -> None:
+def test_bad_boxes_are_counted_and_the_rest_survives(world: FlickrWorld, corners: str, reason: str) -> None:
     world.add("2", BOY, (thing("283585", corners), thing("283585", "91 71 120 90")))
     samples, excluded = world.read()
     assert [region.box for region in samples[1].regions] == [(90, 70, 10, 10)]
     assert excluded == {**USUAL, reason: 1}
 
 
-def test_boxes_of_chains_that_no_sentence_names_are_counted(world: World) -> None:
+def test_boxes_of_chains_that_no_sentence_names_are_counted(world: FlickrWorld) -> None:
     world.add("2", f"{BOY} and [/EN#0/notvisual it]", (thing("9", "1 1 5 5"), thing("0", "1 1 5 5"), thing("283585")))
     samples, excluded = world.read()
     assert samples[1].regions == ()
     assert excluded == {**USUAL, "phrase_notvisual": 2, "box_of_unmentioned_chain": 2, "phrase_not_annotated": 1}
 
 
-def test_captions_that_are_listed_as_unrelated_are_excluded_where_that_is_asked_for(world: World) -> None:
+def test_captions_that_are_listed_as_unrelated_are_excluded_where_that_is_asked_for(world: FlickrWorld) -> None:
     listed = world.entities / "UNRELATED_CAPTIONS"
     listed.write_text("# format: <imageID> <sentence number>\n1000092795 2\n129602216 5\n")
     assert len(world.read()[0][0].captions) == 3
@@ -336,9 +327,3 @@ def test_captions_that_are_listed_as_unrelated_are_excluded_where_that_is_asked_
     listed.unlink()
     with pytest.raises(FileNotFoundError, match="UNRELATED_CAPTIONS"):
         world.read(exclude_unrelated=True)
-
-
-def test_no_image_at_all_is_an_error_that_says_why(world: World) -> None:
-    (world.images / "1000092795.jpg").unlink()
-    with pytest.raises(ValueError, match=r"'val'.*image_missing.*belong together"):
-        world.read()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_xai.data.image_transform import ImageTransform
+from lightning_xai.models.image_transform import ImageTransform
 
 __all__ = ["ProcessorTransform"]
 

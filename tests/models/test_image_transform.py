@@ -11,8 +11,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from lightning_xai.data.image_transform import ImageTransform
 from lightning_xai.data.sample import RecordError
+from lightning_xai.models.image_transform import ImageTransform
 
 ZEROS = (0.0, 0.0, 0.0)
 ONES = (1.0, 1.0, 1.0)
@@ -150,3 +150,8 @@ def test_options_that_open_clip_lacks_are_errors() -> None:
     for options, message in WRONG_OPTIONS:
         with pytest.raises(ValueError, match=message):
             ImageTransform(**options)
+
+
+@pytest.mark.parametrize(("mode", "share"), [("shortest", 0.25), ("longest", 1.0), ("squash", 1.0)])
+def test_the_share_that_a_crop_leaves_is_known(mode: str, share: float) -> None:
+    assert ImageTransform(size=(32, 32), resize_mode=mode).seen((400, 100)) == pytest.approx(share)

@@ -126,6 +126,11 @@ class ImageTransform:
         corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=original) * scale + offset
         return corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=target).float()
 
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share, in (0, 1], of an image of (width, height) pixels that the crop leaves."""
+        width, height = self._resized(size)
+        return min(1.0, self.size[1] / width) * min(1.0, self.size[0] / height)
+
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo the normalisation of `[..., 3, H, W]`: pixel values in [0, 1]."""
         mean = torch.tensor(self.mean, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
