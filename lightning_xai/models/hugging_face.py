@@ -89,7 +89,7 @@ class HuggingFaceEncoder(DualEncoder):
         model: such as a `transformers.CLIPModel` or a `transformers.SiglipModel`.
         tokenizer: of its text tower.
         architecture: name, model and preprocessing configuration; plain values.
-        image_transform: as its image processor.
+        transform: as its image processor.
 
     Raises:
         ValueError: a tower's output is not finite, or of another width than the other's.

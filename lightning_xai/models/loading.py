@@ -278,6 +278,10 @@ def _size_timm(visual: Any) -> None:
         if not hasattr(visual.trunk, "set_input_size"):
             raise ValueError(f"a {type(visual.trunk).__name__} of timm takes images of {built_for} only, not {size}")
         visual.set_input_size(size)
+    # NaFlexVit is built for no size, and interpolates its positions itself; but it cuts images into whole patches.
+    embeds = getattr(getattr(visual, "trunk", None), "embeds", None)
+    if size is not None and embeds is not None and any(s % p for s, p in zip(size, embeds.patch_size, strict=True)):
+        raise ValueError(f"image_size has to be a multiple of the patches' {embeds.patch_size}; got {size}")
 
 
 def _tokenizer(text_cfg: Mapping[str, Any], folder: str, name: str | None) -> Any:

@@ -306,13 +306,22 @@ def _timm_at_layer(visual: TimmModel, layer: int) -> ImageBlocksAtLayer:
                 channels_last=getattr(trunk, "output_fmt", "NCHW") == "NHWC",
                 prefix=int(getattr(trunk, "num_prefix_tokens", 0)),
             )
-            # Not image size by patch size: a hybrid's patches are those of convolutional feature maps.
-            grid = None if is_map else tuple(trunk.patch_embed.grid_size)
+            grid = None if is_map else _timm_grid(trunk, visual.image_size)
             return ImageBlocksAtLayer(visual, blocks, visual.image_size, layer, grid)
     raise UnsupportedTowerError(
         f"a timm tower of type {type(trunk).__name__} is not supported: it has no list of blocks, stages or layers, as "
         "timm's VisionTransformer, ConvNeXt and SwinTransformer have"
     )
+
+
+def _timm_grid(trunk: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches of images (height, width)."""
+    if hasattr(trunk, "embeds"):  # NaFlexVit, which is built for no size and takes the grid of each image
+        rows, columns = trunk.embeds.dynamic_feat_size(size)
+    else:
+        # Not image size by patch size: a hybrid's patches are those of convolutional feature maps.
+        rows, columns = trunk.patch_embed.grid_size
+    return rows, columns
 
 
 def text_tower_at_layer(model: Any, layer: int) -> TextTowerAtLayer:

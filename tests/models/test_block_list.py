@@ -18,6 +18,7 @@ from timm.models import register_model
 from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.levit import Levit
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from lightning_xai.models.at_layer import TowerAtLayer
 
 SIZE = (32, 48)
 VIT: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+NAFLEX = {key: value for key, value in VIT.items() if key != "img_size"}
 
 
 class Stem(nn.Module):
@@ -66,6 +69,10 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
     "small_swin": partial(
         SwinTransformer, img_size=SIZE, patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4
     ),
+    # It is given no size, and interpolates its 16 x 16 positions to the grid of each image.
+    "small_naflex": partial(NaFlexVit, **NAFLEX, pos_embed_interp_mode="bilinear"),
+    "small_naflex_average": partial(NaFlexVit, **NAFLEX, reg_tokens=2, pos_embed_ar_preserving=True),
+    "small_naflex_factors": partial(NaFlexVit, **NAFLEX, class_token=True, pos_embed="factorized"),
     # Class tokens join after its blocks, where timm counts them as a prefix.
     "small_cait": partial(Cait, **VIT | {"img_size": 32}),
     "small_counting": lambda **options: Counting(**VIT, **options),
@@ -128,6 +135,9 @@ TOWERS = {
     "siglip": Tower(timm_tower("small_siglip", "map", "none"), "blocks", [(4, 6)] * 2, embed_dim=16),
     "hybrid": Tower(timm_tower("small_hybrid"), "blocks", [(4, 6)] * 2, prefix=1),
     "eva": Tower(timm_tower("small_eva"), "blocks", [(4, 6)] * 2, prefix=3),
+    "naflex": Tower(timm_tower("small_naflex", "map", "none"), "blocks", [(4, 6)] * 2, embed_dim=16),
+    "naflex_average": Tower(timm_tower("small_naflex_average", "avg"), "blocks", [(4, 6)] * 2, prefix=2),
+    "naflex_factors": Tower(timm_tower("small_naflex_factors", "token"), "blocks", [(4, 6)] * 2, prefix=1),
     "swin": Tower(timm_tower("small_swin", "avg"), "layers", [(8, 12), (8, 12), (4, 6)], maps=True),
     "convnext": Tower(
         timm_tower("test_convnext", size=(32, 64)),
