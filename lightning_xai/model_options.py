@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,10 @@ class ModelOptions:
             given = getattr(self, name)
             if given is not None and len(given) != 3:
                 raise ValueError(f"{name} needs a number for each of red, green and blue; got {given}")
+            if given is not None and not all(map(math.isfinite, given)):
+                raise ValueError(f"{name} has to hold finite numbers; got {given}")
+        if self.image_std is not None and min(self.image_std) <= 0:
+            raise ValueError(f"image_std has to be positive; got {self.image_std}")
         size = self.size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"image_size is one number or height and width, at least 1 each; got {self.image_size}")

@@ -22,6 +22,7 @@ from lightning_xai.registry import PluginError
 
 _ROUNDING, _NOTHING = 1e-6, 1e-12  # differences within a map that say nothing: relative to its largest, and absolute
 _SIMILARITY, _SIMILARITY_HALF = 1e-4, 2e-2  # what rounding may change a similarity by, in float32 and half precision
+_OWN_PAIRS = 32
 _A = TypeVar("_A", bound="Attribution")
 
 
@@ -201,7 +202,10 @@ class AttributionMethod(ABC):
 
     def _compared(self, images: Tensor, tokens: Tensor) -> tuple[Attribution, Tensor]:
         """The attribution, and the similarity [B] by the model's own functions, which it has to be about."""
-        own = [self.encoder.own_similarity(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
+        # Whole towers run, with the padding of captions: a few pairs at a time.
+        size = min(self.internal_batch_size or _OWN_PAIRS, _OWN_PAIRS)
+        starts = range(0, len(images), size)
+        own = [self.encoder.own_similarity(images[i : i + size], tokens[i : i + size]) for i in starts]
         return self._attribute(images, tokens), torch.cat(own)
 
     def _check_similarity(self, explained: Tensor, own: Tensor) -> None:

@@ -55,7 +55,9 @@ def loading_code(encoder: DualEncoder, weights: Path) -> str:
     quick_gelu = config.pop("quick_gelu", False)
     known = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     lines, more = ["import open_clip"], ""
-    if known is not None and {**known, "quick_gelu": False} == {**config, "quick_gelu": False}:
+    same = known is not None and {**known, "quick_gelu": False} == {**config, "quick_gelu": False}
+    # open_clip can force this activation, not take it away.
+    if known is not None and same and (quick_gelu or not known.get("quick_gelu", False)):
         more = ", force_quick_gelu=True" if quick_gelu and not known.get("quick_gelu", False) else ""
     else:
         name = weights.stem

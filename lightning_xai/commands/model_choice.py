@@ -37,7 +37,8 @@ class ModelChoice(ModelOptions):
     def is_random(self) -> bool:
         """True if neither the name nor `pretrained` brings weights."""
         brings = self.name.endswith(".ckpt") or self.name.startswith(("hf-hub:", "hf:", SENTENCES, "local-dir:"))
-        return self.pretrained is None and not (brings or Path(self.name).is_dir())
+        folder = any((Path(self.name) / name).is_file() for name in ("open_clip_config.json", "config.json"))
+        return self.pretrained is None and not (brings or folder)
 
     @property
     def compares_texts_only(self) -> bool:

@@ -47,7 +47,8 @@ def find_phrases(caption: str, phrases: Sequence[str], *, exact: bool = True) ->
     """
     if exact:
         patterns = [_whole(re.escape(phrase), phrase) for phrase in phrases if phrase]
-        return [match.span() for match in re.finditer("|".join(patterns), caption)] if patterns else []
+        found = [match.span() for match in re.finditer("|".join(patterns), caption)] if patterns else []
+        return [span for span in found if not _is_mark(caption[span[1] : span[1] + 1])]
     text, places = _folded(caption)
     folded = [_folded(phrase)[0] for phrase in phrases if phrase.strip()]
     patterns = [_whole(r"\s+".join(map(re.escape, phrase.split())), phrase.strip()) for phrase in folded]
@@ -56,8 +57,14 @@ def find_phrases(caption: str, phrases: Sequence[str], *, exact: bool = True) ->
     return [
         (places[start][0], places[end - 1][1])
         for start, end in found
-        if (start == 0 or places[start - 1] != places[start]) and (end == len(text) or places[end - 1] != places[end])
+        if (start == 0 or places[start - 1] != places[start])
+        and (end == len(text) or (places[end - 1] != places[end] and not _is_mark(text[end])))
     ]
+
+
+def _is_mark(char: str) -> bool:
+    """Whether a character belongs to the one before it, such as a vowel sign of an Indic script."""
+    return bool(char) and unicodedata.category(char).startswith("M")
 
 
 def _whole(pattern: str, phrase: str) -> str:

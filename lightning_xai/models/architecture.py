@@ -189,22 +189,27 @@ def settled(
             open_questions[option] = values
     if open_questions:
         raise ValueError(_question(file, architecture["name"], open_questions))
-    if silent and not candidates and file is not None and not pixels:
+    missing = [option for name, option in PIXEL_OPTIONS.items() if name not in pixels]
+    if silent and not candidates and file is not None and missing:
         warnings.warn(
-            f"neither {file} nor {architecture['name']} says which pixels the weights were trained with: OpenAI's mean "
-            "and standard deviation, bicubic, cropped, as open_clip trains by default. If that is wrong, give "
-            f"{', '.join(PIXEL_OPTIONS.values())}, or put them into the config as preprocess_cfg",
+            f"neither {file} nor {architecture['name']} says which pixels the weights were trained with: open_clip's "
+            f"defaults (OpenAI's mean and deviation, bicubic, cropped) stand for {', '.join(missing)}. If that is "
+            "wrong, give these options, or put them into the config as preprocess_cfg",
             stacklevel=3,
         )
     quick_gelu = pixels.pop("quick_gelu", None) if options.quick_gelu is None else options.quick_gelu
     result = {**architecture, "preprocess_cfg": pixels}
     if quick_gelu is None:
         return result
-    return with_quick_gelu(result) if quick_gelu else {**result, "model_cfg": _without_quick_gelu(result["model_cfg"])}
+    return with_quick_gelu(result) if quick_gelu else _without_quick_gelu(result)
 
 
-def _without_quick_gelu(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in model_cfg.items() if name != "quick_gelu"}
+def _without_quick_gelu(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture with the plain activation, under the name that open_clip has for that, if any."""
+    model_cfg = {name: value for name, value in architecture["model_cfg"].items() if name != "quick_gelu"}
+    plain = str(architecture["name"]).removesuffix("-quickgelu")
+    known = open_clip.get_model_config(plain) if plain in open_clip.list_models() else None
+    return {**architecture, "name": plain if known == model_cfg else architecture["name"], "model_cfg": model_cfg}
 
 
 def _ways_of_training(architecture: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:

@@ -160,7 +160,9 @@ class _Source:
             config = Path(_downloaded(name, FOLDER_CONFIG))
             architecture = {**architecture_from_json(config), "name": name.removeprefix(_HUB).replace("/", "--")}
             return cls(architecture, read_weights(Path(_downloaded(name, None))), tokenizer=name)
-        if name.startswith(_LOCAL) or path.is_dir():
+        # Any folder may lie about under the name of a model.
+        known = name.replace("/", "-") in open_clip.list_models()
+        if name.startswith(_LOCAL) or (path.is_dir() and (not known or (path / FOLDER_CONFIG).is_file())):
             folder = Path(name.removeprefix(_LOCAL))
             if not folder.is_dir():
                 raise ValueError(f"{name}: there is no such folder")
@@ -227,9 +229,11 @@ def _from_tag(source: _Source, tag: str, options: ModelOptions) -> DualEncoder:
     if tag not in tags:
         raise ValueError(f"pretrained {tag!r} is neither a file nor a tag of {name}; tags: {', '.join(tags) or 'none'}")
     architecture = tag_architecture(name, tag)
-    if options.quick_gelu is not None:
-        architecture = settled(architecture, options)
     quick_gelu = architecture["model_cfg"].get("quick_gelu", False)
+    if options.quick_gelu not in (None, quick_gelu):
+        raise ValueError(
+            f"the weights {tag!r} of {name} were trained with quick_gelu={quick_gelu}: leave the option out"
+        )
     model = open_clip.create_model(
         name, pretrained=tag, force_quick_gelu=quick_gelu, force_preprocess_cfg=options.preprocessing
     )
@@ -247,9 +251,23 @@ def _context_length(architecture: Mapping[str, Any]) -> int:
     return int(architecture["model_cfg"]["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
 
 
+def _check_whole_patches(architecture: Mapping[str, Any], size: tuple[int, ...]) -> None:
+    """Raise a ValueError where a tower of open_clip's own would not see the last pixels of such images."""
+    vision = architecture["model_cfg"]["vision_cfg"]
+    patch = vision.get("patch_size", 16) if isinstance(vision.get("layers", 12), int) else 32
+    if "timm_model_name" in vision or not isinstance(patch, int) or all(side % patch == 0 for side in size):
+        return
+    near = [max(round(side / patch), 1) * patch for side in size]
+    raise ValueError(
+        f"image_size {[*size]} is no whole number of patches of {patch} pixels, so that the last pixels would not be "
+        f"seen: give {near}, for example"
+    )
+
+
 def _with_image_size(architecture: Mapping[str, Any], size: tuple[int, ...] | None) -> dict[str, Any]:
     if size is None or size == _image_size(architecture):
         return dict(architecture)
+    _check_whole_patches(architecture, size)
     return with_sizes(architecture, size, _context_length(architecture))
 
 
@@ -372,6 +390,8 @@ def _resized(
     architecture, model = encoder.architecture, encoder.model
     if (size, length) == (_image_size(architecture), _context_length(architecture)):
         return encoder
+    if size != _image_size(architecture):
+        _check_whole_patches(architecture, size)
     before = ImagePositions.of(model)
     if isinstance(model.visual, TimmModel) and size != _image_size(architecture):
         model.visual.set_input_size(size)  # which interpolates, too
@@ -401,6 +421,10 @@ def _grid(grid: tuple[int, int]) -> str:
 
 
 def _load_weights(encoder: DualEncoder, weights: Weights) -> None:
+    own = encoder.model.state_dict()
+    # What the model computes itself, such as masks, TorchScript archives hold as well.
+    computed = {name for name, _ in encoder.model.named_buffers()} - own.keys()
+    weights = replace(weights, state={name: x for name, x in weights.state.items() if name not in computed})
     if _shapes(encoder.model.state_dict()) == _shapes(weights.state):
         encoder.model.load_state_dict(weights.state)
     else:
@@ -421,9 +445,14 @@ def _convert_weights(encoder: DualEncoder, weights: Weights) -> None:
         try:
             open_clip.load_checkpoint(encoder.model, str(file), strict=True)
         except Exception as error:  # the conversions take for granted that it is the model they know
+            heads = {name.partition(".")[0] for name in weights.state}
+            inner = {name.partition(".")[2] for name in weights.state}
+            advice = "Pass the model the checkpoint was made with"
+            if len(heads) == 1 and encoder.model.state_dict().keys() <= inner:
+                advice = f"All names begin with {heads.pop()!r}: save the state_dict of that part alone"
             raise ValueError(
                 f"the weights in {weights.path} do not fit {encoder.architecture['name']}: "
-                f"{_misfit(own, found) or error}. Pass the model the checkpoint was made with"
+                f"{_misfit(own, found) or error}. {advice}"
             ) from error
 
 

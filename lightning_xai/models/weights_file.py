@@ -115,7 +115,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
-        return read_torchscript(path)
+        state = read_torchscript(path)
     except MemoryError:
         raise
     except Exception as error:  # a broken archive raises whatever its bytes happen to ask for
@@ -123,6 +123,12 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
             f"checkpoint {path} is a TorchScript archive whose tensors cannot be read ({error}); copy it again, or "
             "save the model's state_dict"
         ) from error
+    if not state:
+        raise ValueError(
+            f"checkpoint {path} is a TorchScript archive without weights: those of a frozen one are part of its code; "
+            "save it without torch.jit.freeze"
+        )
+    return state
 
 
 def _read_pickle(path: Path) -> tuple[Any, Any]:

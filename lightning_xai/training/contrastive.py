@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -276,8 +276,22 @@ class ContrastiveModule(L.LightningModule):
             name = "no model of this project" if found is None else f"a {found['name']} of another configuration"
             raise ValueError(
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
-                f"{differs or 'the architecture'} differs, so set model to what the checkpoint was made with"
+                f"{_difference(found, own, differs)}set model to what the checkpoint was made with"
             )
+
+
+def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: str | None) -> str:
+    """The pixels that a checkpoint's model sees, where this one's sees others, and how to give them."""
+    if found is None or part != "preprocess_cfg":
+        return ""
+    old, new = found[part], own[part]
+    differing = [
+        f"{key} was {old.get(key)} and is {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+    return (
+        f"it sees other pixels ({', '.join(differing)}); give the former ones as image_mean, image_std, interpolation, "
+        "resize_mode or image_size of the model, or "
+    )
 
 
 def _refuse_batch_statistics(encoder: DualEncoder) -> None:

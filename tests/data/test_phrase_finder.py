@@ -96,6 +96,7 @@ def test_given_words_are_found_as_whole_words_and_the_first_listed_counts() -> N
         ("แมวบนเสื่อ", "แมว", "แมว"),
         ("강아지가 매트 위에 있다", "강아지", "강아지"),
         ("큰강아지", "강아지", None),
+        ("किताब", "क", None),
         ("a狗 and a cat", "狗", "狗"),
         ("un CAFE\u0301 noir", "café", "CAFE\u0301"),
         ("un café noir", "cafe\u0301", "café"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,52 @@ def test_a_name_on_the_hub_is_read_from_the_cache(
     assert loaded.preprocessing == encoder.preprocessing
     with pytest.raises(ValueError, match=r"hf-hub:somebody/else: open_clip_config\.json could not be fetched"):
         load_dual_encoder("hf-hub:somebody/else")
+
+
+def archive_of(content: bytes, path: Path) -> Path:
+    """A TorchScript archive with this pickle, and four bytes of data."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", content)
+        archive.writestr("a/constants.pkl", b"\x80\x02).")
+        archive.writestr("a/data/0", b"\0\0\0\0")
+    return path
+
+
+def test_an_archives_pickle_can_neither_change_what_it_names_nor_make_a_tensor_larger_than_its_data(
+    source: tuple[Path, DualEncoder], tmp_path: Path
+) -> None:
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    cases = {
+        "state of a function": rebuild + b"}b.",
+        "state of a storage": storage + b"(K\x00K\x00tb.",
+        "state of a tensor": rebuild + b"(" + storage + b"K\x00K\x01\x85K\x01\x85\x89NtR(K\x00K\x00tb.",
+        "stride of zero": rebuild + b"(" + storage + b"K\x00M\xe8\x03\x85K\x00\x85\x89NtR.",
+        "another name": b"cposix\nsystem\n(X\x04\x00\x00\x00truetR.",
+    }
+    for name, content in cases.items():
+        path = archive_of(b"\x80\x02" + content, tmp_path / f"{name.replace(' ', '_')}.pt")
+        with pytest.raises(ValueError, match="TorchScript archive whose tensors cannot be read") as caught:
+            load_dual_encoder(source[0], path)
+        assert re.search("changes what is no module|leaves its storage|holds a posix.system", str(caught.value)), name
+
+
+def test_sizes_activations_and_names_that_contradict_are_refused(
+    source: tuple[Path, DualEncoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"no whole number of patches of 8 pixels.*give \[48, 32\]"):
+        load_dual_encoder(source[0], image_size=(50, 30))
+    with pytest.raises(ValueError, match="image_std has to be positive"):
+        load_dual_encoder(source[0], image_std=(0.0, 0.1, 0.1))
+    with pytest.raises(ValueError, match="were trained with quick_gelu=True: leave the option out"):
+        load_dual_encoder("ViT-B-16-quickgelu", "openai", quick_gelu=False)
+    plain = settled(built_in_architecture("ViT-B-32-quickgelu"), ModelOptions(quick_gelu=False))
+    assert (plain["name"], plain["model_cfg"]) == ("ViT-B-32", built_in_architecture("ViT-B-32")["model_cfg"])
+    # A folder that happens to have a model's name does not stand for it.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", VIT)
+    (tmp_path / "ViT-B-32").mkdir()
+    assert load_dual_encoder("ViT-B-32").name == "ViT-B-32"
+    torch.save(prefixed(source[1].model.state_dict(), "clip."), tmp_path / "inner.pt")
+    with pytest.raises(ValueError, match="All names begin with 'clip': save the state_dict of that part alone"):
+        load_dual_encoder(source[0], tmp_path / "inner.pt")
