@@ -44,6 +44,12 @@ class BanzhafAttribution(InteractionAttribution):
     tokens: Tensor
     constant: Tensor
 
+    def of_coalitions(self, shown: Tensor, said: Tensor) -> Tensor:
+        """The fit at coalitions: the constant, and the terms of present patches, tokens and their pairs."""
+        patches = torch.einsum("bnhw,bhw->bn", shown, self.patches.to(shown))
+        tokens = torch.einsum("bnl,bl->bn", said, self.tokens.to(said))
+        return super().of_coalitions(shown, said) + patches + tokens + self.constant.to(said)[:, None]
+
 
 class BanzhafInteractions(PairwiseMethod):
     """How much a token and a patch add together to the similarity: weighted Banzhaf interactions, without gradients.

@@ -50,13 +50,22 @@ class Coalitions:
         Raises:
             ValueError: p is not between 0 and 1.
         """
-        if not 0 < p < 1:
-            raise ValueError(f"p is the probability that a patch or token is present, between 0 and 1; got {p}")
+        _check_probability(p)
         if players < 32 and 2**players <= samples:
             numbers = torch.arange(2**players)
             present = (numbers[:, None] >> torch.arange(players) & 1).bool()
             sizes = present.sum(dim=1).double()
             return cls(present, p**sizes * (1 - p) ** (players - sizes))
+        return cls.sample(players, samples, p, seed)
+
+    @classmethod
+    def sample(cls, players: int, samples: int, p: float, seed: int = 0) -> Coalitions:
+        """Coalitions that are drawn at random, also where there are few.
+
+        Raises:
+            ValueError: p is not between 0 and 1.
+        """
+        _check_probability(p)
         generator = torch.Generator().manual_seed(seed)
         present = torch.rand(samples, players, generator=generator) < p
         return cls(present, torch.full((samples,), 1 / samples, dtype=torch.float64))
@@ -91,6 +100,11 @@ class Coalitions:
             )
         solution: Tensor = torch.linalg.solve_triangular(triangle, basis.mT, upper=True)
         return solution * root_N1.mT
+
+
+def _check_probability(p: float) -> None:
+    if not 0 < p < 1:
+        raise ValueError(f"p is the probability that a patch or token is present, between 0 and 1; got {p}")
 
 
 def masked_images(encoder: TwoTowerEncoder, image: Tensor, present: Tensor, masking: ImageMasking) -> Tensor:
