@@ -128,6 +128,10 @@ class CaptionTargets:
             is seen elsewhere ("zeros" or "black") -> their similarity [M] with the caption.
         similarity_of_texts: which tokens to keep, [M, L] bool -> the captions' similarity [M] with the image, with
             padding in place of all other tokens.
+        embed_images: patches that show, [M, N, H, W] bool -> unit embeddings [M, N, K] of each image with zeros after
+            normalisation in place of the others.
+        embed_texts: tokens that stay, [M, N, L] bool -> unit embeddings [M, N, K] of each caption with padding in place
+            of the others; those that mark start and end stay anyway.
         coalitions: number of coalitions of patches, of tokens, probability that each is present, seed -> their values.
         batch_size: targets that a metric should work on at a time where it needs pixels.
     """
@@ -142,6 +146,8 @@ class CaptionTargets:
     signed: bool
     similarity_of_images: Callable[[slice, Tensor, HiddenImage], Tensor]
     similarity_of_texts: Callable[[Tensor], Tensor]
+    embed_images: Callable[[Tensor], Tensor]
+    embed_texts: Callable[[Tensor], Tensor]
     coalitions: Callable[[int, int, float, int], CoalitionValues]
     batch_size: int
 
@@ -269,6 +275,8 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
         signed=True,
         similarity_of_images=lambda rows, kept, hidden: nothing,
         similarity_of_texts=lambda kept: nothing,
+        embed_images=lambda shown: torch.zeros(*shown.shape[:2], 1),
+        embed_texts=lambda said: torch.zeros(*said.shape[:2], 1),
         coalitions=lambda patches, tokens, p, seed: CoalitionValues(maps[:, 0], maps[:, 0], nothing, nothing),
         batch_size=1,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +20,10 @@ from torch import Tensor
 from lightning_xai.attribution import Attribution, AttributionMethod, BanzhafInteractions
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import NamedBoxes
+from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.rows import (
     BatchMaps,
     BatchRows,
-    Embeddings,
     MethodMaps,
     Wanted,
     _Measuring,
@@ -446,3 +447,36 @@ def test_first_order_maps_say_of_a_coalition_the_sum_over_its_patches_and_words(
     content = maps.method.encoder.tokenizer.content_mask(batch.tokens)
     assert not (parts.said_CNL[:, 0] & content).any()
     assert (parts.said_CNL | content[:, None]).all(), "marks of start and end always stay"
+
+
+def test_parts_come_and_go_in_the_order_of_the_maps(batch: Batch) -> None:
+    maps = Given(batch)
+    encoder = maps.method.encoder
+    content = encoder.tokenizer.content_mask(batch.tokens)
+    rows = table(batch, maps, "insertion_deletion", steps=3)
+    for caption, row in enumerate(rows):
+        image, tokens = batch.images[batch.caption_image[caption]], batch.tokens[caption]
+        patches = sorted(range(6), key=lambda patch: -float(maps.given["image"][caption].flatten()[patch]))
+        words = sorted(content[caption].nonzero()[:, 0].tolist(), key=lambda word: -float(maps.text[caption, word]))
+        curves: dict[str, list[float]] = {}
+        for step in range(4):
+            first, then = patches[: step * 2], patches[step * 2 :]
+            count = round(step * len(words) / 3)
+            for name, shown, said in (
+                ("insertion", first, words[:count]),
+                ("deletion", then, words[count:]),
+                ("image_insertion", first, words),
+                ("image_deletion", then, words),
+                ("text_insertion", patches, words[:count]),
+                ("text_deletion", patches, words[count:]),
+            ):
+                part, text = torch.zeros_like(image), torch.where(content[caption], 0, tokens)
+                for patch in shown:
+                    across, down = slice(patch % 3 * 4, patch % 3 * 4 + 4), slice(patch // 3 * 4, patch // 3 * 4 + 4)
+                    part[:, down, across] = image[:, down, across]
+                text[said] = tokens[said]
+                pair = encoder.encode_image(part[None]), encoder.encode_text(text[None])
+                curves.setdefault(name, []).append(float(torch.cosine_similarity(*pair)))
+        for name, curve in curves.items():
+            expected = sum((one + other) / 2 for one, other in itertools.pairwise(curve)) / 3
+            assert row[name] == pytest.approx(expected, rel=1e-6, abs=1e-12), (caption, name)
