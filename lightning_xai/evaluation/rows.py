@@ -387,6 +387,7 @@ class _Measuring:
         targets = CaptionTargets(
             image_maps=self.maps.image.to(batch.images),
             text_maps=self.maps.text,
+            prefix=self._prefix(embeddings),
             content=content,
             similarity=cosine_similarity(image_CK, text_CK),
             boxes=batch.named.boxes,
@@ -422,6 +423,13 @@ class _Measuring:
         parts = [encoder.encode_text(tokens[rows]) for rows in self.maker.chunks(len(tokens))]
         kept_CK = torch.cat([embeddings.text_CK[:0], *parts])
         return cosine_similarity(embeddings.image_BK[self.batch.caption_image], kept_CK)
+
+    def _prefix(self, embeddings: Embeddings) -> Tensor:
+        """What is attributed to the prefix tokens of each caption's image; NaN where the method does not say."""
+        attribution = self.maps.attribution
+        if attribution is None or attribution.prefix is None:
+            return embeddings.text_CK.new_full((len(self.batch.tokens),), torch.nan)
+        return attribution.prefix.sum(dim=1)
 
     def _embed_images(self, embeddings: Embeddings, shown_CNHW: Tensor) -> Tensor:
         """Unit embeddings of what shows of each caption's image."""

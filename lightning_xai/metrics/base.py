@@ -118,6 +118,8 @@ class CaptionTargets:
     Attributes:
         image_maps: [M, H, W], how much each patch adds to the similarity with the caption.
         text_maps: [M, L], how much each token adds.
+        prefix: [M], how much the image's prefix tokens (CLS, registers) add, with all tokens; NaN for methods without
+            interactions.
         content: [M, L] bool, the tokens that are words, not marks or padding.
         similarity: [M], the cosine similarity of image and caption.
         boxes: [N, 4] boxes of all objects that a caption names, (x0, y0, x1, y1) in pixels.
@@ -138,6 +140,7 @@ class CaptionTargets:
 
     image_maps: Tensor
     text_maps: Tensor
+    prefix: Tensor
     content: Tensor
     similarity: Tensor
     boxes: Tensor
@@ -176,6 +179,7 @@ class MetricSpec:
         note: what the numbers mean, in one or two sentences.
         needs_boxes: whether data sets without boxes have no such targets.
         needs_sign: whether it only makes sense for methods whose maps are signed.
+        needs_interactions: whether it reads token-patch interactions, which pairwise methods have.
         empty: value -> the reason that is recorded where a target has no number (NaN); else NO_VALUE.
         by_default: whether it is measured where settings do not name the metrics; not what costs many forward passes.
         chart: how reports draw the values; None: not at all.
@@ -190,6 +194,7 @@ class MetricSpec:
     note: str
     needs_boxes: bool = False
     needs_sign: bool = False
+    needs_interactions: bool = False
     empty: Mapping[str, Exclusion] = field(default_factory=dict)
     by_default: bool = True
     chart: Literal["cumulative", "distribution", "bars"] | None = None
@@ -267,6 +272,7 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
     return CaptionTargets(
         image_maps=maps,
         text_maps=torch.zeros(0, 1),
+        prefix=nothing,
         content=torch.zeros(0, 1, dtype=torch.bool),
         similarity=nothing,
         boxes=torch.zeros(0, 4),

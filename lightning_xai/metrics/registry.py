@@ -24,6 +24,7 @@ METRICS: Registry[MetricSpec] = Registry(
             "localization",
             "faithfulness",
             "insertion_deletion",
+            "prefix_share",
         )
     },
     group="lightning_xai.metrics",

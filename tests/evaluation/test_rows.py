@@ -65,6 +65,7 @@ class Given(MethodMaps):
             for name, count in (rows | {"image": len(batch.tokens)}).items()
         }
         self.text = torch.randn(batch.tokens.shape, generator=generator, dtype=torch.float64)
+        self.prefix: Tensor | None = None
         self.asked: list[Wanted] = []
 
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
@@ -75,7 +76,9 @@ class Given(MethodMaps):
             self.given["replacements"][wanted.negatives],
             self.given["image"] if wanted.captions else self.given["image"][:0],
             self.text if wanted.captions else self.text[:0],
-            Attribution(self.given["image"], self.text, self.text[:, 0]) if wanted.captions else None,
+            Attribution(self.given["image"], self.text, self.text[:, 0], prefix=self.prefix)
+            if wanted.captions
+            else None,
         )
 
 
@@ -480,3 +483,14 @@ def test_parts_come_and_go_in_the_order_of_the_maps(batch: Batch) -> None:
         for name, curve in curves.items():
             expected = sum((one + other) / 2 for one, other in itertools.pairwise(curve)) / 3
             assert row[name] == pytest.approx(expected, rel=1e-6, abs=1e-12), (caption, name)
+
+
+def test_what_sits_on_cls_is_compared_with_all_that_is_attributed(batch: Batch) -> None:
+    maps = Given(batch)
+    assert all(row["excluded"] for row in table(batch, maps, "prefix_share")), "a method without interactions"
+    prefix = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps.prefix = prefix
+    for caption, row in enumerate(table(batch, maps, "prefix_share")):
+        expected = float(prefix[caption].sum())
+        assert row["prefix"] == pytest.approx(expected)
+        assert row["prefix_share"] == pytest.approx(expected / (expected + float(maps.given["image"][caption].sum())))
