@@ -376,8 +376,11 @@ class AttendedTower:
                     "does not call scaled_dot_product_attention, whose arguments are needed, once in each block"
                 )
         attentions = []
-        with AttentionReplaced(recording(attentions)):
-            seen.embed(seen.output)
+        try:
+            with AttentionReplaced(recording(attentions)):
+                seen.embed(seen.output)
+        except UnsupportedTowerError as error:
+            raise self.unsupported("has a head that cannot be run without its blocks") from error
         if len(attentions) > 1 or (not seen.calls and not attentions):
             raise self.unsupported(
                 "does not end in one attention over its feature maps"

@@ -80,7 +80,7 @@ class TowerAtLayer(ABC):
         Raises:
             UnsupportedTowerError: the part after the last block cannot be run alone.
         """
-        raise UnsupportedTowerError("this tower's head cannot be run alone, after the last block")
+        raise UnsupportedTowerError("what follows this tower's last block cannot be run without its blocks")
 
     def embed_each(self, hidden: Tensor, inputs: Tensor | None = None, length: int | None = None) -> Tensor:
         """Embeddings [B, N, K] of single tokens [B, N, D] after the last block, as if each were read.

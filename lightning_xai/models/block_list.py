@@ -242,7 +242,13 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         return self._embed(hidden, inputs, self.layer)
 
     def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """What the last block passes on of the captions `inputs`, [B, T, D] -> embeddings [B, K]."""
+        """What the last block passes on of the captions `inputs`, [B, T, D] -> embeddings [B, K].
+
+        Raises:
+            UnsupportedTowerError: blocks pass on more than hidden states, so that none can be left out.
+        """
+        if self._list.chained:
+            return super().embed_after(hidden, inputs)
         return self._embed(hidden, inputs, len(self._list.blocks))
 
     def _embed(self, hidden: Tensor, inputs: Tensor | None, layer: int) -> Tensor:
