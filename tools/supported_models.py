@@ -125,6 +125,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "integrated_gradients": {"steps": 2},
     "kernel_shap": {"image_samples": 40, "text_samples": 20},
     "m2ib": {"steps": 2, "samples": 2},
+    "nib": {"steps": 2},
     "rise": {"image_masks": 4, "text_masks": 4},
 }
 

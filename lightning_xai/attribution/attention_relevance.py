@@ -13,16 +13,15 @@ Shape suffixes: B pairs, h heads, Q queries, T tokens run (keys), L caption toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, multi_head_attention_forward, scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
+from lightning_xai.attribution.attention import AttentionReplaced, recording
 from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -127,7 +126,7 @@ class _Tower(Generic[_At]):
         assert self._last.block is not None, "only feature maps have a head without a module"
         handle = self._last.block.register_forward_hook(lambda *_: in_blocks.append(len(attentions)))
         try:
-            with _AttentionReplaced(_recording(attentions)):
+            with AttentionReplaced(recording(attentions)):
                 embedding_BK = self.first.embed_from(hidden, inputs)
         finally:
             handle.remove()
@@ -165,7 +164,7 @@ class _Tower(Generic[_At]):
             return scaled_dot_product_attention(*args, **keywords).detach()
 
         hidden = forward.hidden_BTD.detach().requires_grad_()
-        with _AttentionReplaced(constant):
+        with AttentionReplaced(constant):
             # One number of the embedding is enough; their sum may be constant after a layer norm.
             component_B = self._last.embed_from(hidden, forward.inputs)[:, 0]
         (gradient_BTD,) = torch.autograd.grad(component_B.sum(), hidden)
@@ -176,56 +175,3 @@ class _Tower(Generic[_At]):
             f"AttentionRelevance cannot explain this {self._name} tower, which {reason}; use a method that needs no "
             "attention, such as FeaturePairAttribution or GradCAM"
         )
-
-
-class _AttentionReplaced(TorchFunctionMode):
-    """Inside, `scaled_dot_product_attention` is another function, for every caller; nothing is patched."""
-
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self._attend = attend
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is scaled_dot_product_attention:
-            func = self._attend
-        elif func is multi_head_attention_forward:
-            # PyTorch offers this function as a whole only, and its body runs with the mode off. Run the same code with
-            # the other meaning of the name that it calls.
-            meanings = {**func.__globals__, scaled_dot_product_attention.__name__: self._attend}
-            func = FunctionType(func.__code__, meanings, func.__name__, func.__defaults__, func.__closure__)
-            # Where weights are returned as well (the pool of Hugging Face's SigLIP), it does not call that function.
-            kwargs = {**(kwargs or {}), "need_weights": False}
-        return func(*args, **(kwargs or {}))
-
-
-def _recording(attentions: list[Tensor]) -> Callable[..., Tensor]:
-    """`scaled_dot_product_attention` written out, which appends its probabilities [B, h, Q, T] to a list."""
-
-    def attend(
-        query_BhQe: Tensor,
-        key_BhTe: Tensor,
-        value_BhTe: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        assert dropout_p == 0.0, "towers are explained in evaluation mode"
-        scale = query_BhQe.shape[3] ** -0.5 if scale is None else scale
-        scores_BhQT = query_BhQe @ key_BhTe.mT * scale
-        if is_causal:
-            attn_mask = torch.ones_like(scores_BhQT[0, 0], dtype=torch.bool).tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores_BhQT = scores_BhQT.masked_fill(~attn_mask, float("-inf"))
-        elif attn_mask is not None:
-            scores_BhQT = scores_BhQT + attn_mask
-        probabilities_BhQT = scores_BhQT.softmax(dim=3)
-        if not probabilities_BhQT.requires_grad:
-            # The first of the tower: no graph leads up to it, and none is needed.
-            probabilities_BhQT.requires_grad_()
-        attentions.append(probabilities_BhQT)
-        return probabilities_BhQT @ value_BhTe
-
-    return attend

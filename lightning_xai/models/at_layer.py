@@ -30,6 +30,9 @@ EmbeddingPath = Callable[[Tensor], Tensor]
 """alpha [B, N, T] -> embeddings [B, N, K], differentiable in alpha, forward and backward."""
 
 
+_SEQUENCES = 512
+
+
 class UnsupportedTowerError(ValueError):
     """A tower without layers that can be reached, or that a method cannot explain; the message names alternatives."""
 
@@ -70,6 +73,37 @@ class TowerAtLayer(ABC):
             inputs: for text the token ids [B, L] that the hidden states belong to: they say where a caption is read,
                 and what is padding. Images need none.
         """
+
+    def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Embeddings [B, K], not normalised, of what the last block passes on, in the form of `features_before`.
+
+        Raises:
+            UnsupportedTowerError: the part after the last block cannot be run alone.
+        """
+        raise UnsupportedTowerError("what follows this tower's last block cannot be run without its blocks")
+
+    def embed_each(self, hidden: Tensor, inputs: Tensor | None = None, length: int | None = None) -> Tensor:
+        """Embeddings [B, N, K] of single tokens [B, N, D] after the last block, as if each were read.
+
+        The head is given a sequence that is one token throughout, so that CLS, an average and a pool's attention all
+        read that token: of an attention pool this is the way of its values.
+
+        Args:
+            hidden: [B, N, D] of any N.
+            inputs: as for `embed_from`, [B, L].
+            length: the number of tokens that the last block passes on; images may have fewer.
+        """
+        batch, count, width = hidden.shape
+        # One token after the prefix is enough for each way to read an image.
+        length = self.prefix_tokens + 1 if inputs is None or length is None else length
+        sequences = hidden.reshape(batch * count, 1, width).expand(-1, length, -1)
+        row = torch.arange(batch, device=hidden.device).repeat_interleave(count)
+        # A few at a time: a pool of many queries answers all of them for every token.
+        parts = [
+            self.embed_after(sequences[rows], None if inputs is None else inputs[row[rows]])
+            for rows in (slice(start, start + _SEQUENCES) for start in range(0, batch * count, _SEQUENCES))
+        ]
+        return torch.cat(parts).reshape(batch, count, -1)
 
     def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path from a reference (batch of 1 or B) to hidden states; `inputs` as for `embed_from`."""

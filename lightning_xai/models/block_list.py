@@ -37,11 +37,16 @@ class _ReachedError(Exception):
 class _Given(nn.Module):
     """Stands where the blocks stood, and returns what the last of them would."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, block: nn.Module) -> None:
         super().__init__()
         self._hidden = hidden
+        self._block = [block]  # in a list, so that it is no part of this
 
-    def forward(self, ignored: Tensor) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        # Towers ask a block for more than its output, such as the type of its weights.
+        return getattr(self.__dict__["_block"][0], name) if "_block" in self.__dict__ else super().__getattr__(name)
+
+    def forward(self, *ignored: Any, **ignored_too: Any) -> Tensor:
         return self._hidden
 
 
@@ -110,7 +115,7 @@ class BlockList:
         """Inside, the tower's forward pass begins at a block, with `hidden` as its input."""
         blocks, hidden = self.blocks, self.inward(hidden)
         if layer == len(blocks):
-            setattr(self.parent, self.name, nn.Sequential(_Given(hidden)))
+            setattr(self.parent, self.name, nn.Sequential(_Given(hidden, blocks[-1])))
             handle = None
         else:
 
@@ -178,7 +183,14 @@ class ImageBlocksAtLayer(TowerAtLayer):
 
     def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states -> embeddings [B, K]."""
-        with self._list.entered(self.layer, hidden):
+        return self._embed(hidden, self.layer)
+
+    def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """What the last block passes on -> embeddings [B, K]."""
+        return self._embed(hidden, len(self._list.blocks))
+
+    def _embed(self, hidden: Tensor, layer: int) -> Tensor:
+        with self._list.entered(layer, hidden):
             embedding: Tensor = self._tower(self._blank(hidden))
         return embedding
 
@@ -230,7 +242,20 @@ class TextBlocksAtLayer(TextTowerAtLayer):
 
     def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] of the captions `inputs` -> embeddings [B, K]."""
+        return self._embed(hidden, inputs, self.layer)
+
+    def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """What the last block passes on of the captions `inputs`, [B, T, D] -> embeddings [B, K].
+
+        Raises:
+            UnsupportedTowerError: blocks pass on more than hidden states, so that none can be left out.
+        """
+        if self._list.chained:
+            return super().embed_after(hidden, inputs)
+        return self._embed(hidden, inputs, len(self._list.blocks))
+
+    def _embed(self, hidden: Tensor, inputs: Tensor | None, layer: int) -> Tensor:
         if inputs is None:
             raise ValueError("padding is recognised by a caption's token ids: give them as inputs")
-        with self._list.entered(self.layer, hidden):
+        with self._list.entered(layer, hidden):
             return self._encode(inputs[:, : hidden.shape[1]])

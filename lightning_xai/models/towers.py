@@ -67,10 +67,13 @@ class VisionTransformerAtLayer(TowerAtLayer):
     def embed_from(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] -> embeddings [B, K]."""
         if self._pooled is None:
-            hidden = _run(self._blocks[self.layer :], hidden, self._visual.transformer)
-            return self._head(self._visual._pool(hidden)[0])
+            return self.embed_after(_run(self._blocks[self.layer :], hidden, self._visual.transformer))
         hidden = _run(self._blocks[self.layer : -1], hidden, self._visual.transformer)
         return self._head(self._visual.ln_post(self._pooled.read(hidden, _first(hidden))))
+
+    def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """What the last block passes on [B, T, D] -> embeddings [B, K]."""
+        return self._head(self._visual._pool(hidden)[0])
 
     def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
@@ -115,6 +118,10 @@ class ModifiedResNetAtLayer(TowerAtLayer):
         """Feature maps [B, C, H, W] -> embeddings [B, K]."""
         for stage in self._stages[self.layer - 1 :]:
             hidden = stage(hidden)
+        return self.embed_after(hidden)
+
+    def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """What the last stage passes on [B, C, H, W] -> embeddings [B, K]."""
         embedding: Tensor = self._visual.attnpool(hidden)
         return embedding
 
@@ -219,10 +226,17 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         pool_B = self._pool(inputs)
         mask, transformer = self._tower.mask(hidden), self._tower.transformer
         if self._pooled is None:
-            hidden = _run(self._tower.blocks[self.layer :], hidden, transformer, mask)
-            return self._tower.head(hidden[torch.arange(len(hidden), device=hidden.device), pool_B])
+            return self.embed_after(_run(self._tower.blocks[self.layer :], hidden, transformer, mask), inputs)
         hidden = _run(self._tower.blocks[self.layer : -1], hidden, transformer, mask)
         return self._tower.head(self._pooled.read(hidden, pool_B))
+
+    def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """What the last block passes on of the captions `inputs`, [B, T, D] -> embeddings [B, K]."""
+        return self._tower.head(hidden[torch.arange(len(hidden), device=hidden.device), self._pool(inputs)])
+
+    def embed_each(self, hidden: Tensor, inputs: Tensor | None = None, length: int | None = None) -> Tensor:
+        """Single tokens [B, N, D] -> embeddings [B, N, K]."""
+        return self._tower.head(hidden)
 
     def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""

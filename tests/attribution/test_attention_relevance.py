@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_xai.attribution import METHODS
-from lightning_xai.attribution.attention_relevance import AttentionRelevance, _AttentionReplaced, _recording
+from lightning_xai.attribution.attention import AttentionReplaced, recording
+from lightning_xai.attribution.attention_relevance import AttentionRelevance
 from lightning_xai.attribution.method_options import choose_method
 from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
 
@@ -346,7 +347,7 @@ def test_attention_written_out_is_pytorchs_own() -> None:
         query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0)).double()
         expected = scaled_dot_product_attention(query, key, value, **options)
         kept: list[Tensor] = []
-        with _AttentionReplaced(_recording(kept)):
+        with AttentionReplaced(recording(kept)):
             torch.testing.assert_close(scaled_dot_product_attention(query, key, value, **options), expected)
         torch.testing.assert_close(kept[0] @ value, expected)
         torch.testing.assert_close(kept[0].sum(dim=3), torch.ones(2, 4, 5).double())
@@ -357,10 +358,10 @@ def test_attention_is_replaced_inside_multi_head_attention_and_nowhere_else() ->
     hidden = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).double()
     expected = attention(hidden, hidden, hidden, need_weights=False)[0]
     kept: list[Tensor] = []
-    with _AttentionReplaced(_recording(kept)):
+    with AttentionReplaced(recording(kept)):
         torch.testing.assert_close(attention(hidden, hidden, hidden, need_weights=False)[0], expected)
     assert [probabilities.shape for probabilities in kept] == [(2, 2, 5, 5)]
-    with pytest.raises(AssertionError), _AttentionReplaced(_recording(kept)):
+    with pytest.raises(AssertionError), AttentionReplaced(recording(kept)):
         attention(hidden[:, :, :7], hidden, hidden)
     torch.testing.assert_close(attention(hidden, hidden, hidden, need_weights=False)[0], expected)
     assert len(kept) == 1
