@@ -3,6 +3,7 @@ from lightning_xai.attribution.base import (
     Attribution,
     AttributionMethod,
     ConstantMapWarning,
+    ImageComparison,
     InteractionAttribution,
 )
 from lightning_xai.attribution.baselines import CentredGaussian, RandomMap
@@ -35,6 +36,7 @@ __all__ = [
     "FeaturePairs",
     "GradCAM",
     "HiddenStates",
+    "ImageComparison",
     "IntegratedGradients",
     "InteractionAttribution",
     "IntraModalAttribution",

@@ -159,13 +159,14 @@ class ImageBlocksAtLayer(TowerAtLayer):
         self.is_feature_map = grid is None
         if grid is None:
             with torch.no_grad(), evaluating(tower):
-                shape = self.features_before(self._blank(next(tower.parameters()))).shape
-            if len(shape) != 4:
+                hidden = self.features_before(self._blank(next(tower.parameters())))
+            if hidden.ndim != 4:
                 raise UnsupportedTowerError(
-                    f"{type(blocks.parent).__name__} hands hidden states of shape {[*shape]} to its {blocks.name}; "
-                    "feature maps [B, C, H, W] have places to attribute to, or tokens with a grid of patches"
+                    f"{type(blocks.parent).__name__} hands hidden states of shape {[*hidden.shape]} to its "
+                    f"{blocks.name}; feature maps [B, C, H, W] have places to attribute to, or tokens with a grid of "
+                    "patches"
                 )
-            grid = (shape[2], shape[3])
+            grid = (hidden.shape[2], hidden.shape[3])
         self.grid = grid
         self.prefix_tokens = blocks.prefix
 

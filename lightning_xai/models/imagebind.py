@@ -39,7 +39,7 @@ __all__ = ["ImageBindImages", "ImageBindSounds", "load_imagebind"]
 _PACKAGE = "imagebind"
 _INSTALL = (
     "ImageBind needs its package, whose licence forbids commercial use (CC BY-NC-SA 4.0): "
-    "pip install --no-deps imagebind-unofficial && pip install 'lightning_xai[imagebind]'"
+    "pip install 'lightning_xai[imagebind]'"
 )
 # What ImageBind was trained with; its constructor takes no other size of images.
 _PIXELS = 224
@@ -95,7 +95,8 @@ class _ImageBind(TwoTowerEncoder):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images or spectrograms [B, C, height, width] -> embeddings [B, K], not normalised."""
-        return self._picture_tower()(images)
+        embedding: Tensor = self._picture_tower()(images)
+        return embedding
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, K], not normalised; only as many tokens are run as are needed."""
@@ -244,19 +245,16 @@ def _extractor() -> Any:
         ImportError: transformers is not installed.
     """
     try:
-        from transformers import ASTFeatureExtractor
+        import transformers
     except ImportError as error:
         raise ImportError(INSTALL) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")  # as in the original
-        return ASTFeatureExtractor(
-            sampling_rate=_RATE, num_mel_bins=_BANDS, max_length=_FRAMES, mean=_MEAN, std=_DEVIATION / 2
-        )
+        make: Any = transformers.ASTFeatureExtractor
+        return make(sampling_rate=_RATE, num_mel_bins=_BANDS, max_length=_FRAMES, mean=_MEAN, std=_DEVIATION / 2)
 
 
-def load_imagebind(
-    weights: str | Path, device: str | torch.device = "cpu"
-) -> tuple[ImageBindImages, ImageBindSounds]:
+def load_imagebind(weights: str | Path, device: str | torch.device = "cpu") -> tuple[ImageBindImages, ImageBindSounds]:
     """Load ImageBind from the file that its authors publish, as an encoder of images and one of sounds.
 
     Both share the weights.

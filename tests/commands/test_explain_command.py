@@ -279,8 +279,8 @@ def test_another_image_is_compared_with_the_box_of_the_first(
     explain(*given, "--out", tmp_path / "whole")
     explain(*given, "--box", "24,12.5,24,24", "--out", tmp_path / "box")
     encoder = loaded(model)
-    images = [inputs(encoder, path)[0] for path in (image, other)]
-    result = FeaturePairAttribution(encoder).attribute_images(*images)
+    first, second = (inputs(encoder, path)[0] for path in (image, other))
+    result = FeaturePairAttribution(encoder).attribute_images(first, second)
     whole, box = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "box")
     np.testing.assert_allclose(whole["interactions"], result.interactions[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole["first"], result.first[0], rtol=1e-4, atol=1e-6)
