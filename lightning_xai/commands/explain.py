@@ -105,7 +105,7 @@ class Explain:
             compared = compare_captions(encoder, chosen.method, *captions, self.span)
         arrays, record, sheet, pairs = compared
         scores = {name: arrays[name].item() for name in ("similarity", "completeness_error") if name in arrays}
-        methods = {str(chosen.name): {"options": chosen.options, **scores}}
+        methods: dict[str, Any] = {chosen.name: {"options": chosen.options, **scores}}
         described = {name: what for name, what in COMPARED_ARRAYS.items() if name in arrays}
         record = {**settings, **record, "methods": methods, "arrays": described}
         print(write_all(self.out, arrays, record, sheet))  # noqa: T201

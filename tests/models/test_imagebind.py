@@ -86,14 +86,14 @@ def test_the_tokenizer_is_the_packages_own(encoders: dict[str, Encoder]) -> None
 def test_towers_have_every_block_as_a_layer(kind: str, encoders: dict[str, Encoder]) -> None:
     encoder = encoders[kind]
     images, tokens = pictures(encoder), encoder.tokenizer.encode(CAPTIONS)
+    blocks = encoder.model.modality_trunks[kind].blocks
     for layer in (0, 1, 2):
         tower = encoder.image_at_layer(layer)
         hidden = tower.features_before(images)
         assert tower.grid == {"vision": (4, 4), "audio": (3, 6)}[kind]
         assert hidden.shape[1] == 1 + tower.grid[0] * tower.grid[1]
-        block: Any = encoder.model.modality_trunks[kind].blocks[layer]
-        assert tower.block is block
-        own = block_input(block, lambda: encoder.encode_image(images))
+        assert tower.block is blocks[layer]
+        own = block_input(blocks[layer], lambda: encoder.encode_image(images))
         assert_same(tower.captured(own), hidden)
         assert_same(tower.embed_from(hidden), encoder.encode_image(images))
         text = encoder.text_at_layer(layer)
