@@ -50,7 +50,7 @@ def compare_images(method: Any, image: Path, other: Path, box: str | None, by: A
         InputError: an image or the box cannot be used.
     """
     encoder, other_encoder = method.encoder, (by or method).encoder
-    (pixels, size), (other_pixels, _) = read_input(encoder, image), read_input(other_encoder, other)
+    (pixels, size), (other_pixels, other_size) = read_input(encoder, image), read_input(other_encoder, other)
     seen = transformed_box(encoder, box, size)
     arrays = _arrays(method.attribute_images(pixels[None], other_pixels[None], **({} if by is None else {"by": by})))
     if seen is not None:
@@ -68,7 +68,13 @@ def compare_images(method: Any, image: Path, other: Path, box: str | None, by: A
         error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
         scale="signed" if method.signed else "positive" if method.has_zero else "range",
     )
-    return arrays, {"images": [str(image), str(other)], "box": box, "box transformed": seen}, sheet, []
+    record = {
+        "images": [str(image), str(other)],
+        "images_seen": [encoder.seen(size), other_encoder.seen(other_size)],
+        "box": box,
+        "box transformed": seen,
+    }
+    return arrays, record, sheet, []
 
 
 def compare_captions(

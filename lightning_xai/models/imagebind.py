@@ -196,7 +196,7 @@ class ImageBindSounds(_ImageBind, SoundEncoder):
     _kind = "audio"
 
     def __init__(self, model: Any) -> None:
-        super().__init__(_extractor(), _RATE * _SECONDS)
+        super().__init__(_extractor(), _RATE * _SECONDS, window=_RATE // 40)
         self._take(model)
 
     @property

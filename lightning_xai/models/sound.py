@@ -42,12 +42,13 @@ class SoundEncoder(TwoTowerEncoder):
     Args:
         extractor: the model's feature extractor, of transformers: samples -> features [1, C, T, F] or [1, T, F].
         samples: length of a clip.
+        window: samples that make one frame: the least that a sound may have.
     """
 
-    def __init__(self, extractor: Any, samples: int) -> None:
+    def __init__(self, extractor: Any, samples: int, window: int = 1) -> None:
         super().__init__()
         self._extractor = extractor
-        self._samples = samples
+        self._samples, self._window = samples, window
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -69,15 +70,21 @@ class SoundEncoder(TwoTowerEncoder):
         return self.black_image()
 
     def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
-        """The spectrogram [C, F, T] of a sound file, and its (width, height): frames and mel bands."""
-        spectrogram = self.spectrogram(read_sound(path, self.sampling_rate), self.sampling_rate)
+        """The spectrogram [C, F, T] of a sound file, and (width, height): frames of all of the sound, and mel bands."""
+        samples = read_sound(path, self.sampling_rate)
         _, bands, frames = self.image_shape
-        return spectrogram, (frames, bands)
+        whole = round(frames * max(1.0, len(samples) / self._samples))
+        return self.spectrogram(samples, self.sampling_rate), (whole, bands)
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Boxes on the spectrogram, in frames and mel bands from the top left corner, cut to it."""
+        """Boxes on the spectrogram, in frames and mel bands from the top left corner, cut to what the model hears."""
+        _, bands, frames = self.image_shape
         corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-        return corners.clamp(min=0).minimum(torch.tensor([*size, *size]).to(corners))
+        return corners.clamp(min=0).minimum(torch.tensor([frames, bands] * 2).to(corners))
+
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share of a sound that is heard."""
+        return min(1.0, self.image_shape[2] / size[0])
 
     def spectrogram(self, waveform: ArrayLike | Tensor, rate: int) -> Tensor:
         """The log-mel spectrogram of a sound, always the same for the same sound.
@@ -97,6 +104,8 @@ class SoundEncoder(TwoTowerEncoder):
         samples = np.asarray(waveform, dtype=np.float64)
         if samples.ndim != 1 or not samples.size:
             raise ValueError(f"expected the samples of one channel, at least one; got shape {[*samples.shape]}")
+        if len(samples) < self._window:
+            raise ValueError(f"a sound has to have {self._window} samples for one frame; got {len(samples)}")
         if not np.isfinite(samples).all():
             raise ValueError("the waveform holds NaN or infinity")
         if rate != self.sampling_rate:

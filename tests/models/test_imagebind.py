@@ -20,7 +20,6 @@ from lightning_xai.models import (
     UnsupportedTowerError,
     load_dual_encoder,
     load_imagebind,
-    read_sound,
 )
 
 Encoder = ImageBindImages | ImageBindSounds
@@ -307,6 +306,8 @@ def test_longer_sounds_are_cut_and_other_rates_refused(encoders: dict[str, Encod
     assert torch.equal(sounds.spectrogram(noise, RATE), sounds.spectrogram(noise[: 2 * RATE], RATE))
     with pytest.raises(ValueError, match="listens to 16000 samples per second, got 44100"):
         sounds.spectrogram(noise, 44_100)
+    with pytest.raises(ValueError, match="a sound has to have 400 samples for one frame; got 399"):
+        sounds.spectrogram(noise[:399], RATE)
 
 
 def test_files_are_read_by_the_encoder_of_their_kind(encoders: dict[str, Encoder], tmp_path: Path) -> None:
@@ -318,10 +319,13 @@ def test_files_are_read_by_the_encoder_of_their_kind(encoders: dict[str, Encoder
     assert isinstance(other, ImageBindSounds)
     assert other.model is images.model
     assert not other.training
-    soundfile.write(tmp_path / "bark.flac", np.zeros(RATE), RATE)
-    pixels, size = other.read(tmp_path / "bark.flac")
-    assert (pixels.shape, size) == ((1, 128, 204), (204, 128))
-    assert len(read_sound(tmp_path / "bark.flac", RATE)) == RATE
+    for seconds, frames, share in ((1, 204, 1.0), (5, 510, 0.4)):
+        soundfile.write(tmp_path / "bark.flac", np.zeros(seconds * RATE), RATE)
+        spectrogram, size = other.read(tmp_path / "bark.flac")
+        assert (spectrogram.shape, size) == ((1, 128, 204), (frames, 128))
+        assert other.seen(size) == pytest.approx(share)
+    boxes = torch.tensor([[190.0, 100.0, 100.0, 50.0], [300.0, 0.0, 10.0, 10.0]])
+    assert other.boxes(boxes, (510, 128)).tolist() == [[190, 100, 204, 128], [204, 0, 204, 10]]
 
 
 # ---- loading
