@@ -67,13 +67,16 @@ def compare_images(method: Any, image: Path, other: Path, box: str | None, by: A
         similarity=arrays["similarity"].item(),
         error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
         scale="signed" if method.signed else "positive" if method.has_zero else "range",
+        kinds="Two images" if by is None else "Image and sound",
     )
-    record = {
+    record: dict[str, Any] = {
         "images": [str(image), str(other)],
         "images_seen": [encoder.seen(size), other_encoder.seen(other_size)],
         "box": box,
         "box transformed": seen,
     }
+    if by is not None:
+        record["other"] = {"architecture": other_encoder.name, "preprocessing": other_encoder.preprocessing}
     return arrays, record, sheet, []
 
 

@@ -160,6 +160,7 @@ def image_pair_sheet(
     similarity: float,
     error: float | None = None,
     scale: Scale = "signed",
+    kinds: str = "Two images",
 ) -> Figure:
     """Draw the parts of two images, or of an image and a sound, that make them similar.
 
@@ -170,9 +171,10 @@ def image_pair_sheet(
         similarity: of the images' embeddings.
         error: the completeness error, of methods that have one.
         scale: how values become colours.
+        kinds: what is compared, as the title has it.
     """
     asked = "what matches the box" if saliencies[0] is None else "what makes them similar"
-    sheet = Sheet(_PAIR, f"Two inputs: {asked}", _numbers(similarity, error))
+    sheet = Sheet(_PAIR, f"{kinds}: {asked}", _numbers(similarity, error))
     y = panel(sheet, first, (GAP, sheet.top), _SIDE, saliencies[0], scale)
     y = max(y, panel(sheet, second, (2 * GAP + _SIDE, sheet.top), _SIDE, saliencies[1], scale))
     named = zip(_ORDER, saliencies, strict=True)

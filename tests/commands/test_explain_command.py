@@ -505,6 +505,8 @@ def test_an_image_and_a_sound_are_compared_by_imagebind(
     np.testing.assert_allclose(arrays["first"], expected.first[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(arrays["shown_second"], expected.second[0], rtol=1e-4, atol=1e-6)
     assert record["images"] == [str(image), str(bark)]
+    assert record["model"]["preprocessing"]["resize_mode"] == "shortest"
+    assert record["other"]["preprocessing"]["sampling_rate"] == 16_000
     assert record["methods"][method]["similarity"] == pytest.approx(expected.similarity.item(), abs=1e-5)
     assert record["arrays"].keys() <= arrays.keys()
     assert ("interactions" in arrays) is (method == "feature_pair")
