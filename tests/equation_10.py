@@ -20,6 +20,7 @@ class Side:
     Attributes:
         width_axis: the axis of the block's input that is no place: -1 for tokens and channels last, 1 for channels
             first.
+        batch_axis: the axis of the batch in the block's input.
     """
 
     block: nn.Module
@@ -27,6 +28,7 @@ class Side:
     inputs: Tensor
     reference: Tensor
     width_axis: int = -1
+    batch_axis: int = 0
 
     def jacobian(self, steps: int) -> Tensor:
         """[K, places]: the integrated Jacobian of Eq. 9 times input minus reference, summed over the width."""
@@ -37,9 +39,10 @@ class Side:
             return replacing(self.block, hidden, lambda: self.encode(self.inputs))[0]
 
         jacobian: Any = torch.autograd.functional.jacobian
-        mean: Tensor = sum(jacobian(embed, start + n / steps * delta)[:, 0] for n in range(1, steps + 1)) / steps
-        # The Jacobian has K where the input has the batch.
-        summed = (mean * delta).sum(dim=self.width_axis).flatten(1)
+        mean: Tensor = sum(jacobian(embed, start + n / steps * delta) for n in range(1, steps + 1)) / steps
+        # [K, ...]; the batch of one is left out, so that the width's axis is as in the input.
+        product = (mean * delta).select(1 + self.batch_axis, 0)
+        summed = product.sum(dim=self.width_axis).flatten(1)
         norm: Tensor = self.encode(self.inputs).norm()
         return summed / norm
 

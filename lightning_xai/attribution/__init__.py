@@ -4,6 +4,7 @@ from lightning_xai.attribution.base import (
     Attribution,
     AttributionMethod,
     ConstantMapWarning,
+    ImageComparison,
     InteractionAttribution,
 )
 from lightning_xai.attribution.baselines import CentredGaussian, RandomMap
@@ -48,6 +49,7 @@ __all__ = [
     "GradCAM",
     "GradECLIP",
     "HiddenStates",
+    "ImageComparison",
     "IntegratedGradients",
     "InteractionAttribution",
     "IntraModalAttribution",

@@ -134,6 +134,8 @@ class _Tower(Generic[_At]):
             raise self._unsupported(
                 "does not call scaled_dot_product_attention, whose probabilities are needed, once in each block"
             )
+        if any(attention.shape[3] != hidden.shape[1] for attention in attentions[: self._blocks]):
+            raise self._unsupported("attends to learned keys that are no tokens (add_bias_kv)")
         return _Forward(inputs, hidden, embedding_BK, attentions)
 
     def relevance(self, forward: _Forward, gradients: Sequence[Tensor]) -> Tensor:

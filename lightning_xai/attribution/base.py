@@ -87,6 +87,21 @@ class InteractionAttribution(Attribution):
         return with_patches + torch.einsum("bnl,bl->bn", said, self.prefix.to(said))
 
 
+@dataclass(frozen=True)
+class ImageComparison:
+    """The contribution of the patches of B images, and of B others, to the similarity of each pair.
+
+    Attributes:
+        first: [B, H, W] of the images, at patch resolution; as `Attribution.image`.
+        second: [B, H, W] of the others, whose grid may be another one.
+        similarity: [B], the cosine similarity that is explained, in [-1, 1].
+    """
+
+    first: Tensor
+    second: Tensor
+    similarity: Tensor
+
+
 class AttributionMethod(ABC):
     """An attribution method: explains the cosine similarity of images and captions by their patches and tokens.
 
@@ -102,6 +117,7 @@ class AttributionMethod(ABC):
         pairwise: whether attributions have token-patch `interactions`, so that a phrase has a map within its caption.
         stochastic: whether results depend on an option `seed`.
         intra_modal: whether two images, or two captions, can be compared (pairwise methods only).
+        compares_images: whether two images, but no captions, can be compared: `attribute_images`.
         baseline: whether the model is ignored, as by random maps.
         has_zero: whether 0 means "no influence"; elsewhere only differences within a map mean something.
         origin: the package and entry of a method of another package; empty for built-in ones.
@@ -114,6 +130,7 @@ class AttributionMethod(ABC):
     signed: ClassVar[bool] = False
     pairwise: ClassVar[bool] = False
     intra_modal: ClassVar[bool] = False
+    compares_images: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
     has_zero: ClassVar[bool] = True
@@ -204,6 +221,29 @@ class AttributionMethod(ABC):
                 f"the model takes images {[*self.encoder.image_shape]}, as encoder.image_transform makes them; got "
                 f"{[*images.shape[1:]]}. For another size, load it with image_size=(height, width)"
             )
+
+    def _check_image_pair(self, images: Tensor, others: Tensor, by: AttributionMethod) -> None:
+        """Raise a ValueError where two batches of images cannot be compared, the second by another method's encoder."""
+        if (
+            images.ndim != 4
+            or others.ndim != 4
+            or not len(images)
+            or len(images) != len(others)
+            or (by is self and images.shape != others.shape)
+        ):
+            raise ValueError(
+                f"expected two batches of images of one shape; got {[*images.shape]} and {[*others.shape]}"
+            )
+        self._check_images(images)
+        by._check_images(others)
+        widths = self.encoder.embedding_width, by.encoder.embedding_width
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"{self.encoder.name} and {by.encoder.name} end in spaces of width {widths[0]} and {widths[1]}; only "
+                "encoders of one model can be compared, such as both of load_imagebind"
+            )
+        self._check_towers()
+        by._check_towers()
 
     def _check_towers(self) -> None:
         """Compare this method's towers with the model again, if its modules or hooks are others than before."""

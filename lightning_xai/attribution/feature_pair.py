@@ -147,28 +147,31 @@ class FeaturePairAttribution(PairwiseMethod):
         with differentiable(self.encoder):
             return self._interactions(states, references)
 
-    def attribute_images(self, images: Tensor, others: Tensor) -> IntraModalAttribution:
+    def attribute_images(
+        self, images: Tensor, others: Tensor, by: FeaturePairAttribution | None = None
+    ) -> IntraModalAttribution:
         """All pairs of patches of two images, by the image tower alone.
 
         Args:
             images: [B, 3, height, width].
             others: [B, 3, height, width]; other i is compared with image i.
+            by: the method of an encoder that ends in the same space, if that is what the others are inputs of, such as
+                sounds. Its layer and reference are taken for them, this method's steps and rule for both.
         """
-        if images.ndim != 4 or images.shape != others.shape or not len(images):
-            raise ValueError(
-                f"expected two batches of images of one shape; got {[*images.shape]} and {[*others.shape]}"
-            )
+        by = by or self
+        self._check_image_pair(images, others, by)
 
-        self._check_images(images)
+        def side(method: FeaturePairAttribution, batch: Tensor, reference: Tensor) -> _Side:
+            return _Side.of(method.image, method.image_states(batch), reference, None, method._dtype)
 
-        def side(rows: slice, batch: Tensor) -> _Side:
-            return _Side.of(self.image, self.image_states(batch[rows]), reference, None, self._dtype)
-
-        with differentiable(self.encoder):
-            reference = self._image_reference_states()
-            parts = [self._compare(side(rows, images), side(rows, others)) for rows in self._chunks(len(images))]
+        with differentiable(self.encoder), differentiable(by.encoder):
+            reference, other_reference = self._image_reference_states(), by._image_reference_states()
+            parts = [
+                self._compare(side(self, images[rows], reference), side(by, others[rows], other_reference))
+                for rows in self._chunks(len(images))
+            ]
         matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
-        first_last = self.image.on_grid(matrix_BPP).movedim(1, -1)
+        first_last = by.image.on_grid(matrix_BPP).movedim(1, -1)
         interactions = self.image.on_grid(first_last).movedim((1, 2), (3, 4))
         check_finite(interactions, "attribution", self.label)
         return IntraModalAttribution(interactions, similarity, error)

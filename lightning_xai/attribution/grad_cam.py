@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
 
 from lightning_xai.attribution.base import Attribution, AttributionMethod
 from lightning_xai.models.at_layer import TowerAtLayer
@@ -71,11 +71,11 @@ class GradCAM(AttributionMethod):
             return _grad_cam(hidden, lambda maps_BDHW: cosine_similarity(self._image.embed_from(maps_BDHW), text_BK))
         prefix_BTD, patches_BTD = hidden.tensor_split([self._image.prefix_tokens], dim=1)
 
-        def score(maps_BDHW: Tensor) -> Tensor:
-            patches = maps_BDHW.flatten(2).mT
-            return cosine_similarity(self._image.embed_from(torch.cat([prefix_BTD, patches], dim=1)), text_BK)
+        def score(maps_BDT: Tensor) -> Tensor:
+            return cosine_similarity(self._image.embed_from(torch.cat([prefix_BTD, maps_BDT.mT], dim=1)), text_BK)
 
-        return _grad_cam(patches_BTD.mT.reshape(*patches_BTD.mT.shape[:2], *self._image.grid), score)
+        maps_BT = _grad_cam(patches_BTD.mT, score)
+        return self._image.on_grid(pad(maps_BT, (self._image.prefix_tokens, 0)))
 
     def _text_map(self, tokens: Tensor, image_BK: Tensor) -> Tensor:
         with torch.no_grad():

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, logsigmoid, pad
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod, cosine_with
-from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError
+from lightning_xai.attribution.base import Attribution, AttributionMethod, ImageComparison, check_finite, cosine_with
+from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 _START = 5.0  # lambda before the first step: 0.993 of every feature is kept
@@ -88,6 +88,7 @@ class M2IB(AttributionMethod):
 
     stochastic = True
     has_zero = False
+    compares_images = True
 
     def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
@@ -121,18 +122,51 @@ class M2IB(AttributionMethod):
             [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
         )
 
+    def attribute_images(self, images: Tensor, others: Tensor, by: M2IB | None = None) -> ImageComparison:
+        """Explain the similarity of two images, by a bottleneck in the image tower for each of them.
+
+        Args:
+            images: [B, 3, height, width].
+            others: [B, 3, height, width]; other i is compared with image i.
+            by: the method of an encoder that ends in the same space, if that is what the others are inputs of, such as
+                sounds (appendix C of the paper). All of its options are taken for them.
+
+        Raises:
+            ValueError: shapes do not match, or a map is not finite.
+        """
+        by = by or self
+        self._check_image_pair(images, others, by)
+        with differentiable(self.encoder), differentiable(by.encoder):
+            parts = [self._compare(images[rows], others[rows], by) for rows in self._chunks(len(images))]
+        result = ImageComparison(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        for part, what in ((result.first, "first map"), (result.second, "second map")):
+            check_finite(part, what, self.label)
+        return result
+
+    def _compare(self, images: Tensor, others: Tensor, by: M2IB) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            first, second = self.image.features_before(images), by.image.features_before(others)
+            first_BK, second_BK = self.image.embed_from(first), by.image.embed_from(second)
+        return (
+            self._image_map(first, second_BK),
+            by._image_map(second, first_BK),
+            cosine_similarity(first_BK, second_BK, dim=1),
+        )
+
+    def _image_map(self, hidden: Tensor, other_BK: Tensor) -> Tensor:
+        everything_BT = hidden.new_ones(len(hidden), self.image.count(hidden), dtype=torch.bool)
+        return self.image.on_grid(self._nats(self.image, hidden, everything_BT, other_BK))
+
     def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
         with torch.no_grad():
             image, text = self.image.features_before(images), self.text.features_before(tokens)
             image_BK, text_BK = self.image.embed_from(image), self.text.embed_from(text, tokens)
-        everything_BT = image.new_ones(len(image), self.image.count(image), dtype=torch.bool)
         visible_BL = self.text.visible(tokens)
         # After the caption's own tokens there may be one that the tower adds, a class token: it is always seen.
         visible_BT = pad(visible_BL, (0, text.shape[1] - tokens.shape[1]), value=True)
-        image_BT = self._nats(self.image, image, everything_BT, text_BK)
         text_BT = self._nats(self.text, text, visible_BT, image_BK, tokens)
         return Attribution(
-            image=self.image.on_grid(image_BT),
+            image=self._image_map(image, text_BK),
             text=self.text.on_caption(text_BT, tokens.shape[1]) * visible_BL,
             similarity=cosine_similarity(image_BK, text_BK, dim=1),
         )

@@ -85,24 +85,28 @@ def choose_method(encoder: TwoTowerEncoder, name: str, options: Mapping[str, Any
         raise UnsupportedTowerError(f"{error}; other methods: {others}") from error
 
 
-def check_method(name: str, *, pairwise: str | None = None, intra_modal: str | None = None) -> None:
+def check_method(
+    name: str, *, pairwise: str | None = None, intra_modal: str | None = None, compares_images: str | None = None
+) -> None:
     """Raise a ValueError that lists the methods where there is none of that name, or it lacks a capability.
 
     Args:
         name: of the method.
         pairwise: the option, where one was given, that asks for a map of a phrase within its caption.
         intra_modal: the option, where one was given, that asks for a comparison of two images or two captions.
+        compares_images: the option, where one was given, that asks for a comparison of two images.
     """
     if name != ALL and name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}, and {ALL}")
     needs = {
-        "pairwise": (pairwise, "a method with token-patch attributions"),
-        "intra_modal": (intra_modal, "a method that compares two images or two captions"),
+        ("pairwise",): (pairwise, "a method with token-patch attributions"),
+        ("intra_modal",): (intra_modal, "a method that compares two images or two captions"),
+        ("intra_modal", "compares_images"): (compares_images, "a method that compares two images"),
     }
-    for flag, (option, what) in needs.items():
-        if option is not None and (name == ALL or not getattr(METHODS[name], flag)):
-            able = ", ".join(each for each, method in METHODS.items() if getattr(method, flag))
-            raise ValueError(f"{option} needs {what} ({able}); got --method {name}")
+    for flags, (option, what) in needs.items():
+        able = [each for each, method in METHODS.items() if any(getattr(method, flag) for flag in flags)]
+        if option is not None and name not in able:
+            raise ValueError(f"{option} needs {what} ({', '.join(able)}); got --method {name}")
 
 
 def _shared_out(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

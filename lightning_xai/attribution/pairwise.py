@@ -28,7 +28,8 @@ class IntraModalAttribution:
 
     Attributes:
         interactions: [B, H, W, H, W] for images, [B, L, L] for captions: parts of the first input, then of the second;
-            signed, in units of the similarity. CLS, registers and padding are left out.
+            signed, in units of the similarity. CLS, registers and padding are left out. An image and a sound have each
+            a grid of their own.
         similarity: [B], the cosine similarity that is explained, in [-1, 1].
         completeness_error: [B], as for `Attribution`.
     """

@@ -18,7 +18,7 @@ ALL = "all"
 """The name that stands for every method."""
 
 _GROUP = "lightning_xai.methods"
-_FLAGS = ("signed", "pairwise", "intra_modal", "stochastic", "baseline", "has_zero")
+_FLAGS = ("signed", "pairwise", "intra_modal", "compares_images", "stochastic", "baseline", "has_zero")
 
 
 def check_method_class(name: str, entry: Any) -> None:
@@ -44,6 +44,8 @@ def check_method_class(name: str, entry: Any) -> None:
     unchanged = [name for name in ("attribute_images", "attribute_texts") if _inherits(entry, name)]
     if entry.intra_modal and unchanged:
         raise ValueError(f"an `intra_modal` method implements {' and '.join(unchanged)}")
+    if entry.compares_images and not hasattr(entry, "attribute_images"):
+        raise ValueError("a method that `compares_images` implements attribute_images")
     _check_options(entry)
     # For messages of `attribute`.
     entry.origin = f"plug-in {METHODS.origin(name)}, entry {name!r} of {_GROUP}"

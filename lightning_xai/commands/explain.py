@@ -28,18 +28,20 @@ class Explain:
     Many at once: --image list.csv (columns image,caption and if need be span,box), or a folder with --caption.
     Two captions: --caption "A dog runs" --other-caption "A puppy is playing", also by a sentence encoder
     (--model.name st:FOLDER); every pair of their tokens is then in pairs.csv as well.
+    A sound: --image bark.wav, with a CLAP or ImageBind model (--model.name imagebind:imagebind_huge.pth); with
+    ImageBind also an image and a sound: --image dog.jpg --other-image bark.wav.
 
     Attributes:
         model: the model to explain.
         out: folder to write to; what an earlier call wrote there is replaced.
-        image: a JPEG, PNG or WebP file (for a CLAP model a sound); a folder of them; or a CSV list, with paths relative
-            to itself.
+        image: a JPEG, PNG or WebP file (for models of sounds a WAV, FLAC, OGG or MP3 file); a folder of them; or a CSV
+            list, with paths relative to itself.
         caption: the text; for a folder, that of all its images.
         captions: for a folder, a CSV list of image (relative to the folder), caption, span, box.
         span: a phrase of the caption: the heat map shows where the image matches it. Where it stands several times in
             the caption, all of them count.
         box: x,y,width,height in pixels of the image file: the words show what matches the box.
-        other_image: a second image, compared with the first one, or with its box; no caption is needed.
+        other_image: a second image (or sound), compared with the first one, or with its box; no caption is needed.
         other_caption: a second caption, compared with the first one, or with its span; no image is needed.
         method: an attribution method such as feature_pair, m2ib, grad_cam, attention_relevance, saliency or rise, or a
             baseline such as random; "all" draws all of them side by side, an unknown name lists them.
@@ -73,6 +75,8 @@ class Explain:
         self._check()
         entries = [] if self._compares else self._entries()
         encoder = load_model(self.model)
+        if self.image is not None:
+            encoder = encoder.reading(self.image if self._compares else entries[0].image)
         chosen, missing = choose_methods(encoder, self.method, self.options)
         settings = describe(asdict(self), self.model, encoder)
         if self._compares:
@@ -88,22 +92,29 @@ class Explain:
 
     def _compare(self, encoder: Any, chosen: Any, settings: dict[str, Any]) -> None:
         """Compare two images or two captions, and write what `write_all` writes."""
+        from lightning_xai.attribution.method_options import choose_method
+
         if self.image is not None and self.other_image is not None:
-            compared = compare_images(encoder, chosen.method, self.image, self.other_image, self.box)
+            reads_other = encoder.reading(self.other_image)
+            by = None
+            if reads_other is not encoder:
+                by = choose_method(reads_other, chosen.name, self.options).method
+            compared = compare_images(chosen.method, self.image, self.other_image, self.box, by)
         else:
             captions = (self.caption or "", self.other_caption or "")
             compared = compare_captions(encoder, chosen.method, *captions, self.span)
         arrays, record, sheet, pairs = compared
-        scores = {name: arrays[name].item() for name in ("similarity", "completeness_error")}
-        methods = {chosen.name: {"options": chosen.options, **scores}}
-        record = {**settings, **record, "methods": methods, "arrays": COMPARED_ARRAYS}
+        scores = {name: arrays[name].item() for name in ("similarity", "completeness_error") if name in arrays}
+        methods: dict[str, Any] = {chosen.name: {"options": chosen.options, **scores}}
+        described = {name: what for name, what in COMPARED_ARRAYS.items() if name in arrays}
+        record = {**settings, **record, "methods": methods, "arrays": described}
         print(write_all(self.out, arrays, record, sheet))  # noqa: T201
         if pairs:
             print(write_pairs(self.out, pairs))  # noqa: T201
 
     @property
     def _compares(self) -> bool:
-        """True if two inputs of one kind are compared."""
+        """True if two images, or an image and a sound, or two captions are compared."""
         return self.other_image is not None or self.other_caption is not None
 
     def _check(self) -> None:
@@ -148,7 +159,8 @@ class Explain:
                 raise ValueError(f"{path} does not exist")
         for option in ("span", "box", "other_image", "other_caption"):
             given = None if getattr(self, option) is None else f"--{option.replace('_', '-')}"
-            check_method(self.method, **{"intra_modal" if "other" in option else "pairwise": given})
+            flag = {"other_image": "compares_images", "other_caption": "intra_modal"}.get(option, "pairwise")
+            check_method(self.method, **{flag: given})
 
     def _entries(self) -> list[Entry]:
         """Entries to explain, image by image."""

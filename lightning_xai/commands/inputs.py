@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_xai.commands.model_choice import SENTENCES, ModelChoice
+from lightning_xai.commands.model_choice import IMAGEBIND, SENTENCES, ModelChoice
 
 if TYPE_CHECKING:
     import torch
@@ -55,20 +55,22 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     """
     import torch
 
-    from lightning_xai.models import load_clap, load_dual_encoder, load_sentence_encoder
+    from lightning_xai.models import load_clap, load_dual_encoder, load_imagebind, load_sentence_encoder
     from lightning_xai.models.clap import is_clap
 
     device = _device(choice.device)
+    given = [name for name, value in {"pretrained": choice.pretrained, **choice.options}.items() if value is not None]
+    if given and choice.name.startswith((SENTENCES, IMAGEBIND)):
+        what = "takes no images" if choice.compares_texts_only else "knows its own transform"
+        raise ValueError(
+            f"{choice.name} holds its own weights and {what}: leave out "
+            f"{', '.join(f'--model.{name}' for name in given)}"
+        )
     if choice.compares_texts_only:
-        given = [
-            name for name, value in {"pretrained": choice.pretrained, **choice.options}.items() if value is not None
-        ]
-        if given:
-            raise ValueError(
-                f"{choice.name} holds its own weights and takes no images: leave out "
-                f"{', '.join(f'--model.{name}' for name in given)}"
-            )
         return load_sentence_encoder(choice.name.removeprefix(SENTENCES), device).eval()
+    if choice.name.startswith(IMAGEBIND):
+        images, _ = load_imagebind(choice.name.removeprefix(IMAGEBIND), device)
+        return images.eval()
     folder = Path(choice.name.removeprefix("hf:"))
     if folder.is_dir() and is_clap(folder):
         if choice.pretrained is not None:

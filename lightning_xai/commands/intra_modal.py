@@ -1,4 +1,4 @@
-"""Two images, or two captions: what in each of them makes them similar."""
+"""Two images, an image and a sound, or two captions: what in each of them makes them similar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_xai.report.plots import Example
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_xai.attribution import IntraModalAttribution, PairwiseMethod
+    from lightning_xai.attribution import ImageComparison, IntraModalAttribution, PairwiseMethod
     from lightning_xai.models.encoder import TwoTowerEncoder
 
     # Arrays, record, picture, and of captions the pairs of tokens, the largest attribution first.
@@ -36,29 +36,48 @@ _FILE = "pairs.csv"
 _PAIRS = ("token", "other_token", "attribution", "position", "other_position")
 
 
-def compare_images(
-    encoder: TwoTowerEncoder, method: PairwiseMethod, image: Path, other: Path, box: str | None
-) -> Compared:
+def compare_images(method: Any, image: Path, other: Path, box: str | None, by: Any = None) -> Compared:
     """Compare two images; with a box on the first one, show what in the second one matches it.
+
+    Args:
+        method: one that compares images.
+        image: the first file.
+        other: the second file.
+        box: on the first.
+        by: the same method of the encoder that reads the second file, where that is another one: a sound's.
 
     Raises:
         InputError: an image or the box cannot be used.
     """
-    (pixels, size), (other_pixels, _) = (read_input(encoder, path) for path in (image, other))
+    encoder, other_encoder = method.encoder, (by or method).encoder
+    (pixels, size), (other_pixels, other_size) = read_input(encoder, image), read_input(other_encoder, other)
     seen = transformed_box(encoder, box, size)
-    arrays = _arrays(method.attribute_images(pixels[None], other_pixels[None]))
+    arrays = _arrays(method.attribute_images(pixels[None], other_pixels[None], **({} if by is None else {"by": by})))
     if seen is not None:
         arrays["box_mask"] = box_mask(seen, arrays["first"], pixels)
         arrays["shown_second"] = arrays["interactions"][arrays["box_mask"]].sum(axis=0)
     first, second = (
-        Example(numpy_of(encoder.pictures(each[None])[0].permute(1, 2, 0)), "", "", (), place)
-        for each, place in ((pixels, seen), (other_pixels, None))
+        Example(numpy_of(owner.pictures(each[None])[0].permute(1, 2, 0)), "", "", (), place)
+        for owner, each, place in ((encoder, pixels, seen), (other_encoder, other_pixels, None))
     )
-    heats = (arrays["first"] if seen is None else None, arrays["shown_second"])
     sheet = image_pair_sheet(
-        first, second, heats, similarity=arrays["similarity"].item(), error=arrays["completeness_error"].item()
+        first,
+        second,
+        (arrays["first"] if seen is None else None, arrays["shown_second"]),
+        similarity=arrays["similarity"].item(),
+        error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
+        scale="signed" if method.signed else "positive" if method.has_zero else "range",
+        kinds="Two images" if by is None else "Image and sound",
     )
-    return arrays, {"images": [str(image), str(other)], "box": box, "box transformed": seen}, sheet, []
+    record: dict[str, Any] = {
+        "images": [str(image), str(other)],
+        "images_seen": [encoder.seen(size), other_encoder.seen(other_size)],
+        "box": box,
+        "box transformed": seen,
+    }
+    if by is not None:
+        record["other"] = {"architecture": other_encoder.name, "preprocessing": other_encoder.preprocessing}
+    return arrays, record, sheet, []
 
 
 def compare_captions(
@@ -105,8 +124,8 @@ def compare_captions(
     return arrays, record, sheet, table
 
 
-def _arrays(result: IntraModalAttribution) -> dict[str, NDArray[Any]]:
-    names = ("interactions", "first", "second", "similarity", "completeness_error")
+def _arrays(result: IntraModalAttribution | ImageComparison) -> dict[str, NDArray[Any]]:
+    names = [name for name in COMPARED_ARRAYS if hasattr(result, name)]
     arrays = {name: numpy_of(getattr(result, name)[0]) for name in names}
     return arrays | {"shown_second": arrays["second"]}
 

@@ -10,6 +10,8 @@ from lightning_xai.model_options import ModelOptions
 
 SENTENCES = "st:"
 """In front of a folder, it names a model of sentence-transformers."""
+IMAGEBIND = "imagebind:"
+"""In front of a file, it names weights of ImageBind."""
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
@@ -20,8 +22,9 @@ class ModelChoice(ModelOptions):
 
     Attributes:
         name: an open_clip name (ViT-B-32), a JSON model config, a .ckpt file that fit has written, an open_clip folder,
-            hf-hub:OWNER/NAME, hf:FOLDER, a folder of Hugging Face's transformers (CLIP, SigLIP, CLAP and others), or
-            st:FOLDER, one of sentence-transformers, for two captions.
+            hf-hub:OWNER/NAME, hf:FOLDER, a folder of Hugging Face's transformers (CLIP, SigLIP, CLAP and others),
+            st:FOLDER, one of sentence-transformers, for two captions, or imagebind:FILE, weights of ImageBind, for
+            images, sounds and captions.
         pretrained: a tag (openai; downloaded on first use) or a file of weights; left out: those that the name brings,
             random ones otherwise.
         device: cpu, cuda, cuda:1, ...; left out: a GPU where there is one.
@@ -36,7 +39,9 @@ class ModelChoice(ModelOptions):
     @property
     def is_random(self) -> bool:
         """True if neither the name nor `pretrained` brings weights."""
-        brings = self.name.endswith(".ckpt") or self.name.startswith(("hf-hub:", "hf:", SENTENCES, "local-dir:"))
+        brings = self.name.endswith(".ckpt") or self.name.startswith(
+            ("hf-hub:", "hf:", SENTENCES, IMAGEBIND, "local-dir:")
+        )
         folder = any((Path(self.name) / name).is_file() for name in ("open_clip_config.json", "config.json"))
         return self.pretrained is None and not (brings or folder)
 

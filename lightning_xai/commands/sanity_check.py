@@ -77,7 +77,7 @@ class SanityCheck:
         for name in names:
             check_method(name)
         entries = read_entries(self.image, self.caption, self.captions)
-        encoder = load_model(self.model)
+        encoder = load_model(self.model).reading(entries[0].image)
         chosen, missing = _choose(encoder, names, self.options)
         pairs, skipped = _prepare(encoder, entries, self.limit)
         for name, reason in {**missing, **skipped}.items():

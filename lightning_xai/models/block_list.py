@@ -142,36 +142,42 @@ class ImageBlocksAtLayer(TowerAtLayer):
     Args:
         tower: the tower; images go in, embeddings come out.
         blocks: where its blocks are.
-        size: (height, width) of its images in pixels.
+        shape: (channels, height, width) of its images in pixels.
         layer: the block's number, from 0.
         grid: rows and columns of its tokens after the prefix; None for feature maps, which show theirs.
     """
 
     def __init__(
-        self, tower: nn.Module, blocks: BlockList, size: tuple[int, int], layer: int, grid: tuple[int, int] | None
+        self,
+        tower: nn.Module,
+        blocks: BlockList,
+        shape: tuple[int, int, int],
+        layer: int,
+        grid: tuple[int, int] | None,
     ) -> None:
         self._tower = tower
         self._list = blocks
-        self._size = size
+        self._shape = shape
         self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=grid is None)
         self.layers = range(len(blocks.blocks))
         self.block = blocks.blocks[self.layer] if self.layer < len(blocks.blocks) else None
         self.is_feature_map = grid is None
         if grid is None:
             with torch.no_grad(), evaluating(tower):
-                shape = self.features_before(self._blank(next(tower.parameters()))).shape
-            if len(shape) != 4:
+                hidden = self.features_before(self._blank(next(tower.parameters())))
+            if hidden.ndim != 4:
                 raise UnsupportedTowerError(
-                    f"{type(blocks.parent).__name__} hands hidden states of shape {[*shape]} to its {blocks.name}; "
-                    "feature maps [B, C, H, W] have places to attribute to, or tokens with a grid of patches"
+                    f"{type(blocks.parent).__name__} hands hidden states of shape {[*hidden.shape]} to its "
+                    f"{blocks.name}; feature maps [B, C, H, W] have places to attribute to, or tokens with a grid of "
+                    "patches"
                 )
-            grid = (shape[2], shape[3])
+            grid = (hidden.shape[2], hidden.shape[3])
         self.grid = grid
         self.prefix_tokens = blocks.prefix
 
     def _blank(self, like: Tensor) -> Tensor:
         # One image is enough to get to the block, whatever the number of hidden states that go on from there.
-        return like.new_zeros(1, 3, *self._size)
+        return like.new_zeros(1, *self._shape)
 
     def features_before(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, height, width] -> hidden states [B, T, D] or [B, C, H, W]."""

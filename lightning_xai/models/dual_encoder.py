@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import open_clip
@@ -14,10 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_xai.data.sample import read_image
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
-from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.image_encoder import ImageEncoder
 from lightning_xai.models.image_transform import ImageTransform
 from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_tower_at_layer, text_tower_at_layer
 
@@ -30,7 +28,7 @@ CHECKPOINT_KEY = "dual_encoder"
 _Embed = Callable[["DualEncoder", Tensor], Tensor]
 
 
-class DualEncoder(TwoTowerEncoder):
+class DualEncoder(ImageEncoder):
     """A model of images and captions with all that is needed to use and to train it.
 
     This class is of open_clip's models; its subclass `HuggingFaceEncoder` is of those of transformers.
@@ -93,33 +91,6 @@ class DualEncoder(TwoTowerEncoder):
     def preprocessing(self) -> dict[str, Any]:
         """open_clip's preprocessing configuration: size, mean, std, interpolation, resize mode and fill colour."""
         return dict(self.architecture["preprocess_cfg"])
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(3, height, width) of the images that the transform makes."""
-        return (3, *self.image_transform.size)
-
-    def black_image(self) -> Tensor:
-        """Black pixels, normalised: [3, height, width]."""
-        black = -torch.tensor(self.image_transform.mean) / torch.tensor(self.image_transform.std)
-        return black[:, None, None].expand(self.image_shape)
-
-    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
-        """A JPEG, PNG or WebP file, upright, transformed: [3, height, width]; and its own (width, height)."""
-        image = read_image(path.read_bytes(), str(path))
-        return self.image_transform(image), image.size
-
-    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Boxes of an image file, resized and cropped as its pixels are."""
-        return self.image_transform.boxes(boxes, size)
-
-    def seen(self, size: tuple[int, int]) -> float:
-        """The share of an image that the transform's crop leaves."""
-        return self.image_transform.seen(size)
-
-    def pictures(self, images: Tensor) -> Tensor:
-        """The images' pixels, no longer normalised."""
-        return self.image_transform.denormalize(images)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, K], not normalised."""

@@ -85,6 +85,10 @@ class TwoTowerEncoder(nn.Module, ABC):
             ValueError: it does not decode.
         """
 
+    def reading(self, path: Path) -> TwoTowerEncoder:
+        """The encoder that reads a file: this one, unless the model has another image tower for files of its kind."""
+        return self
+
     @abstractmethod
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Boxes in the coordinates of an input.

@@ -169,7 +169,7 @@ class HuggingFaceEncoder(DualEncoder):
                 hidden = blocks.reach(0, lambda: tower(blank))
             self._image_tokens = 0 if hidden.ndim == 4 else hidden.shape[1]
         if self._image_tokens == 0:
-            return ImageBlocksAtLayer(tower, blocks, size, layer, None)
+            return ImageBlocksAtLayer(tower, blocks, self.image_shape, layer, None)
         patch = getattr(self.model.config.vision_config, "patch_size", None)
         if patch is None:
             raise UnsupportedTowerError(
@@ -181,7 +181,7 @@ class HuggingFaceEncoder(DualEncoder):
             for pixels, step in zip(size, (patch, patch) if isinstance(patch, int) else patch, strict=True)
         )
         blocks = replace(blocks, prefix=self._image_tokens - rows * columns)
-        return ImageBlocksAtLayer(tower, blocks, size, layer, (rows, columns))
+        return ImageBlocksAtLayer(tower, blocks, self.image_shape, layer, (rows, columns))
 
     def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
         return self._text_tower.at_layer(layer)

@@ -46,7 +46,7 @@ __all__ = ["load_dual_encoder"]
 # trained with the pixels that are open_clip's defaults.
 _OPENAI_ONLY = frozenset({"input_resolution", "context_length", "vocab_size"})
 _OPENAI_PIXELS = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
-_LOCAL, _HUB, _SENTENCES = "local-dir:", "hf-hub:", "st:"
+_LOCAL, _HUB, _SENTENCES, _IMAGEBIND = "local-dir:", "hf-hub:", "st:", "imagebind:"
 _WEIGHTS = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")  # as open_clip looks for them
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 # A file may differ from the model that was asked for in what can be carried over: positions, and it knows best itself.
@@ -103,11 +103,7 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
         resize_mode=resize_mode,
         quick_gelu=quick_gelu,
     )
-    if str(model).startswith(_SENTENCES):
-        raise ValueError(
-            f"{model} is a sentence encoder, which has no image tower: `explain` takes it with --caption and "
-            "--other-caption, and in Python load_sentence_encoder(FOLDER) loads it"
-        )
+    _refuse_other_kinds(str(model))
     if str(model).startswith(PREFIX):
         if pretrained is not None and not Path(pretrained).is_file():
             raise ValueError(_brings_its_own(model, pretrained))
@@ -130,6 +126,20 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
         architecture = _with_image_size(settled(architecture, options), options.size)
         return _from_architecture(architecture, source.tokenizer).to(device)
     return _from_file(source, source.weights, options).to(device)
+
+
+def _refuse_other_kinds(model: str) -> None:
+    """Raise a ValueError that says what serves models that are no dual encoders of images and texts alone."""
+    if model.startswith(_SENTENCES):
+        raise ValueError(
+            f"{model} is a sentence encoder, which has no image tower: `explain` takes it with --caption and "
+            "--other-caption, and in Python load_sentence_encoder(FOLDER) loads it"
+        )
+    if model.startswith(_IMAGEBIND):
+        raise ValueError(
+            f"{model} is ImageBind, which is explained, but not trained: `explain` and `sanity-check` take it, and in "
+            "Python load_imagebind(FILE) loads it"
+        )
 
 
 def _brings_its_own(model: str | Path, pretrained: str | Path) -> str:

@@ -323,7 +323,7 @@ def _timm_at_layer(visual: TimmModel, layer: int) -> ImageBlocksAtLayer:
                 prefix=int(getattr(trunk, "num_prefix_tokens", 0)),
             )
             grid = None if is_map else _timm_grid(trunk, visual.image_size)
-            return ImageBlocksAtLayer(visual, blocks, visual.image_size, layer, grid)
+            return ImageBlocksAtLayer(visual, blocks, (3, *visual.image_size), layer, grid)
     raise UnsupportedTowerError(
         f"a timm tower of type {type(trunk).__name__} is not supported: it has no list of blocks, stages or layers, as "
         "timm's VisionTransformer, ConvNeXt and SwinTransformer have"

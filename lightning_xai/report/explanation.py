@@ -153,23 +153,32 @@ def comparison_sheet(
 
 
 def image_pair_sheet(
-    first: Example, second: Example, saliencies: tuple[Values | None, Values], *, similarity: float, error: float
+    first: Example,
+    second: Example,
+    saliencies: tuple[Values | None, Values],
+    *,
+    similarity: float,
+    error: float | None = None,
+    scale: Scale = "signed",
+    kinds: str = "Two images",
 ) -> Figure:
-    """Draw the parts of two images that make them similar.
+    """Draw the parts of two images, or of an image and a sound, that make them similar.
 
     Args:
         first: the first image, and the box in it that is asked about.
         second: the second image.
-        saliencies: [h, w] signed for each; None for the first where a box of it is asked about.
+        saliencies: [h, w] for each; None for the first where a box of it is asked about.
         similarity: of the images' embeddings.
-        error: the completeness error.
+        error: the completeness error, of methods that have one.
+        scale: how values become colours.
+        kinds: what is compared, as the title has it.
     """
     asked = "what matches the box" if saliencies[0] is None else "what makes them similar"
-    sheet = Sheet(_PAIR, f"Two images: {asked}", _numbers(similarity, error))
-    y = panel(sheet, first, (GAP, sheet.top), _SIDE, saliencies[0])
-    y = max(y, panel(sheet, second, (2 * GAP + _SIDE, sheet.top), _SIDE, saliencies[1]))
+    sheet = Sheet(_PAIR, f"{kinds}: {asked}", _numbers(similarity, error))
+    y = panel(sheet, first, (GAP, sheet.top), _SIDE, saliencies[0], scale)
+    y = max(y, panel(sheet, second, (2 * GAP + _SIDE, sheet.top), _SIDE, saliencies[1], scale))
     named = zip(_ORDER, saliencies, strict=True)
-    _bars(sheet, y + GAP, {f"patches of the {name}": values for name, values in named if values is not None}, "signed")
+    _bars(sheet, y + GAP, {f"patches of the {name}": values for name, values in named if values is not None}, scale)
     return sheet.figure
 
 

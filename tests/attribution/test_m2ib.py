@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from lightning_xai.attribution.m2ib import M2IB, capacity
-from lightning_xai.models import DualEncoder, UnsupportedTowerError
+from lightning_xai.models import DualEncoder, ImageBindImages, ImageBindSounds, UnsupportedTowerError
 
 MakeEncoder = Callable[..., DualEncoder]
 SMALL = {"steps": 4, "samples": 3}
@@ -64,7 +64,8 @@ def literal(
             return encode()[0]
 
     def tokens_first(hidden: Tensor) -> Tensor:
-        return hidden[0].flatten(1).T if hidden.ndim == 4 else hidden[0]
+        # Batches of one: [1, C, H, W], [1, T, D] or [T, 1, D].
+        return hidden[0].flatten(1).T if hidden.ndim == 4 else hidden.flatten(0, 1)
 
     probe = features.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(embed(probe).sum(), probe)
@@ -80,7 +81,9 @@ def literal(
         noise = torch.randn(samples, *tokens_first(features).shape, generator=generator).to(features)
         fit = torch.zeros_like(features[0].flatten()[0])
         for sample in range(samples):
-            epsilon = noise[sample].T.reshape(features.shape) if features.ndim == 4 else noise[sample][None]
+            epsilon = (
+                noise[sample].T.reshape(features.shape) if features.ndim == 4 else noise[sample].reshape(features.shape)
+            )
             z = h * features + sigma * (1 - h) * epsilon
             fit = fit + torch.cosine_similarity(other, embed(z), dim=0) / samples
         objective = fit - beta * tokens_first(kl)[seen].mean()
@@ -288,3 +291,47 @@ def test_a_tower_of_a_single_block_is_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(UnsupportedTowerError, match="after its bottleneck; the text tower has 1 only"):
         M2IB(encoder_from(config, tmp_path))
+
+
+# ---- two images, or an image and a sound
+
+
+def pair_of_maps(sides: list[tuple[nn.Module, Callable[[], Tensor]]], **options: Any) -> list[Tensor]:
+    """Nats of each token of two inputs, each given as its tower's block and its encoding, against the other."""
+    with torch.no_grad():
+        embeddings = [encode()[0] for _, encode in sides]
+    return [
+        literal(block, encode, other, **options)
+        for (block, encode), other in zip(sides, reversed(embeddings), strict=True)
+    ]
+
+
+def test_two_images_agree_with_the_equations_taken_literally(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    images, _ = random_pairs(encoder)
+    result = M2IB(encoder, layer=0, **SMALL).attribute_images(images[:1], images[1:2])
+    model, (block, _) = encoder.model, towers(encoder, 0, 0)
+    first, second = pair_of_maps(
+        [(block, lambda: model.encode_image(images[:1])), (block, lambda: model.encode_image(images[1:2]))], **SMALL
+    )
+    for mine, theirs in ((result.first, first), (result.second, second)):
+        torch.testing.assert_close(mine[0], theirs[1:].reshape(mine.shape[1:]), rtol=1e-6, atol=1e-9)
+
+
+def test_an_image_and_a_sound_agree_with_the_equations_taken_literally() -> None:
+    from small_imagebind import small_imagebind
+
+    bind = small_imagebind().double()
+    images, sounds = ImageBindImages(bind).eval(), ImageBindSounds(bind).eval()
+    generator = torch.Generator().manual_seed(2)
+    seen, heard = (torch.randn(1, *each.image_shape, generator=generator).double() for each in (images, sounds))
+    options: dict[str, Any] = {"beta": 0.3, "variance": 0.5, **SMALL}
+    made = M2IB(images, layer=(0, None), **options), M2IB(sounds, layer=(1, None), **options)
+    result = made[0].attribute_images(seen, heard, by=made[1])
+    blocks = bind.modality_trunks["vision"].blocks[0], bind.modality_trunks["audio"].blocks[1]
+    first, second = pair_of_maps(
+        [(blocks[0], lambda: images.encode_image(seen)), (blocks[1], lambda: sounds.encode_image(heard))], **options
+    )
+    torch.testing.assert_close(result.first[0], first[1:].reshape(4, 4), rtol=1e-6, atol=1e-9)
+    # The package's first row is the lowest frequency.
+    torch.testing.assert_close(result.second[0], second[1:].reshape(3, 6).flip(0), rtol=1e-6, atol=1e-9)

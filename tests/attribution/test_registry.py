@@ -151,6 +151,7 @@ class Seeded(Flat):
         (type("Odd", (Flat,), {"signed": "yes"}), "the flag `signed` is True or False; got 'yes'"),
         (type("Bare", (Flat,), {"pairwise": True}), "`pairwise` where it derives from .*PairwiseMethod"),
         (type("Both", (Pairs,), {"intra_modal": True}), "implements attribute_images and attribute_texts"),
+        (type("Alone", (Flat,), {"compares_images": True}), "`compares_images` implements attribute_images"),
         (Positional, "the constructor takes its options by name; radii cannot"),
         (Required, "every option has a default; radius has none"),
         (EncoderLast, "the constructor takes `encoder` first"),

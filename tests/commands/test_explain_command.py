@@ -32,7 +32,14 @@ from lightning_xai.attribution import (
 from lightning_xai.cli import main
 from lightning_xai.commands.outputs import shown_tokens
 from lightning_xai.data import CaptionTokenizer
-from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_clap, load_dual_encoder, save_open_clip
+from lightning_xai.models import (
+    DualEncoder,
+    UnsupportedTowerError,
+    load_clap,
+    load_dual_encoder,
+    load_imagebind,
+    save_open_clip,
+)
 
 Explained = Callable[..., tuple[dict[str, NDArray[Any]], Any]]
 CAPTION = "a red ring and a blue ring"
@@ -279,8 +286,8 @@ def test_another_image_is_compared_with_the_box_of_the_first(
     explain(*given, "--out", tmp_path / "whole")
     explain(*given, "--box", "24,12.5,24,24", "--out", tmp_path / "box")
     encoder = loaded(model)
-    images = [inputs(encoder, path)[0] for path in (image, other)]
-    result = FeaturePairAttribution(encoder).attribute_images(*images)
+    first, second = (inputs(encoder, path)[0] for path in (image, other))
+    result = FeaturePairAttribution(encoder).attribute_images(first, second)
     whole, box = arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "box")
     np.testing.assert_allclose(whole["interactions"], result.interactions[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole["first"], result.first[0], rtol=1e-4, atol=1e-6)
@@ -464,6 +471,58 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     sound.write_bytes(b"no sound")
     said = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "none")
     assert "bell.wav cannot be read as a sound" in said
+
+
+@pytest.fixture
+def imagebind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options that choose a small ImageBind, and weights for it in place of the published ones."""
+    from small_imagebind import SIZES, package, small_imagebind
+
+    torch.save(small_imagebind().state_dict(), tmp_path / "small.pth")
+    monkeypatch.setattr(package, "imagebind_huge", lambda pretrained: package.ImageBindModel(**SIZES))
+    return ["--model.name", f"imagebind:{tmp_path / 'small.pth'}", "--model.device", "cpu"]
+
+
+@pytest.fixture
+def bark(tmp_path: Path) -> Path:
+    soundfile: Any = pytest.importorskip("soundfile", reason="needs the extra [audio]")
+    wave = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000) / 2
+    soundfile.write(tmp_path / "bark.wav", wave, 16_000, subtype="FLOAT")
+    return tmp_path / "bark.wav"
+
+
+@pytest.mark.parametrize("method", ["feature_pair", "m2ib"])
+def test_an_image_and_a_sound_are_compared_by_imagebind(
+    method: str, imagebind: list[str], image: Path, bark: Path, tmp_path: Path
+) -> None:
+    explain("--image", image, "--other-image", bark, "--method", method, *imagebind, "--out", tmp_path / "out")
+    images, sounds = load_imagebind(imagebind[1].removeprefix("imagebind:"))
+    seen, heard = images.eval().read(image)[0][None], sounds.eval().read(bark)[0][None]
+    by: Any = METHODS[method](sounds)
+    made: Any = METHODS[method](images)
+    expected = made.attribute_images(seen, heard, by=by)
+    arrays, record = arrays_of(tmp_path / "out"), record_of(tmp_path / "out")
+    np.testing.assert_allclose(arrays["first"], expected.first[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(arrays["shown_second"], expected.second[0], rtol=1e-4, atol=1e-6)
+    assert record["images"] == [str(image), str(bark)]
+    assert record["model"]["preprocessing"]["resize_mode"] == "shortest"
+    assert record["other"]["preprocessing"]["sampling_rate"] == 16_000
+    assert record["methods"][method]["similarity"] == pytest.approx(expected.similarity.item(), abs=1e-5)
+    assert record["arrays"].keys() <= arrays.keys()
+    assert ("interactions" in arrays) is (method == "feature_pair")
+    assert (tmp_path / "out" / "explanation.png").is_file()
+
+
+def test_imagebind_takes_the_tower_of_the_file(imagebind: list[str], image: Path, bark: Path, tmp_path: Path) -> None:
+    for file, grid, architecture in ((image, (4, 4), "ImageBind (vision)"), (bark, (3, 6), "ImageBind (audio)")):
+        out = tmp_path / file.stem
+        explain("--image", file, "--caption", CAPTION, "--method", "m2ib", *imagebind, "--out", out)
+        assert arrays_of(out)["image"].shape == grid
+        assert record_of(out)["model"]["architecture"] == architecture
+    said = message_of("--image", image, "--caption", "a", "--model.pretrained", "openai", *imagebind, "--out", tmp_path)
+    assert "holds its own weights and knows its own transform: leave out --model.pretrained" in said
+    given = ["--image", image, "--other-image", bark, "--box", "1,1,30,30", "--method", "m2ib"]
+    assert "--box needs a method with token-patch" in message_of(*given, *imagebind, "--out", tmp_path / "box")
 
 
 def test_the_users_own_image_is_never_replaced(model: list[str], image: Path, tmp_path: Path) -> None:

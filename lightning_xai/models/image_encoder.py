@@ -1,0 +1,51 @@
+"""Encoders of image files: how pixels and boxes become the image tower's input, and a picture again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_xai.data.sample import read_image
+from lightning_xai.models.encoder import TwoTowerEncoder
+from lightning_xai.models.image_transform import ImageTransform
+
+__all__ = ["ImageEncoder"]
+
+
+class ImageEncoder(TwoTowerEncoder):
+    """Two towers of images and texts.
+
+    Attributes:
+        image_transform: pixels and boxes -> what the image tower takes.
+    """
+
+    image_transform: ImageTransform
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, height, width) of the images that the transform makes."""
+        return (3, *self.image_transform.size)
+
+    def black_image(self) -> Tensor:
+        """Black pixels, normalised: [3, height, width]."""
+        black = -torch.tensor(self.image_transform.mean) / torch.tensor(self.image_transform.std)
+        return black[:, None, None].expand(self.image_shape)
+
+    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+        """A JPEG, PNG or WebP file, upright, transformed: [3, height, width]; and its own (width, height)."""
+        image = read_image(path.read_bytes(), str(path))
+        return self.image_transform(image), image.size
+
+    def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Boxes of an image file, resized and cropped as its pixels are."""
+        return self.image_transform.boxes(boxes, size)
+
+    def seen(self, size: tuple[int, int]) -> float:
+        """The share of an image that the transform's crop leaves."""
+        return self.image_transform.seen(size)
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """The images' pixels, no longer normalised."""
+        return self.image_transform.denormalize(images)
