@@ -10,7 +10,9 @@ Reasons for exclusion
   folder), `image_without_caption`, `image_without_record` (the instances file does not have it), `image_twice`,
   `size_mismatch` (it is not the image that was annotated);
 - a caption: `caption_empty`, `caption_of_unknown_image`;
-- a region: `annotation_of_unknown_image`, `category_unknown`, `box_malformed`, `box_without_area`, `box_outside_image`.
+- an annotation: `annotation_of_unknown_image`, `category_unknown`;
+- only the box of a region, which still counts as an instance: `box_malformed` (or missing), `box_without_area`,
+  `box_outside_image`.
 """
 
 from __future__ import annotations
@@ -178,5 +180,6 @@ class _CocoReader:
                     raise ExcludedError("category_unknown")
                 label = self.labels[thing["category_id"]]
                 spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
-                regions.append(Region(label, upright(thing.get("bbox")), spans, crowd=bool(thing.get("iscrowd"))))
+                box = upright.counted(thing.get("bbox"), self.excluded)
+                regions.append(Region(label, box, spans, crowd=bool(thing.get("iscrowd"))))
         return file.sample(f"{image:012d}", self.source, captions, regions)

@@ -173,7 +173,7 @@ def test_bad_captions_are_counted_and_the_rest_survives(world: CocoWorld) -> Non
     assert excluded == {"caption_empty": 4, "caption_of_unknown_image": 1, "image_without_caption": 2}
 
 
-def test_bad_boxes_are_counted_and_the_rest_survives(world: CocoWorld) -> None:
+def test_bad_boxes_are_counted_and_their_objects_are_instances_all_the_same(world: CocoWorld) -> None:
     boxes: dict[str, list[Any]] = {
         "box_without_area": [[5, 5, 0, 5], [5, 5, 5, -1]],
         "box_outside_image": [[40, 5, 5, 5], [5, -7, 5, 7]],
@@ -186,8 +186,9 @@ def test_bad_boxes_are_counted_and_the_rest_survives(world: CocoWorld) -> None:
         world.add_box(4711, [1, 1, 2, 2])
     world.add_box(42, [1, 1, 2, 2], category=58)
     (sample,), excluded = world.read()
-    assert [region.label for region in sample.regions] == ["dog", "hot dog"]
     counts = {reason: len(bad) for reason, bad in boxes.items()}
+    assert [region.label for region in sample.regions] == ["dog"] * (1 + sum(counts.values())) + ["hot dog"]
+    assert {region.box for region in sample.regions[1:-1]} == {None}
     assert excluded == {**counts, "category_unknown": 1, "annotation_of_unknown_image": 2}
 
 
