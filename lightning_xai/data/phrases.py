@@ -67,7 +67,7 @@ class Phrases(TensorFields):
         span_mask: `[R, L]` bool, the tokens that name the class: all whole mentions of it in the caption together.
         boxes: `[R, 4]` float32, `(x0, y0, x1, y1)` in pixels of the transformed image: the box of the class's region,
             the first one where there are several; zeros where it has none.
-        reason: `[R]` int64, an `Exclusion`; `MEASURED` where the data allow to measure (a metric may still find that the
+        reason: `[R]` int64, an `Exclusion`; `MEASURED` where the data allow it (a metric may still find that the
             box is `SMALLER_THAN_PATCH` or that the map has `NO_POSITIVE` value).
         text: the words that name the class, several mentions joined by `", "`; empty where there are none.
     """

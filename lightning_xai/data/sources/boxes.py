@@ -32,9 +32,10 @@ class BoxTransform:
 
     def counted(self, values: object, excluded: Counter[str]) -> Box | None:
         """The box; or None, with the reason counted: what was annotated is an instance all the same."""
+        box = None
         with counting(excluded):
-            return self(values)
-        return None
+            box = self(values)
+        return box
 
     def _turn(self, box: Box) -> Box:
         if self.orientation < 5:

@@ -16,8 +16,8 @@ an unknown split) is an error. Reasons for exclusion
 - a phrase (its caption stays): `phrase_notvisual`, `phrase_scene` (the whole image), `phrase_no_box`,
   `phrase_not_annotated` (the annotation has no usable box of its chain and does not say why);
 - a region: `box_of_unmentioned_chain`, `object_malformed` (it names no chain);
-- only the box of a region, which still counts as an instance of its chain: `box_malformed` (or missing: also where the annotation
-  says that a chain has none, and another object boxes it), `box_without_area`, `box_outside_image`;
+- only the box of a region, which still counts as an instance of its chain: `box_malformed` (or missing: also where
+  the annotation says that a chain has none, and another object boxes it), `box_without_area`, `box_outside_image`;
 - all regions of an image, which stays with its captions: `annotation_missing`, `annotation_unreadable`,
   `annotation_malformed` (no XML of this form; also any XML with a DTD, which could be a trap).
 """
