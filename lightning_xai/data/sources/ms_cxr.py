@@ -11,8 +11,9 @@ phrase cannot be used, the whole phrase is excluded, as the rest would be anothe
 Reasons for exclusion
 
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its path leaves the
-  images folder), `image_without_caption` (no phrase is left), `image_twice`, `size_malformed` (no whole numbers, or its
-  annotations contradict each other), `size_mismatch` (it is not the image that was annotated: it was made smaller);
+  images folder, or is no text), `image_without_caption` (no phrase is left, or the .json has none), `image_twice` (the
+  annotations of both count), `size_malformed` (no whole numbers, or its annotations contradict each other),
+  `size_mismatch` (it is not the image that was annotated: it was made smaller);
 - an annotation: `annotation_malformed` (a row with too few or too many fields; with too few, its phrase is incomplete),
   `annotation_of_unknown_image`, `annotation_without_split` (only where a split is asked for), `annotation_twice` (the
   same phrase, finding and box), `phrase_empty`;
@@ -196,6 +197,12 @@ def _read_json(path: Path, excluded: Counter[str]) -> list[_Annotation]:
     file = read_json(path, "annotations", _File, "MS-CXR's .json file")
     # Ids may be anything, also what has no hash.
     images = {repr(image.id): image for image in file.images if isinstance(image.path, str)}
+    paths = {image.path for image in images.values()}
+    used = {images[key].path for box in file.annotations if (key := repr(box.image_id)) in images}
+    named = sum(isinstance(image.path, str) for image in file.images)
+    excluded["image_name_unsafe"] += len(file.images) - named
+    excluded["image_twice"] += named - len(paths)
+    excluded["image_without_caption"] += len(paths - used)
     findings = {repr(finding.id): finding.name for finding in file.categories}
     annotations = []
     for box in file.annotations:

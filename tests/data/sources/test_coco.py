@@ -72,6 +72,9 @@ class CocoWorld(World):
         (self.images / self.captions["images"][-1]["file_name"]).unlink()
         self.captions["images"][-1]["file_name"] = name
 
+    def entries(self) -> int:
+        return len(self.captions["images"])
+
     def options(self) -> dict[str, Any]:
         parts = {"captions": self.captions, "instances": self.instances, "karpathy": self.karpathy}
         files = {part: self.json(f"{part}.json", content) for part, content in parts.items() if content is not None}

@@ -78,6 +78,9 @@ class FlickrWorld(World):
     def refer_to(self, name: str) -> None:
         self.lists["val"].append(name.removesuffix(".jpg"))
 
+    def entries(self) -> int:
+        return len(self.lists["val"])
+
     def options(self) -> dict[str, Any]:
         for split, names in self.lists.items():
             (self.entities / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))

@@ -52,6 +52,9 @@ class HncWorld(World):
     def refer_to(self, name: str) -> None:
         self.records[name.removesuffix(".jpg")] = {"captions": {"0": TRUE}}
 
+    def entries(self) -> int:
+        return len(self.records)
+
     def options(self) -> dict[str, Any]:
         captions = self.json("hnc_clean_strict_val.json", self.records)
         options = {"images": self.images, "captions": captions, "split": "val", "types": TYPES}

@@ -66,6 +66,9 @@ class MsCxrWorld(World):
             }
         )
 
+    def entries(self) -> int:
+        return len(self.records)
+
     def options(self) -> dict[str, Any]:
         content = {"info": {}, "licenses": [], "categories": self.findings}
         content |= {"images": self.records, "annotations": self.annotations}
