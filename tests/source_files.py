@@ -66,6 +66,10 @@ class World:
         """Write the files, and return the options that read them."""
         raise NotImplementedError
 
+    def entries(self) -> int:
+        """The number of images, rows or records that go in."""
+        raise NotImplementedError
+
     def refer_to(self, name: str) -> None:
         """Add an image, with a caption, whose file has this name, without the file."""
         raise NotImplementedError
@@ -80,6 +84,10 @@ class World:
 
     def prepare(self, **changes: Any) -> tuple[Manifest, list[Sample]]:
         return prepare(self.source, self.folder / "out", **self.options() | changes)
+
+
+# What begins the reasons of whole entries; others are those of captions, regions and so on.
+ENTRY_REASONS = ("broken record", "image_", "row_", "sentences_", "size_")
 
 
 class SourceTests:
@@ -106,6 +114,25 @@ class SourceTests:
         for name in UNSAFE_NAMES:
             world.refer_to(name.format(absolute=secret))
         assert world.read() == (samples, {**excluded, "image_name_unsafe": len(UNSAFE_NAMES)})
+
+    def test_every_entry_comes_out_or_is_counted_under_one_reason(self, world: World) -> None:
+        for name, data in (
+            ("missing.jpg", None),
+            ("broken.jpg", b"GIF89a"),
+            ("twin.jpg", jpeg()),
+            ("twin.jpg", jpeg()),
+            ("cut.v2.jpg", jpeg()[:99]),
+            ("../leaves.jpg", None),
+        ):
+            world.refer_to(name)
+            if data is not None:
+                (world.images / name).write_bytes(data)
+        samples, excluded = world.read()
+        counted = sum(count for reason, count in excluded.items() if reason.startswith(ENTRY_REASONS))
+        assert world.entries() >= 6
+        assert len(samples) + counted == world.entries()
+        manifest, stored = world.prepare()
+        assert (stored, manifest.samples, manifest.excluded) == (samples, len(samples), excluded)
 
     def test_no_image_at_all_is_an_error_that_says_why(self, world: World) -> None:
         for path in world.images.rglob("*.jpg"):

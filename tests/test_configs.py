@@ -134,6 +134,22 @@ def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
     assert made.model.out.parts[0] == "runs"
 
 
+def test_a_saved_config_is_read_back_whatever_the_names_in_it(tmp_path: Path) -> None:
+    names = ["1e-5", "1E5", "12e03", "1.e3", "1_0", ".5", "on", "2024-01-01", "a: b", "007"]
+    loggers = [
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": dict.fromkeys(("save_dir", "name"), name)}
+        for name in names
+    ]
+    (tmp_path / "own.yaml").write_text(json.dumps({"trainer": {"logger": loggers, "accelerator": "cpu"}}))
+    demo = ["--config", str(ROOT / "configs" / "demo.yaml"), f"--trainer.default_root_dir={tmp_path}"]
+    first = build_cli([*demo, f"--config={tmp_path / 'own.yaml'}"], run=False)
+    (tmp_path / "saved.yaml").write_text(first.parser.dump(first.config, skip_none=False))
+    second = build_cli([f"--config={tmp_path / 'saved.yaml'}"], run=False)
+    assert [logger.init_args.name for logger in second.config.trainer.logger] == names
+    assert [logger.init_args.save_dir for logger in second.config.trainer.logger] == names
+    assert second.config.model == first.config.model
+
+
 @pytest.mark.parametrize(
     ("name", "cells"), [("roar_demo.yaml", 5 + 6 * 2 * 5), ("roar_grid.yaml", 3 + 27 * 2 * 3), ("roar_paper.yaml", 95)]
 )

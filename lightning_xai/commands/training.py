@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonargparse import set_dumper
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -35,8 +38,29 @@ _FREE = {
 }  # fmt: skip
 
 
+class _ConfigDumper(yaml.SafeDumper):  # type: ignore[misc] # PyYAML has no types
+    """Quotes every text that jsonargparse would read as a number, which PyYAML's own dumper does not ("1e-5")."""
+
+
+_ConfigDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?"),
+    list("-+.0123456789"),
+)
+
+
+def _dump_config(settings: Any) -> str:
+    options: dict[str, Any] = {"default_flow_style": False, "allow_unicode": True, "sort_keys": False}
+    return str(yaml.dump(settings, Dumper=_ConfigDumper, **options))
+
+
 class TrainingCLI(LightningCLI):
     """The LightningCLI of `fit`, `validate`, `test` and `predict`."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser, and have it write configs that it reads back as they were."""
+        set_dumper("yaml", _dump_config)
+        return super().init_parser(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run as a whole."""

@@ -36,7 +36,7 @@ def object_swaps(sample: Sample, captions: Sequence[str], label_names: Sequence[
         return []
     swaps = []
     for number, region in enumerate(sample.regions):
-        if instances[region.label] > 1 or region.crowd or region.entity:
+        if instances[region.label] > 1 or region.crowd or region.entity or region.box is None:
             continue
         for caption, spans in sorted(region.spans.items()):
             if caption < len(captions) and len(spans) == 1:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["MentionFinder", "find_phrases"]
+__all__ = ["MentionFinder", "find_phrases", "phrase_words"]
 
 Span = tuple[int, int]
 
@@ -166,6 +166,15 @@ class MentionFinder:
         for label, span in sorted(found, key=lambda item: item[1]):
             mentions[label] = (*mentions.get(label, ()), span)
         return mentions
+
+
+def phrase_words(text: str) -> tuple[str, ...]:
+    """The words of a phrase as `MentionFinder` compares them: two phrases with the same ones are the same.
+
+    >>> phrase_words("Hot-dog"), phrase_words("...")
+    (('hot', 'dog'), ())
+    """
+    return _split(text)[0]
 
 
 def _split(text: str) -> tuple[tuple[str, ...], list[Span], list[str]]:

@@ -18,6 +18,7 @@ from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanC
 from lightning_xai.exclusion import Exclusion
 
 _T = TypeVar("_T", bound="TensorFields")
+_NO_BOX = (0.0, 0.0, 0.0, 0.0)
 
 
 class Transform(Protocol):
@@ -65,8 +66,8 @@ class Phrases(TensorFields):
         label: `[R]` int64, index into `Batch.label_names`.
         span_mask: `[R, L]` bool, the tokens that name the class: all whole mentions of it in the caption together.
         boxes: `[R, 4]` float32, `(x0, y0, x1, y1)` in pixels of the transformed image: the box of the class's region,
-            the first one where there are several.
-        reason: `[R]` int64, a `Exclusion`; `MEASURED` where the data allow to measure (a metric may still find that the
+            the first one where there are several; zeros where it has none.
+        reason: `[R]` int64, an `Exclusion`; `MEASURED` where the data allow it (a metric may still find that the
             box is `SMALLER_THAN_PATCH` or that the map has `NO_POSITIVE` value).
         text: the words that name the class, several mentions joined by `", "`; empty where there are none.
     """
@@ -101,7 +102,8 @@ class NamedBoxes(TensorFields):
     Attributes:
         caption_row: `[M]` int64, row of `Batch.tokens`.
         boxes: `[M, 4]` float32, `(x0, y0, x1, y1)` in pixels of the transformed image; those of which the transform
-            leaves nothing are not among them.
+            leaves nothing are not among them. A caption that names an instance without a box has none at all: its
+            boxes are not all that it names.
     """
 
     caption_row: Tensor
@@ -188,15 +190,16 @@ class TargetRows:
             raise ValueError(
                 f"record {sample.key!r} has labels {unknown} that its manifest lacks; prepare the shards again"
             )
-        given = torch.tensor([region.box for region in sample.regions], dtype=torch.float64)
+        given = torch.tensor([region.box or _NO_BOX for region in sample.regions], dtype=torch.float64)
         boxes = list(self._transform.boxes(given, sample.size))  # (x0, y0, x1, y1) in the transformed image
         self._add_phrases(sample, captions, boxes, image_row, first_caption_row)
         for negative in negatives:
             self._add_negative(sample, negative, boxes[negative.region], image_row, first_caption_row)
+        incomplete = {index for region in sample.regions if region.box is None for index in region.spans}
         for region, box in zip(sample.regions, boxes, strict=True):
-            if _has_area(box):
+            if region.box is not None and _has_area(box):
                 named = (index for index, spans in sorted(region.spans.items()) if spans and index < len(captions))
-                self._named += [(first_caption_row + index, box) for index in named]
+                self._named += [(first_caption_row + index, box) for index in named if index not in incomplete]
 
     def _add_phrases(
         self, sample: Sample, captions: Sequence[str], boxes: Sequence[Tensor], image_row: int, first_caption_row: int
@@ -214,7 +217,8 @@ class TargetRows:
                     mask, reason = self._mask(caption, spans)
                     text = ", ".join(caption[start:end] for start, end in spans)
                     place = (first_caption_row + index, image_row, self._labels[label])
-                    self._phrases.append(_Row(*place, geometry or reason, box, (mask,), (text,)))
+                    first = min(filter(None, (geometry, reason)), default=Exclusion.MEASURED)
+                    self._phrases.append(_Row(*place, first, box, (mask,), (text,)))
             if len(self._phrases) == before:
                 place = (-1, image_row, self._labels[label])
                 self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, (self._no_tokens(),), ("",)))
@@ -302,4 +306,6 @@ def _geometry_reason(instances: Sequence[Region], box: Tensor) -> Exclusion:
     """The reason why the boxes of a class do not allow to measure it; `box` is `[4]` after the transform."""
     if len(instances) > 1 or instances[0].crowd:
         return Exclusion.SEVERAL_INSTANCES
+    if instances[0].box is None:
+        return Exclusion.NO_BOX
     return Exclusion.MEASURED if _has_area(box) else Exclusion.OUTSIDE_CROP

@@ -69,6 +69,8 @@ class Region:
         label: class name, for instance `"dog"`. Regions of one image with the same label and entity are several
             instances of it.
         box: `(x, y, width, height)` in pixels of the upright image; x to the right and y down from the top left corner.
+            None: an instance whose box is missing or cannot be used. It is not measured, but it counts: its class does
+            not have exactly one instance where there is another.
         spans: caption index -> character spans `(start, end)` of that caption that name the region (end exclusive).
         crowd: the box holds a group of instances, not one.
         entity: distinguishes things of one class where the annotation says which of them a phrase names, as
@@ -76,7 +78,7 @@ class Region:
     """
 
     label: str
-    box: Box
+    box: Box | None
     spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
     crowd: bool = False
     entity: str = ""
@@ -110,7 +112,7 @@ class Sample:
         image: the image file's original bytes.
         size: `(width, height)` in pixels of the upright image (EXIF orientation applied).
         captions: at least one, none empty.
-        regions: every annotated object, also those that no caption names.
+        regions: every annotated object, also those that no caption names, and those without a usable box.
         source: where the image came from, for messages and tables (`"coco/val2017/000000397133.jpg"`).
         negatives: wrong captions that the data set comes with.
         blanks: caption index -> positions in the tokenizer's output that padding takes the place of. They depend on the
@@ -343,6 +345,8 @@ def _negative_faults(sample: Sample) -> Iterator[str]:
                 f"the hard negative {negative.text!r} belongs to caption {negative.caption} of "
                 f"{len(sample.captions)} and region {negative.region} of {len(sample.regions)}"
             )
+        elif sample.regions[negative.region].box is None:
+            yield f"the hard negative {negative.text!r} is about a region without a box"
         true = sample.captions[negative.caption]
         for (start, end), text in ((negative.span, negative.text), (negative.true_span, true)):
             if not 0 <= start < end <= len(text):
@@ -350,11 +354,12 @@ def _negative_faults(sample: Sample) -> Iterator[str]:
 
 
 def _region_faults(region: Region, sample: Sample) -> Iterator[str]:
-    x, y, width, height = region.box
-    if not all(math.isfinite(value) for value in region.box) or width <= 0 or height <= 0:
-        yield f"the box of {region.label!r} has no area: {region.box}"
-    if x + width <= 0 or y + height <= 0 or x >= sample.size[0] or y >= sample.size[1]:
-        yield f"the box of {region.label!r} lies outside the image {sample.size}: {region.box}"
+    if region.box is not None:
+        x, y, width, height = region.box
+        if not all(math.isfinite(value) for value in region.box) or width <= 0 or height <= 0:
+            yield f"the box of {region.label!r} has no area: {region.box}"
+        if x + width <= 0 or y + height <= 0 or x >= sample.size[0] or y >= sample.size[1]:
+            yield f"the box of {region.label!r} lies outside the image {sample.size}: {region.box}"
     for caption, spans in region.spans.items():
         if not 0 <= caption < len(sample.captions):
             yield f"{region.label!r} has spans in caption {caption} of {len(sample.captions)}"

@@ -8,13 +8,21 @@ a file here: `tarfile` reads uncompressed files, and of these only members with 
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
-from typing import IO, BinaryIO, Literal
+from tarfile import (  # type: ignore[attr-defined] # not in the types of the standard library
+    EmptyHeaderError,
+    InvalidHeaderError,
+    ReadError,
+    TruncatedHeaderError,
+)
+from typing import IO, Any, BinaryIO, Literal
 
+from typing_extensions import Self
 from webdataset.tariterators import base_plus_ext
 
 from lightning_xai.data.excluded import DUPLICATE_KEY, MISSING_SHARD, UNPAIRED_MEMBER, UNREADABLE_SHARD
@@ -87,7 +95,7 @@ def _read_shard(
     for position, (_, item) in zip(wanted, decode_records(origin, records), strict=False):
         read += 1
         yield position, item
-    reason = records.error or f"the shard ends after {records.seen} records"
+    reason = records.error or f"the shard ends after {records.seen} records{records.unknown_text}"
     for missing in wanted[read:]:
         yield (
             missing,
@@ -164,9 +172,12 @@ class TarRecords:
         self._opened = opened
         self._extensions = frozenset(extensions)
         self._wanted = wanted
+        self._keys: set[str] = set()
+        self._others: dict[str, list[str]] = {}  # key -> names of members that are not known
+        self._offset = 0
 
     def __iter__(self) -> Iterator[TarRecord]:
-        keys: set[str] = set()
+        keys = self._keys
         for key, members in groupby(self._members(), key=lambda member: member[0]):
             position = self.seen
             self.seen += 1
@@ -187,19 +198,63 @@ class TarRecords:
             if self.error:
                 return
 
+    @property
+    def unknown(self) -> int:
+        """Number of records so far that were not read, as none of their members has a known extension.
+
+        A name ends at its first dot, as webdataset has it: `a.b.jpg` is `a` with the extension `b.jpg`. Hidden files
+        (`._a.jpg`) and names without extension are one each. Further members of a record that is read, such as
+        `a.mask.png`, are none.
+        """
+        return sum(self._count_unknown(key, names) for key, names in self._others.items())
+
+    def _count_unknown(self, key: str, names: Sequence[str]) -> int:
+        if key not in self._keys:
+            # The names of a record differ in their last extension: `a.1.jpg`, `a.1.txt`, `a.2.jpg` are two.
+            return max(Counter(name.rpartition(".")[2] for name in names).values())
+        # `a.1.jpg` and `a.1.txt` beside `a.jpg` are another one.
+        known = (name.rpartition(".") for name in names)
+        stems = Counter(stem for stem, _, last in known if last.lower() in self._extensions)
+        return sum(count > 1 for count in stems.values())
+
+    @property
+    def unknown_text(self) -> str:
+        """The number of these and a name, to follow another text; empty where there is none."""
+        first = next((names[0] for key, names in self._others.items() if self._count_unknown(key, names)), "")
+        advice = "a name ends at its first dot, and an extension that is known has to follow"
+        return first and f"; {self.unknown:,} are not read, {first!r} the first: {advice}"
+
+    def keys_behind(self) -> set[str]:
+        """After an error: the keys of the records that lie behind the damage, as far as their headers can be read.
+
+        Only for streams that can seek.
+        """
+        keys = set()
+        with suppress(OSError), self._opened() as stream:
+            for name in _names_from(stream, self._offset):
+                key, extension = base_plus_ext(name)
+                if key is not None and extension.lower() in self._extensions:
+                    keys.add(key)
+        return keys
+
     def _members(self) -> Iterator[tuple[str, str, IO[bytes]]]:
         """Key, lower-case extension and content of the members that are known."""
         with self._noting_damage(), self._opened() as stream, _open_tar(stream) as tar:
             for entry in tar:
+                self._offset = tar.offset
                 if tar.offset < entry.offset_data:  # else a negative size could send it back for ever
-                    raise tarfile.ReadError("a member has a negative size")
+                    raise ReadError("a member has a negative size")
                 key, extension = base_plus_ext(entry.name)
                 # Few bytes of a sparse member can stand for any number of zeros.
                 if key is not None and extension.lower() in self._extensions and entry.isreg() and not entry.issparse():
                     file = tar.extractfile(entry)
                     assert file is not None
                     yield key, extension.lower(), file
+                elif not entry.isdir():
+                    self._others.setdefault(key or entry.name, []).append(entry.name)
                 tar.members.clear()  # type: ignore[attr-defined] # it would remember them all
+            if any(chunk.strip(b"\0") for chunk in iter(partial(stream.read, _CHUNK), b"")):
+                raise ReadError("it goes on behind the mark that closes a tar file")
 
     @contextmanager
     def _noting_damage(self) -> Iterator[None]:
@@ -211,10 +266,48 @@ class TarRecords:
             self.missing = isinstance(error, FileNotFoundError)
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose damaged header is an error: `tarfile` itself takes it for the end of the file."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except (EmptyHeaderError, TruncatedHeaderError) as error:
+            if tarfile.offset == 0:
+                raise
+            raise ReadError("it is cut off: it ends without the mark that closes a tar file") from error
+        except InvalidHeaderError as error:
+            if tarfile.offset == 0:
+                raise
+            raise ReadError("a header is damaged") from error
+
+
+def _names_from(stream: BinaryIO, offset: int) -> Iterator[str]:
+    """The names of all members whose headers can be found from a place of a damaged tar file on."""
+    while len(block := _block(stream, offset)) == tarfile.BLOCKSIZE:
+        offset += tarfile.BLOCKSIZE
+        with suppress(Exception):  # corrupt headers make tarfile raise errors of any type
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            stream.seek(offset - tarfile.BLOCKSIZE)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for entry in tar:
+                    if tar.offset < entry.offset_data:
+                        break
+                    offset = tar.offset
+                    yield entry.name
+                    tar.members.clear()  # type: ignore[attr-defined]
+
+
+def _block(stream: BinaryIO, offset: int) -> bytes:
+    stream.seek(offset)
+    return stream.read(tarfile.BLOCKSIZE)
+
+
 def _open_tar(stream: BinaryIO) -> tarfile.TarFile:
     try:
         # Never "r", which would unpack compressed files. Block by block: what came before a stream broke off is kept.
         mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
-        return tarfile.open(fileobj=stream, mode=mode, bufsize=tarfile.BLOCKSIZE)
-    except tarfile.ReadError as error:
-        raise tarfile.ReadError(f"it is not an uncompressed tar file ({error})") from error
+        return tarfile.open(fileobj=stream, mode=mode, bufsize=tarfile.BLOCKSIZE, tarinfo=_Member)
+    except ReadError as error:
+        raise ReadError(f"it is not an uncompressed tar file ({error})") from error

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_xai.data.excluded import (
     DUPLICATE_KEY,
     MISSING_SHARD,
+    UNKNOWN_MEMBER,
     UNREADABLE_SHARD,
     WRONG_CHECKSUM,
     WRONG_COUNT,
@@ -161,14 +162,17 @@ def _read_records(store: ShardStore, report: ShardReport, same_size: bool) -> No
         keys.append(hashlib.blake2b(key.encode(), digest_size=_KEY_BYTES).digest())
         _look_at(item, report)
     report.keys = np.array(keys, dtype=f"S{_KEY_BYTES}")
-    if records.error or len(keys) < entry.samples:
-        reason = records.error or f"it ends after {len(keys)} records"
-        lost = max(entry.samples - len(keys), 1)
+    lost = max(entry.samples - len(keys), 0)
+    if lost:  # else the checksum tells of what follows the last record
+        reason = records.error or f"it ends after {len(keys)} records{records.unknown_text}"
         message = f"{entry.name}: {lost:,} of {entry.samples:,} records are lost ({reason})"
         report.faults.append((Fault(-1, UNREADABLE_SHARD, message), lost))
     elif len(keys) > entry.samples:
         message = f"{entry.name} holds {len(keys):,} records, the manifest says {entry.samples:,}"
         report.faults.append((Fault(-1, WRONG_COUNT, message), len(keys) - entry.samples))
+    if (more := records.unknown - lost) > 0:
+        message = f"{entry.name} holds more than records{records.unknown_text}"
+        report.faults.append((Fault(-1, UNKNOWN_MEMBER, message), more))
     if same_size and stream.ended and (fault := _compare(stream.sha256.hexdigest(), entry)) is not None:
         report.faults.append((fault, 1))
 

@@ -9,7 +9,9 @@ from damaged_shards import damage_image, make_damaged, rewrite, shard_path
 
 from lightning_xai.cli import main
 from lightning_xai.commands.verify import Verify
-from lightning_xai.data.shards import write_shards
+from lightning_xai.data.sample import RecordError
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import Manifest, write_shards
 
 
 def reported(place: Path | str, quick: bool = False, workers: int = 0) -> str:
@@ -56,7 +58,7 @@ def test_all_that_is_wrong_is_reported_by_shard(
         "shard-000004.tar  unreadable shard             4",
     ]
     (lost,) = (line for line in lines if "are lost" in line)
-    assert lost == "shard-000004.tar: 4 of 10 records are lost (it ends after 6 records)"
+    assert lost == "shard-000004.tar: 4 of 10 records are lost (a header is damaged)"
     assert sum("the image does not decode" in line for line in lines) == 1
     assert "shard-000005.tar is missing" in lines
     assert not any("more" in line for line in lines)
@@ -99,6 +101,25 @@ def test_too_many_and_too_few_records_are_found(tmp_path: Path) -> None:
         manifest["shards"][shard]["samples"] = samples
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "3 faults in shard-000000.tar (2 wrong count), shard-000002.tar (1 unreadable shard)." in reported(folder)
+
+
+def test_members_that_no_sample_is_made_of_are_counted_by_shard(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", 20)
+    rewrite(
+        folder,
+        1,
+        lambda members: [
+            (name.replace(".", ".v1.") if n < 4 else name, data) for n, (name, data) in enumerate(members)
+        ],
+    )
+    rewrite(folder, 0, lambda members: [*members, ("._a.jpg", b"x"), ("b.gif", b"x"), (members[0][0] + ".bak", b"x")])
+    error = reported(folder)
+    assert "4 faults in shard-000000.tar (2 unknown member), shard-000001.tar (2 unreadable shard)" in error
+    manifest = Manifest.load(folder)
+    items = [item for _, item in read_samples(folder, manifest, [0, 1], 0, 20)]
+    faults = [item for item in items if isinstance(item, RecordError)]
+    assert len(faults) == 2
+    assert "2 are not read" in str(faults[0])
 
 
 def test_sums_of_the_manifest_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,8 @@ def test_nothing_is_swapped_where_it_could_be_true_or_where_classes_are_coarse()
         (dog, dog, cat),
         (dataclasses.replace(dog, crowd=True), cat),
         (dataclasses.replace(dog, entity="7"),),
+        (dataclasses.replace(dog, box=None), cat),
+        (dog, dataclasses.replace(dog, box=None), cat),
     ):
         swaps = object_swaps(dataclasses.replace(SAMPLE, regions=regions), SAMPLE.captions, LABELS)
         assert all(regions[swap.region].label == "cat" for swap in swaps)

@@ -223,6 +223,20 @@ def test_boxes_of_which_the_crop_leaves_nothing_are_not_among_them(tokenizer: Ca
     assert 0 == x0 < x1 < 12 * 42 / 64
 
 
+def test_an_instance_without_a_box_counts_and_is_not_measured(tokenizer: CaptionTokenizer) -> None:
+    lost = Region("dog", None, {0: SPAN})
+    for regions, reason in (
+        ((Region("dog", HERE, {0: SPAN}), lost), Exclusion.SEVERAL_INSTANCES),
+        ((lost, Region("dog", HERE, {0: SPAN})), Exclusion.SEVERAL_INSTANCES),
+        ((lost,), Exclusion.NO_BOX),
+    ):
+        sample = sample_of(*regions, Region("cat", THERE, {1: SPAN}))
+        rows = TargetRows(TRANSFORM, tokenizer, (*LABELS, "kite"))
+        rows.add(sample, sample.captions, [], 0, 0)
+        assert rows.phrases().reason.tolist() == [Exclusion.MEASURED, reason]
+        assert row_boxes(tokenizer, sample) == [(1, after(THERE))]  # what caption 0 names is not known as a whole
+
+
 def test_captions_that_take_no_part_name_nothing(tokenizer: CaptionTokenizer) -> None:
     sample = sample_of(Region("dog", HERE, {0: SPAN, 1: SPAN, 2: SPAN}), Region("cat", THERE, {2: SPAN}))
     assert row_boxes(tokenizer, sample, 5, captions=2) == [(5, after(HERE)), (6, after(HERE))]

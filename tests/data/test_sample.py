@@ -99,6 +99,13 @@ def test_records_without_hard_negatives_blanks_and_entities_do_not_name_them() -
     assert decode_sample("000000000042", members, "shard") == plain
 
 
+def test_a_region_without_a_box_comes_back_and_no_hard_negative_is_about_it() -> None:
+    original = sample(regions=(Region("dog", None),), negatives=())
+    assert decode_sample("000000000042", encode_sample(original), "shard") == original
+    with pytest.raises(RecordError, match="about a region without a box"):
+        encode_sample(sample(regions=(Region("dog", None),), negatives=(HardNegative("a cat", (2, 5), 0, (2, 5), 0),)))
+
+
 WRONG_SAMPLES: list[tuple[dict[str, Any], str]] = [
     ({"key": "a.b"}, "key"),
     ({"key": "../a"}, "key"),

@@ -60,6 +60,7 @@ def test_every_sample_keeps_the_contract(samples: list[Sample]) -> None:
         encode_sample(sample)
         assert read_image(sample.image, sample.key).size == sample.size == (64, 64)
         for region in sample.regions:
+            assert region.box is not None
             x, y, width, height = region.box
             assert x >= 0
             assert y >= 0
@@ -102,6 +103,7 @@ def test_the_named_color_fills_the_box_and_the_shape_the_caption_says(samples: l
         image = pixels_of(sample)
         for region in named(sample):
             color, shape = phrase_of(sample, region).split()
+            assert region.box is not None
             x, y, width, height = (int(value) for value in region.box)
             inside = image[y : y + height, x : x + width]
             nearest = np.abs(inside[:, :, None] - np.array(list(COLORS.values()))).sum(axis=3)
@@ -120,10 +122,11 @@ def test_boxes_are_tight_around_the_pixels(samples: list[Sample]) -> None:
         image = pixels_of(sample)
         for region in named(sample):
             color = phrase_of(sample, region).split()[0]
+            assert region.box is not None
             if color not in ("red", "yellow", "blue", "orange", "cyan"):
                 continue
             x, y, width, height = (int(value) for value in region.box)
-            others = [other.box for other in sample.regions if other is not region]
+            others = [other.box for other in sample.regions if other is not region and other.box is not None]
             if any(_gap(region.box, box) < 4 for box in others):
                 continue
             area = (slice(max(y - 3, 0), y + height + 3), slice(max(x - 3, 0), x + width + 3))

@@ -112,6 +112,7 @@ def pair_by_pair(encoder: DualEncoder, folder: Path) -> Pairs:
         number = Counter(region.label for region in sample.regions)
         for region in sample.regions:
             scale = side / sample.size[0]  # the images are square: there is no crop
+            assert region.box is not None
             x, y, width, height = (scale * value for value in region.box)
             for caption_index, spans in region.spans.items():
                 where = (index, caption_index, region.label)

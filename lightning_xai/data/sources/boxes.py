@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
-from lightning_xai.data.excluded import ExcludedError, excluded_as
+from lightning_xai.data.excluded import ExcludedError, counting, excluded_as
 from lightning_xai.data.sample import Box
 
 
@@ -28,6 +29,13 @@ class BoxTransform:
             ExcludedError: `box_malformed`, `box_without_area` or `box_outside_image`.
         """
         return _clip(self._turn(parse_box(values)), self.size)
+
+    def counted(self, values: object, excluded: Counter[str]) -> Box | None:
+        """The box; or None, with the reason counted: what was annotated is an instance all the same."""
+        box = None
+        with counting(excluded):
+            box = self(values)
+        return box
 
     def _turn(self, box: Box) -> Box:
         if self.orientation < 5:

@@ -1,83 +1,98 @@
-"""MS COCO (2014 and 2017), as its publishers ship it, with or without Karpathy's split.
+"""MS COCO (2014 and 2017), as its publishers ship it, with or without Karpathy's split; LVIS, and data of their form.
 
 Captions come from `captions_*.json` (or `dataset_coco.json`), boxes from `instances_*.json`, images from a folder.
-Where a caption names a class is found with the dictionary in `coco_classes`. What cannot be used is counted by reason,
-and the rest goes on; only input that makes no sense at all (a missing file, broken JSON, unknown split) is an error.
+Where a caption names a class is found with the dictionary in `coco_classes`, and other classes by their names and a
+file of synonyms (`own_classes`). Ids may be numbers or texts. What cannot be used is counted by reason, and the rest
+goes on; only input that makes no sense at all (a missing file, broken JSON, unknown split) is an error.
 
 Reasons for exclusion
 
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (it leaves the images
-  folder), `image_without_caption`, `image_without_record` (the instances file does not have it), `image_twice`,
-  `size_mismatch` (it is not the image that was annotated);
+  folder), `image_without_caption` (also where only the instances file has it), `image_without_record` (the instances
+  file does not have it), `image_twice`, `size_mismatch` (it is not the image that was annotated);
 - a caption: `caption_empty`, `caption_of_unknown_image`;
-- a region: `annotation_of_unknown_image`, `category_unknown`, `box_malformed`, `box_without_area`, `box_outside_image`.
+- an annotation: `annotation_of_unknown_image`, `annotation_twice` (the same id, image, class and box),
+  `category_unknown`;
+- only the box of a region, which still counts as an instance: `box_malformed` (or missing), `box_without_area`,
+  `box_outside_image`;
+- a class in an image of LVIS that has more instances than were annotated, so that it is not measured there:
+  `instances_not_exhaustive`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
-from pycocotools.coco import COCO
-from typing_extensions import NotRequired, TypedDict
 
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.phrase_finder import MentionFinder
-from lightning_xai.data.sample import Region, Sample
-from lightning_xai.data.sources.coco_classes import read_classes
+from lightning_xai.data.sample import Box, Region, Sample, Span
 from lightning_xai.data.sources.files import check_path, kept_captions, read_image_file, read_json, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
+from lightning_xai.data.sources.own_classes import class_finder, read_synonyms, shown
 
 _Pixels = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # neither NaN nor infinite
+_RawId: TypeAlias = int | float | str
+_Id: TypeAlias = int | str
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 
-# Dictionaries, which pycocotools indexes.
-class _Image(TypedDict):
-    id: int
+class _ListedImage(msgspec.Struct):
+    id: _RawId
     file_name: str
+    width: _Pixels = 0
+    height: _Pixels = 0
+
+
+class _AnnotatedImage(msgspec.Struct):
+    # LVIS has no file names, and lists the classes of which it has not annotated all instances.
+    id: _RawId
     width: _Pixels
     height: _Pixels
+    not_exhaustive_category_ids: list[_RawId] = []
 
 
-class _Caption(TypedDict):
-    id: Any
-    image_id: int
+class _Caption(msgspec.Struct):
+    image_id: _RawId
     caption: Any
 
 
-class _Object(TypedDict):
+class _Object(msgspec.Struct):
     # Without the outlines, which make up most of the file: 860,000 of them would fill memory.
-    id: Any
-    image_id: int
-    category_id: int
-    bbox: NotRequired[Any]
-    iscrowd: NotRequired[Any]
+    image_id: _RawId
+    category_id: _RawId
+    id: Any = None
+    bbox: Any = None
+    iscrowd: Any = None
 
 
-class _Category(TypedDict):
-    id: int
+class _Category(msgspec.Struct):
+    id: _RawId
     name: str
+    synonyms: list[str] = []
 
 
-class _CaptionsFile(TypedDict):
-    images: list[_Image]
+class _CaptionsFile(msgspec.Struct):
+    images: list[_ListedImage]
     annotations: list[_Caption]
 
 
-class _InstancesFile(TypedDict):
-    images: list[_Image]
+class _InstancesFile(msgspec.Struct):
+    images: list[_AnnotatedImage]
     annotations: list[_Object]
     categories: list[_Category]
 
 
 class _CocoKarpathyImage(KarpathyImage, frozen=True, kw_only=True):
-    cocoid: int
+    cocoid: _RawId
 
 
 def read_coco(
@@ -87,9 +102,10 @@ def read_coco(
     instances: Path,
     split: str,
     karpathy: Path | None = None,
+    synonyms: Path | None = None,
     excluded: Counter[str],
 ) -> Iterator[Sample]:
-    """COCO 2014 or 2017: five captions an image, all boxes, and where captions name their classes.
+    """COCO 2014 or 2017: five captions an image, all boxes; also LVIS, and own data of their form.
 
     Images come in the order of the captions file (or of Karpathy's). Every annotated object becomes a region, `iscrowd`
     ones as `crowd`. Every region of a class carries all mentions of that class in all captions of its image. Boxes are
@@ -106,6 +122,9 @@ def read_coco(
         split: name of the split; with `karpathy` the split to take: train, restval, val, test, or several
             joined by "+" (COCO 2014 keeps restval among the images and annotations of val2014).
         karpathy: dataset_coco.json of the Karpathy splits; the captions are then its sentences.
+        synonyms: YAML or JSON file with further words for classes: a line for each, such as
+            "helmet: [hard hat, headgear]". COCO's own classes have a dictionary; others are found by their name, in
+            singular and plural. Classes that no caption names are listed at the end.
         excluded: filled while iterated: reason (see the module's text) -> count.
 
     Returns:
@@ -117,66 +136,127 @@ def read_coco(
     """
     check_path(images, "images", "folder", "the folder that holds the image files")
     chosen = None if karpathy is None else read_karpathy(karpathy, split, _CocoKarpathyImage)
-    listed = _index(read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published"))
-    annotated = _index(read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published"))
-    files = {key: [image["file_name"]] for key, image in listed.imgs.items()}
-    sizes = {key: (int(image["width"]), int(image["height"])) for key, image in annotated.imgs.items()}
-    known = files.keys() | sizes.keys()
-    for reason, index, images_known in (("caption", listed, files), ("annotation", annotated, known)):
-        unknown = sum(len(found) for image, found in index.imgToAnns.items() if image not in images_known)
-        excluded[f"{reason}_of_unknown_image"] += unknown
+    listed = read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published")
+    annotated = read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published")
+    words = {category.name: category.synonyms for category in annotated.categories}
+    found = class_finder(words, read_synonyms(synonyms, words) if synonyms is not None else None)
+    files = {_id(image.id): [image.file_name] for image in listed.images}
+    records = {_id(image.id): image for image in annotated.images}
+    texts = _by_image((caption.image_id, caption.caption) for caption in listed.annotations)
+    objects = _by_image((thing.image_id, thing) for thing in annotated.annotations)
+    excluded["caption_of_unknown_image"] += _count_unknown(texts, files)
+    excluded["annotation_of_unknown_image"] += _count_unknown(objects, files.keys() | records.keys())
     if chosen is None:
-        texts = {image: [text["caption"] for text in found] for image, found in listed.imgToAnns.items()}
+        excluded["image_twice"] += len(listed.images) - len(files)
+        excluded["image_without_caption"] += len(records.keys() - files.keys())
         entries = [(image, names, texts.get(image, ())) for image, names in files.items()]
     else:
-        entries = [(image.cocoid, [*files.get(image.cocoid, ()), *image.files], image.captions) for image in chosen]
-    labels = {key: category["name"] for key, category in annotated.cats.items()}
-    return usable_samples(
+        ids = [_id(image.cocoid) for image in chosen]
+        entries = [
+            (key, [*files.get(key, ()), *image.files], image.captions) for key, image in zip(ids, chosen, strict=True)
+        ]
+    labels = {_id(category.id): category.name for category in annotated.categories}
+    reader = _CocoReader(images, f"coco/{split}", records, labels, objects, found.finder, excluded)
+    samples = usable_samples(
         entries,
-        _CocoReader(images, f"coco/{split}", sizes, labels, annotated.imgToAnns, excluded).read,
+        reader.read,
         excluded,
         what=f"image of {split!r} in {images}",
         advice="Check that the images, captions and instances belong together (the same year and split)",
     )
+    return _with_summary(samples, reader, found.ambiguous)
 
 
-def _index(dataset: _CaptionsFile | _InstancesFile) -> COCO:
-    """A file of COCO's, indexed by pycocotools."""
-    index = COCO()
-    index.dataset = dataset
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        index.createIndex()
-    return index
+def _id(value: _RawId) -> _Id:
+    """An id that is the same whether it was written as 7, 7.0 or "7"."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else str(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        return int(value)
+    return value
+
+
+def _by_image(pairs: Iterable[tuple[_RawId, _T]]) -> dict[_Id, list[_T]]:
+    found: dict[_Id, list[_T]] = {}
+    for image, value in pairs:
+        found.setdefault(_id(image), []).append(value)
+    return found
+
+
+def _count_unknown(found: Mapping[_Id, Sequence[object]], known: Collection[_Id]) -> int:
+    return sum(len(values) for image, values in found.items() if image not in known)
+
+
+def _with_summary(
+    samples: Iterator[Sample], reader: _CocoReader, ambiguous: Mapping[str, Sequence[str]]
+) -> Iterator[Sample]:
+    """The samples; at their end it is said which classes no caption names."""
+    yield from samples
+    never = [label for label in reader.instances if label not in reader.named]
+    if never:
+        _log.warning(
+            "%d of %d classes are never named by a caption, so that their %d objects are not measured: %s. "
+            "--synonyms FILE gives them further words",
+            len(never), len(reader.instances), sum(reader.instances[label] for label in never), shown(never),
+        )  # fmt: skip
+    if unclear := {phrase: names for phrase, names in ambiguous.items() if reader.instances.keys() & set(names)}:
+        first, names = next(iter(unclear.items()))
+        _log.warning(
+            "%d words are not looked for, as they name several classes: %s (%r: %s). --synonyms FILE decides",
+            len(unclear), shown(unclear), first, shown(names),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _CocoReader:
-    """Builds samples from entries; counts the captions and regions that it excludes."""
+    """Builds samples from entries; counts the captions and regions that it excludes, and what captions name."""
 
     images: Path
     source: str
     # By the id of the image, the category, the image.
-    sizes: Mapping[int, tuple[int, int]]
-    labels: Mapping[int, str]
-    objects: Mapping[int, Sequence[_Object]]
+    records: Mapping[_Id, _AnnotatedImage]
+    labels: Mapping[_Id, str]
+    objects: Mapping[_Id, Sequence[_Object]]
+    finder: MentionFinder
     excluded: Counter[str]
-    finder: MentionFinder = field(default_factory=lambda: MentionFinder(*read_classes()))
+    instances: Counter[str] = field(default_factory=Counter)
+    named: set[str] = field(default_factory=set)
 
-    def read(self, entry: tuple[int, Sequence[str], Sequence[object]]) -> Sample:
+    def read(self, entry: tuple[_Id, Sequence[str], Sequence[object]]) -> Sample:
         """The sample of an image id, its possible file names below the images folder, and its captions."""
         image, names, texts = entry
         captions = kept_captions(texts, self.excluded)
-        if image not in self.sizes:
+        if image not in self.records:
             raise ExcludedError("image_without_record")
+        record = self.records[image]
         file = read_image_file(self.images, names)
-        upright = file.from_annotated(self.sizes[image])
+        upright = file.from_annotated((int(record.width), int(record.height)))
         mentions = [self.finder.find(caption) for caption in captions]
-        regions = []
+        self.named.update(*mentions)
+        regions: list[Region] = []
+        seen: set[str] = set()
         for thing in self.objects.get(image, ()):
             with counting(self.excluded):
-                if thing["category_id"] not in self.labels:
+                category = _id(thing.category_id)
+                if category not in self.labels:
                     raise ExcludedError("category_unknown")
-                label = self.labels[thing["category_id"]]
-                spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
-                regions.append(Region(label, upright(thing.get("bbox")), spans, crowd=bool(thing.get("iscrowd"))))
-        return file.sample(f"{image:012d}", self.source, captions, regions)
+                written = repr((thing.id, category, thing.bbox, thing.iscrowd))
+                if thing.id is not None and written in seen:
+                    raise ExcludedError("annotation_twice")
+                seen.add(written)
+                box = upright.counted(thing.bbox, self.excluded)
+                regions.append(self._region(self.labels[category], box, mentions, crowd=bool(thing.iscrowd)))
+        annotated = {region.label for region in regions}
+        for category in map(_id, record.not_exhaustive_category_ids):
+            if (label := self.labels.get(category, "")) in annotated:
+                self.excluded["instances_not_exhaustive"] += 1
+                regions.append(self._region(label, None, mentions))
+        self.instances.update(region.label for region in regions)
+        key = f"{image:012d}" if isinstance(image, int) else image
+        return file.sample(key, self.source, captions, regions)
+
+    def _region(
+        self, label: str, box: Box | None, mentions: Sequence[Mapping[str, tuple[Span, ...]]], crowd: bool = False
+    ) -> Region:
+        spans = {index: found[label] for index, found in enumerate(mentions) if label in found}
+        return Region(label, box, spans, crowd=crowd)

@@ -15,7 +15,9 @@ an unknown split) is an error. Reasons for exclusion
 - a caption: `caption_empty`, `caption_markup_malformed`, `caption_unrelated` (only where that is asked for);
 - a phrase (its caption stays): `phrase_notvisual`, `phrase_scene` (the whole image), `phrase_no_box`,
   `phrase_not_annotated` (the annotation has no usable box of its chain and does not say why);
-- a region: `box_malformed`, `box_without_area`, `box_outside_image`, `box_of_unmentioned_chain`;
+- a region: `box_of_unmentioned_chain`, `object_malformed` (it names no chain);
+- only the box of a region, which still counts as an instance of its chain: `box_malformed` (or missing: also where
+  the annotation says that a chain has none, and another object boxes it), `box_without_area`, `box_outside_image`;
 - all regions of an image, which stays with its captions: `annotation_missing`, `annotation_unreadable`,
   `annotation_malformed` (no XML of this form; also any XML with a DTD, which could be a trap).
 """
@@ -59,10 +61,13 @@ class Phrase:
 
 @dataclass
 class _Annotation:
-    """The content of one XML file: the annotated size, boxes by chain, and the chains that have none."""
+    """The content of one XML file: the annotated size, instances by chain, and the chains that have no box.
+
+    The box of an instance is None where it cannot be used.
+    """
 
     size: tuple[int, int] | None = None
-    boxes: list[tuple[str, Box]] = field(default_factory=list)
+    instances: list[tuple[str, Box | None]] = field(default_factory=list)
     scenes: set[str] = field(default_factory=set)
     without_box: set[str] = field(default_factory=set)
 
@@ -195,20 +200,28 @@ class _Flickr30kReader:
         annotation = _Annotation(size)
         for thing in root.findall("object"):
             chains = [name.text.strip() for name in thing.findall("name") if name.text and name.text.strip()]
-            corners = thing.find("bndbox")
-            if corners is not None:
-                with counting(self.excluded):
-                    box = _voc_box(corners)
-                    annotation.boxes += [(chain, box) for chain in chains]
+            self.excluded["object_malformed"] += not chains
+            corners, is_flagged = thing.find("bndbox"), False
             for name, flagged in (("scene", annotation.scenes), ("nobndbox", annotation.without_box)):
                 if thing.findtext(name, "").strip() == "1":
                     flagged.update(chains)
+                    is_flagged = True
+            if corners is not None or not is_flagged:
+                box = None
+                with counting(self.excluded):
+                    box = _voc_box(corners)
+                annotation.instances += [(chain, box) for chain in chains]
         return annotation
 
     def _regions(
         self, annotation: _Annotation, phrases: Sequence[Sequence[Phrase]], upright: BoxTransform
     ) -> list[Region]:
-        boxed = {chain for chain, _ in annotation.boxes}
+        instances = annotation.instances
+        boxed = {chain for chain, box in instances if box is not None}
+        # What has a box here and none there is seen more than once.
+        unboxed = sorted(boxed & annotation.without_box)
+        self.excluded["box_malformed"] += len(unboxed)
+        instances = [*instances, *((chain, None) for chain in unboxed)]
         reasons = dict.fromkeys(annotation.without_box, "phrase_no_box")
         reasons |= dict.fromkeys(annotation.scenes, "phrase_scene")
         spans: dict[str, dict[int, tuple[Span, ...]]] = {}
@@ -223,13 +236,14 @@ class _Flickr30kReader:
             if phrase.chain not in boxed:
                 self.excluded[reasons.get(phrase.chain, "phrase_not_annotated")] += 1
         regions = []
-        for chain, box in annotation.boxes:
+        for chain, box in instances:
             with counting(self.excluded):
                 if chain not in types:
                     raise ExcludedError("box_of_unmentioned_chain")
                 # The most frequent type; of equals the one that comes first.
                 label = types[chain].most_common(1)[0][0]
-                regions.append(Region(label, upright(box), spans[chain], entity=chain))
+                usable = None if box is None else upright.counted(box, self.excluded)
+                regions.append(Region(label, usable, spans[chain], entity=chain))
         return regions
 
 
@@ -254,8 +268,10 @@ def _read_xml(path: Path) -> ElementTree.Element:
     return root
 
 
-def _voc_box(corners: ElementTree.Element) -> Box:
+def _voc_box(corners: ElementTree.Element | None) -> Box:
     """`(x, y, width, height)` of a box whose corners are pixels counted from 1, both included."""
+    if corners is None:
+        raise ExcludedError("box_malformed")
     with excluded_as("box_malformed"):
         left, top, right, bottom = (float(corners.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax"))
     return parse_box((left - 1, top - 1, right - left + 1, bottom - top + 1))

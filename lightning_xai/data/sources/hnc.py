@@ -24,7 +24,9 @@ What cannot be used is counted by reason, and the rest goes on. Reasons for excl
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its id leaves the
   folder), `image_record_malformed`, `image_without_caption`, `size_mismatch` (it is not the image of the scene graph);
 - a caption: `caption_malformed` (no text, label or type), `caption_of_other_type` (not one of those asked for);
-- an object: `object_malformed` (no name or box), `box_malformed`, `box_without_area`, `box_outside_image`;
+- an object: `object_malformed` (no name);
+- only the box of an object, which still counts as an instance of its name: `box_malformed` (or missing),
+  `box_without_area`, `box_outside_image`;
 - a hard negative: `negative_malformed` (without `replaced`), `negative_without_positive` (the true caption is not
   there), `negative_of_no_object` (it replaces an attribute, a relation or a number), `negative_of_several_objects`
   (the true caption names two by the replaced word), `negative_without_box`, `negative_differs_elsewhere` (the captions
@@ -149,7 +151,8 @@ class _HncReader:
     def read(self, entry: tuple[str, Any]) -> Sample:
         """The sample of an image id and its record."""
         image_id, record = entry
-        found = self._captions(record)
+        mentioned: dict[str, _Object] = {}
+        found = self._captions(record, mentioned)
         taken = {key: caption for key, caption in found.items() if caption.type in self.types}
         self.excluded["caption_of_other_type"] += len(found) - len(taken)
         positives = {key: caption for key, caption in taken.items() if caption.is_true}
@@ -161,29 +164,30 @@ class _HncReader:
             self.excluded["scene_graph_missing"] += bool(self.graphs)
             graph = {}
         things = {thing.key: thing for thing in self._objects(graph.get("objects"))}
-        for caption in found.values():
-            for thing in caption.bboxes:
-                things.setdefault(thing.key, thing)
+        things |= {key: thing for key, thing in mentioned.items() if key not in things}
         captions = [caption.caption for caption in positives.values()]
         size: Any = (graph.get("width"), graph.get("height"))
         upright = file.from_annotated(size if all(isinstance(side, int) for side in size) else file.size)
         regions = self._regions(tuple(things.values()), captions, upright)
-        negatives = self._negatives(taken, positives, tuple(regions))
+        negatives = self._negatives(taken, positives, regions)
         return file.sample(image_id, self.source, captions, regions.values(), negatives)
 
-    def _captions(self, record: Any) -> dict[str, _Caption]:
+    def _captions(self, record: Any, things: dict[str, _Object]) -> dict[str, _Caption]:
+        """The captions that can be used; `things` takes the objects of all of them, by key."""
         captions = _captions_of(record)
         if captions is None:
             raise ExcludedError("image_record_malformed")
         found = {}
         for key, value in captions.items():
+            boxes = self._objects(value.get("bboxes")) if isinstance(value, Mapping) else []
+            things.update({thing.key: thing for thing in boxes if thing.key not in things})
             with counting(self.excluded):
                 with excluded_as("caption_malformed"):
                     caption = msgspec.convert(value, _Caption)
                 if str(caption.label) not in _LABELS:
                     raise ExcludedError("caption_malformed")
                 caption.caption = text_of(caption.caption, "caption_malformed")
-                caption.bboxes = self._objects(caption.bboxes)
+                caption.bboxes = boxes
                 found[key] = caption
         return found
 
@@ -199,14 +203,14 @@ class _HncReader:
         spans = _mentions({thing.name for thing in things}, captions)
         regions = {}
         for thing in things:
-            with counting(self.excluded):
-                regions[thing.key] = Region(thing.name, upright(_sides(thing.box)), spans.get(thing.name, {}))
+            box = upright.counted(_sides(thing.box), self.excluded)
+            regions[thing.key] = Region(thing.name, box, spans.get(thing.name, {}))
         return regions
 
     def _negatives(
-        self, taken: Mapping[str, _Caption], positives: Mapping[str, _Caption], regions: Sequence[str]
+        self, taken: Mapping[str, _Caption], positives: Mapping[str, _Caption], regions: Mapping[str, Region]
     ) -> list[HardNegative]:
-        """The wrong ones of `taken`; `regions` are the keys of the sample's regions."""
+        """The wrong ones of `taken`; `regions` are the sample's, by key."""
         keys = list(positives)
         negatives = []
         for caption in taken.values():
@@ -219,7 +223,7 @@ class _HncReader:
         return negatives
 
 
-def _negative(caption: _Caption, positive: _Caption, number: int, regions: Sequence[str]) -> HardNegative:
+def _negative(caption: _Caption, positive: _Caption, number: int, regions: Mapping[str, Region]) -> HardNegative:
     """The hard negative of a true caption, the sample's `number`-th."""
     with excluded_as("negative_malformed"):
         pair = msgspec.convert(caption.replaced, tuple[str, str])
@@ -230,10 +234,10 @@ def _negative(caption: _Caption, positive: _Caption, number: int, regions: Seque
     if len(named) != 1:
         raise ExcludedError("negative_of_several_objects" if named else "negative_of_no_object")
     (key,) = named
-    if key not in regions:
+    if regions[key].box is None:
         raise ExcludedError("negative_without_box")
     true_span, span = _swapped(positive.caption, original, caption.caption, replacement)
-    return HardNegative(caption.caption, span, number, true_span, regions.index(key))
+    return HardNegative(caption.caption, span, number, true_span, list(regions).index(key))
 
 
 def _swapped(true: str, original: str, wrong: str, replacement: str) -> tuple[Span, Span]:

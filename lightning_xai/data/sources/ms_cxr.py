@@ -11,10 +11,12 @@ phrase cannot be used, the whole phrase is excluded, as the rest would be anothe
 Reasons for exclusion
 
 - an image: `image_missing`, `image_unreadable`, `image_does_not_decode`, `image_name_unsafe` (its path leaves the
-  images folder), `image_without_caption` (no phrase is left), `image_twice`, `size_malformed` (no whole numbers, or its
-  annotations contradict each other), `size_mismatch` (it is not the image that was annotated: it was made smaller);
-- an annotation: `annotation_malformed` (a row with too few or too many fields), `annotation_of_unknown_image`,
-  `annotation_twice` (the same phrase, finding and box), `phrase_empty`;
+  images folder, or is no text), `image_without_caption` (no phrase is left, or the .json has none), `image_twice` (the
+  annotations of both count), `size_malformed` (no whole numbers, or its annotations contradict each other),
+  `size_mismatch` (it is not the image that was annotated: it was made smaller);
+- an annotation: `annotation_malformed` (a row with too few or too many fields; with too few, its phrase is incomplete),
+  `annotation_of_unknown_image`, `annotation_without_split` (only where a split is asked for), `annotation_twice` (the
+  same phrase, finding and box), `phrase_empty`;
 - a phrase with all its boxes: `phrase_incomplete`, in addition to the reason for each box that could not be used:
   `category_unknown`, `box_malformed`, `box_without_area`, `box_outside_image`.
 """
@@ -24,7 +26,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,7 +94,12 @@ def read_ms_cxr(
         none = "" if there else " (it names none, as versions before 1.1.0)"
         advice = f"{none}; leave split out to take all of them"
         wanted = joined_names(split, there, f"annotations: {annotations} has no split", advice)
-        found = [annotation for annotation in found if annotation.split in wanted]
+        paths = {annotation.path for annotation in found if annotation.split in wanted}
+        unknown = [annotation for annotation in found if not isinstance(annotation.split, str)]
+        excluded["annotation_without_split"] += len(unknown)
+        # A phrase of these images that lacks the split has one box more than the others tell.
+        found = [a for a in found if a.split in wanted or (a.path in paths and not isinstance(a.split, str))]
+        found = [replace(a, box=None) if not isinstance(a.split, str) else a for a in found]
     by_image: dict[str, list[_Annotation]] = {}
     for annotation in found:
         by_image.setdefault(annotation.path, []).append(annotation)
@@ -132,7 +139,8 @@ def _sample(annotations: Sequence[_Annotation], images: Path, source: str, exclu
 
 def _annotated_size(annotations: Sequence[_Annotation]) -> tuple[int, int]:
     with excluded_as("size_malformed", (TypeError, ValueError, OverflowError)):
-        sizes = {(float(width), float(height)) for width, height in (found.size for found in annotations)}
+        stated = [found.size for found in annotations if None not in found.size]
+        sizes = {(float(width), float(height)) for width, height in stated or [annotations[0].size]}
     width, height = sizes.pop()
     if sizes or not width.is_integer() or not height.is_integer():
         raise ExcludedError("size_malformed")
@@ -189,6 +197,12 @@ def _read_json(path: Path, excluded: Counter[str]) -> list[_Annotation]:
     file = read_json(path, "annotations", _File, "MS-CXR's .json file")
     # Ids may be anything, also what has no hash.
     images = {repr(image.id): image for image in file.images if isinstance(image.path, str)}
+    paths = {image.path for image in images.values()}
+    used = {images[key].path for box in file.annotations if (key := repr(box.image_id)) in images}
+    named = sum(isinstance(image.path, str) for image in file.images)
+    excluded["image_name_unsafe"] += len(file.images) - named
+    excluded["image_twice"] += named - len(paths)
+    excluded["image_without_caption"] += len(paths - used)
     findings = {repr(finding.id): finding.name for finding in file.categories}
     annotations = []
     for box in file.annotations:
@@ -215,7 +229,8 @@ def _read_csv(path: Path, excluded: Counter[str]) -> list[_Annotation]:
             for row in rows:
                 if None in row or None in row.values():  # more fields than the header, or fewer
                     excluded["annotation_malformed"] += 1
-                    continue
+                    if None in row or row["path"] is None:
+                        continue
                 size = (row["image_width"], row["image_height"])
                 box = [row[side] for side in "xywh"]
                 split = row.get("split") or None

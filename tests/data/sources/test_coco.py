@@ -72,6 +72,9 @@ class CocoWorld(World):
         (self.images / self.captions["images"][-1]["file_name"]).unlink()
         self.captions["images"][-1]["file_name"] = name
 
+    def entries(self) -> int:
+        return len(self.captions["images"])
+
     def options(self) -> dict[str, Any]:
         parts = {"captions": self.captions, "instances": self.instances, "karpathy": self.karpathy}
         files = {part: self.json(f"{part}.json", content) for part, content in parts.items() if content is not None}
@@ -123,7 +126,7 @@ def test_annotation_files_are_checked_before_the_first_sample(world: CocoWorld) 
         ("annotations", {}, r"Expected `array`, got `object` - at `\$\.annotations`"),
         ("annotations", [3], r"Expected `object`, got `int` - at `\$\.annotations\[0\]`"),
         ("annotations", [{"image_id": {}}], r"got `object` - at `\$\.annotations\[0\]\.image_id`"),
-        ("images", [{"id": 1}], r"missing required field `file_name` - at `\$\.images\[0\]`"),
+        ("images", [{"id": 1}], r"missing required field `(file_name|width)` - at `\$\.images\[0\]`"),
         ("images", [{"id": [1]}], r"got `array` - at `\$\.images\[0\]\.id`"),
         ("images", [{"id": 1, "file_name": "a.jpg", "width": None}], r"got `null` - at `\$\.images\[0\]\.width`"),
         ("images", [{"id": 1, "file_name": "a.jpg", "width": NAN}], r">= 0.* - at `\$\.images\[0\]\.width`"),
@@ -133,6 +136,124 @@ def test_another_form_is_named_with_its_place(world: CocoWorld, name: str, part:
     getattr(world, name)[part] = value
     with pytest.raises(ValueError, match=rf"^{name}: .*{name}\.json: .*{message}"):
         world.read()
+
+
+def test_ids_may_be_written_in_any_way_and_unused_fields_may_be_missing(world: CocoWorld) -> None:
+    world.add_image(7, ["a man"])
+    world.add_box(7, [1, 1, 5, 5], category=1)
+    expected = world.read()
+    for image, thing in zip(world.captions["images"], world.instances["images"], strict=True):
+        image["id"], thing["id"] = str(image["id"]), float(thing["id"])
+        del image["width"], image["height"], thing["file_name"]
+    for annotation in (*world.captions["annotations"], *world.instances["annotations"]):
+        annotation["image_id"] = f"{annotation['image_id']:03d}"
+        del annotation["id"]
+    for category in (categories := [dict(category) for category in CATEGORIES]):
+        category["id"] = str(category["id"])
+    world.instances["categories"] = categories
+    assert world.read() == expected
+
+
+def test_ids_that_are_names_give_keys(world: CocoWorld) -> None:
+    for record in (world.captions["images"][0], world.instances["images"][0]):
+        record["id"] = "left/42"
+    for annotation in (*world.captions["annotations"], *world.instances["annotations"]):
+        annotation["image_id"] = "left/42"
+    (sample,), excluded = world.read()
+    assert sample.key.startswith("left_42-")
+    assert (len(sample.regions), excluded) == (1, {})
+
+
+def test_what_comes_twice_or_without_a_caption_is_counted(world: CocoWorld) -> None:
+    world.captions["images"] *= 2
+    world.instances["annotations"] *= 2
+    world.instances["images"].append({"id": 8, "file_name": "8.jpg", "width": 4, "height": 4})
+    (sample,), excluded = world.read()
+    assert len(sample.regions) == 1
+    assert excluded == {"image_twice": 1, "annotation_twice": 1, "image_without_caption": 1}
+
+
+def test_own_classes_are_found_by_name_plural_and_synonyms(world: CocoWorld, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("person", "hard_hat", "SafetyVest", "forklift truck", "crane")
+    world.instances["categories"] = [{"id": 100 + number, "name": name} for number, name in enumerate(names)]
+    world.instances["annotations"].clear()
+    captions = ["Two workers in hi-vis jackets and Hard Hats", "a man, a safety vest and a helmet by a forklift-truck"]
+    world.add_image(7, captions)
+    for number in range(len(names)):
+        world.add_box(7, [1, 1, 5, 5], category=100 + number)
+    spans = [
+        {"person": ["workers", "man"], "hard_hat": ["Hard Hats"], "SafetyVest": ["safety vest"]},
+        {"hard_hat": ["Hard Hats", "helmet"], "SafetyVest": ["hi-vis jackets", "safety vest"]},
+    ]
+    forms = (
+        "{hard hat: [helmet], safety_vest: 'hi-vis jacket, hi-vis'}",
+        '{"hard_hat": ["helmet"], "SafetyVest": "hi-vis jacket"}',
+    )
+    (world.folder / "synonyms").write_text("")
+    for text, expected in ((None, spans[0]), *((form, spans[1]) for form in forms)):
+        caplog.clear()
+        options = {} if text is None else {"synonyms": world.folder / "synonyms"}
+        if text is not None:
+            (world.folder / "synonyms").write_text(text)
+        samples, excluded = world.read(**options)
+        found = {
+            region.label: [captions[index][slice(*span)] for index, its in region.spans.items() for span in its]
+            for region in samples[1].regions
+        }
+        assert {label: found[label] for label in expected} == expected
+        assert found["forklift truck"] == ["forklift-truck"]
+        assert excluded == {}
+        assert (
+            "1 of 5 classes are never named by a caption, so that their 1 objects are not measured: 'crane'"
+            in caplog.text
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{zebra: [stripes]}", r"there is no class 'zebra'; the instances have 'person', 'dog', 'hot dog'"),
+        ("{dog: [pet], person: [Pet]}", "'pet' stands for 'dog', 'person'"),
+        ("[dog]", "Expected `object`, got `array`; give a YAML or JSON file"),
+        ("{dog: 3}", "Expected `str | array`, got `int`"),
+        ("{", "give a YAML or JSON file with a line for each class"),
+        ("\x00", "give a YAML or JSON file with a line for each class"),
+    ],
+)
+def test_a_file_of_synonyms_of_another_form_is_an_error(world: CocoWorld, text: str, message: str) -> None:
+    (world.folder / "synonyms.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^synonyms: .*synonyms\.yaml: (.|\n)*{message}"):
+        world.read(synonyms=world.folder / "synonyms.yaml")
+
+
+def test_lvis_is_read_and_classes_that_are_not_annotated_to_the_end_are_not_measured(
+    world: CocoWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {1: ("bow_(weapon)", ["bow_(weapon)"]), 2: ("bow_(decorative_ribbons)", ["bow_(decorative_ribbons)"])}
+    names |= {3: ("aerosol_can", ["aerosol_can", "spray_can"]), 4: ("puppet", ["puppet", "marionette"])}
+    world.instances = {
+        "images": [{"id": 42, "width": 40, "height": 30, "coco_url": "http://x/train2017/000000000042.jpg",
+                    "neg_category_ids": [1], "not_exhaustive_category_ids": [3, 2]}],
+        "categories": [
+            {"id": key, "name": name, "synonyms": synonyms, "frequency": "r", "synset": "x.n.01", "def": "x"}
+            for key, (name, synonyms) in names.items()
+        ],
+        "annotations": [
+            {"id": key, "image_id": 42, "category_id": key, "bbox": [1, 2, 3, 4], "area": 12.0, "segmentation": []}
+            for key in (1, 3, 4)
+        ],
+    }  # fmt: skip
+    world.add_caption(42, "spray cans, a marionette and a bow")
+    (sample,), excluded = world.read()
+    regions = [(region.label, region.box is None, region.spans) for region in sample.regions]
+    assert regions == [
+        ("bow_(weapon)", False, {}),
+        ("aerosol_can", False, {3: ((0, 10),)}),
+        ("puppet", False, {3: ((14, 24),)}),
+        ("aerosol_can", True, {3: ((0, 10),)}),
+    ]
+    assert excluded == {"instances_not_exhaustive": 1}
+    assert "not looked for, as they name several classes: 'bow', 'bows'" in caplog.text
 
 
 def test_captions_and_instances_in_each_others_place_are_noticed(world: CocoWorld) -> None:
@@ -173,7 +294,7 @@ def test_bad_captions_are_counted_and_the_rest_survives(world: CocoWorld) -> Non
     assert excluded == {"caption_empty": 4, "caption_of_unknown_image": 1, "image_without_caption": 2}
 
 
-def test_bad_boxes_are_counted_and_the_rest_survives(world: CocoWorld) -> None:
+def test_bad_boxes_are_counted_and_their_objects_are_instances_all_the_same(world: CocoWorld) -> None:
     boxes: dict[str, list[Any]] = {
         "box_without_area": [[5, 5, 0, 5], [5, 5, 5, -1]],
         "box_outside_image": [[40, 5, 5, 5], [5, -7, 5, 7]],
@@ -186,8 +307,9 @@ def test_bad_boxes_are_counted_and_the_rest_survives(world: CocoWorld) -> None:
         world.add_box(4711, [1, 1, 2, 2])
     world.add_box(42, [1, 1, 2, 2], category=58)
     (sample,), excluded = world.read()
-    assert [region.label for region in sample.regions] == ["dog", "hot dog"]
     counts = {reason: len(bad) for reason, bad in boxes.items()}
+    assert [region.label for region in sample.regions] == ["dog"] * (1 + sum(counts.values())) + ["hot dog"]
+    assert {region.box for region in sample.regions[1:-1]} == {None}
     assert excluded == {**counts, "category_unknown": 1, "annotation_of_unknown_image": 2}
 
 

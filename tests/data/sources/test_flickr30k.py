@@ -78,6 +78,9 @@ class FlickrWorld(World):
     def refer_to(self, name: str) -> None:
         self.lists["val"].append(name.removesuffix(".jpg"))
 
+    def entries(self) -> int:
+        return len(self.lists["val"])
+
     def options(self) -> dict[str, Any]:
         for split, names in self.lists.items():
             (self.entities / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
@@ -296,18 +299,31 @@ def test_an_annotation_that_cannot_be_used_leaves_captions(world: FlickrWorld, x
         ("10 10 1e999 20", "box_malformed"),
     ],
 )
-def test_bad_boxes_are_counted_and_the_rest_survives(world: FlickrWorld, corners: str, reason: str) -> None:
+def test_bad_boxes_are_counted_and_are_instances_all_the_same(world: FlickrWorld, corners: str, reason: str) -> None:
     world.add("2", BOY, (thing("283585", corners), thing("283585", "91 71 120 90")))
     samples, excluded = world.read()
-    assert [region.box for region in samples[1].regions] == [(90, 70, 10, 10)]
+    assert [region.box for region in samples[1].regions] == [None, (90, 70, 10, 10)]
     assert excluded == {**USUAL, reason: 1}
 
 
 def test_boxes_of_chains_that_no_sentence_names_are_counted(world: FlickrWorld) -> None:
     world.add("2", f"{BOY} and [/EN#0/notvisual it]", (thing("9", "1 1 5 5"), thing("0", "1 1 5 5"), thing("283585")))
     samples, excluded = world.read()
-    assert samples[1].regions == ()
-    assert excluded == {**USUAL, "phrase_notvisual": 2, "box_of_unmentioned_chain": 2, "phrase_not_annotated": 1}
+    assert [(region.entity, region.box) for region in samples[1].regions] == [("283585", None)]
+    assert excluded == {
+        **USUAL,
+        "phrase_notvisual": 2,
+        "box_of_unmentioned_chain": 2,
+        "phrase_not_annotated": 1,
+        "box_malformed": 1,
+    }
+
+
+def test_a_chain_with_a_box_here_and_none_there_has_two_instances(world: FlickrWorld) -> None:
+    world.add("2", BOY, (thing("283585", "11 21 40 60"), thing("283585", flags="nobndbox"), thing("", "1 1 5 5")))
+    samples, excluded = world.read()
+    assert [region.box for region in samples[1].regions] == [(10, 20, 30, 40), None]
+    assert excluded == {**USUAL, "box_malformed": 1, "object_malformed": 1}
 
 
 def test_captions_that_are_listed_as_unrelated_are_excluded_where_that_is_asked_for(world: FlickrWorld) -> None:

@@ -52,6 +52,9 @@ class HncWorld(World):
     def refer_to(self, name: str) -> None:
         self.records[name.removesuffix(".jpg")] = {"captions": {"0": TRUE}}
 
+    def entries(self) -> int:
+        return len(self.records)
+
     def options(self) -> dict[str, Any]:
         captions = self.json("hnc_clean_strict_val.json", self.records)
         options = {"images": self.images, "captions": captions, "split": "val", "types": TYPES}
@@ -298,8 +301,18 @@ def test_malformed_captions_are_counted_and_the_rest_survives(world: HncWorld) -
 def test_bad_objects_are_counted_and_the_caption_survives(world: HncWorld, bboxes: Any, reason: str) -> None:
     world.add("2", caption("The man is near the car.", bboxes))
     samples, excluded = world.read()
-    assert (samples[1].captions, samples[1].regions) == (("The man is near the car.",), ())
+    assert samples[1].captions == ("The man is near the car.",)
+    instances = [] if reason == "object_malformed" else [("man", None)]
+    assert [(region.label, region.box) for region in samples[1].regions] == instances
     assert excluded == {reason: 1}
+
+
+def test_objects_of_a_malformed_caption_are_instances_all_the_same(world: HncWorld) -> None:
+    other = {"9": {"name": "man", "bbox": [1, 1, 5, 5]}}
+    world.add("2", TRUE, {"type": "relation_obj", "bboxes": other})
+    samples, excluded = world.read()
+    assert [region.label for region in samples[1].regions].count("man") == 2
+    assert excluded == {"caption_malformed": 1}
 
 
 @pytest.mark.parametrize(

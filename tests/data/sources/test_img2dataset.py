@@ -6,9 +6,13 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from image_files import HTML, jpeg
+from PIL import ExifTags, Image
 from source_files import World
+
+from lightning_xai.data.sample import decode_image, read_image
 
 Members = list[tuple[str, bytes]]
 
@@ -143,7 +147,7 @@ def test_what_could_run_or_be_unpickled_is_never_looked_at(world: TarWorld) -> N
     )
     samples, excluded = world.read()
     assert [sample.key for sample in samples] == ["00000-000000001", "00001-9"]
-    assert excluded == {}
+    assert excluded == {"member_unknown": 1}
     assert not list(world.folder.rglob("owned*"))
 
 
@@ -157,6 +161,129 @@ def test_a_truncated_file_gives_what_is_whole_and_is_counted(world: TarWorld, ca
     assert [sample.key for sample in samples] == ["00000-000000001", "00001-a", "00002-d"]
     assert excluded == {"shard_damaged": 1}
     assert "00001.tar" in caplog.text
+
+
+def test_all_that_a_damaged_header_hides_is_counted(world: TarWorld) -> None:
+    path = world.write("00001", [member for key in "abcdefg" for member in triple(key)])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [member.offset for member in tar]
+    for number, header in enumerate(headers):
+        for place in (3, 130, 150):  # in the name, the size and the checksum
+            data = bytearray(whole)
+            data[header + place] ^= 4
+            path.write_bytes(data)
+            samples, excluded = world.read()
+            assert len(samples) - 1 == number // 3 + (number == 2)  # the first has image and text; no other is known
+            assert excluded == {"shard_damaged": 8 - len(samples)}
+
+
+def test_a_file_cut_anywhere_is_counted_and_its_stats_tell_how_much_is_lost(world: TarWorld) -> None:
+    path = world.write("00001", [member for key in "abcd" for member in triple(key)])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = max(member.offset_data + member.size for member in tar)
+    for length in [*range(0, end, 199), *range(512, end, 512)]:
+        path.write_bytes(whole[:length])
+        samples, excluded = world.read()
+        assert excluded["shard_damaged"] >= 1, length
+        (world.folder / "00001_stats.json").write_text('{"successes": 4}')
+        assert world.read() == (samples, {"shard_damaged": 5 - len(samples)})
+        (world.folder / "00001_stats.json").unlink()
+    path.unlink()
+    (world.folder / "00001_stats.json").write_text('{"successes": 4}')
+    assert world.read()[1] == {"shard_damaged": 4}
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_that_only_the_json_keeps_is_applied(world: TarWorld, image_format: str) -> None:
+    pixels = Image.effect_noise((40, 30), 80).convert("RGB")
+    stated = {
+        "Rotated 90 CW": Image.Transpose.ROTATE_270,
+        "Rotated 180": Image.Transpose.ROTATE_180,
+        "Mirrored horizontal then rotated 90 CCW": Image.Transpose.TRANSPOSE,
+        "8": Image.Transpose.ROTATE_90,
+        "Horizontal (normal)": None,
+        "0": None,
+    }
+    file = io.BytesIO()
+    pixels.save(file, image_format)
+    before = np.asarray(read_image(file.getvalue(), "test"))
+    extension = image_format.lower()
+    members = []
+    for number, text in enumerate(stated):
+        exif = json.dumps({"Image Make": "x", "Image Orientation": text, "Thumbnail Orientation": "Rotated 180"})
+        members += [(f"{number}.{extension}", file.getvalue()), *triple(str(number), exif=exif)[1:]]
+    world.write("00001", members)
+    (_, *samples), excluded = world.read()
+    assert excluded == {}
+    for sample, turn in zip(samples, stated.values(), strict=True):
+        expected = before if turn is None else np.asarray(Image.fromarray(before).transpose(turn))
+        assert np.array_equal(np.asarray(decode_image(sample)), expected)
+
+
+def test_an_orientation_that_the_file_states_itself_is_applied_once(world: TarWorld) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "JPEG", exif=exif)
+    world.write("00001", triple("9", image=file.getvalue(), exif='{"Image Orientation": "Rotated 90 CW"}'))
+    (_, sample), _ = world.read()
+    assert (sample.image, sample.size) == (file.getvalue(), (30, 40))
+
+
+@pytest.mark.parametrize("exif", [None, "", "{", "[1]", 3, {"Image Orientation": None}])
+def test_an_exif_field_of_any_form_leaves_the_image_as_it_is(world: TarWorld, exif: Any) -> None:
+    world.write("00001", triple("9", exif=exif))
+    (_, sample), excluded = world.read()
+    assert (sample.image, excluded) == (jpeg(), {})
+
+
+def test_a_caption_that_stands_for_none_is_none(world: TarWorld) -> None:
+    world.write("00001", [*triple("8", "nan")[:2], ("8.json", about("8", caption=None)), *triple("9", "None")])
+    samples, excluded = world.read()
+    assert [sample.captions for sample in samples] == [("a bus",), ("None",)]
+    assert excluded == NO_CAPTION
+
+
+def test_what_follows_the_end_of_a_file_is_counted(world: TarWorld) -> None:
+    first, second = (world.write(key, [*triple(key), *triple(f"{key}2")]) for key in "bc")
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    second.unlink()
+    samples, excluded = world.read()
+    assert [sample.key for sample in samples] == ["00000-000000001", "b-b", "b-b2"]
+    assert excluded == {"shard_damaged": 2}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"photo v2.{n} (final){end}" for n in range(3) for end in (".jpg", ".txt")],
+        [f"{n:09d}.{end}" for n in range(3) for end in ("input.jpg", "outputs.txt")],
+        ["._9.jpg", "README", "7.gif"],
+        [f"9.v{n}.{end}" for n in range(3) for end in ("jpg", "json", "seg.png")],
+    ],
+)
+def test_members_that_no_sample_is_made_of_are_counted(
+    world: TarWorld, names: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    world.write("00001", [*((name, jpeg()) for name in names), *triple("9")])
+    samples, excluded = world.read()
+    assert [sample.key for sample in samples] == ["00000-000000001", "00001-9"]
+    assert excluded == {"member_unknown": 3}
+    assert f"00001.tar: 1 records were read; 3 are not read, {names[0]!r} the first" in caplog.text
+
+
+def test_files_that_are_not_read_are_counted(world: TarWorld) -> None:
+    world.write("00001", triple("9")).rename(world.folder / "00001.tar.gz")
+    (world.folder / "part").mkdir()
+    world.write("part/00002", triple("9"))
+    world.prepare()  # its shards lie below, too
+    assert world.read()[1] == {"shard_not_read": 2}
+    (world.folder / "00000.tar").unlink()
+    (world.folder / "00000_stats.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no \.tar file, but .*00001\.tar\.gz: unpack compressed files"):
+        world.read()
 
 
 @pytest.mark.parametrize("content", [b"", HTML * 100])

@@ -66,6 +66,9 @@ class MsCxrWorld(World):
             }
         )
 
+    def entries(self) -> int:
+        return len(self.records)
+
     def options(self) -> dict[str, Any]:
         content = {"info": {}, "licenses": [], "categories": self.findings}
         content |= {"images": self.records, "annotations": self.annotations}
@@ -272,6 +275,16 @@ def test_rows_of_another_length_are_counted(world: MsCxrWorld) -> None:
     samples, excluded = world.read(annotations=path)
     assert samples == expected
     assert excluded == {"annotation_malformed": 2}
+
+
+def test_a_row_that_is_cut_off_leaves_its_phrase_incomplete(world: MsCxrWorld) -> None:
+    world.add(0, "left upper lobe pneumonia", [1, 1, 5, 5])
+    path = world.csv_file()
+    path.write_text(path.read_text().rstrip().rpartition(",5,")[0] + "\n")
+    samples, excluded = world.read(annotations=path)
+    assert [len(sample.captions) for sample in samples] == [1, 1]
+    assert excluded.pop("box_malformed") == excluded.pop("annotation_malformed") == 1
+    assert excluded == {"phrase_incomplete": 1, "annotation_without_split": 1}
 
 
 @pytest.mark.parametrize(

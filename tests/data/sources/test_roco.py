@@ -24,6 +24,9 @@ class RocoWorld(World):
     def refer_to(self, name: str) -> None:
         self.content += f"{name.removesuffix('.jpg')}\ta caption\n".encode()
 
+    def entries(self) -> int:
+        return self.content.count(b"\n")
+
     def options(self) -> dict[str, Any]:
         (self.images.parent / "captions.txt").write_bytes(self.content)
         return {"folder": self.folder, "split": "validation"}

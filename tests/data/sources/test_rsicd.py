@@ -29,6 +29,9 @@ class RsicdWorld(World):
         record = {"filename": name, "imgid": number, "sentences": sentences, "split": split, "sentids": [0]}
         self.dataset["images"].append(record)
 
+    def entries(self) -> int:
+        return sum(image["split"] == "train" for image in self.dataset["images"])
+
     def options(self) -> dict[str, Any]:
         return {"images": self.images, "karpathy": self.json("dataset_rsicd.json", self.dataset), "split": "train"}
 
