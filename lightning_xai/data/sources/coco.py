@@ -42,6 +42,8 @@ _RawId: TypeAlias = int | float | str
 _Id: TypeAlias = int | str
 _T = TypeVar("_T")
 
+_NO_CROWD = ("0", "0.0", "false", "none", "")  # as exporters write it
+
 _log = logging.getLogger(__name__)
 
 
@@ -245,7 +247,8 @@ class _CocoReader:
                     raise ExcludedError("annotation_twice")
                 seen.add(written)
                 box = upright.counted(thing.bbox, self.excluded)
-                regions.append(self._region(self.labels[category], box, mentions, crowd=bool(thing.iscrowd)))
+                crowd = str(thing.iscrowd).lower() not in _NO_CROWD
+                regions.append(self._region(self.labels[category], box, mentions, crowd))
         annotated = {region.label for region in regions}
         for category in map(_id, record.not_exhaustive_category_ids):
             if (label := self.labels.get(category, "")) in annotated:
