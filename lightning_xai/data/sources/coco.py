@@ -197,7 +197,7 @@ def _with_summary(
     never = [label for label in reader.instances if label not in reader.named]
     if never:
         _log.warning(
-            "%d of %d classes are never named by a caption, so that their %d objects are not measured: %s. "
+            "No caption names %d of the %d classes; their objects (%d) are not measured: %s. "
             "--synonyms FILE gives them further words",
             len(never), len(reader.instances), sum(reader.instances[label] for label in never), shown(never),
         )  # fmt: skip
