@@ -222,7 +222,7 @@ class TarRecords:
         """The number of these and a name, to follow another text; empty where there is none."""
         first = next((names[0] for key, names in self._others.items() if self._count_unknown(key, names)), "")
         advice = "a name ends at its first dot, and an extension that is known has to follow"
-        return first and f"; {self.unknown:,} are not read, {first!r} the first: {advice}"
+        return first and f"; not read: {self.unknown:,}, {first!r} the first ({advice})"
 
     def keys_behind(self) -> set[str]:
         """After an error: the keys of the records that lie behind the damage, as far as their headers can be read.

@@ -119,7 +119,7 @@ def test_members_that_no_sample_is_made_of_are_counted_by_shard(tmp_path: Path) 
     items = [item for _, item in read_samples(folder, manifest, [0, 1], 0, 20)]
     faults = [item for item in items if isinstance(item, RecordError)]
     assert len(faults) == 2
-    assert "2 are not read" in str(faults[0])
+    assert "not read: 2" in str(faults[0])
 
 
 def test_sums_of_the_manifest_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,14 +21,18 @@ Reasons for exclusion
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
+from pycocotools.coco import COCO
+from typing_extensions import NotRequired, TypedDict
 
 from lightning_xai.data.excluded import ExcludedError, counting
 from lightning_xai.data.phrase_finder import MentionFinder
@@ -40,52 +44,55 @@ from lightning_xai.data.sources.own_classes import class_finder, read_synonyms, 
 _Pixels = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # neither NaN nor infinite
 _RawId: TypeAlias = int | float | str
 _Id: TypeAlias = int | str
-_T = TypeVar("_T")
+
+_NO_CROWD = ("0", "0.0", "false", "none", "")  # as exporters write it
 
 _log = logging.getLogger(__name__)
 
 
-class _ListedImage(msgspec.Struct):
+# Dictionaries, which pycocotools indexes; their ids are made alike before.
+class _ListedImage(TypedDict):
     id: _RawId
     file_name: str
-    width: _Pixels = 0
-    height: _Pixels = 0
+    width: NotRequired[_Pixels]
+    height: NotRequired[_Pixels]
 
 
-class _AnnotatedImage(msgspec.Struct):
+class _AnnotatedImage(TypedDict):
     # LVIS has no file names, and lists the classes of which it has not annotated all instances.
     id: _RawId
     width: _Pixels
     height: _Pixels
-    not_exhaustive_category_ids: list[_RawId] = []
+    not_exhaustive_category_ids: NotRequired[list[_RawId]]
 
 
-class _Caption(msgspec.Struct):
+class _Caption(TypedDict):
     image_id: _RawId
     caption: Any
+    id: NotRequired[Any]
 
 
-class _Object(msgspec.Struct):
+class _Object(TypedDict):
     # Without the outlines, which make up most of the file: 860,000 of them would fill memory.
     image_id: _RawId
     category_id: _RawId
-    id: Any = None
-    bbox: Any = None
-    iscrowd: Any = None
+    id: NotRequired[Any]
+    bbox: NotRequired[Any]
+    iscrowd: NotRequired[Any]
 
 
-class _Category(msgspec.Struct):
+class _Category(TypedDict):
     id: _RawId
     name: str
-    synonyms: list[str] = []
+    synonyms: NotRequired[list[str]]
 
 
-class _CaptionsFile(msgspec.Struct):
+class _CaptionsFile(TypedDict):
     images: list[_ListedImage]
     annotations: list[_Caption]
 
 
-class _InstancesFile(msgspec.Struct):
+class _InstancesFile(TypedDict):
     images: list[_AnnotatedImage]
     annotations: list[_Object]
     categories: list[_Category]
@@ -136,18 +143,18 @@ def read_coco(
     """
     check_path(images, "images", "folder", "the folder that holds the image files")
     chosen = None if karpathy is None else read_karpathy(karpathy, split, _CocoKarpathyImage)
-    listed = read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published")
-    annotated = read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published")
-    words = {category.name: category.synonyms for category in annotated.categories}
+    listed = _index(read_json(captions, "captions", _CaptionsFile, "COCO's captions_*.json as it was published"))
+    annotated = _index(read_json(instances, "instances", _InstancesFile, "COCO's instances_*.json as it was published"))
+    words = {category["name"]: category.get("synonyms", []) for category in annotated.dataset["categories"]}
     found = class_finder(words, read_synonyms(synonyms, words) if synonyms is not None else None)
-    files = {_id(image.id): [image.file_name] for image in listed.images}
-    records = {_id(image.id): image for image in annotated.images}
-    texts = _by_image((caption.image_id, caption.caption) for caption in listed.annotations)
-    objects = _by_image((thing.image_id, thing) for thing in annotated.annotations)
-    excluded["caption_of_unknown_image"] += _count_unknown(texts, files)
-    excluded["annotation_of_unknown_image"] += _count_unknown(objects, files.keys() | records.keys())
+    files = {key: [image["file_name"]] for key, image in listed.imgs.items()}
+    records: dict[_Id, _AnnotatedImage] = annotated.imgs
+    texts = {key: [caption["caption"] for caption in found] for key, found in listed.imgToAnns.items()}
+    for reason, index, known in (("caption", listed, set(files)), ("annotation", annotated, files.keys() | records)):
+        unknown = sum(len(found) for key, found in index.imgToAnns.items() if key not in known)
+        excluded[f"{reason}_of_unknown_image"] += unknown
     if chosen is None:
-        excluded["image_twice"] += len(listed.images) - len(files)
+        excluded["image_twice"] += len(listed.dataset["images"]) - len(files)
         excluded["image_without_caption"] += len(records.keys() - files.keys())
         entries = [(image, names, texts.get(image, ())) for image, names in files.items()]
     else:
@@ -155,8 +162,8 @@ def read_coco(
         entries = [
             (key, [*files.get(key, ()), *image.files], image.captions) for key, image in zip(ids, chosen, strict=True)
         ]
-    labels = {_id(category.id): category.name for category in annotated.categories}
-    reader = _CocoReader(images, f"coco/{split}", records, labels, objects, found.finder, excluded)
+    labels = {key: category["name"] for key, category in annotated.cats.items()}
+    reader = _CocoReader(images, f"coco/{split}", records, labels, annotated.imgToAnns, found.finder, excluded)
     samples = usable_samples(
         entries,
         reader.read,
@@ -176,15 +183,20 @@ def _id(value: _RawId) -> _Id:
     return value
 
 
-def _by_image(pairs: Iterable[tuple[_RawId, _T]]) -> dict[_Id, list[_T]]:
-    found: dict[_Id, list[_T]] = {}
-    for image, value in pairs:
-        found.setdefault(_id(image), []).append(value)
-    return found
-
-
-def _count_unknown(found: Mapping[_Id, Sequence[object]], known: Collection[_Id]) -> int:
-    return sum(len(values) for image, values in found.items() if image not in known)
+def _index(dataset: _CaptionsFile | _InstancesFile) -> COCO:
+    """A file of COCO's form, indexed by pycocotools; ids are made alike."""
+    index = COCO()
+    index.dataset = dataset
+    every: list[Any] = [*dataset["images"], *dataset["annotations"], *dataset.get("categories", ())]
+    for entry in every:
+        entry |= {key: _id(entry[key]) for key in ("image_id", "category_id") if key in entry}
+    for entry in (*dataset["images"], *dataset.get("categories", ())):
+        entry["id"] = _id(entry["id"])
+    for annotation in dataset["annotations"]:
+        annotation.setdefault("id", None)  # pycocotools asks for it
+    with contextlib.redirect_stdout(io.StringIO()):  # and prints its progress
+        index.createIndex()
+    return index
 
 
 def _with_summary(
@@ -195,7 +207,7 @@ def _with_summary(
     never = [label for label in reader.instances if label not in reader.named]
     if never:
         _log.warning(
-            "%d of %d classes are never named by a caption, so that their %d objects are not measured: %s. "
+            "No caption names %d of the %d classes; their objects (%d) are not measured: %s. "
             "--synonyms FILE gives them further words",
             len(never), len(reader.instances), sum(reader.instances[label] for label in never), shown(never),
         )  # fmt: skip
@@ -214,9 +226,9 @@ class _CocoReader:
     images: Path
     source: str
     # By the id of the image, the category, the image.
-    records: Mapping[_Id, _AnnotatedImage]
-    labels: Mapping[_Id, str]
-    objects: Mapping[_Id, Sequence[_Object]]
+    records: Mapping[_RawId, _AnnotatedImage]
+    labels: Mapping[_RawId, str]
+    objects: Mapping[_RawId, Sequence[_Object]]
     finder: MentionFinder
     excluded: Counter[str]
     instances: Counter[str] = field(default_factory=Counter)
@@ -230,24 +242,25 @@ class _CocoReader:
             raise ExcludedError("image_without_record")
         record = self.records[image]
         file = read_image_file(self.images, names)
-        upright = file.from_annotated((int(record.width), int(record.height)))
+        upright = file.from_annotated((int(record["width"]), int(record["height"])))
         mentions = [self.finder.find(caption) for caption in captions]
         self.named.update(*mentions)
         regions: list[Region] = []
         seen: set[str] = set()
         for thing in self.objects.get(image, ()):
             with counting(self.excluded):
-                category = _id(thing.category_id)
+                category = thing["category_id"]
                 if category not in self.labels:
                     raise ExcludedError("category_unknown")
-                written = repr((thing.id, category, thing.bbox, thing.iscrowd))
-                if thing.id is not None and written in seen:
+                written = repr((thing["id"], category, thing.get("bbox"), thing.get("iscrowd")))
+                if thing["id"] is not None and written in seen:
                     raise ExcludedError("annotation_twice")
                 seen.add(written)
-                box = upright.counted(thing.bbox, self.excluded)
-                regions.append(self._region(self.labels[category], box, mentions, crowd=bool(thing.iscrowd)))
+                box = upright.counted(thing.get("bbox"), self.excluded)
+                crowd = str(thing.get("iscrowd")).lower() not in _NO_CROWD
+                regions.append(self._region(self.labels[category], box, mentions, crowd))
         annotated = {region.label for region in regions}
-        for category in map(_id, record.not_exhaustive_category_ids):
+        for category in map(_id, record.get("not_exhaustive_category_ids", ())):
             if (label := self.labels.get(category, "")) in annotated:
                 self.excluded["instances_not_exhaustive"] += 1
                 regions.append(self._region(label, None, mentions))

@@ -139,7 +139,7 @@ def _records(files: Iterable[Path], excluded: Counter[str]) -> Iterator[tuple[st
             yield file.stem, record
         excluded["member_unknown"] += records.unknown
         if records.unknown:
-            _log.warning("%s: %d records were read%s", file, len(read), records.unknown_text)
+            _log.warning("%s: records read: %d%s", file, len(read), records.unknown_text)
         missing = _stated(file.with_name(f"{file.stem}_stats.json")) - len(read)
         if records.error:
             missing = max(missing, len((lost | records.keys_behind()) - read), 1)

@@ -104,6 +104,13 @@ def test_captions_regions_and_spans_of_an_image(world: CocoWorld) -> None:
     assert (crowd.label, crowd.crowd, crowd.spans) == ("person", True, {2: ((2, 5),)})
 
 
+def test_a_crowd_is_one_however_that_is_written(world: CocoWorld) -> None:
+    for value in (0, "0", 0.0, False, None, 1, "1", True):
+        world.add_box(42, [1, 1, 5, 5], crowd=value)  # type: ignore[arg-type]
+    (sample,), _ = world.read()
+    assert [region.crowd for region in sample.regions[1:]] == [False] * 5 + [True] * 3
+
+
 def test_images_come_in_the_order_of_the_captions_file(world: CocoWorld) -> None:
     world.add_image(7, ["a cat"])
     world.instances["images"].reverse()
@@ -203,10 +210,7 @@ def test_own_classes_are_found_by_name_plural_and_synonyms(world: CocoWorld, cap
         assert {label: found[label] for label in expected} == expected
         assert found["forklift truck"] == ["forklift-truck"]
         assert excluded == {}
-        assert (
-            "1 of 5 classes are never named by a caption, so that their 1 objects are not measured: 'crane'"
-            in caplog.text
-        )
+        assert "No caption names 1 of the 5 classes; their objects (1) are not measured: 'crane'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_members_that_no_sample_is_made_of_are_counted(
     samples, excluded = world.read()
     assert [sample.key for sample in samples] == ["00000-000000001", "00001-9"]
     assert excluded == {"member_unknown": 3}
-    assert f"00001.tar: 1 records were read; 3 are not read, {names[0]!r} the first" in caplog.text
+    assert f"00001.tar: records read: 1; not read: 3, {names[0]!r} the first" in caplog.text
 
 
 def test_files_that_are_not_read_are_counted(world: TarWorld) -> None:
