@@ -148,7 +148,7 @@ def read_coco(
     words = {category["name"]: category.get("synonyms", []) for category in annotated.dataset["categories"]}
     found = class_finder(words, read_synonyms(synonyms, words) if synonyms is not None else None)
     files = {key: [image["file_name"]] for key, image in listed.imgs.items()}
-    records: dict[_Id, _AnnotatedImage] = annotated.imgs
+    records: dict[_RawId, _AnnotatedImage] = annotated.imgs
     texts = {key: [caption["caption"] for caption in found] for key, found in listed.imgToAnns.items()}
     for reason, index, known in (("caption", listed, set(files)), ("annotation", annotated, files.keys() | records)):
         unknown = sum(len(found) for key, found in index.imgToAnns.items() if key not in known)
@@ -185,15 +185,14 @@ def _id(value: _RawId) -> _Id:
 
 def _index(dataset: _CaptionsFile | _InstancesFile) -> COCO:
     """A file of COCO's form, indexed by pycocotools; ids are made alike."""
-    index = COCO()
-    index.dataset = dataset
-    every: list[Any] = [*dataset["images"], *dataset["annotations"], *dataset.get("categories", ())]
-    for entry in every:
-        entry |= {key: _id(entry[key]) for key in ("image_id", "category_id") if key in entry}
-    for entry in (*dataset["images"], *dataset.get("categories", ())):
+    parts: dict[str, list[Any]] = {key: [*entries] for key, entries in dataset.items()}  # type: ignore[misc]
+    for entry in (*parts["images"], *parts.get("categories", ())):
         entry["id"] = _id(entry["id"])
-    for annotation in dataset["annotations"]:
+    for annotation in parts["annotations"]:
+        annotation |= {key: _id(annotation[key]) for key in ("image_id", "category_id") if key in annotation}
         annotation.setdefault("id", None)  # pycocotools asks for it
+    index = COCO()
+    index.dataset = parts
     with contextlib.redirect_stdout(io.StringIO()):  # and prints its progress
         index.createIndex()
     return index
