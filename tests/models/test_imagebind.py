@@ -227,7 +227,8 @@ def test_m2ib_explains_sounds_with_texts_and_sounds_with_images(encoders: dict[s
 def test_every_method_explains_it_or_says_why_not(kind: str, encoders: dict[str, Encoder]) -> None:
     encoder = encoders[kind]
     images, tokens = pictures(encoder, 1), encoder.tokenizer.encode(CAPTIONS[1:])
-    few = {"kernel_shap": {"image_samples": 60, "text_samples": 60}, "rise": {"image_masks": 20, "text_masks": 20}}
+    samples, masks = {"image_samples": 60, "text_samples": 60}, {"image_masks": 20, "text_masks": 20}
+    few = {"kernel_shap": samples, "banzhaf_pairs": samples, "rise": masks}
     for name, method in METHODS.items():
         options: dict[str, Any] = few.get(name, {})
         if (kind, name) == ("audio", "attention_relevance"):
