@@ -78,12 +78,14 @@ class Tower:
         """A block after its attention: output projection, residual connections, MLP."""
         block = self.blocks[number]
         x_TD = x_TD + block.ls_1(self.project(number, context_TD))
-        return x_TD + block.ls_2(block.mlp(block.ln_2(x_TD)))
+        output: Tensor = x_TD + block.ls_2(block.mlp(block.ln_2(x_TD)))
+        return output
 
     def project(self, number: int, context_TD: Tensor) -> Tensor:
         """A block's output projection."""
         projection = self.blocks[number].attn.out_proj
-        return context_TD @ projection.weight.T + projection.bias
+        output: Tensor = context_TD @ projection.weight.T + projection.bias
+        return output
 
     def run(self, single_from: int | None = None) -> Tensor:
         """All blocks: [T, D]; those from `single_from` on with one head."""

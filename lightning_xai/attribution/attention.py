@@ -319,9 +319,7 @@ class AttendedTower:
             if self.at.block is None:
                 raise self.unsupported("passes on feature maps, without self-attention over one sequence of tokens")
         else:
-            first = take(start_layer).layer
-            found = [take(layer).block for layer in range(first, self.at.layer + 1)]
-            self._blocks = [block for block in found if block is not None]
+            self._blocks = take(start_layer).blocks_on()
         self.pools = False
         probe = next(encoder.parameters())
         with differentiable(encoder), torch.no_grad():

@@ -60,6 +60,10 @@ class TowerAtLayer(ABC):
     def features_before(self, inputs: Tensor) -> Tensor:
         """Hidden states at the block's input: [B, T, D], or [B, C, H, W] for feature maps."""
 
+    def blocks_on(self) -> list[nn.Module]:
+        """The tower's blocks from this layer on; none of a tower of feature maps."""
+        return []
+
     def captured(self, block_input: Tensor) -> Tensor:
         """The block's input, as a hook sees it, in the form `features_before` returns."""
         return block_input

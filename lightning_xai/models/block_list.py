@@ -183,6 +183,10 @@ class ImageBlocksAtLayer(TowerAtLayer):
         """Images [B, 3, height, width] -> hidden states [B, T, D] or [B, C, H, W]."""
         return self._list.reach(self.layer, lambda: self._tower(inputs))
 
+    def blocks_on(self) -> list[nn.Module]:
+        """The tower's blocks from this layer on; none of feature maps."""
+        return [] if self.is_feature_map else list(self._list.blocks[self.layer :])
+
     def captured(self, block_input: Tensor) -> Tensor:
         """The block's input, as a hook sees it, in the form `features_before` returns."""
         return self._list.outward(block_input)
@@ -241,6 +245,10 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         if length is None and self._trims:
             length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
         return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))
+
+    def blocks_on(self) -> list[nn.Module]:
+        """The tower's blocks from this layer on."""
+        return list(self._list.blocks[self.layer :])
 
     def captured(self, block_input: Tensor) -> Tensor:
         """The block's input, as a hook sees it, in the form `features_before` returns."""

@@ -56,6 +56,10 @@ class VisionTransformerAtLayer(TowerAtLayer):
         last = self._blocks[-1]
         self._pooled = PooledBlock(last, causal=False) if reads_cls_only and PooledBlock.serves(last) else None
 
+    def blocks_on(self) -> list[nn.Module]:
+        """The tower's blocks from this layer on."""
+        return list(self._blocks[self.layer :])
+
     def features_before(self, inputs: Tensor) -> Tensor:
         """Images [B, 3, height, width] -> hidden states [B, T, D]."""
         return _run(self._blocks[: self.layer], self._visual._embeds(inputs), self._visual.transformer)
@@ -204,6 +208,10 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         self.causal = tower.causal and tower.reads_end
         last = tower.blocks[-1]
         self._pooled = PooledBlock(last, tower.causal) if PooledBlock.serves(last) else None
+
+    def blocks_on(self) -> list[nn.Module]:
+        """The tower's blocks from this layer on."""
+        return list(self._tower.blocks[self.layer :])
 
     def visible(self, tokens: Tensor) -> Tensor:
         """Under the causal mask all tokens up to the one that is read, else all."""

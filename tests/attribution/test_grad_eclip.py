@@ -61,7 +61,7 @@ def test_agrees_with_the_papers_formula_token_by_token(
 def test_one_head_is_not_the_models_cosine_but_that_is_what_is_reported(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit", torch.float64)
     pairs = random_pairs(encoder)
-    many, one = (GradECLIP(encoder, heads=heads).attribute(*pairs) for heads in ("model", "single"))  # type: ignore[arg-type]
+    many, one = (GradECLIP(encoder, heads=heads).attribute(*pairs) for heads in ("model", "single"))
     assert not torch.allclose(many.image, one.image, rtol=1e-2)
     torch.testing.assert_close(one.similarity, encoder.own_similarity(*pairs))
 
