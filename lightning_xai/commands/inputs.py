@@ -59,20 +59,20 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     from lightning_xai.models.clap import is_clap
 
     device = _device(choice.device)
-    if choice.compares_texts_only:
+    folder = Path(choice.name.removeprefix("hf:"))
+    takes_sounds = not choice.compares_texts_only and folder.is_dir() and is_clap(folder)
+    if choice.compares_texts_only or takes_sounds:
         given = [
             name for name, value in {"pretrained": choice.pretrained, **choice.options}.items() if value is not None
         ]
         if given:
             raise ValueError(
-                f"{choice.name} holds its own weights and takes no images: leave out "
-                f"{', '.join(f'--model.{name}' for name in given)}"
+                f"{choice.name} holds its own weights and takes {'sounds, ' if takes_sounds else ''}no images: leave "
+                f"out {', '.join(f'--model.{name}' for name in given)}"
             )
+    if choice.compares_texts_only:
         return load_sentence_encoder(choice.name.removeprefix(SENTENCES), device).eval()
-    folder = Path(choice.name.removeprefix("hf:"))
-    if folder.is_dir() and is_clap(folder):
-        if choice.pretrained is not None:
-            raise ValueError(f"the folder {folder} holds its own weights: leave out --model.pretrained")
+    if takes_sounds:
         return load_clap(folder, device).eval()
     if choice.is_random:
         torch.manual_seed(choice.seed)

@@ -464,6 +464,8 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     sound.write_bytes(b"no sound")
     said = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "none")
     assert "bell.wav cannot be read as a sound" in said
+    said = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--model.image_size", "32", "--out", tmp_path)
+    assert "takes sounds, no images: leave out --model.image_size" in said
 
 
 def test_the_users_own_image_is_never_replaced(model: list[str], image: Path, tmp_path: Path) -> None:
