@@ -113,12 +113,10 @@ class ContrastiveModule(L.LightningModule):
         final_lr = initial_lr if final_lr is None else final_lr
         _check_rates(initial_lr, final_lr, schedule, warmup_steps)
         _check_factors(image_lr_factor, text_lr_factor, layer_decay)
-        if max_logit_scale < 1:
-            raise ValueError(f"max_logit_scale has to be at least 1; got {max_logit_scale}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size has to be at least 1, or null for no chunks; got {chunk_size}")
+        _check_bounds(max_logit_scale, chunk_size)
         if gradient_checkpointing or chunk_size is not None:
             _refuse_batch_statistics(encoder)
+        _freeze_bias_of_logits(encoder)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
@@ -363,6 +361,13 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
     )
 
 
+def _freeze_bias_of_logits(encoder: DualEncoder) -> None:
+    for name, parameter in encoder.named_parameters():
+        # SigLIP's bias cancels out in the softmax: without gradient, DDP would wait for it at the second step.
+        if name.rpartition(".")[2] == "logit_bias":
+            parameter.requires_grad_(False)
+
+
 def _check_rates(initial_lr: float, final_lr: float, schedule: Schedule, warmup_steps: int) -> None:
     if not (initial_lr > 0 and (final_lr > 0 or (final_lr == 0 and schedule == "cosine"))):
         raise ValueError(
@@ -387,6 +392,13 @@ def _check_factors(image: float, text: float, layer_decay: float) -> None:
         )
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay has to be in (0, 1]; got {layer_decay}")
+
+
+def _check_bounds(max_logit_scale: float, chunk_size: int | None) -> None:
+    if max_logit_scale < 1:
+        raise ValueError(f"max_logit_scale has to be at least 1; got {max_logit_scale}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size has to be at least 1, or null for no chunks; got {chunk_size}")
 
 
 def _refuse_batch_statistics(encoder: DualEncoder) -> None:
