@@ -38,6 +38,8 @@ def test_python_that_is_marked_runs(
     if page.stem == "explain":
         assert names["result"].interactions.shape == (1, 16, 4, 4)
         assert names["encoder"].tokenizer.decode(names["tokens"][0][names["span"][0]]).strip() == "dog"
+        largest = zip(names["texts"], (names["row"], names["column"]), strict=True)
+        assert [names["sentences"].tokenizer.decode(text[at : at + 1]) for text, at in largest] == ["dog", "puppy"]
 
 
 def test_all_python_compiles_and_all_yaml_parses() -> None:

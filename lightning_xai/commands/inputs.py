@@ -59,11 +59,13 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     from lightning_xai.models.clap import is_clap
 
     device = _device(choice.device)
+    folder = Path(choice.name.removeprefix("hf:"))
+    is_sounds = folder.is_dir() and is_clap(folder)
     given = [name for name, value in {"pretrained": choice.pretrained, **choice.options}.items() if value is not None]
-    if given and choice.name.startswith((SENTENCES, IMAGEBIND)):
-        what = "takes no images" if choice.compares_texts_only else "knows its own transform"
+    if given and (is_sounds or choice.name.startswith((SENTENCES, IMAGEBIND))):
+        takes = "takes no images" if choice.compares_texts_only else "knows its own transform"
         raise ValueError(
-            f"{choice.name} holds its own weights and {what}: leave out "
+            f"{choice.name} holds its own weights and {'takes sounds, no images' if is_sounds else takes}: leave out "
             f"{', '.join(f'--model.{name}' for name in given)}"
         )
     if choice.compares_texts_only:
@@ -71,10 +73,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     if choice.name.startswith(IMAGEBIND):
         images, _ = load_imagebind(choice.name.removeprefix(IMAGEBIND), device)
         return images.eval()
-    folder = Path(choice.name.removeprefix("hf:"))
-    if folder.is_dir() and is_clap(folder):
-        if choice.pretrained is not None:
-            raise ValueError(f"the folder {folder} holds its own weights: leave out --model.pretrained")
+    if is_sounds:
         return load_clap(folder, device).eval()
     if choice.is_random:
         torch.manual_seed(choice.seed)

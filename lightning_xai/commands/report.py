@@ -29,7 +29,8 @@ class Report:
         names: of the runs, joined by commas, in their order; left out: as much of their paths as distinguishes them.
         title: of the page.
         method: label of the method whose gamma ranks classes; left out: feature_pair, or else the first.
-        alpha: significance level of the comparisons of gamma.
+        alpha: significance level of each test of gamma; a comparison is two, one for each direction. The note beside
+            the table says which level holds for all tests together.
         epsilon: threshold of almost stochastic order; lower is stricter.
         bootstrap_samples: of the comparisons.
         seed: of the bootstrap.

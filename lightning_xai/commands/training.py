@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.optim import Optimizer
 
+from lightning_xai.commands.training_options import (
+    check_optimizer,
+    lists_replaced,
+    refuse_finders,
+    with_scheduler,
+)
 from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
 from lightning_xai.training.preflight import check_allocation, slurm_job
 from lightning_xai.training.run_folder import RunFolder
@@ -86,6 +94,10 @@ class TrainingCLI(LightningCLI):
             help="seconds after which processes give up waiting for one that has died or hangs",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, or `args`; a list in a later config replaces that of an earlier one."""
+        self.config = parser.parse_args(lists_replaced(sys.argv[1:] if args is None else args))
+
     def before_instantiate_classes(self) -> None:
         """Find the run's folder and its newest checkpoint, before anything that takes time."""
         self._folder: RunFolder | None = None
@@ -94,6 +106,9 @@ class TrainingCLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
+        replaced = check_optimizer(config)
+        if replaced:
+            _say(f"--optimizer takes the place of the model's own optimizer: {', '.join(replaced)} do nothing")
         check_allocation(config.trainer.devices, config.trainer.num_nodes, config.trainer.accelerator)
         if self.subcommand == "fit":
             self._settings = self._deciding_settings()
@@ -108,14 +123,13 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer, with the callbacks and plugins that every run has."""
         given = self._get(self.config_init, "trainer", default={})
-        plugins = given.get("plugins") or []
-        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        plugins, callbacks = (_listed(given.get(name)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks = list(given.get("callbacks") or [])
         for kind in (EmbeddingWriter, DataFaults, Preflight):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
+        refuse_finders(callbacks)
         if (
             self.subcommand is not None
             and self.subcommand != "predict"
@@ -136,6 +150,11 @@ class TrainingCLI(LightningCLI):
                 "save_distributed_checkpoint: false (configs/coco_vit_h14_sharded.yaml has it)"
             )
         return trainer
+
+    @staticmethod
+    def configure_optimizers(lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None) -> Any:
+        """Take `--optimizer` and `--lr_scheduler` in place of the model's own."""
+        return with_scheduler(lightning_module, optimizer, lr_scheduler)
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, from the newest checkpoint of the run if there is one."""
@@ -181,6 +200,11 @@ class TrainingCLI(LightningCLI):
             for name in names:
                 at.pop(name, None)
         return settings
+
+
+def _listed(given: Any) -> list[Any]:
+    """Objects of a config, which may name one alone."""
+    return list(given) if isinstance(given, (list, tuple)) else [given] if given else []
 
 
 def _refuse_foreign(config: Any) -> None:

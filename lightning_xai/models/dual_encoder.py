@@ -167,12 +167,13 @@ class DualEncoder(ImageEncoder):
 
         self._towers = embed_images, embed_any_length
 
-    def blocks(self) -> list[nn.Module]:
-        """The blocks of both towers, image tower first; none of a tower without a list of blocks."""
+    def blocks(self, *towers: str) -> list[nn.Module]:
+        """The blocks of "image", of "text", or of both towers, image tower first; none of a tower without a list."""
         found: list[nn.Module] = []
-        for at_layer in (self._image_at_layer, self._text_at_layer):
+        for tower, at_layer in (("image", self._image_at_layer), ("text", self._text_at_layer)):
             with suppress(UnsupportedTowerError):
-                found += [block for layer in at_layer(-1).layers if (block := at_layer(layer).block) is not None]
+                if not towers or tower in towers:
+                    found += [block for layer in at_layer(-1).layers if (block := at_layer(layer).block) is not None]
         return found
 
     def _image_at_layer(self, layer: int) -> TowerAtLayer:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,7 @@ from lightning_xai.model_options import ModelOptions
 from lightning_xai.models.architecture import differing_settings
 from lightning_xai.models.hugging_face import HuggingFaceEncoder
 from lightning_xai.models.processor_transform import ProcessorTransform
-
-if TYPE_CHECKING:
-    from lightning_xai.models.weights_file import Weights
+from lightning_xai.models.weights_file import Weights, without_common_prefix
 
 __all__ = [
     "LIBRARY",
@@ -244,6 +242,7 @@ def _encoder(
     model: Any, tokenizer: HuggingFaceTokenizer, architecture: dict[str, Any], weights: Weights | None
 ) -> HuggingFaceEncoder:
     if weights is not None:
+        weights = without_common_prefix(weights, model.state_dict().keys())
         try:
             model.load_state_dict(weights.state)
         except RuntimeError as error:

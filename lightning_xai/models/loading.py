@@ -38,7 +38,7 @@ from lightning_xai.models.architecture import (
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.hugging_face_folder import LIBRARY, PREFIX, load_hugging_face, load_recorded
 from lightning_xai.models.positions import ImagePositions, interpolate_image, interpolate_text, text_positions
-from lightning_xai.models.weights_file import Weights, read_weights
+from lightning_xai.models.weights_file import Weights, read_weights, without_common_prefix
 
 __all__ = ["load_dual_encoder"]
 
@@ -284,6 +284,12 @@ def _with_image_size(architecture: Mapping[str, Any], size: tuple[int, ...] | No
 def _from_architecture(architecture: Mapping[str, Any], tokenizer_name: str | None = None) -> DualEncoder:
     """A randomly initialised encoder of a given architecture."""
     name, model_cfg = architecture["name"], architecture["model_cfg"]
+    size = _image_size(architecture)
+    if isinstance(model_cfg["vision_cfg"].get("layers"), list) and len(set(size)) > 1:
+        raise ValueError(
+            f"{name} is a ResNet of CLIP's, whose attention pool takes square images only: set image_size to one "
+            f"number, such as {max(size)}; got {[*size]}"
+        )
     with tempfile.TemporaryDirectory() as folder, _quiet_open_clip():
         # open_clip reads a configuration by name from its registry or from a folder; a folder keeps the registry clean.
         config = {"model_cfg": model_cfg, "preprocess_cfg": architecture["preprocess_cfg"]}
@@ -356,9 +362,10 @@ def _trained(architecture: dict[str, Any], weights: Weights, tokenizer: str | No
     Raises:
         ValueError: the weights are of another model, or nothing says for which grid of patches.
     """
-    text = weights.state.get("positional_embedding", weights.state.get("text.positional_embedding"))
     encoder = _from_architecture(architecture, tokenizer)
     model, own = encoder.model, encoder.model.state_dict()
+    weights = without_common_prefix(weights, own.keys(), [name for name, _ in model.named_buffers()])
+    text = weights.state.get("positional_embedding", weights.state.get("text.positional_embedding"))
     length, size = _context_length(architecture), _image_size(architecture)
     found = text_positions(model)
     if text is not None and found is not None and text.ndim == 2:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lightning_xai.models.architecture import FOLDER_CONFIG, check_architecture,
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.torchscript import is_torchscript, read_torchscript
 
-__all__ = ["Weights", "read_weights", "save_open_clip"]
+__all__ = ["Weights", "read_weights", "save_open_clip", "without_common_prefix"]
 
 _STATE_PREFIX = "encoder.model."
 _WRAPPED_IN = ("state_dict", "model_state_dict", "model")
@@ -98,6 +100,27 @@ def _plain_name(name: str) -> str:
     while name.startswith(_PREFIXES):
         name = name.partition(".")[2]
     return name
+
+
+def without_common_prefix(weights: Weights, names: Collection[str], optional: Collection[str] = ()) -> Weights:
+    """The weights without one prefix of all their names, such as "net.", if these are then exactly a model's.
+
+    A warning says so. Other weights stay as they are.
+
+    Args:
+        weights: as read.
+        names: of the model's weights.
+        optional: names that may be there as well.
+    """
+    first = next(iter(weights.state))
+    for end in (place + 1 for place, letter in enumerate(first) if letter == "."):
+        if not all(name.startswith(first[:end]) for name in weights.state):
+            break
+        state = {name[end:]: tensor for name, tensor in weights.state.items()}
+        if set(names) <= state.keys() <= {*names, *optional}:
+            warnings.warn(f"{weights.path}: all names begin with {first[:end]!r}, which was left out", stacklevel=2)
+            return replace(weights, state=state)
+    return weights
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:

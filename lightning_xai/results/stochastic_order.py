@@ -89,7 +89,7 @@ def almost_stochastic_order(
             fine-tuned and unmodified ones ("Explaining caption-image interactions in CLIP models with second-order
             attributions", section 4.2). At 0.5 the test only asks which of the two is the larger one.
         alpha: significance level in (0, 0.5); the defaults of both go together, and so do 0.01 and 0.001. Divide by
-            the number of comparisons where there are several.
+            the number of tests where there are several: two for a comparison in both directions.
         bootstrap_samples: resamples, at least 2. `interval` is rough with fewer than about ten divided by `alpha`.
         seed: of the resampling; the same seed gives the same result, whatever the order of the values.
 

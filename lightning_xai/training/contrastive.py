@@ -7,7 +7,8 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.loss import global_contrastive_loss
@@ -29,6 +31,8 @@ from lightning_xai.models.sharding import (
     release_parameters,
     shard_encoder,
 )
+from lightning_xai.training.learning_rate import Schedule, learning_rate_factor
+from lightning_xai.training.parameter_groups import Frozen, freeze, parameter_groups, parameter_places
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
 
@@ -46,9 +50,21 @@ class ContrastiveModule(L.LightningModule):
 
     Args:
         encoder: the model to train.
-        initial_lr: learning rate of the first step.
-        final_lr: learning rate of the last step; it rises (or falls) exponentially in between.
+        initial_lr: learning rate of the first step, or of the first one after warm-up.
+        final_lr: learning rate of the last step; null: as initial_lr.
+        schedule: way from initial_lr to final_lr: exponential (by the same factor at every step), cosine, or constant,
+            which stays at initial_lr.
+        warmup_steps: first steps, in which the rate rises linearly to initial_lr.
+        image_lr_factor: factor on the learning rates of the image tower.
+        text_lr_factor: likewise of the text tower.
+        layer_decay: factor on the learning rate from each block to the one before it, in (0, 1]: parameters behind a
+            tower's blocks learn with the full rate, those before n blocks with layer_decay to the power of n + 1.
+        freeze_image: number of the image tower's first blocks that are not trained, with all that is before them, or
+            `all` for the whole tower. Frozen batch statistics stay as they are.
+        freeze_text: likewise of the text tower.
         weight_decay: AdamW's weight decay, on all parameters as in the paper.
+        decay_norms_and_biases: false: no weight decay of parameters of a single dimension (norms, biases, class tokens,
+            the logit scale).
         betas: AdamW's running averages.
         max_logit_scale: the learned factor on similarities is kept between 1 and this.
         recall_at: k of the validation's recall.
@@ -63,8 +79,9 @@ class ContrastiveModule(L.LightningModule):
             they are. Checkpoints are the same with and without.
 
     Raises:
-        ValueError: learning rates that are not positive, a bound or a chunk size below 1, or a model that an option
-            does not suit: one with batch statistics cannot be run in chunks or again.
+        ValueError: learning rates that are not positive, a bound or a chunk size below 1, options that contradict each
+            other, or a model that an option does not suit: one with batch statistics cannot be run in chunks or again,
+            a tower that is no list of blocks has no rates by depth.
     """
 
     def __init__(  # noqa: PLR0913 - the signature is the configuration
@@ -72,8 +89,16 @@ class ContrastiveModule(L.LightningModule):
         encoder: DualEncoder,
         *,
         initial_lr: float = 1e-7,
-        final_lr: float = 1e-5,
+        final_lr: float | None = 1e-5,
+        schedule: Schedule = "exponential",
+        warmup_steps: int = 0,
+        image_lr_factor: float = 1.0,
+        text_lr_factor: float = 1.0,
+        layer_decay: float = 1.0,
+        freeze_image: Frozen = 0,
+        freeze_text: Frozen = 0,
         weight_decay: float = 1e-4,
+        decay_norms_and_biases: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         max_logit_scale: float = 100.0,
         recall_at: Sequence[int] = (1, 5, 10),
@@ -85,22 +110,22 @@ class ContrastiveModule(L.LightningModule):
         super().__init__()
         # Lightning warns of every module that has this hook, although data modules rarely have their own.
         warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device` in `LightningModule`")
-        if not (initial_lr > 0 and final_lr > 0):
-            raise ValueError(f"initial_lr and final_lr have to be positive; got {initial_lr} and {final_lr}")
-        if max_logit_scale < 1:
-            raise ValueError(f"max_logit_scale has to be at least 1; got {max_logit_scale}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size has to be at least 1, or null for no chunks; got {chunk_size}")
+        final_lr = initial_lr if final_lr is None else final_lr
+        _check_rates(initial_lr, final_lr, schedule, warmup_steps)
+        _check_factors(image_lr_factor, text_lr_factor, layer_decay)
+        _check_bounds(max_logit_scale, chunk_size)
         if gradient_checkpointing or chunk_size is not None:
             _refuse_batch_statistics(encoder)
-        for name, parameter in encoder.named_parameters():
-            # SigLIP's bias cancels out in the softmax: without gradient, DDP would wait for it at the second step.
-            if name.rpartition(".")[2] == "logit_bias":
-                parameter.requires_grad_(False)
+        _freeze_bias_of_logits(encoder)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
+        self.schedule: Schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.tower_factors = {"image": image_lr_factor, "text": text_lr_factor}
+        self.layer_decay = layer_decay
         self.weight_decay = weight_decay
+        self.decay_norms_and_biases = decay_norms_and_biases
         self.betas = betas
         self.max_logit_scale = max_logit_scale
         self.retrieval = RetrievalMetric(ks=recall_at, group_size=val_group_size)
@@ -108,6 +133,11 @@ class ContrastiveModule(L.LightningModule):
         self._last_step: float | None = None
         self.chunk_size = chunk_size
         self._compiled = compile
+        # Found now, since the parts of a sharded encoder cannot run on their own.
+        asked = (image_lr_factor, text_lr_factor, layer_decay) != (1, 1, 1) or freeze_image or freeze_text
+        self._places = parameter_places(encoder) if asked else {}
+        freeze(encoder, self._places, {"image": freeze_image, "text": freeze_text})
+        self._keep_frozen_statistics()
         if gradient_checkpointing:
             encoder.checkpoint_blocks()
         if compile:
@@ -154,16 +184,49 @@ class ContrastiveModule(L.LightningModule):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and a learning rate that changes by the same factor at every step from first to last."""
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.initial_lr, betas=self.betas, weight_decay=self.weight_decay
+        """AdamW, and a learning rate that goes by the schedule from the first step to the last.
+
+        Raises:
+            ValueError: the number of steps is not known, or is not above that of warm-up.
+        """
+        groups = parameter_groups(
+            self.encoder,
+            self._places,
+            rate=self.initial_lr,
+            weight_decay=self.weight_decay,
+            tower_factors=self.tower_factors,
+            layer_decay=self.layer_decay,
+            decay_norms_and_biases=self.decay_norms_and_biases,
         )
+        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, betas=self.betas)
         steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError("the learning rate rises over the whole run, so give the trainer max_epochs or max_steps")
-        ratio, last = self.final_lr / self.initial_lr, max(int(steps) - 1, 1)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: ratio ** (min(step, last) / last))
+        if not math.isfinite(steps) and self.schedule != "constant":
+            raise ValueError(
+                "the learning rate changes over the whole run, so give the trainer max_epochs or max_steps"
+            )
+        if steps <= self.warmup_steps:
+            raise ValueError(f"warmup_steps has to be below the run's {steps} steps; got {self.warmup_steps}")
+        factor = partial(
+            learning_rate_factor,
+            steps=steps,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            ratio=self.final_lr / self.initial_lr,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module, but frozen batch statistics stay as they are."""
+        super().train(mode)
+        self._keep_frozen_statistics()
+        return self
+
+    def _keep_frozen_statistics(self) -> None:
+        for module in self.encoder.modules():
+            weights = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and weights and not any(each.requires_grad for each in weights):
+                module.eval()
 
     def on_train_start(self) -> None:
         """Make the optimizer fit to go on, where it comes from a checkpoint."""
@@ -296,6 +359,46 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
         f"it sees other pixels ({', '.join(differing)}); give the former ones as image_mean, image_std, interpolation, "
         "resize_mode or image_size of the model, or "
     )
+
+
+def _freeze_bias_of_logits(encoder: DualEncoder) -> None:
+    for name, parameter in encoder.named_parameters():
+        # SigLIP's bias cancels out in the softmax: without gradient, DDP would wait for it at the second step.
+        if name.rpartition(".")[2] == "logit_bias":
+            parameter.requires_grad_(False)
+
+
+def _check_rates(initial_lr: float, final_lr: float, schedule: Schedule, warmup_steps: int) -> None:
+    if not (initial_lr > 0 and (final_lr > 0 or (final_lr == 0 and schedule == "cosine"))):
+        raise ValueError(
+            f"initial_lr and final_lr have to be positive; got {initial_lr} and {final_lr} (a cosine may end at 0)"
+        )
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule is one of {', '.join(get_args(Schedule))}; got {schedule}")
+    if schedule == "constant" and final_lr != initial_lr:
+        raise ValueError(
+            f"a constant schedule stays at initial_lr ({initial_lr}), so that final_lr ({final_lr}) would do nothing: "
+            "set final_lr to null"
+        )
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps has to be at least 0; got {warmup_steps}")
+
+
+def _check_factors(image: float, text: float, layer_decay: float) -> None:
+    if not (image > 0 and text > 0):
+        raise ValueError(
+            f"image_lr_factor and text_lr_factor have to be positive; got {image} and {text} (freeze_image: all, or "
+            "freeze_text: all, freezes a tower)"
+        )
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay has to be in (0, 1]; got {layer_decay}")
+
+
+def _check_bounds(max_logit_scale: float, chunk_size: int | None) -> None:
+    if max_logit_scale < 1:
+        raise ValueError(f"max_logit_scale has to be at least 1; got {max_logit_scale}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size has to be at least 1, or null for no chunks; got {chunk_size}")
 
 
 def _refuse_batch_statistics(encoder: DualEncoder) -> None:

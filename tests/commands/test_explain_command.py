@@ -471,6 +471,8 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     sound.write_bytes(b"no sound")
     said = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "none")
     assert "bell.wav cannot be read as a sound" in said
+    said = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--model.image_size", "32", "--out", tmp_path)
+    assert "takes sounds, no images: leave out --model.image_size" in said
 
 
 @pytest.fixture

@@ -294,6 +294,23 @@ def test_every_usual_layout_of_weights_loads(layout: str, source: tuple[Path, Du
     assert all(map(torch.equal, embeddings(loaded), embeddings(encoder)))
 
 
+@pytest.mark.parametrize("prefix", ["net.", "net.module.clip.", "_orig_mod.student."])
+def test_a_prefix_of_all_names_is_left_out_with_a_word(
+    prefix: str, source: tuple[Path, DualEncoder], tmp_path: Path
+) -> None:
+    config, encoder = source
+    torch.save(prefixed(encoder.model.state_dict(), prefix), tmp_path / "weights.pt")
+    left_out = prefix.removeprefix("_orig_mod.")
+    with pytest.warns(UserWarning, match=f"weights.pt: all names begin with '{left_out}', which was left out"):
+        loaded = load_dual_encoder(config, tmp_path / "weights.pt").eval()
+    assert all(map(torch.equal, embeddings(loaded), embeddings(encoder)))
+
+
+def test_a_resnet_of_clip_asks_for_square_images(architecture_file: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"takes square images only: set image_size to one number, such as 96; got"):
+        load_dual_encoder(architecture_file("resnet"), image_size=(64, 96))
+
+
 def test_the_content_of_a_file_decides_not_its_name(source: tuple[Path, DualEncoder], tmp_path: Path) -> None:
     config, encoder = source
     save_file(prefixed(encoder.model.state_dict(), "module."), tmp_path / "weights.bin")
@@ -431,6 +448,7 @@ def test_sizes_activations_and_names_that_contradict_are_refused(
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", VIT)
     (tmp_path / "ViT-B-32").mkdir()
     assert load_dual_encoder("ViT-B-32").name == "ViT-B-32"
-    torch.save(prefixed(source[1].model.state_dict(), "clip."), tmp_path / "inner.pt")
+    inner = source[1].model.state_dict() | {"head.weight": torch.zeros(1)}
+    torch.save(prefixed(inner, "clip."), tmp_path / "inner.pt")
     with pytest.raises(ValueError, match="All names begin with 'clip': save the state_dict of that part alone"):
         load_dual_encoder(source[0], tmp_path / "inner.pt")

@@ -142,6 +142,9 @@ def test_runs_are_compared_method_by_method_in_both_directions(tmp_path: Path) -
     assert str(found).startswith("b grounds better than a (feature_pair): ε_min = ")
     assert "not shown to ground better" in str(comparisons[4])
     sections = built(tmp_path / "a", tmp_path / "b", tmp_path / "t")
+    note = blocks(sections, PaperTable)["significance"].note
+    assert "The 5 comparisons are 10 tests" in note
+    assert "ask for --alpha 0.0005." in note
     assert "a and b: options of feature_pair differ (steps was 5 and is 9)." in notes(sections)
     assert "a and t, epoch 3 are not compared by gamma (feature_pair)" in notes(sections)
     verdicts = [text for text in findings(sections) if "ε_min" in text]

@@ -65,6 +65,81 @@ def test_the_learning_rate_grows_by_one_factor_from_the_first_step_to_the_last(
 
 
 @pytest.mark.parametrize(
+    ("schedule", "final_lr", "factors"),
+    [
+        ("constant", None, [1, 1, 1, 1, 1]),
+        ("cosine", 0.0, [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
+        ("exponential", 1e-7, [1, 0.1, 0.01, 0.001, 0.0001]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_then_goes_by_its_schedule(
+    make: Make, shapes: Path, tmp_path: Path, schedule: str, final_lr: float | None, factors: list[float]
+) -> None:
+    task, recorder = make(initial_lr=1e-3, final_lr=final_lr, schedule=schedule, warmup_steps=4), Recorder()
+    trainer_in(tmp_path, recorder, max_epochs=3).fit(task, batches_of(task, shapes / "train", 3, 4))
+    expected = [1e-3 * factor for factor in (0.25, 0.5, 0.75, 1, *factors)]
+    assert recorder.rates == pytest.approx(expected, rel=1e-9, abs=1e-18)
+    with pytest.raises(ValueError, match="below the run's 2 steps; got 4"):
+        trainer_in(tmp_path, max_steps=2).fit(make(warmup_steps=4), batches_of(task, shapes / "train", 3, 4))
+
+
+def test_rates_and_weight_decay_go_by_tower_depth_and_kind_of_parameter(
+    make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task = make(image_lr_factor=0.1, layer_decay=0.5, initial_lr=1e-3, final_lr=1e-3, decay_norms_and_biases=False)
+    recorder = Recorder()
+    trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 1, 4))
+    names = {id(parameter): name for name, parameter in task.encoder.model.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["lr"] / 1e-3, group["weight_decay"])
+        for group in recorder.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found.keys() == set(names.values())
+    expected = {
+        "logit_scale": (1, 0),
+        "visual.conv1.weight": (0.1 / 16, 1e-4),
+        "visual.class_embedding": (0.1 / 16, 0),
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (0.1 / 8, 1e-4),
+        "visual.transformer.resblocks.2.ln_1.weight": (0.1 / 2, 0),
+        "visual.ln_post.bias": (0.1, 0),
+        "visual.proj": (0.1, 1e-4),
+        "token_embedding.weight": (1 / 16, 1e-4),
+        "transformer.resblocks.1.attn.in_proj_bias": (1 / 4, 0),
+        "text_projection": (1, 1e-4),
+    }
+    assert {name: found[name] for name in expected} == {name: pytest.approx(x) for name, x in expected.items()}
+    assert recorder.rates == [1e-3], "the rate that is logged is the one without factors"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "frozen"),
+    [
+        (
+            "vit",
+            {"freeze_image": 1, "freeze_text": "all"},
+            {"visual.conv1.", "visual.transformer.resblocks.0.", "token_e"},
+        ),
+        ("resnet", {"freeze_image": 2}, {"visual.conv1.", "visual.bn3.", "visual.layer1.", "visual.layer2."}),
+    ],
+)
+def test_frozen_blocks_keep_their_weights_and_batch_statistics_and_all_others_learn(
+    model: str, options: dict[str, Any], frozen: set[str], make: Make, shapes: Path, tmp_path: Path
+) -> None:
+    task = make(model, initial_lr=1e-3, final_lr=1e-3, **options)
+    before = {name: value.clone() for name, value in task.encoder.model.state_dict().items()}
+    data = ShardDataModule(train=shapes / "train", val=shapes / "val", batch_size=32, num_workers=0)
+    trainer_in(tmp_path, max_epochs=2).fit(task, data)
+    kept = {name for name, value in task.encoder.model.state_dict().items() if torch.equal(value, before[name])}
+    learned = before.keys() - kept
+    assert all(any(name.startswith(start) for name in kept) for start in frozen)
+    assert not any(name.startswith(start) for name in learned for start in frozen)
+    assert {name.split(".")[0] for name in learned} >= {"logit_scale", "visual"}
+    assert ("text_projection" in kept) == (model == "vit")
+    assert any("resblocks.1." in name or "layer3" in name for name in learned)
+
+
+@pytest.mark.parametrize(
     ("options", "weight_decay", "betas"),
     [({}, 1e-4, (0.9, 0.999)), ({"weight_decay": 0.2, "betas": (0.8, 0.98)}, 0.2, (0.8, 0.98))],
     ids=["as in the paper", "options"],
@@ -86,9 +161,16 @@ def test_the_optimizer_is_adamw_with_its_weight_decay_on_every_parameter(
     [
         ({"initial_lr": 0.0}, "positive; got 0.0"),
         ({"max_logit_scale": 0.5}, "at least 1; got 0.5"),
+        ({"schedule": "constant"}, r"final_lr \(1e-05\) would do nothing: set final_lr to null"),
+        ({"schedule": "linear"}, "exponential, cosine, constant; got linear"),
+        ({"warmup_steps": -1}, "at least 0; got -1"),
+        ({"text_lr_factor": 0.0}, "freeze_text: all"),
+        ({"layer_decay": 1.5}, r"in \(0, 1\]; got 1.5"),
+        ({"freeze_image": 4}, "the image tower of vit has 3 blocks; got 4"),
+        ({"freeze_image": "all", "freeze_text": "all"}, "nothing is left to train"),
     ],
 )
-def test_options_outside_their_range_are_refused(make: Make, options: dict[str, float], message: str) -> None:
+def test_options_outside_their_range_are_refused(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -335,11 +417,14 @@ def test_checkpoints_of_another_architecture_activation_or_project_are_refused_b
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"schedule": "cosine", "warmup_steps": 4, "layer_decay": 0.7, "freeze_text": 1}]
+)
 def test_resuming_from_an_epochs_checkpoint_ends_at_exactly_the_same_weights(
-    make: Make, shapes: Path, tmp_path: Path
+    options: dict[str, Any], make: Make, shapes: Path, tmp_path: Path
 ) -> None:
     def run(folder: Path, checkpoint: Path | None = None) -> tuple[ContrastiveFineTuning, Recorder]:
-        task, recorder = make(initial_lr=1e-3, final_lr=1e-2), Recorder()
+        task, recorder = make(initial_lr=1e-3, final_lr=1e-2, **options), Recorder()
         saver = ModelCheckpoint(folder, "{epoch}", monitor="val/loss", save_top_k=-1)
         trainer_in(folder, saver, recorder, max_epochs=3).fit(task, data_of(shapes), ckpt_path=checkpoint)
         return task, recorder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from decimal import ROUND_DOWN, Context, Decimal
 from itertools import combinations
 
 from lightning_xai.report.page import Block, Note
@@ -152,7 +153,16 @@ def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
         f"{test.alpha:g}, of that order's violation: 0 is order, 1 the opposite. One dominates where its ε_min < "
         f"{test.epsilon:g}. {test.bootstrap_samples:,} bootstrap samples, phrases taken as independent."
     )
-    if len(comparisons) > 1:
-        together = test.alpha / len(comparisons)
-        note += f" α holds for each of the {len(comparisons)} comparisons; for all, ask for --alpha {together:.2g}."
+    # Rounded down: a level above the share of each test would not hold for all.
+    tests = 2 * len(comparisons)
+    together = Context(prec=3, rounding=ROUND_DOWN).divide(Decimal(str(test.alpha)), Decimal(tests))
+    counted = (
+        "The comparison is two tests, one for each direction"
+        if tests == 2
+        else (f"The {len(comparisons)} comparisons are {tests} tests, two each, one for each direction")
+    )
+    note += (
+        f" {counted}. α holds for each test; for an error of at most {test.alpha:g} in all of them together "
+        f"(Bonferroni), ask for --alpha {together}."
+    )
     return PaperTable("significance", "Which run grounds better", note, columns, rows)
