@@ -146,6 +146,12 @@ class MethodRecord(msgspec.Struct, frozen=True, kw_only=True):
     seeds: tuple[int, ...] = (0,)
 
 
+class _RoarExtra(msgspec.Struct):
+    missing: list[str] = []
+    grid: dict[str, list[Any]] = {}
+    base_loss: float | None = None
+
+
 class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A result folder's description of itself.
 
@@ -160,7 +166,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         state: of a training: `epoch` (finished epochs, or "validate" or "test") and `step`.
         logged: what the module logged in the same evaluation, by name; None stands for NaN.
         speed: `pairs_per_second` and the like; no property of the model.
-        extra: what one kind alone has: `missing` trials and `grid` of a ROAR+.
+        extra: what one kind alone has: `missing` trials, `grid` and `base_loss` of a ROAR+.
         rows: of the table of values, so that one that was cut off is noticed.
         version: of this format.
     """
@@ -182,6 +188,11 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for label in self.methods:
             check_label(label)  # names a folder
+        for name, metric in self.metrics.items():
+            if name != metric.name or not metric.scores:
+                raise ValueError(f"the metric {name!r} is called {metric.name!r} and has {len(metric.scores)} scores")
+        if self.kind == "roar":
+            msgspec.convert(self.extra, _RoarExtra)
 
     @property
     def scores(self) -> dict[str, Score]:

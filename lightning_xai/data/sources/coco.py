@@ -46,14 +46,14 @@ class _Image(TypedDict):
 
 
 class _Caption(TypedDict):
-    id: Any
+    id: int | float | str | None  # a key of pycocotools's index, which nothing here looks up
     image_id: int
     caption: Any
 
 
 class _Object(TypedDict):
     # Without the outlines, which make up most of the file: 860,000 of them would fill memory.
-    id: Any
+    id: int | float | str | None
     image_id: int
     category_id: int
     bbox: NotRequired[Any]
