@@ -29,16 +29,16 @@ T = TypeVar("T")
 _SECONDS = 20  # for one input, on a machine that is busy
 _PACKAGE = Path(lightning_xai.__file__).parent
 _ADVICE = re.compile(
-    r"\b(again|allowed|allows?|check|choose|convert|copy|delete|download|drop|expected|give|it has|leave|lists?|make|mend|prepare|"
-    r"rebuild|replace|restore|run|use)\b",
+    r"\b(again|allowed|allows?|check|choose|convert|copy|delete|download|drop|expected|give|it has|leave|lists?|make|"
+    r"mend|prepare|rebuild|replace|restore|run|use)\b",
     re.IGNORECASE,
 )
 
 _STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", " ", "\t", "a", "1", "nan", "\ud800", "é\u0301 漢字", "\0", "a\nb", "x" * 3000, "../../etc/passwd",
-    "/etc/passwd", "<end_of_text>", "[b]not[/b] {x}", [], {}, [[]], [None], ["a"], [0, 0, 0, 0], [1, 2, 3, 4], [1e308] * 4,
-    {"a": 1}, {"": None}, {"0": [[0, 1]]},
+    "/etc/passwd", "<end_of_text>", "[b]not[/b] {x}", [], {}, [[]], [None], ["a"], [0, 0, 0, 0], [1, 2, 3, 4],
+    [1e308] * 4, {"a": 1}, {"": None}, {"0": [[0, 1]]},
 )  # fmt: skip
 
 
@@ -76,10 +76,11 @@ def result_or_refusal(use: Callable[[], T], *refusals: type[Exception]) -> T | N
 
     A refusal is a ValueError (or one of `refusals`) that the package itself raises, with a word of what to do.
     """
+    expected: tuple[type[Exception], ...] = (ValueError, *refusals)
     with in_time():
         try:
             return use()
-        except (ValueError, *refusals) as error:
+        except expected as error:
             refusal = error
     place = Path(traceback.extract_tb(refusal.__traceback__)[-1].filename)
     assert place.is_relative_to(_PACKAGE), f"{refusal!r} comes from {place}"

@@ -130,7 +130,7 @@ class SourceTests:
             assert manifest.excluded == dict(+excluded)
             return excluded
 
-        @fuzz(25)
+        @fuzz(20)
         @given(st.data())
         def check(data: st.DataObject) -> None:
             path = data.draw(st.sampled_from(list(files)))

@@ -23,6 +23,7 @@ from lightning_xai.commands import COMMANDS, summary
 from lightning_xai.data import Manifest
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.registry import Registry
+from lightning_xai.results.predictions import read_predictions
 from lightning_xai.training import ContrastiveFineTuning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")

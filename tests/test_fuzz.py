@@ -41,7 +41,7 @@ def whole(folder: Path) -> list[Sample | RecordError]:
     return [item for _, item in read_samples(folder, manifest, [0], 0, manifest.samples)]
 
 
-@fuzz(200)
+@fuzz(80)
 @given(st.data())
 def test_each_record_of_a_broken_shard_is_itself_or_a_fault(
     folder: Path, whole: list[Sample | RecordError], tokenizer: CaptionTokenizer, data: st.DataObject
@@ -69,7 +69,7 @@ def test_each_record_of_a_broken_shard_is_itself_or_a_fault(
         assert verification.counts
 
 
-@fuzz(300)
+@fuzz(120)
 @given(st.data())
 def test_a_record_with_strange_values_is_used_or_refused(tokenizer: CaptionTokenizer, data: st.DataObject) -> None:
     sample = next(make_samples(1))
@@ -87,7 +87,7 @@ def test_a_record_with_strange_values_is_used_or_refused(tokenizer: CaptionToken
             assert batch.images.isfinite().all()
 
 
-@fuzz(200)
+@fuzz(100)
 @given(st.data())
 def test_a_broken_manifest_is_read_or_refused(folder: Path, tmp_path_factory: Any, data: st.DataObject) -> None:
     broken = folder.parent / "manifest"
@@ -116,7 +116,7 @@ def test_a_broken_file_of_results_is_reported_or_refused(kind: str, tmp_path: Pa
     paths = (path for suffix in ("json", "csv", "yaml") for path in sorted((tmp_path / "run").rglob(f"*.{suffix}")))
     files = {path: path.read_bytes() for path in paths}
 
-    @fuzz(40)
+    @fuzz(20)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         path = data.draw(st.sampled_from(list(files)))

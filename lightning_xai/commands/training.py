@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_xai.training import AtomicCheckpointIO, DataFaults, Preflight, PredictionWriter, Resume
+from lightning_xai.training import AtomicCheckpointIO, DataFaults, PredictionWriter, Preflight, Resume
 from lightning_xai.training.preflight import check_allocation, slurm_job
 from lightning_xai.training.run_folder import RunFolder
 

@@ -189,8 +189,10 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         for label in self.methods:
             check_label(label)  # names a folder
         for name, metric in self.metrics.items():
-            if name != metric.name or not metric.scores:
-                raise ValueError(f"the metric {name!r} is called {metric.name!r} and has {len(metric.scores)} scores")
+            names = [score.name for score in metric.scores]
+            whole = names and len(set(names)) == len(names)
+            if name != metric.name or not whole or any(score.value not in metric.values for score in metric.scores):
+                raise ValueError(f"the metric {name!r} is {metric.name!r} with scores {names} of {metric.values}")
         if self.kind == "roar":
             msgspec.convert(self.extra, _RoarExtra)
 

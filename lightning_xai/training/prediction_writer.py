@@ -252,7 +252,9 @@ def _joined(parts: list[PredictionPart]) -> PredictionPart:
             found.append(part.arrays[name] + begin if name in _ROWS else part.arrays[name])
             begin += len(part.arrays[_ROWS[name]]) if name in _ROWS else 0
         arrays[name] = np.concatenate(found)
-    return PredictionPart(arrays, {name: [text for part in parts for text in part.texts[name]] for name in parts[0].texts})
+    return PredictionPart(
+        arrays, {name: [text for part in parts for text in part.texts[name]] for name in parts[0].texts}
+    )
 
 
 def _passed(paths: Sequence[Path], samples: int) -> NDArray[np.bool_]:
@@ -279,5 +281,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _encoder_of(pl_module: L.LightningModule) -> Any:
     encoder = getattr(pl_module, "encoder", None)
     if encoder is None:
-        raise ValueError(f"maps explain `encoder` of a module, which {type(pl_module).__name__} lacks; leave --maps out")
+        raise ValueError(
+            f"maps explain `encoder` of a module, which {type(pl_module).__name__} lacks; leave --maps out"
+        )
     return encoder

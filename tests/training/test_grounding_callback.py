@@ -30,6 +30,7 @@ from lightning_xai.data.sample import read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.models import DualEncoder, load_dual_encoder
+from lightning_xai.results.predictions import read_part
 from lightning_xai.results.record import read_record
 from lightning_xai.results.table import read_result
 from lightning_xai.training import ContrastiveFineTuning, GroundingCallback, PredictionWriter

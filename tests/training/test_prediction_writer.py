@@ -50,7 +50,9 @@ def task(architecture_file: Callable[[str], Path]) -> ContrastiveFineTuning:
 
 
 def data_of(shards: Path, **options: Any) -> ShardDataModule:
-    return ShardDataModule(test=shards, **({"eval_batch_size": 2, "num_workers": 0, "max_fault_fraction": 0.5} | options))
+    return ShardDataModule(
+        test=shards, **({"eval_batch_size": 2, "num_workers": 0, "max_fault_fraction": 0.5} | options)
+    )
 
 
 def predict(
@@ -72,7 +74,7 @@ def rows_of(parts: Path) -> dict[int, dict[str, NDArray[Any] | list[Any]]]:
                 "key": [part.texts["keys"][row]],
                 "image": part.arrays["image"][row],
                 "text": part.arrays["text"][own],
-                "captions": [part.texts["captions"][i] for i in np.flatnonzero(own)],
+                "captions": [part.texts["captions"][i] for i in np.flatnonzero(own).tolist()],
                 **phrases_of(part, own),
             }
     return found
@@ -83,7 +85,7 @@ def phrases_of(part: PredictionPart, captions: NDArray[Any]) -> dict[str, Any]:
         return {}
     own = captions[part.arrays["phrase_caption"]]
     maps = span_maps(part)
-    return {"phrases": [part.texts["phrases"][i] for i in np.flatnonzero(own)], "maps": maps[own]}
+    return {"phrases": [part.texts["phrases"][i] for i in np.flatnonzero(own).tolist()], "maps": maps[own]}
 
 
 def span_maps(part: PredictionPart) -> NDArray[Any]:
@@ -146,7 +148,7 @@ def test_parts_hold_the_unit_embeddings_of_every_image_and_caption_but_broken_on
             text = encoder.encode_text(encoder.tokenizer.encode(sample.captions))
         for name, value in (("image", image[0]), ("text", text)):
             expected = torch.nn.functional.normalize(value, dim=-1).numpy()
-            np.testing.assert_allclose(row[name], expected, atol=1e-6)  # type: ignore[arg-type]
+            np.testing.assert_allclose(row[name], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("maps", [None, "phrases"])
