@@ -56,10 +56,18 @@ def data_of(shards: Path, **options: Any) -> ShardDataModule:
 
 
 def predict(
-    task: ContrastiveFineTuning, shards: Path, out: Path, *more: Callback, trainer: Any = None, **options: Any
+    task: ContrastiveFineTuning,
+    shards: Path,
+    out: Path,
+    *more: Callback,
+    trainer: Any = None,
+    workers: int = 0,
+    **options: Any,
 ) -> Path:
     writer = PredictionWriter(out / "parts", **({"part_megabytes": 0} | options))
-    trainer_in(out, writer, *more, **(trainer or {})).predict(task, data_of(shards), return_predictions=False)
+    trainer_in(out, writer, *more, **(trainer or {})).predict(
+        task, data_of(shards, num_workers=workers), return_predictions=False
+    )
     return out / "parts"
 
 
@@ -162,7 +170,8 @@ def test_a_prediction_that_was_stopped_goes_on_without_reading_again_and_ends_th
     before = stopped.read_bytes()
     (stopped.parent / f".{stopped.stem}.0123.safetensors").write_bytes(b"half of a part")
     count = Count()
-    parts = predict(task, data_folder, tmp_path / "stopped", count, maps=maps)
+    workers = 2 if maps is None else 0
+    parts = predict(task, data_folder, tmp_path / "stopped", count, maps=maps, workers=workers)
     assert count.read == 5
     assert stopped.read_bytes() == before
     assert_same(parts, whole)
