@@ -63,6 +63,11 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def as_folder(folder: Path) -> None:
+    shard_path(folder, 1).unlink()
+    shard_path(folder, 1).mkdir()
+
+
 def compress(folder: Path) -> None:
     shard_path(folder, 1).write_bytes(b"\x1f\x8b" + shard_path(folder, 1).read_bytes()[2:])
 
@@ -87,10 +92,7 @@ SHARDS: dict[str, tuple[Break, str]] = {
     "a shard has zeros from the middle on": (lambda f: truncate(f, 1, 6), r"4 of 10 records are lost"),
     "a shard is compressed": (compress, r"it is not an uncompressed tar file"),
     "a shard is missing": (lambda f: shard_path(f, 1).unlink(), r"shard-000001\.tar is missing"),
-    "a shard is a folder": (
-        lambda f: (shard_path(f, 1).unlink(), shard_path(f, 1).mkdir()),
-        r"shard-000001\.tar is missing",
-    ),
+    "a shard is a folder": (as_folder, r"shard-000001\.tar is missing"),
     "the text of a record is no JSON": (
         record(lambda data: data[:-9]),
         r"k2: broken JSON \(.*prepare the shards again",
