@@ -31,7 +31,7 @@ Training and evaluation (Lightning's Trainer; every option can stand in a YAML f
                 goes on where it was stopped
   validate      measure a model on the validation shards
   test          measure a model on the test shards
-  predict       write the embeddings of a split's images and captions
+  predict       write the embeddings of a split's images and captions, and their maps
 
 Data, explanations and reports:
 {commands}

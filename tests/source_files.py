@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from fuzzing import broken_file, fuzz, result_or_refusal
+from hypothesis import given
+from hypothesis import strategies as st
 from image_files import UNSAFE_NAMES, jpeg
 
 from lightning_xai.cli import main
 from lightning_xai.data import Manifest, Sample
 from lightning_xai.data.sample import encode_sample
 from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.data.shards import write_shards
 from lightning_xai.data.sources import SOURCES
 
 BROKEN_JSON = (
@@ -139,6 +143,31 @@ class SourceTests:
             path.unlink()
         with pytest.raises(ValueError, match=rf"image_missing': \d.*{world.advice}"):
             world.read()
+
+    def test_broken_files_are_counted_or_refused(self, world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
+        world.refer_to("missing.jpg")
+        options = world.options()
+        files = {path: path.read_bytes() for path in sorted(world.folder.rglob("*")) if path.is_file()}
+        out = tmp_path_factory.mktemp("out")
+
+        def prepared() -> Counter[str]:
+            excluded: Counter[str] = Counter()
+            samples = SOURCES[world.source](**options, excluded=excluded)
+            manifest = write_shards(samples, out, name="broken", excluded=excluded, progress=False, overwrite=True)
+            assert manifest.excluded == dict(+excluded)
+            return excluded
+
+        @fuzz(20)
+        @given(st.data())
+        def check(data: st.DataObject) -> None:
+            path = data.draw(st.sampled_from(list(files)))
+            path.write_bytes(data.draw(broken_file(files[path], path.suffix)))
+            try:
+                result_or_refusal(prepared, FileNotFoundError)
+            finally:
+                path.write_bytes(files[path])
+
+        check()
 
     def test_shards_are_written_and_read_back(self, world: World) -> None:
         world.refer_to("missing.jpg")

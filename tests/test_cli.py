@@ -23,6 +23,7 @@ from lightning_xai.commands import COMMANDS, summary
 from lightning_xai.data import Manifest
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.registry import Registry
+from lightning_xai.results.predictions import read_predictions
 from lightning_xai.training import ContrastiveFineTuning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
@@ -199,17 +200,21 @@ def test_real_coco_files_are_prepared_trained_on_tested_and_embedded(
     tested, embedded = together(
         tmp_path,
         ["test", "--config", str(config), "--ckpt_path", checkpoint],
-        ["predict", "--config", str(config), "--ckpt_path", checkpoint, "--trainer.logger.init_args.name=embedded"],
+        [
+            *("predict", "--config", str(config), "--ckpt_path", checkpoint),
+            *("--maps=phrases", "--trainer.logger.init_args.name=embedded"),
+        ],
     )
     assert "test/gamma_mean" in done(tested).out
-    path = tmp_path / "runs" / "embedded" / "version_0" / "embeddings" / "rank_0.npz"
-    assert f"Saved {path}" in done(embedded).out
-    with np.load(path, allow_pickle=False) as arrays:
-        assert arrays["image"].shape == (Manifest.load(tmp_path / "val2017").samples, 24)
-        assert arrays["text"].shape == (len(arrays["captions"]), 24)
-        assert len(arrays["captions"]) == Manifest.load(tmp_path / "val2017").captions
-        for name in ("image", "text"):
-            np.testing.assert_allclose(np.linalg.norm(arrays[name], axis=1), 1, atol=1e-5)
+    path = tmp_path / "runs" / "embedded" / "version_0" / "predictions"
+    assert f"in {path}" in done(embedded).out
+    (part,) = read_predictions(path)
+    assert part.arrays["image"].shape == (Manifest.load(tmp_path / "val2017").samples, 24)
+    assert part.arrays["text"].shape == (len(part.texts["captions"]), 24)
+    assert len(part.texts["captions"]) == Manifest.load(tmp_path / "val2017").captions
+    assert part.arrays["maps"].shape == (len(part.texts["phrases"]), 4, 4)
+    for name in ("image", "text"):
+        np.testing.assert_allclose(np.linalg.norm(part.arrays[name], axis=1), 1, atol=1e-5)
 
 
 def assert_short(result: Result, message: str) -> None:

@@ -9,7 +9,7 @@ import re
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import set_dumper
@@ -27,7 +27,7 @@ from lightning_xai.commands.training_options import (
     refuse_finders,
     with_scheduler,
 )
-from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
+from lightning_xai.training import AtomicCheckpointIO, DataFaults, PredictionWriter, Preflight, Resume
 from lightning_xai.training.preflight import check_allocation, slurm_job
 from lightning_xai.training.run_folder import RunFolder
 
@@ -35,7 +35,7 @@ __all__ = ["TrainingCLI"]
 
 # Settings that may differ when a run is resumed: paths, what is shown, and what cannot change a number.
 _FREE = {
-    "": {"run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only"},
+    "": {"run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only", "maps"},
     "trainer": {
         "accelerator", "devices", "num_nodes", "default_root_dir", "logger", "enable_progress_bar", "profiler",
         "enable_model_summary", "log_every_n_steps", "max_time", "detect_anomaly", "plugins",
@@ -88,6 +88,14 @@ class TrainingCLI(LightningCLI):
             help="of `fit`: most time between two checkpoints to resume from",
         )
         parser.add_argument(
+            "--maps",
+            type=Literal["phrases", "interactions"] | None,
+            default=None,
+            help="of `predict`: besides embeddings, write the phrases' heat maps, or the full interactions (tokens x "
+            "patches) of every image and caption, both by feature_pair; another method with its options can be chosen "
+            "with the callback PredictionWriter",
+        )
+        parser.add_argument(
             "--collective_timeout",
             type=float,
             default=600.0,
@@ -109,6 +117,8 @@ class TrainingCLI(LightningCLI):
         replaced = check_optimizer(config)
         if replaced:
             _say(f"--optimizer takes the place of the model's own optimizer: {', '.join(replaced)} do nothing")
+        if config.get("maps") is not None and self.subcommand != "predict":
+            raise ValueError(f"--maps is an option of `predict`; leave it out of `{self.subcommand}`")
         check_allocation(config.trainer.devices, config.trainer.num_nodes, config.trainer.accelerator)
         if self.subcommand == "fit":
             self._settings = self._deciding_settings()
@@ -126,7 +136,12 @@ class TrainingCLI(LightningCLI):
         plugins, callbacks = (_listed(given.get(name)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        for kind in (EmbeddingWriter, DataFaults, Preflight):
+        if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
+            run = self._get(self.config, "run")
+            # A folder that is the same when it is started again, so that it goes on.
+            folder = None if run is None else run / "predict" / "predictions"
+            callbacks.append(PredictionWriter(folder, maps=self._get(self.config, "maps")))
+        for kind in (DataFaults, Preflight):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
         refuse_finders(callbacks)
@@ -161,6 +176,11 @@ class TrainingCLI(LightningCLI):
         if self._checkpoint is not None:
             kwargs["ckpt_path"] = self._checkpoint
         self.trainer.fit(model, **kwargs)
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Write predictions; none is kept in memory unless that is asked for."""
+        kwargs["return_predictions"] = bool(kwargs.get("return_predictions"))
+        self.trainer.predict(model, **kwargs)
 
     def _enter(self, run: Path) -> None:
         """Lock a run's folder, direct all output there, and find the checkpoint to resume from."""

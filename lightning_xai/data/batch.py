@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,7 @@ class EvaluationCollate:
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Decode, transform, tokenise and align; a record that fails becomes an invalid row and a fault."""
-        samples, images = _read_images(records, self.transform, self.tokenizer.context_length)
+        samples, images = _read_images(records, self.transform, self.tokenizer.context_length, set(self.label_names))
         captions: list[str] = []
         origin: list[tuple[int, int]] = []
         targets = TargetRows(self.transform, self.tokenizer, self.label_names)
@@ -171,9 +171,12 @@ class EvaluationCollate:
 
 
 def _read_images(
-    records: Sequence[Record], transform: Transform, context_length: int
+    records: Sequence[Record], transform: Transform, context_length: int, labels: Set[str] | None = None
 ) -> tuple[list[Sample | None], dict[str, Any]]:
-    """The samples, None where a row is not valid, and the fields of `Batch` that are about images."""
+    """The samples, None where a row is not valid, and the fields of `Batch` that are about images.
+
+    Regions have to be of the classes `labels`, if these are given.
+    """
     pixels = torch.zeros(len(records), 3, *transform.size)
     index = torch.full((len(records),), -1, dtype=torch.int64)
     samples: list[Sample | None] = []
@@ -186,6 +189,7 @@ def _read_images(
         elif record is not None:
             try:
                 _check_blanks(record, context_length)
+                _check_labels(record, labels)
                 pixels[row] = _read_pixels(record, transform)
                 index[row] = global_index
                 sample = record
@@ -210,6 +214,17 @@ def _check_blanks(sample: Sample, context_length: int) -> None:
         raise RecordError(
             f"record {sample.key!r} ({sample.source}): token {last} is to be blanked, the tokenizer gives "
             f"{context_length}; these data were degraded for another model: make them again for this one"
+        )
+
+
+def _check_labels(sample: Sample, labels: Set[str] | None) -> None:
+    if labels is None:
+        return
+    unknown = sorted({region.label for region in sample.regions} - labels)
+    if unknown:
+        raise RecordError(
+            f"record {sample.key!r} ({sample.source}) has labels {unknown} that its manifest lacks; prepare the shards "
+            "again"
         )
 
 

@@ -7,11 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 import torch.distributed
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 
 from lightning_xai.data.batch import EvaluationCollate, TrainingCollate
 from lightning_xai.data.dataset import EvaluationDataset, ShardLoader, TrainingDataset, TrainingLoader, count_batches
@@ -79,6 +81,7 @@ class ShardDataModule(LightningDataModule):
 
     Attributes:
         epoch: the epoch that `train_dataloader()` iterates where there is no trainer; set it before each iteration.
+        predicted: [N] bool, which samples of the split `predict_dataloader()` passes over; None: none.
 
     Raises:
         ValueError: an option outside its range.
@@ -127,6 +130,7 @@ class ShardDataModule(LightningDataModule):
         self.persistent_workers = persistent_workers
         self.pin_memory = pin_memory
         self.epoch = 0
+        self.predicted: NDArray[np.bool_] | None = None
         self._manifests: dict[str, Manifest] = {}
         self._bound: tuple[Transform, CaptionTokenizer] | None = None
         self._faults: dict[str, FaultCounter] = {}
@@ -240,7 +244,7 @@ class ShardDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> ShardLoader:
         """As `test_dataloader`, or the validation split where no test split is given."""
-        return self._evaluation_loader(self.predict_split)
+        return self._evaluation_loader(self.predict_split, self.predicted)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training epoch, the faults in it so far, and all that decides what its batches hold.
@@ -285,12 +289,17 @@ class ShardDataModule(LightningDataModule):
         self._faults["train"].load_state(self._restored["faults"][self._place()[0]])
         self._restored = None
 
-    def _evaluation_loader(self, split: str) -> ShardLoader:
+    def _evaluation_loader(self, split: str, passed: NDArray[np.bool_] | None = None) -> ShardLoader:
         labels = self.manifest(split).labels
         collate = EvaluationCollate(*self._encoding(), labels, self.captions_per_image, self.swap_objects)
         rank, world_size = self._place()
         dataset = EvaluationDataset(
-            *self._shards(split), collate, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
+            *self._shards(split),
+            collate,
+            passed,
+            batch_size=self.eval_batch_size,
+            rank=rank,
+            world_size=world_size,
         )
         return ShardLoader(dataset, **self._options(split, dataset))
 

@@ -20,8 +20,10 @@ from itertools import chain, islice, repeat
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
+import numpy as np
 import torch
 import webdataset as wds
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
@@ -32,6 +34,8 @@ from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest
 
 __all__ = ["EvaluationDataset", "ShardLoader", "TrainingDataset", "TrainingLoader", "count_batches"]
+
+_BLOCK = 4096  # samples that are looked at together where some are passed
 
 
 def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world_size: int) -> int:
@@ -207,9 +211,12 @@ class EvaluationDataset(_RankDataset):
 
     Attributes:
         collate: makes a batch.
+        passed: [N] bool, for each sample of the split whether padding takes its place, so that it is not read; None:
+            for none.
     """
 
     collate: EvaluationCollate
+    passed: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,7 +238,19 @@ class EvaluationDataset(_RankDataset):
         order = range(len(self.manifest.shards))
         padding: Record = (-1, None)
         missing = (stop - start) - (upper - lower)
-        return chain(read_samples(self.store, self.manifest, order, lower, upper), repeat(padding, missing))
+        if self.passed is None:
+            records: Iterator[Record] = read_samples(self.store, self.manifest, order, lower, upper)
+        else:
+            blocks = (range(begin, min(begin + _BLOCK, upper)) for begin in range(lower, upper, _BLOCK))
+            records = chain.from_iterable(map(partial(self._block, self.passed), blocks))
+        return chain(records, repeat(padding, missing))
+
+    def _block(self, passed: NDArray[np.bool_], block: range) -> Iterator[Record]:
+        """Some of the samples, with padding in place of those that are passed."""
+        skipped = set((np.flatnonzero(passed[block.start : block.stop]) + block.start).tolist())
+        order = range(len(self.manifest.shards))
+        found = read_samples(self.store, self.manifest, order, block.start, block.stop, skipped)
+        return ((-1, None) if index in skipped else next(found) for index in block)
 
 
 class ShardLoader(DataLoader[Batch]):

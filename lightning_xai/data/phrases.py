@@ -184,12 +184,10 @@ class TargetRows:
         image_row: int,
         first_caption_row: int,
     ) -> None:
-        """The targets of one image; `captions` are its first ones, and start at a row of the batch's tokens."""
-        unknown = sorted({region.label for region in sample.regions} - self._labels.keys())
-        if unknown:
-            raise ValueError(
-                f"record {sample.key!r} has labels {unknown} that its manifest lacks; prepare the shards again"
-            )
+        """The targets of one image; `captions` are its first ones, and start at a row of the batch's tokens.
+
+        The classes of its regions have to be among `labels`.
+        """
         given = torch.tensor([region.box or _NO_BOX for region in sample.regions], dtype=torch.float64)
         boxes = list(self._transform.boxes(given, sample.size))  # (x0, y0, x1, y1) in the transformed image
         self._add_phrases(sample, captions, boxes, image_row, first_caption_row)

@@ -154,6 +154,15 @@ def stable_hash(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def is_text(text: str) -> bool:
+    r"""False where a text holds half a character (a lone surrogate).
+
+    >>> is_text("ünder"), is_text("\ud800")
+    (True, False)
+    """
+    return _HALF_CHARACTER.search(text) is None
+
+
 def parse_json(data: bytes, kind: type[_T], version: int) -> _T:
     """The content of a JSON file whose schema has that version.
 
@@ -317,8 +326,9 @@ def _encode_region(region: Region) -> dict[str, Any]:
 
 def _check(sample: Sample, where: str | None = None) -> None:
     regions = chain.from_iterable(_region_faults(region, sample) for region in sample.regions)
+    advice = "mend or drop the record" if where is None else "prepare the shard again"
     for fault in chain(_faults(sample), regions, _negative_faults(sample)):
-        raise RecordError(f"{where or f'record {sample.key!r} ({sample.source})'}: {fault}")
+        raise RecordError(f"{where or f'record {sample.key!r} ({sample.source})'}: {fault}; {advice}")
 
 
 def _faults(sample: Sample) -> Iterator[str]:
@@ -331,8 +341,8 @@ def _faults(sample: Sample) -> Iterator[str]:
         yield f"at least one caption is needed and none may be empty; got {sample.captions!r}"
     names = (name for region in sample.regions for name in (region.label, region.entity))
     for text in (*sample.captions, sample.source, *names, *(negative.text for negative in sample.negatives)):
-        if _HALF_CHARACTER.search(text):
-            yield f"{text!r} is no text (surrogates not allowed); mend or drop it"
+        if not is_text(text):
+            yield f"{text!r} is no text (surrogates not allowed)"
     for caption, positions in sample.blanks.items():
         if not 0 <= caption < len(sample.captions) or min(positions, default=0) < 0:
             yield f"blanks {list(positions)} of caption {caption} of {len(sample.captions)}"

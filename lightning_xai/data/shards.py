@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from webdataset.writer import TarWriter
 
 from lightning_xai.data.excluded import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
-from lightning_xai.data.sample import RecordError, Sample, encode_sample, parse_json
+from lightning_xai.data.sample import RecordError, Sample, encode_sample, is_text, parse_json
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 
 MANIFEST_NAME = "manifest.json"
@@ -113,6 +113,8 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
             raise ShardError("a shard is listed twice")
         if list(self.labels) != sorted(set(self.labels)):
             raise ShardError("'labels' are not sorted texts")
+        if not all(map(is_text, (self.name, *self.labels, *self.excluded))):
+            raise ShardError("a name, label or reason holds half a character (surrogates not allowed)")
 
     @property
     def samples(self) -> int:

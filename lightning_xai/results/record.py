@@ -146,6 +146,12 @@ class MethodRecord(msgspec.Struct, frozen=True, kw_only=True):
     seeds: tuple[int, ...] = (0,)
 
 
+class _RoarExtra(msgspec.Struct):
+    missing: list[str] = []
+    grid: dict[str, list[Any]] = {}
+    base_loss: float | None = None
+
+
 class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A result folder's description of itself.
 
@@ -160,7 +166,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         state: of a training: `epoch` (finished epochs, or "validate" or "test") and `step`.
         logged: what the module logged in the same evaluation, by name; None stands for NaN.
         speed: `pairs_per_second` and the like; no property of the model.
-        extra: what one kind alone has: `missing` trials and `grid` of a ROAR+.
+        extra: what one kind alone has: `missing` trials, `grid` and `base_loss` of a ROAR+.
         rows: of the table of values, so that one that was cut off is noticed.
         version: of this format.
     """
@@ -182,6 +188,13 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for label in self.methods:
             check_label(label)  # names a folder
+        for name, metric in self.metrics.items():
+            names = [score.name for score in metric.scores]
+            whole = names and len(set(names)) == len(names)
+            if name != metric.name or not whole or any(score.value not in metric.values for score in metric.scores):
+                raise ValueError(f"the metric {name!r} is {metric.name!r} with scores {names} of {metric.values}")
+        if self.kind == "roar":
+            msgspec.convert(self.extra, _RoarExtra)
 
     @property
     def scores(self) -> dict[str, Score]:

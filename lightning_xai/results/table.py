@@ -177,6 +177,11 @@ def read_result(folder: Path) -> tuple[ResultRecord, ResultTable]:
         frame = table.frame
     except ValueError as error:
         raise ResultError(f"{folder}: {VALUES_NAME} and {TARGETS_NAME} do not fit ({error}); run it again") from error
+    twice = values.duplicated(["method", "seed", "target", "metric"])
+    if twice.any():
+        row = values[twice].iloc[0]
+        where = f"{row['metric']} of {row['method']}, target {row['target']}"
+        raise ResultError(f"{folder / VALUES_NAME}: {where} is there twice; run it again")
     orphan = ~frame["target"].isin(targets["target"])
     if orphan.any():
         raise ResultError(f"{folder}: {TARGETS_NAME} lacks {frame.loc[orphan, 'target'].iloc[0]!r}; run it again")

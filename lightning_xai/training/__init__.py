@@ -1,8 +1,8 @@
 from lightning_xai.training.checkpoint_file import AtomicCheckpointIO
 from lightning_xai.training.contrastive import ContrastiveFineTuning
 from lightning_xai.training.data_faults import DataFaults
-from lightning_xai.training.embedding_writer import EmbeddingWriter
 from lightning_xai.training.grounding import GroundingCallback
+from lightning_xai.training.prediction_writer import PredictionWriter
 from lightning_xai.training.preflight import Preflight
 from lightning_xai.training.resume import Resume
 
@@ -10,8 +10,8 @@ __all__ = [
     "AtomicCheckpointIO",
     "ContrastiveFineTuning",
     "DataFaults",
-    "EmbeddingWriter",
     "GroundingCallback",
+    "PredictionWriter",
     "Preflight",
     "Resume",
 ]

@@ -319,8 +319,12 @@ class ContrastiveModule(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Unit-length embeddings: `image` [B, K] by `keys`, and `text` [C, K] by `captions` and `caption_image`."""
-        image, text = self(batch)
+        """Unit-length embeddings: `image` [B, K] by `keys`, and `text` [C, K] by `captions` and `caption_image`.
+
+        A batch of padding alone, as where `predict` goes on after a stop, is not computed (K = 0).
+        """
+        padding = not bool(batch.valid.any())
+        image, text = (batch.images.new_zeros(len(batch.images), 0),) * 2 if padding else self(batch)
         return {
             "keys": batch.keys,
             "valid": batch.valid,

@@ -179,10 +179,12 @@ def test_an_annotation_of_another_size_is_a_fault(evaluation: EvaluationCollate)
     assert "(48, 64)" in fault.message
 
 
-def test_a_label_that_the_manifest_lacks_is_an_error(evaluation: EvaluationCollate) -> None:
+def test_a_record_with_a_label_that_the_manifest_lacks_is_a_fault(evaluation: EvaluationCollate) -> None:
     sample = grey_sample("a", ("a zebra",), regions=(Region("zebra", (1, 1, 30, 30)),))
-    with pytest.raises(ValueError, match=r"'a' has labels \['zebra'\]"):
-        evaluation([(0, sample)])
+    batch = evaluation([(0, sample), (1, grey_sample("b"))])
+    (fault,) = batch.faults
+    assert (batch.valid.tolist(), fault.kind) == ([False, True], BROKEN_RECORD)
+    assert "'a' (test/a.png) has labels ['zebra'] that its manifest lacks; prepare" in fault.message
 
 
 def test_training_has_one_caption_per_image(tokenizer: CaptionTokenizer) -> None:

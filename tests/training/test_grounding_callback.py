@@ -30,9 +30,10 @@ from lightning_xai.data.sample import read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.models import DualEncoder, load_dual_encoder
+from lightning_xai.results.predictions import read_part
 from lightning_xai.results.record import read_record
 from lightning_xai.results.table import read_result
-from lightning_xai.training import ContrastiveFineTuning, EmbeddingWriter, GroundingCallback
+from lightning_xai.training import ContrastiveFineTuning, GroundingCallback, PredictionWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -685,7 +686,7 @@ def fit_and_predict(config: str, world: str, splits: str, out: str, **parallel: 
     trainer.fit(task_of(config), data_of(Path(world), batch_size=4))
     for name in ("three", "one"):
         data = data_of(Path(world), val=Path(splits) / name, test=None)
-        trainer_in(Path(out) / name, EmbeddingWriter(), **parallel).predict(task_of(config), data)
+        trainer_in(Path(out) / name, PredictionWriter(), **parallel).predict(task_of(config), data)
     history = [{k: row[k] for k in ("epoch", "step", "gamma_mean", "targets", "loss")} for row in callback.history]
     return {
         "history": history,
@@ -718,9 +719,11 @@ def test_two_processes_have_one_history_one_folder_and_one_checkpoint_and_each_i
     for name, shares in (("three", [2, 1]), ("one", [1, 0])):
         keys: list[str] = []
         for rank, share in enumerate(shares):
-            with np.load(tmp_path / "two" / name / "embeddings" / f"rank_{rank}.npz", allow_pickle=False) as arrays:
-                assert arrays["image"].shape == (share, 24)
-                captions = sum(len(sample.captions) for sample in samples if sample.key in arrays["keys"])
-                assert arrays["text"].shape == (captions, 24)
-                keys += arrays["keys"].tolist()
+            paths = sorted((tmp_path / "two" / name / "predictions").glob(f"rank_{rank}-*"))
+            assert len(paths) == bool(share)
+            for part in map(read_part, paths):
+                assert part.arrays["image"].shape == (share, 24)
+                captions = sum(len(sample.captions) for sample in samples if sample.key in part.texts["keys"])
+                assert part.arrays["text"].shape == (captions, 24)
+                keys += part.texts["keys"]
         assert keys == [sample.key for sample in samples[: sum(shares)]]

@@ -44,6 +44,7 @@ from lightning_xai.data.sources.own_classes import class_finder, read_synonyms, 
 _Pixels = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # neither NaN nor infinite
 _RawId: TypeAlias = int | float | str
 _Id: TypeAlias = int | str
+_Key: TypeAlias = int | float | str | None  # of pycocotools's index, which nothing here looks up
 
 _NO_CROWD = ("0", "0.0", "false", "none", "")  # as exporters write it
 
@@ -69,14 +70,14 @@ class _AnnotatedImage(TypedDict):
 class _Caption(TypedDict):
     image_id: _RawId
     caption: Any
-    id: NotRequired[Any]
+    id: NotRequired[_Key]
 
 
 class _Object(TypedDict):
     # Without the outlines, which make up most of the file: 860,000 of them would fill memory.
     image_id: _RawId
     category_id: _RawId
-    id: NotRequired[Any]
+    id: NotRequired[_Key]
     bbox: NotRequired[Any]
     iscrowd: NotRequired[Any]
 
