@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -17,7 +20,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
-from lightning_xai.training.preflight import check_allocation, slurm_job
+from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 from lightning_xai.training.run_folder import RunFolder
 
 __all__ = ["TrainingCLI"]
@@ -88,6 +91,11 @@ class TrainingCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        if started_by_srun() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            # Lightning would ignore srun in an interactive allocation: each task would train by itself, as rank 0.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The `srun` command is available")
+                plugins.append(SLURMEnvironment())
         callbacks = list(given.get("callbacks") or [])
         for kind in (EmbeddingWriter, DataFaults, Preflight):
             if not any(isinstance(callback, kind) for callback in callbacks):
