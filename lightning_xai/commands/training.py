@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,12 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
+from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, ProgressLog, Resume
 from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 from lightning_xai.training.run_folder import RunFolder
 
@@ -91,15 +92,12 @@ class TrainingCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        if started_by_srun() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
-            # Lightning would ignore srun in an interactive allocation: each task would train by itself, as rank 0.
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The `srun` command is available")
-                plugins.append(SLURMEnvironment())
+        plugins += _cluster(plugins)
         callbacks = list(given.get("callbacks") or [])
         for kind in (EmbeddingWriter, DataFaults, Preflight):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
+        kwargs |= _progress(callbacks)
         if (
             self.subcommand is not None
             and self.subcommand != "predict"
@@ -177,6 +175,28 @@ def _refuse_foreign(config: Any) -> None:
             f"{foreign[-1]} is a checkpoint of an earlier job, and Lightning would start from it: move it away, or "
             f"name it with --ckpt_path={foreign[-1]} to start from it"
         )
+
+
+def _cluster(plugins: list[Any]) -> list[ClusterEnvironment]:
+    """Slurm's processes in a step of srun, where no other environment is given.
+
+    Lightning would ignore srun in an interactive allocation: each task would train by itself, as rank 0.
+    """
+    if not started_by_srun() or any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        return []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        return [SLURMEnvironment()]
+
+
+def _progress(callbacks: list[Any]) -> dict[str, Any]:
+    """Show progress as lines where the output is no terminal: adds them to the callbacks; returns trainer options."""
+    if sys.stdout.isatty():
+        return {}
+    if not any(isinstance(callback, ProgressLog) for callback in callbacks):
+        callbacks.append(ProgressLog())
+    # All that a log would get of a bar is its last state.
+    return {} if any(isinstance(callback, ProgressBar) for callback in callbacks) else {"enable_progress_bar": False}
 
 
 def _inside(logger: Any, folder: Path, version: str | None) -> Any:
