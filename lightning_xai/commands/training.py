@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -34,6 +35,8 @@ _FREE = {
         "enable_model_summary", "log_every_n_steps", "max_time", "detect_anomaly", "plugins",
     },
     "data": {
+        # The batch size goes with the number of processes; with the same number, the data module refuses another one.
+        "batch_size",
         "train", "val", "test", "root", "pin_memory", "persistent_workers", "max_fault_fraction", "verify", "retries",
     },
 }  # fmt: skip
@@ -139,7 +142,8 @@ class TrainingCLI(LightningCLI):
                 self._folder.refuse_unreadable()
                 _say(f"The run in {run} was stopped before its first checkpoint; it starts over.")
             else:
-                self._folder.check(record, self._settings)
+                # What one version compares, another may not.
+                self._folder.check(msgspec.structs.replace(record, settings=_deciding(record.settings)), self._settings)
                 if record.finished:
                     _say(f"The run in {run} is finished; --run=ANOTHER_FOLDER starts a new one.")
                     raise SystemExit(0)
@@ -156,13 +160,17 @@ class TrainingCLI(LightningCLI):
     def _deciding_settings(self) -> dict[str, Any]:
         """The configuration without settings that cannot change a number; nested plain values."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
-        settings: dict[str, Any] = json.loads(parser.dump(config, format="json"))
-        for group, names in _FREE.items():
-            at = settings.get(group) or {} if group else settings
-            at = at.get("init_args", at)
-            for name in names:
-                at.pop(name, None)
-        return settings
+        return _deciding(json.loads(parser.dump(config, format="json")))
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that cannot change a number; removes them."""
+    for group, names in _FREE.items():
+        at = settings.get(group) or {} if group else settings
+        at = at.get("init_args", at)
+        for name in names:
+            at.pop(name, None)
+    return settings
 
 
 def _refuse_foreign(config: Any) -> None:

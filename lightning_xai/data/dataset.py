@@ -32,7 +32,15 @@ from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest
 
-__all__ = ["Dealt", "EvaluationDataset", "ShardLoader", "TrainingDataset", "TrainingLoader", "count_batches"]
+__all__ = [
+    "Dealt",
+    "EvaluationDataset",
+    "ShardLoader",
+    "TrainingDataset",
+    "TrainingLoader",
+    "count_batches",
+    "count_passed",
+]
 
 
 def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world_size: int) -> int:
@@ -71,6 +79,13 @@ class Dealt(NamedTuple):
     num_workers: int
     batches: int
     given: int
+
+
+def count_passed(samples: int, batch_size: int, world_size: int, dealt: Sequence[Dealt]) -> int:
+    """The least number of an epoch's batches to count as passed, so that what is left fills all others."""
+    batches = samples // world_size // batch_size
+    left = samples - sum(part.world_size * part.batch_size * part.given for part in dealt)
+    return batches - min(batches, left // world_size // batch_size)
 
 
 class _Line:
@@ -176,24 +191,23 @@ class TrainingDataset(_RankDataset):
         """Choose the epoch, and how many of its batches to skip undecoded, for iterations that start later."""
         self._position.copy_(torch.tensor([epoch, batch]))
 
-    def deal_rest(self, epoch: int, dealt: Sequence[Dealt], passed: int | None = None) -> int:
+    def deal_rest(self, epoch: int, dealt: Sequence[Dealt], passed: int) -> None:
         """Deal out in an epoch what other numbers of ranks have left of it, each after the one before.
 
         Args:
             epoch: which one; the others are dealt out whole.
             dealt: how its beginning was dealt out.
-            passed: how many of this rank's batches count as that beginning; None: so that all that is left fits.
-
-        Returns:
-            `passed`: batches are counted from there on in this epoch, to the same number as in others.
+            passed: how many of this rank's batches count as that beginning, at least `count_passed`: batches are
+                counted up to `len(self)` in this epoch, too.
         """
         line = self._whole
         for stage, part in enumerate(dealt):
             line = line.rest(part, partial(self._shuffle_seed, epoch, stage))
-        self._rest, self._dealt, self._dealt_epoch = line, tuple(dealt), epoch
-        least = self._batches - min(self._batches, len(line) // self.world_size // self.batch_size)
-        self._passed = least if passed is None else max(passed, least)
-        return self._passed
+        self._rest, self._dealt, self._dealt_epoch, self._passed = line, tuple(dealt), epoch, passed
+
+    def dealt(self, epoch: int) -> tuple[tuple[Dealt, ...], int]:
+        """What `deal_rest` was given for an epoch, if anything: `dealt` and `passed`."""
+        return (self._dealt, self._passed) if epoch == self._dealt_epoch else ((), 0)
 
     def _shuffle_seed(self, epoch: int, stage: int, rank: int, worker: int) -> int:
         return stable_hash("shuffle", self.collate.seed, epoch, rank, worker, *([stage] if stage else []))
@@ -204,14 +218,14 @@ class TrainingDataset(_RankDataset):
 
     def _iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
         worker, workers = _worker()
-        again = epoch == self._dealt_epoch
-        line, stage, passed = (self._rest, len(self._dealt), self._passed) if again else (self._whole, 0, 0)
+        dealt, passed = self.dealt(epoch)
+        line = self._rest if dealt else self._whole
         batches, consumed = self._batches - passed, consumed - passed
         # The loader asks its workers in turn. Resuming, worker 0 plays the one whose turn it is, so that order stays.
         worker = (worker + consumed) % workers
         first, stop = _share(batches, worker, workers)
         given = len(range(worker, consumed, workers))
-        seed = self._shuffle_seed(epoch, stage, self.rank, worker)
+        seed = self._shuffle_seed(epoch, len(dealt), self.rank, worker)
         order = _ShuffledOrder((stop - first) * self.batch_size, self.shuffle_buffer, seed)
         order.skip(given * self.batch_size)
         records = partial(self._records, epoch, line, (self.rank * batches + first) * self.batch_size, order)
@@ -388,7 +402,7 @@ class TrainingLoader(ShardLoader):
     def __init__(self, dataset: TrainingDataset, *, current_epoch: Callable[[], int], **options: Any) -> None:
         super().__init__(dataset, **options)
         self.current_epoch = current_epoch
-        self._batches_dataset = dataset
+        self.batches = dataset
         self._progress = (0, 0)
         self._resume: tuple[int, int] | None = None
 
@@ -398,10 +412,10 @@ class TrainingLoader(ShardLoader):
         resume, self._resume = self._resume, None
         consumed = 0
         if resume and resume[0] == epoch:
-            consumed = min(resume[1], len(self._batches_dataset))
+            consumed = min(resume[1], len(self.batches))
         elif self.faults is not None:
             self.faults.begin()
-        self._batches_dataset.seek(epoch, consumed)
+        self.batches.seek(epoch, consumed)
         self._progress = (epoch, consumed)
         for batch in self._count_faults(self._started()):
             consumed += 1

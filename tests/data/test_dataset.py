@@ -15,7 +15,7 @@ from captioned_shards import TRANSFORM, keys, make_shards
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
-from lightning_xai.data.dataset import Dealt, EvaluationDataset, TrainingDataset, TrainingLoader
+from lightning_xai.data.dataset import Dealt, EvaluationDataset, TrainingDataset, TrainingLoader, count_passed
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import Manifest
@@ -298,7 +298,8 @@ def test_ranks_that_take_over_within_an_epoch_see_each_of_its_samples_at_most_on
     for (world_size, batch_size), count in given.items():
         for rank in range(world_size):
             dataset = training(shards, tokenizer, rank, world_size, batch_size=batch_size)
-            passed = dataset.deal_rest(epoch, dealt)
+            passed = count_passed(57, batch_size, world_size, dealt)
+            dataset.deal_rest(epoch, dealt, passed)
             dataset.seek(epoch, passed)
             batches = keys(load(dataset, workers)[:count])
             seen += batches
@@ -321,7 +322,9 @@ def seeking(dataset: TrainingDataset, epoch: int) -> TrainingDataset:
 def test_the_rest_of_an_epoch_goes_on_where_it_was_stopped(shards: Path, tokenizer: CaptionTokenizer) -> None:
     for workers in (0, 2):
         dataset = training(shards, tokenizer, batch_size=5)
-        passed = dataset.deal_rest(1, [Dealt(2, 4, 5, 1, 7, 3)])
+        dealt = [Dealt(2, 4, 5, 1, 7, 3)]
+        passed = count_passed(57, 5, 1, dealt)
+        dataset.deal_rest(1, dealt, passed)
         dataset.seek(1, passed)
         whole = [batch.keys for batch in load(dataset, workers)]
         dataset.seek(1, passed + 3)
