@@ -39,6 +39,10 @@ def go_on_elastically(trainer: L.Trainer, checkpoint: dict[str, Any]) -> str | N
     progress["current"] = {name: count + shift for name, count in progress["current"].items()}
     if not over and change.passed == change.batches:  # as at the end of an epoch
         progress["is_last_batch"] = True
+        # Counted behind the hook in which it was saved, as `completed` is: else two batches are logged as one step.
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] += (
+            progress["total"]["processed"] - progress["total"]["completed"]
+        )
         for counts in (progress["current"], progress["total"]):
             counts["completed"] = counts["processed"]
         for counts in epochs.values():
@@ -52,10 +56,11 @@ def _move_schedules(trainer: L.Trainer, checkpoint: dict[str, Any], change: Rede
     before, now = (-(-batches // accumulate) for batches in (change.batches_before, change.batches))
     if before == now or trainer.max_steps != -1:  # a run of so many steps keeps them
         return ""
+    done = change.epoch * before + -(-change.given // accumulate)  # where it is, moved or not
     step = change.epoch * now + -(-change.passed // accumulate)
     moved = kept = 0
     for state in checkpoint["lr_schedulers"]:
-        if state.get("last_epoch") != checkpoint["global_step"]:
+        if state.get("last_epoch") not in (done, checkpoint["global_step"]):
             continue  # it does not count steps
         if "lr_lambdas" in state:
             state |= {"last_epoch": step, "_step_count": step + 1}

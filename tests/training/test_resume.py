@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -248,12 +249,12 @@ def seen(folder: Path) -> dict[int, list[str]]:
     return keys
 
 
-def fit_somewhere(run: str, model: str, world: str, stop_at: int | None, options: dict[str, Any]) -> bool:
-    alone = torch.distributed.get_world_size() == 1
-    join = {} if alone else join_lightning()
-    return fit(
-        Path(run), Path(model), Path(world), Seen(Path(run, "seen")), StopAt(stop_at, signal.SIGTERM), **options, **join
-    )
+def fit_somewhere(
+    run: str, model: str, world: str, stop_at: int | None, options: dict[str, Any], signum: int = signal.SIGTERM
+) -> bool:
+    join = {} if torch.distributed.get_world_size() == 1 else join_lightning()
+    callbacks = Seen(Path(run, "seen")), StopAt(stop_at, signum)
+    return fit(Path(run), Path(model), Path(world), *callbacks, **options, **join)
 
 
 @pytest.mark.distributed
@@ -266,7 +267,6 @@ def fit_somewhere(run: str, model: str, world: str, stop_at: int | None, options
         ([(1, 4, 2), (2, 4, None)], [20, 24], 3 + 1 + 3),
         ([(2, 4, 0), (1, 8, None)], [24, 24], 6),  # the same steps
         ([(1, 4, 1), (2, 4, 0), (1, 4, None)], [24, 24], 2 + 1 + 2 + 6),
-        ([(2, 4, 2), (1, 4, None)], [24, 24], 3 + 6),  # at the end of an epoch
         ([(1, 4, 4), (2, 4, None)], [20, 24], 5 + 3),  # 4 samples are left, which fill no batch
     ],
     ids=str,
@@ -292,6 +292,38 @@ def test_a_run_goes_on_with_another_number_of_processes_and_sees_no_sample_of_an
         assert re.search(rf"Going on with {after[0]} process.* in place of {before[0]} process", change)
     # The schedule has come to its end.
     assert left_by(run).logged["train/learning_rate", steps - 1] == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_at_an_epochs_end(model: Path, world: Path, tmp_path: Path) -> None:
+    where = (str(tmp_path), str(model), str(world))
+    with pytest.raises(RuntimeError):  # killed in the first batch of the second epoch
+        run_distributed(fit_somewhere, *where, 3, {}, int(signal.SIGKILL))
+    assert RunFolder(tmp_path).files()[0].name == "step=00000003.ckpt"
+    shutil.rmtree(tmp_path / "seen")
+    assert run_distributed(fit_somewhere, *where, None, {"accumulate_grad_batches": 2}, world_size=1) == [True]
+    assert {epoch: len(set(keys)) for epoch, keys in seen(tmp_path / "seen").items()} == {1: 24}
+    assert RunFolder(tmp_path).files()[0].name == "step=00000006.ckpt"
+    record = RunFolder(tmp_path).read()
+    assert record is not None
+    assert "from epoch 2 on" in record.changes[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_accumulated_steps_stay_whole_where_another_number_of_processes_goes_on(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    where = (str(tmp_path), str(model), str(world))
+    options = {"batch_size": 2, "accumulate_grad_batches": 2, "max_steps": 9, "max_epochs": -1, "workers": 1}
+    # 2 steps of 12 batches; of 40 - 8 samples, 4 batches of 2 ranks and 2 are left, of 6.
+    assert run_distributed(fit_somewhere, *where, 3, options, world_size=1) == [False]
+    assert run_distributed(fit_somewhere, *where, None, options) == [True, True]
+    keys = seen(tmp_path / "seen")
+    assert [len(keys[epoch]) for epoch in range(2)] == [8 + 16, 24]
+    assert [len(set(keys[epoch])) for epoch in range(2)] == [24, 24]
+    assert left_by(tmp_path).step == 9
 
 
 def test_signals_belong_to_others_again_when_training_is_over(model: Path, world: Path, tmp_path: Path) -> None:
