@@ -63,7 +63,8 @@ take_config() {
 step() {
   # A rank that dies takes the job down at once; the others would wait for it until the time limit. They may also wait for
   # one that has ended as if all were well: ten minutes are for what the first rank writes and draws at the end.
-  srun --kill-on-bad-exit=1 --wait=600 python -m lightning_xai "$@"
+  # `sbatch --export=NONE` would hold for srun, too: its tasks would not have the environment that was activated here.
+  srun --export=ALL --kill-on-bad-exit=1 --wait=600 python -m lightning_xai "$@"
 }
 
 # Options of Lightning's Trainer: the devices are those of the job.

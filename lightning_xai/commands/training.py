@@ -7,15 +7,19 @@ import json
 import os
 import re
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import yaml
 from jsonargparse import set_dumper
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -27,8 +31,8 @@ from lightning_xai.commands.training_options import (
     refuse_finders,
     with_scheduler,
 )
-from lightning_xai.training import AtomicCheckpointIO, DataFaults, PredictionWriter, Preflight, Resume
-from lightning_xai.training.preflight import check_allocation, slurm_job
+from lightning_xai.training import AtomicCheckpointIO, DataFaults, PredictionWriter, Preflight, ProgressLog, Resume
+from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 from lightning_xai.training.run_folder import RunFolder
 
 __all__ = ["TrainingCLI"]
@@ -41,6 +45,8 @@ _FREE = {
         "enable_model_summary", "log_every_n_steps", "max_time", "detect_anomaly", "plugins",
     },
     "data": {
+        # The batch size goes with the number of processes; with the same number, the data module refuses another one.
+        "batch_size",
         "train", "val", "test", "root", "pin_memory", "persistent_workers", "max_fault_fraction", "verify", "retries",
     },
 }  # fmt: skip
@@ -136,6 +142,7 @@ class TrainingCLI(LightningCLI):
         plugins, callbacks = (_listed(given.get(name)) for name in ("plugins", "callbacks"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        plugins += _cluster(plugins)
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
             run = self._get(self.config, "run")
             # A folder that is the same when it is started again, so that it goes on.
@@ -145,6 +152,7 @@ class TrainingCLI(LightningCLI):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
         refuse_finders(callbacks)
+        kwargs |= _progress(callbacks)
         if (
             self.subcommand is not None
             and self.subcommand != "predict"
@@ -196,7 +204,8 @@ class TrainingCLI(LightningCLI):
                 self._folder.refuse_unreadable()
                 _say(f"The run in {run} was stopped before its first checkpoint; it starts over.")
             else:
-                self._folder.check(record, self._settings)
+                # What one version compares, another may not.
+                self._folder.check(msgspec.structs.replace(record, settings=_deciding(record.settings)), self._settings)
                 if record.finished:
                     _say(f"The run in {run} is finished; --run=ANOTHER_FOLDER starts a new one.")
                     raise SystemExit(0)
@@ -213,13 +222,17 @@ class TrainingCLI(LightningCLI):
     def _deciding_settings(self) -> dict[str, Any]:
         """The configuration without settings that cannot change a number; nested plain values."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
-        settings: dict[str, Any] = json.loads(parser.dump(config, format="json"))
-        for group, names in _FREE.items():
-            at = settings.get(group) or {} if group else settings
-            at = at.get("init_args", at)
-            for name in names:
-                at.pop(name, None)
-        return settings
+        return _deciding(json.loads(parser.dump(config, format="json")))
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that cannot change a number; removes them."""
+    for group, names in _FREE.items():
+        at = settings.get(group) or {} if group else settings
+        at = at.get("init_args", at)
+        for name in names:
+            at.pop(name, None)
+    return settings
 
 
 def _listed(given: Any) -> list[Any]:
@@ -237,6 +250,28 @@ def _refuse_foreign(config: Any) -> None:
             f"{foreign[-1]} is a checkpoint of an earlier job, and Lightning would start from it: move it away, or "
             f"name it with --ckpt_path={foreign[-1]} to start from it"
         )
+
+
+def _cluster(plugins: list[Any]) -> list[ClusterEnvironment]:
+    """Slurm's processes in a step of srun, where no other environment is given.
+
+    Lightning would ignore srun in an interactive allocation: each task would train by itself, as rank 0.
+    """
+    if not started_by_srun() or any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        return []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        return [SLURMEnvironment()]
+
+
+def _progress(callbacks: list[Any]) -> dict[str, Any]:
+    """Show progress as lines where the output is no terminal: adds them to the callbacks; returns trainer options."""
+    if sys.stdout.isatty():
+        return {}
+    if not any(isinstance(callback, ProgressLog) for callback in callbacks):
+        callbacks.append(ProgressLog())
+    # All that a log would get of a bar is its last state.
+    return {} if any(isinstance(callback, ProgressBar) for callback in callbacks) else {"enable_progress_bar": False}
 
 
 def _inside(logger: Any, folder: Path, version: str | None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,7 +16,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from lightning_xai.data.batch import EvaluationCollate, TrainingCollate
-from lightning_xai.data.dataset import EvaluationDataset, ShardLoader, TrainingDataset, TrainingLoader, count_batches
+from lightning_xai.data.dataset import (
+    Dealt,
+    EvaluationDataset,
+    ShardLoader,
+    TrainingDataset,
+    TrainingLoader,
+    count_batches,
+    count_passed,
+)
 from lightning_xai.data.excluded import ExcludedByShard, FaultCounter
 from lightning_xai.data.phrases import Transform
 from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
@@ -30,6 +38,29 @@ __all__ = ["ShapesDataModule", "ShardDataModule"]
 
 _T = TypeVar("_T")
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+_ELASTIC = {"world_size", "batch_size", "num_workers"}  # of workers there are no more than batches
+
+
+class Redealt(NamedTuple):
+    """A training epoch that goes on with another number of ranks.
+
+    Attributes:
+        was: number of ranks and batch size before.
+        now: number of ranks and batch size from now on.
+        epoch: the epoch, from 0.
+        given: batches that each rank had been given.
+        passed: the batches that these count as now.
+        batches_before: of each rank in an epoch before.
+        batches: of each rank in an epoch from now on; all `passed` where nothing more comes in this epoch.
+    """
+
+    was: tuple[int, int]
+    now: tuple[int, int]
+    epoch: int
+    given: int
+    passed: int
+    batches_before: int
+    batches: int
 
 
 @runtime_checkable
@@ -54,7 +85,8 @@ class ShardDataModule(LightningDataModule):
     `DataFaults` asks for it. One broken record alone never stops a run, unless the fraction is 0.
 
     A checkpoint holds what decides which samples an epoch's batches hold. Training goes on from it only where that is
-    the same, so that no sample comes twice or is lost without notice.
+    the same, so that no sample comes twice or is lost without notice; or with another number of ranks, and batch size,
+    where the callback `Resume` has them dealt out again (`deal_again`).
 
     Args:
         train: folder of training shards, as `python -m lightning_xai prepare` makes it; or the address of one, or a
@@ -82,6 +114,7 @@ class ShardDataModule(LightningDataModule):
     Attributes:
         epoch: the epoch that `train_dataloader()` iterates where there is no trainer; set it before each iteration.
         predicted: [N] bool, which samples of the split `predict_dataloader()` passes over; None: none.
+        elastic: whether a checkpoint of another number of ranks is taken, because `deal_again` will be called.
 
     Raises:
         ValueError: an option outside its range.
@@ -137,6 +170,7 @@ class ShardDataModule(LightningDataModule):
         self._verified: set[str] = set()
         self._train_loader: TrainingLoader | None = None
         self._restored: dict[str, Any] | None = None
+        self.elastic = False
 
     def bind(self, image_transform: Transform, tokenizer: CaptionTokenizer) -> None:
         """Set transform and tokenizer by hand, for use without a trainer; they go before the model's."""
@@ -256,10 +290,15 @@ class ShardDataModule(LightningDataModule):
         """
         if self._train_loader is None:
             return {}
+        position = self._train_loader.state_dict()
+        dealt, passed = self._train_loader.batches.dealt(position["epoch"])
         return {
             "plan": self._plan(),
-            "position": self._train_loader.state_dict(),
+            "position": position,
             "faults": self._gather(self._faults["train"].state()),
+            # Of an epoch that began with another number of ranks.
+            "dealt": [list(part) for part in dealt],
+            "passed": passed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -270,7 +309,9 @@ class ShardDataModule(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        changes = _differences(state_dict["plan"], self._plan())
+        was, now = _as_now(state_dict["plan"]), self._plan()
+        elastic = _ELASTIC if was["world_size"] != now["world_size"] and self.elastic else set()
+        changes = _differences(*({k: v for k, v in plan.items() if k not in elastic} for plan in (was, now)))
         if changes:
             checkpoint = (self.trainer and self.trainer.ckpt_path) or "CHECKPOINT"
             raise ValueError(
@@ -278,14 +319,80 @@ class ShardDataModule(LightningDataModule):
                 f"{'; '.join(changes)}. Restore the former values; or, to start a new run from its weights, omit "
                 f"ckpt_path and give --model.init_args.model={checkpoint} --model.init_args.pretrained=null"
             )
-        self._restored = state_dict
+        self._restored = {"dealt": [], "passed": 0} | state_dict | {"plan": was}
+        if not elastic:
+            self._go_on()
+
+    def deal_again(self, epoch_over: bool) -> Redealt | None:
+        """Deal out what a checkpoint of another number of ranks leaves of its epoch, to the ranks there are now.
+
+        To be called after `load_state_dict`, on all ranks. No sample of the epoch comes twice; what does not fill a
+        batch of all ranks, or a step of accumulated batches, sits out this epoch.
+
+        Args:
+            epoch_over: whether the checkpoint was written at an epoch's end.
+
+        Returns:
+            What has changed; None where the number of ranks is the same.
+        """
+        if self._restored is None or (was := self._restored["plan"])["world_size"] == self._place()[1]:
+            return None
+        now, position, passed = self._plan(), self._restored["position"], self._restored["passed"]
+        given = position["batches"]
+        before, after = (plan["samples"] // plan["world_size"] // plan["batch_size"] for plan in (was, now))
+        dealt = [Dealt(*part) for part in self._restored["dealt"]]
+        dealt.append(
+            Dealt(
+                was["world_size"],
+                was["batch_size"],
+                was["shuffle_buffer"],
+                was["num_workers"],
+                batches=before - passed,
+                given=given - passed,
+            )
+        )
+        least = count_passed(now["samples"], now["batch_size"], now["world_size"], dealt)
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        # As Lightning counts: a float is a share.
+        whole, batches = (min(limit, n) if isinstance(limit, int) else int(n * limit) for n in (before, after))
+        if batches < after:  # as far in a limited epoch as before
+            least = max(least, round(given * batches / whole))
+        least = batches if epoch_over else min(-(-least // accumulate) * accumulate, batches)
+        faults: ExcludedByShard = Counter()
+        for part in self._restored["faults"]:
+            for shard, reason, count in part["counts"]:
+                faults[shard, reason] += count
+        pooled = {
+            "read": sum(part["read"] for part in self._restored["faults"]),
+            "counts": [[*key, count] for key, count in sorted(faults.items())],
+        }
+        self._restored = {
+            "position": position | {"batches": least},
+            "faults": [pooled, *[{"read": 0, "counts": []}] * (now["world_size"] - 1)],
+            "dealt": [] if least == batches else dealt,
+            "passed": least,
+        }
         self._go_on()
+        return Redealt(
+            (was["world_size"], was["batch_size"]),
+            (now["world_size"], now["batch_size"]),
+            position["epoch"],
+            given,
+            least,
+            whole,
+            batches,
+        )
 
     def _go_on(self) -> None:
         """Take up what a checkpoint says of the epoch: strategies restore before the loader is made, or after."""
         if self._restored is None or self._train_loader is None:
             return
-        self._train_loader.load_state_dict(self._restored["position"])
+        position = self._restored["position"]
+        if self._restored["dealt"]:
+            dealt = [Dealt(*part) for part in self._restored["dealt"]]
+            self._train_loader.batches.deal_rest(position["epoch"], dealt, self._restored["passed"])
+        self._train_loader.load_state_dict(position)
         self._faults["train"].load_state(self._restored["faults"][self._place()[0]])
         self._restored = None
 
@@ -452,10 +559,13 @@ class ShapesDataModule(ShardDataModule):
         prepare_shapes(self.root, self.train_samples, self.val_samples, self.data_seed)
 
 
+def _as_now(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan with today's names: checkpoints of versions before 0.2 call the number of ranks `world`."""
+    return {("world_size" if name == "world" else name): value for name, value in plan.items()}
+
+
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of a plan from a former one, in words."""
-    if "world" in was:  # as checkpoints of versions before 0.2 call it
-        was = {("world_size" if name == "world" else name): value for name, value in was.items()}
     changes = settings_that_differ(was, now)
     if was.get("fingerprint") != now["fingerprint"]:
         changes.insert(0, "the shard list or the content of a shard has changed since the checkpoint was written")

@@ -12,13 +12,13 @@ import random
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, islice, pairwise, repeat
 from multiprocessing import forkserver, resource_tracker
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,15 @@ from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 from lightning_xai.data.shards import Manifest
 
-__all__ = ["EvaluationDataset", "ShardLoader", "TrainingDataset", "TrainingLoader", "count_batches"]
+__all__ = [
+    "Dealt",
+    "EvaluationDataset",
+    "ShardLoader",
+    "TrainingDataset",
+    "TrainingLoader",
+    "count_batches",
+    "count_passed",
+]
 
 _BLOCK = 4096  # samples that are looked at together where some are passed
 
@@ -54,6 +62,73 @@ def count_batches(store: ShardStore, manifest: Manifest, batch_size: int, world_
             + "use fewer devices, or prepare more samples"
         )
     return batches
+
+
+class Dealt(NamedTuple):
+    """How the beginning of an epoch was dealt out, by a run that goes on with another number of ranks.
+
+    Attributes:
+        world_size: number of ranks.
+        batch_size: images per batch and rank.
+        shuffle_buffer: samples that each worker held to shuffle from.
+        num_workers: workers of each rank, at least 1.
+        batches: of each rank, that its workers had shared among them.
+        given: of these, how many each rank was given.
+    """
+
+    world_size: int
+    batch_size: int
+    shuffle_buffer: int
+    num_workers: int
+    batches: int
+    given: int
+
+
+def count_passed(samples: int, batch_size: int, world_size: int, dealt: Sequence[Dealt]) -> int:
+    """The least number of an epoch's batches to count as passed, so that what is left fills all others."""
+    batches = samples // world_size // batch_size
+    left = samples - sum(part.world_size * part.batch_size * part.given for part in dealt)
+    return batches - min(batches, left // world_size // batch_size)
+
+
+class _Line:
+    """Positions of an epoch's ring that are to be dealt out, in order; by itself all of them.
+
+    Args:
+        runs: first and last+1 position of each run of consecutive positions, in order; none of them empty.
+    """
+
+    def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
+        self._starts, stops = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+        self._ends = np.cumsum(stops - self._starts)  # in places of this line
+        self._shifts = stops - self._ends  # from a place to its position
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def runs(self, lower: int, upper: int, skipped: Collection[int] = ()) -> Iterator[tuple[int, int]]:
+        """The runs of positions at the places `lower` to `upper` (exclusive), without some of these places."""
+        for skip in [*sorted(skipped), upper]:
+            while lower < skip:
+                run = int(np.searchsorted(self._ends, lower, side="right"))
+                shift, end = int(self._shifts[run]), min(int(self._ends[run]), skip)
+                yield lower + shift, end + shift
+                lower = end
+            lower = skip + 1
+
+    def rest(self, dealt: Dealt, seeds: Callable[[int, int], int]) -> _Line:
+        """What is left when this line has been dealt out so; `seeds` gives those of (rank, worker)."""
+        runs: list[tuple[int, int]] = []
+        for rank in range(dealt.world_size):
+            for worker in range(dealt.num_workers):
+                first, stop = _share(dealt.batches, worker, dealt.num_workers)
+                order = _ShuffledOrder((stop - first) * dealt.batch_size, dealt.shuffle_buffer, seeds(rank, worker))
+                order.skip(len(range(worker, dealt.given, dealt.num_workers)) * dealt.batch_size)
+                span, skipped = order.to_come()
+                begin = (rank * dealt.batches + first) * dealt.batch_size
+                runs += self.runs(begin + span.start, begin + span.stop, [begin + place for place in skipped])
+        runs += self.runs(dealt.world_size * dealt.batches * dealt.batch_size, len(self))
+        return _Line(runs)
 
 
 @dataclass(eq=False)
@@ -107,6 +182,9 @@ class TrainingDataset(_RankDataset):
         # Epoch and first batch are in shared memory: persistent workers keep the copy of the dataset they started with.
         share: Callable[[], torch.Tensor] = torch.zeros(2, dtype=torch.int64).share_memory_
         self._position = share()
+        self._dealt: tuple[Dealt, ...] = ()
+        self._dealt_epoch, self._passed = -1, 0
+        self._whole = self._rest = _Line([(0, self.manifest.samples)])
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch; the same on every rank."""
@@ -116,47 +194,85 @@ class TrainingDataset(_RankDataset):
         """Choose the epoch, and how many of its batches to skip undecoded, for iterations that start later."""
         self._position.copy_(torch.tensor([epoch, batch]))
 
+    def deal_rest(self, epoch: int, dealt: Sequence[Dealt], passed: int) -> None:
+        """Deal out in an epoch what other numbers of ranks have left of it, each after the one before.
+
+        Args:
+            epoch: which one; the others are dealt out whole.
+            dealt: how its beginning was dealt out.
+            passed: how many of this rank's batches count as that beginning, at least `count_passed`: batches are
+                counted up to `len(self)` in this epoch, too.
+        """
+        line = self._whole
+        for stage, part in enumerate(dealt):
+            line = line.rest(part, partial(self._shuffle_seed, epoch, stage))
+        self._rest, self._dealt, self._dealt_epoch, self._passed = line, tuple(dealt), epoch, passed
+
+    def dealt(self, epoch: int) -> tuple[tuple[Dealt, ...], int]:
+        """What `deal_rest` was given for an epoch, if anything: `dealt` and `passed`."""
+        return (self._dealt, self._passed) if epoch == self._dealt_epoch else ((), 0)
+
+    def _shuffle_seed(self, epoch: int, stage: int, rank: int, worker: int) -> int:
+        return stable_hash("shuffle", self.collate.seed, epoch, rank, worker, *([stage] if stage else []))
+
     def __iter__(self) -> Iterator[Batch]:
         epoch, consumed = self._position.tolist()  # now, not at the first batch: seek() may be called in between
         return self._iterate(epoch, consumed)
 
     def _iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
         worker, workers = _worker()
+        dealt, passed = self.dealt(epoch)
+        line = self._rest if dealt else self._whole
+        batches, consumed = self._batches - passed, consumed - passed
         # The loader asks its workers in turn. Resuming, worker 0 plays the one whose turn it is, so that order stays.
         worker = (worker + consumed) % workers
-        first, stop = _share(len(self), worker, workers)
-        passed = len(range(worker, consumed, workers))
-        seed = stable_hash("shuffle", self.collate.seed, epoch, self.rank, worker)
+        first, stop = _share(batches, worker, workers)
+        given = len(range(worker, consumed, workers))
+        seed = self._shuffle_seed(epoch, len(dealt), self.rank, worker)
         order = _ShuffledOrder((stop - first) * self.batch_size, self.shuffle_buffer, seed)
-        order.skip(passed * self.batch_size)
-        records = partial(self._records, epoch, first * self.batch_size, order)
+        order.skip(given * self.batch_size)
+        records = partial(self._records, epoch, line, (self.rank * batches + first) * self.batch_size, order)
         yield from wds.DataPipeline(
             records, wds.batched(self.batch_size, collation_fn=partial(self.collate, epoch=epoch))
         )
 
-    def _records(self, epoch: int, begin: int, order: _ShuffledOrder) -> Iterator[Record]:
-        """The samples from `begin` on of this rank's part of the epoch's ring, in that order of their positions."""
-        begin += stable_hash("entry", self.collate.seed, epoch) % self.manifest.samples
-        begin += self.rank * self._batches * self.batch_size
+    def _records(self, epoch: int, line: _Line, begin: int, order: _ShuffledOrder) -> Iterator[Record]:
+        """The samples from the place `begin` of the line on, in that order of their places."""
         span, skipped = order.to_come()
-        records = self._read(epoch, begin, span, skipped)
-        positions = (position for position in span if position not in skipped)
+        runs = line.runs(begin + span.start, begin + span.stop, [begin + place for place in skipped])
+        records = self._read(epoch, list(runs))
+        places = (place for place in span if place not in skipped)
         waiting: dict[int, Record] = {}  # read, as they lie before one that was to be given out first
-        for position in order:
-            while position not in waiting:
-                waiting[next(positions)] = next(records)
-            yield waiting.pop(position)
+        for place in order:
+            while place not in waiting:
+                waiting[next(places)] = next(records)
+            yield waiting.pop(place)
 
-    def _read(self, epoch: int, begin: int, span: range, skipped: frozenset[int]) -> Iterator[Record]:
-        """The samples at the positions of `span` after `begin` that are not skipped, in turn."""
+    def _read(self, epoch: int, runs: Sequence[tuple[int, int]]) -> Iterator[Record]:
+        """The samples of some runs of the epoch's ring, in turn."""
         samples = self.manifest.samples
         shards = self.manifest.order(self.collate.seed, epoch)
-        for turn in (0, samples):  # a part may run over the end of the line into its beginning
-            shift = begin - turn
-            lower, upper = max(span.start + shift, 0), min(span.stop + shift, samples)
-            if lower < upper:
-                passed = [position + shift for position in skipped]
-                yield from read_samples(self.store, self.manifest, shards, lower, upper, passed)
+        entry = stable_hash("entry", self.collate.seed, epoch) % samples
+        for turn in (0, samples):  # the ring runs over the end of the line of shards into its beginning
+            shift = entry - turn
+            shifted = [(max(lower + shift, 0), min(upper + shift, samples)) for lower, upper in runs]
+            here = [(lower, upper) for lower, upper in shifted if lower < upper]
+            for part in _near(here):
+                gaps = pairwise(part)
+                passed = [position for (_, end), (begin, _) in gaps for position in range(end, begin)]
+                yield from read_samples(self.store, self.manifest, shards, part[0][0], part[-1][1], passed)
+
+
+def _near(runs: Sequence[tuple[int, int]], gap: int = 10_000) -> Iterator[list[tuple[int, int]]]:
+    """Runs in groups: those that are worth reading in one go, with no more than `gap` positions between two of them."""
+    group: list[tuple[int, int]] = []
+    for run in runs:
+        if group and run[0] - group[-1][1] > gap:
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
 
 
 class _ShuffledOrder:
@@ -304,7 +420,7 @@ class TrainingLoader(ShardLoader):
     def __init__(self, dataset: TrainingDataset, *, current_epoch: Callable[[], int], **options: Any) -> None:
         super().__init__(dataset, **options)
         self.current_epoch = current_epoch
-        self._batches_dataset = dataset
+        self.batches = dataset
         self._progress = (0, 0)
         self._resume: tuple[int, int] | None = None
 
@@ -314,10 +430,10 @@ class TrainingLoader(ShardLoader):
         resume, self._resume = self._resume, None
         consumed = 0
         if resume and resume[0] == epoch:
-            consumed = min(resume[1], len(self._batches_dataset))
+            consumed = min(resume[1], len(self.batches))
         elif self.faults is not None:
             self.faults.begin()
-        self._batches_dataset.seek(epoch, consumed)
+        self.batches.seek(epoch, consumed)
         self._progress = (epoch, consumed)
         for batch in self._count_faults(self._started()):
             consumed += 1

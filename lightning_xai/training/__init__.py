@@ -4,6 +4,7 @@ from lightning_xai.training.data_faults import DataFaults
 from lightning_xai.training.grounding import GroundingCallback
 from lightning_xai.training.prediction_writer import PredictionWriter
 from lightning_xai.training.preflight import Preflight
+from lightning_xai.training.progress_log import ProgressLog
 from lightning_xai.training.resume import Resume
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "GroundingCallback",
     "PredictionWriter",
     "Preflight",
+    "ProgressLog",
     "Resume",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from typing import Any
 
@@ -10,7 +11,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-__all__ = ["Preflight", "check_allocation", "slurm_job"]
+__all__ = ["Preflight", "check_allocation", "slurm_job", "started_by_srun"]
+
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 class Preflight(Callback):
@@ -55,7 +58,10 @@ def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
 
 
 def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") -> None:
-    """Compare what a run needs with what Slurm has allocated; does nothing outside a Slurm job step.
+    """Compare what a run needs with what Slurm has allocated; does nothing outside of Slurm and under torchrun.
+
+    Sets `SLURM_NTASKS_PER_NODE`, which Lightning asks for, to what srun has started: it is missing where the job was
+    submitted with other options, and stale where a step is smaller than its job.
 
     Args:
         devices: the trainer's, as configured: a number (or its text), a list, `"auto"`.
@@ -63,18 +69,30 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
         accelerator: the trainer's, as configured.
 
     Raises:
-        ValueError: they do not fit, GPUs would be idle, tasks would have none, or the first node's name cannot be
-            resolved.
+        ValueError: a job of several tasks was started without srun, the numbers do not fit, GPUs would be idle, tasks
+            would have none, or the first node's name cannot be resolved.
     """
-    if slurm_job() is None or "SLURM_PROCID" not in os.environ:
+    if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return
-    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
-    each, gpus = os.environ.get("SLURM_NTASKS_PER_NODE", str(tasks // nodes)), os.environ.get("SLURM_GPUS_ON_NODE", "")
+    nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    tasks = int(os.environ.get("SLURM_NTASKS", nodes))
+    if not started_by_srun():
+        # In the shell of an interactive allocation, Lightning starts the processes of this node by itself.
+        if max(tasks, nodes) > 1 and (not _is_interactive() or int(num_nodes) > 1):
+            raise ValueError(
+                f"Slurm has allocated {max(tasks, nodes)} tasks on {nodes} node(s), but this process was started "
+                "without srun: the others are missing, and it would wait for them in vain. Put srun in front, `srun "
+                "python -m lightning_xai ...` (slurm/fit.sbatch does), or ask for one task: --nodes=1 --ntasks=1"
+            )
+        return
+    spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or ""
+    each = re.sub(r"\(x\d+\)", "", spread) or os.environ.get("SLURM_NTASKS_PER_NODE") or str(tasks // nodes)
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     here, wanted = int(each) if each.isdecimal() else None, _count(devices)
     trains_on_gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     conflicts = {
         f"Slurm has started {tasks} tasks on {nodes} nodes with {each} a node: ask for --nodes=N and "
-        "--ntasks-per-node=DEVICES, not for --ntasks": here is not None and here * nodes != tasks,
+        "--ntasks-per-node=DEVICES, not for --ntasks": here is None or here * nodes != tasks,
         f"trainer.devices={devices}, but Slurm has started {each} task(s) on each node, and every task takes one "
         f"device: submit with --ntasks-per-node={wanted}, or set --trainer.devices={each}": (
             None not in (wanted, here) and wanted != here
@@ -89,6 +107,7 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
     for message, wrong in conflicts.items():
         if wrong:
             raise ValueError(message)
+    os.environ["SLURM_NTASKS_PER_NODE"] = each
     address = os.environ.get("MASTER_ADDR")
     if address:
         try:
@@ -103,14 +122,31 @@ def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") ->
 def slurm_job() -> str | None:
     """This Slurm job's number, `12` or `12_3` in an array, which it keeps when it is requeued; None outside of a job.
 
-    An interactive allocation is none, as for Lightning.
+    An interactive allocation is none, as for Lightning: it cannot be requeued.
     """
     if not {"SLURM_JOB_ID", "SLURM_NTASKS"} <= os.environ.keys():
         return None
-    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    if _is_interactive():
         return None
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
+def started_by_srun() -> bool:
+    """True if srun has started this process as one of its tasks, in a batch job or in an interactive allocation.
+
+    Of the one task that is the shell of an interactive allocation, it is false.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    # The highest numbers are no steps of srun: batch scripts, and the shells of newer versions of salloc.
+    if not step.isdecimal() or int(step) >= _FIRST_SPECIAL_STEP:
+        return False
+    return not _is_interactive() or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _is_interactive() -> bool:
+    """True in allocations of `salloc` and `srun --pty bash`, by the names that Lightning goes by, too."""
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def _count(devices: Any) -> int | None:

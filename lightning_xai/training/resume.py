@@ -23,7 +23,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.sample import stable_hash
+from lightning_xai.training.elastic import go_on_elastically
 from lightning_xai.training.preflight import slurm_job
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
 
@@ -104,6 +106,8 @@ class Resume(Checkpoint):
             self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
+        if isinstance(data := getattr(trainer, "datamodule", None), ShardDataModule):
+            data.elastic = True
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._folder is None:
             self._folder = RunFolder(Path(trainer.log_dir or trainer.default_root_dir))
@@ -224,6 +228,15 @@ class Resume(Checkpoint):
         """Write the run's id into every checkpoint."""
         if self._record is not None:
             checkpoint[CHECKPOINT_KEY] = {"id": self._record.id}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with another number of processes than before, where that is so; say and record it."""
+        if trainer.state.fn != TrainerFn.FITTING or (text := go_on_elastically(trainer, checkpoint)) is None:
+            return
+        if trainer.is_global_zero:
+            print(text, flush=True)  # noqa: T201 - it changes what a step is
+            if self._folder is not None and self._record is not None:
+                self._record = self._folder.note(self._record, f"after step {checkpoint['global_step']}: {text}")
 
     def _listen(self) -> None:
         # Lightning has kept the handlers from before, and restores them in its teardown.

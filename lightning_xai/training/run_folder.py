@@ -47,12 +47,14 @@ class RunRecord(msgspec.Struct, frozen=True):
         settings: all that decides the run's numbers, as nested plain values; empty if unknown.
         finished: whether training has come to its end.
         version: of this format.
+        changes: what has changed on the way, a sentence for each: another number of processes.
     """
 
     id: str
     settings: dict[str, Any]
     finished: bool
     version: int
+    changes: list[str] = []
 
 
 class RunFolder:
@@ -165,6 +167,13 @@ class RunFolder:
     def finish(self, record: RunRecord) -> None:
         """Record that training has come to its end."""
         self._write(msgspec.structs.replace(record, finished=True))
+
+    def note(self, record: RunRecord, change: str) -> RunRecord:
+        """Record a change, once; returns the new record."""
+        if change not in record.changes:
+            record = msgspec.structs.replace(record, changes=[*record.changes, change])
+            self._write(record)
+        return record
 
     def newest(self, record: RunRecord) -> Path | None:
         """The intact checkpoint of the run's highest step; `skipped` says which were not taken, and why."""

@@ -121,6 +121,9 @@ def test_a_run_resumes_only_with_the_settings_it_was_started_with(config: Path, 
     assert "model.init_args.initial_lr was 0.001 and is 0.5" in message
     assert "trainer.max_epochs was 2 and is 7" in message
     assert "log_every_n_steps" not in message  # changes what is shown, no number
+    smaller = "--data.init_args.batch_size=8"  # without another number of processes
+    message = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={stopped}", smaller)
+    assert "its batches would hold other samples: batch_size was 16 and is 8" in message
 
 
 def test_a_run_resumes_only_with_the_number_of_processes_it_was_started_with(
@@ -194,7 +197,7 @@ def test_a_stale_checkpoint_that_lightning_would_take_inside_a_job_is_refused(
 
 def in_job(monkeypatch: pytest.MonkeyPatch, tasks: int) -> None:
     """Make the environment that of one of Slurm's tasks on a single node."""
-    variables = {"JOB_ID": 7, "JOB_NAME": "test", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NNODES": 1}
+    variables = {"JOB_ID": 7, "JOB_NAME": "test", "STEP_ID": 0, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NNODES": 1}
     for name, value in (variables | {"NTASKS": tasks, "NTASKS_PER_NODE": tasks}).items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
 

@@ -15,7 +15,7 @@ from captioned_shards import TRANSFORM, keys, make_shards
 from torch.utils.data import DataLoader
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
-from lightning_xai.data.dataset import EvaluationDataset, TrainingDataset, TrainingLoader
+from lightning_xai.data.dataset import Dealt, EvaluationDataset, TrainingDataset, TrainingLoader, count_passed
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import Manifest
@@ -282,3 +282,51 @@ def test_a_state_of_another_epoch_changes_nothing(shards: Path, tokenizer: Capti
     whole = keys(loader)
     loader.load_state_dict(loader.state_dict() | {"epoch": 0})
     assert keys(loader) == whole
+
+
+# --- training: another number of ranks within an epoch ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("epoch", [0, 3])  # two places to enter the ring
+def test_ranks_that_take_over_within_an_epoch_see_each_of_its_samples_at_most_once(
+    shards: Path, tokenizer: CaptionTokenizer, workers: int, epoch: int
+) -> None:
+    seen: list[str] = []
+    dealt: list[Dealt] = []
+    given = {(3, 4): 2, (1, 5): 3, (2, 2): 20}  # batches of each rank, the last as many as there are
+    for (world_size, batch_size), count in given.items():
+        for rank in range(world_size):
+            dataset = training(shards, tokenizer, rank, world_size, batch_size=batch_size)
+            passed = count_passed(57, batch_size, world_size, dealt)
+            dataset.deal_rest(epoch, dealt, passed)
+            dataset.seek(epoch, passed)
+            batches = keys(load(dataset, workers)[:count])
+            seen += batches
+            # Another epoch is whole.
+            dataset.seek(epoch + 1)
+            assert keys(dataset) == keys(
+                seeking(training(shards, tokenizer, rank, world_size, batch_size=batch_size), epoch + 1)
+            )
+        dealt.append(Dealt(world_size, batch_size, 5, max(1, workers), len(dataset) - passed, count))
+    assert len(set(seen)) == len(seen)
+    # 24 and 15 of 57 samples, and the most of the other 18 that fill a batch of 2 on each of 2 ranks.
+    assert len(seen) == 24 + 15 + 16
+
+
+def seeking(dataset: TrainingDataset, epoch: int) -> TrainingDataset:
+    dataset.seek(epoch)
+    return dataset
+
+
+def test_the_rest_of_an_epoch_goes_on_where_it_was_stopped(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    for workers in (0, 2):
+        dataset = training(shards, tokenizer, batch_size=5)
+        dealt = [Dealt(2, 4, 5, 1, 7, 3)]
+        passed = count_passed(57, 5, 1, dealt)
+        dataset.deal_rest(1, dealt, passed)
+        dataset.seek(1, passed)
+        whole = [batch.keys for batch in load(dataset, workers)]
+        dataset.seek(1, passed + 3)
+        assert [batch.keys for batch in load(dataset, workers)] == whole[3:]
+        assert passed + len(whole) == len(dataset)

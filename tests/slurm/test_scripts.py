@@ -109,10 +109,10 @@ def called(srun: Path, script: str, arguments: Sequence[str], **variables: str) 
     done = run(ROOT / "slurm" / script, arguments, JOB | {"PATH": path, "SLURM_CPUS_PER_TASK": "3"} | variables)
     assert done.returncode == 7, done.stderr
     words = (srun / "called").read_text().splitlines()
-    # No task may wait for one that has died.
-    assert words[:2] == ["--kill-on-bad-exit=1", "--wait=600"]
+    # Each task has the script's environment, even under `sbatch --export=NONE`; none may wait for one that has died.
+    assert words[:3] == ["--export=ALL", "--kill-on-bad-exit=1", "--wait=600"]
     assert words[-1] == "cores=3"
-    return words[2:-1]
+    return words[3:-1]
 
 
 @pytest.mark.parametrize("verb", ["fit", "test"])

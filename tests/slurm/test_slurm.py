@@ -41,11 +41,13 @@ def submit(place: Path) -> Iterator[Submit]:
     """Submits a script of slurm/ for nodes of one core and no GPU."""
     jobs: list[Job] = []
 
-    def submitted(script: str, *arguments: str, options: tuple[str, ...] = (), run: Path | None = None) -> Job:
+    def submitted(
+        script: str, *arguments: str, options: tuple[str, ...] = (), run: Path | None = None, folder: Path = ROOT
+    ) -> Job:
         small = ("--gpus-per-node=0", "--cpus-per-task=1", f"--output={place}/%x-%A.out")
         done = subprocess.run(
             ["sbatch", "--parsable", *small, *options, f"slurm/{script}.sbatch", *arguments],
-            cwd=ROOT,
+            cwd=folder,
             env=environment(**({} if run is None else {"RUN": str(run)})),
             capture_output=True,
             text=True,
@@ -190,6 +192,47 @@ def test_a_killed_rank_takes_the_whole_job_down_at_once(submit: Submit, config: 
     assert job.show("ExitCode") != "0:0"
     assert re.search(r"srun: error: n\d: task 1: Killed", job.text()), job.text()
     ended_completely(job)
+
+
+# --- other ways to start ---
+
+
+def short(config: Path, place: Path, name: str) -> list[str]:
+    """Options of a training of two nodes that is over after two steps."""
+    return [
+        f"--config={config}", f"--run={place / name}", "--trainer.num_nodes=2", "--trainer.devices=1",
+        "--trainer.max_epochs=1", "--trainer.limit_train_batches=2",
+    ]  # fmt: skip
+
+
+def test_srun_in_an_interactive_allocation_trains_together_and_python_alone_says_what_is_missing(
+    config: Path, place: Path
+) -> None:
+    command = [sys.executable, "-m", "lightning_xai", "fit", *short(config, place, "interactive")]
+    allocation = ("salloc", "--nodes=2", "--time=10")  # under the name `interactive`
+    together = call(*allocation, "srun", *command, "--collective_timeout=60")
+    assert re.search(r"parameters in \S+ on 2 x CPU \(2 nodes\)", together), together
+    assert together.count("Grounding per epoch") == 1
+    assert left_by(place / "interactive").step == 2
+    alone = subprocess.run(
+        [*allocation, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert alone.returncode != 0
+    assert "Slurm has allocated 2 tasks on 2 node(s), but this process was started without srun" in alone.stderr
+
+
+def test_a_job_that_exports_nothing_trains_in_the_environment_that_its_script_activates(
+    submit: Submit, config: Path, place: Path
+) -> None:
+    folder = place / "repository"
+    folder.mkdir()
+    for name in ("slurm", "configs", "lightning_xai", "tests/slurm/slow_steps.py"):
+        (folder / Path(name).name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    _, *options = short(config, place, "exports-nothing")
+    job = submit("fit", str(config), *options, options=(*TWO_NODES, "--export=NONE"), folder=folder)
+    assert job.wait() == "COMPLETED", job.text()
+    assert left_by(place / "exports-nothing").step == 2
 
 
 # --- evaluation ---

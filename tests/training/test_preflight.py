@@ -1,15 +1,20 @@
-"""Devices are compared with a Slurm allocation before a run starts."""
+"""Devices and processes are compared with a Slurm allocation before a run starts."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from lightning_xai.training.preflight import check_allocation
+from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 
 
 def in_job(monkeypatch: pytest.MonkeyPatch, **variables: object) -> None:
     """Make the environment that of one of Slurm's tasks: four on two nodes, unless `variables` say otherwise."""
-    job = {"JOB_ID": 7, "JOB_NAME": "test", "PROCID": 0, "NTASKS": 4, "NNODES": 2, "NTASKS_PER_NODE": 2}
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "")  # restored afterwards: the check sets it
+    job = {"JOB_ID": 7, "JOB_NAME": "test", "STEP_ID": 0, "NTASKS": 4, "NNODES": 2, "NTASKS_PER_NODE": 2}
     for name, value in (job | variables).items():
         monkeypatch.setenv(name if name == "MASTER_ADDR" else f"SLURM_{name}", str(value))
 
@@ -20,6 +25,7 @@ def in_job(monkeypatch: pytest.MonkeyPatch, **variables: object) -> None:
         ({}, "trainer.devices=1, but Slurm has started 2 task(s) on each node"),
         ({"NTASKS": 2, "NTASKS_PER_NODE": 1}, "trainer.num_nodes=1, but the job has 2 node(s)"),
         ({"NTASKS": 3}, "3 tasks on 2 nodes with 2 a node"),
+        ({"NTASKS": 3, "STEP_TASKS_PER_NODE": "2,1"}, "3 tasks on 2 nodes with 2,1 a node"),
         (
             {"NTASKS": 1, "NNODES": 1, "NTASKS_PER_NODE": 1, "MASTER_ADDR": "no-such-host.invalid"},
             "MASTER_ADDR=no-such-host.invalid cannot be",
@@ -48,3 +54,47 @@ def test_devices_that_match_the_allocation_are_accepted(
         check_allocation(devices, 2, accelerator)
     with pytest.raises(ValueError, match=r"trainer\.devices=3, but Slurm has started 2"):  # so they were compared
         check_allocation(3, 2, accelerator)
+
+
+@pytest.mark.parametrize(
+    ("job", "num_nodes"),
+    [
+        ({}, 2),
+        ({"NNODES": 1, "NTASKS": 2}, 1),
+        ({"JOB_NAME": "interactive"}, 2),
+        ({"JOB_NAME": "interactive", "STEP_ID": 0xFFFFFFFA, "NTASKS": 1}, 2),  # the shell of newer versions of salloc
+    ],
+)
+def test_a_job_of_several_tasks_that_was_started_without_srun_is_refused(
+    job: dict[str, object], num_nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, **({"STEP_ID": "", "PROCID": 0} | job))
+    with pytest.raises(ValueError, match=r"started without srun.*Put srun in front, `srun python -m lightning_xai"):
+        check_allocation(2, num_nodes, "cpu")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NTASKS": "1", "SLURM_NNODES": "1"},
+        {"SLURM_JOB_NAME": "interactive", "SLURM_NNODES": "1"},  # Lightning starts the processes of this node itself
+        {"TORCHELASTIC_RUN_ID": "1"},
+    ],
+)
+def test_whoever_needs_no_srun_is_not_asked_for_it(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    in_job(monkeypatch, STEP_ID="")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_allocation(2, 1, "cpu")
+
+
+def test_a_step_of_an_interactive_allocation_counts_as_one_and_its_own_tasks_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_job(monkeypatch, JOB_NAME="interactive", NTASKS=2, NNODES=2, NTASKS_PER_NODE=4, STEP_TASKS_PER_NODE="1(x2)")
+    assert started_by_srun()
+    assert slurm_job() is None  # nothing can requeue it
+    check_allocation(1, 2, "cpu")
+    assert os.environ["SLURM_NTASKS_PER_NODE"] == "1"
+    with pytest.raises(ValueError, match=r"trainer\.num_nodes=1, but the job has 2 node"):
+        check_allocation(1, 1, "cpu")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -63,13 +66,20 @@ def model(architecture_file: Callable[[str], Path]) -> Path:
     return architecture_file("vit")
 
 
-def fit(run: Path, model: Path, world: Path, *callbacks: Callback, **options: Any) -> bool:
+def fit(
+    run: Path, model: Path, world: Path, *callbacks: Callback, batch_size: int = 4, workers: int = 0, **options: Any
+) -> bool:
     """Train, or go on with the training in `run`, until it is finished (True) or stopped."""
     folder, record = RunFolder(run), RunFolder(run).read()
     newest = None if record is None else folder.newest(record)
     module = task_of(model, final_lr=1e-4)
     data = ShardDataModule(
-        train=world / "train", val=world / "val", batch_size=4, num_workers=0, shuffle_buffer=6, max_fault_fraction=1.0
+        train=world / "train",
+        val=world / "val",
+        batch_size=batch_size,
+        num_workers=workers,
+        shuffle_buffer=6,
+        max_fault_fraction=1.0,
     )
     best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
     resume = Resume(folder, chosen=None if newest is None else newest.name)
@@ -217,6 +227,103 @@ def choose_differently(run: str) -> str:
     finally:
         resume.teardown(trainer, L.LightningModule(), "fit")
     return ""
+
+
+class Seen(Callback):
+    """Writes the samples of each training batch down, a file for each epoch and process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.folder.mkdir(exist_ok=True)
+        with (self.folder / f"{trainer.current_epoch}-{os.getpid()}").open("a") as file:
+            file.writelines(f"{key}\n" for key in batch.keys)
+
+
+def seen(folder: Path) -> dict[int, list[str]]:
+    """The samples of each epoch."""
+    keys: dict[int, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        keys.setdefault(int(path.name[0]), []).extend(path.read_text().split())
+    return keys
+
+
+def fit_somewhere(
+    run: str, model: str, world: str, stop_at: int | None, options: dict[str, Any], signum: int = signal.SIGTERM
+) -> bool:
+    join = {} if torch.distributed.get_world_size() == 1 else join_lightning()
+    callbacks = Seen(Path(run, "seen")), StopAt(stop_at, signum)
+    return fit(Path(run), Path(model), Path(world), *callbacks, **options, **join)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parts", "samples", "steps"),
+    [
+        # Processes, batch size and number of the last batch of each part; 24 samples are 6 batches of 4.
+        ([(2, 4, 1), (1, 4, None)], [24, 24], 2 + 2 + 6),
+        ([(1, 4, 2), (2, 4, None)], [20, 24], 3 + 1 + 3),
+        ([(2, 4, 0), (1, 8, None)], [24, 24], 6),  # the same steps
+        ([(1, 4, 1), (2, 4, 0), (1, 4, None)], [24, 24], 2 + 1 + 2 + 6),
+        ([(1, 4, 4), (2, 4, None)], [20, 24], 5 + 3),  # 4 samples are left, which fill no batch
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_another_number_of_processes_and_sees_no_sample_of_an_epoch_twice(
+    parts: list[tuple[int, int, int | None]], samples: list[int], steps: int, model: Path, world: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for processes, batch_size, stop_at in parts:
+        ended = run_distributed(
+            fit_somewhere, str(run), str(model), str(world), stop_at, {"batch_size": batch_size}, world_size=processes
+        )
+        assert ended == [stop_at is None] * processes
+    keys = seen(run / "seen")
+    assert [len(keys[epoch]) for epoch in range(2)] == samples
+    assert [len(set(keys[epoch])) for epoch in range(2)] == samples
+    assert left_by(run).step == steps
+    record = RunFolder(run).read()
+    assert record is not None
+    assert record.finished
+    assert len(record.changes) == len(parts) - 1
+    for change, (before, after) in zip(record.changes, itertools.pairwise(parts), strict=True):
+        assert re.search(rf"Going on with {after[0]} process.* in place of {before[0]} process", change)
+    # The schedule has come to its end.
+    assert left_by(run).logged["train/learning_rate", steps - 1] == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_at_an_epochs_end(model: Path, world: Path, tmp_path: Path) -> None:
+    where = (str(tmp_path), str(model), str(world))
+    with pytest.raises(RuntimeError):  # killed in the first batch of the second epoch
+        run_distributed(fit_somewhere, *where, 3, {}, int(signal.SIGKILL))
+    assert RunFolder(tmp_path).files()[0].name == "step=00000003.ckpt"
+    shutil.rmtree(tmp_path / "seen")
+    assert run_distributed(fit_somewhere, *where, None, {"accumulate_grad_batches": 2}, world_size=1) == [True]
+    assert {epoch: len(set(keys)) for epoch, keys in seen(tmp_path / "seen").items()} == {1: 24}
+    assert RunFolder(tmp_path).files()[0].name == "step=00000006.ckpt"
+    record = RunFolder(tmp_path).read()
+    assert record is not None
+    assert "from epoch 2 on" in record.changes[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_accumulated_steps_stay_whole_where_another_number_of_processes_goes_on(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    where = (str(tmp_path), str(model), str(world))
+    options = {"batch_size": 2, "accumulate_grad_batches": 2, "max_steps": 9, "max_epochs": -1, "workers": 1}
+    # 2 steps of 12 batches; of 40 - 8 samples, 4 batches of 2 ranks and 2 are left, of 6.
+    assert run_distributed(fit_somewhere, *where, 3, options, world_size=1) == [False]
+    assert run_distributed(fit_somewhere, *where, None, options) == [True, True]
+    keys = seen(tmp_path / "seen")
+    assert [len(keys[epoch]) for epoch in range(2)] == [8 + 16, 24]
+    assert [len(set(keys[epoch])) for epoch in range(2)] == [24, 24]
+    assert left_by(tmp_path).step == 9
 
 
 def test_signals_belong_to_others_again_when_training_is_over(model: Path, world: Path, tmp_path: Path) -> None:
