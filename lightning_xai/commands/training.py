@@ -7,7 +7,7 @@ import json
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, Preflight, Resume
+from lightning_xai.training import AtomicCheckpointIO, DataFaults, EmbeddingWriter, FiniteSteps, Preflight, Resume
 from lightning_xai.training.preflight import check_allocation, slurm_job
 from lightning_xai.training.run_folder import RunFolder
 
@@ -24,7 +24,9 @@ __all__ = ["TrainingCLI"]
 
 # Settings that may differ when a run is resumed: paths, what is shown, and what cannot change a number.
 _FREE = {
-    "": {"run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only"},
+    "": {
+        "run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only", "on_nonfinite",
+    },
     "trainer": {
         "accelerator", "devices", "num_nodes", "default_root_dir", "logger", "enable_progress_bar", "profiler",
         "enable_model_summary", "log_every_n_steps", "max_time", "detect_anomaly", "plugins",
@@ -54,6 +56,13 @@ class TrainingCLI(LightningCLI):
             type=float,
             default=10.0,
             help="of `fit`: most time between two checkpoints to resume from",
+        )
+        parser.add_argument(
+            "--on_nonfinite",
+            type=Literal["stop", "skip"],
+            default="stop",
+            help="of `fit`: what to do with a step whose loss or gradient is NaN or infinite. stop: end the run before "
+            "it is taken, and name its samples; skip: leave the step out and count it (train/skipped_steps)",
         )
         parser.add_argument(
             "--collective_timeout",
@@ -92,6 +101,8 @@ class TrainingCLI(LightningCLI):
         for kind in (EmbeddingWriter, DataFaults, Preflight):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
+        if self.subcommand == "fit" and not any(isinstance(callback, FiniteSteps) for callback in callbacks):
+            callbacks.append(FiniteSteps(self._get(self.config, "on_nonfinite")))
         if (
             self.subcommand is not None
             and self.subcommand != "predict"

@@ -191,6 +191,8 @@ class ContrastiveModule(L.LightningModule):
             normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
             for x in self.encoder(batch.images, batch.tokens, self.chunk_size)
         )
+        # For the message about a loss that is not finite.
+        self.suspects = batch.valid & ~(image.detach().isfinite() & text.detach().isfinite()).all(dim=1)
         scale = self.encoder.logit_scale.exp()
         loss, accuracy = global_contrastive_loss(image, text, scale, batch.valid)
         self.log("train/loss", loss, prog_bar=True)

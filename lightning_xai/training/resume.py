@@ -225,6 +225,13 @@ class Resume(Checkpoint):
         if self._record is not None:
             checkpoint[CHECKPOINT_KEY] = {"id": self._record.id}
 
+    def last_saved(self) -> str:
+        """A sentence on the newest checkpoint, for messages of rank 0."""
+        newest = self._folder.newest(self._record) if self._folder is not None and self._record is not None else None
+        if newest is None:
+            return "There is no checkpoint yet. "
+        return f"The last finite checkpoint is {newest}; {self._command()} to go on from there. "
+
     def _listen(self) -> None:
         # Lightning has kept the handlers from before, and restores them in its teardown.
         if threading.current_thread() is threading.main_thread():
@@ -284,8 +291,11 @@ class Resume(Checkpoint):
             if not requeued:
                 raise RunStoppedError(f"{step}; the job is back in the queue and will resume from there", 0)
             raise RunStoppedError(f"{step}, but the job could not be requeued ({requeued}): submit it again", 1)
+        raise RunStoppedError(f"{step}; {self._command()} to resume", 128 + signum)
+
+    def _command(self) -> str:
         how = "" if self._named or self._folder is None else f" with --run={self._folder.path}"
-        raise RunStoppedError(f"{step}; start the same command again{how} to resume", 128 + signum)
+        return f"start the same command again{how}"
 
 
 def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
