@@ -26,6 +26,7 @@ __all__ = ["TrainingCLI"]
 _FREE = {
     "": {
         "run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only", "on_nonfinite",
+        "measure_last",
     },
     "trainer": {
         "accelerator", "devices", "num_nodes", "default_root_dir", "logger", "enable_progress_bar", "profiler",
@@ -63,6 +64,13 @@ class TrainingCLI(LightningCLI):
             default="stop",
             help="of `fit`: what to do with a step whose loss or gradient is NaN or infinite. stop: end the run before "
             "it is taken, and name its samples; skip: leave the step out and count it (train/skipped_steps)",
+        )
+        parser.add_argument(
+            "--measure_last",
+            type=bool,
+            default=True,
+            help="of `fit`: validate, and measure grounding, after the last step, wherever max_steps, max_time or "
+            "early stopping put it; false: only where the trainer's schedule of validations says",
         )
         parser.add_argument(
             "--collective_timeout",
@@ -113,7 +121,9 @@ class TrainingCLI(LightningCLI):
             minutes = self._get(self.config, "save_every_minutes")
             if not any(isinstance(callback, Checkpoint) for callback in callbacks):
                 callbacks.append(ModelCheckpoint(enable_version_counter=False))  # as Lightning would if there were none
-            callbacks.append(Resume(self._folder, minutes=minutes, settings=self._settings, chosen=chosen))
+            measure_last = self._get(self.config, "measure_last")
+            options = {"minutes": minutes, "settings": self._settings, "chosen": chosen, "measure_last": measure_last}
+            callbacks.append(Resume(self._folder, **options))
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         if isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
             trainer.strategy._timeout = timedelta(seconds=self._get(self.config, "collective_timeout"))

@@ -29,6 +29,7 @@ from lightning_xai.models.sharding import (
     release_parameters,
     shard_encoder,
 )
+from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
 
@@ -158,7 +159,7 @@ class ContrastiveModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.initial_lr, betas=self.betas, weight_decay=self.weight_decay
         )
-        steps = self.trainer.estimated_stepping_batches
+        steps = planned_steps(self.trainer)
         if not math.isfinite(steps):
             raise ValueError("the learning rate rises over the whole run, so give the trainer max_epochs or max_steps")
         ratio, last = self.final_lr / self.initial_lr, max(int(steps) - 1, 1)
