@@ -142,8 +142,8 @@ class GroundingCallback(Callback):
 
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
     record, and `classes.csv` with a line for each class; `step=00000040/` for one within an epoch), `summary.csv`,
-    `curves.png`, and `progress.png`, on which the heat maps of a few fixed examples change from epoch to epoch. `trainer.validate` and `trainer.test` write
-    `validate/` and `test/`, `summary-test.csv` and so on.
+    `curves.png`, and `progress.png`, on which the heat maps of a few fixed examples change from epoch to epoch.
+    `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on.
 
     Args:
         image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
@@ -151,7 +151,8 @@ class GroundingCallback(Callback):
         steps: integration steps.
         rule: quadrature rule.
         image_reference: the uninformative image.
-        every_n_epochs: measure in the validations of each n-th epoch, and before and after training.
+        every_n_epochs: measure in the validations of each n-th epoch, before training, and where training ends in an
+            epoch that would have no validation there.
         before_training: measure the model as it comes, in a full validation before the first step.
         examples: how many fixed examples to draw; the first that can be measured, each of another image.
         internal_batch_size: phrases attributed at a time.
@@ -225,7 +226,7 @@ class GroundingCallback(Callback):
             due = self._first_is_due()
         else:
             due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-            due |= not _fitting(trainer) or ends_training(trainer)
+            due |= not _fitting(trainer) or _ends_off_schedule(trainer)
         if due:
             assert self._attribution is not None, "Lightning calls setup first"
             examples = self.examples if trainer.is_global_zero else 0
@@ -381,6 +382,12 @@ def _state(trainer: L.Trainer) -> Row:
     if trainer.is_last_batch:
         return {"epoch": trainer.current_epoch + 1, "step": step}
     return {"epoch": trainer.current_epoch, "step": step, "batch": trainer.fit_loop.batch_idx + 1}
+
+
+def _ends_off_schedule(trainer: L.Trainer) -> bool:
+    """True if this validation is there because training ends: within an epoch, or after one without a validation."""
+    regular = trainer.is_last_batch and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+    return ends_training(trainer) and not regular
 
 
 def _folder(trainer: L.Trainer) -> Path:

@@ -99,7 +99,7 @@ def _folder_name(row: Row) -> str:
 
 
 def _record(row: Row, options: Mapping[str, Any], about: Mapping[str, Any]) -> ResultRecord:
-    state = {key: row[key] for key in ("epoch", "step", "batch") if key in row}
+    state: dict[str, int | str] = {key: row[key] for key in ("epoch", "step", "batch") if key in row}
     own = {*state, "targets", "excluded", "examples", *LOGGED}
     return ResultRecord(
         kind="training",

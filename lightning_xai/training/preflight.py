@@ -33,6 +33,7 @@ class Preflight(Callback):
 
 def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
     """Describe what will be trained, on which devices, in which steps."""
+    trainer.fit_loop.setup_data()  # for the number of batches; Lightning does so later, and only once
     world_size = trainer.world_size
     device = trainer.strategy.root_device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -38,8 +38,8 @@ class States(Callback):
     def __init__(self) -> None:
         self.states: list[dict[str, torch.Tensor]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        self.states.append({name: value.clone() for name, value in module.state_dict().items()})
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.states.append({name: value.clone() for name, value in pl_module.state_dict().items()})
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -91,7 +91,7 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_counted(
 
 def test_a_gradient_that_is_not_finite_is_no_step_either(resnet: Path, shards: Path, tmp_path: Path) -> None:
     task = task_of(resnet)
-    task.encoder.logit_scale.register_hook(lambda gradient: gradient * torch.inf)
+    task.encoder.logit_scale.register_hook(lambda gradient: gradient * torch.inf)  # type: ignore[no-untyped-call]
     trainer = trainer_in(tmp_path, FiniteSteps(), limit_val_batches=0)
     with pytest.raises(NonFiniteLossError, match=r"step 1 .*gradient is not finite .*training ends"):
         trainer.fit(task, batches_of(task, shards, 2, 4))
