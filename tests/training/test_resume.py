@@ -163,6 +163,20 @@ def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
     assert differences(gone_on._replace(logged=logged), whole) == []
 
 
+@pytest.mark.slow
+def test_where_gradients_are_summed_up_max_time_ends_a_run_behind_a_step(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert fit(tmp_path / "whole", model, world, accumulate_grad_batches=4)
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="max_time is over"):
+        assert fit(run, model, world, Slow(1.0), max_time={"seconds": 1}, accumulate_grad_batches=4)
+    assert [path.name for path in RunFolder(run).files()] == ["step=00000001.ckpt"]
+    assert fit(run, model, world, accumulate_grad_batches=4)
+    whole, gone_on = left_by(tmp_path / "whole"), left_by(run)
+    assert differences(gone_on._replace(logged=whole.logged), whole) == []
+
+
 class Slow(Callback):
     """Takes its time in the third batch."""
 
