@@ -62,7 +62,8 @@ class AttributionEvaluation(L.LightningModule):
         out: folder for the results; a run with other settings needs another one.
         methods: name, or any label, of each method -> its options; `{"m2ib_8": {"method": "m2ib", "layer": 8}}` has
             another label. Null: feature_pair.
-        metrics: what to measure, by name; null: all that the data allow.
+        metrics: what to measure, by name; null: all that the data allow, but those that cost many
+            forward passes (faithfulness).
         metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
         seeds: how often a stochastic method is repeated, with seeds from its `seed` on.
         examples: heat maps of so many first images are kept to look at.

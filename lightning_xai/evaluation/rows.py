@@ -14,17 +14,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
-from lightning_xai.attribution.base import AttributionMethod
+from lightning_xai.attribution.base import Attribution, AttributionMethod, InteractionAttribution
+from lightning_xai.attribution.coalitions import Coalitions, embed_without_tokens, masked_images
 from lightning_xai.attribution.pairwise import Captured, HiddenStates, PairwiseMethod, References
-from lightning_xai.attribution.perturbation import only_tokens
+from lightning_xai.attribution.perturbation import only_tokens, wide_dtype
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrase_finder import find_phrases
@@ -32,6 +33,7 @@ from lightning_xai.data.phrases import Negatives
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
+    CoalitionValues,
     Kind,
     NegativeTargets,
     PhrasePairTargets,
@@ -59,6 +61,9 @@ ValueRow = tuple[str, str, float, str]
 """Target, metric, value and reason of exclusion; NaN with a reason, a number with an empty one."""
 BOX_COLUMNS = ("x0", "y0", "x1", "y1")
 _HEAT_DIGITS = 4
+_OTHER_SEED = 2**31  # draws to measure with are none that a method with a seed of the same number has been made with
+_PAIRS_OF_EACH = 4  # of a coalition of patches with coalitions of tokens
+_A = TypeVar("_A", bound=Attribution)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class BatchMaps:
         replacements: [N, H, W], of the words in their place, in the wrong caption.
         image: [C, H, W], of each caption's image; none (C = 0) where not wanted.
         text: [C, L], of each caption's tokens; none where not wanted.
+        attribution: of all captions, whose maps `image` and `text` are; None where there are none.
     """
 
     phrases: Tensor
@@ -93,6 +99,7 @@ class BatchMaps:
     replacements: Tensor
     image: Tensor
     text: Tensor
+    attribution: Attribution | None = None
 
 
 class MethodMaps:
@@ -116,7 +123,7 @@ class MethodMaps:
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
         """Attribute what is wanted of a batch, after its forward pass."""
         rows = slice(None if wanted.captions else 0)
-        image, text = self._of_pairs(batch, batch.caption_image[rows], batch.tokens[rows])
+        image, text, attribution = self._of_pairs(batch, batch.caption_image[rows], batch.tokens[rows])
         phrases, negatives = batch.phrases, batch.negatives
         asked = [(int(phrases.image_row[row]), phrases.text[row]) for row in wanted.phrases.tolist()]
         if negatives is not None:
@@ -124,7 +131,7 @@ class MethodMaps:
                 asked += [(int(negatives.image_row[row]), words[row]) for row in wanted.negatives.tolist()]
         sizes = [len(wanted.phrases), len(wanted.negatives), len(wanted.negatives)]
         own, true, replacements = torch.split(self._of_words(batch, asked), sizes)
-        return BatchMaps(own, true, replacements, image, text)
+        return BatchMaps(own, true, replacements, image, text, attribution)
 
     def _of_words(self, batch: Batch, asked: list[tuple[int, str]]) -> Tensor:
         """A map for each image and words; the same question is answered once."""
@@ -133,14 +140,20 @@ class MethodMaps:
         if asked:
             tokens = self.method.encoder.tokenizer.encode([words for _, words in place]).to(batch.tokens.device)
         images = torch.tensor([image for image, _ in place], dtype=torch.int64, device=batch.tokens.device)
-        maps, _ = self._of_pairs(batch, images, tokens)
+        maps, _, _ = self._of_pairs(batch, images, tokens)
         return maps[torch.tensor([place[question] for question in asked], dtype=torch.int64, device=maps.device)]
 
-    def _of_pairs(self, batch: Batch, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps of images, given by their rows, and of their captions."""
-        image, text = self._nothing(batch)
+    def _of_pairs(self, batch: Batch, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Attribution | None]:
+        """Maps of images, given by their rows, and of their captions; and the attribution that they are part of."""
         parts = [self.method.attribute(batch.images[images[rows]], tokens[rows]) for rows in self.chunks(len(tokens))]
-        return torch.cat([image, *(part.image for part in parts)]), torch.cat([text, *(part.text for part in parts)])
+        return self._joined(batch, parts)
+
+    def _joined(self, batch: Batch, parts: list[_A]) -> tuple[Tensor, Tensor, _A | None]:
+        """Maps of images and of captions, and the whole attribution; None of nothing."""
+        if not parts:
+            return *self._nothing(batch), None
+        whole = parts[0].concatenate(parts)
+        return whole.image, whole.text, whole
 
     def _nothing(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """No maps of images and of captions."""
@@ -180,8 +193,13 @@ class _PairwiseMaps(MethodMaps):
         if not wanted.captions and not len(captions):
             return BatchMaps(image, image, image, image, text)
         states, replacements = self.method.hidden_states(batch.images, batch.tokens, captured), image
+        attribution = None
         if wanted.captions:
-            image, text, maps = self._of_captions(batch, states, captions, masks)
+            image, text, attribution = self._of_captions(batch, states)
+            maps = image.new_zeros(0, *self.grid)
+            if attribution is not None:
+                interactions = attribution.interactions
+                maps = torch.einsum("rl,rlhw->rhw", masks.to(interactions), interactions[captions])
         else:
             # Far cheaper for spans alone.
             of = batch.caption_image
@@ -190,23 +208,18 @@ class _PairwiseMaps(MethodMaps):
             wrong_pairs = partial(self._wrong_pairs, negatives, states, wanted.negatives)
             replacements = self._of_spans(batch, negatives.mask[wanted.negatives], wrong_pairs)
         own, true = torch.split(maps, [len(wanted.phrases), len(maps) - len(wanted.phrases)])
-        return BatchMaps(own, true, replacements, image, text)
+        return BatchMaps(own, true, replacements, image, text, attribution)
 
-    def _of_captions(
-        self, batch: Batch, states: HiddenStates, captions: Tensor, masks: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps of all captions, and those of spans as sums over their interactions."""
-        image, text = self._nothing(batch)
-        spans, images, texts = image.new_zeros(len(captions), *self.grid), [image], [text]
-        for rows in self.chunks(len(batch.tokens)):
-            chosen = torch.arange(len(batch.tokens), device=captions.device)[rows]
-            result = self.method.attribute_states(states.pairs(batch.caption_image[chosen], chosen), self._references)
-            images.append(result.image)
-            texts.append(result.text)
-            here = ((captions >= rows.start) & (captions < rows.stop)).nonzero()[:, 0]
-            interactions = result.interactions[captions[here] - rows.start]
-            spans[here] = torch.einsum("rl,rlhw->rhw", masks[here].to(interactions), interactions).to(spans)
-        return torch.cat(images), torch.cat(texts), spans
+    def _of_captions(self, batch: Batch, states: HiddenStates) -> tuple[Tensor, Tensor, InteractionAttribution | None]:
+        """Maps of all captions and their images, and the attribution that they are part of."""
+        every = torch.arange(len(batch.tokens), device=batch.tokens.device)
+        return self._joined(
+            batch,
+            [
+                self.method.attribute_states(states.pairs(batch.caption_image[rows], every[rows]), self._references)
+                for rows in self.chunks(len(every))
+            ],
+        )
 
     def _of_spans(self, batch: Batch, masks: Tensor, states_of: Callable[[slice], HiddenStates]) -> Tensor:
         """Maps of spans, given their masks and how to get the states of some of them."""
@@ -238,12 +251,81 @@ class Embeddings:
     encoder: TwoTowerEncoder
     image_BK: Tensor
     text_CK: Tensor
+    _coalitions: dict[tuple[Any, ...], _EmbeddedCoalitions] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
     def of(cls, encoder: TwoTowerEncoder, batch: Batch) -> Embeddings:
         """Embed a batch."""
         return cls(encoder, encoder.encode_image(batch.images), encoder.encode_text(batch.tokens))
+
+    def coalitions(
+        self, batch: Batch, grid: tuple[int, int], counts: tuple[int, int], p: float, seed: int, chunks: _Chunks
+    ) -> _EmbeddedCoalitions:
+        """The coalitions of the batch's images and captions; the same ones for all methods on one grid."""
+        asked = (grid, counts, p, seed)
+        if asked not in self._coalitions:
+            self._coalitions[asked] = _EmbeddedCoalitions.of(self.encoder, batch, *asked, chunks)
+        return self._coalitions[asked]
+
+
+_Chunks = Callable[[int], Iterator[slice]]
+
+
+@dataclass(frozen=True)
+class _EmbeddedCoalitions:
+    """Random parts of the images and captions of a batch, the empty one first, and their unit embeddings.
+
+    Attributes:
+        shown_NHW: bool, the patches that show, the same of each image.
+        said_CNL: bool, the tokens that stay of each caption; those that are no words always do.
+        image_BNK: embeddings of the images' parts.
+        text_CNK: embeddings of the captions' parts.
+    """
+
+    shown_NHW: Tensor
+    said_CNL: Tensor
+    image_BNK: Tensor
+    text_CNK: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        encoder: TwoTowerEncoder,
+        batch: Batch,
+        grid: tuple[int, int],
+        counts: tuple[int, int],
+        p: float,
+        seed: int,
+        chunks: _Chunks,
+    ) -> _EmbeddedCoalitions:
+        """Draw and embed them."""
+        rows, columns = grid
+        shown_NF = Coalitions.sample(rows * columns, counts[0], p, _OTHER_SEED + seed).present
+        shown_NHW = torch.cat([torch.zeros_like(shown_NF[:1]), shown_NF]).reshape(-1, rows, columns)
+        shown_NHW = shown_NHW.to(batch.images.device)
+        content_CL = encoder.tokenizer.content_mask(batch.tokens)
+        said_CNL = (~content_CL).unsqueeze(1).repeat(1, 1 + counts[1], 1)
+        for caption, content_L in enumerate(content_CL):
+            drawn = Coalitions.sample(int(content_L.sum()), counts[1], p, _OTHER_SEED + seed).present
+            said_CNL[caption, 1:, content_L] = drawn.to(content_L.device)
+        images = [
+            [
+                encoder.encode_image(masked_images(encoder, image, shown_NHW[part], "zeros"))
+                for part in chunks(len(shown_NHW))
+            ]
+            for image in batch.images
+        ]
+        texts = [
+            [embed_without_tokens(encoder, tokens, said_NL[part], "padding") for part in chunks(len(said_NL))]
+            for tokens, said_NL in zip(batch.tokens, said_CNL, strict=True)
+        ]
+        image_BNK, text_CNK = (
+            normalize(whole.to(wide_dtype(whole)), dim=2)
+            for whole in (torch.stack([torch.cat(parts) for parts in side]) for side in (images, texts))
+        )
+        return cls(shown_NHW, said_CNL, image_BNK, text_CNK)
 
 
 @dataclass(frozen=True)
@@ -406,6 +488,7 @@ class _Measuring:
             signed=self.maker.method.signed,
             similarity_of_images=lambda rows, kept, hidden: self._similarity_of_images(embeddings, rows, kept, hidden),
             similarity_of_texts=lambda kept: self._similarity_of_texts(embeddings, kept | ~content),
+            coalitions=lambda *asked: self._coalitions(embeddings, *asked),
             batch_size=self.maker.batch_size,
         )
         boxes = torch.bincount(batch.named.caption_row, minlength=len(batch.tokens)).tolist()
@@ -430,6 +513,29 @@ class _Measuring:
         parts = [encoder.encode_text(tokens[rows]) for rows in self.maker.chunks(len(tokens))]
         kept_CK = torch.cat([embeddings.text_CK[:0], *parts])
         return cosine_similarity(embeddings.image_BK[self.batch.caption_image], kept_CK)
+
+    def _coalitions(self, embeddings: Embeddings, patches: int, tokens: int, p: float, seed: int) -> CoalitionValues:
+        """What coalitions of all captions and their images are worth, and what the method says of them."""
+        batch, attribution = self.batch, self.maps.attribution
+        if attribution is None or not len(batch.tokens):
+            nothing = embeddings.text_CK.new_zeros(0)
+            return CoalitionValues(nothing[:, None], nothing[:, None], nothing, nothing)
+        parts = embeddings.coalitions(batch, self.grid, (patches, tokens), p, seed, self.maker.chunks)
+        # The empty coalition, and each part of the image with some parts of the caption in turn.
+        shown = torch.arange(patches).repeat_interleave(_PAIRS_OF_EACH)
+        said = torch.arange(len(shown)) % tokens
+        first, other = (torch.cat([row.new_zeros(1), row + 1]).to(batch.tokens.device) for row in (shown, said))
+        similarity_CN = torch.stack(
+            [
+                (parts.image_BNK[image, first] * parts.text_CNK[caption, other]).sum(dim=1)
+                for caption, image in enumerate(batch.caption_image.tolist())
+            ]
+        )
+        shown_NHW = parts.shown_NHW[first].to(similarity_CN)
+        explained_CN = attribution.of_coalitions(
+            shown_NHW.expand(len(similarity_CN), -1, -1, -1), parts.said_CNL[:, other].to(similarity_CN)
+        )
+        return CoalitionValues(similarity_CN[:, 1:], explained_CN[:, 1:], similarity_CN[:, 0], explained_CN[:, 0])
 
     def _rows(
         self, kind: Kind, images: Tensor, captions: Tensor, labels: Tensor | None, more: Iterable[dict[str, Any]]

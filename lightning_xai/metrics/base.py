@@ -24,6 +24,7 @@ from lightning_xai.results.record import MetricRecord, Score
 __all__ = [
     "CaptionTargets",
     "ChosenMetric",
+    "CoalitionValues",
     "HiddenImage",
     "Kind",
     "MetricSpec",
@@ -94,6 +95,23 @@ class NegativeTargets:
 
 
 @dataclass(frozen=True)
+class CoalitionValues:
+    """Coalitions of patches and tokens that were drawn at random, what they are worth, and what an attribution says.
+
+    Attributes:
+        similarity: [M, N], the cosine similarity of what is left of image and caption.
+        explained: [M, N], the sum of the attribution's terms whose parts are all present.
+        empty_similarity: [M], of the coalition without any patch and token.
+        empty_explained: [M], likewise.
+    """
+
+    similarity: Tensor
+    explained: Tensor
+    empty_similarity: Tensor
+    empty_explained: Tensor
+
+
+@dataclass(frozen=True)
 class CaptionTargets:
     """Whole captions with their images.
 
@@ -110,6 +128,7 @@ class CaptionTargets:
             is seen elsewhere ("zeros" or "black") -> their similarity [M] with the caption.
         similarity_of_texts: which tokens to keep, [M, L] bool -> the captions' similarity [M] with the image, with
             padding in place of all other tokens.
+        coalitions: number of coalitions of patches, of tokens, probability that each is present, seed -> their values.
         batch_size: targets that a metric should work on at a time where it needs pixels.
     """
 
@@ -123,6 +142,7 @@ class CaptionTargets:
     signed: bool
     similarity_of_images: Callable[[slice, Tensor, HiddenImage], Tensor]
     similarity_of_texts: Callable[[Tensor], Tensor]
+    coalitions: Callable[[int, int, float, int], CoalitionValues]
     batch_size: int
 
     def __len__(self) -> int:
@@ -151,6 +171,7 @@ class MetricSpec:
         needs_boxes: whether data sets without boxes have no such targets.
         needs_sign: whether it only makes sense for methods whose maps are signed.
         empty: value -> the reason that is recorded where a target has no number (NaN); else NO_VALUE.
+        by_default: whether it is measured where settings do not name the metrics; not what costs many forward passes.
         chart: how reports draw the values; None: not at all.
     """
 
@@ -164,6 +185,7 @@ class MetricSpec:
     needs_boxes: bool = False
     needs_sign: bool = False
     empty: Mapping[str, Exclusion] = field(default_factory=dict)
+    by_default: bool = True
     chart: Literal["cumulative", "distribution", "bars"] | None = None
 
     def record(self, options: Mapping[str, Any]) -> MetricRecord:
@@ -247,6 +269,7 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
         signed=True,
         similarity_of_images=lambda rows, kept, hidden: nothing,
         similarity_of_texts=lambda kept: nothing,
+        coalitions=lambda patches, tokens, p, seed: CoalitionValues(maps[:, 0], maps[:, 0], nothing, nothing),
         batch_size=1,
     )
 

@@ -11,14 +11,24 @@ import numpy as np
 import pytest
 import torch
 from evaluation_batches import BOXES, evaluation_batch
+from inputs import batch_sizes
 from linear_encoder import LinearEncoder
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_xai.attribution import Attribution, AttributionMethod
+from lightning_xai.attribution import Attribution, AttributionMethod, BanzhafInteractions
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import NamedBoxes
-from lightning_xai.evaluation.rows import BatchMaps, BatchRows, Embeddings, MethodMaps, Wanted, measure_batch
+from lightning_xai.evaluation.rows import (
+    BatchMaps,
+    BatchRows,
+    Embeddings,
+    MethodMaps,
+    Wanted,
+    _Measuring,
+    maps_of,
+    measure_batch,
+)
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics import METRICS
 from lightning_xai.metrics.grounding import patch_mask
@@ -64,6 +74,7 @@ class Given(MethodMaps):
             self.given["replacements"][wanted.negatives],
             self.given["image"] if wanted.captions else self.given["image"][:0],
             self.text if wanted.captions else self.text[:0],
+            Attribution(self.given["image"], self.text, self.text[:, 0]) if wanted.captions else None,
         )
 
 
@@ -388,3 +399,50 @@ def test_a_batch_of_broken_records_alone_has_no_records(batch: Batch) -> None:
     )
     rows = measured(empty, Given(replace(empty, negatives=batch.negatives)))
     assert (rows.targets, rows.values, rows.phrases) == ([], [], [])
+
+
+# --- coalitions ---
+
+
+def test_coalitions_are_embedded_once_for_all_methods_and_compared_with_sums_of_present_terms(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = LinearEncoder(SIZE, GRID)
+    images, texts = batch_sizes(encoder, "encode_image", monkeypatch), batch_sizes(encoder, "encode_text", monkeypatch)
+    embeddings = Embeddings.of(encoder, batch)
+    options = {"faithfulness": {"image_coalitions": 12, "text_coalitions": 8}}
+    chosen = list(choose_metrics(["faithfulness"], options).values())
+    exact = maps_of(BanzhafInteractions(encoder, image_samples=20, text_samples=40), 4)
+    exact.maps(batch, Wanted(torch.tensor([0]), torch.tensor([], dtype=torch.int64), captions=True))
+    images.clear()
+    texts.clear()
+    rows = [measure_batch(batch, maps, chosen, embeddings) for maps in (Given(batch), Given(batch))]
+    assert (sum(images), max(images)) == (len(batch.images) * 13, 13)
+    assert (sum(texts), max(texts)) == (len(batch.tokens) * 9, 9)
+    assert rows[0].values == rows[1].values
+
+    # The similarity is bilinear here, so that exact interactions say all of it, and maps of either side cannot.
+    found = {(name, metric): value for name, metric, value, _ in measure_batch(batch, exact, chosen, embeddings).values}
+    for (name, metric), value in found.items():
+        # Coalitions of equal worth are ranked by their rounding.
+        assert value == pytest.approx(1, abs=1e-9 if metric == "r2" else 0.5), (name, metric)
+    assert all(value < 0.99 for _, metric, value, _ in rows[0].values if metric == "r2")
+
+
+def test_first_order_maps_say_of_a_coalition_the_sum_over_its_patches_and_words(batch: Batch) -> None:
+    maps = Given(batch)
+    embeddings = Embeddings.of(maps.method.encoder, batch)
+    measuring = _Measuring(batch, maps, {"caption"}, embeddings)
+    found = measuring._coalitions(embeddings, 12, 8, 0.5, 0)
+    parts = next(iter(embeddings._coalitions.values()))
+    for caption in range(len(batch.tokens)):
+        for pair in range(48):
+            image, text = pair // 4, pair % 8
+            shown, said = parts.shown_NHW[1 + image], parts.said_CNL[caption, 1 + text]
+            expected = maps.given["image"][caption][shown].sum() + maps.text[caption][said].sum()
+            assert float(found.explained[caption, pair]) == pytest.approx(float(expected))
+            value = parts.image_BNK[batch.caption_image[caption], 1 + image] @ parts.text_CNK[caption, 1 + text]
+            assert float(found.similarity[caption, pair]) == pytest.approx(float(value))
+    content = maps.method.encoder.tokenizer.content_mask(batch.tokens)
+    assert not (parts.said_CNL[:, 0] & content).any()
+    assert (parts.said_CNL | content[:, None]).all(), "marks of start and end always stay"
