@@ -101,9 +101,9 @@ def whole(model: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) ->
         {"val_check_interval": 2},
         {"val_check_interval": 4, "check_val_every_n_epoch": None},
         {"accumulate_grad_batches": 2},
-        # Validations fall into steps of four and two batches, and of four over two epochs.
-        {"accumulate_grad_batches": 4, "val_check_interval": 3},
-        {"accumulate_grad_batches": 4, "val_check_interval": 5, "check_val_every_n_epoch": None},
+        # The validation falls into a step: within each epoch, and in the second one, counted over both.
+        {"accumulate_grad_batches": 2, "val_check_interval": 3},
+        {"accumulate_grad_batches": 4, "val_check_interval": 7, "check_val_every_n_epoch": None},
         {"check_val_every_n_epoch": 2},
         {"max_steps": 9, "max_epochs": -1},
     ],
@@ -167,12 +167,12 @@ def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
 def test_where_gradients_are_summed_up_max_time_ends_a_run_behind_a_step(
     model: Path, world: Path, tmp_path: Path
 ) -> None:
-    assert fit(tmp_path / "whole", model, world, accumulate_grad_batches=4)
+    assert fit(tmp_path / "whole", model, world, accumulate_grad_batches=2)
     run = tmp_path / "run"
     with pytest.warns(UserWarning, match="max_time is over"):
-        assert fit(run, model, world, Slow(1.0), max_time={"seconds": 1}, accumulate_grad_batches=4)
-    assert [path.name for path in RunFolder(run).files()] == ["step=00000001.ckpt"]
-    assert fit(run, model, world, accumulate_grad_batches=4)
+        assert fit(run, model, world, Slow(1.0), max_time={"seconds": 1}, accumulate_grad_batches=2)
+    assert [path.name for path in RunFolder(run).files()] == ["step=00000002.ckpt"]
+    assert fit(run, model, world, max_time={"hours": 1}, accumulate_grad_batches=2)
     whole, gone_on = left_by(tmp_path / "whole"), left_by(run)
     assert differences(gone_on._replace(logged=whole.logged), whole) == []
 
