@@ -28,9 +28,10 @@ from lightning_xai.attribution.method_options import check_method, choose_method
 from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.examples import Place, choose_examples
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
-from lightning_xai.evaluation.rows import Embeddings, measure_batch
+from lightning_xai.evaluation.rows import measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint

@@ -14,22 +14,22 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.base import Attribution, AttributionMethod, InteractionAttribution
-from lightning_xai.attribution.coalitions import Coalitions, embed_without_tokens, masked_images
 from lightning_xai.attribution.pairwise import Captured, HiddenStates, PairwiseMethod, References
-from lightning_xai.attribution.perturbation import only_tokens, wide_dtype
+from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.phrases import Negatives
+from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
@@ -42,13 +42,11 @@ from lightning_xai.metrics.base import (
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.metrics.other_objects import directed_pairs
 from lightning_xai.metrics.registry import ChosenMetric
-from lightning_xai.models.encoder import TwoTowerEncoder
 
 __all__ = [
     "BOX_COLUMNS",
     "BatchMaps",
     "BatchRows",
-    "Embeddings",
     "MethodMaps",
     "ValueRow",
     "Wanted",
@@ -61,7 +59,6 @@ ValueRow = tuple[str, str, float, str]
 """Target, metric, value and reason of exclusion; NaN with a reason, a number with an empty one."""
 BOX_COLUMNS = ("x0", "y0", "x1", "y1")
 _HEAT_DIGITS = 4
-_OTHER_SEED = 2**31  # draws to measure with are none that a method with a seed of the same number has been made with
 _PAIRS_OF_EACH = 4  # of a coalition of patches with coalitions of tokens
 _A = TypeVar("_A", bound=Attribution)
 
@@ -239,96 +236,6 @@ def maps_of(method: AttributionMethod, batch_size: int) -> MethodMaps:
 
 
 @dataclass(frozen=True)
-class Embeddings:
-    """A model's embeddings of a batch, to compare with those of what is kept of it.
-
-    Attributes:
-        encoder: the model.
-        image_BK: of the images.
-        text_CK: of the captions.
-    """
-
-    encoder: TwoTowerEncoder
-    image_BK: Tensor
-    text_CK: Tensor
-    _coalitions: dict[tuple[Any, ...], _EmbeddedCoalitions] = field(default_factory=dict)
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, encoder: TwoTowerEncoder, batch: Batch) -> Embeddings:
-        """Embed a batch."""
-        return cls(encoder, encoder.encode_image(batch.images), encoder.encode_text(batch.tokens))
-
-    def coalitions(
-        self, batch: Batch, grid: tuple[int, int], counts: tuple[int, int], p: float, seed: int, chunks: _Chunks
-    ) -> _EmbeddedCoalitions:
-        """The coalitions of the batch's images and captions; the same ones for all methods on one grid."""
-        asked = (grid, counts, p, seed)
-        if asked not in self._coalitions:
-            self._coalitions[asked] = _EmbeddedCoalitions.of(self.encoder, batch, *asked, chunks)
-        return self._coalitions[asked]
-
-
-_Chunks = Callable[[int], Iterator[slice]]
-
-
-@dataclass(frozen=True)
-class _EmbeddedCoalitions:
-    """Random parts of the images and captions of a batch, the empty one first, and their unit embeddings.
-
-    Attributes:
-        shown_NHW: bool, the patches that show, the same of each image.
-        said_CNL: bool, the tokens that stay of each caption; those that are no words always do.
-        image_BNK: embeddings of the images' parts.
-        text_CNK: embeddings of the captions' parts.
-    """
-
-    shown_NHW: Tensor
-    said_CNL: Tensor
-    image_BNK: Tensor
-    text_CNK: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(
-        cls,
-        encoder: TwoTowerEncoder,
-        batch: Batch,
-        grid: tuple[int, int],
-        counts: tuple[int, int],
-        p: float,
-        seed: int,
-        chunks: _Chunks,
-    ) -> _EmbeddedCoalitions:
-        """Draw and embed them."""
-        rows, columns = grid
-        shown_NF = Coalitions.sample(rows * columns, counts[0], p, _OTHER_SEED + seed).present
-        shown_NHW = torch.cat([torch.zeros_like(shown_NF[:1]), shown_NF]).reshape(-1, rows, columns)
-        shown_NHW = shown_NHW.to(batch.images.device)
-        content_CL = encoder.tokenizer.content_mask(batch.tokens)
-        said_CNL = (~content_CL).unsqueeze(1).repeat(1, 1 + counts[1], 1)
-        for caption, content_L in enumerate(content_CL):
-            drawn = Coalitions.sample(int(content_L.sum()), counts[1], p, _OTHER_SEED + seed).present
-            said_CNL[caption, 1:, content_L] = drawn.to(content_L.device)
-        images = [
-            [
-                encoder.encode_image(masked_images(encoder, image, shown_NHW[part], "zeros"))
-                for part in chunks(len(shown_NHW))
-            ]
-            for image in batch.images
-        ]
-        texts = [
-            [embed_without_tokens(encoder, tokens, said_NL[part], "padding") for part in chunks(len(said_NL))]
-            for tokens, said_NL in zip(batch.tokens, said_CNL, strict=True)
-        ]
-        image_BNK, text_CNK = (
-            normalize(whole.to(wide_dtype(whole)), dim=2)
-            for whole in (torch.stack([torch.cat(parts) for parts in side]) for side in (images, texts))
-        )
-        return cls(shown_NHW, said_CNL, image_BNK, text_CNK)
-
-
-@dataclass(frozen=True)
 class BatchRows:
     """The rows of a batch.
 
@@ -480,6 +387,7 @@ class _Measuring:
         targets = CaptionTargets(
             image_maps=self.maps.image.to(batch.images),
             text_maps=self.maps.text,
+            prefix=self._prefix(embeddings),
             content=content,
             similarity=cosine_similarity(image_CK, text_CK),
             boxes=batch.named.boxes,
@@ -488,6 +396,8 @@ class _Measuring:
             signed=self.maker.method.signed,
             similarity_of_images=lambda rows, kept, hidden: self._similarity_of_images(embeddings, rows, kept, hidden),
             similarity_of_texts=lambda kept: self._similarity_of_texts(embeddings, kept | ~content),
+            embed_images=lambda shown: self._embed_images(embeddings, shown),
+            embed_texts=lambda said: self._embed_texts(embeddings, said | ~content.unsqueeze(1)),
             coalitions=lambda *asked: self._coalitions(embeddings, *asked),
             batch_size=self.maker.batch_size,
         )
@@ -513,6 +423,25 @@ class _Measuring:
         parts = [encoder.encode_text(tokens[rows]) for rows in self.maker.chunks(len(tokens))]
         kept_CK = torch.cat([embeddings.text_CK[:0], *parts])
         return cosine_similarity(embeddings.image_BK[self.batch.caption_image], kept_CK)
+
+    def _prefix(self, embeddings: Embeddings) -> Tensor:
+        """What is attributed to the prefix tokens of each caption's image; NaN where the method does not say."""
+        attribution = self.maps.attribution
+        if attribution is None or attribution.prefix is None:
+            return embeddings.text_CK.new_full((len(self.batch.tokens),), torch.nan)
+        return attribution.prefix.sum(dim=1)
+
+    def _embed_images(self, embeddings: Embeddings, shown_CNHW: Tensor) -> Tensor:
+        """Unit embeddings of what shows of each caption's image."""
+        rows = zip(self.batch.caption_image.tolist(), shown_CNHW, strict=True)
+        parts = [embeddings.of_parts(self.batch.images[image], shown, self.maker.chunks) for image, shown in rows]
+        return torch.stack(parts) if parts else embeddings.image_BK.new_zeros(*shown_CNHW.shape[:2], 1)
+
+    def _embed_texts(self, embeddings: Embeddings, said_CNL: Tensor) -> Tensor:
+        """Unit embeddings of what stays of each caption."""
+        rows = zip(self.batch.tokens, said_CNL, strict=True)
+        parts = [embeddings.of_parts(tokens, said, self.maker.chunks) for tokens, said in rows]
+        return torch.stack(parts) if parts else embeddings.text_CK.new_zeros(*said_CNL.shape[:2], 1)
 
     def _coalitions(self, embeddings: Embeddings, patches: int, tokens: int, p: float, seed: int) -> CoalitionValues:
         """What coalitions of all captions and their images are worth, and what the method says of them."""

@@ -16,7 +16,16 @@ METRICS: Registry[MetricSpec] = Registry(
     "metric",
     {
         name: f"lightning_xai.metrics.{name}:SPEC"
-        for name in ("grounding", "other_objects", "hard_negatives", "confidence", "localization", "faithfulness")
+        for name in (
+            "grounding",
+            "other_objects",
+            "hard_negatives",
+            "confidence",
+            "localization",
+            "faithfulness",
+            "insertion_deletion",
+            "prefix_share",
+        )
     },
     group="lightning_xai.metrics",
     check=check_spec,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,10 +20,10 @@ from torch import Tensor
 from lightning_xai.attribution import Attribution, AttributionMethod, BanzhafInteractions
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import NamedBoxes
+from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.rows import (
     BatchMaps,
     BatchRows,
-    Embeddings,
     MethodMaps,
     Wanted,
     _Measuring,
@@ -64,6 +65,7 @@ class Given(MethodMaps):
             for name, count in (rows | {"image": len(batch.tokens)}).items()
         }
         self.text = torch.randn(batch.tokens.shape, generator=generator, dtype=torch.float64)
+        self.prefix: Tensor | None = None
         self.asked: list[Wanted] = []
 
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
@@ -74,7 +76,9 @@ class Given(MethodMaps):
             self.given["replacements"][wanted.negatives],
             self.given["image"] if wanted.captions else self.given["image"][:0],
             self.text if wanted.captions else self.text[:0],
-            Attribution(self.given["image"], self.text, self.text[:, 0]) if wanted.captions else None,
+            Attribution(self.given["image"], self.text, self.text[:, 0], prefix=self.prefix)
+            if wanted.captions
+            else None,
         )
 
 
@@ -446,3 +450,47 @@ def test_first_order_maps_say_of_a_coalition_the_sum_over_its_patches_and_words(
     content = maps.method.encoder.tokenizer.content_mask(batch.tokens)
     assert not (parts.said_CNL[:, 0] & content).any()
     assert (parts.said_CNL | content[:, None]).all(), "marks of start and end always stay"
+
+
+def test_parts_come_and_go_in_the_order_of_the_maps(batch: Batch) -> None:
+    maps = Given(batch)
+    encoder = maps.method.encoder
+    content = encoder.tokenizer.content_mask(batch.tokens)
+    rows = table(batch, maps, "insertion_deletion", steps=3)
+    for caption, row in enumerate(rows):
+        image, tokens = batch.images[batch.caption_image[caption]], batch.tokens[caption]
+        patches = sorted(range(6), key=lambda patch: -float(maps.given["image"][caption].flatten()[patch]))
+        words = sorted(content[caption].nonzero()[:, 0].tolist(), key=lambda word: -float(maps.text[caption, word]))
+        curves: dict[str, list[float]] = {}
+        for step in range(4):
+            first, then = patches[: step * 2], patches[step * 2 :]
+            count = round(step * len(words) / 3)
+            for name, shown, said in (
+                ("insertion", first, words[:count]),
+                ("deletion", then, words[count:]),
+                ("image_insertion", first, words),
+                ("image_deletion", then, words),
+                ("text_insertion", patches, words[:count]),
+                ("text_deletion", patches, words[count:]),
+            ):
+                part, text = torch.zeros_like(image), torch.where(content[caption], 0, tokens)
+                for patch in shown:
+                    across, down = slice(patch % 3 * 4, patch % 3 * 4 + 4), slice(patch // 3 * 4, patch // 3 * 4 + 4)
+                    part[:, down, across] = image[:, down, across]
+                text[said] = tokens[said]
+                pair = encoder.encode_image(part[None]), encoder.encode_text(text[None])
+                curves.setdefault(name, []).append(float(torch.cosine_similarity(*pair)))
+        for name, curve in curves.items():
+            expected = sum((one + other) / 2 for one, other in itertools.pairwise(curve)) / 3
+            assert row[name] == pytest.approx(expected, rel=1e-6, abs=1e-12), (caption, name)
+
+
+def test_what_sits_on_cls_is_compared_with_all_that_is_attributed(batch: Batch) -> None:
+    maps = Given(batch)
+    assert all(row["excluded"] for row in table(batch, maps, "prefix_share")), "a method without interactions"
+    prefix = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps.prefix = prefix
+    for caption, row in enumerate(table(batch, maps, "prefix_share")):
+        expected = float(prefix[caption].sum())
+        assert row["prefix"] == pytest.approx(expected)
+        assert row["prefix_share"] == pytest.approx(expected / (expected + float(maps.given["image"][caption].sum())))
