@@ -31,7 +31,15 @@ from lightning_xai.commands.training_options import (
     refuse_finders,
     with_scheduler,
 )
-from lightning_xai.training import AtomicCheckpointIO, DataFaults, PredictionWriter, Preflight, ProgressLog, Resume
+from lightning_xai.training import (
+    AtomicCheckpointIO,
+    DataFaults,
+    FiniteSteps,
+    PredictionWriter,
+    Preflight,
+    ProgressLog,
+    Resume,
+)
 from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 from lightning_xai.training.run_folder import RunFolder
 
@@ -39,7 +47,10 @@ __all__ = ["TrainingCLI"]
 
 # Settings that may differ when a run is resumed: paths, what is shown, and what cannot change a number.
 _FREE = {
-    "": {"run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only", "maps"},
+    "": {
+        "run", "save_every_minutes", "collective_timeout", "config", "ckpt_path", "weights_only", "maps",
+        "on_nonfinite", "measure_last",
+    },
     "trainer": {
         "accelerator", "devices", "num_nodes", "default_root_dir", "logger", "enable_progress_bar", "profiler",
         "enable_model_summary", "log_every_n_steps", "max_time", "detect_anomaly", "plugins",
@@ -102,6 +113,20 @@ class TrainingCLI(LightningCLI):
             "with the callback PredictionWriter",
         )
         parser.add_argument(
+            "--on_nonfinite",
+            type=Literal["stop", "skip"],
+            default="stop",
+            help="of `fit`: what to do with a step whose loss or gradient is NaN or infinite. stop: end the run before "
+            "it is taken, and name its samples; skip: leave the step out and count it (train/skipped_steps)",
+        )
+        parser.add_argument(
+            "--measure_last",
+            type=bool,
+            default=True,
+            help="of `fit`: validate, and measure grounding, after the last step, wherever max_steps, max_time or "
+            "early stopping put it; false: only where the trainer's schedule of validations says",
+        )
+        parser.add_argument(
             "--collective_timeout",
             type=float,
             default=600.0,
@@ -153,6 +178,8 @@ class TrainingCLI(LightningCLI):
                 callbacks.append(kind())
         refuse_finders(callbacks)
         kwargs |= _progress(callbacks)
+        if self.subcommand == "fit" and not any(isinstance(callback, FiniteSteps) for callback in callbacks):
+            callbacks.append(FiniteSteps(self._get(self.config, "on_nonfinite")))
         if (
             self.subcommand is not None
             and self.subcommand != "predict"
@@ -163,7 +190,9 @@ class TrainingCLI(LightningCLI):
             minutes = self._get(self.config, "save_every_minutes")
             if not any(isinstance(callback, Checkpoint) for callback in callbacks):
                 callbacks.append(ModelCheckpoint(enable_version_counter=False))  # as Lightning would if there were none
-            callbacks.append(Resume(self._folder, minutes=minutes, settings=self._settings, chosen=chosen))
+            measure_last = self._get(self.config, "measure_last")
+            options = {"minutes": minutes, "settings": self._settings, "chosen": chosen, "measure_last": measure_last}
+            callbacks.append(Resume(self._folder, **options))
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         if isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
             trainer.strategy._timeout = timedelta(seconds=self._get(self.config, "collective_timeout"))

@@ -189,10 +189,11 @@ def curves(
     *,
     scores: Sequence[Score],
 ) -> Figure:
-    """Draw scores in percent against the epoch.
+    """Draw scores in percent against the epoch, or against the step where some were measured within an epoch.
 
     Args:
-        rows: `epoch`, the finished epochs, and the scores by name, fractions. A missing or NaN value leaves a gap.
+        rows: `epoch`, the finished epochs, and the scores by name, fractions; within an epoch also `step` and `batch`,
+            as in `ResultRecord.state`, and `step` in all. A missing or NaN value leaves a gap.
         title: above the axes.
         scores: what to draw, in this order; dashed where a score is no share.
 
@@ -201,7 +202,8 @@ def curves(
     """
     if not rows or not all(isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError(f"rows: expected at least one, each with an 'epoch'; got {[sorted(row) for row in rows]}")
-    names = ["epoch", *(score.name for score in scores)]
+    place = "step" if any(row.get("batch") for row in rows) else "epoch"
+    names = [place, *(score.name for score in scores)]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype="float64")
     figure = Figure(figsize=(8.0, 4.2))
     axes = figure.add_subplot()
@@ -213,11 +215,11 @@ def curves(
         highest = max(highest, known.max())
         label = f"{score.heading}   {known.iloc[0]:.1f} → {known.iloc[-1]:.1f} %"
         style = "-" if score.percent else "--"
-        axes.plot(frame["epoch"], known.reindex(frame.index), style, marker="o", label=label)
-    shown = frame["epoch"].iloc[evenly(len(rows), 11)]
-    axes.set_xticks(shown, [f"{epoch:g}" if epoch else state_name(0) for epoch in shown])
+        axes.plot(frame[place], known.reindex(frame.index), style, marker="o", label=label)
+    shown = frame[place].iloc[evenly(len(rows), 11)]
+    axes.set_xticks(shown, [f"{number:g}" if number else state_name({"epoch": 0}) for number in shown])
     axes.set_ylim(0, min(100.0, 10 * math.ceil((highest + 4) / 10)))
-    axes.set_xlabel("finished epochs")
+    axes.set_xlabel("steps" if place == "step" else "finished epochs")
     axes.set_ylabel("targets, or mean (dashed) [%]")
     axes.set_title(title)
     if axes.lines:

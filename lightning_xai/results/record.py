@@ -7,7 +7,7 @@ A result folder holds
 - `METHOD/examples.json`: `Example`s of a method, whose images are in `examples/`.
 
 `test` writes one such folder, `roar` writes one, and `GroundingCallback` writes one for each measurement, in
-`RUN/grounding/epoch=003/`. Nothing here needs torch.
+`RUN/grounding/epoch=003/`, or `step=00000040/` within an epoch. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         versions: package -> version, those that add methods or metrics included.
         methods: label -> method.
         metrics: name -> metric.
-        state: of a training: `epoch` (finished epochs, or "validate" or "test") and `step`.
+        state: of a training: `epoch` (finished epochs, or "validate" or "test") and `step`; within an epoch also
+            `batch`, how many of its batches were trained on.
         logged: what the module logged in the same evaluation, by name; None stands for NaN.
         speed: `pairs_per_second` and the like; no property of the model.
         extra: what one kind alone has: `missing` trials, `grid` and `base_loss` of a ROAR+.
@@ -296,12 +297,17 @@ def method_of(label: str, options: Mapping[str, Any] | None) -> tuple[str, dict[
     return str(own.pop("method", label)), own
 
 
-def state_name(epoch: object) -> str:
-    """Return the name of a model's state after `epoch` finished epochs; strings are kept.
+def state_name(state: Mapping[str, Any]) -> str:
+    """Return the name of a model's state, as `ResultRecord.state` describes it; empty where nothing does.
 
-    >>> state_name(0), state_name(3), state_name("validate")
+    >>> state_name({"epoch": 0, "step": 0}), state_name({"epoch": 3, "step": 36}), state_name({"epoch": "validate"})
     ('before', 'epoch 3', 'validate')
+    >>> state_name({"epoch": 3, "step": 40, "batch": 4})
+    'step 40'
     """
+    epoch = state.get("epoch", "")
     if isinstance(epoch, str):
         return epoch
+    if state.get("batch"):
+        return f"step {state['step']}"
     return "before" if epoch == 0 else f"epoch {epoch}"

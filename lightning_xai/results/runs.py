@@ -78,7 +78,7 @@ class Measurement:
 
     Attributes:
         run: name of the run.
-        state: of a training: "before", "epoch 3", "validate", ...; else empty.
+        state: of a training: "before", "epoch 3", "step 40", "validate", ...; else empty.
         record: what the folder says of itself.
         table: its values.
         data: name of the data set.
@@ -370,10 +370,13 @@ def _states(folder: Path) -> list[Path]:
     return found
 
 
-def _order(measurement: Measurement) -> tuple[bool, int, bool]:
-    """Epochs in their order, then validate, then test."""
-    epoch = measurement.record.state.get("epoch", "")
-    return (False, epoch, False) if isinstance(epoch, int) else (True, 0, epoch == "test")
+def _order(measurement: Measurement) -> tuple[bool, int, int]:
+    """A training's steps in their order, then validate, then test."""
+    state = measurement.record.state
+    epoch = state.get("epoch", "")
+    if isinstance(epoch, int):
+        return (False, epoch, int(state.get("batch", 0)))
+    return (True, 0, int(epoch == "test"))
 
 
 def _measurement(folder: Path, run: str, settings: Mapping[str, Any]) -> Measurement:
@@ -381,7 +384,7 @@ def _measurement(folder: Path, run: str, settings: Mapping[str, Any]) -> Measure
     if record.kind == "roar":
         record, table = roar_result(record, table)
     data = str(record.data.get("name") or training_data(settings))
-    return Measurement(run, state_name(record.state.get("epoch", "")), record, table, data)
+    return Measurement(run, state_name(record.state), record, table, data)
 
 
 def _config(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -2,6 +2,7 @@ from lightning_xai.training.checkpoint_file import AtomicCheckpointIO
 from lightning_xai.training.contrastive import ContrastiveFineTuning
 from lightning_xai.training.data_faults import DataFaults
 from lightning_xai.training.grounding import GroundingCallback
+from lightning_xai.training.nonfinite import FiniteSteps
 from lightning_xai.training.prediction_writer import PredictionWriter
 from lightning_xai.training.preflight import Preflight
 from lightning_xai.training.progress_log import ProgressLog
@@ -11,6 +12,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "ContrastiveFineTuning",
     "DataFaults",
+    "FiniteSteps",
     "GroundingCallback",
     "PredictionWriter",
     "Preflight",

@@ -12,11 +12,15 @@ from typing_extensions import override
 
 from lightning_xai.atomic_file import replaced_at_once
 
-__all__ = ["AtomicCheckpointIO", "CheckpointWriteError", "damage"]
+__all__ = ["AtomicCheckpointIO", "CheckpointWriteError", "NonFiniteStateError", "damage"]
 
 
 class CheckpointWriteError(RuntimeError):
     """A checkpoint could not be written; the file that it should replace is untouched."""
+
+
+class NonFiniteStateError(RuntimeError):
+    """A state that is not finite was to be saved; the file that it would have replaced is untouched."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,7 +37,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             CheckpointWriteError: it could not be written (a full disk, a folder without permission).
+            NonFiniteStateError: weights or the optimizer's averages are NaN or infinite.
         """
+        if spoiled := _not_finite(checkpoint):
+            raise NonFiniteStateError(
+                f"{spoiled} is not finite, so {path} is not written, and earlier checkpoints are untouched: lower the "
+                "learning rate or clip gradients (--trainer.gradient_clip_val), and go on from an earlier checkpoint"
+            )
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -63,6 +73,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}); give another one"
             ) from error
         return checkpoint
+
+
+def _not_finite(checkpoint: dict[str, Any]) -> str:
+    """Name of a tensor of the state that no training can go on from; empty if there is none."""
+    state = dict(checkpoint.get("state_dict") or {})
+    for optimizer in checkpoint.get("optimizer_states") or []:
+        for number, values in optimizer.get("state", {}).items():
+            if isinstance(values, dict):
+                state |= {f"{name} of parameter {number} in the optimizer": value for name, value in values.items()}
+    for name, value in state.items():
+        # -inf alone is what masks hold.
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not (value < torch.inf).all():
+            return str(name)
+    return ""
 
 
 def damage(path: Path) -> str:

@@ -33,6 +33,7 @@ from lightning_xai.models.sharding import (
 )
 from lightning_xai.training.learning_rate import Schedule, learning_rate_factor
 from lightning_xai.training.parameter_groups import Frozen, freeze, parameter_groups, parameter_places
+from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
 
@@ -199,7 +200,7 @@ class ContrastiveModule(L.LightningModule):
             decay_norms_and_biases=self.decay_norms_and_biases,
         )
         optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, betas=self.betas)
-        steps = self.trainer.estimated_stepping_batches
+        steps = planned_steps(self.trainer)
         if not math.isfinite(steps) and self.schedule != "constant":
             raise ValueError(
                 "the learning rate changes over the whole run, so give the trainer max_epochs or max_steps"
@@ -254,6 +255,8 @@ class ContrastiveModule(L.LightningModule):
             normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
             for x in self.encoder(batch.images, batch.tokens, self.chunk_size)
         )
+        # For the message about a loss that is not finite.
+        self.suspects = batch.valid & ~(image.detach().isfinite() & text.detach().isfinite()).all(dim=1)
         scale = self.encoder.logit_scale.exp()
         loss, accuracy = global_contrastive_loss(image, text, scale, batch.valid)
         self.log("train/loss", loss, prog_bar=True)

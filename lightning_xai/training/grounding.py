@@ -26,6 +26,7 @@ from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
 from lightning_xai.training.grounding_report import LOGGED, METHOD, Row, show, write
+from lightning_xai.training.schedule import ends_training
 
 if TYPE_CHECKING:
     from lightning_xai.results.table import ResultTable
@@ -140,9 +141,9 @@ class GroundingCallback(Callback):
     run). All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
 
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
-    record, and `classes.csv` with a line for each class), `summary.csv`, `curves.png`, and `progress.png`, on which the
-    heat maps of a few fixed examples change from epoch to epoch. `trainer.validate` and `trainer.test` write
-    `validate/` and `test/`, `summary-test.csv` and so on.
+    record, and `classes.csv` with a line for each class; `step=00000040/` for one within an epoch), `summary.csv`,
+    `curves.png`, and `progress.png`, on which the heat maps of a few fixed examples change from epoch to epoch.
+    `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on.
 
     Args:
         image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
@@ -150,7 +151,8 @@ class GroundingCallback(Callback):
         steps: integration steps.
         rule: quadrature rule.
         image_reference: the uninformative image.
-        every_n_epochs: measure after each n-th epoch (and before training).
+        every_n_epochs: measure in the validations of each n-th epoch, before training, and where training ends in an
+            epoch that would have no validation there.
         before_training: measure the model as it comes, in a full validation before the first step.
         examples: how many fixed examples to draw; the first that can be measured, each of another image.
         internal_batch_size: phrases attributed at a time.
@@ -223,7 +225,8 @@ class GroundingCallback(Callback):
         if trainer.sanity_checking:
             due = self._first_is_due()
         else:
-            due = not _fitting(trainer) or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+            due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+            due |= not _fitting(trainer) or _ends_off_schedule(trainer)
         if due:
             assert self._attribution is not None, "Lightning calls setup first"
             examples = self.examples if trainer.is_global_zero else 0
@@ -268,11 +271,11 @@ class GroundingCallback(Callback):
         measured, self._measured = self._measured, None
         prefix = f"{measured.split}/"
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
-        row: Row = {"epoch": _epoch(trainer), "step": trainer.global_step} | measured.row
+        row: Row = _state(trainer) | measured.row
         others = {name.removeprefix(prefix): value for name, value in logged.items()}
         row |= {name: value for name, value in others.items() if name not in {*row, *_SCALARS}}
         if _fitting(trainer):
-            self.history = [old for old in self.history if old["epoch"] != row["epoch"]] + [row]
+            self.history = [old for old in self.history if old["step"] != row["step"]] + [row]
         if trainer.sanity_checking:
             # Lightning keeps what this validation logs to itself.
             for logger in trainer.loggers:
@@ -369,11 +372,22 @@ def _fitting(trainer: L.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING
 
 
-def _epoch(trainer: L.Trainer) -> int | str:
-    """Finished epochs, or the verb of an evaluation outside of training."""
+def _state(trainer: L.Trainer) -> Row:
+    """`epoch`, `step` and, within an epoch, `batch` of a row."""
+    step = trainer.global_step
     if not _fitting(trainer):
-        return "test" if trainer.testing else "validate"
-    return trainer.current_epoch + (0 if trainer.sanity_checking else 1)
+        return {"epoch": "test" if trainer.testing else "validate", "step": step}
+    if trainer.sanity_checking:
+        return {"epoch": trainer.current_epoch, "step": step}
+    if trainer.is_last_batch:
+        return {"epoch": trainer.current_epoch + 1, "step": step}
+    return {"epoch": trainer.current_epoch, "step": step, "batch": trainer.fit_loop.batch_idx + 1}
+
+
+def _ends_off_schedule(trainer: L.Trainer) -> bool:
+    """True if this validation is there because training ends: within an epoch, or after one without a validation."""
+    regular = trainer.is_last_batch and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+    return ends_training(trainer) and not regular
 
 
 def _folder(trainer: L.Trainer) -> Path:

@@ -22,7 +22,8 @@ __all__ = ["LOGGED", "METHOD", "Row", "show", "write"]
 
 METHOD = "feature_pair"
 Row = dict[str, Any]
-"""A measurement: `epoch` (finished epochs, or `"validate"`, `"test"`), `step`, `targets`, gamma and rho, what the
+"""A measurement: `epoch` (finished epochs, or `"validate"`, `"test"`), `step`, within an epoch `batch` (how many of its
+batches were trained on), `targets`, gamma and rho, what the
 module logged; on the first rank `excluded`, and `examples` as they were drawn: `keys`, `heats` ([H, W] float32),
 `gammas` and `hits`. Tensors and plain values, so that checkpoints can hold it."""
 
@@ -53,7 +54,7 @@ def write(
     last = rows[-1]
     training = isinstance(last["epoch"], int)
     suffix = "" if training else f"-{last['epoch']}"
-    here = folder / (f"epoch={last['epoch']:03d}" if training else last["epoch"])
+    here = folder / _folder_name(last)
     assert measured.table is not None, "the first rank holds the table"
     classes = summary_table(measured.table.frame, SPEC.scores, ["label"]).set_index("label")
     # Every class of the split has a line, in the split's order.
@@ -79,7 +80,7 @@ def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> N
     columns = {score.name: score_column(score) for score in SPEC.scores if score.name in LOGGED}
     columns |= {"targets": Column("targets")}
     columns |= {key: column for key, column in LOGGED_COLUMNS.items() if any(key in row for row in rows)}
-    cells = [[state_name(row["epoch"]), *(row.get(key) for key in columns)] for row in rows]
+    cells = [[state_name(row), *(row.get(key) for key in columns)] for row in rows]
     heads = [Column("after", numeric=False), *columns.values()]
     console.print(PaperTable("grounding", "Grounding per epoch", "", heads, cells).to_terminal())
     counts = last["excluded"] | {"broken_records": int(last.get("broken_records", 0))}
@@ -91,15 +92,22 @@ def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> N
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def _folder_name(row: Row) -> str:
+    if isinstance(row["epoch"], str):
+        return row["epoch"]
+    return f"step={row['step']:08d}" if "batch" in row else f"epoch={row['epoch']:03d}"
+
+
 def _record(row: Row, options: Mapping[str, Any], about: Mapping[str, Any]) -> ResultRecord:
-    own = {"epoch", "step", "targets", "excluded", "examples", *LOGGED}
+    state: dict[str, int | str] = {key: row[key] for key in ("epoch", "step", "batch") if key in row}
+    own = {*state, "targets", "excluded", "examples", *LOGGED}
     return ResultRecord(
         kind="training",
         **about,
         versions=package_versions(),
         methods={METHOD: MethodRecord(name=METHOD, options=dict(options), signed=True)},
         metrics={SPEC.name: SPEC.record({})},
-        state={"epoch": row["epoch"], "step": row["step"]},
+        state=state,
         logged={name: value for name, value in row.items() if name not in own},
     )
 
@@ -110,7 +118,7 @@ def _lines(rows: Sequence[Row]) -> Any:
 
     reasons = [why.key for why in Exclusion if any(row["excluded"].get(why.key) for row in rows)]
     lines = [
-        {key: value for key, value in row.items() if key not in ("excluded", "examples")}
+        {key: value for key, value in row.items() if key not in ("batch", "excluded", "examples")}
         | {f"excluded_{why}": row["excluded"].get(why, 0) for why in reasons}
         for row in rows
     ]
@@ -129,6 +137,6 @@ def _progress(rows: Sequence[Row], measured: GroundingPass) -> Figure:
             ]
             for row in same
         ],
-        [state_name(row["epoch"]) for row in same],
+        [state_name(row) for row in same],
         f"What the phrase matches in the image ({measured.split}): red more, blue less similar",
     )

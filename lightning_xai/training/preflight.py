@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+
+from lightning_xai.training.schedule import accumulated, planned_steps
 
 __all__ = ["Preflight", "check_allocation", "slurm_job", "started_by_srun"]
 
@@ -31,7 +36,8 @@ class Preflight(Callback):
 
 def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
     """Describe what will be trained, on which devices, in which steps."""
-    world_size, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    trainer.fit_loop.setup_data()  # for the number of batches; Lightning does so later, and only once
+    world_size = trainer.world_size
     device = trainer.strategy.root_device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -45,16 +51,48 @@ def describe(trainer: L.Trainer, module: L.LightningModule) -> str:
         chunk = getattr(module, "chunk_size", None)
         if chunk:
             line += f"; encoded {chunk} at a time"
-        if accumulate > 1:
-            line += f"; {accumulate} batches ({size * world_size * accumulate:,} samples) make a step"
-        lines.append(line)
-    total = trainer.estimated_stepping_batches
-    batches = trainer.num_training_batches
-    if total != float("inf"):
-        epochs = "" if trainer.max_epochs in (None, -1) else f", {trainer.max_epochs} epochs"
-        each = "" if batches == float("inf") else f"{-(-int(batches) // accumulate):,} an epoch{epochs}, "
+        lines.append(line + _accumulation(trainer, size * world_size))
+    total, batches = planned_steps(trainer), trainer.num_training_batches
+    if total != math.inf:
+        each = ""
+        if batches != math.inf:
+            each = f"{_in_turn(math.ceil(batches / number) for number in _accumulated(trainer))} an epoch, "
+        if trainer.max_epochs not in (None, -1):
+            each += f"{trainer.max_epochs:,} epoch{'s' * (trainer.max_epochs != 1)}, "
         lines.append(f"steps: {each}{int(total):,} in all")
     return "\n".join(lines)
+
+
+def _accumulated(trainer: L.Trainer) -> list[int]:
+    """How many batches make a step, at the start and wherever that changes in the run."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined] # Lightning leaves it undeclared
+    starts = {0}.union(*(each.epochs for each in callbacks if isinstance(each, GradientAccumulationScheduler)))
+    most = math.inf if trainer.max_epochs in (None, -1) else max(trainer.max_epochs, 1)
+    return [accumulated(trainer, epoch) for epoch in sorted(starts) if epoch < most]
+
+
+def _accumulation(trainer: L.Trainer, samples: int) -> str:
+    """What makes a step, of batches of so many samples; empty where each batch does."""
+    batches = trainer.num_training_batches
+    # An epoch's last batch always ends a step.
+    sizes = [int(min(number, batches)) for number in _accumulated(trainer)]
+    if max(sizes) == 1:
+        return ""
+    text = f"; {_in_turn(sizes)} batches ({_in_turn(size * samples for size in sizes)} samples) make a step"
+    rests = [0 if batches == math.inf else int(batches) % size for size in sizes]
+    if any(rests):
+        ends = [rest or size for rest, size in zip(rests, sizes, strict=True)]
+        text += f", {_in_turn(ends)} ({_in_turn(end * samples for end in ends)} samples) the last one of an epoch"
+    return text
+
+
+def _in_turn(numbers: Iterable[int]) -> str:
+    """Numbers that hold one after the other in a run.
+
+    >>> _in_turn([1000, 1000]), _in_turn([2, 1])
+    ('1,000', '2, then 1')
+    """
+    return ", then ".join(f"{number:,}" for number, _ in itertools.groupby(numbers))
 
 
 def check_allocation(devices: Any, num_nodes: Any, accelerator: Any = "auto") -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -28,6 +28,14 @@ from lightning_xai.data.sample import stable_hash
 from lightning_xai.training.elastic import go_on_elastically
 from lightning_xai.training.preflight import slurm_job
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
+from lightning_xai.training.schedule import (
+    Placement,
+    accumulated,
+    completes_step,
+    ends_training,
+    is_complete,
+    validates_behind,
+)
 
 __all__ = ["Resume", "RunStoppedError"]
 
@@ -66,6 +74,8 @@ class Resume(Checkpoint):
         minutes: most time between two checkpoints, above 0.
         settings: all that decides the run's numbers; recorded, and compared when the run is resumed.
         chosen: file name of the checkpoint that this process starts from; all ranks have to agree.
+        measure_last: validate behind the last step, wherever in the trainer's schedule it falls. Where `max_time` ends
+            the run before its time, that chooses no best model and stops no run early: the run goes on later.
 
     Raises:
         ValueError: `minutes` is not positive.
@@ -79,10 +89,12 @@ class Resume(Checkpoint):
         minutes: float = 10.0,
         settings: Mapping[str, Any] | None = None,
         chosen: str | None = None,
+        measure_last: bool = True,
     ) -> None:
         if not minutes > 0:
             raise ValueError(f"minutes has to be positive; got {minutes}")
         self.minutes = minutes
+        self.measure_last = measure_last
         self._folder = folder
         self._named = folder is not None
         self._settings = settings or {}
@@ -94,13 +106,16 @@ class Resume(Checkpoint):
         self._saved_at = 0.0
         self._pending: int | None = None
         self._stopping: int | None = None
-        self._cut_short = False
+        self._placement = Placement()
+        self._interrupted = False
+        self._complete = False
+        self._aside: list[Callback] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Lock the run's folder, and check that all ranks start from the same checkpoint."""
         self._received.clear()
         self._pending = self._stopping = None
-        self._cut_short = False
+        self._interrupted = self._complete = False
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
             # Ranks agree on stopping by numbers in the host's memory, so that no step has to wait for its device.
             self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
@@ -136,13 +151,19 @@ class Resume(Checkpoint):
     on_test_start = on_sanity_check_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock for checkpoints."""
+        """Start the clock for checkpoints, and accumulate as in the epoch that a resumed run goes on in."""
         self._listen()
+        # Lightning's scheduler of accumulation asks only at the start of an epoch.
+        trainer.accumulate_grad_batches = accumulated(trainer, trainer.current_epoch)
+        if trainer.fit_loop.epoch_loop.restarted_on_last and not trainer.is_last_batch:
+            # Saved behind a validation. Lightning takes the batch for complete only if it expects one there.
+            self._placement.validate(trainer)
         self._saved_at = time.monotonic()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Complete the checkpoint of the previous batch."""
         self._listen()
+        self._placement.restore(trainer)
         self._commit(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -153,6 +174,7 @@ class Resume(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Complete the checkpoint of the previous batch, stop there if a signal asked for it, else seed this batch."""
+        self._placement.restore(trainer)
         self._settle(trainer)
         seed = stable_hash("batch", self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.manual_seed(seed)
@@ -163,21 +185,40 @@ class Resume(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time to or a signal has come; where a validation follows, only after it."""
-        last = trainer.is_last_batch
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
-            return  # gradients that are still being summed up are in no checkpoint
-        due, signum = self._agree(trainer)
-        # A stop inside the validation that follows the next step then costs that step only.
-        upcoming = range(batch_idx + 1, batch_idx + 1 + trainer.accumulate_grad_batches)
-        due |= any(i + 1 == trainer.num_training_batches or _validation_follows(trainer, i) for i in upcoming)
-        if last or _validation_follows(trainer, batch_idx):
-            self._stop(trainer, signum)
+        if not completes_step(trainer, batch_idx):
+            self._placement.hold(trainer)  # gradients that are still being summed up are in no checkpoint
             return
-        # Lightning validates after an epoch that `max_time` cuts short, as if it were over; we resume within it.
-        self._cut_short = trainer.should_stop
-        if due or signum is not None or self._cut_short:
+        self._placement.go_on(trainer)
+        due, signum = self._agree(trainer)
+        due |= self._costly_follows(trainer, batch_idx)
+        last, scheduled, ends = trainer.is_last_batch, validates_behind(trainer, batch_idx), ends_training(trainer)
+        self._complete = is_complete(trainer)
+        interrupted = ends and not self._complete and _out_of_time(trainer)
+        validates = trainer.enable_validation and (scheduled or (ends and self.measure_last))
+        if validates:
+            self._placement.validate(trainer)
+        if interrupted and not last:
+            # Lightning ends the epoch here as if it were over; we resume within it.
+            self._interrupted = True
+            if not scheduled:
+                self._stopping = signum
+                self._save(trainer)
+        if interrupted and not scheduled:
+            self._set_choosers_aside(trainer)
+        elif last or validates:
+            self._stop(trainer, signum)
+        elif due or signum is not None or ends:
             self._stopping = signum
             self._save(trainer)
+
+    def _costly_follows(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        """True if the next step ends an epoch or the run, or a validation follows it.
+
+        A stop inside that validation then costs that step only.
+        """
+        following = batch_idx + trainer.accumulate_grad_batches
+        ends = following + 1 >= trainer.num_training_batches or trainer.global_step + 1 == trainer.max_steps
+        return ends or validates_behind(trainer, following)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop between two batches."""
@@ -187,24 +228,30 @@ class Resume(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after a validation within an epoch; after one at its end, `on_train_epoch_end` saves."""
-        inside = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.is_last_batch
-        if inside and not self._cut_short:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if trainer.is_last_batch:
+            self._take_choosers_back(trainer)
+        elif not self._aside:
             self._save(trainer)
+            if self._interrupted:  # the epoch, which is not over, is ended next
+                self._set_choosers_aside(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save if the epoch is over."""
-        if not self._cut_short:
+        """Save if the epoch is over; in one that ends before its last batch, that has been done behind the last one."""
+        if trainer.is_last_batch:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Complete the last checkpoint."""
+        self._take_choosers_back(trainer)
         self._commit(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record that the run is finished."""
         if self._folder is None or self._record is None or not trainer.is_global_zero:
             return
-        if _out_of_time(trainer):
+        if _out_of_time(trainer) and not self._complete:
             rank_zero_warn(
                 f"max_time is over, the run in {self._folder.path} is not finished: --run={self._folder.path} with a "
                 "longer max_time resumes it"
@@ -238,6 +285,13 @@ class Resume(Checkpoint):
             if self._folder is not None and self._record is not None:
                 self._record = self._folder.note(self._record, f"after step {checkpoint['global_step']}: {text}")
 
+    def last_saved(self) -> str:
+        """A sentence on the newest checkpoint, for messages of rank 0."""
+        newest = self._folder.newest(self._record) if self._folder is not None and self._record is not None else None
+        if newest is None:
+            return "There is no checkpoint yet. "
+        return f"The last finite checkpoint is {newest}; {self._command()} to go on from there. "
+
     def _listen(self) -> None:
         # Lightning has kept the handlers from before, and restores them in its teardown.
         if threading.current_thread() is threading.main_thread():
@@ -259,6 +313,23 @@ class Resume(Checkpoint):
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
             wishes = [bool(wish) for wish in shared.tolist()]
         return wishes[0], next((signum for signum, wish in zip(_SIGNALS, wishes[1:], strict=True) if wish), None)
+
+    def _set_choosers_aside(self, trainer: L.Trainer) -> None:
+        """Hide the callbacks that choose a best model or stop early from a measurement that only an interruption made.
+
+        The run goes on later and does not have it there, so it must not replace the best model so far.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not self._aside:
+            self._aside = callbacks
+            choosers = [
+                each for each in callbacks if isinstance(each, (Checkpoint, EarlyStopping)) and each is not self
+            ]
+            trainer.callbacks = [each for each in callbacks if each not in choosers]  # type: ignore[attr-defined]
+
+    def _take_choosers_back(self, trainer: L.Trainer) -> None:
+        if self._aside:
+            trainer.callbacks, self._aside = self._aside, []  # type: ignore[attr-defined]
 
     def _save(self, trainer: L.Trainer) -> None:
         """Write a checkpoint under a temporary name, until all that was logged before is on disk."""
@@ -297,20 +368,11 @@ class Resume(Checkpoint):
             if not requeued:
                 raise RunStoppedError(f"{step}; the job is back in the queue and will resume from there", 0)
             raise RunStoppedError(f"{step}, but the job could not be requeued ({requeued}): submit it again", 1)
+        raise RunStoppedError(f"{step}; {self._command()} to resume", 128 + signum)
+
+    def _command(self) -> str:
         how = "" if self._named or self._folder is None else f" with --run={self._folder.path}"
-        raise RunStoppedError(f"{step}; start the same command again{how} to resume", 128 + signum)
-
-
-def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """True if Lightning validates after a batch within an epoch."""
-    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or every is None or every == float("inf"):
-        return False
-    if epochs is None:  # counted over epochs
-        batch_idx += trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx
-    elif (trainer.current_epoch + 1) % epochs:
-        return False
-    return bool((batch_idx + 1) % every == 0)
+        return f"start the same command again{how}"
 
 
 def _out_of_time(trainer: L.Trainer) -> bool:

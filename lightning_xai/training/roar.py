@@ -23,18 +23,15 @@ from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.results.trials import Retraining
 from lightning_xai.training.contrastive import ContrastiveModule
+from lightning_xai.training.nonfinite import NonFiniteLossError
 
-__all__ = ["NonFiniteLossError", "RoarRetraining", "retrain"]
+__all__ = ["RoarRetraining", "retrain"]
 
 _IGNORED = (
     ".*isinstance.treespec, LeafSpec",  # a deprecation of torch, in Lightning's code
     "The '.*_dataloader' does not have many workers",  # the data sets of trials are small
     "GPU available but not used",  # the user's choice
 )
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss is NaN or infinite, so that the trial has no result."""
 
 
 class RoarRetraining(ContrastiveModule):

@@ -1,11 +1,18 @@
-"""Devices and processes are compared with a Slurm allocation before a run starts."""
+"""Devices and processes are compared with a Slurm allocation before a run starts, and its steps are told as made."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from training_runs import Recorder, task_of, trainer_in
 
+from lightning_xai.data import ShardDataModule
+from lightning_xai.training import Preflight
 from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 
 
@@ -98,3 +105,60 @@ def test_a_step_of_an_interactive_allocation_counts_as_one_and_its_own_tasks_do(
     assert os.environ["SLURM_NTASKS_PER_NODE"] == "1"
     with pytest.raises(ValueError, match=r"trainer\.num_nodes=1, but the job has 2 node"):
         check_allocation(1, 1, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "callbacks", "told"),
+    [
+        # 12 batches of 4 an epoch
+        (
+            {},
+            [],
+            ["batch: 4 on each device, 4 in all, which are each other's negatives", "steps: 12 an epoch, 2 epochs, 24"],
+        ),
+        (
+            {"accumulate_grad_batches": 16},
+            [],
+            ["; 12 batches (48 samples) make a step", "steps: 1 an epoch, 2 epochs, 2 in"],
+        ),
+        (
+            {"accumulate_grad_batches": 5, "max_epochs": 1},
+            [],
+            [
+                "; 5 batches (20 samples) make a step, 2 (8 samples) the last one of an epoch",
+                "3 an epoch, 1 epoch, 3 in all",
+            ],
+        ),
+        (
+            {},
+            [GradientAccumulationScheduler({0: 2, 1: 1})],
+            ["; 2, then 1 batches (8, then 4 samples) make a step", "steps: 6, then 12 an epoch, 2 epochs, 18 in all"],
+        ),
+        (
+            {"accumulate_grad_batches": 16, "max_epochs": -1, "max_steps": 3},
+            [],
+            ["12 batches (48 samples)", ": 1 an epoch, 3 in"],
+        ),
+    ],
+)
+def test_the_steps_that_are_told_before_training_are_those_that_are_made(
+    options: dict[str, Any],
+    callbacks: list[Callback],
+    told: list[str],
+    architecture_file: Callable[[str], Path],
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = task_of(architecture_file("vit"), final_lr=1e-2)
+    data = ShardDataModule(train=shards, val=shards, batch_size=4, num_workers=0)
+    recorder = Recorder()
+    own = {"limit_train_batches": 12, "limit_val_batches": 0, "max_epochs": 2}
+    trainer = trainer_in(tmp_path, Preflight(), recorder, *callbacks, **(own | options))
+    trainer.fit(task, data)
+    text = capsys.readouterr().out
+    for line in told:
+        assert line in text
+    assert f"{trainer.global_step} in all" in text
+    # The schedule of rates ends with the last step.
+    assert recorder.rates[-1] == pytest.approx(1e-2)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import join_lightning, run_distributed
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from quiet_trainer import quiet_trainer
 from stopped_runs import Left, differences, left_by
@@ -26,6 +26,7 @@ from training_runs import task_of
 
 from lightning_xai.data import ShardDataModule
 from lightning_xai.data.shapes import prepare_shapes
+from lightning_xai.results.runs import load_runs
 from lightning_xai.training import AtomicCheckpointIO, GroundingCallback, Resume
 from lightning_xai.training.resume import RunStoppedError
 from lightning_xai.training.run_folder import RunFolder, RunFolderError
@@ -82,7 +83,8 @@ def fit(
         max_fault_fraction=1.0,
     )
     best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
-    resume = Resume(folder, chosen=None if newest is None else newest.name)
+    chosen = None if newest is None else newest.name
+    resume = Resume(folder, chosen=chosen, measure_last=options.pop("measure_last", True))
     defaults: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 1, "inference_mode": False}
     defaults |= {"plugins": [AtomicCheckpointIO()], "logger": TensorBoardLogger(run, name="", version="")}
     trainer = quiet_trainer(run, GroundingCallback(examples=0), best, *callbacks, resume, **(defaults | options))
@@ -109,6 +111,9 @@ def whole(model: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) ->
         {"val_check_interval": 2},
         {"val_check_interval": 4, "check_val_every_n_epoch": None},
         {"accumulate_grad_batches": 2},
+        # The validation falls into a step: within each epoch, and in the second one, counted over both.
+        {"accumulate_grad_batches": 2, "val_check_interval": 3},
+        {"accumulate_grad_batches": 4, "val_check_interval": 7, "check_val_every_n_epoch": None},
         {"check_val_every_n_epoch": 2},
         {"max_steps": 9, "max_epochs": -1},
     ],
@@ -126,8 +131,8 @@ def test_stopped_at_any_batch_a_run_ends_as_an_uninterrupted_one(
         lives = 1
         while not fit(run, model, world, StopAt(number if lives == 1 else None, signum), **schedule):
             lives += 1
-        # After the last of max_steps there is nothing left to stop.
-        assert lives == (1 if number + 1 >= schedule.get("max_steps", 13) else 2), number
+        # Behind the last of max_steps the validation is left to stop, behind that nothing.
+        assert lives == (1 if number >= schedule.get("max_steps", 13) else 2), number
         assert differences(left_by(run), expected) == [], number
 
 
@@ -168,6 +173,20 @@ def test_a_run_that_max_time_ends_is_not_finished_and_goes_on_inside_its_epoch(
     assert differences(gone_on._replace(logged=logged), whole) == []
 
 
+@pytest.mark.slow
+def test_where_gradients_are_summed_up_max_time_ends_a_run_behind_a_step(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert fit(tmp_path / "whole", model, world, accumulate_grad_batches=2)
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="max_time is over"):
+        assert fit(run, model, world, Slow(1.0), max_time={"seconds": 1}, accumulate_grad_batches=2)
+    assert [path.name for path in RunFolder(run).files()] == ["step=00000002.ckpt"]
+    assert fit(run, model, world, max_time={"hours": 1}, accumulate_grad_batches=2)
+    whole, gone_on = left_by(tmp_path / "whole"), left_by(run)
+    assert differences(gone_on._replace(logged=whole.logged), whole) == []
+
+
 class Slow(Callback):
     """Takes its time in the third batch."""
 
@@ -176,6 +195,62 @@ class Slow(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         time.sleep(self.seconds if batch_idx == 2 else 0)
+
+
+@pytest.mark.slow
+def test_a_measurement_that_max_time_makes_chooses_no_best_model(model: Path, world: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="max_time is over"):
+        assert fit(tmp_path, model, world, Slow(1.0), max_time={"seconds": 1}, max_epochs=1)
+    # The run was measured where it stopped, but the file of its best model, of which there is none yet, was not made.
+    assert list((tmp_path / "grounding").glob("step=0000000*"))
+    assert not list(tmp_path.rglob("best.ckpt"))
+    assert fit(tmp_path, model, world, max_time={"hours": 1}, max_epochs=1)
+    [best] = tmp_path.rglob("best.ckpt")
+    assert torch.load(best, weights_only=True)["global_step"] == 6
+
+
+def test_the_last_step_is_measured_and_may_be_the_best(model: Path, world: Path, tmp_path: Path) -> None:
+    assert fit(tmp_path, model, world, max_steps=4, max_epochs=-1)
+    assert (tmp_path / "grounding" / "step=00000004" / "result.json").is_file()
+    lines = (tmp_path / "grounding" / "summary.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines] == [["epoch", "step"], ["0", "0"], ["0", "4"]]
+    [best] = tmp_path.rglob("best.ckpt")
+    assert torch.load(best, weights_only=True)["global_step"] == 4
+
+
+def test_a_run_that_is_told_so_is_not_measured_behind_its_last_step(model: Path, world: Path, tmp_path: Path) -> None:
+    assert fit(tmp_path, model, world, measure_last=False, max_steps=4, max_epochs=-1)
+    assert [path.name for path in (tmp_path / "grounding").glob("*=*")] == ["epoch=000"]
+
+
+def test_measurements_within_an_epoch_have_rows_and_files_of_their_own(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    assert fit(tmp_path, model, world, max_epochs=1, val_check_interval=2)
+    folders = sorted(path.name for path in (tmp_path / "grounding").glob("*=*"))
+    assert folders == ["epoch=000", "epoch=001", "step=00000002", "step=00000004"]
+    [run] = load_runs([tmp_path])
+    assert [each.state for each in run.measurements] == ["before", "step 2", "step 4", "epoch 1"]
+    assert [each.record.state["step"] for each in run.measurements] == [0, 2, 4, 6]
+
+
+@pytest.mark.slow
+def test_accumulation_that_changes_from_epoch_to_epoch_is_resumed_within_one(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    def run(folder: Path, stop: int | None) -> bool:
+        changes = GradientAccumulationScheduler({0: 4, 1: 2})
+        return fit(folder, model, world, changes, StopAt(stop, signal.SIGTERM))
+
+    assert run(tmp_path / "whole", None)
+    # Two steps of the first epoch, three of the second; the last rate is the last of all.
+    expected = left_by(tmp_path / "whole")
+    assert expected.step == 5
+    assert expected.logged["train/learning_rate", 4] == pytest.approx(1e-4)
+    for number in (3, 7):
+        assert not run(tmp_path / str(number), number)
+        assert run(tmp_path / str(number), None)
+        assert differences(left_by(tmp_path / str(number)), expected) == [], number
 
 
 @pytest.mark.slow

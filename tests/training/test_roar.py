@@ -24,7 +24,8 @@ from lightning_xai.loss import contrastive_loss
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
 from lightning_xai.results.trials import Retraining
-from lightning_xai.training.roar import NonFiniteLossError, retrain
+from lightning_xai.training.nonfinite import NonFiniteLossError
+from lightning_xai.training.roar import retrain
 
 COLORS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "white": (250, 250, 250)}
 

@@ -45,7 +45,7 @@ def _curves(run: Run) -> list[Chart]:
     # A spread is no share of anything.
     scores = [score for score in run.record.metrics[GROUNDING].scores if score.reduce != "std"]
     rows: list[dict[str, Any]] = [
-        {"epoch": each.record.state["epoch"], **{name: found.mean for name, found in _scores(each).items()}}
+        {**each.record.state, **{name: found.mean for name, found in _scores(each).items()}}
         for each in run.measurements
         if isinstance(each.record.state.get("epoch"), int)
     ]
@@ -55,7 +55,7 @@ def _curves(run: Run) -> list[Chart]:
         return []
     first, last = (100 * float(row[shown.name]) for row in (known[0], known[-1]))
     alt = f"Curves over {len(known)} measurements; {shown.heading} goes from {first:.1f} to {last:.1f} %."
-    title = f"Grounding of {run.name} by epoch"
+    title = f"Grounding of {run.name} by {'step' if any(row.get('batch') for row in rows) else 'epoch'}"
     figure = curves(rows, title, scores=scores)
     return [Chart(f"curves-{run.name}", title, "Measured on the validation split.", alt, figure)]
 
