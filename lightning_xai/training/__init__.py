@@ -3,6 +3,7 @@ from lightning_xai.training.contrastive import ContrastiveFineTuning
 from lightning_xai.training.data_faults import DataFaults
 from lightning_xai.training.embedding_writer import EmbeddingWriter
 from lightning_xai.training.grounding import GroundingCallback
+from lightning_xai.training.measured_model import MeasuredModel
 from lightning_xai.training.preflight import Preflight
 from lightning_xai.training.resume import Resume
 
@@ -12,6 +13,7 @@ __all__ = [
     "DataFaults",
     "EmbeddingWriter",
     "GroundingCallback",
+    "MeasuredModel",
     "Preflight",
     "Resume",
 ]

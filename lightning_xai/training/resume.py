@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.training.preflight import slurm_job
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
+from lightning_xai.training.run_loggers import logger_ids
 
 __all__ = ["Resume", "RunStoppedError"]
 
@@ -96,6 +97,9 @@ class Resume(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Lock the run's folder, and check that all ranks start from the same checkpoint."""
+        for kept in _model_checkpoints(trainer):
+            if kept.dirpath and "://" not in str(kept.dirpath):
+                kept.dirpath = os.path.realpath(kept.dirpath)  # known again from another working directory
         self._received.clear()
         self._pending = self._stopping = None
         self._cut_short = False
@@ -113,6 +117,7 @@ class Resume(Checkpoint):
                 self._folder.lock()
                 known = self._folder.read() if self._chosen is not None else None
                 self._record = known or self._folder.begin(self._settings)
+                self._record = self._folder.note_loggers(self._record, logger_ids(trainer.loggers))
             except RunFolderError as error:
                 failure = str(error)
         failure, self._record, first = trainer.strategy.broadcast((failure, self._record, self._chosen))
@@ -223,7 +228,25 @@ class Resume(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the run's id into every checkpoint."""
         if self._record is not None:
-            checkpoint[CHECKPOINT_KEY] = {"id": self._record.id}
+            assert self._folder is not None, "it has been entered with the record"
+            checkpoint[CHECKPOINT_KEY] = {"id": self._record.id, "folder": os.path.realpath(self._folder.path)}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let checkpoint callbacks remember their best models, also where the run's folder has been moved.
+
+        Lightning forgets them where its path of the folder is not the same text.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        for kept in _model_checkpoints(trainer):
+            state = checkpoint.get("callbacks", {}).get(kept.state_key)
+            if state is None or kept.dirpath is None or state.get("dirpath") in (None, kept.dirpath):
+                continue
+            before, state["dirpath"] = state["dirpath"], str(kept.dirpath)
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[name] = _moved(state.get(name), before, state["dirpath"])
+            scores = state.get("best_k_models") or {}
+            state["best_k_models"] = {_moved(path, before, state["dirpath"]): each for path, each in scores.items()}
 
     def _listen(self) -> None:
         # Lightning has kept the handlers from before, and restores them in its teardown.
@@ -286,6 +309,18 @@ class Resume(Checkpoint):
             raise RunStoppedError(f"{step}, but the job could not be requeued ({requeued}): submit it again", 1)
         how = "" if self._named or self._folder is None else f" with --run={self._folder.path}"
         raise RunStoppedError(f"{step}; start the same command again{how} to resume", 128 + signum)
+
+
+def _model_checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
+    return [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+
+
+def _moved(path: str | None, before: str, now: str) -> str:
+    """A file's path in the folder that is now elsewhere; one that is not there stays where it was."""
+    if not path or "://" in path:
+        return path or ""
+    candidate = os.path.normpath(os.path.join(now, os.path.relpath(path, before)))
+    return candidate if os.path.exists(candidate) else path
 
 
 def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
