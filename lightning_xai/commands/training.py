@@ -59,9 +59,10 @@ class TrainingCLI(LightningCLI):
             type=Path | None,
             default=None,
             help="folder of a training run; its config.yaml is taken where no --config is given. If it holds a run "
-            "that was stopped, `fit` resumes it exactly; if it holds none, a new one starts. The other verbs measure the "
-            "run's model, the best one or that of --ckpt_path (best, last, or a file), and write into a folder of "
-            "their name in it. Default: a new folder for each start; for `fit` inside a Slurm job, slurm-JOBID in "
+            "that was stopped, `fit` resumes it exactly, and with more --trainer.max_epochs or max_steps it trains a "
+            "finished one for longer; if it holds none, a new one starts. The other verbs measure the run's model, the "
+            "best one or that of --ckpt_path (best, last, or a file), and write into a folder of their name in it. "
+            "Default: a new folder for each start; for `fit` inside a Slurm job, slurm-JOBID in "
             "trainer.default_root_dir, so that a requeued job resumes; for the other verbs the folder of the "
             "config.yaml, where that is a run's",
         )
@@ -188,10 +189,17 @@ class TrainingCLI(LightningCLI):
                 self._folder.refuse_unreadable()
                 _say(f"The run in {run} was stopped before its first checkpoint; it starts over.")
             else:
-                self._folder.check(record, self._settings)
-                if record.finished:
-                    _say(f"The run in {run} is finished; --run=ANOTHER_FOLDER starts a new one.")
+                longer = self._folder.check(record, self._settings)
+                if record.finished and not longer:
+                    _say(
+                        f"The run in {run} is finished; more --trainer.max_epochs trains it for longer, "
+                        "--run=ANOTHER_FOLDER starts a new one."
+                    )
                     raise SystemExit(0)
+                if self._checkpoint is None:
+                    self._folder.refuse_lost()
+                if longer:
+                    _say(f"Training the run in {run} for longer: {', '.join(longer)}")
                 _say(f"Resuming the run in {run} from {self._checkpoint}")
                 self._logger_ids = record.loggers
             if _is_first():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.training.preflight import slurm_job
@@ -97,9 +99,6 @@ class Resume(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Lock the run's folder, and check that all ranks start from the same checkpoint."""
-        for kept in _model_checkpoints(trainer):
-            if kept.dirpath and "://" not in str(kept.dirpath):
-                kept.dirpath = os.path.realpath(kept.dirpath)  # known again from another working directory
         self._received.clear()
         self._pending = self._stopping = None
         self._cut_short = False
@@ -108,16 +107,14 @@ class Resume(Checkpoint):
             self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
+        _make_absolute(_model_checkpoints(trainer))
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._folder is None:
             self._folder = RunFolder(Path(trainer.log_dir or trainer.default_root_dir))
         failure: str | None = None
         if trainer.is_global_zero:
             try:
-                self._folder.lock()
-                known = self._folder.read() if self._chosen is not None else None
-                self._record = known or self._folder.begin(self._settings)
-                self._record = self._folder.note_loggers(self._record, logger_ids(trainer.loggers))
+                self._record = self._enter(self._folder, trainer)
             except RunFolderError as error:
                 failure = str(error)
         failure, self._record, first = trainer.strategy.broadcast((failure, self._record, self._chosen))
@@ -130,6 +127,15 @@ class Resume(Checkpoint):
                 "on a shared file system, and start the same command again"
             )
 
+    def _enter(self, folder: RunFolder, trainer: L.Trainer) -> RunRecord:
+        """Lock the folder, and record what is new: the run, more epochs, the loggers' ids."""
+        folder.lock()
+        record = folder.read() if self._chosen is not None else None
+        record = record or folder.begin(self._settings)
+        if self._settings and self._chosen is not None:
+            record = folder.extend(record, self._settings, self._chosen)
+        return folder.note_loggers(record, logger_ids(trainer.loggers))
+
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Handle signals in place of Lightning, which has set its own handlers by now."""
         self._listen()
@@ -137,8 +143,13 @@ class Resume(Checkpoint):
     on_test_start = on_sanity_check_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock for checkpoints."""
+        """Start the clock for checkpoints; of a run that trains for longer, let the learning rate follow."""
         self._listen()
+        if self._record is not None and self._record.longer:
+            text = _follow_schedule(trainer)
+            begins = self._record.longer[-1].startswith(f"from {self._chosen} on")
+            if begins and trainer.is_global_zero:
+                print(text, flush=True)  # noqa: T201 - the schedule bends here
         self._saved_at = time.monotonic()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -311,8 +322,43 @@ class Resume(Checkpoint):
         raise RunStoppedError(f"{step}; start the same command again{how} to resume", 128 + signum)
 
 
+def _follow_schedule(trainer: L.Trainer) -> str:
+    """Set the learning rates to what the schedules of the longer run say now; returns a sentence for each."""
+    steps, total = trainer.global_step, trainer.estimated_stepping_batches
+    lines = []
+    for config in trainer.lr_scheduler_configs:
+        scheduler, name = config.scheduler, type(config.scheduler).__name__
+        group = scheduler.optimizer.param_groups[0]
+        if not isinstance(scheduler, LambdaLR):
+            lines.append(f"{name} goes on with its own settings from step {steps} on, at {group['lr']:.3g}.")
+            continue
+        # The checkpoint holds the rate of the shorter run's schedule, which would be taken for one more step.
+        before = group["lr"]
+        for each, base, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            each["lr"] = base * factor(scheduler.last_epoch)
+        scheduler._last_lr = [each["lr"] for each in scheduler.optimizer.param_groups]
+        end = "" if math.isinf(total) else f" of {int(total):,} steps"
+        last = (
+            "" if not end else f", and ends with {scheduler.base_lrs[0] * scheduler.lr_lambdas[0](int(total) - 1):.3g}"
+        )
+        lines.append(
+            f"The learning rate follows the schedule{end} from step {steps:,} on: it was {before:.3g}, goes on with "
+            f"{group['lr']:.3g}{last}."
+        )
+    return "\n".join(lines)
+
+
 def _model_checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
     return [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+
+
+def _make_absolute(kept: Sequence[ModelCheckpoint]) -> None:
+    """Make folders of checkpoints known again from another working directory."""
+    for each in kept:
+        if each.dirpath and "://" not in str(each.dirpath):
+            each.dirpath = os.path.realpath(each.dirpath)
 
 
 def _moved(path: str | None, before: str, now: str) -> str:

@@ -28,6 +28,7 @@ RECORD_VERSION = 1
 CHECKPOINT_KEY = "run"
 """Key of a checkpoint that says which run it belongs to."""
 
+_LENGTHS = ("max_epochs", "max_steps")
 _FOREIGN = "it belongs to another run"
 _CHECKPOINT = re.compile(r"step=(\d{1,18})\.ckpt")
 _UNFINISHED = re.compile(r"\.{1,2}step=\d{1,18}\.ckpt\..+")
@@ -77,6 +78,7 @@ class RunRecord(msgspec.Struct, frozen=True):
         version: of this format.
         best: the best model, known when training has come to its end; None: no callback keeps one.
         loggers: ids by which loggers know the run, see `logger_ids`.
+        longer: how training was extended, as "from step=00000024.ckpt on, trainer.max_epochs was 2 and is 8".
     """
 
     id: str
@@ -85,6 +87,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     version: int
     best: RunModel | None = None
     loggers: dict[str, dict[str, str]] = {}
+    longer: tuple[str, ...] = ()
 
 
 class RunFolder:
@@ -92,8 +95,8 @@ class RunFolder:
 
     `run.json` is its record, `resume/step=00000120.ckpt` a checkpoint to resume from, `checkpoints/` holds those that
     checkpoint callbacks keep, `lock` and `lock.owner` say which process is using it. The newest checkpoint to resume
-    from is the one of the highest step: clocks of different machines are never
-    compared. A checkpoint that is corrupt, or that belongs to another run, is skipped.
+    from is the one of the highest step: clocks of different machines are never compared. A checkpoint that is corrupt,
+    or that belongs to another run, is skipped.
 
     Args:
         path: the folder; it need not exist yet.
@@ -186,19 +189,43 @@ class RunFolder:
         self._write(record)
         return record
 
-    def check(self, record: RunRecord, settings: Mapping[str, Any]) -> None:
-        """Refuse to resume with other settings than the run was started with.
+    def check(self, record: RunRecord, settings: Mapping[str, Any]) -> list[str]:
+        """Refuse to resume with other settings than the run was started with, but for more epochs or steps.
+
+        Returns:
+            What makes the run longer, as "trainer.max_epochs was 2 and is 8".
 
         Raises:
-            RunFolderError: it names each setting that differs.
+            RunFolderError: it names each other setting that differs.
         """
-        changes = settings_that_differ(_plain(record.settings), _plain(settings)) if record.settings else []
+        if not record.settings:
+            return []
+        was, now = _plain(record.settings), _plain(settings)
+        longer = []
+        for name in _LENGTHS:
+            lengths = [each.get("trainer", {}).get(name) for each in (was, now)]
+            if _more(*lengths):
+                longer.append(f"trainer.{name} was {lengths[0]} and is {lengths[1]}")
+                was["trainer"][name] = lengths[1]
+        changes = settings_that_differ(was, now)
         if changes:
             more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
             raise RunFolderError(
                 f"{self.path} holds a run that was started with other settings: {'; '.join(changes[:_SHOWN])}{more}. "
                 "Use the previous ones to resume it, or start a new run with --run=ANOTHER_FOLDER"
             )
+        return longer
+
+    def extend(self, record: RunRecord, settings: Mapping[str, Any], start: str) -> RunRecord:
+        """Record that a run trains for longer, from a checkpoint on, where `settings` say so; needs the lock."""
+        longer = self.check(record, settings)
+        if not longer:
+            return record
+        text = f"from {start} on, {', '.join(longer)}"
+        more = {"settings": _plain(settings), "finished": False, "best": None, "longer": (*record.longer, text)}
+        extended = msgspec.structs.replace(record, **more)
+        self._write(extended)
+        return extended
 
     def note_loggers(self, record: RunRecord, ids: Mapping[str, Mapping[str, str]]) -> RunRecord:
         """Keep the ids by which loggers know the run, so that they go on when it does; needs the lock."""
@@ -325,6 +352,17 @@ class RunFolder:
                 "--run=ANOTHER_FOLDER"
             )
 
+    def refuse_lost(self) -> None:
+        """Refuse to train a finished run for longer without a checkpoint of it.
+
+        Raises:
+            RunFolderError: always.
+        """
+        raise RunFolderError(
+            f"the run in {self.path} is finished, and no checkpoint in {self.checkpoints} can be read, so that it "
+            "cannot train for longer: restore one from a backup, or start a new run with --run=ANOTHER_FOLDER"
+        )
+
     def files(self) -> list[Path]:
         """All files with a checkpoint's name, that of the highest step first."""
         if not self.checkpoints.is_dir():
@@ -357,6 +395,13 @@ class RunFolder:
             write_json(path, msgspec.to_builtins(record), durable=True)
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def _more(was: Any, now: Any) -> bool:
+    """True if the second length of a training is above the first; -1 has no end, None is not known here."""
+    if not isinstance(was, int) or not isinstance(now, int) or was == -1:
+        return False
+    return now == -1 or now > was
 
 
 def run_of(path: Path) -> RunFolder | None:
