@@ -41,7 +41,8 @@ def placed_loggers(configured: Any, folder: Path, version: str | None) -> Any:
         if issubclass(kind, (TensorBoardLogger, CSVLogger)):
             own |= {name: value for name, value in {"name": "", "version": version}.items() if name in names}
         elif _known(kind) == "MLFlowLogger":
-            own = {} if given.get("tracking_uri") else {"save_dir": str(folder / "mlruns")}
+            # Its default, a store of files, is refused by recent releases of mlflow.
+            own = {} if given.get("tracking_uri") else {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').resolve()}"}
         elif _known(kind) == "CometLogger":
             own = {"offline_directory": str(folder)}
         placed.append({**one, "init_args": {**given, **own}})
