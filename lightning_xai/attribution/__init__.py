@@ -1,4 +1,5 @@
 from lightning_xai.attribution.attention_relevance import AttentionRelevance
+from lightning_xai.attribution.banzhaf import BanzhafAttribution, BanzhafInteractions
 from lightning_xai.attribution.base import (
     Attribution,
     AttributionMethod,
@@ -29,6 +30,8 @@ __all__ = [
     "AttentionRelevance",
     "Attribution",
     "AttributionMethod",
+    "BanzhafAttribution",
+    "BanzhafInteractions",
     "CentredGaussian",
     "ConstantMapWarning",
     "FeaturePairAttribution",

@@ -93,6 +93,10 @@ class ContrastiveModule(L.LightningModule):
             raise ValueError(f"chunk_size has to be at least 1, or null for no chunks; got {chunk_size}")
         if gradient_checkpointing or chunk_size is not None:
             _refuse_batch_statistics(encoder)
+        for name, parameter in encoder.named_parameters():
+            # SigLIP's bias cancels out in the softmax: without gradient, DDP would wait for it at the second step.
+            if name.rpartition(".")[2] == "logit_bias":
+                parameter.requires_grad_(False)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import time
 from collections.abc import Callable
@@ -128,6 +129,19 @@ def test_the_training_loss_is_the_symmetric_cross_entropy_of_the_batch(
         expected = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
     trainer_in(tmp_path, recorder).fit(task, loader_of([batch]))
     assert recorder.logged[0]["train/loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_all_that_trains_has_a_gradient_also_in_a_model_with_a_bias_that_the_softmax_cancels(
+    shapes: Path, tmp_path: Path
+) -> None:
+    """Two processes would wait for a gradient that never comes (SigLIP's `logit_bias`)."""
+    architecture = json.loads(Path("configs/models/shapes_vit.json").read_text())
+    architecture |= {"init_logit_bias": -10.0, "custom_text": True}
+    (tmp_path / "siglip.json").write_text(json.dumps(architecture))
+    task, recorder = ContrastiveFineTuning(str(tmp_path / "siglip.json"), None), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, loader_of([*batches_of(task, shapes / "train", 1, 8)]))
+    assert recorder.gradients[0].keys() == {name for name, part in task.named_parameters() if part.requires_grad}
+    assert [name for name, part in task.named_parameters() if not part.requires_grad] == ["encoder.model.logit_bias"]
 
 
 def text_of(task: ContrastiveFineTuning, batch: Batch) -> Tensor:
