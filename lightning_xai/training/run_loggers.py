@@ -22,8 +22,7 @@ def has_own_folder(logger: Any) -> bool:
     """True if the logger (None: Lightning's default one; configured, or made) makes a new folder for each start."""
     if logger in (None, True):
         return True
-    kind = _kind(logger) if isinstance(logger, Mapping) else type(logger)
-    return issubclass(kind, (TensorBoardLogger, CSVLogger))
+    return issubclass(_kind(logger), (TensorBoardLogger, CSVLogger))
 
 
 def placed_loggers(configured: Any, folder: Path, version: str | None) -> Any:
@@ -98,7 +97,7 @@ def _numbered(loggers: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """Loggers with a key of kind and number: a run may have two of a kind."""
     seen: Counter[str] = Counter()
     for logger in loggers:
-        kind = _known(_kind(logger) if isinstance(logger, Mapping) else type(logger)) or "other"
+        kind = _known(_kind(logger)) or "other"
         seen[kind] += 1
         yield f"{kind} {seen[kind]}", logger
 
@@ -107,7 +106,10 @@ def _known(kind: type[Any]) -> str | None:
     return next((base.__name__ for base in kind.__mro__ if base.__name__ in _CONTINUES), None)
 
 
-def _kind(configured: Mapping[str, Any]) -> type[Any]:
-    module, _, name = configured["class_path"].rpartition(".")
+def _kind(logger: Any) -> type[Any]:
+    """The class of a logger, configured (a dictionary, or a parser's namespace) or made."""
+    if isinstance(logger, Logger):
+        return type(logger)
+    module, _, name = logger["class_path"].rpartition(".")
     kind: type[Any] = getattr(import_module(module), name)
     return kind

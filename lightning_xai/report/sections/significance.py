@@ -116,8 +116,8 @@ def _difference(first: Grounding, second: Grounding) -> str:
 def _pairs(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding]]:
     """The pairs to compare: in a training the first, shown and second state; of two runs each method's.
 
-    A training takes part in comparisons with other runs with the state that is shown, its best or last one. Baselines are left out: between models
-    they differ by chance alone.
+    A training takes part in comparisons with other runs with the state that is shown, its best or last one. Baselines
+    are left out: between models they differ by chance alone.
     """
     for run in runs:
         if run.is_training:
