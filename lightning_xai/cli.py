@@ -96,7 +96,7 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     """
     from lightning.pytorch import LightningDataModule, LightningModule
 
-    from lightning_xai.commands.training import TrainingCLI
+    from lightning_xai.commands.training import RunTrainer, TrainingCLI
 
     # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
@@ -106,6 +106,7 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     return TrainingCLI(
         LightningModule,
         LightningDataModule,
+        trainer_class=RunTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},

@@ -147,7 +147,7 @@ def write_state(folder: Path, epoch: int | str, skill: float, *, name: str = "sh
         data={"name": name},
         methods=methods_of(["feature_pair"]),
         metrics={"grounding": METRICS["grounding"]},
-        state={"epoch": epoch, "step": 10},
+        state={"epoch": epoch, "step": 10 * epoch if isinstance(epoch, int) else 10},
         logged={"loss": 3 - skill, "image_to_text_recall_at_1": skill / 10},
     )
     table = made_table({"feature_pair": skill}, ["grounding"], images=images)

@@ -156,7 +156,7 @@ def test_shapes_are_prepared_trained_on_measured_and_exported_and_mistakes_on_th
     measured, exported = together(
         tmp_path,
         ["validate", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)],
-        ["export", str(checkpoint), str(weights)],
+        ["export", str(run), str(weights)],
     )
     assert "val/gamma_mean" in done(measured).out
     assert "summary-validate.csv" in {path.name for path in tmp_path.rglob("*.csv")}
@@ -277,7 +277,10 @@ def test_a_class_path_that_names_nothing_is_reported_with_its_module(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["export", "weights.pt", "out.pt"], "export takes a .ckpt file that fit has written; got weights.pt"),
+        (
+            ["export", "weights.pt", "out.pt"],
+            "export takes a .ckpt file that fit has written, or a run's folder; got weights.pt",
+        ),
         (["export", "broken.ckpt", "out.pt"], "broken.ckpt cannot be read"),
         (["export", "plain.ckpt", "out.pt"], "no checkpoint of this project"),
         (

@@ -9,20 +9,30 @@ if TYPE_CHECKING:
     from lightning_xai.models import DualEncoder
 
 
-def export(checkpoint: Path, out: Path) -> None:
+def export(checkpoint: Path, out: Path, ckpt_path: str | None = None) -> None:
     """Turn a checkpoint of this project into weights for `open_clip.create_model(name, pretrained=out)`.
 
     Where `fit` began with a folder of transformers (hf:FOLDER), into such a folder, for `from_pretrained(out)`.
 
     Args:
-        checkpoint: a .ckpt file that `fit` has written.
+        checkpoint: a .ckpt file that `fit` has written, or the folder of a training run.
         out: a .safetensors or .pt file to write, next to which the model's configuration goes as .json; or a new folder
             (no suffix), as repositories of open_clip models have it. For a model of transformers a new folder.
+        ckpt_path: of a run, which model: best by the metric that it monitors (the default where it has one), last,
+            or a file.
     """
     from lightning_xai.models import HuggingFaceEncoder, load_dual_encoder, save_hugging_face, save_open_clip
 
+    if checkpoint.is_dir() or checkpoint.name == "config.yaml":
+        from lightning_xai.training.run_folder import RunFolder
+
+        model = RunFolder(checkpoint if checkpoint.is_dir() else checkpoint.parent).model(ckpt_path)
+        print(f"Model: {model}")  # noqa: T201 - which model the weights are of
+        checkpoint = Path(model.path)
+    elif ckpt_path is not None:
+        raise ValueError(f"--ckpt_path chooses a model of a run, whose folder comes first; got {checkpoint}")
     if checkpoint.suffix != ".ckpt":
-        raise ValueError(f"export takes a .ckpt file that fit has written; got {checkpoint}")
+        raise ValueError(f"export takes a .ckpt file that fit has written, or a run's folder; got {checkpoint}")
     encoder = load_dual_encoder(str(checkpoint))
     if isinstance(encoder, HuggingFaceEncoder):
         save_hugging_face(encoder, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there.
 
@@ -28,6 +29,8 @@ class Report:
         out: folder to write to.
         names: of the runs, joined by commas, in their order; left out: as much of their paths as distinguishes them.
         title: of the page.
+        ckpt_path: of trainings, the model that ranks classes: best, by the metric that the run monitors (where it was
+            measured), or last.
         method: label of the method whose gamma ranks classes; left out: feature_pair, or else the first.
         alpha: significance level of each test of gamma; a comparison is two, one for each direction. The note beside
             the table says which level holds for all tests together.
@@ -41,6 +44,7 @@ class Report:
     out: Path = Path("report")
     names: str | None = None
     title: str = "What the model matches with what"
+    ckpt_path: Literal["best", "last"] = "best"
     method: str | None = None
     alpha: float = 0.005
     epsilon: float = 0.2
@@ -67,7 +71,7 @@ class Report:
         names = [name.strip() for name in self.names.split(",")] if self.names is not None else []
         test = OrderTest(self.epsilon, self.alpha, self.bootstrap_samples, self.seed)
         with Console(stderr=True).status("Reading results, comparing, drawing ..."):
-            runs = load_runs(self.runs, names, self.method)
+            runs = load_runs(self.runs, names, self.method, self.ckpt_path)
             sections, comparisons = build_sections(runs, test, self.min_pairs)
             subtitle = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(run.name for run in runs)}"
             footer = (
@@ -77,7 +81,8 @@ class Report:
         console = Console()
         for table in report_tables(sections):
             console.print(table)
-        lines = [f"{comparison}." for comparison in comparisons]
+        lines = [f"Model of {run.name}: {run.shown_model}" for run in runs if run.shown_model]
+        lines += [f"{comparison}." for comparison in comparisons]
         lines += [f"Saved tables in {self.out / 'tables'}, figures in {self.out / 'figures'}", f"Open {path}"]
         for line in lines:
             console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -35,15 +35,20 @@ from lightning_xai.training import (
     AtomicCheckpointIO,
     DataFaults,
     FiniteSteps,
+    MeasuredModel,
     PredictionWriter,
     Preflight,
     ProgressLog,
     Resume,
 )
 from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
-from lightning_xai.training.run_folder import RunFolder
+from lightning_xai.training.run_folder import RunFolder, RunModel, run_of
+from lightning_xai.training.run_loggers import continue_loggers, has_own_folder, placed_loggers, restore_versions
 
-__all__ = ["TrainingCLI"]
+__all__ = ["RunTrainer", "TrainingCLI"]
+
+_NEW_FOLDER = "LIGHTNING_XAI_NEW_FOLDER"
+"""Environment variable by which the first process tells those that it starts in which folder they write."""
 
 # Settings that may differ when a run is resumed: paths, what is shown, and what cannot change a number.
 _FREE = {
@@ -79,6 +84,15 @@ def _dump_config(settings: Any) -> str:
     return str(yaml.dump(settings, Dumper=_ConfigDumper, **options))
 
 
+class RunTrainer(Trainer):
+    """A trainer whose files lie together, also where its first logger is one without a folder for each start."""
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of this start: that of TensorBoard's or CSV's logger, or else `default_root_dir`."""
+        return super().log_dir if self.loggers and has_own_folder(self.loggers[0]) else str(self.default_root_dir)
+
+
 class TrainingCLI(LightningCLI):
     """The LightningCLI of `fit`, `validate`, `test` and `predict`."""
 
@@ -93,10 +107,13 @@ class TrainingCLI(LightningCLI):
             "--run",
             type=Path | None,
             default=None,
-            help="folder of a training run. If it holds a run that was stopped, `fit` resumes it exactly; if it holds "
-            "none, a new one starts; the other verbs write into a folder of their name in it. Default: a new folder "
-            "for each start; for `fit` inside a Slurm job, slurm-JOBID in trainer.default_root_dir, so that a requeued "
-            "job resumes",
+            help="folder of a training run; its config.yaml is taken where no --config is given. If it holds a run "
+            "that was stopped, `fit` resumes it exactly, and with more --trainer.max_epochs or max_steps it trains a "
+            "finished one for longer; if it holds none, a new one starts. The other verbs measure the run's model, the "
+            "best one or that of --ckpt_path (best, last, or a file), and write into a folder of their name in it. "
+            "Default: a new folder for each start; for `fit` inside a Slurm job, slurm-JOBID in "
+            "trainer.default_root_dir, so that a requeued job resumes; for the other verbs the folder of the "
+            "config.yaml, where that is a run's",
         )
         parser.add_argument(
             "--save_every_minutes",
@@ -134,14 +151,28 @@ class TrainingCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, or `args`; a list in a later config replaces that of an earlier one."""
-        self.config = parser.parse_args(lists_replaced(sys.argv[1:] if args is None else args))
+        """Read the options; a run is described by its own config where there is no other.
+
+        A list in a later config replaces that of an earlier one.
+        """
+        self._names_run, given = False, sys.argv[1:] if args is None else args
+        if isinstance(given, list):
+            options = {option.partition("=")[0] for option in given}
+            run = _value_of("--run", given)
+            self._names_run = run is not None
+            if run and not options & {"--config", "-c"} and run_of(Path(run)) and (Path(run) / "config.yaml").is_file():
+                given = [given[0], f"--config={Path(run) / 'config.yaml'}", *given[1:]]
+            given = lists_replaced(given)
+        super().parse_arguments(parser, given)
 
     def before_instantiate_classes(self) -> None:
         """Find the run's folder and its newest checkpoint, before anything that takes time."""
         self._folder: RunFolder | None = None
         self._checkpoint: Path | None = None
+        self._measured: RunModel | None = None
         self._settings: dict[str, Any] = {}
+        self._shares_folder = False
+        self._logger_ids: dict[str, dict[str, str]] = {}
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
@@ -157,9 +188,26 @@ class TrainingCLI(LightningCLI):
                 config.run = Path(config.trainer.default_root_dir or ".") / f"slurm-{job}"
             if config.run is not None:
                 self._enter(config.run)
-        elif config.run is not None:  # a run's config.yaml names its folder, and must not be overwritten
-            self._write_into(config.run / self.subcommand, version=None)
+        else:
+            self._take_model(config)
         _refuse_foreign(config)
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        if not (loggers and loggers[0] is not False and has_own_folder(loggers[0])):
+            self._shares_folder = True
+            if self._folder is None and not config.trainer.fast_dev_run:
+                root = Path(config.trainer.default_root_dir or ".")
+                config.trainer.default_root_dir = str(_new_folder(root, self.subcommand, config.run is not None))
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; loggers go on with what they have begun, which no saved config repeats."""
+        section = None if self.subcommand is None else self.config[self.subcommand].trainer
+        if section is None or not self._logger_ids:
+            super().instantiate_classes()
+            return
+        configured, section.logger = section.logger, continue_loggers(section.logger, self._logger_ids)
+        super().instantiate_classes()
+        section.logger = configured
+        restore_versions(self.trainer.loggers, self._logger_ids)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create the trainer, with the callbacks and plugins that every run has."""
@@ -168,31 +216,8 @@ class TrainingCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         plugins += _cluster(plugins)
-        if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
-            run = self._get(self.config, "run")
-            # A folder that is the same when it is started again, so that it goes on.
-            folder = None if run is None else run / "predict" / "predictions"
-            callbacks.append(PredictionWriter(folder, maps=self._get(self.config, "maps")))
-        for kind in (DataFaults, Preflight):
-            if not any(isinstance(callback, kind) for callback in callbacks):
-                callbacks.append(kind())
-        refuse_finders(callbacks)
+        callbacks = self._with_own(callbacks, given.get("enable_checkpointing") is not False)
         kwargs |= _progress(callbacks)
-        if self.subcommand == "fit" and not any(isinstance(callback, FiniteSteps) for callback in callbacks):
-            callbacks.append(FiniteSteps(self._get(self.config, "on_nonfinite")))
-        if (
-            self.subcommand is not None
-            and self.subcommand != "predict"
-            and given.get("enable_checkpointing") is not False
-        ):
-            # Last, so that its checkpoints hold the state of all other callbacks after a step.
-            chosen = None if self._checkpoint is None else self._checkpoint.name
-            minutes = self._get(self.config, "save_every_minutes")
-            if not any(isinstance(callback, Checkpoint) for callback in callbacks):
-                callbacks.append(ModelCheckpoint(enable_version_counter=False))  # as Lightning would if there were none
-            measure_last = self._get(self.config, "measure_last")
-            options = {"minutes": minutes, "settings": self._settings, "chosen": chosen, "measure_last": measure_last}
-            callbacks.append(Resume(self._folder, **options))
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
         if isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
             trainer.strategy._timeout = timedelta(seconds=self._get(self.config, "collective_timeout"))
@@ -207,6 +232,42 @@ class TrainingCLI(LightningCLI):
     def configure_optimizers(lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None) -> Any:
         """Take `--optimizer` and `--lr_scheduler` in place of the model's own."""
         return with_scheduler(lightning_module, optimizer, lr_scheduler)
+
+    def _with_own(self, callbacks: list[Callback], keeps: bool) -> list[Callback]:
+        """A run's callbacks and those that every run has; `keeps`: whether it writes checkpoints."""
+        refuse_finders(callbacks)
+        if self._measured is not None:
+            callbacks.append(MeasuredModel(self._measured))
+        own: list[Callback] = [DataFaults(), Preflight()]
+        if self.subcommand == "predict":
+            run = self._get(self.config, "run")
+            # A folder that is the same when it is started again, so that it goes on.
+            folder = None if run is None else run / "predict" / "predictions"
+            own.append(PredictionWriter(folder, maps=self._get(self.config, "maps")))
+        if self.subcommand == "fit":
+            own.append(FiniteSteps(self._get(self.config, "on_nonfinite")))
+        callbacks += [each for each in own if not any(isinstance(given, type(each)) for given in callbacks)]
+        if self.subcommand in (None, "predict") or not keeps:
+            return callbacks
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            callbacks.append(ModelCheckpoint(enable_version_counter=False))  # as Lightning would if there were none
+        if self.subcommand == "fit" and (self._folder is not None or self._shares_folder):
+            # Lightning would name a folder after the logger, which may be another one when the run goes on.
+            folder = self._folder or RunFolder(Path(self._get(self.config, "trainer").default_root_dir))
+            for callback in callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(folder.models)
+        # Last, so that its checkpoints hold the state of all other callbacks after a step.
+        return [
+            *callbacks,
+            Resume(
+                self._folder,
+                minutes=self._get(self.config, "save_every_minutes"),
+                settings=self._settings,
+                chosen=None if self._checkpoint is None else self._checkpoint.name,
+                measure_last=self._get(self.config, "measure_last"),
+            ),
+        ]
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, from the newest checkpoint of the run if there is one."""
@@ -234,19 +295,49 @@ class TrainingCLI(LightningCLI):
                 _say(f"The run in {run} was stopped before its first checkpoint; it starts over.")
             else:
                 # What one version compares, another may not.
-                self._folder.check(msgspec.structs.replace(record, settings=_deciding(record.settings)), self._settings)
-                if record.finished:
-                    _say(f"The run in {run} is finished; --run=ANOTHER_FOLDER starts a new one.")
+                record = msgspec.structs.replace(record, settings=_deciding(record.settings))
+                longer = self._folder.check(record, self._settings)
+                if record.finished and not longer:
+                    _say(
+                        f"The run in {run} is finished; more --trainer.max_epochs trains it for longer, "
+                        "--run=ANOTHER_FOLDER starts a new one."
+                    )
                     raise SystemExit(0)
+                if self._checkpoint is None:
+                    self._folder.refuse_lost()
+                if longer:
+                    _say(f"Training the run in {run} for longer: {', '.join(longer)}")
                 _say(f"Resuming the run in {run} from {self._checkpoint}")
+                self._logger_ids = record.loggers
             if _is_first():
                 _set_aside(run / "metrics.csv")
         self._write_into(run, version="")
 
+    def _take_model(self, config: Any) -> None:
+        """Choose the model of a run that is to be measured, and direct all output into the run's folder."""
+        if not self._names_run:  # a config.yaml speaks for the folder that it lies in, wherever that has been moved to
+            runs = [run_of(Path(str(path))) for path in config.config or [] if Path(str(path)).name == "config.yaml"]
+            config.run = next((run.path for run in runs if run is not None), config.run)
+        if config.run is None:
+            if config.ckpt_path in ("best", "last"):
+                raise ValueError(f"--ckpt_path={config.ckpt_path} is that of a training run: name it, --run=FOLDER")
+            return
+        model = config.model
+        # An evaluation of attributions makes its model from the file itself, and describes it by its name.
+        evaluates = model.class_path.endswith(".AttributionEvaluation")
+        if evaluates and config.ckpt_path is None and model.init_args.model.endswith(".ckpt"):
+            config.ckpt_path = model.init_args.model
+        self._measured = RunFolder(config.run).model(config.ckpt_path)
+        config.ckpt_path = self._measured.path
+        if evaluates:
+            model.init_args.model, model.init_args.pretrained, config.ckpt_path = self._measured.path, None, None
+        # The run's own config.yaml must not be overwritten.
+        self._write_into(config.run / self.subcommand, version=None)
+
     def _write_into(self, folder: Path, version: str | None) -> None:
         trainer = self.config[self.subcommand].trainer
         trainer.default_root_dir = str(folder)
-        trainer.logger = _inside(trainer.logger, folder, version)
+        trainer.logger = placed_loggers(trainer.logger, folder, version)
 
     def _deciding_settings(self) -> dict[str, Any]:
         """The configuration without settings that cannot change a number; nested plain values."""
@@ -267,6 +358,16 @@ def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
 def _listed(given: Any) -> list[Any]:
     """Objects of a config, which may name one alone."""
     return list(given) if isinstance(given, (list, tuple)) else [given] if given else []
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The last value that a command line gives an option; None where it gives none."""
+    found = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
 
 
 def _refuse_foreign(config: Any) -> None:
@@ -303,22 +404,35 @@ def _progress(callbacks: list[Any]) -> dict[str, Any]:
     return {} if any(isinstance(callback, ProgressBar) for callback in callbacks) else {"enable_progress_bar": False}
 
 
-def _inside(logger: Any, folder: Path, version: str | None) -> Any:
-    """Configured loggers that write into a folder itself (version ""), or into a new folder in it (None)."""
-    if logger is False:
-        return False
-    loggers = logger if isinstance(logger, list) else [logger]
-    placed = []
-    for one in loggers:
-        if one in (None, True):
-            one = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {}}
-        else:
-            one = one.as_dict() if hasattr(one, "as_dict") else dict(one)
-        arguments = {**(one.get("init_args") or {}), "save_dir": str(folder)}
-        if one["class_path"].rpartition(".")[2] in ("TensorBoardLogger", "CSVLogger"):
-            arguments |= {"name": "", "version": version}
-        placed.append({**one, "init_args": arguments})
-    return placed
+def _new_folder(root: Path, verb: str, belongs: bool) -> Path:
+    """A new `version_N`, the same one for all processes of this start.
+
+    Processes that another program has started cannot agree on one: in a run's folder for a verb (`belongs`) they take
+    that itself.
+
+    Raises:
+        ValueError: they cannot agree, and there is no such folder.
+    """
+    if _NEW_FOLDER in os.environ and not _is_first():
+        return Path(os.environ[_NEW_FOLDER])
+    if slurm_job() is not None:
+        return root / f"slurm-{slurm_job()}-{verb}"
+    if not _is_first() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if belongs:
+            return root
+        raise ValueError(
+            "the processes of a group cannot agree on a new folder where the first logger makes none: name the run's "
+            "folder, --run=FOLDER, or put a CSVLogger or TensorBoardLogger first"
+        )
+    for number in itertools.count():
+        folder = root / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        os.environ[_NEW_FOLDER] = str(folder)
+        return folder
+    raise AssertionError("numbers do not end")
 
 
 def _set_aside(table: Path) -> None:

@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import pandas as pd
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
+from lightning_xai.atomic_file import read_json
 from lightning_xai.results.examples import EXAMPLES_NAME, ExampleRecord, read_examples
 from lightning_xai.results.record import (
     RESULT_NAME,
@@ -53,7 +55,7 @@ GROUNDING = "grounding"
 _LARGEST_CONFIG = 2**20
 _PICTURES = ("progress.png", "progress-validate.png", "progress-test.png")
 
-
+Choice = Literal["best", "last"]
 Measured = TypeVar("Measured", bound="Measurement")
 
 
@@ -188,6 +190,8 @@ class Run:
         files: every file that was read, and its size in bytes.
         alone: whether it is the only run.
         method: label of the method that ranks classes; None: feature pairs, or else the first.
+        best: of a training that is finished and keeps its best model: its `step`, `monitor` and `score`.
+        choice: which state of a training ranks classes: its best model where it was measured, or the last one.
     """
 
     name: str
@@ -200,6 +204,8 @@ class Run:
     files: Mapping[Path, int] = field(default_factory=dict)
     alone: bool = False
     method: str | None = None
+    best: Mapping[str, Any] | None = None
+    choice: Choice = "best"
 
     @property
     def record(self) -> ResultRecord:
@@ -230,11 +236,26 @@ class Run:
 
     @cached_property
     def shown(self) -> Grounding | None:
-        """The grounding that ranks classes; of a training the last one."""
+        """The grounding that ranks classes; of a training that of its best model, or else the last one."""
         own = [each for each in self.groundings if each.label == (self.method or FEATURE_PAIR)]
         if self.method is None:
             own = own or [each for each in self.groundings if not each.method.baseline]
-        return (own[-1] if self.is_training else own[0]) if own else None
+        if not own or not self.is_training:
+            return own[0] if own else None
+        step = self.best["step"] if self.best and self.choice == "best" else None
+        states = (each for each in own if isinstance(each.record.state.get("epoch"), int))
+        return next((each for each in states if each.record.state.get("step") == step), own[-1])
+
+    @property
+    def shown_model(self) -> str:
+        """Which model of a training ranks classes, in one line; empty for others."""
+        if not self.is_training or self.shown is None:
+            return ""
+        if self.best and self.shown.record.state.get("step") == self.best["step"] and self.choice == "best":
+            why = f"the run's best by {self.best['monitor']} ({self.best['score']:.4f}, after step {self.best['step']})"
+        else:
+            why = "the last state that was measured"
+        return f"{self.shown.state}, {why}"
 
 
 def by_data(measurements: Iterable[Measured], metric: str) -> list[list[Measured]]:
@@ -273,13 +294,16 @@ def model_name(model: Mapping[str, Any]) -> str:
     return f"{short}, {Path(str(pretrained)).name}" if pretrained else short
 
 
-def load_runs(folders: Sequence[Path], names: Sequence[str] = (), method: str | None = None) -> list[Run]:
+def load_runs(
+    folders: Sequence[Path], names: Sequence[str] = (), method: str | None = None, choice: Choice = "best"
+) -> list[Run]:
     """Read the runs of these folders.
 
     Args:
         folders: at least one; none twice.
         names: one for each folder; without any, each is called by as much of its path as distinguishes it.
         method: label of the method that ranks classes; None: feature pairs, or else the first.
+        choice: which state of a training ranks classes, see `Run`.
 
     Raises:
         ResultError: a folder holds no results, or files that are broken, incomplete or of another version.
@@ -294,7 +318,7 @@ def load_runs(folders: Sequence[Path], names: Sequence[str] = (), method: str | 
     if names and (len(names) != len(folders) or len(set(names)) != len(names) or not all(names)):
         raise ValueError(f"--names has to hold a different name for each of {len(folders)} runs; got {list(names)}")
     named = zip(folders, names or distinct_names(resolved), strict=True)
-    runs = [_load_run(folder, name, alone=len(folders) == 1, method=method) for folder, name in named]
+    runs = [_load_run(folder, name, alone=len(folders) == 1, method=method, choice=choice) for folder, name in named]
     labels = {grounding.label for run in runs for grounding in run.groundings}
     if method is not None and method not in labels:
         raise ValueError(f"--method {method}: none of the runs has it; they have {', '.join(sorted(labels))}")
@@ -328,10 +352,14 @@ def _load_run(folder: Path, name: str, **about: Any) -> Run:
     picture = next((path for path in pictures if is_training and path.is_file()), None)
     read = [place / each for place in places for each in (RESULT_NAME, VALUES_NAME, TARGETS_NAME)]
     read += [folder / label / EXAMPLES_NAME for label in methods]
-    read += [path for path in (folder / "config.yaml", picture) if is_training and path is not None]
+    read += [
+        path for path in (folder / "config.yaml", folder / "run.json", picture) if is_training and path is not None
+    ]
     # The callback knows the architecture only: any module may use it. The command line's config says the rest.
     given = _options(settings, "model")
     model = {**given, "name": given["model"]} if given.get("model") else measurements[-1].record.model
+    if measured := measurements[-1].record.model.get("checkpoint"):  # `test` of a run, which is about that file
+        model = {"name": measured["path"], "architecture": measurements[-1].record.model.get("architecture")}
     return Run(
         name,
         folder,
@@ -341,8 +369,26 @@ def _load_run(folder: Path, name: str, **about: Any) -> Run:
         picture=picture,
         examples={label: read_examples(folder / label) for label in methods},
         files={path: path.stat().st_size for path in read if path.is_file()},
+        best=_best(folder) if is_training else None,
         **about,
     )
+
+
+class _Trained(msgspec.Struct):
+    """What a training's own record says of its best model."""
+
+    best: dict[str, Any] | None = None
+
+
+def _best(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "run.json"
+    try:
+        best = read_json(path, _Trained).best
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path} cannot be read ({error}); restore it, or delete it") from error
+    return best if best and {"step", "monitor", "score"} <= best.keys() else None
 
 
 def _states(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@ from lightning_xai.training.checkpoint_file import AtomicCheckpointIO
 from lightning_xai.training.contrastive import ContrastiveFineTuning
 from lightning_xai.training.data_faults import DataFaults
 from lightning_xai.training.grounding import GroundingCallback
+from lightning_xai.training.measured_model import MeasuredModel
 from lightning_xai.training.nonfinite import FiniteSteps
 from lightning_xai.training.prediction_writer import PredictionWriter
 from lightning_xai.training.preflight import Preflight
@@ -14,6 +15,7 @@ __all__ = [
     "DataFaults",
     "FiniteSteps",
     "GroundingCallback",
+    "MeasuredModel",
     "PredictionWriter",
     "Preflight",
     "ProgressLog",

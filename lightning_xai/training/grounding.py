@@ -26,6 +26,7 @@ from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
 from lightning_xai.training.grounding_report import LOGGED, METHOD, Row, show, write
+from lightning_xai.training.measured_model import describe_measured
 from lightning_xai.training.schedule import ends_training
 
 if TYPE_CHECKING:
@@ -360,7 +361,7 @@ def _find_encoder(module: L.LightningModule) -> DualEncoder:
 def _about(trainer: L.Trainer, split: str, encoder: TwoTowerEncoder) -> dict[str, dict[str, Any]]:
     """`model` and `data` of a measurement's record, as far as they are known."""
     data = getattr(trainer, "datamodule", None)
-    model = {"architecture": encoder.name, "preprocessing": encoder.preprocessing}
+    model = {"architecture": encoder.name, "preprocessing": encoder.preprocessing, **describe_measured(trainer)}
     if not isinstance(data, ShardDataModule):
         return {"model": model}
     manifest = data.manifest(split)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,22 +19,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.training.elastic import go_on_elastically
 from lightning_xai.training.preflight import slurm_job
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
+from lightning_xai.training.run_loggers import logger_ids
 from lightning_xai.training.schedule import (
     Placement,
     accumulated,
     completes_step,
     ends_training,
     is_complete,
+    planned_steps,
     validates_behind,
 )
 
@@ -123,15 +127,14 @@ class Resume(Checkpoint):
             return
         if isinstance(data := getattr(trainer, "datamodule", None), ShardDataModule):
             data.elastic = True
+        _make_absolute(_model_checkpoints(trainer))
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         if self._folder is None:
             self._folder = RunFolder(Path(trainer.log_dir or trainer.default_root_dir))
         failure: str | None = None
         if trainer.is_global_zero:
             try:
-                self._folder.lock()
-                known = self._folder.read() if self._chosen is not None else None
-                self._record = known or self._folder.begin(self._settings)
+                self._record = self._enter(self._folder, trainer)
             except RunFolderError as error:
                 failure = str(error)
         failure, self._record, first = trainer.strategy.broadcast((failure, self._record, self._chosen))
@@ -144,6 +147,15 @@ class Resume(Checkpoint):
                 "on a shared file system, and start the same command again"
             )
 
+    def _enter(self, folder: RunFolder, trainer: L.Trainer) -> RunRecord:
+        """Lock the folder, and record what is new: the run, more epochs, the loggers' ids."""
+        folder.lock()
+        record = folder.read() if self._chosen is not None else None
+        record = record or folder.begin(self._settings)
+        if self._settings and self._chosen is not None:
+            record = folder.extend(record, self._settings, self._chosen)
+        return folder.note_loggers(record, logger_ids(trainer.loggers))
+
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Handle signals in place of Lightning, which has set its own handlers by now."""
         self._listen()
@@ -151,13 +163,21 @@ class Resume(Checkpoint):
     on_test_start = on_sanity_check_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock for checkpoints, and accumulate as in the epoch that a resumed run goes on in."""
+        """Start the clock for checkpoints, and accumulate as in the epoch that a resumed run goes on in.
+
+        Let the learning rate of a run that trains for longer follow.
+        """
         self._listen()
         # Lightning's scheduler of accumulation asks only at the start of an epoch.
         trainer.accumulate_grad_batches = accumulated(trainer, trainer.current_epoch)
         if trainer.fit_loop.epoch_loop.restarted_on_last and not trainer.is_last_batch:
             # Saved behind a validation. Lightning takes the batch for complete only if it expects one there.
             self._placement.validate(trainer)
+        if self._record is not None and self._record.longer:
+            text = _follow_schedule(trainer)
+            begins = self._record.longer[-1].startswith(f"from {self._chosen} on")
+            if begins and trainer.is_global_zero:
+                print(text, flush=True)  # noqa: T201 - the schedule bends here
         self._saved_at = time.monotonic()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -274,13 +294,27 @@ class Resume(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the run's id into every checkpoint."""
         if self._record is not None:
-            checkpoint[CHECKPOINT_KEY] = {"id": self._record.id}
+            assert self._folder is not None, "it has been entered with the record"
+            checkpoint[CHECKPOINT_KEY] = {"id": self._record.id, "folder": os.path.realpath(self._folder.path)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with another number of processes than before, where that is so; say and record it."""
-        if trainer.state.fn != TrainerFn.FITTING or (text := go_on_elastically(trainer, checkpoint)) is None:
+        """Let checkpoint callbacks remember their best models, and go on with another number of processes.
+
+        Lightning forgets best models where its path of the folder is not the same text, as when it has been moved.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        if trainer.is_global_zero:
+        for kept in _model_checkpoints(trainer):
+            state = checkpoint.get("callbacks", {}).get(kept.state_key)
+            if state is None or kept.dirpath is None or state.get("dirpath") in (None, kept.dirpath):
+                continue
+            before, state["dirpath"] = state["dirpath"], str(kept.dirpath)
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[name] = _moved(state.get(name), before, state["dirpath"])
+            scores = state.get("best_k_models") or {}
+            state["best_k_models"] = {_moved(path, before, state["dirpath"]): each for path, each in scores.items()}
+        text = go_on_elastically(trainer, checkpoint)
+        if text is not None and trainer.is_global_zero:
             print(text, flush=True)  # noqa: T201 - it changes what a step is
             if self._folder is not None and self._record is not None:
                 self._record = self._folder.note(self._record, f"after step {checkpoint['global_step']}: {text}")
@@ -373,6 +407,53 @@ class Resume(Checkpoint):
     def _command(self) -> str:
         how = "" if self._named or self._folder is None else f" with --run={self._folder.path}"
         return f"start the same command again{how}"
+
+
+def _follow_schedule(trainer: L.Trainer) -> str:
+    """Set the learning rates to what the schedules of the longer run say now; returns a sentence for each."""
+    steps, total = trainer.global_step, planned_steps(trainer)
+    lines = []
+    for config in trainer.lr_scheduler_configs:
+        scheduler, name = config.scheduler, type(config.scheduler).__name__
+        group = scheduler.optimizer.param_groups[0]
+        if not isinstance(scheduler, LambdaLR):
+            lines.append(f"{name} goes on with its own settings from step {steps} on, at {group['lr']:.3g}.")
+            continue
+        # The checkpoint holds the rate of the shorter run's schedule, which would be taken for one more step.
+        before = group["lr"]
+        for each, base, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            each["lr"] = base * factor(scheduler.last_epoch)
+        scheduler._last_lr = [each["lr"] for each in scheduler.optimizer.param_groups]
+        end = "" if math.isinf(total) else f" of {int(total):,} steps"
+        last = (
+            "" if not end else f", and ends with {scheduler.base_lrs[0] * scheduler.lr_lambdas[0](int(total) - 1):.3g}"
+        )
+        lines.append(
+            f"The learning rate follows the schedule{end} from step {steps:,} on: it was {before:.3g}, goes on with "
+            f"{group['lr']:.3g}{last}."
+        )
+    return "\n".join(lines)
+
+
+def _model_checkpoints(trainer: L.Trainer) -> list[ModelCheckpoint]:
+    return [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+
+
+def _make_absolute(kept: Sequence[ModelCheckpoint]) -> None:
+    """Make folders of checkpoints known again from another working directory."""
+    for each in kept:
+        if each.dirpath and "://" not in str(each.dirpath):
+            each.dirpath = os.path.realpath(each.dirpath)
+
+
+def _moved(path: str | None, before: str, now: str) -> str:
+    """A file's path in the folder that is now elsewhere; one that is not there stays where it was."""
+    if not path or "://" in path:
+        return path or ""
+    candidate = os.path.normpath(os.path.join(now, os.path.relpath(path, before)))
+    return candidate if os.path.exists(candidate) else path
 
 
 def _out_of_time(trainer: L.Trainer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -11,10 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
 
+from lightning_xai.results.record import read_record
 from lightning_xai.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -71,9 +74,10 @@ def refusal(log: Path, *arguments: str) -> str:
     return " ".join(text.split())
 
 
-def stop_after_a_checkpoint(arguments: list[str], run: Path, log: Path) -> None:
+def stop_after_a_checkpoint(arguments: list[str], run: Path, log: Path, epochs: int = 0) -> None:
+    """Stop a run after its first checkpoint behind some epochs of six steps."""
     process = start([*arguments, "--save_every_minutes=0.0001"], log)
-    while not (run / "resume").is_dir() or not list((run / "resume").glob("step=*")):
+    while not any(path > RunFolder(run).place(6 * epochs) for path in RunFolder(run).files()):
         assert process.exitcode is None, log.read_text()[-3000:]
         time.sleep(0.02)
     os.kill(process.pid or 0, signal.SIGTERM)
@@ -99,13 +103,29 @@ def test_rerunning_a_finished_run_prints_a_message_and_changes_nothing(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_other_verbs_with_a_runs_config_leave_the_run_as_it_is(whole: Path, tmp_path: Path) -> None:
-    run, moved = tmp_path / "run", f"--run={tmp_path / 'run'}"
+def test_other_verbs_measure_the_runs_best_model_and_leave_the_run_as_it_is(
+    config: Path, whole: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "moved", tmp_path / "log"
     shutil.copytree(whole, run)
     before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for verb in ("test", "validate", "test"):
-        arguments = [verb, f"--config={run / 'config.yaml'}", moved]
-        assert finish(arguments, tmp_path / "log") == 0, (tmp_path / "log").read_text()[-3000:]
+    history = pd.read_csv(run / "grounding/summary.csv").set_index("step")["gamma_mean"]
+    best = history.drop(0).idxmax()
+    for verb, option in (("test", f"--config={run / 'config.yaml'}"), ("validate", f"--run={run}")):
+        assert finish([verb, option], log) == 0, log.read_text()[-3000:]
+        file = run / "checkpoints/best.ckpt"
+        line = f"Model: {file}, the run's best by val/gamma_mean ({history[best]:.4f}, after step {best})"
+        assert line in log.read_text()
+        result = read_record(run / verb / "version_0/grounding" / verb)
+        checkpoint = json.loads((run / verb / "version_0/model.json").read_text())
+        assert result.model["checkpoint"] == checkpoint
+        assert (checkpoint["path"], checkpoint["choice"], checkpoint["step"]) == (str(file), "best", best)
+        measured = pd.read_csv(run / f"{verb}/version_0/grounding/summary-{verb}.csv")["gamma_mean"]
+        assert measured.tolist() == [pytest.approx(history[best], abs=1e-12)]
+    last = f"--ckpt_path={RunFolder(run).files()[0]}" if best == history.index[-1] else "--ckpt_path=last"
+    assert finish(["test", f"--config={config}", f"--run={run}", last], log) == 0
+    measured = pd.read_csv(run / "test/version_1/grounding/summary-test.csv")["gamma_mean"]
+    assert measured.tolist() == [pytest.approx(history.iloc[-1], abs=1e-12)]
     after = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     written = {path.parts[:2] for path in after.keys() - before.keys()}
@@ -113,13 +133,92 @@ def test_other_verbs_with_a_runs_config_leave_the_run_as_it_is(whole: Path, tmp_
     assert (run / "test/version_1/config.yaml").is_file()
 
 
+def test_where_a_run_has_no_model_other_verbs_say_so(config: Path, tmp_path: Path) -> None:
+    options, log = ["test", f"--config={config}"], tmp_path / "log"
+    assert "holds no training run" in refusal(log, *options, f"--run={tmp_path / 'misspelt'}")
+    assert "name it, --run=FOLDER" in refusal(log, *options, "--ckpt_path=best")
+    RunFolder(tmp_path).lock()
+    RunFolder(tmp_path).begin({})
+    assert "has no checkpoint that can be read (none was written)" in refusal(log, *options, f"--run={tmp_path}")
+    assert "there is no file nowhere.ckpt" in refusal(log, *options, f"--run={tmp_path}", "--ckpt_path=nowhere.ckpt")
+    assert not (tmp_path / "test").exists()
+
+
+def test_a_run_trained_for_longer_is_that_of_a_longer_training_where_the_rate_is_constant(
+    config: Path, whole: Path, tmp_path: Path
+) -> None:
+    log, constant = tmp_path / "log", [f"--config={config}", "--model.init_args.final_lr=1e-3"]
+    assert finish(["fit", *constant, f"--run={tmp_path / 'long'}"], log) == 0
+    run = tmp_path / "extended"
+    assert finish(["fit", *constant, f"--run={run}", "--trainer.max_epochs=1"], log) == 0
+    assert finish(["fit", f"--run={run}", "--trainer.max_epochs=2"], log) == 0, log.read_text()[-3000:]
+    assert "for longer: trainer.max_epochs was 1 and is 2" in log.read_text()
+    assert differences(left_by(run), left_by(tmp_path / "long")) == []
+    record = RunFolder(run).read()
+    assert record is not None
+    assert (record.finished, record.longer) == (
+        True, ("from step=00000006.ckpt on, trainer.max_epochs was 1 and is 2",)
+    )  # fmt: skip
+    assert "was 2 and is 1" in refusal(log, "fit", *constant, f"--run={run}", "--trainer.max_epochs=1")
+
+
+def test_where_the_rate_changes_it_follows_the_longer_schedule_and_says_so(whole: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(whole, run)
+    assert finish(["fit", f"--run={run}", "--trainer.max_epochs=3"], log) == 0, log.read_text()[-3000:]
+    # From 1e-3 to 1e-4 in 18 steps, where there were 12.
+    assert (
+        "The learning rate follows the schedule of 18 steps from step 12 on: it was 0.0001, goes on with 0.000197, and "
+        "ends with 0.0001." in log.read_text()
+    )
+    rates = {step: rate for (name, step), rate in left_by(run).logged.items() if name == "train/learning_rate"}
+    assert [rates[step] for step in (11, 12, 17)] == pytest.approx([1e-4, 1e-3 * 0.1 ** (12 / 17), 1e-4])
+
+
+def test_a_run_with_another_logger_keeps_its_best_model_and_its_id_when_it_goes_on(
+    config: Path, whole: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["fit", f"--config={config}", f"--run={run}", "--trainer.logger=lightning.pytorch.loggers.WandbLogger"]
+    arguments += ["--trainer.logger.offline=true", "--trainer.logger.project=p"]
+    stop_after_a_checkpoint(arguments, run, log, epochs=1)
+    assert finish(arguments, log) == 0, log.read_text()[-3000:]
+    assert "dirpath has changed" not in log.read_text()
+    identity = RunFolder(run).read().loggers["WandbLogger 1"]["id"]  # type: ignore[union-attr]
+    assert {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")} == {identity}
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 2
+    expected, found = RunFolder(whole).read(), RunFolder(run).read()
+    assert expected is not None and expected.best is not None  # noqa: PT018
+    assert found is not None and found.best is not None  # noqa: PT018
+    assert (found.best.step, found.best.score) == (expected.best.step, expected.best.score)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["best.ckpt"]
+    assert identity not in (run / "config.yaml").read_text()
+
+
+def test_without_a_name_each_start_of_a_logger_without_a_folder_is_a_run_of_its_own(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "runs"
+    options = [f"--config={config}", f"--trainer.default_root_dir={root}", "--trainer.max_epochs=1"]
+    options += ["--trainer.logger=folderless_loggers.WithoutFolder"]
+    log = tmp_path / "log"
+    assert finish(["fit", *options], log) == 0, log.read_text()[-3000:]
+    in_job(monkeypatch, tasks=1)
+    assert finish(["fit", *options], log) == 0, log.read_text()[-3000:]
+    files = {"run.json", "resume", "grounding", "config.yaml", "checkpoints", "lock", "lock.owner"}
+    assert {folder.name: {path.name for path in folder.iterdir()} for folder in root.iterdir()} == {
+        "version_0": files, "slurm-7": files
+    }  # fmt: skip
+
+
 def test_a_run_resumes_only_with_the_settings_it_was_started_with(config: Path, stopped: Path, tmp_path: Path) -> None:
     message = refusal(
         tmp_path / "log", "fit", f"--config={config}", f"--run={stopped}", "--model.init_args.initial_lr=0.5",
-        "--trainer.max_epochs=7", "--trainer.log_every_n_steps=3",
+        "--trainer.max_epochs=1", "--trainer.log_every_n_steps=3",
     )  # fmt: skip
     assert "model.init_args.initial_lr was 0.001 and is 0.5" in message
-    assert "trainer.max_epochs was 2 and is 7" in message
+    assert "trainer.max_epochs was 2 and is 1" in message
     assert "log_every_n_steps" not in message  # changes what is shown, no number
     smaller = "--data.init_args.batch_size=8"  # without another number of processes
     message = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={stopped}", smaller)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -154,3 +155,20 @@ def test_a_training_is_named_by_its_config_or_else_by_its_architecture(tmp_path:
     (tmp_path / "config.yaml").write_text(f"model: {options}\n")
     (run,) = load_runs([tmp_path])
     assert run.model == "ViT-B-16, openai"
+
+
+def test_a_training_is_shown_by_its_best_model_or_by_its_last_state(tmp_path: Path) -> None:
+    write_training(tmp_path, [0.1, 0.6, 0.4])
+    [run] = load_runs([tmp_path])
+    assert run.shown is not None
+    assert run.shown_model == "epoch 2, the last state that was measured"
+    steps = [each.record.state["step"] for each in run.measurements]
+    best = {"step": steps[1], "monitor": "val/gamma_mean", "score": 0.6, "path": "checkpoints/best.ckpt"}
+    (tmp_path / "run.json").write_text(json.dumps({"id": "1", "finished": True, "best": best}))
+    for choice, state in (("best", "epoch 1"), ("last", "epoch 2")):
+        [run] = load_runs([tmp_path], choice=choice)  # type: ignore[arg-type]
+        assert run.shown is not None
+        assert run.shown.state == state
+    assert load_runs([tmp_path])[0].shown_model == (
+        f"epoch 1, the run's best by val/gamma_mean (0.6000, after step {steps[1]})"
+    )

@@ -24,9 +24,13 @@ def overview_blocks(runs: Sequence[Run], comparisons: Sequence[Comparison], min_
         *islice(_gap_findings(runs, min_pairs), _MOST_FINDINGS),
     ]
     columns = [Column(name, numeric=False) for name in ("run", "kind", "model", "data", "folder")]
-    rows = [[run.name, _KINDS[run.record.kind], run.model, run.data, str(run.folder)] for run in runs]
+    rows = [[run.name, _KINDS[run.record.kind], _model(run), run.data, str(run.folder)] for run in runs]
     note = "The settings of each are at the end of the page."
     return [Findings(tuple(findings)), PaperTable("runs", "Runs", note, columns, rows)]
+
+
+def _model(run: Run) -> str:
+    return f"{run.model}; {run.shown_model}" if run.shown_model else run.model
 
 
 def _grounding_finding(run: Run) -> Iterator[tuple[str, str]]:
@@ -58,7 +62,7 @@ def _is_telling(comparison: Comparison, runs: Sequence[Run]) -> bool:
     """True if it is by the method that ranks classes, and of a training from its begin to its end."""
     for run in runs:
         if run.name == comparison.first.run == comparison.second.run:
-            return {comparison.first, comparison.second} == {run.groundings[0], run.groundings[-1]}
+            return {comparison.first, comparison.second} == {run.groundings[0], run.shown}
     return {comparison.first, comparison.second} <= {run.shown for run in runs}
 
 

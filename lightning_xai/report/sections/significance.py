@@ -115,21 +115,25 @@ def _difference(first: Grounding, second: Grounding) -> str:
 
 
 def _pairs(runs: Sequence[Run]) -> Iterator[tuple[Grounding, Grounding]]:
-    """The pairs to compare: in a training the first, last and second state; of two runs each method's.
+    """The pairs to compare: in a training the first, shown and second state; of two runs each method's.
 
-    A training takes part in comparisons with other runs with its last state. Baselines are left out: between models
-    they differ by chance alone.
+    A training takes part in comparisons with other runs with the state that is shown, its best or last one. Baselines
+    are left out: between models they differ by chance alone.
     """
     for run in runs:
         if run.is_training:
             states = run.groundings
-            yield from combinations(dict.fromkeys((*states[:1], *states[-1:], *states[1:2])), 2)
+            yield from combinations(dict.fromkeys((*states[:1], *_shown(run), *states[1:2])), 2)
     for one, other in combinations(runs, 2):
-        ends = [run.groundings[-1:] if run.is_training else run.groundings for run in (one, other)]
+        ends = [_shown(run) if run.is_training else run.groundings for run in (one, other)]
         labels = {grounding.label: grounding for grounding in ends[1]}
         for first in ends[0]:
             if first.label in labels and not first.method.baseline:
                 yield first, labels[first.label]
+
+
+def _shown(run: Run) -> tuple[Grounding, ...]:
+    return () if run.shown is None else (run.shown,)
 
 
 def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:

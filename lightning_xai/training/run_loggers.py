@@ -1,0 +1,115 @@
+"""Loggers of a run: where their files go, and how they go on when the run does."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+__all__ = ["continue_loggers", "has_own_folder", "logger_ids", "placed_loggers", "restore_versions"]
+
+# Argument by which a logger goes on with what an earlier one has begun.
+_CONTINUES = {"WandbLogger": "id", "MLFlowLogger": "run_id", "CometLogger": "experiment_key", "LitLogger": "name"}
+_FOLDERS = ("save_dir", "root_dir")
+
+
+def has_own_folder(logger: Any) -> bool:
+    """True if the logger (None: Lightning's default one; configured, or made) makes a new folder for each start."""
+    if logger in (None, True):
+        return True
+    return issubclass(_kind(logger), (TensorBoardLogger, CSVLogger))
+
+
+def placed_loggers(configured: Any, folder: Path, version: str | None) -> Any:
+    """Configured loggers that write into a folder itself (version ""), or into a new folder in it (None).
+
+    One that takes no folder, such as one that writes to a database, is left as it is.
+    """
+    if configured is False:
+        return False
+    placed = []
+    for one in _each(configured):
+        kind, given = _kind(one), dict(one.get("init_args") or {})
+        names = inspect.signature(kind).parameters
+        own: dict[str, str | None] = next(({name: str(folder)} for name in _FOLDERS if name in names), {})
+        if issubclass(kind, (TensorBoardLogger, CSVLogger)):
+            own |= {name: value for name, value in {"name": "", "version": version}.items() if name in names}
+        elif _known(kind) == "MLFlowLogger":
+            # Its default, a store of files, is refused by recent releases of mlflow.
+            own = {} if given.get("tracking_uri") else {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').resolve()}"}
+        elif _known(kind) == "CometLogger":
+            own = {"offline_directory": str(folder)}
+        placed.append({**one, "init_args": {**given, **own}})
+    return placed
+
+
+def logger_ids(loggers: Iterable[Logger]) -> dict[str, dict[str, str]]:
+    """Ids by which W&B, MLflow, Comet and LitLogger know the runs that these loggers have begun, by kind and number."""
+    ids = {}
+    for key, logger in _numbered(loggers):
+        kind = _known(type(logger))
+        if kind is None or logger.version is None:
+            continue
+        ids[key] = {_CONTINUES[kind]: str(logger.version)}
+        if kind == "LitLogger":  # knows an experiment by name and version
+            ids[key] = {"name": str(logger.name), "version": str(logger.version)}
+    return ids
+
+
+def continue_loggers(configured: Any, ids: Mapping[str, Mapping[str, str]]) -> Any:
+    """Configured loggers that go on with the runs of these ids; an id that the configuration itself gives stays."""
+    if configured is False or not ids:
+        return configured
+    continued = []
+    for key, one in _numbered(_each(configured)):
+        given = dict(one.get("init_args") or {})
+        kind = _known(_kind(one))
+        name = _CONTINUES.get(kind or "", "")
+        if key in ids and given.get(name) is None and not (kind == "WandbLogger" and given.get("version")):
+            given[name] = ids[key][name]
+        continued.append({**one, "init_args": given})
+    return continued
+
+
+def restore_versions(loggers: Iterable[Logger], ids: Mapping[str, Mapping[str, str]]) -> None:
+    """Give a LitLogger the version of its experiment, which its constructor does not take."""
+    for key, logger in _numbered(loggers):
+        known = ids.get(key, {})
+        if known.get("name") == logger.name and "version" in known:
+            logger._version = known["version"]  # it is asked for at the first use
+
+
+def _each(configured: Any) -> list[dict[str, Any]]:
+    """Configurations as plain dictionaries, Lightning's default logger spelled out."""
+    listed = configured if isinstance(configured, list) else [configured]
+    default = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {}}
+    return [
+        default if one in (None, True) else one.as_dict() if hasattr(one, "as_dict") else dict(one) for one in listed
+    ]
+
+
+def _numbered(loggers: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Loggers with a key of kind and number: a run may have two of a kind."""
+    seen: Counter[str] = Counter()
+    for logger in loggers:
+        kind = _known(_kind(logger)) or "other"
+        seen[kind] += 1
+        yield f"{kind} {seen[kind]}", logger
+
+
+def _known(kind: type[Any]) -> str | None:
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in _CONTINUES), None)
+
+
+def _kind(logger: Any) -> type[Any]:
+    """The class of a logger, configured (a dictionary, or a parser's namespace) or made."""
+    if not isinstance(logger, Mapping) and not hasattr(logger, "class_path"):
+        return type(logger)  # not all loggers are Lightning's `Logger`s
+    module, _, name = logger["class_path"].rpartition(".")
+    kind: type[Any] = getattr(import_module(module), name)
+    return kind
