@@ -120,6 +120,7 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Few steps and samples: the question is whether a method serves a model.
 METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "banzhaf_pairs": {"image_samples": 64, "text_samples": 40},
     "feature_pair": {"steps": 2},
     "integrated_gradients": {"steps": 2},
     "kernel_shap": {"image_samples": 40, "text_samples": 20},

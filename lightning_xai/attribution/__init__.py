@@ -1,4 +1,5 @@
 from lightning_xai.attribution.attention_relevance import AttentionRelevance
+from lightning_xai.attribution.banzhaf import BanzhafAttribution, BanzhafInteractions
 from lightning_xai.attribution.base import (
     Attribution,
     AttributionMethod,
@@ -37,6 +38,8 @@ __all__ = [
     "AttentionRollout",
     "Attribution",
     "AttributionMethod",
+    "BanzhafAttribution",
+    "BanzhafInteractions",
     "CLIPSurgery",
     "CentredGaussian",
     "ConstantMapWarning",

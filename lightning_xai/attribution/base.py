@@ -61,6 +61,16 @@ class Attribution:
         }
         return cls(**joined)
 
+    def of_coalitions(self, shown: Tensor, said: Tensor) -> Tensor:
+        """What the attribution says of coalitions: the sum of the terms whose parts are all present, [B, N].
+
+        Args:
+            shown: [B, N, H, W], one for patches that are present and zero for others.
+            said: [B, N, L], likewise for tokens; those that mark start and end always are.
+        """
+        patches = torch.einsum("bnhw,bhw->bn", shown, self.image.to(shown))
+        return patches + torch.einsum("bnl,bl->bn", said, self.text.to(said))
+
 
 @dataclass(frozen=True)
 class InteractionAttribution(Attribution):
@@ -68,6 +78,13 @@ class InteractionAttribution(Attribution):
 
     interactions: Tensor
     prefix: Tensor
+
+    def of_coalitions(self, shown: Tensor, said: Tensor) -> Tensor:
+        """The sum of the interactions of present tokens with present patches, and with CLS and registers, which are."""
+        with_patches = torch.einsum(
+            "bnhw,bnhw->bn", shown, torch.einsum("bnl,blhw->bnhw", said, self.interactions.to(said))
+        )
+        return with_patches + torch.einsum("bnl,bl->bn", said, self.prefix.to(said))
 
 
 class AttributionMethod(ABC):

@@ -87,6 +87,7 @@ METHODS: Registry[type[AttributionMethod]] = Registry(
         "integrated_gradients": "lightning_xai.attribution.integrated_gradients:IntegratedGradients",
         "kernel_shap": "lightning_xai.attribution.kernel_shap:KernelSHAP",
         "rise": "lightning_xai.attribution.rise:RISE",
+        "banzhaf_pairs": "lightning_xai.attribution.banzhaf:BanzhafInteractions",
         "random": "lightning_xai.attribution.baselines:RandomMap",
         "gaussian": "lightning_xai.attribution.baselines:CentredGaussian",
     },

@@ -28,9 +28,10 @@ from lightning_xai.attribution.method_options import check_method, choose_method
 from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.examples import Place, choose_examples
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
-from lightning_xai.evaluation.rows import Embeddings, measure_batch
+from lightning_xai.evaluation.rows import measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
@@ -62,7 +63,8 @@ class AttributionEvaluation(L.LightningModule):
         out: folder for the results; a run with other settings needs another one.
         methods: name, or any label, of each method -> its options; `{"m2ib_8": {"method": "m2ib", "layer": 8}}` has
             another label. Null: feature_pair.
-        metrics: what to measure, by name; null: all that the data allow.
+        metrics: what to measure, by name; null: all that the data allow, but those that cost many
+            forward passes (faithfulness).
         metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
         seeds: how often a stochastic method is repeated, with seeds from its `seed` on.
         examples: heat maps of so many first images are kept to look at.

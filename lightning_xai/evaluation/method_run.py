@@ -125,7 +125,7 @@ class MethodRun:
     Args:
         label: of the method.
         chosen: the method and its options.
-        metrics: what to measure; those that need a sign are skipped for methods without.
+        metrics: what to measure; those that need a sign or interactions are skipped for methods without.
         folder: of the evaluation.
         settings: what else the rows depend on, but for the method, the metrics and their options.
         shown: how many examples to keep; see `choose_examples`. None: none at all.
@@ -156,7 +156,10 @@ class MethodRun:
         self.chosen = chosen
         self.seed = int(chosen.options["seed"]) if chosen.method.stochastic else 0
         self.metrics = {
-            name: metric for name, metric in metrics.items() if chosen.method.signed or not metric.spec.needs_sign
+            name: metric
+            for name, metric in metrics.items()
+            if (chosen.method.signed or not metric.spec.needs_sign)
+            and (chosen.method.pairwise or not metric.spec.needs_interactions)
         }
         self.targets: dict[str, dict[str, Any]] = {}
         self.values: list[tuple[str, int, str, str, float, str]] = []

@@ -16,22 +16,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import AttributionMethod
+from lightning_xai.attribution.base import Attribution, AttributionMethod, InteractionAttribution
 from lightning_xai.attribution.pairwise import Captured, HiddenStates, PairwiseMethod, References
 from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.phrases import Negatives
+from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
+    CoalitionValues,
     Kind,
     NegativeTargets,
     PhrasePairTargets,
@@ -40,13 +42,11 @@ from lightning_xai.metrics.base import (
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.metrics.other_objects import directed_pairs
 from lightning_xai.metrics.registry import ChosenMetric
-from lightning_xai.models.encoder import TwoTowerEncoder
 
 __all__ = [
     "BOX_COLUMNS",
     "BatchMaps",
     "BatchRows",
-    "Embeddings",
     "MethodMaps",
     "ValueRow",
     "Wanted",
@@ -59,6 +59,8 @@ ValueRow = tuple[str, str, float, str]
 """Target, metric, value and reason of exclusion; NaN with a reason, a number with an empty one."""
 BOX_COLUMNS = ("x0", "y0", "x1", "y1")
 _HEAT_DIGITS = 4
+_PAIRS_OF_EACH = 4  # of a coalition of patches with coalitions of tokens
+_A = TypeVar("_A", bound=Attribution)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class BatchMaps:
         replacements: [N, H, W], of the words in their place, in the wrong caption.
         image: [C, H, W], of each caption's image; none (C = 0) where not wanted.
         text: [C, L], of each caption's tokens; none where not wanted.
+        attribution: of all captions, whose maps `image` and `text` are; None where there are none.
     """
 
     phrases: Tensor
@@ -93,6 +96,7 @@ class BatchMaps:
     replacements: Tensor
     image: Tensor
     text: Tensor
+    attribution: Attribution | None = None
 
 
 class MethodMaps:
@@ -116,7 +120,7 @@ class MethodMaps:
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
         """Attribute what is wanted of a batch, after its forward pass."""
         rows = slice(None if wanted.captions else 0)
-        image, text = self._of_pairs(batch, batch.caption_image[rows], batch.tokens[rows])
+        image, text, attribution = self._of_pairs(batch, batch.caption_image[rows], batch.tokens[rows])
         phrases, negatives = batch.phrases, batch.negatives
         asked = [(int(phrases.image_row[row]), phrases.text[row]) for row in wanted.phrases.tolist()]
         if negatives is not None:
@@ -124,7 +128,7 @@ class MethodMaps:
                 asked += [(int(negatives.image_row[row]), words[row]) for row in wanted.negatives.tolist()]
         sizes = [len(wanted.phrases), len(wanted.negatives), len(wanted.negatives)]
         own, true, replacements = torch.split(self._of_words(batch, asked), sizes)
-        return BatchMaps(own, true, replacements, image, text)
+        return BatchMaps(own, true, replacements, image, text, attribution)
 
     def _of_words(self, batch: Batch, asked: list[tuple[int, str]]) -> Tensor:
         """A map for each image and words; the same question is answered once."""
@@ -133,14 +137,20 @@ class MethodMaps:
         if asked:
             tokens = self.method.encoder.tokenizer.encode([words for _, words in place]).to(batch.tokens.device)
         images = torch.tensor([image for image, _ in place], dtype=torch.int64, device=batch.tokens.device)
-        maps, _ = self._of_pairs(batch, images, tokens)
+        maps, _, _ = self._of_pairs(batch, images, tokens)
         return maps[torch.tensor([place[question] for question in asked], dtype=torch.int64, device=maps.device)]
 
-    def _of_pairs(self, batch: Batch, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps of images, given by their rows, and of their captions."""
-        image, text = self._nothing(batch)
+    def _of_pairs(self, batch: Batch, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Attribution | None]:
+        """Maps of images, given by their rows, and of their captions; and the attribution that they are part of."""
         parts = [self.method.attribute(batch.images[images[rows]], tokens[rows]) for rows in self.chunks(len(tokens))]
-        return torch.cat([image, *(part.image for part in parts)]), torch.cat([text, *(part.text for part in parts)])
+        return self._joined(batch, parts)
+
+    def _joined(self, batch: Batch, parts: list[_A]) -> tuple[Tensor, Tensor, _A | None]:
+        """Maps of images and of captions, and the whole attribution; None of nothing."""
+        if not parts:
+            return *self._nothing(batch), None
+        whole = parts[0].concatenate(parts)
+        return whole.image, whole.text, whole
 
     def _nothing(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """No maps of images and of captions."""
@@ -180,8 +190,13 @@ class _PairwiseMaps(MethodMaps):
         if not wanted.captions and not len(captions):
             return BatchMaps(image, image, image, image, text)
         states, replacements = self.method.hidden_states(batch.images, batch.tokens, captured), image
+        attribution = None
         if wanted.captions:
-            image, text, maps = self._of_captions(batch, states, captions, masks)
+            image, text, attribution = self._of_captions(batch, states)
+            maps = image.new_zeros(0, *self.grid)
+            if attribution is not None:
+                interactions = attribution.interactions
+                maps = torch.einsum("rl,rlhw->rhw", masks.to(interactions), interactions[captions])
         else:
             # Far cheaper for spans alone.
             of = batch.caption_image
@@ -190,23 +205,18 @@ class _PairwiseMaps(MethodMaps):
             wrong_pairs = partial(self._wrong_pairs, negatives, states, wanted.negatives)
             replacements = self._of_spans(batch, negatives.mask[wanted.negatives], wrong_pairs)
         own, true = torch.split(maps, [len(wanted.phrases), len(maps) - len(wanted.phrases)])
-        return BatchMaps(own, true, replacements, image, text)
+        return BatchMaps(own, true, replacements, image, text, attribution)
 
-    def _of_captions(
-        self, batch: Batch, states: HiddenStates, captions: Tensor, masks: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps of all captions, and those of spans as sums over their interactions."""
-        image, text = self._nothing(batch)
-        spans, images, texts = image.new_zeros(len(captions), *self.grid), [image], [text]
-        for rows in self.chunks(len(batch.tokens)):
-            chosen = torch.arange(len(batch.tokens), device=captions.device)[rows]
-            result = self.method.attribute_states(states.pairs(batch.caption_image[chosen], chosen), self._references)
-            images.append(result.image)
-            texts.append(result.text)
-            here = ((captions >= rows.start) & (captions < rows.stop)).nonzero()[:, 0]
-            interactions = result.interactions[captions[here] - rows.start]
-            spans[here] = torch.einsum("rl,rlhw->rhw", masks[here].to(interactions), interactions).to(spans)
-        return torch.cat(images), torch.cat(texts), spans
+    def _of_captions(self, batch: Batch, states: HiddenStates) -> tuple[Tensor, Tensor, InteractionAttribution | None]:
+        """Maps of all captions and their images, and the attribution that they are part of."""
+        every = torch.arange(len(batch.tokens), device=batch.tokens.device)
+        return self._joined(
+            batch,
+            [
+                self.method.attribute_states(states.pairs(batch.caption_image[rows], every[rows]), self._references)
+                for rows in self.chunks(len(every))
+            ],
+        )
 
     def _of_spans(self, batch: Batch, masks: Tensor, states_of: Callable[[slice], HiddenStates]) -> Tensor:
         """Maps of spans, given their masks and how to get the states of some of them."""
@@ -223,27 +233,6 @@ class _PairwiseMaps(MethodMaps):
 def maps_of(method: AttributionMethod, batch_size: int) -> MethodMaps:
     """Make the maps that fit a method; see `MethodMaps`."""
     return _PairwiseMaps(method, batch_size) if isinstance(method, PairwiseMethod) else MethodMaps(method, batch_size)
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """A model's embeddings of a batch, to compare with those of what is kept of it.
-
-    Attributes:
-        encoder: the model.
-        image_BK: of the images.
-        text_CK: of the captions.
-    """
-
-    encoder: TwoTowerEncoder
-    image_BK: Tensor
-    text_CK: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, encoder: TwoTowerEncoder, batch: Batch) -> Embeddings:
-        """Embed a batch."""
-        return cls(encoder, encoder.encode_image(batch.images), encoder.encode_text(batch.tokens))
 
 
 @dataclass(frozen=True)
@@ -398,6 +387,7 @@ class _Measuring:
         targets = CaptionTargets(
             image_maps=self.maps.image.to(batch.images),
             text_maps=self.maps.text,
+            prefix=self._prefix(embeddings),
             content=content,
             similarity=cosine_similarity(image_CK, text_CK),
             boxes=batch.named.boxes,
@@ -406,6 +396,9 @@ class _Measuring:
             signed=self.maker.method.signed,
             similarity_of_images=lambda rows, kept, hidden: self._similarity_of_images(embeddings, rows, kept, hidden),
             similarity_of_texts=lambda kept: self._similarity_of_texts(embeddings, kept | ~content),
+            embed_images=lambda shown: self._embed_images(embeddings, shown),
+            embed_texts=lambda said: self._embed_texts(embeddings, said | ~content.unsqueeze(1)),
+            coalitions=lambda *asked: self._coalitions(embeddings, *asked),
             batch_size=self.maker.batch_size,
         )
         boxes = torch.bincount(batch.named.caption_row, minlength=len(batch.tokens)).tolist()
@@ -430,6 +423,48 @@ class _Measuring:
         parts = [encoder.encode_text(tokens[rows]) for rows in self.maker.chunks(len(tokens))]
         kept_CK = torch.cat([embeddings.text_CK[:0], *parts])
         return cosine_similarity(embeddings.image_BK[self.batch.caption_image], kept_CK)
+
+    def _prefix(self, embeddings: Embeddings) -> Tensor:
+        """What is attributed to the prefix tokens of each caption's image; NaN where the method does not say."""
+        attribution = self.maps.attribution
+        if attribution is None or attribution.prefix is None:
+            return embeddings.text_CK.new_full((len(self.batch.tokens),), torch.nan)
+        return attribution.prefix.sum(dim=1)
+
+    def _embed_images(self, embeddings: Embeddings, shown_CNHW: Tensor) -> Tensor:
+        """Unit embeddings of what shows of each caption's image."""
+        rows = zip(self.batch.caption_image.tolist(), shown_CNHW, strict=True)
+        parts = [embeddings.of_parts(self.batch.images[image], shown, self.maker.chunks) for image, shown in rows]
+        return torch.stack(parts) if parts else embeddings.image_BK.new_zeros(*shown_CNHW.shape[:2], 1)
+
+    def _embed_texts(self, embeddings: Embeddings, said_CNL: Tensor) -> Tensor:
+        """Unit embeddings of what stays of each caption."""
+        rows = zip(self.batch.tokens, said_CNL, strict=True)
+        parts = [embeddings.of_parts(tokens, said, self.maker.chunks) for tokens, said in rows]
+        return torch.stack(parts) if parts else embeddings.text_CK.new_zeros(*said_CNL.shape[:2], 1)
+
+    def _coalitions(self, embeddings: Embeddings, patches: int, tokens: int, p: float, seed: int) -> CoalitionValues:
+        """What coalitions of all captions and their images are worth, and what the method says of them."""
+        batch, attribution = self.batch, self.maps.attribution
+        if attribution is None or not len(batch.tokens):
+            nothing = embeddings.text_CK.new_zeros(0)
+            return CoalitionValues(nothing[:, None], nothing[:, None], nothing, nothing)
+        parts = embeddings.coalitions(batch, self.grid, (patches, tokens), p, seed, self.maker.chunks)
+        # The empty coalition, and each part of the image with some parts of the caption in turn.
+        shown = torch.arange(patches).repeat_interleave(_PAIRS_OF_EACH)
+        said = torch.arange(len(shown)) % tokens
+        first, other = (torch.cat([row.new_zeros(1), row + 1]).to(batch.tokens.device) for row in (shown, said))
+        similarity_CN = torch.stack(
+            [
+                (parts.image_BNK[image, first] * parts.text_CNK[caption, other]).sum(dim=1)
+                for caption, image in enumerate(batch.caption_image.tolist())
+            ]
+        )
+        shown_NHW = parts.shown_NHW[first].to(similarity_CN)
+        explained_CN = attribution.of_coalitions(
+            shown_NHW.expand(len(similarity_CN), -1, -1, -1), parts.said_CNL[:, other].to(similarity_CN)
+        )
+        return CoalitionValues(similarity_CN[:, 1:], explained_CN[:, 1:], similarity_CN[:, 0], explained_CN[:, 0])
 
     def _rows(
         self, kind: Kind, images: Tensor, captions: Tensor, labels: Tensor | None, more: Iterable[dict[str, Any]]

@@ -24,6 +24,7 @@ from lightning_xai.results.record import MetricRecord, Score
 __all__ = [
     "CaptionTargets",
     "ChosenMetric",
+    "CoalitionValues",
     "HiddenImage",
     "Kind",
     "MetricSpec",
@@ -94,12 +95,31 @@ class NegativeTargets:
 
 
 @dataclass(frozen=True)
+class CoalitionValues:
+    """Coalitions of patches and tokens that were drawn at random, what they are worth, and what an attribution says.
+
+    Attributes:
+        similarity: [M, N], the cosine similarity of what is left of image and caption.
+        explained: [M, N], the sum of the attribution's terms whose parts are all present.
+        empty_similarity: [M], of the coalition without any patch and token.
+        empty_explained: [M], likewise.
+    """
+
+    similarity: Tensor
+    explained: Tensor
+    empty_similarity: Tensor
+    empty_explained: Tensor
+
+
+@dataclass(frozen=True)
 class CaptionTargets:
     """Whole captions with their images.
 
     Attributes:
         image_maps: [M, H, W], how much each patch adds to the similarity with the caption.
         text_maps: [M, L], how much each token adds.
+        prefix: [M], how much the image's prefix tokens (CLS, registers) add, with all tokens; NaN for methods without
+            interactions.
         content: [M, L] bool, the tokens that are words, not marks or padding.
         similarity: [M], the cosine similarity of image and caption.
         boxes: [N, 4] boxes of all objects that a caption names, (x0, y0, x1, y1) in pixels.
@@ -110,11 +130,17 @@ class CaptionTargets:
             is seen elsewhere ("zeros" or "black") -> their similarity [M] with the caption.
         similarity_of_texts: which tokens to keep, [M, L] bool -> the captions' similarity [M] with the image, with
             padding in place of all other tokens.
+        embed_images: patches that show, [M, N, H, W] bool -> unit embeddings [M, N, K] of each image with zeros after
+            normalisation in place of the others.
+        embed_texts: tokens that stay, [M, N, L] bool -> unit embeddings [M, N, K] of each caption with padding in place
+            of the others; those that mark start and end stay anyway.
+        coalitions: number of coalitions of patches, of tokens, probability that each is present, seed -> their values.
         batch_size: targets that a metric should work on at a time where it needs pixels.
     """
 
     image_maps: Tensor
     text_maps: Tensor
+    prefix: Tensor
     content: Tensor
     similarity: Tensor
     boxes: Tensor
@@ -123,6 +149,9 @@ class CaptionTargets:
     signed: bool
     similarity_of_images: Callable[[slice, Tensor, HiddenImage], Tensor]
     similarity_of_texts: Callable[[Tensor], Tensor]
+    embed_images: Callable[[Tensor], Tensor]
+    embed_texts: Callable[[Tensor], Tensor]
+    coalitions: Callable[[int, int, float, int], CoalitionValues]
     batch_size: int
 
     def __len__(self) -> int:
@@ -150,7 +179,9 @@ class MetricSpec:
         note: what the numbers mean, in one or two sentences.
         needs_boxes: whether data sets without boxes have no such targets.
         needs_sign: whether it only makes sense for methods whose maps are signed.
+        needs_interactions: whether it reads token-patch interactions, which pairwise methods have.
         empty: value -> the reason that is recorded where a target has no number (NaN); else NO_VALUE.
+        by_default: whether it is measured where settings do not name the metrics; not what costs many forward passes.
         chart: how reports draw the values; None: not at all.
     """
 
@@ -163,7 +194,9 @@ class MetricSpec:
     note: str
     needs_boxes: bool = False
     needs_sign: bool = False
+    needs_interactions: bool = False
     empty: Mapping[str, Exclusion] = field(default_factory=dict)
+    by_default: bool = True
     chart: Literal["cumulative", "distribution", "bars"] | None = None
 
     def record(self, options: Mapping[str, Any]) -> MetricRecord:
@@ -239,6 +272,7 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
     return CaptionTargets(
         image_maps=maps,
         text_maps=torch.zeros(0, 1),
+        prefix=nothing,
         content=torch.zeros(0, 1, dtype=torch.bool),
         similarity=nothing,
         boxes=torch.zeros(0, 4),
@@ -247,6 +281,9 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
         signed=True,
         similarity_of_images=lambda rows, kept, hidden: nothing,
         similarity_of_texts=lambda kept: nothing,
+        embed_images=lambda shown: torch.zeros(*shown.shape[:2], 1),
+        embed_texts=lambda said: torch.zeros(*said.shape[:2], 1),
+        coalitions=lambda patches, tokens, p, seed: CoalitionValues(maps[:, 0], maps[:, 0], nothing, nothing),
         batch_size=1,
     )
 

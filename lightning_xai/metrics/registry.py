@@ -16,7 +16,16 @@ METRICS: Registry[MetricSpec] = Registry(
     "metric",
     {
         name: f"lightning_xai.metrics.{name}:SPEC"
-        for name in ("grounding", "other_objects", "hard_negatives", "confidence", "localization")
+        for name in (
+            "grounding",
+            "other_objects",
+            "hard_negatives",
+            "confidence",
+            "localization",
+            "faithfulness",
+            "insertion_deletion",
+            "prefix_share",
+        )
     },
     group="lightning_xai.metrics",
     check=check_spec,
@@ -30,13 +39,13 @@ def choose_metrics(
     """Return metrics by name, in the order of the registry.
 
     Args:
-        names: of the metrics; None: all.
+        names: of the metrics; None: all that are measured by default.
         options: name -> options of a metric.
 
     Raises:
         ValueError: see `choose_metric`; options of a metric that is not measured.
     """
-    wanted = list(METRICS if names is None else dict.fromkeys(names))
+    wanted = [name for name in METRICS if METRICS[name].by_default] if names is None else list(dict.fromkeys(names))
     for name in (*wanted, *options):
         _check_name(name)
     if unused := [name for name in options if name not in wanted]:

@@ -133,7 +133,14 @@ class TowerAtLayer(ABC):
 
 
 class TextTowerAtLayer(TowerAtLayer):
-    """A text tower at the input of a block; tokens are the caption's, those that mark start and end included."""
+    """A text tower at the input of a block; tokens are the caption's, those that mark start and end included.
+
+    Attributes:
+        causal: whether embeddings are read at the token that ends a caption and no token attends to later ones, so that
+            hidden states without some of a caption's rows are what attention without these tokens makes.
+    """
+
+    causal: bool = False
 
     @abstractmethod
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:

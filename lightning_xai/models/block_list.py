@@ -208,6 +208,7 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         layer: the block's number, from 0.
         visible: tokens [B, L] -> which of them the embedding can depend on, bool [B, L].
         trims: whether the tower takes captions of any length, so that padding of the whole batch can be cut off.
+        causal: as of `TextTowerAtLayer`.
     """
 
     def __init__(
@@ -218,8 +219,10 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         visible: Callable[[Tensor], Tensor],
         *,
         trims: bool = True,
+        causal: bool = False,
     ) -> None:
         self._encode = encode
+        self.causal = causal
         self._list = blocks
         self._visible = visible
         self._trims = trims

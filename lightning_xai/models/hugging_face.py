@@ -77,7 +77,9 @@ class HuggingFaceText:
     def at_layer(self, layer: int) -> TextTowerAtLayer:
         """The tower at the input of a block."""
         blocks = _block_list(self._tower, "text")
-        return TextBlocksAtLayer(self.encode, blocks, layer, self.visible, trims=not self._unmasked)
+        return TextBlocksAtLayer(
+            self.encode, blocks, layer, self.visible, trims=not self._unmasked, causal=self._causal
+        )
 
 
 class HuggingFaceEncoder(DualEncoder):

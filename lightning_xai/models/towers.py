@@ -152,6 +152,7 @@ class TextTower:
         self.blocks: nn.ModuleList = text.transformer.resblocks
         self.transformer: Any = text.transformer
         self.causal = text.attn_mask is not None
+        self.reads_end = self._pool_type in ("argmax", "eos")
 
     def pool_positions(self, tokens_BL: Tensor) -> Tensor:
         """The position each caption's embedding is read at [B]."""
@@ -204,6 +205,7 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         self.layer = resolve_layer(layer, 0, len(tower.blocks), "text")
         self.layers = range(len(tower.blocks))
         self.block = tower.blocks[self.layer]
+        self.causal = tower.causal and tower.reads_end
         last = tower.blocks[-1]
         self._pooled = PooledBlock(last, tower.causal) if PooledBlock.serves(last) else None
 

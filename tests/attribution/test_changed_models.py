@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "integrated_gradients": {"steps": 20},
     "kernel_shap": {"image_samples": 40, "text_samples": 40},
     "rise": {"image_masks": 4, "text_masks": 4},
+    "banzhaf_pairs": {"image_samples": 64, "text_samples": 64},
 }
 
 

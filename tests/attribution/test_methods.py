@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kernel_shap": {"image_samples": 24, "text_samples": 12},
     "nib": {"steps": 5},
     "rise": {"image_masks": 12, "text_masks": 8},
+    "banzhaf_pairs": {"image_samples": 128, "text_samples": 40},
 }
 
 every_method = pytest.mark.parametrize("name", METHODS)

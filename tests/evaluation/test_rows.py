@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,14 +12,24 @@ import numpy as np
 import pytest
 import torch
 from evaluation_batches import BOXES, evaluation_batch
+from inputs import batch_sizes
 from linear_encoder import LinearEncoder
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_xai.attribution import Attribution, AttributionMethod
+from lightning_xai.attribution import Attribution, AttributionMethod, BanzhafInteractions
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.phrases import NamedBoxes
-from lightning_xai.evaluation.rows import BatchMaps, BatchRows, Embeddings, MethodMaps, Wanted, measure_batch
+from lightning_xai.evaluation.embeddings import Embeddings
+from lightning_xai.evaluation.rows import (
+    BatchMaps,
+    BatchRows,
+    MethodMaps,
+    Wanted,
+    _Measuring,
+    maps_of,
+    measure_batch,
+)
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics import METRICS
 from lightning_xai.metrics.grounding import patch_mask
@@ -54,6 +65,7 @@ class Given(MethodMaps):
             for name, count in (rows | {"image": len(batch.tokens)}).items()
         }
         self.text = torch.randn(batch.tokens.shape, generator=generator, dtype=torch.float64)
+        self.prefix: Tensor | None = None
         self.asked: list[Wanted] = []
 
     def maps(self, batch: Batch, wanted: Wanted) -> BatchMaps:
@@ -64,6 +76,9 @@ class Given(MethodMaps):
             self.given["replacements"][wanted.negatives],
             self.given["image"] if wanted.captions else self.given["image"][:0],
             self.text if wanted.captions else self.text[:0],
+            Attribution(self.given["image"], self.text, self.text[:, 0], prefix=self.prefix)
+            if wanted.captions
+            else None,
         )
 
 
@@ -388,3 +403,94 @@ def test_a_batch_of_broken_records_alone_has_no_records(batch: Batch) -> None:
     )
     rows = measured(empty, Given(replace(empty, negatives=batch.negatives)))
     assert (rows.targets, rows.values, rows.phrases) == ([], [], [])
+
+
+# --- coalitions ---
+
+
+def test_coalitions_are_embedded_once_for_all_methods_and_compared_with_sums_of_present_terms(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = LinearEncoder(SIZE, GRID)
+    images, texts = batch_sizes(encoder, "encode_image", monkeypatch), batch_sizes(encoder, "encode_text", monkeypatch)
+    embeddings = Embeddings.of(encoder, batch)
+    options = {"faithfulness": {"image_coalitions": 12, "text_coalitions": 8}}
+    chosen = list(choose_metrics(["faithfulness"], options).values())
+    exact = maps_of(BanzhafInteractions(encoder, image_samples=20, text_samples=40), 4)
+    exact.maps(batch, Wanted(torch.tensor([0]), torch.tensor([], dtype=torch.int64), captions=True))
+    images.clear()
+    texts.clear()
+    rows = [measure_batch(batch, maps, chosen, embeddings) for maps in (Given(batch), Given(batch))]
+    assert (sum(images), max(images)) == (len(batch.images) * 13, 13)
+    assert (sum(texts), max(texts)) == (len(batch.tokens) * 9, 9)
+    assert rows[0].values == rows[1].values
+
+    # The similarity is bilinear here, so that exact interactions say all of it, and maps of either side cannot.
+    found = {(name, metric): value for name, metric, value, _ in measure_batch(batch, exact, chosen, embeddings).values}
+    for (name, metric), value in found.items():
+        # Coalitions of equal worth are ranked by their rounding.
+        assert value == pytest.approx(1, abs=1e-9 if metric == "r2" else 0.5), (name, metric)
+    assert all(value < 0.99 for _, metric, value, _ in rows[0].values if metric == "r2")
+
+
+def test_first_order_maps_say_of_a_coalition_the_sum_over_its_patches_and_words(batch: Batch) -> None:
+    maps = Given(batch)
+    embeddings = Embeddings.of(maps.method.encoder, batch)
+    measuring = _Measuring(batch, maps, {"caption"}, embeddings)
+    found = measuring._coalitions(embeddings, 12, 8, 0.5, 0)
+    parts = next(iter(embeddings._coalitions.values()))
+    for caption in range(len(batch.tokens)):
+        for pair in range(48):
+            image, text = pair // 4, pair % 8
+            shown, said = parts.shown_NHW[1 + image], parts.said_CNL[caption, 1 + text]
+            expected = maps.given["image"][caption][shown].sum() + maps.text[caption][said].sum()
+            assert float(found.explained[caption, pair]) == pytest.approx(float(expected))
+            value = parts.image_BNK[batch.caption_image[caption], 1 + image] @ parts.text_CNK[caption, 1 + text]
+            assert float(found.similarity[caption, pair]) == pytest.approx(float(value))
+    content = maps.method.encoder.tokenizer.content_mask(batch.tokens)
+    assert not (parts.said_CNL[:, 0] & content).any()
+    assert (parts.said_CNL | content[:, None]).all(), "marks of start and end always stay"
+
+
+def test_parts_come_and_go_in_the_order_of_the_maps(batch: Batch) -> None:
+    maps = Given(batch)
+    encoder = maps.method.encoder
+    content = encoder.tokenizer.content_mask(batch.tokens)
+    rows = table(batch, maps, "insertion_deletion", steps=3)
+    for caption, row in enumerate(rows):
+        image, tokens = batch.images[batch.caption_image[caption]], batch.tokens[caption]
+        patches = sorted(range(6), key=lambda patch: -float(maps.given["image"][caption].flatten()[patch]))
+        words = sorted(content[caption].nonzero()[:, 0].tolist(), key=lambda word: -float(maps.text[caption, word]))
+        curves: dict[str, list[float]] = {}
+        for step in range(4):
+            first, then = patches[: step * 2], patches[step * 2 :]
+            count = round(step * len(words) / 3)
+            for name, shown, said in (
+                ("insertion", first, words[:count]),
+                ("deletion", then, words[count:]),
+                ("image_insertion", first, words),
+                ("image_deletion", then, words),
+                ("text_insertion", patches, words[:count]),
+                ("text_deletion", patches, words[count:]),
+            ):
+                part, text = torch.zeros_like(image), torch.where(content[caption], 0, tokens)
+                for patch in shown:
+                    across, down = slice(patch % 3 * 4, patch % 3 * 4 + 4), slice(patch // 3 * 4, patch // 3 * 4 + 4)
+                    part[:, down, across] = image[:, down, across]
+                text[said] = tokens[said]
+                pair = encoder.encode_image(part[None]), encoder.encode_text(text[None])
+                curves.setdefault(name, []).append(float(torch.cosine_similarity(*pair)))
+        for name, curve in curves.items():
+            expected = sum((one + other) / 2 for one, other in itertools.pairwise(curve)) / 3
+            assert row[name] == pytest.approx(expected, rel=1e-6, abs=1e-12), (caption, name)
+
+
+def test_what_sits_on_cls_is_compared_with_all_that_is_attributed(batch: Batch) -> None:
+    maps = Given(batch)
+    assert all(row["excluded"] for row in table(batch, maps, "prefix_share")), "a method without interactions"
+    prefix = torch.randn(batch.tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maps.prefix = prefix
+    for caption, row in enumerate(table(batch, maps, "prefix_share")):
+        expected = float(prefix[caption].sum())
+        assert row["prefix"] == pytest.approx(expected)
+        assert row["prefix_share"] == pytest.approx(expected / (expected + float(maps.given["image"][caption].sum())))
