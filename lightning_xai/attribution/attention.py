@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -70,11 +71,12 @@ class AttentionReplaced(TorchFunctionMode):
 
     Args:
         attend: the other function, of the same arguments.
-        projected: is given what the first linear layer after each attention makes of it, the output projection.
+        projected: is given what the first linear layer after each attention makes of it, the output projection, and
+            that layer's weight; None for the weight inside nn.MultiheadAttention.
     """
 
     def __init__(
-        self, attend: Callable[..., Tensor], projected: Callable[[Tensor, Tensor], None] | None = None
+        self, attend: Callable[..., Tensor], projected: Callable[[Tensor, Tensor | None], None] | None = None
     ) -> None:
         super().__init__()
         self._attend = attend
@@ -94,7 +96,7 @@ class AttentionReplaced(TorchFunctionMode):
             meanings = {
                 **func.__globals__,
                 scaled_dot_product_attention.__name__: self._attended,
-                linear.__name__: self._linear,
+                linear.__name__: partial(self._linear, reads_weights=True),
             }
             func = FunctionType(func.__code__, meanings, func.__name__, func.__defaults__, func.__closure__)
             # Where weights are returned as well (the pool of Hugging Face's SigLIP), it does not call that function.
@@ -105,10 +107,12 @@ class AttentionReplaced(TorchFunctionMode):
         self._waiting = True
         return self._attend(*args, **kwargs)
 
-    def _linear(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _linear(self, *args: Any, reads_weights: bool = False, **kwargs: Any) -> Tensor:
         output = linear(*args, **kwargs)
         if self._waiting and self._projected is not None:
-            self._projected(output, args[1] if len(args) > 1 else kwargs["weight"])
+            # nn.MultiheadAttention passes over adapters, in the model as here.
+            weight = None if reads_weights else args[1] if len(args) > 1 else kwargs["weight"]
+            self._projected(output, weight)
         self._waiting = False
         return output
 
@@ -183,7 +187,7 @@ class BlockCall:
             if type(part).__module__.startswith("peft.") and hasattr(part.base_layer, "weight")
         }
 
-        def keep(output: Tensor, weight: Tensor) -> None:
+        def keep(output: Tensor, weight: Tensor | None) -> None:
             if id(weight) in adapted:
                 raise UnsupportedTowerError(
                     "an adapter adds to an attention's output projection, which is read here: call merge_and_unload() "
