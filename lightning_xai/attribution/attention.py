@@ -377,6 +377,8 @@ class AttendedTower:
                 raise self.unsupported(
                     "does not call scaled_dot_product_attention, whose arguments are needed, once in each block"
                 )
+            if attentions[0].shape[3] != call.hidden.shape[1]:
+                raise self.unsupported("attends to learned keys that are no tokens (add_bias_kv)")
         attentions = []
         try:
             with AttentionReplaced(recording(attentions)):
