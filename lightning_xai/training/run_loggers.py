@@ -108,8 +108,10 @@ def _known(kind: type[Any]) -> str | None:
 
 def _kind(logger: Any) -> type[Any]:
     """The class of a logger, configured (a dictionary, or a parser's namespace) or made."""
-    if not isinstance(logger, Mapping) and not hasattr(logger, "class_path"):
-        return type(logger)  # not all loggers are Lightning's `Logger`s
+    configured = isinstance(logger, Mapping) or hasattr(logger, "class_path")
+    # That of a dry run has any attribute; not all loggers are Lightning's `Logger`s.
+    if isinstance(logger, Logger) or not configured:
+        return type(logger)
     module, _, name = logger["class_path"].rpartition(".")
     kind: type[Any] = getattr(import_module(module), name)
     return kind

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
 
 from lightning_xai.results.record import read_record
@@ -225,20 +224,6 @@ def test_a_run_resumes_only_with_the_settings_it_was_started_with(config: Path, 
     assert "its batches would hold other samples: batch_size was 16 and is 8" in message
 
 
-def test_a_run_resumes_only_with_the_number_of_processes_it_was_started_with(
-    config: Path, stopped: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(stopped, copy)
-    newest = RunFolder(copy).files()[0]
-    content = torch.load(newest, weights_only=True)
-    content["ShardDataModule"]["plan"]["world"] = 4
-    torch.save(content, newest)
-    message = refusal(tmp_path / "log", "fit", f"--config={config}", f"--run={copy}")
-    assert "world_size was 4" in message
-    assert "--model.init_args.model=" in message
-
-
 def test_a_folder_that_another_job_uses_is_refused(config: Path, stopped: Path, tmp_path: Path) -> None:
     holder = RunFolder(stopped)
     holder.lock()
@@ -318,7 +303,7 @@ def test_a_job_is_a_run_and_prints_its_steps(config: Path, tmp_path: Path, monke
     message = (tmp_path / "log").read_text()
     assert "batch: 16 on each device, 16 in all" in message
     assert "4 batches (64 samples) make a step" in message
-    assert "steps: 2 an epoch, 1 epochs, 2 in all" in message
+    assert "steps: 2 an epoch, 1 epoch, 2 in all" in message
     assert [path.name for path in root.iterdir()] == ["slurm-7"]
     saved = root / "slurm-7/config.yaml"
     before = saved.read_bytes()
