@@ -8,13 +8,14 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import yaml
-from jsonargparse import set_dumper
+from jsonargparse import ArgumentParser, set_dumper
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -66,6 +67,10 @@ _FREE = {
         "train", "val", "test", "root", "pin_memory", "persistent_workers", "max_fault_fraction", "verify", "retries",
     },
 }  # fmt: skip
+
+
+# Options beside which --run need not name a run that is there.
+_DESCRIBES = ("--config", "-c", "--model", "--data", "--help", "-h", "--print_config")
 
 
 class _ConfigDumper(yaml.SafeDumper):  # type: ignore[misc] # PyYAML has no types
@@ -162,8 +167,14 @@ class TrainingCLI(LightningCLI):
             self._names_run = run is not None
             if run and not options & {"--config", "-c"} and run_of(Path(run)) and (Path(run) / "config.yaml").is_file():
                 given = [given[0], f"--config={Path(run) / 'config.yaml'}", *given[1:]]
-            given = lists_replaced(given)
-        super().parse_arguments(parser, given)
+            elif run and not any(option.startswith(_DESCRIBES) for option in options) and not run_of(Path(run)):
+                raise ValueError(
+                    f"--run={run}: there is no run in this folder (it has no run.json); name the folder of one, or "
+                    "describe a new one by --config=FILE"
+                )
+            self.config = parser.parse_args(lists_replaced(given))
+        else:
+            super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Find the run's folder and its newest checkpoint, before anything that takes time."""
@@ -233,11 +244,16 @@ class TrainingCLI(LightningCLI):
         """Take `--optimizer` and `--lr_scheduler` in place of the model's own."""
         return with_scheduler(lightning_module, optimizer, lr_scheduler)
 
-    def _with_own(self, callbacks: list[Callback], keeps: bool) -> list[Callback]:
-        """A run's callbacks and those that every run has; `keeps`: whether it writes checkpoints."""
-        refuse_finders(callbacks)
-        if self._measured is not None:
-            callbacks.append(MeasuredModel(self._measured))
+    def _option_of(self, callback: Callback) -> str | None:
+        """The option of the command line that was given for a callback that every run has."""
+        if isinstance(callback, PredictionWriter) and self._get(self.config, "maps") is not None:
+            return "maps"
+        if isinstance(callback, FiniteSteps) and self._get(self.config, "on_nonfinite") != "stop":
+            return "on_nonfinite"
+        return None
+
+    def _missing(self, callbacks: list[Callback]) -> Iterator[Callback]:
+        """What every run has, and these callbacks lack."""
         own: list[Callback] = [DataFaults(), Preflight()]
         if self.subcommand == "predict":
             run = self._get(self.config, "run")
@@ -246,7 +262,20 @@ class TrainingCLI(LightningCLI):
             own.append(PredictionWriter(folder, maps=self._get(self.config, "maps")))
         if self.subcommand == "fit":
             own.append(FiniteSteps(self._get(self.config, "on_nonfinite")))
-        callbacks += [each for each in own if not any(isinstance(given, type(each)) for given in callbacks)]
+        for each in own:
+            if not any(isinstance(given, type(each)) for given in callbacks):
+                yield each
+            elif option := self._option_of(each):
+                raise ValueError(
+                    f"--{option} does nothing beside a {type(each).__name__} among the callbacks: give it to that one"
+                )
+
+    def _with_own(self, callbacks: list[Callback], keeps: bool) -> list[Callback]:
+        """A run's callbacks and those that every run has; `keeps`: whether it writes checkpoints."""
+        refuse_finders(callbacks)
+        callbacks += list(self._missing(callbacks))
+        if self._measured is not None:
+            callbacks.append(MeasuredModel(self._measured))
         if self.subcommand in (None, "predict") or not keeps:
             return callbacks
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
@@ -282,7 +311,7 @@ class TrainingCLI(LightningCLI):
 
     def _enter(self, run: Path) -> None:
         """Lock a run's folder, direct all output there, and find the checkpoint to resume from."""
-        self._folder = RunFolder(run)
+        self._folder = RunFolder(run, self._comparable)
         if _is_first():
             self._folder.lock()
         record = self._folder.read()
@@ -294,8 +323,6 @@ class TrainingCLI(LightningCLI):
                 self._folder.refuse_unreadable()
                 _say(f"The run in {run} was stopped before its first checkpoint; it starts over.")
             else:
-                # What one version compares, another may not.
-                record = msgspec.structs.replace(record, settings=_deciding(record.settings))
                 longer = self._folder.check(record, self._settings)
                 if record.finished and not longer:
                     _say(
@@ -343,6 +370,32 @@ class TrainingCLI(LightningCLI):
         """The configuration without settings that cannot change a number; nested plain values."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         return _deciding(json.loads(parser.dump(config, format="json")))
+
+    def _comparable(self, was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a run that another version may have begun, without what is free and with what is new.
+
+        An option that the other version had not has its default, which does what that version did.
+        """
+        was = _deciding(was)
+        # Several processes take the strategy "auto" for "ddp".
+        trainers = [each.get("trainer") or {} for each in (was, now)]
+        if {each.get("strategy") for each in trainers if isinstance(each.get("strategy"), str)} == {"auto", "ddp"}:
+            trainers[0]["strategy"] = trainers[1]["strategy"]
+        for group in ("model", "data"):
+            old, new = (each.get(group) or {} for each in (was, now))
+            if old.get("class_path") != new.get("class_path") or not isinstance(new.get("init_args"), dict):
+                continue
+            parser = ArgumentParser(exit_on_error=False)
+            module, _, name = new["class_path"].rpartition(".")
+            parser.add_class_arguments(getattr(import_module(module), name), sub_configs=False)
+            defaults = json.loads(parser.dump(parser.get_defaults(), format="json", skip_validation=True))
+            own = old.setdefault("init_args", {})
+            own |= {
+                name: value
+                for name, value in new["init_args"].items()
+                if name not in own and name in defaults and defaults[name] == value
+            }
+        return was
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import Optimizer
 
 from lightning_xai.training.contrastive import ContrastiveModule
+from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["check_optimizer", "lists_replaced", "refuse_finders", "with_scheduler"]
 
@@ -125,8 +127,9 @@ def with_scheduler(module: LightningModule, optimizer: Optimizer, scheduler: Any
         entry |= {"interval": "epoch", "monitor": scheduler.monitor}
         text = f"{name} looks at {scheduler.monitor} once an epoch"
     else:
-        steps = module.trainer.estimated_stepping_batches
-        text = f"{name} moves on after every step, not every epoch: its options count steps, of which there are {steps}"
+        steps = planned_steps(module.trainer)
+        text = f"{name} moves on after every step, not every epoch: its options count steps"
+        text += "" if steps == math.inf else f", of which there are {int(steps)}"
     _print(text)
     return {"optimizer": optimizer, "lr_scheduler": entry}
 

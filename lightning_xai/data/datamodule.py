@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -323,7 +324,7 @@ class ShardDataModule(LightningDataModule):
         if not elastic:
             self._go_on()
 
-    def deal_again(self, epoch_over: bool) -> Redealt | None:
+    def deal_again(self, epoch_over: bool, accumulated: Callable[[int], int]) -> Redealt | None:
         """Deal out what a checkpoint of another number of ranks leaves of its epoch, to the ranks there are now.
 
         To be called after `load_state_dict`, on all ranks. No sample of the epoch comes twice; what does not fill a
@@ -331,6 +332,7 @@ class ShardDataModule(LightningDataModule):
 
         Args:
             epoch_over: whether the checkpoint was written at an epoch's end.
+            accumulated: an epoch, counted from 0 -> the number of batches that make a step in it.
 
         Returns:
             What has changed; None where the number of ranks is the same.
@@ -353,7 +355,7 @@ class ShardDataModule(LightningDataModule):
         )
         least = count_passed(now["samples"], now["batch_size"], now["world_size"], dealt)
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
-        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        accumulate = accumulated(position["epoch"])
         # As Lightning counts: a float is a share.
         whole, batches = (min(limit, n) if isinstance(limit, int) else int(n * limit) for n in (before, after))
         if batches < after:  # as far in a limited epoch as before

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, get_args
 
 import lightning as L
@@ -36,6 +35,8 @@ from lightning_xai.training.parameter_groups import Frozen, freeze, parameter_gr
 from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
+
+_EPOCH_BATCHES = "lightning_xai_epoch_batches"  # key of checkpoints
 
 
 class ContrastiveModule(L.LightningModule):
@@ -132,6 +133,8 @@ class ContrastiveModule(L.LightningModule):
         self.retrieval = RetrievalMetric(ks=recall_at, group_size=val_group_size)
         self._batch_started = 0.0
         self._last_step: float | None = None
+        self._steps = 0.0  # of the whole run
+        self._epoch_batches = self._restored_batches = 0.0  # of an epoch, when the run was started
         self.chunk_size = chunk_size
         self._compiled = compile
         # Found now, since the parts of a sharded encoder cannot run on their own.
@@ -205,17 +208,29 @@ class ContrastiveModule(L.LightningModule):
             raise ValueError(
                 "the learning rate changes over the whole run, so give the trainer max_epochs or max_steps"
             )
-        if steps <= self.warmup_steps:
-            raise ValueError(f"warmup_steps has to be below the run's {steps} steps; got {self.warmup_steps}")
-        factor = partial(
-            learning_rate_factor,
-            steps=steps,
-            schedule=self.schedule,
-            warmup_steps=self.warmup_steps,
-            ratio=self.final_lr / self.initial_lr,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        # A checkpoint is read before, or after.
+        self._steps, self._epoch_batches = steps, self._restored_batches or float(self.trainer.num_training_batches)
+        self._restored_batches = 0.0
+        if self.trainer.ckpt_path is None:  # else known once the checkpoint has been read
+            self._check_warmup()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate_factor(self, step: int) -> float:
+        return learning_rate_factor(
+            step, self._steps, self.schedule, self._warmup_now(), self.final_lr / self.initial_lr
+        )
+
+    def _warmup_now(self) -> int:
+        """The steps of warm-up, of the size that steps have on the processes there are now."""
+        batches = float(self.trainer.num_training_batches)
+        if self.trainer.max_steps != -1 or batches == self._epoch_batches or not math.isfinite(batches):
+            return self.warmup_steps
+        return round(self.warmup_steps * batches / self._epoch_batches)
+
+    def _check_warmup(self) -> None:
+        if self._steps <= self._warmup_now():
+            raise ValueError(f"warmup_steps has to be below the run's {self._steps} steps; got {self.warmup_steps}")
 
     def train(self, mode: bool = True) -> Self:
         """As of every module, but frozen batch statistics stay as they are."""
@@ -230,7 +245,13 @@ class ContrastiveModule(L.LightningModule):
                 module.eval()
 
     def on_train_start(self) -> None:
-        """Make the optimizer fit to go on, where it comes from a checkpoint."""
+        """Make the optimizer fit to go on, where it comes from a checkpoint.
+
+        Raises:
+            ValueError: warm-up is as long as the run.
+        """
+        if self._steps:  # it has the built-in schedule
+            self._check_warmup()
         mend_optimizer_state(self.encoder, self.trainer.optimizers[0])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -340,9 +361,14 @@ class ContrastiveModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep architecture and activation with the weights, so that they can never be loaded into another function."""
         checkpoint[CHECKPOINT_KEY] = self.encoder.architecture
+        if self._epoch_batches:
+            # Options count steps as the run was started; on other processes they are of another size.
+            checkpoint[_EPOCH_BATCHES] = self._epoch_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture."""
+        """Refuse a checkpoint of another architecture; count steps as in the run that is resumed."""
+        self._restored_batches = float(checkpoint.get(_EPOCH_BATCHES, 0.0))
+        self._epoch_batches = self._restored_batches or self._epoch_batches
         found = checkpoint.get(CHECKPOINT_KEY)
         own = self.encoder.architecture
         differs = next((part for part in ("model_cfg", "preprocess_cfg") if found and found[part] != own[part]), None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning as L
 
 from lightning_xai.data.datamodule import Redealt, ShardDataModule
+from lightning_xai.training.schedule import accumulated, steps_of_epochs
 
 __all__ = ["go_on_elastically"]
 
@@ -31,7 +33,7 @@ def go_on_elastically(trainer: L.Trainer, checkpoint: dict[str, Any]) -> str | N
     loop = checkpoint["loops"]["fit_loop"]
     progress, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
     over = progress["is_last_batch"]
-    change = data.deal_again(over)
+    change = data.deal_again(over, partial(accumulated, trainer))
     if change is None:
         return None
     loop["state_dict"].pop("combined_loader", None)  # the former position, which the data module has made the new one
@@ -52,12 +54,14 @@ def go_on_elastically(trainer: L.Trainer, checkpoint: dict[str, Any]) -> str | N
 
 def _move_schedules(trainer: L.Trainer, checkpoint: dict[str, Any], change: Redealt) -> str:
     """Move schedules to the same share of a run whose epochs have another number of steps; says so."""
-    accumulate = trainer.accumulate_grad_batches
+    accumulate = accumulated(trainer, change.epoch)
     before, now = (-(-batches // accumulate) for batches in (change.batches_before, change.batches))
-    if before == now or trainer.max_steps != -1:  # a run of so many steps keeps them
+    done, step = (  # where it is, moved or not
+        steps_of_epochs(trainer, batches, range(change.epoch)) + -(-within // accumulate)
+        for batches, within in ((change.batches_before, change.given), (change.batches, change.passed))
+    )
+    if (before, done) == (now, step) or trainer.max_steps != -1:  # a run of so many steps keeps them
         return ""
-    done = change.epoch * before + -(-change.given // accumulate)  # where it is, moved or not
-    step = change.epoch * now + -(-change.passed // accumulate)
     moved = kept = 0
     for state in checkpoint["lr_schedulers"]:
         if state.get("last_epoch") not in (done, checkpoint["global_step"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_xai.training.schedule import remaining_steps
 
 __all__ = ["ProgressLog"]
 
@@ -95,11 +98,11 @@ class ProgressLog(Callback):
         return time.monotonic() - self._line > 60 * self.minutes
 
     def _print_training(self, trainer: L.Trainer) -> None:
-        now, step, total = time.monotonic(), trainer.global_step, trainer.estimated_stepping_batches
+        now, step, rest = time.monotonic(), trainer.global_step, remaining_steps(trainer)
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         parts = [f"epoch {trainer.current_epoch + 1}{epochs}, step {step:,}"]
-        if total != float("inf"):
-            parts[0] += f"/{int(total):,}"
+        if rest != math.inf:
+            parts[0] += f"/{int(step + rest):,}"
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
             parts.append(f"loss {float(loss):.4f}")
@@ -110,8 +113,8 @@ class ProgressLog(Callback):
         began, first = self._start
         timers = (each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer))  # type: ignore[attr-defined]
         left = [seconds for seconds in timers if seconds is not None]
-        if total != float("inf") and step > first:
-            left.append((now - began) / (step - first) * (total - step))
+        if rest != math.inf and step > first:
+            left.append((now - began) / (step - first) * rest)
         parts += [_left(min(left))] if left else []
         self._print(trainer, parts)
         self._trained = (0, now)

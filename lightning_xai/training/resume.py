@@ -113,6 +113,7 @@ class Resume(Checkpoint):
         self._placement = Placement()
         self._interrupted = False
         self._complete = False
+        self._moved = False
         self._aside: list[Callback] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -173,9 +174,10 @@ class Resume(Checkpoint):
         if trainer.fit_loop.epoch_loop.restarted_on_last and not trainer.is_last_batch:
             # Saved behind a validation. Lightning takes the batch for complete only if it expects one there.
             self._placement.validate(trainer)
-        if self._record is not None and self._record.longer:
+        longer = self._record is not None and self._record.longer
+        if longer or self._moved:
             text = _follow_schedule(trainer)
-            begins = self._record.longer[-1].startswith(f"from {self._chosen} on")
+            begins = longer and longer[-1].startswith(f"from {self._chosen} on")
             if begins and trainer.is_global_zero:
                 print(text, flush=True)  # noqa: T201 - the schedule bends here
         self._saved_at = time.monotonic()
@@ -314,6 +316,7 @@ class Resume(Checkpoint):
             scores = state.get("best_k_models") or {}
             state["best_k_models"] = {_moved(path, before, state["dirpath"]): each for path, each in scores.items()}
         text = go_on_elastically(trainer, checkpoint)
+        self._moved = text is not None
         if text is not None and trainer.is_global_zero:
             print(text, flush=True)  # noqa: T201 - it changes what a step is
             if self._folder is not None and self._record is not None:
@@ -411,10 +414,12 @@ class Resume(Checkpoint):
 
 def _follow_schedule(trainer: L.Trainer) -> str:
     """Set the learning rates to what the schedules of the longer run say now; returns a sentence for each."""
-    steps, total = trainer.global_step, planned_steps(trainer)
+    total = planned_steps(trainer)
     lines = []
     for config in trainer.lr_scheduler_configs:
         scheduler, name = config.scheduler, type(config.scheduler).__name__
+        by_step = config.interval == "step"
+        steps = scheduler.last_epoch if by_step and hasattr(scheduler, "last_epoch") else trainer.global_step
         group = scheduler.optimizer.param_groups[0]
         if not isinstance(scheduler, LambdaLR):
             lines.append(f"{name} goes on with its own settings from step {steps} on, at {group['lr']:.3g}.")
@@ -426,7 +431,7 @@ def _follow_schedule(trainer: L.Trainer) -> str:
         ):
             each["lr"] = base * factor(scheduler.last_epoch)
         scheduler._last_lr = [each["lr"] for each in scheduler.optimizer.param_groups]
-        end = "" if math.isinf(total) else f" of {int(total):,} steps"
+        end = "" if math.isinf(total) or not by_step else f" of {int(total):,} steps"
         last = (
             "" if not end else f", and ends with {scheduler.base_lrs[0] * scheduler.lr_lambdas[0](int(total) - 1):.3g}"
         )

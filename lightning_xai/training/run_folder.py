@@ -8,7 +8,7 @@ import re
 import socket
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,8 @@ _CHECKPOINT = re.compile(r"step=(\d{1,18})\.ckpt")
 _UNFINISHED = re.compile(r"\.{1,2}step=\d{1,18}\.ckpt\..+")
 _SHOWN = 12
 _MOVED = re.compile(r'"lightning_xai\.(?:tasks|callbacks)\.')  # packages of version 0.1
+
+_Comparable = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 class RunFolderError(ValueError):
@@ -102,14 +104,17 @@ class RunFolder:
 
     Args:
         path: the folder; it need not exist yet.
+        comparable: settings of a run that was started before, and those of now -> the former, as they are compared:
+            another version may know of other settings.
 
     Attributes:
         path: the folder.
         skipped: file name -> why `newest` did not take it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, comparable: _Comparable = lambda was, _: was) -> None:
         self.path = Path(path)
+        self._comparable = comparable
         self.skipped: dict[str, str] = {}
         # The kernel holds the lock (flock), so it ends with the process, even a killed one. filelock closes it in
         # forked children: data workers that outlive a killed process do not keep it. On NFS, Linux passes it on to the
@@ -202,7 +207,8 @@ class RunFolder:
         """
         if not record.settings:
             return []
-        was, now = _plain(record.settings), _plain(settings)
+        now = _plain(settings)
+        was = self._comparable(_plain(record.settings), now)
         longer = []
         for name in _LENGTHS:
             lengths = [each.get("trainer", {}).get(name) for each in (was, now)]
@@ -231,7 +237,9 @@ class RunFolder:
 
     def note_loggers(self, record: RunRecord, ids: Mapping[str, Mapping[str, str]]) -> RunRecord:
         """Keep the ids by which loggers know the run, so that they go on when it does; needs the lock."""
-        changed = msgspec.structs.replace(record, loggers={key: dict(value) for key, value in ids.items()})
+        # Those of loggers that this start does without are kept, too.
+        known = record.loggers | {key: dict(value) for key, value in ids.items()}
+        changed = msgspec.structs.replace(record, loggers=known)
         if changed != record:
             self._write(changed)
         return changed
@@ -264,6 +272,8 @@ class RunFolder:
         if choice not in (None, "best", "last"):
             return self._given(Path(str(choice)), record)
         newest = self.newest(record)
+        if newest is None and choice != "last" and record.best is not None and Path(record.best.path).is_file():
+            return record.best  # a finished run, whose checkpoints to resume from were deleted
         if newest is None:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.skipped.items()) or "none was written"
             raise RunFolderError(

@@ -6,6 +6,7 @@ A step is made of as many batches as are accumulated; the last one of an epoch m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,8 @@ __all__ = [
     "ends_training",
     "is_complete",
     "planned_steps",
+    "remaining_steps",
+    "steps_of_epochs",
     "validates_behind",
 ]
 
@@ -42,8 +45,24 @@ def planned_steps(trainer: L.Trainer) -> float:
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs in (None, -1) or batches == math.inf:
         return total
-    steps = sum(math.ceil(batches / accumulated(trainer, epoch)) for epoch in range(max(epochs, 1)))
+    steps = steps_of_epochs(trainer, int(batches), range(max(epochs, 1)))
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def steps_of_epochs(trainer: L.Trainer, batches: int, epochs: Iterable[int]) -> int:
+    """Number of steps of some epochs, counted from 0, of so many batches each."""
+    return sum(math.ceil(batches / accumulated(trainer, epoch)) for epoch in epochs)
+
+
+def remaining_steps(trainer: L.Trainer) -> float:
+    """Number of steps behind the batch that has just been trained on; infinite where nothing bounds it but time."""
+    left = math.inf if trainer.max_steps == -1 else float(trainer.max_steps - trainer.global_step)
+    batches, epochs, epoch = trainer.num_training_batches, trainer.max_epochs, trainer.current_epoch
+    if epochs in (None, -1) or batches == math.inf:
+        return left
+    rest = int(batches) - trainer.fit_loop.batch_idx - 1
+    steps = math.ceil(rest / accumulated(trainer, epoch))
+    return min(left, float(steps + steps_of_epochs(trainer, int(batches), range(epoch + 1, epochs))))
 
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:

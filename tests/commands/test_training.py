@@ -224,6 +224,35 @@ def test_a_run_resumes_only_with_the_settings_it_was_started_with(config: Path, 
     assert "its batches would hold other samples: batch_size was 16 and is 8" in message
 
 
+def test_a_run_of_a_version_that_lacked_an_option_goes_on_with_its_default(
+    config: Path, stopped: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    record = json.loads((run / "run.json").read_text())
+    for group, name in (("model", "schedule"), ("model", "warmup_steps"), ("model", "recall_at")):
+        del record["settings"][group]["init_args"][name]
+    (run / "run.json").write_text(json.dumps(record))
+    message = refusal(
+        tmp_path / "log", "fit", f"--config={config}", f"--run={run}", "--model.init_args.schedule=cosine"
+    )
+    assert "model.init_args.schedule was None and is 'cosine'" in message
+    assert "warmup_steps" not in message
+    assert finish(["fit", f"--config={config}", f"--run={run}"], tmp_path / "log") == 0
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    for verb in ("fit", "test"):
+        message = refusal(tmp_path / "log", verb, f"--run={tmp_path}")
+        assert f"--run={tmp_path}: there is no run in this folder" in message
+
+
+def test_options_that_a_callback_of_the_config_makes_idle_are_refused(config: Path, tmp_path: Path) -> None:
+    idle = "--trainer.callbacks=[{class_path: lightning_xai.training.FiniteSteps}]"
+    message = refusal(tmp_path / "log", "fit", f"--config={config}", idle, "--on_nonfinite=skip")
+    assert "--on_nonfinite does nothing beside a FiniteSteps among the callbacks" in message
+
+
 def test_a_folder_that_another_job_uses_is_refused(config: Path, stopped: Path, tmp_path: Path) -> None:
     holder = RunFolder(stopped)
     holder.lock()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from stopped_runs import config_of
 from training_runs import batches_of, task_of, trainer_in
 
@@ -36,6 +37,16 @@ def test_each_epoch_has_a_line_and_so_has_each_span_of_minutes(
     for line, step in zip(lines, steps, strict=True):
         assert re.fullmatch(rf"epoch {1 + (step > 4)}/2, step {step}/8, loss \d+\.\d{{4}}, {TIME}", line), line
     assert lines[-1].endswith("0:00:00 left")
+
+
+def test_steps_are_counted_as_they_are_made_where_accumulation_changes(
+    architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = task_of(architecture_file("vit"))
+    loader = batches_of(task, shapes / "train", count=6, size=4)
+    by_epoch = GradientAccumulationScheduler({0: 4, 1: 2})
+    trainer_in(tmp_path, ProgressLog(60), by_epoch, max_epochs=2).fit(task, loader)
+    assert re.findall(r"step (\d+/\d+)", capsys.readouterr().out) == ["2/5", "5/5"]
 
 
 def test_where_the_output_is_no_terminal_a_run_prints_lines_and_no_bar(

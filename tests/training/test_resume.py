@@ -68,12 +68,19 @@ def model(architecture_file: Callable[[str], Path]) -> Path:
 
 
 def fit(
-    run: Path, model: Path, world: Path, *callbacks: Callback, batch_size: int = 4, workers: int = 0, **options: Any
+    run: Path,
+    model: Path,
+    world: Path,
+    *callbacks: Callback,
+    batch_size: int = 4,
+    workers: int = 0,
+    warmup_steps: int = 0,
+    **options: Any,
 ) -> bool:
     """Train, or go on with the training in `run`, until it is finished (True) or stopped."""
     folder, record = RunFolder(run), RunFolder(run).read()
     newest = None if record is None else folder.newest(record)
-    module = task_of(model, final_lr=1e-4)
+    module = task_of(model, final_lr=1e-4, warmup_steps=warmup_steps)
     data = ShardDataModule(
         train=world / "train",
         val=world / "val",
@@ -328,7 +335,10 @@ def fit_somewhere(
     run: str, model: str, world: str, stop_at: int | None, options: dict[str, Any], signum: int = signal.SIGTERM
 ) -> bool:
     join = {} if torch.distributed.get_world_size() == 1 else join_lightning()
-    callbacks = Seen(Path(run, "seen")), StopAt(stop_at, signum)
+    callbacks: list[Callback] = [Seen(Path(run, "seen")), StopAt(stop_at, signum)]
+    if accumulated := options.get("accumulated"):
+        callbacks.append(GradientAccumulationScheduler(accumulated))
+    options = {name: value for name, value in options.items() if name != "accumulated"}
     return fit(Path(run), Path(model), Path(world), *callbacks, **options, **join)
 
 
@@ -399,6 +409,40 @@ def test_accumulated_steps_stay_whole_where_another_number_of_processes_goes_on(
     assert [len(keys[epoch]) for epoch in range(2)] == [8 + 16, 24]
     assert [len(set(keys[epoch])) for epoch in range(2)] == [24, 24]
     assert left_by(tmp_path).step == 9
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_accumulation_by_epoch_goes_on_with_another_number_of_processes(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    where = (str(tmp_path), str(model), str(world))
+    options = {"batch_size": 2, "accumulated": {0: 4, 1: 2}}
+    # One step of 4 batches; of 24 - 8 samples, 4 batches of 2 ranks would be left, of which 2 end the epoch.
+    assert run_distributed(fit_somewhere, *where, 3, options, world_size=1) == [False]
+    assert run_distributed(fit_somewhere, *where, None, options) == [True, True]
+    keys = seen(tmp_path / "seen")
+    assert [len(keys[epoch]) for epoch in range(2)] == [8 + 8, 24]
+    left = left_by(tmp_path)
+    assert left.step == 1 + 1 + 3
+    rates = [left.logged["train/learning_rate", step] for step in range(5)]
+    assert rates == pytest.approx([1e-3 * 0.1 ** (step / 4) for step in range(5)], rel=1e-6)
+    assert "an epoch has 2 steps in place of 3" in RunFolder(tmp_path).read().changes[0]  # type: ignore[union-attr]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_warm_up_keeps_its_share_of_an_epoch_on_another_number_of_processes(
+    model: Path, world: Path, tmp_path: Path
+) -> None:
+    where = (str(tmp_path), str(model), str(world))
+    assert run_distributed(fit_somewhere, *where, 3, {"warmup_steps": 6}, world_size=1) == [False]
+    # 4 of 12 steps, 6 of them warm-up; then 2 of 6 steps, 3 of them warm-up.
+    assert run_distributed(fit_somewhere, *where, None, {"warmup_steps": 6}) == [True, True]
+    left = left_by(tmp_path)
+    rates = [left.logged["train/learning_rate", step] for step in range(left.step)]
+    expected = [1 / 6, 2 / 6, 3 / 6, 4 / 6, 3 / 3, 1, 0.1**0.5, 0.1]
+    assert rates == pytest.approx([1e-3 * factor for factor in expected], rel=1e-6)
 
 
 def test_signals_belong_to_others_again_when_training_is_over(model: Path, world: Path, tmp_path: Path) -> None:
