@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_cli", "main"]
 
+_VERBS = ("fit", "validate", "test", "predict")
 _OVERVIEW = """\
 lightning_xai trains CLIP-like models and shows which words they match with which parts of an image.
 
@@ -50,6 +52,15 @@ def main(args: Sequence[str] | None = None) -> None:
         commands = "\n".join(f"  {name:13} {summary(name).removesuffix('.')}" for name in COMMANDS)
         print(_OVERVIEW.format(commands=commands))  # noqa: T201
         return
+    if arguments[0] not in (*COMMANDS, *_VERBS) and not arguments[0].startswith("-"):
+        near = get_close_matches(arguments[0], [*COMMANDS, *_VERBS], n=1)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        print(  # noqa: T201
+            f"usage: python -m lightning_xai {{{','.join((*_VERBS, *COMMANDS))}}} ...\n"
+            f"lightning_xai: there is no command {arguments[0]!r}.{guess}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     # Some libraries still call it when they are imported, which users cannot change.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     try:

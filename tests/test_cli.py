@@ -302,7 +302,7 @@ def test_a_wrong_file_is_named_without_a_traceback(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fly"], "invalid choice: 'fly' (choose from"),
+        (["fly"], "there is no command 'fly'."),
         (["fit", "--config", "gone.yaml"], "gone.yaml"),
         (["prepare"], 'expected "subcommand" to be one of {shapes,coco'),
         (["prepare", "shapes"], "required: shapes.out"),

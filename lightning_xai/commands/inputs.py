@@ -47,6 +47,15 @@ class Entry:
     box: str | None = None
 
 
+def _refuse_run(name: str) -> None:
+    """Raise a ValueError that names the best model of a run, where its folder was given: the file says which it was."""
+    from lightning_xai.training.run_folder import run_of
+
+    run = run_of(Path(name)) if Path(name).is_dir() else None
+    if run is not None:
+        raise ValueError(f"{name} is the folder of a run; give the model itself, --model.name={run.model().path}")
+
+
 def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     """Load the chosen model, in evaluation mode, on its device.
 
@@ -59,6 +68,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     from lightning_xai.models.clap import is_clap
 
     device = _device(choice.device)
+    _refuse_run(choice.name)
     folder = Path(choice.name.removeprefix("hf:"))
     is_sounds = folder.is_dir() and is_clap(folder)
     given = [name for name, value in {"pretrained": choice.pretrained, **choice.options}.items() if value is not None]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
 
 from lightning_xai.results.record import read_record
@@ -245,6 +246,15 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     for verb in ("fit", "test"):
         message = refusal(tmp_path / "log", verb, f"--run={tmp_path}")
         assert f"--run={tmp_path}: there is no run in this folder" in message
+
+
+def test_where_a_model_is_wanted_the_folder_of_a_run_is_answered_with_its_best_model(
+    whole: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    options = ["--image", str(tmp_path / "red.png"), "--caption", "a red square", "--out", str(tmp_path / "out")]
+    message = refusal(tmp_path / "log", "explain", *options, "--model.name", str(whole))
+    assert f"give the model itself, --model.name={RunFolder(whole).model().path}" in message
 
 
 def test_options_that_a_callback_of_the_config_makes_idle_are_refused(config: Path, tmp_path: Path) -> None:
