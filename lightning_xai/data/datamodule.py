@@ -450,6 +450,8 @@ class ShardDataModule(LightningDataModule):
         if split not in self._faults:
             # The last batches of an evaluation may have padding.
             read = min(world_size * len(dataset) * dataset.batch_size, manifest.samples)
+            if isinstance(dataset, EvaluationDataset) and dataset.passed is not None:
+                read -= int(dataset.passed.sum())
             shards = {entry.name: entry.samples for entry in manifest.shards}
             self._faults[split] = FaultCounter(split, str(dataset.store), shards, read, self.max_fault_fraction)
             line = (

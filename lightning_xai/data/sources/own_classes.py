@@ -14,6 +14,7 @@ phrase that means two classes at the same level names neither. Compounds that th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def class_finder(
     {'dog': ((4, 11),), 'hard_hat': ((19, 26), (33, 41))}
     """
     classes, blocked = read_classes()
-    named = {_readable(name).lower(): name for name in categories if _readable(name).lower() in classes}
+    written = Counter(_readable(name).lower() for name in categories)
+    # Two that read alike ("hot dog", "hot_dog") are as unclear as two of any other name.
+    named = {text: name for name in categories if (text := _readable(name).lower()) in classes and written[text] == 1}
     own = [name for name in categories if name not in named.values()]
     levels = (
         [(name, phrase) for name, phrases in (added or {}).items() for phrase in _forms(phrases)],

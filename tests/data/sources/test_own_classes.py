@@ -65,3 +65,9 @@ def test_cocos_own_classes_are_found_with_their_dictionary_alone() -> None:
 def test_plurals(one: str, many: str) -> None:
     assert many in number_forms(one)
     assert phrase_words(one) in map(phrase_words, number_forms(many)) or many == "glasses"
+
+
+def test_two_categories_that_read_alike_own_no_words() -> None:
+    found = class_finder({"hot dog": [], "hot_dog": [], "dog": []})
+    assert found.finder.find("a hot dog and a dog") == {"dog": ((16, 19),)}
+    assert next(iter(found.ambiguous.values())) == ["hot dog", "hot_dog"]
