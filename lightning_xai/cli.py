@@ -62,7 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         sys.exit(2)
     # Some libraries still call it when they are imported, which users cannot change.
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    for known in ("`torch.jit.script` is deprecated", r"`isinstance\(treespec, LeafSpec\)` is deprecated"):
+        warnings.filterwarnings("ignore", message=known)
     try:
         if arguments[0] in COMMANDS:
             with _ended_in_order():

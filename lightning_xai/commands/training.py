@@ -355,6 +355,9 @@ class TrainingCLI(LightningCLI):
         if evaluates and config.ckpt_path is None and model.init_args.model.endswith(".ckpt"):
             config.ckpt_path = model.init_args.model
         self._measured = RunFolder(config.run).model(config.ckpt_path)
+        # What training alone needs is not taken up, on purpose: the warnings read as if another model were measured.
+        for message in ("Be aware that when using `ckpt_path`", "The dirpath has changed"):
+            warnings.filterwarnings("ignore", message=message)
         config.ckpt_path = self._measured.path
         if evaluates:
             model.init_args.model, model.init_args.pretrained, config.ckpt_path = self._measured.path, None, None
