@@ -22,6 +22,7 @@ from lightning_xai.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
+STOPS = int(os.environ.get("LIGHTNING_XAI_STOPS", "10"))  # of each of four kinds of runs
 ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
 
@@ -38,21 +39,23 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_runs_stopped_at_20_random_moments_end_as_an_uninterrupted_one(
-    workers: int, config: Path, tmp_path: Path
+def test_runs_stopped_at_random_moments_end_as_an_uninterrupted_one(
+    workers: int, accumulate: int, config: Path, tmp_path: Path
 ) -> None:
     options = [f"--config={config}", f"--data.init_args.num_workers={workers}", "--save_every_minutes=0.001"]
+    options.append(f"--trainer.accumulate_grad_batches={accumulate}")
     whole = tmp_path / "whole"
     # On any machine, most moments of a run are as likely as others: those after four fifths of its time are rarer.
     seconds = 0.8 * time_of(["fit", *options, f"--run={whole}"], tmp_path / "whole.log", whole)
-    expected, rng, stops, runs = left_by(whole), random.Random(workers), 0, 0
-    while stops < 20:
-        assert runs < 60, "most runs end before they can be stopped"
+    expected, rng, stops, runs = left_by(whole), random.Random(10 * accumulate + workers), 0, 0
+    while stops < STOPS:
+        assert runs < 3 * STOPS, "most runs end before they can be stopped"
         run, log = tmp_path / f"run{runs}", tmp_path / f"log{runs}"
         runs += 1
         arguments = ["fit", *options, f"--run={run}"]
-        while stops < 20 and (stopped := stop_at_random(arguments, log, run, rng, ALL, seconds)):
+        while stops < STOPS and (stopped := stop_at_random(arguments, log, run, rng, ALL, seconds)):
             stops += 1
             # A signal that comes before training has begun to listen ends the process in the usual way; one that comes
             # when nothing is left to do changes nothing.
