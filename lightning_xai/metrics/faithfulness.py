@@ -76,8 +76,8 @@ def determination(value: Tensor, explained: Tensor) -> Tensor:
 def spearman(value: Tensor, explained: Tensor) -> Tensor:
     """The rank correlation of [M, N] along N, in [-1, 1], ties at their mean rank; NaN where one is constant.
 
-    >>> spearman(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[5.0, 7.0, 9.0]]))
-    tensor([1.])
+    >>> spearman(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[5.0, 9.0, 7.0]]))
+    tensor([0.5000])
     """
     one, other = _ranks(value), _ranks(explained)
     norms: Tensor = one.norm(dim=1) * other.norm(dim=1)
