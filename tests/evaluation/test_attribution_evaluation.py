@@ -529,16 +529,10 @@ def is_result(path: Path) -> bool:
 def test_a_method_is_measured_at_several_layers_under_labels_that_say_which(
     architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"methods": {"feature_pair": {"steps": 3}, "random": None}, "metrics": ["grounding"]}
-    evaluate(
-        architecture_file("vit"),
-        data_of(world),
-        tmp_path / "all",
-        layers=[(-1, -1), (0, 1)],
-        **(options | {"seeds": 1}),
-    )
-    alone = {"methods": {"feature_pair": {"steps": 3, "image_layer": 0, "text_layer": 1}}, "metrics": ["grounding"]}
-    evaluate(architecture_file("vit"), data_of(world), tmp_path / "alone", **alone)
+    both: dict[str, Any] = {"methods": {"feature_pair": {"steps": 3}, "random": None}, "layers": [(-1, -1), (0, 1)]}
+    evaluate(architecture_file("vit"), data_of(world), tmp_path / "all", seeds=1, metrics=["grounding"], **both)
+    alone = {"feature_pair": {"steps": 3, "image_layer": 0, "text_layer": 1}}
+    evaluate(architecture_file("vit"), data_of(world), tmp_path / "alone", methods=alone, metrics=["grounding"])
     record, _ = read_result(tmp_path / "all")
     assert list(record.methods) == ["feature_pair,image=-1,text=-1", "feature_pair,image=0,text=1", "random"]
     assert numbers(tmp_path / "all", "feature_pair,image=0,text=1", "gamma") == numbers(
