@@ -66,7 +66,7 @@ class AttributionEvaluation(L.LightningModule):
             another label. Null: feature_pair.
         layers: pairs (image layer, text layer), counted as `FeaturePairAttribution` counts them: methods that attribute
             to a layer of both towers are measured at each, under a label of its own, such as
-            `feature_pair,image=0,text=0`. Null: at the layers of their options.
+            `feature_pair,0,0`. Null: at the layers of their options.
         metrics: what to measure, by name; null: all that the data allow, but those that cost many
             forward passes (faithfulness).
         metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
@@ -397,7 +397,7 @@ def _at_layers(
             )
         for image, text in layers:
             at = {"method": name, **own, "image_layer": image, "text_layer": text}
-            expanded[f"{label},image={image},text={text}"] = at
+            expanded[f"{label},{image},{text}"] = at
     if expanded.keys() == methods.keys():
         raise ValueError(f"layers would do nothing: none of {', '.join(methods)} attributes to a layer of both towers")
     return expanded
