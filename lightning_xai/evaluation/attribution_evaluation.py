@@ -7,6 +7,7 @@ where it was, with any number of processes.
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 import time
@@ -63,6 +64,9 @@ class AttributionEvaluation(L.LightningModule):
         out: folder for the results; a run with other settings needs another one.
         methods: name, or any label, of each method -> its options; `{"m2ib_8": {"method": "m2ib", "layer": 8}}` has
             another label. Null: feature_pair.
+        layers: pairs (image layer, text layer), counted as `FeaturePairAttribution` counts them: methods that attribute
+            to a layer of both towers are measured at each, under a label of its own, such as
+            `feature_pair,0,0`. Null: at the layers of their options.
         metrics: what to measure, by name; null: all that the data allow, but those that cost many
             forward passes (faithfulness).
         metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
@@ -96,6 +100,7 @@ class AttributionEvaluation(L.LightningModule):
         *,
         out: Path,
         methods: dict[str, dict[str, Any] | None] | None = None,
+        layers: list[tuple[int, int]] | None = None,
         metrics: list[str] | None = None,
         metric_options: dict[str, dict[str, Any]] | None = None,
         seeds: int = 1,
@@ -117,6 +122,8 @@ class AttributionEvaluation(L.LightningModule):
         self.methods = methods or {"feature_pair": None}
         for label, options in self.methods.items():
             check_method(method_of(label, options)[0])
+        if layers is not None:
+            self.methods = _at_layers(self.methods, layers)
         self.metrics = choose_metrics(metrics, metric_options or {})
         self.asked_for = tuple(metrics or ())
         self.seeds = seeds
@@ -372,6 +379,28 @@ class AttributionEvaluation(L.LightningModule):
         for run in runs:
             run.cache.close()
         return runs
+
+
+def _at_layers(
+    methods: Mapping[str, dict[str, Any] | None], layers: Sequence[tuple[int, int]]
+) -> dict[str, dict[str, Any] | None]:
+    """Methods, those that attribute to a layer of both towers once for each pair of layers."""
+    expanded: dict[str, dict[str, Any] | None] = {}
+    for label, options in methods.items():
+        name, own = method_of(label, options)
+        if not {"image_layer", "text_layer"} <= inspect.signature(METHODS[name]).parameters.keys():
+            expanded[label] = options
+            continue
+        if given := {"image_layer", "text_layer"} & own.keys():
+            raise ValueError(
+                f"the method {label} has {', '.join(sorted(given))} of its own, which layers would replace"
+            )
+        for image, text in layers:
+            at = {"method": name, **own, "image_layer": image, "text_layer": text}
+            expanded[f"{label},{image},{text}"] = at
+    if expanded.keys() == methods.keys():
+        raise ValueError(f"layers would do nothing: none of {', '.join(methods)} attributes to a layer of both towers")
+    return expanded
 
 
 def _jpeg(encoder: TwoTowerEncoder, batch: Batch, index: int) -> bytes:

@@ -524,3 +524,31 @@ def test_a_process_that_comes_late_takes_nothing_of_the_others_for_an_earlier_ru
 
 def is_result(path: Path) -> bool:
     return path.suffix != "" and path.parts[0] != "rows"
+
+
+def test_a_method_is_measured_at_several_layers_under_labels_that_say_which(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    both: dict[str, Any] = {"methods": {"feature_pair": {"steps": 3}, "random": None}, "layers": [(-1, -1), (0, 1)]}
+    evaluate(architecture_file("vit"), data_of(world), tmp_path / "all", seeds=1, metrics=["grounding"], **both)
+    alone = {"feature_pair": {"steps": 3, "image_layer": 0, "text_layer": 1}}
+    evaluate(architecture_file("vit"), data_of(world), tmp_path / "alone", methods=alone, metrics=["grounding"])
+    record, _ = read_result(tmp_path / "all")
+    assert list(record.methods) == ["feature_pair,-1,-1", "feature_pair,0,1", "random"]
+    assert numbers(tmp_path / "all", "feature_pair,0,1", "gamma") == numbers(
+        tmp_path / "alone", "feature_pair", "gamma"
+    )
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"random": None}, "layers would do nothing: none of random attributes"),
+        ({"feature_pair": {"image_layer": 0}}, "has image_layer of its own, which layers would replace"),
+    ],
+)
+def test_layers_that_cannot_be_taken_are_refused(
+    methods: dict[str, Any], message: str, architecture_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttributionEvaluation(str(architecture_file("vit")), None, out=tmp_path, methods=methods, layers=[(0, 0)])
