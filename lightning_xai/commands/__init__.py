@@ -24,6 +24,7 @@ COMMANDS: Registry[Any] = Registry(
     {
         "prepare": "lightning_xai.commands.prepare:SOURCES",
         "verify": "lightning_xai.commands.verify:Verify",
+        "evaluate": "lightning_xai.commands.evaluate:Evaluate",
         "export": "lightning_xai.commands.export:export",
         "explain": "lightning_xai.commands.explain:Explain",
         "sanity-check": "lightning_xai.commands.sanity_check:SanityCheck",

@@ -15,13 +15,15 @@ from lightning.pytorch.loggers import CSVLogger
 from numpy.typing import NDArray
 from training_runs import task_of, trainer_in
 
+from lightning_xai.cli import main
 from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
 from lightning_xai.data.sample import read_image
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.evaluation import AttributionEvaluation
 from lightning_xai.metrics.grounding import gamma, patch_mask
-from lightning_xai.results.predictions import PredictionPart, part_paths, read_predictions
+from lightning_xai.results.predictions import PredictionPart, part_paths, read_predictions, write_part
 from lightning_xai.results.record import ResultError
+from lightning_xai.results.table import read_result
 from lightning_xai.training import ContrastiveFineTuning, PredictionWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
@@ -229,6 +231,39 @@ def test_stored_maps_give_the_gamma_that_test_measures(
     assert expected
     assert {name: value for name, value in found.items() if name in expected} == pytest.approx(expected, abs=1e-5)
     assert len(found) == len(measured)
+
+    main(["evaluate", "--predictions", str(parts), "--out", str(tmp_path / "stored")])
+    record, table = read_result(tmp_path / "stored")
+    _, original = read_result(tmp_path / "test")
+    for metric in ("gamma", "rho"):
+        own, other = (
+            {
+                (row.key, row.caption_index, row.label): (row.value, row.excluded)
+                for row in each.frame.query(f"metric == '{metric}'").itertuples()
+                if row.excluded in ("", "no_positive", "smaller_than_patch")
+            }
+            for each in (table, original)
+        )
+        assert own.keys() == other.keys()
+        assert any(reason == "smaller_than_patch" for _, reason in own.values())
+        for name, (value, reason) in other.items():
+            assert own[name] == (pytest.approx(value, abs=1e-5, nan_ok=True), reason)
+    assert record.methods["feature_pair"].options == PredictionWriter(maps=maps).options
+
+
+def test_predictions_without_maps_cannot_be_evaluated(
+    task: ContrastiveFineTuning, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = predict(task, data_folder, tmp_path / "predict")
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--predictions", str(parts), "--out", str(tmp_path / "out")])
+    assert "embeddings without maps; run `predict --maps phrases`" in str(stopped.value)
+    part = next(read_predictions(predict(task, data_folder, tmp_path / "maps", maps="phrases")))
+    (tmp_path / "odd").mkdir()
+    write_part(tmp_path / "odd/rank_0-000000.safetensors", replace(part, texts={**part.texts, "excluded": ["odd"]}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--predictions", str(tmp_path / "odd"), "--out", str(tmp_path / "out")])
+    assert "has not the form that PredictionPart describes (KeyError: 'ODD')" in str(stopped.value)
 
 
 def test_interactions_need_a_method_that_has_them() -> None:
