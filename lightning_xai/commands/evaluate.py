@@ -66,7 +66,7 @@ class Evaluate:
         record = ResultRecord(
             kind="evaluation",
             model={"name": str(self.predictions), "fingerprint": settings.get("weights")},
-            data={"fingerprint": settings.get("data"), "samples": samples},
+            data={"name": settings.get("data_name"), "fingerprint": settings.get("data"), "samples": samples},
             settings={"predictions": settings},
             versions=package_versions(),
             methods={label: MethodRecord(name=label, options=settings.get("options") or {}, signed=signed)},

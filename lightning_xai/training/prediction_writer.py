@@ -180,7 +180,8 @@ class PredictionWriter(L.Callback):
             }
         if isinstance(data, ShardDataModule):
             manifest = data.manifest(data.predict_split)
-            settings |= {"data": manifest.fingerprint, "captions_per_image": data.captions_per_image}
+            settings |= {"data": manifest.fingerprint, "data_name": manifest.name}
+            settings["captions_per_image"] = data.captions_per_image
         if self.maps is not None:
             settings |= {"method": self.method, "options": self.options}
         return settings
