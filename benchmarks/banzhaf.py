@@ -4,7 +4,7 @@
 
 The budget is that of FIxLIP's README: 2^13 coalitions of patches and 2^6 of tokens, here of a ViT-B-32 (49 patches) and
 a caption of 10 tokens. Both regressions get the same embeddings, drawn at random, in a process of their own each, which
-also tells its peak memory. What the towers take for that budget is measured on fewer masked inputs, with random
+also gives its peak memory. What the towers take for that budget is measured on fewer masked inputs, with random
 weights. Times differ from machine to machine: read the ratios.
 """
 
@@ -12,10 +12,16 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from attribution import peak_gigabytes
 from kept_table import keep
 from methods import in_own_process
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_xai.attribution.coalitions import Coalitions
 
 PATCHES, TOKENS, WIDTH = 49, 10, 512
 COALITIONS = (2**13, 2**6)
@@ -23,7 +29,7 @@ MODEL = "ViT-B-32"
 MASKED = 64
 
 
-def _given() -> tuple[object, ...]:
+def _given() -> tuple[Coalitions, Tensor, Coalitions, Tensor]:
     """Coalitions and unit embeddings of both sides."""
     import torch
     from torch.nn.functional import normalize
@@ -31,11 +37,9 @@ def _given() -> tuple[object, ...]:
     from lightning_xai.attribution.coalitions import Coalitions
 
     generator = torch.Generator().manual_seed(0)
-    sides = []
-    for players, count in zip((PATCHES, TOKENS), COALITIONS, strict=True):
-        embeddings = normalize(torch.randn(count, WIDTH, generator=generator), dim=1)
-        sides += [Coalitions.sample(players, count, 0.5), embeddings]
-    return tuple(sides)
+    image_NK, text_MK = (normalize(torch.randn(count, WIDTH, generator=generator), dim=1) for count in COALITIONS)
+    images, texts = (Coalitions.sample(*side, 0.5) for side in zip((PATCHES, TOKENS), COALITIONS, strict=True))
+    return images, image_NK, texts, text_MK
 
 
 def measure_dense() -> tuple[float, float, list[float]]:
@@ -46,10 +50,9 @@ def measure_dense() -> tuple[float, float, list[float]]:
     before = peak_gigabytes()
     begin = time.perf_counter()
     ones = [
-        torch.cat([torch.ones(len(side.present), 1), side.present.float()], dim=1).double()  # type: ignore[attr-defined]
-        for side in (images, texts)
+        torch.cat([torch.ones(len(side.present), 1), side.present.float()], dim=1).double() for side in (images, texts)
     ]
-    values = (image_NK @ text_MK.T).double().flatten()  # type: ignore[attr-defined]
+    values = (image_NK @ text_MK.T).double().flatten()
     design = torch.einsum("ni,mt->nmit", *ones).flatten(2).flatten(0, 1)
     solution = torch.linalg.solve(design.T @ design, design.T @ values)
     return time.perf_counter() - begin, peak_gigabytes() - before, solution.tolist()
@@ -60,8 +63,8 @@ def measure_factorised() -> tuple[float, float, list[float]]:
     images, image_NK, texts, text_MK = _given()
     before = peak_gigabytes()
     begin = time.perf_counter()
-    image = images.regression("patches", "image_samples").float() @ image_NK  # type: ignore[attr-defined]
-    text = texts.regression("tokens", "text_samples").float() @ text_MK  # type: ignore[attr-defined]
+    image = images.regression("patches", "image_samples").float() @ image_NK
+    text = texts.regression("tokens", "text_samples").float() @ text_MK
     solution = image @ text.T
     return time.perf_counter() - begin, peak_gigabytes() - before, solution.flatten().tolist()
 

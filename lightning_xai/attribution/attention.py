@@ -407,6 +407,16 @@ class AttentionMethod(AttributionMethod):
     image: AttendedTower
     text: AttendedTower
 
+    def _attend(
+        self, start_layer: int | tuple[int, int], check: Callable[[TowerPass], object] = lambda _: None
+    ) -> None:
+        """Take both towers from a block on, one number for both or one for each; see `AttendedTower`."""
+        image, text = both(start_layer)
+        name = type(self).__name__
+        self.image = AttendedTower(name, self.encoder, "image", image, check)
+        self.text = AttendedTower(name, self.encoder, "text", text, check)
+        self.grid = self.image.at.grid
+
     def _compared(self, images: Tensor, tokens: Tensor) -> tuple[Attribution, Tensor]:
         """The attribution from what the model's own pass has computed of the images, and the similarity it gives."""
         size = min(self.internal_batch_size or _OWN_PAIRS, _OWN_PAIRS)

@@ -1,6 +1,6 @@
 """CLIP Surgery: a second way through the last blocks, and what all prompts share taken away (Li et al., 2023).
 
-*Architecture surgery*: beside the model's own way x through its last blocks, a second one starts at the first of them
+*Architecture surgery*: next to the model's own way x through its last blocks, a second one starts at the first of them
 and gathers what attention between values makes, without MLP,
 
     y <- y + out_proj(softmax(v v' / sqrt(d)) v),      v the values of the block's own x.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from lightning_xai.attribution.attention import AttendedTower, Attention, AttentionMethod, TowerPass, both
+from lightning_xai.attribution.attention import Attention, AttentionMethod, TowerPass
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -67,10 +67,7 @@ class CLIPSurgery(AttentionMethod):
         if start_layer is None:
             layers = encoder.image_at_layer().layers, encoder.text_at_layer().layers
             start_layer = layers[0][len(layers[0]) // 2], layers[1][len(layers[1]) // 2]
-        image, text = both(start_layer)
-        self.image = AttendedTower("CLIPSurgery", encoder, "image", image, self._second_way)
-        self.text = AttendedTower("CLIPSurgery", encoder, "text", text, self._second_way)
-        self.grid = self.image.at.grid
+        self._attend(start_layer, self._second_way)
         self._feature_surgery, self._temperature = feature_surgery, temperature
         # What an empty caption says, every caption says. The tokenizer itself takes one.
         self._prompts = encoder.tokenizer.encode(prompts) if prompts else encoder.tokenizer.tokenizer([""]).long()

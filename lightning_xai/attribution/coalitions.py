@@ -23,7 +23,7 @@ __all__ = ["Coalitions", "ImageMasking", "TextMasking", "embed_without_tokens", 
 ImageMasking = Literal["zeros", "mean", "blur"]
 """What absent patches show: zero after normalisation (silence for sounds), the image's mean colour, or it blurred."""
 TextMasking = Literal["padding", "removed"]
-"""Absent tokens are the padding token, or nobody attends to them; the others keep their positions."""
+"""Absent tokens are the padding token, or no token attends to them; the others keep their positions."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Coalitions:
         """The matrix [1 + F, N], float64, that takes values of the coalitions to their weighted least-squares fit.
 
         Row 0 gives the constant, row 1 + i the coefficient of player i: `(X' W X)^-1 X' W` with X the coalitions as
-        zeros and ones behind a column of ones.
+        zeros and ones after a column of ones.
 
         Args:
             unit: of players, for messages: "patches".
@@ -162,7 +162,7 @@ def embed_without_tokens(encoder: TwoTowerEncoder, tokens: Tensor, present: Tens
     hidden_1TD = tower.features_before(tokens[None])
     present, masked = present[:, : hidden_1TD.shape[1]], masked[:, : hidden_1TD.shape[1]]
     if tower.causal:
-        # Those that stay move together, with their positions; what follows the end is read by nobody.
+        # Those that stay move together, with their positions; what follows the end is read by no token.
         order = (~present).to(torch.int64).argsort(dim=1, stable=True)
         return tower.embed_from(hidden_1TD[0][order], masked.gather(1, order))
     if bool((tower.visible(masked) & ~present).any()):

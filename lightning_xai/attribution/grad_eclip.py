@@ -21,12 +21,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 from lightning_xai.attribution.attention import (
-    AttendedTower,
     Attention,
     AttentionMethod,
     AttentionReplaced,
     TowerPass,
-    both,
     merged,
     with_gradient,
 )
@@ -69,10 +67,7 @@ class GradECLIP(AttentionMethod):
         if heads not in get_args(Heads):
             raise ValueError(f"unknown heads {heads!r}; known: {', '.join(get_args(Heads))}")
         self._single = heads == "single"
-        image, text = both(start_layer)
-        self.image = AttendedTower("GradECLIP", encoder, "image", image, _check_one_is_read)
-        self.text = AttendedTower("GradECLIP", encoder, "text", text, _check_one_is_read)
-        self.grid = self.image.at.grid
+        self._attend(start_layer, _check_one_is_read)
 
     def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
         calls: list[Attention] = []

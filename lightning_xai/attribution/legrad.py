@@ -19,11 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.attention import (
-    AttendedTower,
     AttentionMethod,
     AttentionReplaced,
     TowerPass,
-    both,
     recording,
 )
 from lightning_xai.heat_maps import min_max
@@ -58,10 +56,7 @@ class LeGrad(AttentionMethod):
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        image, text = both(start_layer)
-        self.image = AttendedTower("LeGrad", encoder, "image", image)
-        self.text = AttendedTower("LeGrad", encoder, "text", text)
-        self.grid = self.image.at.grid
+        self._attend(start_layer)
 
     def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
         maps = self._of_pool(seen, other_BK) if seen.tower.pools else self._of_blocks(seen, other_BK)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.attention import (
-    AttendedTower,
     AttentionMethod,
     AttentionReplaced,
     TowerPass,
@@ -51,9 +50,7 @@ class MaskCLIP(AttentionMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._residual = residual
-        self.image = AttendedTower("MaskCLIP", encoder, "image", check=self._embeddings_of)
-        self.text = AttendedTower("MaskCLIP", encoder, "text", check=self._embeddings_of)
-        self.grid = self.image.at.grid
+        self._attend(-1, self._embeddings_of)
 
     @torch.no_grad()
     def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_xai.attribution.attention import (
-    AttendedTower,
     AttentionMethod,
     AttentionReplaced,
     TowerPass,
-    both,
     recording,
 )
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -51,10 +49,7 @@ class AttentionRollout(AttentionMethod):
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        image, text = both(start_layer)
-        self.image = AttendedTower("AttentionRollout", encoder, "image", image)
-        self.text = AttendedTower("AttentionRollout", encoder, "text", text)
-        self.grid = self.image.at.grid
+        self._attend(start_layer)
 
     def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
         row = seen.read()
