@@ -1,4 +1,4 @@
-"""Kinds of broken input, each with what the user is told: one line each, so that the list can be read as a whole.
+"""Kinds of broken input, each with what the user reads: one line each, so that the list can be read as a whole.
 
 `pytest tests/test_broken_input.py -rP` prints the messages.
 """

@@ -32,7 +32,7 @@ class Report:
         ckpt_path: of trainings, the model that ranks classes: best, by the metric that the run monitors (where it was
             measured), or last.
         method: label of the method whose gamma ranks classes; left out: feature_pair, or else the first.
-        alpha: significance level of each test of gamma; a comparison is two, one for each direction. The note beside
+        alpha: significance level of each test of gamma; a comparison is two, one for each direction. The note next to
             the table says which level holds for all tests together.
         epsilon: threshold of almost stochastic order; lower is stricter.
         bootstrap_samples: of the comparisons.

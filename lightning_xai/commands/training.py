@@ -49,7 +49,7 @@ from lightning_xai.training.run_loggers import continue_loggers, has_own_folder,
 __all__ = ["RunTrainer", "TrainingCLI"]
 
 _NEW_FOLDER = "LIGHTNING_XAI_NEW_FOLDER"
-"""Environment variable by which the first process tells those that it starts in which folder they write."""
+"""Environment variable by which the first process names to those that it starts in which folder they write."""
 
 # Settings that may differ when a run is resumed: paths, what is shown, and what cannot change a number.
 _FREE = {
@@ -69,7 +69,7 @@ _FREE = {
 }  # fmt: skip
 
 
-# Options beside which --run need not name a run that is there.
+# Options next to which --run need not name a run that is there.
 _DESCRIBES = ("--config", "-c", "--model", "--data", "--help", "-h", "--print_config")
 
 
@@ -90,7 +90,7 @@ def _dump_config(settings: Any) -> str:
 
 
 class RunTrainer(Trainer):
-    """A trainer whose files lie together, also where its first logger is one without a folder for each start."""
+    """Lightning's Trainer, whose files lie in one folder whatever loggers a run has."""
 
     @property
     def log_dir(self) -> str | None:
@@ -267,7 +267,7 @@ class TrainingCLI(LightningCLI):
                 yield each
             elif option := self._option_of(each):
                 raise ValueError(
-                    f"--{option} does nothing beside a {type(each).__name__} among the callbacks: give it to that one"
+                    f"--{option} does nothing next to a {type(each).__name__} among the callbacks: give it to that one"
                 )
 
     def _with_own(self, callbacks: list[Callback], keeps: bool) -> list[Callback]:

@@ -212,7 +212,7 @@ class TarRecords:
         if key not in self._keys:
             # The names of a record differ in their last extension: `a.1.jpg`, `a.1.txt`, `a.2.jpg` are two.
             return max(Counter(name.rpartition(".")[2] for name in names).values())
-        # `a.1.jpg` and `a.1.txt` beside `a.jpg` are another one.
+        # `a.1.jpg` and `a.1.txt` next to `a.jpg` are another one.
         known = (name.rpartition(".") for name in names)
         stems = Counter(stem for stem, _, last in known if last.lower() in self._extensions)
         return sum(count > 1 for count in stems.values())
@@ -225,7 +225,7 @@ class TarRecords:
         return first and f"; not read: {self.unknown:,}, {first!r} the first ({advice})"
 
     def keys_behind(self) -> set[str]:
-        """After an error: the keys of the records that lie behind the damage, as far as their headers can be read.
+        """After an error: the keys of the records that lie after the damage, as far as their headers can be read.
 
         Only for streams that can seek.
         """
@@ -254,7 +254,7 @@ class TarRecords:
                     self._others.setdefault(key or entry.name, []).append(entry.name)
                 tar.members.clear()  # type: ignore[attr-defined] # it would remember them all
             if any(chunk.strip(b"\0") for chunk in iter(partial(stream.read, _CHUNK), b"")):
-                raise ReadError("it goes on behind the mark that closes a tar file")
+                raise ReadError("it goes on after the mark that closes a tar file")
 
     @contextmanager
     def _noting_damage(self) -> Iterator[None]:

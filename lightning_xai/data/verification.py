@@ -163,7 +163,7 @@ def _read_records(store: ShardStore, report: ShardReport, same_size: bool) -> No
         _look_at(item, report)
     report.keys = np.array(keys, dtype=f"S{_KEY_BYTES}")
     lost = max(entry.samples - len(keys), 0)
-    if lost:  # else the checksum tells of what follows the last record
+    if lost:  # else the checksum shows what follows the last record
         reason = records.error or f"it ends after {len(keys)} records{records.unknown_text}"
         message = f"{entry.name}: {lost:,} of {entry.samples:,} records are lost ({reason})"
         report.faults.append((Fault(-1, UNREADABLE_SHARD, message), lost))

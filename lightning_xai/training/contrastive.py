@@ -59,7 +59,7 @@ class ContrastiveModule(L.LightningModule):
         warmup_steps: first steps, in which the rate rises linearly to initial_lr.
         image_lr_factor: factor on the learning rates of the image tower.
         text_lr_factor: likewise of the text tower.
-        layer_decay: factor on the learning rate from each block to the one before it, in (0, 1]: parameters behind a
+        layer_decay: factor on the learning rate from each block to the one before it, in (0, 1]: parameters after a
             tower's blocks learn with the full rate, those before n blocks with layer_decay to the power of n + 1.
         freeze_image: number of the image tower's first blocks that are not trained, with all that is before them, or
             `all` for the whole tower. Frozen batch statistics stay as they are.

@@ -41,7 +41,7 @@ def go_on_elastically(trainer: L.Trainer, checkpoint: dict[str, Any]) -> str | N
     progress["current"] = {name: count + shift for name, count in progress["current"].items()}
     if not over and change.passed == change.batches:  # as at the end of an epoch
         progress["is_last_batch"] = True
-        # Counted behind the hook in which it was saved, as `completed` is: else two batches are logged as one step.
+        # Counted after the hook in which it was saved, as `completed` is: else two batches are logged as one step.
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] += (
             progress["total"]["processed"] - progress["total"]["completed"]
         )

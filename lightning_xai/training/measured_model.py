@@ -17,7 +17,7 @@ __all__ = ["MeasuredModel", "describe_measured"]
 
 
 class MeasuredModel(Callback):
-    """Prints which checkpoint `validate`, `test` or `predict` takes, and writes it to `model.json` beside the results.
+    """Prints which checkpoint `validate`, `test` or `predict` takes, and writes it to `model.json` next to the results.
 
     Args:
         model: the checkpoint.

@@ -23,7 +23,7 @@ class Place:
 
     Attributes:
         tower: image or text.
-        depth: 0 before the first block, k in the k-th, `blocks` + 1 behind the last.
+        depth: 0 before the first block, k in the k-th, `blocks` + 1 after the last.
         blocks: of the tower; 0 for one that is no list of blocks.
     """
 
@@ -102,7 +102,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of an optimizer, of the parameters that are trained; the first has the plain rate.
 
-    The rate of a parameter is `rate` times its tower's factor times `layer_decay` to the number of blocks above: behind
+    The rate of a parameter is `rate` times its tower's factor times `layer_decay` to the number of blocks above: after
     the blocks that is 0, in the last one 1, before all of n blocks n + 1 (BEiT, Bao et al. 2021).
 
     Args:

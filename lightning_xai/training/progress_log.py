@@ -46,7 +46,7 @@ class ProgressLog(Callback):
         self._start, self._trained = (now, trainer.global_step), (0, now)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Print a line if it is time to; behind the last batch, that of the epoch follows."""
+        """Print a line if it is time to; after the last batch, that of the epoch follows."""
         self._trained = (self._trained[0] + 1, self._trained[1])
         if not trainer.is_last_batch and self._due():
             self._print_training(trainer)

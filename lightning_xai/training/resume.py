@@ -38,7 +38,7 @@ from lightning_xai.training.schedule import (
     ends_training,
     is_complete,
     planned_steps,
-    validates_behind,
+    validates_after,
 )
 
 __all__ = ["Resume", "RunStoppedError"]
@@ -78,7 +78,7 @@ class Resume(Checkpoint):
         minutes: most time between two checkpoints, above 0.
         settings: all that decides the run's numbers; recorded, and compared when the run is resumed.
         chosen: file name of the checkpoint that this process starts from; all ranks have to agree.
-        measure_last: validate behind the last step, wherever in the trainer's schedule it falls. Where `max_time` ends
+        measure_last: validate after the last step, wherever in the trainer's schedule it falls. Where `max_time` ends
             the run before its time, that chooses no best model and stops no run early: the run goes on later.
 
     Raises:
@@ -172,7 +172,7 @@ class Resume(Checkpoint):
         # Lightning's scheduler of accumulation asks only at the start of an epoch.
         trainer.accumulate_grad_batches = accumulated(trainer, trainer.current_epoch)
         if trainer.fit_loop.epoch_loop.restarted_on_last and not trainer.is_last_batch:
-            # Saved behind a validation. Lightning takes the batch for complete only if it expects one there.
+            # Saved after a validation. Lightning takes the batch for complete only if it expects one there.
             self._placement.validate(trainer)
         longer = self._record is not None and self._record.longer
         if longer or self._moved:
@@ -213,7 +213,7 @@ class Resume(Checkpoint):
         self._placement.go_on(trainer)
         due, signum = self._agree(trainer)
         due |= self._costly_follows(trainer, batch_idx)
-        last, scheduled, ends = trainer.is_last_batch, validates_behind(trainer, batch_idx), ends_training(trainer)
+        last, scheduled, ends = trainer.is_last_batch, validates_after(trainer, batch_idx), ends_training(trainer)
         self._complete = is_complete(trainer)
         interrupted = ends and not self._complete and _out_of_time(trainer)
         validates = trainer.enable_validation and (scheduled or (ends and self.measure_last))
@@ -240,7 +240,7 @@ class Resume(Checkpoint):
         """
         following = batch_idx + trainer.accumulate_grad_batches
         ends = following + 1 >= trainer.num_training_batches or trainer.global_step + 1 == trainer.max_steps
-        return ends or validates_behind(trainer, following)
+        return ends or validates_after(trainer, following)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop between two batches."""
@@ -260,7 +260,7 @@ class Resume(Checkpoint):
                 self._set_choosers_aside(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save if the epoch is over; in one that ends before its last batch, that has been done behind the last one."""
+        """Save if the epoch is over; in one that ends before its last batch, that has been done after the last one."""
         if trainer.is_last_batch:
             self._save(trainer)
 

@@ -21,7 +21,7 @@ __all__ = [
     "planned_steps",
     "remaining_steps",
     "steps_of_epochs",
-    "validates_behind",
+    "validates_after",
 ]
 
 
@@ -55,7 +55,7 @@ def steps_of_epochs(trainer: L.Trainer, batches: int, epochs: Iterable[int]) -> 
 
 
 def remaining_steps(trainer: L.Trainer) -> float:
-    """Number of steps behind the batch that has just been trained on; infinite where nothing bounds it but time."""
+    """Number of steps after the batch that has just been trained on; infinite where nothing bounds it but time."""
     left = math.inf if trainer.max_steps == -1 else float(trainer.max_steps - trainer.global_step)
     batches, epochs, epoch = trainer.num_training_batches, trainer.max_epochs, trainer.current_epoch
     if epochs in (None, -1) or batches == math.inf:
@@ -66,12 +66,12 @@ def remaining_steps(trainer: L.Trainer) -> float:
 
 
 def completes_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """True if the optimizer steps behind a batch of the current epoch, which is the one that is trained on."""
+    """True if the optimizer steps after a batch of the current epoch, which is the one that is trained on."""
     return trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
-def validates_behind(trainer: L.Trainer, batch_idx: int) -> bool:
-    """True if a validation is scheduled behind a batch that completes a step, or behind an earlier one of that step."""
+def validates_after(trainer: L.Trainer, batch_idx: int) -> bool:
+    """True if a validation is scheduled after a batch that completes a step, or after an earlier one of that step."""
     first = batch_idx - batch_idx % trainer.accumulate_grad_batches
     return any(_scheduled(trainer, number) for number in range(first, batch_idx + 1))
 
@@ -107,10 +107,10 @@ def ends_training(trainer: L.Trainer) -> bool:
 
 
 class Placement:
-    """Moves a validation, or the wish to stop, out of an accumulated step to behind it, or makes a validation.
+    """Moves a validation, or the wish to stop, out of an accumulated step to after it, or makes a validation.
 
     Lightning would validate, save and stop between the batches of a step, whose gradients are in no checkpoint. It
-    decides right behind `on_train_batch_end`, by attributes of the trainer that are set here and put back as soon as
+    decides right after `on_train_batch_end`, by attributes of the trainer that are set here and put back as soon as
     that is over.
     """
 
@@ -119,7 +119,7 @@ class Placement:
         self._stop_later = False
 
     def hold(self, trainer: L.Trainer) -> None:
-        """Let neither a validation nor the end of training fall behind the current batch."""
+        """Let neither a validation nor the end of training fall after the current batch."""
         self._stop_later |= trainer.should_stop
         trainer.should_stop = False
         self._set(trainer, val_check_batch=math.inf, _val_check_time_interval=None)
@@ -130,7 +130,7 @@ class Placement:
         self._stop_later = False
 
     def validate(self, trainer: L.Trainer) -> None:
-        """Have a validation behind the current batch, whatever is scheduled."""
+        """Have a validation after the current batch, whatever is scheduled."""
         self._set(trainer, val_check_batch=1, check_val_every_n_epoch=1, _val_check_time_interval=None)
 
     def restore(self, trainer: L.Trainer) -> None:

@@ -37,7 +37,7 @@ def values_of(encoder: DualEncoder, image: Tensor, tokens: Tensor, shown: Tensor
 
 
 def all_values(encoder: DualEncoder, image: Tensor, tokens: Tensor) -> dict[tuple[bool, ...], float]:
-    """The value of every coalition of the four patches and, behind them, the three words."""
+    """The value of every coalition of the four patches and, after them, the three words."""
     shown, said = (torch.tensor([*product((False, True), repeat=n)]) for n in (PATCHES, WORDS))
     values = values_of(encoder, image, tokens, shown, said)
     return {

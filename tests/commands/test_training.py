@@ -78,7 +78,7 @@ def refusal(log: Path, *arguments: str) -> str:
 
 
 def stop_after_a_checkpoint(arguments: list[str], run: Path, log: Path, epochs: int = 0) -> None:
-    """Stop a run after its first checkpoint behind some epochs of six steps."""
+    """Stop a run after its first checkpoint after some epochs of six steps."""
     process = start([*arguments, "--save_every_minutes=0.0001"], log)
     while not any(path > RunFolder(run).place(6 * epochs) for path in RunFolder(run).files()):
         assert process.exitcode is None, log.read_text()[-3000:]
@@ -263,7 +263,7 @@ def test_where_a_model_is_wanted_the_folder_of_a_run_is_answered_with_its_best_m
 def test_options_that_a_callback_of_the_config_makes_idle_are_refused(config: Path, tmp_path: Path) -> None:
     idle = "--trainer.callbacks=[{class_path: lightning_xai.training.FiniteSteps}]"
     message = refusal(tmp_path / "log", "fit", f"--config={config}", idle, "--on_nonfinite=skip")
-    assert "--on_nonfinite does nothing beside a FiniteSteps among the callbacks" in message
+    assert "--on_nonfinite does nothing next to a FiniteSteps among the callbacks" in message
 
 
 def test_a_folder_that_another_job_uses_is_refused(config: Path, stopped: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Spoil(Callback):
 
 
 class States(Callback):
-    """The model, batch statistics included, behind each batch, and what was logged there."""
+    """The model, batch statistics included, after each batch, and what was logged there."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, torch.Tensor]] = []
@@ -80,9 +80,9 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_counted(
         tmp_path, Spoil(2), finite, states, recorder, accumulate_grad_batches=accumulate, limit_val_batches=0
     )
     trainer.fit(task, batches_of(task, shards, 6, 4))
-    before, behind = (1, 2) if accumulate == 1 else (1, 3)
-    assert same(states.states[before], states.states[behind])
-    assert not same(states.states[behind], states.states[behind + accumulate])
+    before, after = (1, 2) if accumulate == 1 else (1, 3)
+    assert same(states.states[before], states.states[after])
+    assert not same(states.states[after], states.states[after + accumulate])
     assert all(value.isfinite().all() for value in states.states[-1].values())
     assert finite.skipped == [3 if accumulate == 1 else 2]
     assert recorder.logged[-1]["train/skipped_steps"] == 1

@@ -1,4 +1,4 @@
-"""Devices and processes are compared with a Slurm allocation before a run starts, and its steps are told as made."""
+"""Devices and processes are compared with a Slurm allocation before a run starts, and its steps are stated as made."""
 
 from __future__ import annotations
 

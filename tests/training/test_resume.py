@@ -138,7 +138,7 @@ def test_stopped_at_any_batch_a_run_ends_as_an_uninterrupted_one(
         lives = 1
         while not fit(run, model, world, StopAt(number if lives == 1 else None, signum), **schedule):
             lives += 1
-        # Behind the last of max_steps the validation is left to stop, behind that nothing.
+        # After the last of max_steps the validation is left to stop, after that nothing.
         assert lives == (1 if number >= schedule.get("max_steps", 13) else 2), number
         assert differences(left_by(run), expected) == [], number
 

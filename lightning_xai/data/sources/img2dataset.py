@@ -2,15 +2,15 @@
 
 `img2dataset --output_format webdataset` writes `00000.tar`, `00001.tar`, ... with `000000000.jpg` (or .png, .webp),
 `000000000.txt` and `000000000.json` for each image. The `.parquet` files next to them are not needed; a `_stats.json`
-tells how many records its tar file should hold. Names end at their first dot, as webdataset has it.
+says how many records its tar file should hold. Names end at their first dot, as webdataset has it.
 
-Images that img2dataset has written anew have lost their EXIF block, but not been turned: an orientation that only the
+Images that img2dataset has written again have lost their EXIF block, but not been turned: an orientation that only the
 .json holds (`exif`, "Image Orientation") is put into the file, whose pixels stay as they are.
 
 Reasons for exclusion
 
 - every record that a damaged tar file, or one that is not there, has lost: `shard_damaged` (at least one for each;
-  how many is known where the headers of those behind the damage can be read, or a `_stats.json` tells);
+  how many is known where the headers of those after the damage can be read, or a `_stats.json` says);
 - a tar file that is compressed, or lies in a sub-folder without a manifest: `shard_not_read`;
 - a record whose members have no extension that is known, or a hidden file: `member_unknown`;
 - an image: `image_not_fetched` (its .json says so), `image_missing`, `image_does_not_decode`, `image_without_caption`,
@@ -132,7 +132,7 @@ def _records(files: Iterable[Path], excluded: Counter[str]) -> Iterator[tuple[st
         usual = frozenset(_MEMBERS)
         for record in records:
             if records.error and not (record.members.keys() >= usual or (not read and _is_pair(record))):
-                lost.add(record.key)  # some of its members lie behind the damage
+                lost.add(record.key)  # some of its members lie after the damage
                 break
             usual = frozenset(record.members)
             read.add(record.key)

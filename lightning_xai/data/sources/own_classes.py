@@ -141,7 +141,7 @@ def read_synonyms(path: Path, categories: Iterable[str]) -> dict[str, list[str]]
 
 
 def number_forms(phrase: str) -> list[str]:
-    """A phrase with its singular or plural, as far as spelling tells.
+    """A phrase with its singular or plural, as far as spelling shows.
 
     >>> number_forms("hard hat"), number_forms("boxes"), number_forms("glass of wine"), number_forms("glasses")
     (['hard hat', 'hard hats'], ['boxes', 'boxe', 'box'], ['glass of wine', 'glasses of wine'], ['glasses'])
