@@ -84,7 +84,8 @@ def test_a_process_that_fails_and_does_not_end_is_given_up_after_the_timeout(
         fail_on_one_process, *where, verb, cause, True, collective_timeout=PATIENCE, timeout=20 * PATIENCE
     )
     assert [bool(re.match(expected, error)) for error in errors] == [rank == FAILING for rank in range(2)]
-    assert f"Timed out waiting {1000 * PATIENCE}ms" in errors[0]
+    # Where two operations wait, gloo names the timeout in one of them only; the other's connection is closed by it.
+    assert re.search(f"Timed out waiting {1000 * PATIENCE}ms|Application timeout caused pair closure", errors[0])
 
 
 def test_a_process_that_fails_and_ends_is_noticed_without_waiting(
