@@ -53,11 +53,11 @@ def contrastive_loss(
         >>> contrastive_loss(features, swapped, torch.tensor(10.0), torch.tensor([True, False, False]))
         (tensor(0.), tensor(1.))
     """
-    valid = _checked(image_features, text_features, valid)
+    valid = check_features(image_features, text_features, valid)
     if len(valid) == 1 and image_features.requires_grad:
         warnings.warn("a batch of one pair has no negatives: its loss and gradient are zero", stacklevel=2)
     with torch.autocast(image_features.device.type, enabled=False):
-        image, text = _known(image_features, text_features, valid)
+        image, text = known_features(image_features, text_features, valid)
         logits = logit_scale.to(image.dtype) * (image @ text.T)
         loss, right = _sums((logits if images else logits.T for images in (True, False)), valid, valid)
         count = valid.sum()
@@ -84,22 +84,22 @@ def global_contrastive_loss(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    valid = _checked(image_features, text_features, valid)
-    if _world() == 1:
+    valid = check_features(image_features, text_features, valid)
+    if rank_and_world()[1] == 1:
         return contrastive_loss(image_features, text_features, logit_scale, valid)
     with torch.autocast(image_features.device.type, enabled=False):
-        image, text = _known(image_features, text_features, valid)
+        image, text = known_features(image_features, text_features, valid)
         images, texts, everyone = gather_features(image, text, valid)
         # The scale goes to the features, which are few: with the matrix, its gradient would keep one more. And a matrix
         # is made only when the one before has been used up.
         directions = ((logit_scale.to(own.dtype) * own) @ others.T for own, others in ((image, texts), (text, images)))
-        sums = torch.stack(_sums(directions, valid, everyone, dist.get_rank() * len(valid)))
-        loss, right = cast(Tensor, _SumOverRanks.apply(sums))
+        sums = torch.stack(_sums(directions, valid, everyone, rank_and_world()[0] * len(valid)))
+        loss, right = sum_over_ranks(sums)
         count = everyone.sum()
         return loss / (2 * count.clamp(min=1)), right.detach() / (2 * count)
 
 
-def _checked(image_features: Tensor, text_features: Tensor, valid: Tensor | None) -> Tensor:
+def check_features(image_features: Tensor, text_features: Tensor, valid: Tensor | None) -> Tensor:
     """`valid`, or all rows where it is left out."""
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(
@@ -114,7 +114,7 @@ def _checked(image_features: Tensor, text_features: Tensor, valid: Tensor | None
     return valid
 
 
-def _known(images: Tensor, texts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def known_features(images: Tensor, texts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """At least float32, and zero in invalid rows: a NaN in one would otherwise reach the gradient of the others."""
     dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
     return images.to(dtype).masked_fill(~valid[:, None], 0), texts.to(dtype).masked_fill(~valid[:, None], 0)
@@ -136,12 +136,12 @@ def _sums(directions: Iterable[Tensor], valid: Tensor, everyone: Tensor, first: 
         # Invalid rows keep finite logits (their loss is dropped below): all -inf would put NaN into the graph.
         logits = logits.masked_fill(hidden, -torch.inf)
         losses.append(cross_entropy(logits, own, reduction="none"))
-        right.append(_own_is_largest(logits.detach(), own) & valid)
+        right.append(own_is_largest(logits.detach(), own) & valid)
     loss = torch.stack(losses).sum(dim=0).masked_fill(~valid, 0).sum()
     return loss, torch.stack(right).sum().to(loss.dtype)
 
 
-def _own_is_largest(logits: Tensor, own: Tensor) -> Tensor:
+def own_is_largest(logits: Tensor, own: Tensor) -> Tensor:
     """[B, G] logits -> [B] bool: column `own` exceeds every other one of its row (never where it is NaN)."""
     smaller = logits < logits.gather(1, own[:, None])
     return smaller.sum(dim=1) == logits.shape[1] - 1
@@ -176,16 +176,29 @@ def gather_features(image_features: Tensor, text_features: Tensor, valid: Tensor
             f"{tuple(image_features.shape)} {image_features.dtype} and "
             f"{tuple(text_features.shape)} {text_features.dtype}"
         )
-    if _world() == 1:
+    if rank_and_world()[1] == 1:
         return image_features, text_features, valid
     width = image_features.shape[1]
     rows = torch.cat([image_features, text_features, valid[:, None].to(image_features.dtype)], dim=1)
-    gathered = cast(Tensor, _GatherRows.apply(rows))
+    gathered = gather_rows(rows)
     return gathered[:, :width], gathered[:, width : 2 * width], gathered[:, -1] > 0.5
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows [B, F] of all ranks, [W * B, F], in rank order; gradients flow back to the rank that made them."""
+    return rows if rank_and_world()[1] == 1 else cast(Tensor, _GatherRows.apply(rows))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over all ranks of values [N] that all go on alike with; gradients suit averaging over ranks."""
+    return values if rank_and_world()[1] == 1 else cast(Tensor, _SumOverRanks.apply(values))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and the number of ranks."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 class _GatherRows(torch.autograd.Function):

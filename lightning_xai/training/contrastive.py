@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -19,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from lightning_xai.data.batch import Batch
-from lightning_xai.loss import global_contrastive_loss
 from lightning_xai.metrics.retrieval import RetrievalMetric
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.loading import load_dual_encoder
@@ -31,6 +31,7 @@ from lightning_xai.models.sharding import (
     shard_encoder,
 )
 from lightning_xai.training.learning_rate import Schedule, learning_rate_factor
+from lightning_xai.training.objectives import Objective, Softmax, Step
 from lightning_xai.training.parameter_groups import Frozen, freeze, parameter_groups, parameter_places
 from lightning_xai.training.schedule import planned_steps
 
@@ -40,11 +41,12 @@ _EPOCH_BATCHES = "lightning_xai_epoch_batches"  # key of checkpoints
 
 
 class ContrastiveModule(L.LightningModule):
-    """Train a dual encoder with the symmetric contrastive loss, negatives gathered over all ranks with gradient.
+    """Train a dual encoder by objectives over the global batch, by default the symmetric contrastive loss.
 
     The one signature of training options: subclasses decide which model is trained, and pass the options on.
 
-    Logs `train/loss`, `train/accuracy`, `train/learning_rate` and `train/logit_scale` as the step was taken with them,
+    Logs `train/loss`, every objective's term as `train/NAME` and what else it has, such as `train/accuracy`,
+    `train/learning_rate` and `train/logit_scale` as the step was taken with them,
     and `train/samples_per_second`, all ranks together, from the start of the previous step to that of this one,
     loading included; the first step of an epoch and the one after a validation have none. In validation: `val/loss`,
     `val/accuracy` and recall at k in both directions. Validation counts all captions of an image as its positives; its
@@ -52,6 +54,8 @@ class ContrastiveModule(L.LightningModule):
 
     Args:
         encoder: the model to train.
+        objectives: terms of the loss, each of which counts `weight` times; see `lightning_xai.training.objectives`.
+            Null: `Softmax` alone.
         initial_lr: learning rate of the first step, or of the first one after warm-up.
         final_lr: learning rate of the last step; null: as initial_lr.
         schedule: way from initial_lr to final_lr: exponential (by the same factor at every step), cosine, or constant,
@@ -90,6 +94,7 @@ class ContrastiveModule(L.LightningModule):
         self,
         encoder: DualEncoder,
         *,
+        objectives: Sequence[Objective] | None = None,
         initial_lr: float = 1e-7,
         final_lr: float | None = 1e-5,
         schedule: Schedule = "exponential",
@@ -118,7 +123,7 @@ class ContrastiveModule(L.LightningModule):
         _check_bounds(max_logit_scale, chunk_size)
         if gradient_checkpointing or chunk_size is not None:
             _refuse_batch_statistics(encoder)
-        _freeze_bias_of_logits(encoder)
+        self.objectives = _prepared(objectives, encoder)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
@@ -162,6 +167,8 @@ class ContrastiveModule(L.LightningModule):
                 f"tensor_parallel_size: 1 and data_parallel_size: {mesh.size()}; got tensor_parallel_size "
                 f"{mesh['tensor_parallel'].size()}"
             )
+        if any(objective.trains_logit_bias for objective in self.objectives):
+            raise ValueError("the objective sigmoid does not go with ModelParallelStrategy: take the strategy ddp")
         if self._compiled:
             raise ValueError("compile does not go with ModelParallelStrategy: set compile to false, or take ddp")
         loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.fit_loop.epoch_loop.val_loop)
@@ -279,9 +286,15 @@ class ContrastiveModule(L.LightningModule):
         # For the message about a loss that is not finite.
         self.suspects = batch.valid & ~(image.detach().isfinite() & text.detach().isfinite()).all(dim=1)
         scale = self.encoder.logit_scale.exp()
-        loss, accuracy = global_contrastive_loss(image, text, scale, batch.valid)
+        step = Step(self.encoder, batch, image, text, scale)
+        terms = {objective.name: objective(step) for objective in self.objectives}
+        weighted = [objective.weight * terms[objective.name].loss for objective in self.objectives]
+        loss = torch.stack(weighted).sum()
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", accuracy, prog_bar=True)
+        # Of a number that several have, such as the accuracy, the first one's.
+        numbers = ChainMap({name: term.loss.detach() for name, term in terms.items()}, *(t.logged for t in terms.values()))
+        for name, value in numbers.items():
+            self.log(f"train/{name}", value, prog_bar=name == "accuracy")
         self.log("train/logit_scale", scale.detach())
         # Logged here, not in on_train_batch_end: callbacks write checkpoints, with all that is logged by then, before
         # the module's turn comes, and the scheduler has already moved on to the next step's rate.
@@ -394,11 +407,22 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
     )
 
 
-def _freeze_bias_of_logits(encoder: DualEncoder) -> None:
-    for name, parameter in encoder.named_parameters():
-        # SigLIP's bias cancels out in the softmax: without gradient, DDP would wait for it at the second step.
-        if name.rpartition(".")[2] == "logit_bias":
-            parameter.requires_grad_(False)
+def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder) -> tuple[Objective, ...]:
+    """The objectives, and the encoder made ready for them."""
+    chosen = (Softmax(),) if objectives is None else tuple(objectives)
+    names = [objective.name for objective in chosen]
+    if not chosen or len(set(names)) < len(names):
+        raise ValueError(
+            f"objectives has to name at least one objective, and each once; got {', '.join(names) or '[]'}"
+        )
+    for objective in chosen:
+        objective.prepare(encoder)
+    if not any(objective.trains_logit_bias for objective in chosen):
+        for name, parameter in encoder.named_parameters():
+            # SigLIP's bias cancels out in the softmax: without gradient, DDP would wait for it at the second step.
+            if name.rpartition(".")[2] == "logit_bias":
+                parameter.requires_grad_(False)
+    return chosen
 
 
 def _check_rates(initial_lr: float, final_lr: float, schedule: Schedule, warmup_steps: int) -> None:

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+from small_hugging_face import save_small
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+from training_runs import Recorder, batches_of, loader_of, trainer_in
+
+from lightning_xai.models import load_dual_encoder
+from lightning_xai.training import ContrastiveFineTuning
+from lightning_xai.training.objectives import Sigmoid, Softmax, sigmoid_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
+
+_MASKS = [[True] * 8, [True, False, True, True, False, True, True, True], [True] * 4 + [False] * 4, [False] * 8]
+
+
+class TwoLinearTowers(nn.Module):
+    """The least that has two towers, a scale and a bias, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.image = nn.Parameter(torch.randn(6, 4, generator=generator, dtype=torch.float64))
+        self.text = nn.Parameter(torch.randn(5, 4, generator=generator, dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor([-2.0], dtype=torch.float64))
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        image, text = normalize(images @ self.image, dim=1), normalize(texts @ self.text, dim=1)
+        return image, text, self.log_scale.exp(), self.bias
+
+
+def eight_pairs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    return images, torch.randn(8, 5, generator=generator, dtype=torch.float64)
+
+
+def literal_sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, valid: Tensor) -> Tensor:
+    """Eq. 1 of the paper, one pair at a time."""
+    rows = [row for row in range(len(valid)) if valid[row]]
+    total = (0 * (scale * (image.sum() + text.sum()) + bias)).sum()
+    for i in rows:
+        for j in rows:
+            logit = scale * image[i] @ text[j] + bias.squeeze()
+            total = total - torch.log(1 / (1 + torch.exp(-(1 if i == j else -1) * logit)))
+    return total / max(len(rows), 1)
+
+
+def gradients_on_own_share(masks: list[list[bool]]) -> list[dict[str, Tensor]]:
+    """One forward and backward pass under DDP for each mask; each rank sees its share of the batch only."""
+    found = []
+    for mask in masks:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        images, texts = (tensor.chunk(world)[rank] for tensor in eight_pairs())
+        model = DistributedDataParallel(TwoLinearTowers())
+        loss, accuracy = sigmoid_loss(*model(images, texts), torch.tensor(mask).chunk(world)[rank])
+        torch.autograd.backward(loss)
+        gradients = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), "accuracy": accuracy, **gradients})
+    return found
+
+
+def literal_gradients(mask: list[bool]) -> dict[str, Tensor]:
+    model = TwoLinearTowers()
+    loss = literal_sigmoid(*model(*eight_pairs()), torch.tensor(mask))
+    torch.autograd.backward(loss)
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("mask", _MASKS)
+def test_the_sigmoid_loss_and_its_gradients_are_those_of_a_loop_over_pairs(mask: list[bool]) -> None:
+    model = TwoLinearTowers()
+    loss, _ = sigmoid_loss(*model(*eight_pairs()), torch.tensor(mask))
+    torch.autograd.backward(loss)
+    expected = literal_gradients(mask)
+    torch.testing.assert_close(loss.detach(), expected.pop("loss"), rtol=0, atol=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=0, atol=1e-12)
+
+
+def test_the_sigmoid_loss_is_that_of_open_clip() -> None:
+    from open_clip.loss import SigLipLoss  # here, so that the processes started below do not import it
+
+    image, text, scale, bias = TwoLinearTowers()(*eight_pairs())
+    loss, _ = sigmoid_loss(image, text, scale, bias, torch.ones(8, dtype=torch.bool))
+    torch.testing.assert_close(loss, SigLipLoss()(image, text, scale, bias))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_have_the_sigmoid_loss_and_the_gradients_of_one(world: int) -> None:
+    for ranks, mask in zip(zip(*run_distributed(gradients_on_own_share, _MASKS, world_size=world), strict=True), _MASKS):
+        for rank in ranks:
+            for name, value in literal_gradients(mask).items():
+                torch.testing.assert_close(rank[name], value, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf])
+def test_what_invalid_rows_hold_reaches_neither_sigmoid_loss_nor_gradient(junk: float) -> None:
+    valid = torch.tensor([True, False, True])
+    model = TwoLinearTowers()
+    image, text, scale, bias = model(*(tensor[:3] for tensor in eight_pairs()))
+    loss, accuracy = sigmoid_loss(
+        image.masked_fill(~valid[:, None], junk), text.masked_fill(~valid[:, None], junk), scale, bias, valid
+    )
+    torch.testing.assert_close(loss, literal_sigmoid(image, text, scale, bias, valid))
+    torch.autograd.backward(loss)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert 0 <= accuracy <= 1
+
+
+@pytest.fixture
+def make(architecture_file: Callable[[str], Path]) -> Callable[..., ContrastiveFineTuning]:
+    """A task with a small random model, the same one each time."""
+
+    def build(**options: Any) -> ContrastiveFineTuning:
+        torch.manual_seed(0)
+        return ContrastiveFineTuning(str(architecture_file("vit")), None, **options)
+
+    return build
+
+
+def test_the_loss_of_a_step_is_the_weighted_sum_of_its_terms(
+    make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path
+) -> None:
+    task, recorder = make(objectives=[Softmax(weight=0.5), Sigmoid(weight=0.25)]), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, loader_of([*batches_of(task, shapes / "train", 1, 8)]))
+    logged = recorder.logged[0]
+    expected = 0.5 * logged["train/softmax"] + 0.25 * logged["train/sigmoid"]
+    assert logged["train/loss"] == pytest.approx(expected, rel=1e-6)
+    assert logged["train/logit_bias"] == -10
+    assert recorder.gradients[0].keys() == {name for name, _ in task.named_parameters()}, "the bias trains, too"
+
+
+def test_a_model_without_a_bias_gets_one_that_its_checkpoint_keeps(
+    make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path
+) -> None:
+    task = make(objectives=[Sigmoid(initial_bias=-8.0, initial_scale=20.0)])
+    assert task.encoder.logit_scale.item() == pytest.approx(math.log(20))
+    trainer = trainer_in(tmp_path)
+    trainer.fit(task, loader_of([*batches_of(task, shapes / "train", 2, 8)]))
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    loaded: Any = load_dual_encoder(str(tmp_path / "trained.ckpt"), None)
+    assert torch.equal(loaded.model.logit_bias, task.encoder.model.logit_bias)
+    assert task.encoder.model.logit_bias.item() != -8
+    kept = ContrastiveFineTuning(str(tmp_path / "trained.ckpt"), None, objectives=[Sigmoid()])
+    assert torch.equal(kept.encoder.model.logit_bias, loaded.model.logit_bias), "one that has a bias keeps it"
+    assert torch.equal(kept.encoder.logit_scale, loaded.logit_scale)
+
+
+def test_objectives_that_cannot_be_trained_are_refused_before_training(
+    make: Callable[..., ContrastiveFineTuning], tmp_path: Path
+) -> None:
+    for weight in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="weight of the objective softmax has to be positive"):
+            Softmax(weight=weight)
+    with pytest.raises(ValueError, match="initial_scale positive"):
+        Sigmoid(initial_scale=-1.0)
+    folder = save_small("CLIPModel", tmp_path / "clip")
+    with pytest.raises(ValueError, match="has no logit_bias, which the objective sigmoid trains"):
+        ContrastiveFineTuning(f"hf:{folder}", None, objectives=[Sigmoid()])
+    for objectives in ([], [Softmax(), Softmax(weight=2.0)]):
+        with pytest.raises(ValueError, match="at least one objective, and each once"):
+            make(objectives=objectives)
