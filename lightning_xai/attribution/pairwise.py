@@ -90,8 +90,13 @@ class Captured:
 
 
 @contextmanager
-def capture(image: TowerAtLayer, text: TowerAtLayer) -> Iterator[Captured]:
-    """Inside, keep what enters both towers' layers, without graph; the hooks are removed also after an exception.
+def capture(image: TowerAtLayer, text: TowerAtLayer, *, graph: bool = False) -> Iterator[Captured]:
+    """Inside, keep what enters both towers' layers; the hooks are removed also after an exception.
+
+    Args:
+        image: whose layer is listened to.
+        text: likewise.
+        graph: keep the graph of what enters, so that derivatives go on to the layers before.
 
     Example:
         >>> with capture(image, text) as captured:  # doctest: +SKIP
@@ -110,7 +115,8 @@ def capture(image: TowerAtLayer, text: TowerAtLayer) -> Iterator[Captured]:
                 )
 
             def keep(_: object, inputs: tuple[Tensor, ...], at: TowerAtLayer = tower, to: list[Tensor] = kept) -> None:
-                to.append(at.captured(inputs[0]).detach())
+                hidden = at.captured(inputs[0])
+                to.append(hidden if graph else hidden.detach())
 
             handles.append(tower.block.register_forward_pre_hook(keep))
         yield captured

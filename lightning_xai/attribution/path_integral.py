@@ -5,11 +5,15 @@ Shape suffixes: B batch, S directions or cotangents, N points, T tokens, K embed
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
+from torch.overrides import TorchFunctionMode
 
 from lightning_xai.models.at_layer import EmbeddingPath
 
@@ -63,7 +67,35 @@ def _points(points_N: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
     return points_N.to(like)[None, :, None].expand(batch, -1, tokens).clone()
 
 
-def integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor) -> Tensor:
+class _PlainLayerNorm(TorchFunctionMode):
+    """Inside, layer norms are computed by elementary operations.
+
+    The derivative of their own kernel along a direction cannot be differentiated again: it takes mean and deviation for
+    constants, without an error (PyTorch 2.14, github.com/pytorch/pytorch/issues/196700).
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_layer_norm if function is layer_norm else function)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(axes, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    normal = normal if weight is None else normal * weight
+    return normal if bias is None else normal + bias
+
+
+def integrated_jvp(
+    path: EmbeddingPath,
+    points_N: Tensor,
+    weights_N: Tensor,
+    directions_BST: Tensor,
+    *,
+    create_graph: bool = False,
+) -> Tensor:
     """Change of the embedding along the path by the given tokens' own change: a Jacobian-vector product each.
 
     With `x(alpha) = r + alpha * (x - r)` this is `sum_T v_T (x - r)_T . J_T`, J the integrated Jacobian of Eq. 9.
@@ -73,10 +105,16 @@ def integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, dir
         points_N: points of the path.
         weights_N: their weights.
         directions_BST: weights v of the tokens, S directions for each of B inputs.
+        create_graph: whether the result can be differentiated by the weights of the tower.
 
     Returns:
         [B, S, K]
     """
+    with _PlainLayerNorm() if create_graph else nullcontext():
+        return _integrated_jvp(path, points_N, weights_N, directions_BST)
+
+
+def _integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor) -> Tensor:
     batch, _, tokens = directions_BST.shape
     alpha_BNT = _points(points_N, batch, tokens, directions_BST)
     weights = weights_N.to(directions_BST)
@@ -96,7 +134,13 @@ def integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, dir
 
 
 def integrated_vjp(
-    path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, cotangents_BSK: Tensor, tokens: int
+    path: EmbeddingPath,
+    points_N: Tensor,
+    weights_N: Tensor,
+    cotangents_BSK: Tensor,
+    tokens: int,
+    *,
+    create_graph: bool = False,
 ) -> Tensor:
     """The integrated Jacobian's other side: what each token's change along the path adds to the products with `u`.
 
@@ -108,6 +152,7 @@ def integrated_vjp(
         weights_N: their weights.
         cotangents_BSK: embeddings u, S for each of B inputs.
         tokens: T.
+        create_graph: whether the result can be differentiated, by the weights of the tower as by the cotangents.
 
     Returns:
         [B, S, T]
@@ -116,7 +161,9 @@ def integrated_vjp(
     integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
     last = cotangents_BSK.shape[1] - 1
     rows = [
-        torch.autograd.grad(integral_BK, alpha_BNT, cotangent_BK, retain_graph=row != last)[0].sum(dim=1)
+        torch.autograd.grad(
+            integral_BK, alpha_BNT, cotangent_BK, retain_graph=create_graph or row != last, create_graph=create_graph
+        )[0].sum(dim=1)
         for row, cotangent_BK in enumerate(cotangents_BSK.unbind(dim=1))
     ]
     return torch.stack(rows, dim=1)

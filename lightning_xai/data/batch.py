@@ -35,9 +35,9 @@ class Batch(TensorFields):
         caption_index: `[C]` int64, which caption of its image it is; -1 for the empty caption of an invalid image.
         captions: C texts.
         keys: B sample keys; empty for padding and for records too broken to have one.
-        phrases: see `Phrases`; empty in training.
+        phrases: see `Phrases`; empty in training without `TrainingCollate.label_names`.
         named: see `NamedBoxes`; None in training.
-        negatives: see `Negatives`; None in training.
+        negatives: see `Negatives`; None in training, likewise.
         label_names: the split's classes, that `Phrases.label` counts; empty in training.
         faults: one per broken record; padding is none.
     """
@@ -68,7 +68,7 @@ class Batch(TensorFields):
 
 @dataclass(frozen=True)
 class TrainingCollate:
-    """Make a training batch: one caption per image, no phrases.
+    """Make a training batch: one caption per image, and only where they are asked for its phrases and hard negatives.
 
     Which caption is a function of (seed, epoch, sample key) alone: the same on any number of ranks and workers. Padding
     takes the place of tokens that the sample blanks (`Sample.blanks`).
@@ -78,30 +78,50 @@ class TrainingCollate:
         tokenizer: tokenizer of the model.
         seed: of the choice of captions.
         captions_per_image: only the first so many captions of an image take part; None: all.
+        label_names: the split's classes, where batches hold phrases and hard negatives; None: they hold none.
+        swap_objects: as for `EvaluationCollate`.
     """
 
     transform: Transform
     tokenizer: CaptionTokenizer
     seed: int = 0
     captions_per_image: int | None = None
+    label_names: tuple[str, ...] | None = None
+    swap_objects: bool = False
 
     def __call__(self, records: Sequence[Record], epoch: int = 0) -> Batch:
         """Decode, transform and tokenise; a record that fails becomes an invalid row and a fault."""
-        samples, images = _read_images(records, self.transform, self.tokenizer.context_length)
+        labels = None if self.label_names is None else set(self.label_names)
+        samples, images = _read_images(records, self.transform, self.tokenizer.context_length, labels)
         choices = [-1 if sample is None else self._choice(sample, epoch) for sample in samples]
         captions = [
             "" if sample is None else sample.captions[choice] for sample, choice in zip(samples, choices, strict=True)
         ]
         tokens = self._tokens(captions)
         _blank(tokens, zip(samples, choices, strict=True), self.tokenizer)
+        targets = self._targets(samples, choices)
         return Batch(
             **images,
             tokens=tokens,
             caption_image=torch.arange(len(captions)),
             caption_index=torch.tensor(choices, dtype=torch.int64),
             captions=captions,
-            phrases=Phrases.empty(self.tokenizer.context_length),
+            phrases=Phrases.empty(self.tokenizer.context_length) if targets is None else targets.phrases(),
+            label_names=self.label_names or (),
+            negatives=None if targets is None else targets.negatives(),
         )
+
+    def _targets(self, samples: Sequence[Sample | None], choices: Sequence[int]) -> TargetRows | None:
+        """What the chosen captions say of their images."""
+        if self.label_names is None:
+            return None
+        targets = TargetRows(self.transform, self.tokenizer, self.label_names)
+        for row, (sample, choice) in enumerate(zip(samples, choices, strict=True)):
+            if sample is not None:
+                alone = sample.with_one_caption(choice)
+                negatives = hard_negatives(alone, alone.captions, self.label_names, swap_objects=self.swap_objects)
+                targets.add(alone, alone.captions, negatives, row, row)
+        return targets
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         if all(captions):
@@ -146,7 +166,8 @@ class EvaluationCollate:
             if sample is None:
                 continue
             texts = sample.captions[: self.captions_per_image]
-            targets.add(sample, texts, self._negatives(sample, texts), image_row, len(captions))
+            negatives = hard_negatives(sample, texts, self.label_names, swap_objects=self.swap_objects)
+            targets.add(sample, texts, negatives, image_row, len(captions))
             captions.extend(texts)
             origin.extend((image_row, caption_index) for caption_index in range(len(texts)))
         length = self.tokenizer.context_length
@@ -165,9 +186,13 @@ class EvaluationCollate:
             negatives=targets.negatives(),
         )
 
-    def _negatives(self, sample: Sample, captions: Sequence[str]) -> list[HardNegative]:
-        stored = [negative for negative in sample.negatives if negative.caption < len(captions)]
-        return stored + (object_swaps(sample, captions, self.label_names) if self.swap_objects else [])
+
+def hard_negatives(
+    sample: Sample, captions: Sequence[str], label_names: Sequence[str], *, swap_objects: bool
+) -> list[HardNegative]:
+    """The stored hard negatives of a sample's first captions, and those made from them if `swap_objects`."""
+    stored = [negative for negative in sample.negatives if negative.caption < len(captions)]
+    return stored + (object_swaps(sample, captions, label_names) if swap_objects else [])
 
 
 def _read_images(

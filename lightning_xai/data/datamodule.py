@@ -254,7 +254,15 @@ class ShardDataModule(LightningDataModule):
         Raises:
             ValueError: the split is not given, no model is known, or there is less than one batch for each rank.
         """
-        collate = TrainingCollate(*self._encoding(), self.seed, self.captions_per_image)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        asked = getattr(module, "needs_targets", False)
+        collate = TrainingCollate(
+            *self._encoding(),
+            self.seed,
+            self.captions_per_image,
+            label_names=self.manifest("train").labels if asked else None,
+            swap_objects=self.swap_objects,
+        )
         rank, world_size = self._place()
         dataset = TrainingDataset(
             *self._shards("train"),

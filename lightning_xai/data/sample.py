@@ -14,7 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -127,6 +127,19 @@ class Sample:
     source: str = ""
     negatives: tuple[HardNegative, ...] = ()
     blanks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def with_one_caption(self, index: int) -> Sample:
+        """The sample as if it had that caption alone, with all of its regions."""
+        return replace(
+            self,
+            captions=(self.captions[index],),
+            regions=tuple(
+                replace(region, spans={0: region.spans[index]} if index in region.spans else {})
+                for region in self.regions
+            ),
+            negatives=tuple(replace(each, caption=0) for each in self.negatives if each.caption == index),
+            blanks={0: self.blanks[index]} if index in self.blanks else {},
+        )
 
 
 class _Record(msgspec.Struct):

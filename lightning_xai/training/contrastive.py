@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -123,7 +124,7 @@ class ContrastiveModule(L.LightningModule):
         _check_bounds(max_logit_scale, chunk_size)
         if gradient_checkpointing or chunk_size is not None:
             _refuse_batch_statistics(encoder)
-        self.objectives = _prepared(objectives, encoder)
+        self.objectives = _prepared(objectives, encoder, compiled=compile)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
@@ -152,6 +153,11 @@ class ContrastiveModule(L.LightningModule):
         if compile:
             encoder.compile_towers()
 
+    @property
+    def needs_targets(self) -> bool:
+        """Whether training batches have to hold phrases, boxes and hard negatives; data modules ask."""
+        return any(objective.needs_targets for objective in self.objectives)
+
     def configure_model(self) -> None:
         """Under `ModelParallelStrategy`, spread the encoder over all processes.
 
@@ -167,8 +173,9 @@ class ContrastiveModule(L.LightningModule):
                 f"tensor_parallel_size: 1 and data_parallel_size: {mesh.size()}; got tensor_parallel_size "
                 f"{mesh['tensor_parallel'].size()}"
             )
-        if any(objective.trains_logit_bias for objective in self.objectives):
-            raise ValueError("the objective sigmoid does not go with ModelParallelStrategy: take the strategy ddp")
+        alone = [each.name for each in self.objectives if each.trains_logit_bias or each.listens]
+        if alone:
+            raise ValueError(f"{', '.join(alone)}: no objective for ModelParallelStrategy; take the strategy ddp")
         if self._compiled:
             raise ValueError("compile does not go with ModelParallelStrategy: set compile to false, or take ddp")
         loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.fit_loop.epoch_loop.val_loop)
@@ -279,10 +286,11 @@ class ContrastiveModule(L.LightningModule):
                 "(with chunk_size, pairs that do not fit into memory at once still are one batch)"
             )
         # In float32, as the loss: half precision has no number as small as the bound that keeps zeros from being NaN.
-        image, text = (
-            normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-            for x in self.encoder(batch.images, batch.tokens, self.chunk_size)
-        )
+        with ExitStack() as passes:
+            for objective in self.objectives:
+                passes.enter_context(objective.listening())
+            embeddings = self.encoder(batch.images, batch.tokens, self.chunk_size)
+        image, text = (normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in embeddings)
         # For the message about a loss that is not finite.
         self.suspects = batch.valid & ~(image.detach().isfinite() & text.detach().isfinite()).all(dim=1)
         scale = self.encoder.logit_scale.exp()
@@ -292,7 +300,9 @@ class ContrastiveModule(L.LightningModule):
         loss = torch.stack(weighted).sum()
         self.log("train/loss", loss, prog_bar=True)
         # Of a number that several have, such as the accuracy, the first one's.
-        numbers = ChainMap({name: term.loss.detach() for name, term in terms.items()}, *(t.logged for t in terms.values()))
+        numbers = ChainMap(
+            {name: term.loss.detach() for name, term in terms.items()}, *(t.logged for t in terms.values())
+        )
         for name, value in numbers.items():
             self.log(f"train/{name}", value, prog_bar=name == "accuracy")
         self.log("train/logit_scale", scale.detach())
@@ -407,7 +417,7 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
     )
 
 
-def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder) -> tuple[Objective, ...]:
+def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder, *, compiled: bool) -> tuple[Objective, ...]:
     """The objectives, and the encoder made ready for them."""
     chosen = (Softmax(),) if objectives is None else tuple(objectives)
     names = [objective.name for objective in chosen]
@@ -415,6 +425,8 @@ def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder) -> t
         raise ValueError(
             f"objectives has to name at least one objective, and each once; got {', '.join(names) or '[]'}"
         )
+    if compiled and any(objective.listens for objective in chosen):
+        raise ValueError(f"compile passes over the hooks of {', '.join(names)}: set compile to false")
     for objective in chosen:
         objective.prepare(encoder)
     if not any(objective.trains_logit_bias for objective in chosen):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from small_hugging_face import save_small
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
-from training_runs import Recorder, batches_of, loader_of, trainer_in
+from training_runs import Recorder, batches_of, loader_of, records_of, trainer_in
 
+from lightning_xai.attribution import FeaturePairAttribution
+from lightning_xai.data import Batch, Manifest
+from lightning_xai.data.batch import TrainingCollate
+from lightning_xai.exclusion import Exclusion
+from lightning_xai.metrics.grounding import gamma, measurable, patch_mask
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.training import ContrastiveFineTuning
-from lightning_xai.training.objectives import Sigmoid, Softmax, sigmoid_loss
+from lightning_xai.training.objectives import Grounding, Sigmoid, Softmax, sigmoid_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -100,7 +106,9 @@ def test_the_sigmoid_loss_is_that_of_open_clip() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_have_the_sigmoid_loss_and_the_gradients_of_one(world: int) -> None:
-    for ranks, mask in zip(zip(*run_distributed(gradients_on_own_share, _MASKS, world_size=world), strict=True), _MASKS):
+    for ranks, mask in zip(
+        zip(*run_distributed(gradients_on_own_share, _MASKS, world_size=world), strict=True), _MASKS
+    ):
         for rank in ranks:
             for name, value in literal_gradients(mask).items():
                 torch.testing.assert_close(rank[name], value, rtol=0, atol=1e-12, msg=name)
@@ -173,3 +181,89 @@ def test_objectives_that_cannot_be_trained_are_refused_before_training(
     for objectives in ([], [Softmax(), Softmax(weight=2.0)]):
         with pytest.raises(ValueError, match="at least one objective, and each once"):
             make(objectives=objectives)
+
+
+# --- grounding ---
+
+
+def training_batch(task: ContrastiveFineTuning, shapes: Path, size: int) -> Batch:
+    """A batch as the data module makes it for objectives with targets."""
+    labels = Manifest.load(shapes / "train").labels
+    collate = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer, label_names=labels)
+    return collate(records_of(shapes / "train", size))
+
+
+def measured_gammas(task: ContrastiveFineTuning, batch: Batch, **options: Any) -> Tensor:
+    """Gamma of each measurable phrase by `FeaturePairAttribution`."""
+    phrases, size = batch.phrases, task.encoder.image_shape[1:]
+    method = FeaturePairAttribution(task.encoder, rule="midpoint", **options)
+    reason = measurable(phrases.reason, phrases.boxes, method.grid, size)
+    rows = (reason == int(Exclusion.MEASURED)).nonzero()[:, 0]
+    maps = method.span_map(
+        batch.images[phrases.image_row[rows]], batch.tokens[phrases.caption_row[rows]], phrases.span_mask[rows]
+    )
+    return gamma(maps, patch_mask(phrases.boxes[rows], method.grid, size))
+
+
+@pytest.mark.parametrize("layers", [(-1, -1), (0, 0), (1, 0)])
+def test_the_grounding_term_and_its_gradient_are_those_of_measured_gamma(
+    make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path, layers: tuple[int, int]
+) -> None:
+    """The gradient against finite differences of gamma, in float64, along a random direction of all weights."""
+    at = {"image_layer": layers[0], "text_layer": layers[1], "steps": 2}
+    task = make(objectives=[Grounding(weight=2.0, **at)])
+    task.double()
+    batch = training_batch(task, shapes, 4)
+    batch = replace(batch, images=batch.images.double())
+    recorder = Recorder()
+    copy = {name: value.clone() for name, value in task.state_dict().items()}
+    expected = measured_gammas(task, batch, **at)
+    trainer_in(tmp_path, recorder, precision="64-true").fit(task, loader_of([batch]))
+    logged = recorder.logged[0]
+    assert logged["train/phrases"] == expected.isfinite().sum() > 3
+    assert logged["train/phrases_without_positive"] == expected.isnan().sum()
+    assert logged["train/gamma"] == pytest.approx(float(expected.nanmean()), rel=1e-6)
+    assert logged["train/loss"] == pytest.approx(2 * float(-expected.clamp(min=1e-3).log().nanmean()), rel=1e-6)
+    generator, slope = torch.Generator().manual_seed(0), 0.0
+    ends = []
+    directions = {
+        name: torch.randn(g.shape, generator=generator, dtype=g.dtype) for name, g in recorder.gradients[0].items()
+    }
+    for sign in (1, -1):
+        with torch.no_grad():
+            task.load_state_dict(copy)
+            for name, parameter in task.named_parameters():
+                if name in directions:
+                    parameter.add_(sign * 1e-6 * directions[name])
+        ends.append(-measured_gammas(task, batch, **at).clamp(min=1e-3).log().nanmean())
+    slope = float((ends[0] - ends[1]) / 2e-6)
+    analytic = sum(float((g * directions[name]).sum()) for name, g in recorder.gradients[0].items()) / 2
+    assert analytic == pytest.approx(slope, rel=1e-4)
+    unused = {"encoder.model.logit_scale"}
+    assert {name for name, _ in task.named_parameters()} - recorder.gradients[0].keys() <= unused
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 3}, {"gradient_checkpointing": True}])
+def test_saving_memory_changes_no_gradient_of_the_grounding_term(
+    make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    found = []
+    for number, chosen in enumerate(({}, options)):
+        task, recorder = make(objectives=[Softmax(), Grounding()], **chosen), Recorder()
+        batch = training_batch(task, shapes, 8)
+        trainer_in(tmp_path / str(number), recorder).fit(task, loader_of([batch]))
+        found.append((recorder.logged[0], recorder.gradients[0]))
+    (plain, gradients), (saving, others) = found
+    assert saving["train/grounding"] == pytest.approx(plain["train/grounding"], rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_batch_without_phrases_has_a_grounding_term_of_zero(
+    make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path
+) -> None:
+    task, recorder = make(objectives=[Grounding()]), Recorder()
+    trainer_in(tmp_path, recorder).fit(task, loader_of([*batches_of(task, shapes / "train", 1, 8)]))
+    assert recorder.logged[0]["train/grounding"] == 0
+    assert recorder.logged[0]["train/phrases"] == 0
+    assert not any(gradient.any() for gradient in recorder.gradients[0].values())

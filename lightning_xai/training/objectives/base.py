@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -59,6 +60,8 @@ class Objective(ABC):
 
     Attributes:
         name: the term is logged as `train/NAME`, before the weight.
+        needs_targets: whether training batches have to hold phrases, boxes and hard negatives.
+        listens: whether hidden states of the training pass are read, by hooks (`listening`).
         trains_logit_bias: whether the model's `logit_bias` has a gradient; where it has none, it is frozen.
 
     Raises:
@@ -66,6 +69,8 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+    needs_targets: ClassVar[bool] = False
+    listens: ClassVar[bool] = False
     trains_logit_bias: ClassVar[bool] = False
 
     def __init__(self, *, weight: float = 1.0) -> None:
@@ -79,6 +84,10 @@ class Objective(ABC):
         Raises:
             ValueError: it does not serve; the message says what would.
         """
+
+    def listening(self) -> AbstractContextManager[object]:
+        """Around the training pass: keep what its hooks see for the call that follows. By default nothing."""
+        return nullcontext()
 
     @abstractmethod
     def __call__(self, step: Step) -> Term:
