@@ -107,7 +107,7 @@ def test_the_sigmoid_loss_is_that_of_open_clip() -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_have_the_sigmoid_loss_and_the_gradients_of_one(world: int) -> None:
     for ranks, mask in zip(
-        zip(*run_distributed(gradients_on_own_share, _MASKS, world_size=world), strict=True), _MASKS
+        zip(*run_distributed(gradients_on_own_share, _MASKS, world_size=world), strict=True), _MASKS, strict=True
     ):
         for rank in ranks:
             for name, value in literal_gradients(mask).items():
