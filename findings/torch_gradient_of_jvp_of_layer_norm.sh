@@ -19,7 +19,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet torch==2.14.1 numpy
-"$work/venv/bin/python" - <<'PYTHON'
+"$work/venv/bin/python" -W ignore - <<'PYTHON'
 import torch
 from torch.nn import functional as F
 
