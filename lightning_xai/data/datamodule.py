@@ -104,8 +104,8 @@ class ShardDataModule(LightningDataModule):
         seed: of the order of samples and the choice of captions, together with the epoch; at least 0.
         captions_per_image: only the first so many captions of an image are used (the usual COCO protocol takes 5);
             None: all.
-        swap_objects: give evaluation hard negatives made from the captions, see `lightning_xai.data.object_swaps`,
-            in addition to those that the data set has.
+        swap_objects: give evaluation, and training where an objective asks for targets, hard negatives made from the
+            captions, see `lightning_xai.data.object_swaps`, in addition to those that the data set has.
         max_fault_fraction: share of broken records, 0 to 1, above which a run stops.
         verify: before a run, compare every shard's SHA-256 with the manifest. All bytes are read once, each shard by
             one of the ranks.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_distributed
+from distributed import join_lightning, run_distributed
 from small_hugging_face import save_small
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -241,6 +241,34 @@ def test_the_grounding_term_and_its_gradient_are_those_of_measured_gamma(
     assert analytic == pytest.approx(slope, rel=1e-4)
     unused = {"encoder.model.logit_scale"}
     assert {name for name, _ in task.named_parameters()} - recorder.gradients[0].keys() <= unused
+
+
+def gradients_of_share(config: str, shapes: str, out: str, spread: bool) -> dict[str, Tensor]:
+    """A training step of all objectives in float64: on this rank's share of eight images, or on all of them."""
+    torch.manual_seed(0)
+    task = ContrastiveFineTuning(config, None, objectives=[Softmax(), Sigmoid(), Grounding()]).double()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+    labels = Manifest.load(Path(shapes, "train")).labels
+    collate = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer, label_names=labels)
+    records, share = records_of(Path(shapes, "train"), 8), 8 // world
+    batch = collate(records[rank * share : (rank + 1) * share])
+    recorder, processes = Recorder(), join_lightning() if spread else {}
+    trainer = trainer_in(Path(out), recorder, precision="64-true", **processes)
+    trainer.fit(task, loader_of([replace(batch, images=batch.images.double())]))
+    return recorder.gradients[0] | {name: torch.tensor(value) for name, value in recorder.logged[0].items()}
+
+
+@pytest.mark.distributed
+def test_two_processes_have_the_gradients_of_one_for_all_objectives_together(
+    architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path
+) -> None:
+    where = (str(architecture_file("vit")), str(shapes), str(tmp_path))
+    expected = gradients_of_share(*where, spread=False)
+    assert expected["train/phrases"] > 3
+    for rank in run_distributed(gradients_of_share, *where, True):
+        for name, value in expected.items():
+            if name != "train/samples_per_second":
+                torch.testing.assert_close(rank[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 3}, {"gradient_checkpointing": True}])
