@@ -74,7 +74,7 @@ def mask_runs(mask: Mask) -> NDArray[np.int64]:
     numbers = np.add.reduceat((bits & _VALUE) << (5 * digit), starts)
     numbers -= np.where(bits[ends] & _SIGN, np.int64(1) << (5 * (ends - starts + 1)), 0)
     # From the fourth on, what is written is the difference from the run before the last one.
-    runs = numbers.copy()
+    runs: NDArray[np.int64] = numbers.copy()
     runs[1::2], runs[2::2] = np.cumsum(numbers[1::2]), np.cumsum(numbers[2::2])
     if runs.min() < 0 or runs.sum() != height * width:
         raise MaskError(f"the runs of a mask do not fill its size, {height} x {width} pixels")
@@ -88,5 +88,5 @@ def decode_mask(mask: Mask) -> NDArray[np.bool_]:
         MaskError: see `mask_runs`.
     """
     runs = mask_runs(mask)
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    flat: NDArray[np.bool_] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return flat.reshape(mask.size[::-1]).T

@@ -325,7 +325,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
 
 def _encode_region(region: Region) -> dict[str, Any]:
     # In this order, and without an entity or a mask where there is none, so that shards keep their bytes.
-    record = {"label": region.label, "box": region.box, "crowd": region.crowd, "spans": dict(region.spans)}
+    record: dict[str, Any] = {"label": region.label, "box": region.box, "crowd": region.crowd}
+    record["spans"] = dict(region.spans)
     if region.entity:
         record["entity"] = region.entity
     if region.mask is not None:

@@ -45,6 +45,7 @@ from lightning_xai.metrics.localization import box_union
 from lightning_xai.metrics.mask_grounding import patch_shares
 from lightning_xai.metrics.other_objects import directed_pairs
 from lightning_xai.metrics.registry import ChosenMetric
+from lightning_xai.models.dual_encoder import DualEncoder
 
 __all__ = [
     "BOX_COLUMNS",
@@ -405,9 +406,11 @@ class _Measuring:
         """The pixels [1, h, w] of a mask as the model sees its image, on the CPU; or why there are none."""
         if isinstance(mask, Exclusion):
             return mask
+        encoder = self.maker.method.encoder
+        assert isinstance(encoder, DualEncoder), "pixels are masked as its transform makes them"
         if mask not in self._views:
             try:
-                view = self.maker.method.encoder.image_transform.mask(mask)[None]
+                view = encoder.image_transform.mask(mask)[None]
                 seen, whole = bool(view.any()), bool(mask_runs(mask)[1::2].any())
                 unseen = Exclusion.OUTSIDE_CROP if whole else Exclusion.MASK_BROKEN
                 self._views[mask] = view if seen else unseen

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +44,7 @@ from lightning_xai.data.sample import Box, Region, Sample, Span
 from lightning_xai.data.sources.files import check_path, kept_captions, read_image_file, read_json, usable_samples
 from lightning_xai.data.sources.karpathy import KarpathyImage, read_karpathy
 from lightning_xai.data.sources.own_classes import class_finder, read_synonyms, shown
-from lightning_xai.data.sources.segmentation import read_mask
+from lightning_xai.data.sources.segmentation import pack_segmentation, read_mask
 
 _Pixels = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # neither NaN nor infinite
 _RawId: TypeAlias = int | float | str
@@ -205,7 +204,7 @@ def _index(dataset: _CaptionsFile | _InstancesFile, *, masks: bool = False) -> C
         # The outlines make up most of the file: as lists of numbers, 860,000 of them would fill memory.
         outline = annotation.pop("segmentation", None)
         if masks and outline is not None:
-            annotation["segmentation"] = json.dumps(outline)
+            annotation["segmentation"] = pack_segmentation(outline)
     index = COCO()
     index.dataset = parts
     with contextlib.redirect_stdout(io.StringIO()):  # and prints its progress
@@ -275,7 +274,7 @@ class _CocoReader:
                 mask = None
                 if box is not None and "segmentation" in thing:
                     with counting(self.excluded):
-                        mask = read_mask(json.loads(thing["segmentation"]), upright, box)
+                        mask = read_mask(thing["segmentation"], upright, box)
                 regions.append(self._region(self.labels[category], box, mentions, crowd, mask))
         annotated = {region.label for region in regions}
         for category in map(_id, record.get("not_exhaustive_category_ids", ())):

@@ -6,6 +6,7 @@ does not fit its size is decoded past its end.
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from typing import Any
@@ -19,17 +20,25 @@ from lightning_xai.data.masks import Mask, MaskError, decode_mask, encode_mask
 from lightning_xai.data.sample import UPRIGHT, Box
 from lightning_xai.data.sources.boxes import BoxTransform
 
-__all__ = ["read_mask"]
+__all__ = ["pack_segmentation", "read_mask"]
 
 _FARTHEST = 3  # corners of an outline lie at most so many times the image's longer side away
 _LONGEST = 10_000_000  # pixels along all outlines of an object
 
 
-def read_mask(segmentation: object, upright: BoxTransform, box: Box) -> Mask | None:
+def pack_segmentation(segmentation: object) -> str:
+    """An annotation's segmentation as a text, which takes far less memory than lists of numbers."""
+    try:
+        return json.dumps(segmentation)
+    except RecursionError:
+        return '"nested too deep"'
+
+
+def read_mask(packed: str, upright: BoxTransform, box: Box) -> Mask | None:
     """The mask on the upright image, from polygons or run lengths, compressed or not; None where there is none.
 
     Args:
-        segmentation: whatever an annotation file holds.
+        packed: whatever an annotation file holds, from `pack_segmentation`.
         upright: makes boxes of the same annotation boxes of the upright image.
         box: of the same object on the upright image.
 
@@ -37,6 +46,8 @@ def read_mask(segmentation: object, upright: BoxTransform, box: Box) -> Mask | N
         ExcludedError: `mask_malformed`, `mask_size` (of another size than the image), `mask_empty` (no pixel of the
             image), or `mask_off_its_box` (its own box and the annotated one share less than half of their union).
     """
+    with excluded_as("mask_malformed", RecursionError):
+        segmentation = json.loads(packed)
     if segmentation is None or segmentation == []:
         return None
     width, height = upright.size if upright.orientation < 5 else upright.size[::-1]
