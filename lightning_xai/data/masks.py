@@ -88,5 +88,5 @@ def decode_mask(mask: Mask) -> NDArray[np.bool_]:
         MaskError: see `mask_runs`.
     """
     runs = mask_runs(mask)
-    flat: NDArray[np.bool_] = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(mask.size[::-1]).T
+    pixels: NDArray[np.bool_] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(mask.size[::-1]).T
+    return pixels

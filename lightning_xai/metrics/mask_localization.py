@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_average_precision
 
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.heat_maps import upsample
@@ -36,13 +35,15 @@ def pixel_average_precision(maps: Tensor, truth: Tensor) -> Tensor:
         >>> pixel_average_precision(torch.tensor([[[3.0, 2.0, 1.0]]]), torch.tensor([[[True, False, True]]]))
         tensor([0.8333], dtype=torch.float64)
     """
-    found = maps.new_full((len(maps),), torch.nan, dtype=torch.float64, device="cpu")
-    for row, (values, wanted) in enumerate(zip(maps.detach().cpu().double(), truth.cpu(), strict=True)):
-        if wanted.any():
-            # Ranks of distinct values: outside [0, 1], torchmetrics would send them through a sigmoid, which rounds.
-            ranks = values.flatten().unique(return_inverse=True)[1].double()
-            found[row] = binary_average_precision(ranks / ranks.max().clamp(min=1), wanted.flatten().long())
-    return found.to(maps.device)
+    values, order = maps.detach().flatten(1).sort(dim=1, descending=True)
+    hits = truth.flatten(1).gather(1, order)
+    reached = torch.arange(1, values.shape[1] + 1, device=values.device)
+    precision = hits.cumsum(dim=1).double() / reached
+    # Pixels of one value are reached together: of each, the last place with its value.
+    is_last = torch.ones_like(hits)
+    is_last[:, :-1] = values[:, :-1] > values[:, 1:]
+    last = (reached - 1).where(is_last, values.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return (precision.gather(1, last) * hits).sum(dim=1) / hits.sum(dim=1)
 
 
 def mask_localization(targets: CaptionTargets, *, quantile: float = 0.75) -> dict[str, Tensor]:
