@@ -39,7 +39,7 @@ class CocoWorld(World):
         self.instances: dict[str, Any] = {**self.captions, "images": [], "annotations": [], "categories": CATEGORIES}
         self.karpathy: dict[str, Any] | None = None
         self.add_image(42, ["A dog eats a hot dog. ", "Two dogs", "A man"])
-        self.add_box(42, [1.5, 2.0, 10.0, 5.5])
+        self.add_box(42, [1.5, 2.0, 10.0, 5.5], segmentation=[outline((1.5, 2.0, 10.0, 5.5))])
 
     def add_image(
         self, image_id: int, captions: list[Any], data: bytes | None = None, size: tuple[int, int] = (40, 30)
@@ -82,6 +82,11 @@ class CocoWorld(World):
         parts = {"captions": self.captions, "instances": self.instances, "karpathy": self.karpathy}
         files = {part: self.json(f"{part}.json", content) for part, content in parts.items() if content is not None}
         return {"images": self.images, "split": "val2017", **files}
+
+
+def outline(box: tuple[float, float, float, float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 @pytest.fixture
@@ -368,11 +373,6 @@ def test_boxes_of_stored_pixels_are_turned_with_the_image_and_those_of_upright_o
 # Masks
 
 
-def outline(box: tuple[float, float, float, float]) -> list[float]:
-    x, y, width, height = box
-    return [x, y, x + width, y, x + width, y + height, x, y + height]
-
-
 def test_outlines_and_run_lengths_become_masks_of_the_image(world: CocoWorld) -> None:
     pixels = np.zeros((30, 40), dtype=bool)
     pixels[2:7, 20:30] = True
@@ -384,7 +384,6 @@ def test_outlines_and_run_lengths_become_masks_of_the_image(world: CocoWorld) ->
     world.add_box(42, [20, 2, 10, 5], crowd=1, segmentation={"size": [30, 40], "counts": runs})
     (sample,), excluded = world.read()
     assert excluded == {}
-    assert sample.regions[0].mask is None
     for region in sample.regions[1:]:
         assert region.mask is not None
         assert (decode_mask(region.mask) == pixels).all()
