@@ -363,9 +363,9 @@ class _Measuring:
         return _Group(rows, self.reason_R.tolist(), PhraseTargets(self.maps.phrases, masks, self.maker.method.signed))
 
     def _phrases_with_masks(self, group: _Group, targets: PhraseTargets) -> _Group:
-        phrases, shares, reasons = self.batch.phrases, [], []
+        phrases, boxes, shares, reasons = self.batch.phrases, self.batch.phrases.boxes.cpu(), [], []
         for row in self.wanted.phrases.tolist():
-            box = box_union(phrases.boxes[row : row + 1].cpu(), torch.zeros(1, dtype=torch.int64), 1, self.size)
+            box = box_union(boxes[row : row + 1], torch.zeros(1, dtype=torch.int64), 1, self.size)
             mask = phrases.masks[row] if phrases.masks else Exclusion.NO_MASK
             view = self._view(mask)
             inside = torch.zeros_like(box) if isinstance(view, Exclusion) else view & box

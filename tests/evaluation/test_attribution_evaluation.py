@@ -225,6 +225,23 @@ def test_masks_that_cannot_be_used_are_counted_by_reason_and_change_no_other_num
                 assert after["value"] == pytest.approx(before["value"], nan_ok=True, rel=1e-5)
 
 
+def test_masks_are_not_decoded_where_no_metric_needs_them(
+    done: Done, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(mask: Mask) -> NDArray[np.bool_]:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("lightning_xai.models.image_transform.decode_mask", refuse)
+    evaluate(
+        architecture_file("vit"),
+        data_of(world),
+        tmp_path,
+        methods={"saliency": {}},
+        metrics=["grounding", "localization"],
+    )
+    assert numbers(tmp_path, "saliency", "gamma") == pytest.approx(numbers(done.out, "saliency", "gamma"), rel=1e-5)
+
+
 def test_data_without_masks_are_measured_by_box_alone(
     architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:
