@@ -11,7 +11,9 @@ class Exclusion(IntEnum):
     """A reason why a target has no value; tables hold its `key`.
 
     The first reason that applies, in this order, is the one that counts. The data decide what they know, up to
-    NOT_MENTIONED except for SMALLER_THAN_PATCH; the evaluation decides the rest.
+    NOT_MENTIONED except for SMALLER_THAN_PATCH; the evaluation decides the rest. Of what is measured by mask alone,
+    MASK_SIZE means a mask of another size than its image, MASK_BROKEN one that does not decode or has no pixel in its
+    object's box.
     """
 
     MEASURED = 0
@@ -24,6 +26,9 @@ class Exclusion(IntEnum):
     NO_POSITIVE = 7
     NO_BOX = 8
     NO_VALUE = 9
+    NO_MASK = 10
+    MASK_SIZE = 11
+    MASK_BROKEN = 12
 
     @property
     def key(self) -> str:

@@ -58,6 +58,9 @@ def made_table(
                 why = "not_mentioned" if kind == "phrase" and place % 9 == 0 else ""
                 if kind == "phrase" and "grounding" in metrics:
                     values = {"gamma": value, "rho": float(value > 0.4)}
+                    if "mask_grounding" in metrics:
+                        fill = 0.4 + 0.05 * labels.index(each["label"])
+                        values |= {"gamma_mask": value * fill, "rho_mask": float(value > 0.6), "mask_fill": fill}
                 elif kind == "negative" and "hard_negatives" in metrics and method in SIGNED:
                     values = {"positive": value, "negative": value / 2, "delta": float(draw.normal(-skill, 1)) / 10}
                 elif kind == "caption" and "confidence" in metrics:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_xai.data.batch import Batch
     from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
+    from lightning_xai.data.masks import Mask, encode_mask
     from lightning_xai.data.phrases import Phrases
     from lightning_xai.data.sample import RecordError, Region, Sample
     from lightning_xai.data.shards import Manifest, write_shards
@@ -22,12 +23,14 @@ __all__ = [
     "Exclusion",
     "ImageTransform",
     "Manifest",
+    "Mask",
     "Phrases",
     "RecordError",
     "Region",
     "Sample",
     "ShapesDataModule",
     "ShardDataModule",
+    "encode_mask",
     "write_shards",
 ]
 
@@ -37,12 +40,14 @@ _MODULES = {
     "Exclusion": "exclusion",
     "ImageTransform": "models.image_transform",
     "Manifest": "data.shards",
+    "Mask": "data.masks",
     "Phrases": "data.phrases",
     "RecordError": "data.sample",
     "Region": "data.sample",
     "Sample": "data.sample",
     "ShapesDataModule": "data.datamodule",
     "ShardDataModule": "data.datamodule",
+    "encode_mask": "data.masks",
     "write_shards": "data.shards",
 }
 

@@ -6,13 +6,14 @@ Where something cannot be measured, its row says why (`Exclusion`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_xai.data.masks import Mask
 from lightning_xai.data.sample import HardNegative, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanCutOffError
 from lightning_xai.exclusion import Exclusion
@@ -33,6 +34,9 @@ class Transform(Protocol):
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Boxes `[N, 4]` `(x, y, width, height)` in an image of that size, as `(x0, y0, x1, y1)` after it."""
+
+    def mask(self, mask: Mask) -> Tensor:
+        """A mask as `[height, width]` bool of the transformed image; a `MaskError` where it does not decode."""
 
 
 @dataclass
@@ -70,6 +74,8 @@ class Phrases(TensorFields):
         reason: `[R]` int64, an `Exclusion`; `MEASURED` where the data allow it (a metric may still find that the
             box is `SMALLER_THAN_PATCH` or that the map has `NO_POSITIVE` value).
         text: the words that name the class, several mentions joined by `", "`; empty where there are none.
+        masks: R masks of the boxes' regions, not decoded; an `Exclusion` in place of one that is missing or of another
+            size than its image.
     """
 
     caption_row: Tensor
@@ -79,6 +85,7 @@ class Phrases(TensorFields):
     boxes: Tensor
     reason: Tensor
     text: list[str]
+    masks: list[Mask | Exclusion] = field(default_factory=list)
 
     @classmethod
     def empty(cls, context_length: int) -> Phrases:
@@ -104,10 +111,12 @@ class NamedBoxes(TensorFields):
         boxes: `[M, 4]` float32, `(x0, y0, x1, y1)` in pixels of the transformed image; those of which the transform
             leaves nothing are not among them. A caption that names an instance without a box has none at all: its
             boxes are not all that it names.
+        masks: M masks of the boxes' regions, as `Phrases.masks`.
     """
 
     caption_row: Tensor
     boxes: Tensor
+    masks: list[Mask | Exclusion] = field(default_factory=list)
 
 
 @dataclass
@@ -157,6 +166,7 @@ class _Row:
     box: Tensor
     masks: tuple[Tensor, ...]
     words: tuple[str, ...]
+    object: Mask | Exclusion = Exclusion.NO_MASK
 
 
 class TargetRows:
@@ -174,7 +184,7 @@ class TargetRows:
         self._labels = {label: row for row, label in enumerate(labels)}
         self._phrases: list[_Row] = []
         self._negatives: list[_Row] = []
-        self._named: list[tuple[int, Tensor]] = []
+        self._named: list[tuple[int, Tensor, Mask | Exclusion]] = []
 
     def add(
         self,
@@ -197,7 +207,8 @@ class TargetRows:
         for region, box in zip(sample.regions, boxes, strict=True):
             if region.box is not None and _has_area(box):
                 named = (index for index, spans in sorted(region.spans.items()) if spans and index < len(captions))
-                self._named += [(first_caption_row + index, box) for index in named if index not in incomplete]
+                mask = _mask_of(region, sample)
+                self._named += [(first_caption_row + index, box, mask) for index in named if index not in incomplete]
 
     def _add_phrases(
         self, sample: Sample, captions: Sequence[str], boxes: Sequence[Tensor], image_row: int, first_caption_row: int
@@ -208,6 +219,7 @@ class TargetRows:
         for (label, _), numbers in sorted(things.items()):
             instances, box = [sample.regions[number] for number in numbers], boxes[numbers[0]]
             geometry = _geometry_reason(instances, box)
+            whole = _mask_of(instances[0], sample)
             before = len(self._phrases)
             for index, caption in enumerate(captions):
                 spans = sorted({span for region in instances for span in region.spans.get(index, ())})
@@ -216,10 +228,10 @@ class TargetRows:
                     text = ", ".join(caption[start:end] for start, end in spans)
                     place = (first_caption_row + index, image_row, self._labels[label])
                     first = min(filter(None, (geometry, reason)), default=Exclusion.MEASURED)
-                    self._phrases.append(_Row(*place, first, box, (mask,), (text,)))
+                    self._phrases.append(_Row(*place, first, box, (mask,), (text,), whole))
             if len(self._phrases) == before:
                 place = (-1, image_row, self._labels[label])
-                self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, (self._no_tokens(),), ("",)))
+                self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, (self._no_tokens(),), ("",), whole))
 
     def _add_negative(
         self, sample: Sample, negative: HardNegative, box: Tensor, image_row: int, first_caption_row: int
@@ -239,7 +251,8 @@ class TargetRows:
         caption_row, image_row, label, reason = _numbers(rows)
         mask = _stacked([row.masks[0] for row in rows], self._no_tokens())
         boxes = _stacked([row.box for row in rows], torch.zeros(4))
-        return Phrases(caption_row, image_row, label, mask, boxes, reason, [row.words[0] for row in rows])
+        text, objects = [row.words[0] for row in rows], [row.object for row in rows]
+        return Phrases(caption_row, image_row, label, mask, boxes, reason, text, objects)
 
     def negatives(self) -> Negatives:
         """All hard negatives so far."""
@@ -263,8 +276,9 @@ class TargetRows:
 
     def named(self) -> NamedBoxes:
         """All boxes so far that captions name."""
-        rows = torch.tensor([row for row, _ in self._named], dtype=torch.int64)
-        return NamedBoxes(rows, _stacked([box for _, box in self._named], torch.zeros(4)))
+        rows = torch.tensor([row for row, _, _ in self._named], dtype=torch.int64)
+        boxes = _stacked([box for _, box, _ in self._named], torch.zeros(4))
+        return NamedBoxes(rows, boxes, [mask for _, _, mask in self._named])
 
     def _no_tokens(self) -> Tensor:
         return torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
@@ -294,6 +308,12 @@ def _numbers(rows: Sequence[_Row]) -> list[Tensor]:
 def _stacked(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """The parts along a new first dimension, which is empty where there are none."""
     return torch.stack(list(parts)) if parts else like[None][:0]
+
+
+def _mask_of(region: Region, sample: Sample) -> Mask | Exclusion:
+    if region.mask is None:
+        return Exclusion.NO_MASK
+    return region.mask if region.mask.size == sample.size[::-1] else Exclusion.MASK_SIZE
 
 
 def _has_area(box: Tensor) -> bool:

@@ -22,6 +22,7 @@ import msgspec
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER
+from lightning_xai.data.masks import Mask, MaskError, mask_runs
 
 SCHEMA_VERSION = 1
 # MPO is what Pillow calls a JPEG file that holds further pictures, as some phones and cameras write it.
@@ -30,7 +31,7 @@ IMAGE_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _DECODERS = ("JPEG", "PNG", "WEBP")
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 # EXIF orientation -> what makes the stored pixels upright.
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -75,6 +76,7 @@ class Region:
         crowd: the box holds a group of instances, not one.
         entity: distinguishes things of one class where the annotation says which of them a phrase names, as
             Flickr30k Entities does with its chains; empty where phrases name the class alone.
+        mask: its pixels, of the upright image's size; None: not annotated.
     """
 
     label: str
@@ -82,6 +84,7 @@ class Region:
     spans: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
     crowd: bool = False
     entity: str = ""
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def read_image(data: bytes, origin: str) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
             opened.load()
             # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
-            turn = _UPRIGHT.get(exif_orientation(opened))
+            turn = UPRIGHT.get(exif_orientation(opened))
             image: Image.Image = opened if turn is None else opened.transpose(turn)
             if image.mode.startswith("I"):
                 image = image.point(lambda value: value / 257.0).convert("L")
@@ -248,7 +251,7 @@ def exif_orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, EOFError, struct.error):
         return 1  # a broken EXIF block does not make the pixels unusable
-    return orientation if orientation in _UPRIGHT else 1
+    return orientation if orientation in UPRIGHT else 1
 
 
 def image_extension(data: bytes, origin: str) -> str:
@@ -274,6 +277,8 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         RecordError: the sample breaks the contract stated on `Sample` and `Region`.
     """
     _check(sample)
+    for fault in mask_faults(sample):
+        raise RecordError(f"record {sample.key!r} ({sample.source}): {fault}; mend or drop the mask")
     record = {
         "version": SCHEMA_VERSION,
         "captions": sample.captions,
@@ -332,9 +337,34 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
 
 
 def _encode_region(region: Region) -> dict[str, Any]:
-    # In this order, and without an entity where there is none, so that shards keep their bytes.
-    record = {"label": region.label, "box": region.box, "crowd": region.crowd, "spans": dict(region.spans)}
-    return record | {"entity": region.entity} if region.entity else record
+    # In this order, and without an entity or a mask where there is none, so that shards keep their bytes.
+    record: dict[str, Any] = {"label": region.label, "box": region.box, "crowd": region.crowd}
+    record["spans"] = dict(region.spans)
+    if region.entity:
+        record["entity"] = region.entity
+    if region.mask is not None:
+        record["mask"] = asdict(region.mask)
+    return record
+
+
+def mask_faults(sample: Sample) -> Iterator[str]:
+    """What is wrong with each mask that cannot be used.
+
+    Reading does not ask: a wrong mask spoils what is measured by mask alone, and only there is it decoded.
+    """
+    for region in sample.regions:
+        if region.mask is None:
+            continue
+        if region.mask.size != sample.size[::-1]:
+            yield (
+                f"the mask of {region.label!r} has {region.mask.size} pixels (height, width), its image "
+                f"{sample.size[::-1]}"
+            )
+            continue
+        try:
+            mask_runs(region.mask)
+        except MaskError as error:
+            yield f"the mask of {region.label!r}: {error}"
 
 
 def _check(sample: Sample, where: str | None = None) -> None:

@@ -5,8 +5,9 @@ captions name the same two ("a red ring and a blue star"), which differ in shape
 distractors, which no caption names and which have colors that neither named object has. Mostly their shapes differ as
 well; in about every tenth image a distractor repeats a named shape, so that "several instances of a class" occurs.
 
-A region's label is the shape, its box the tight box of the whole drawn shape (boxes overlap by less than a tenth), and
-its spans are the phrase of color and shape in each caption.
+A region's label is the shape, its box the tight box of the whole drawn shape (boxes overlap by less than a tenth), its
+mask the pixels of which it covers at least half and no other shape over it does, and its spans are the phrase of color
+and shape in each caption.
 
 The pairs of objects that captions name are dealt out to the splits, so that no caption of one split occurs in another.
 Images are drawn in chunks with numpy; sample i of a split does not depend on how many samples are asked for.
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from lightning_xai.data.masks import Mask, encode_mask
 from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.sample import Box, Region, Sample, Span
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardError, ShardsExistError, write_shards
@@ -66,6 +68,7 @@ _ANGLES = (-12.0, 0.0, 12.0)
 _HOLE = 0.55  # of a ring's radius
 _SUPERSAMPLING = 4
 _FAINTEST = 1 / 8  # pixels of which less is covered are not drawn, so that the box ends where the eye sees it end
+_HALF = 0.5  # of a pixel, from which on it belongs to a shape
 _OBJECTS = 4
 _NAMED = 2
 _SAME_SHAPE_RATE = 0.15  # of images with a distractor, which two thirds are: a tenth of all
@@ -345,11 +348,11 @@ def _describe(name: str, image: npt.NDArray[np.uint8], scenes: _Scenes, stamps: 
         caption, spans_first, spans_second = render_caption(TEMPLATES[template], things[first], things[second])
         captions.append(caption)
         spans[first][index], spans[second][index] = (spans_first,), (spans_second,)
-    regions = tuple(
-        Region(SHAPES[things[k][1]], _box(scenes, stamps, row, k), spans[k])
-        for k in np.flatnonzero(scenes.present[row]).tolist()
-    )
     height, width = image.shape[:2]
+    masks = _masks(scenes, stamps, row, (height, width))
+    regions = tuple(
+        Region(SHAPES[things[k][1]], _box(scenes, stamps, row, k), spans[k], mask=mask) for k, mask in masks.items()
+    )
     return Sample(f"shapes_{name}", _encode_jpeg(image), (width, height), tuple(captions), regions, f"shapes/{name}")
 
 
@@ -357,6 +360,21 @@ def _box(scenes: _Scenes, stamps: _Stamps, row: int, k: int) -> Box:
     y, x = scenes.corners[row, k].tolist()
     height, width = stamps[tuple(scenes.stamps[row, k].tolist())].shape
     return (float(x), float(y), float(width), float(height))
+
+
+def _masks(scenes: _Scenes, stamps: _Stamps, row: int, size: tuple[int, int]) -> dict[int, Mask]:
+    """What shows of each object of an image: those before it lie over it."""
+    free = np.ones(size, dtype=bool)
+    masks = {}
+    for k in np.flatnonzero(scenes.present[row]).tolist():
+        y, x = scenes.corners[row, k].tolist()
+        stamp = stamps[tuple(scenes.stamps[row, k].tolist())] >= _HALF
+        place = (slice(y, y + stamp.shape[0]), slice(x, x + stamp.shape[1]))
+        shown = np.zeros(size, dtype=bool)
+        shown[place] = stamp & free[place]
+        free &= ~shown
+        masks[k] = encode_mask(shown)
+    return masks
 
 
 def _encode_jpeg(image: npt.NDArray[np.uint8]) -> bytes:

@@ -92,6 +92,7 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
         labels: every region label that occurs, sorted.
         excluded: reason -> records of the source that were not written.
         captions: number of captions over all samples.
+        masks: number of regions with a mask over all samples.
         version: version of the manifest's own schema.
 
     Raises:
@@ -103,6 +104,7 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     labels: tuple[str, ...]
     excluded: Mapping[str, _Count]
     captions: _Count
+    masks: _Count = 0
     version: int = MANIFEST_VERSION
 
     def __post_init__(self) -> None:
@@ -170,6 +172,8 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json`; the same manifest gives the same bytes."""
         record = msgspec.to_builtins(self) | {"samples": self.samples}
+        if not self.masks:
+            del record["masks"]  # so that shards without them keep their manifest's bytes
         text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -223,6 +227,7 @@ def describe(manifest: Manifest) -> str:
         ("samples", f"{manifest.samples:,}"),
         ("captions", f"{manifest.captions:,}"),
         ("labels", f"{len(manifest.labels):,}"),
+        *([("masks", f"{manifest.masks:,}")] if manifest.masks else []),
         ("shards", f"{len(manifest.shards):,}"),
     ]
     lines = [manifest.name, *(f"  {title:<8}{value:>11}" for title, value in rows), f"  {'bytes':<8}{size:>12}"]
@@ -274,11 +279,12 @@ def write_shards(
     unfinished.mkdir(parents=True)
     captions: dict[str, int] = {}
     labels: set[str] = set()
+    masks: Counter[str] = Counter()
     shards: list[ShardEntry] = []
     try:
         with progress_bar(progress) as bar:
             tracked = bar.track(samples, total=total, description=escape(name))
-            records = _encoded(tracked, excluded, captions, labels)
+            records = _encoded(tracked, excluded, captions, labels, masks)
             for first in records:
                 group = chain([first], islice(records, samples_per_shard - 1))
                 shards.append(_write_shard(unfinished / f"shard-{len(shards):06d}.tar", group))
@@ -290,6 +296,7 @@ def write_shards(
             labels=tuple(sorted(labels)),
             excluded={reason: count for reason, count in sorted(excluded.items()) if count},
             captions=sum(captions.values()),
+            masks=masks.total(),
         )
         manifest.save(unfinished)
         _publish(unfinished, out, overwrite)
@@ -322,11 +329,16 @@ def _write_shard(path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]])
 
 
 def _encoded(
-    samples: Iterable[Sample], excluded: Counter[str], captions: dict[str, int], labels: set[str]
+    samples: Iterable[Sample],
+    excluded: Counter[str],
+    captions: dict[str, int],
+    labels: set[str],
+    masks: Counter[str],
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     """Key and members of each sample that keeps the contract; the others are counted, and the first logged.
 
-    `captions` takes the number of captions by key, `labels` those of the regions.
+    `captions` takes the number of captions by key, `labels` those of the regions, `masks` how many regions of a label
+    have one.
     """
     for sample in samples:
         try:
@@ -343,6 +355,7 @@ def _encoded(
             )
         captions[sample.key] = len(sample.captions)
         labels.update(region.label for region in sample.regions)
+        masks.update(region.label for region in sample.regions if region.mask is not None)
         yield sample.key, members
 
 

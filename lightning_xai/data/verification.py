@@ -24,7 +24,7 @@ from lightning_xai.data.excluded import (
     ExcludedByShard,
     Fault,
 )
-from lightning_xai.data.sample import RecordError, Sample, decode_image
+from lightning_xai.data.sample import RecordError, Sample, decode_image, mask_faults
 from lightning_xai.data.shard_reader import RECORD_MEMBERS, TarRecords, decode_records
 from lightning_xai.data.shard_store import ShardStore
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ShardEntry, find_file_fault, hash_rest
@@ -182,6 +182,8 @@ def _look_at(item: Sample | RecordError, report: ShardReport) -> None:
         if isinstance(item, RecordError):
             raise item
         decode_image(item)
+        for fault in mask_faults(item):
+            raise RecordError(f"record {item.key!r} ({item.source}): {fault}; prepare the shard again")
     except RecordError as error:
         message = str(error)
         message = message if report.entry.name in message else f"{report.entry.name}, {message}"

@@ -179,7 +179,7 @@ class AttributionEvaluation(L.LightningModule):
             "captions_per_image": data.captions_per_image,
             "swap_objects": data.swap_objects,
         }
-        metrics = self._possible(has_boxes=bool(manifest.labels))
+        metrics = self._possible(has_boxes=bool(manifest.labels), has_masks=bool(manifest.masks))
         self._runs = [run for label in self.methods for run in self._build(label, metrics, settings)]
         # A process that comes late would take what others have just written for an earlier run's.
         self.trainer.strategy.barrier()
@@ -255,7 +255,7 @@ class AttributionEvaluation(L.LightningModule):
             raise ValueError("AttributionEvaluation measures the test split of a ShardDataModule; give it as the data")
         return data
 
-    def _possible(self, *, has_boxes: bool) -> dict[str, ChosenMetric]:
+    def _possible(self, *, has_boxes: bool, has_masks: bool) -> dict[str, ChosenMetric]:
         """The metrics asked for, or all that the data allow."""
         possible = {name: metric for name, metric in self.metrics.items() if has_boxes or not metric.spec.needs_boxes}
         without = [name for name in self.asked_for if name not in possible]
@@ -264,7 +264,13 @@ class AttributionEvaluation(L.LightningModule):
                 f"{', '.join(without)} cannot be measured without boxes, and the test shards have none: prepare a data "
                 f"set with boxes, or ask for other metrics, such as {', '.join(possible) or 'confidence'}"
             )
-        return possible
+        masked = [name for name, metric in possible.items() if metric.spec.needs_masks and not has_masks]
+        if without := [name for name in self.asked_for if name in masked]:
+            raise ValueError(
+                f"{', '.join(without)} cannot be measured without segmentation masks, and the test shards have none: "
+                "prepare them again with this release from data that have masks, such as COCO's (--masks true)"
+            )
+        return {name: metric for name, metric in possible.items() if name not in masked}
 
     def _build(
         self, label: str, metrics: Mapping[str, ChosenMetric], settings: Mapping[str, Any]

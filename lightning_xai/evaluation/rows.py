@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from lightning_xai.attribution.pairwise import Captured, HiddenStates, PairwiseM
 from lightning_xai.attribution.perturbation import only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
+from lightning_xai.data.masks import Mask, MaskError, mask_runs
 from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.phrases import Negatives
 from lightning_xai.evaluation.embeddings import Embeddings
@@ -40,8 +41,11 @@ from lightning_xai.metrics.base import (
     PhraseTargets,
 )
 from lightning_xai.metrics.grounding import measurable, patch_mask
+from lightning_xai.metrics.localization import box_union
+from lightning_xai.metrics.mask_grounding import patch_shares
 from lightning_xai.metrics.other_objects import directed_pairs
 from lightning_xai.metrics.registry import ChosenMetric
+from lightning_xai.models.dual_encoder import DualEncoder
 
 __all__ = [
     "BOX_COLUMNS",
@@ -266,11 +270,15 @@ class BatchRows:
 
 @dataclass(frozen=True)
 class _Group:
-    """All targets of one kind: their rows and reasons, and the tensors of those whose reason is MEASURED."""
+    """All targets of one kind: their rows and reasons, and the tensors of those whose reason is MEASURED.
+
+    Of each of these, `mask_reasons` says why it has no mask; there are none where no metric needs masks.
+    """
 
     rows: list[dict[str, Any]]
     reasons: list[int]
     tensors: PhraseTargets | PhrasePairTargets | NegativeTargets | CaptionTargets
+    mask_reasons: list[Exclusion] = field(default_factory=list)
 
 
 def measure_batch(
@@ -290,6 +298,8 @@ def measure_batch(
     kinds = dict.fromkeys(metric.spec.kind for metric in metrics)
     measuring = _Measuring(batch, maps, kinds.keys(), embeddings)
     groups = {kind: measuring.group(kind) for kind in kinds}
+    masked = {metric.spec.kind for metric in metrics if metric.spec.needs_masks}
+    groups |= {kind: measuring.with_masks(groups[kind]) for kind in masked}
     values = [row for metric in metrics for row in _value_rows(groups[metric.spec.kind], metric)]
     targets = [row for group in groups.values() for row in group.rows]
     return BatchRows(targets, values, measuring.measured_phrases(groups["phrase"]) if "phrase" in groups else [])
@@ -306,6 +316,7 @@ class _Measuring:
         self.embeddings = embeddings
         self.reason_R = measurable(batch.phrases.reason, batch.phrases.boxes, maps.grid, self.size)
         self.wanted = self._wanted(kinds)
+        self._views: dict[Mask, Tensor | Exclusion] = {}
         self.maps: BatchMaps = maps.maps(batch, self.wanted)
 
     def group(self, kind: Kind) -> _Group:
@@ -316,6 +327,13 @@ class _Measuring:
             "negative": self._negatives,
             "caption": self._caption_targets,
         }[kind]()
+
+    def with_masks(self, group: _Group) -> _Group:
+        """A group of phrases or captions, with what metrics read that need masks."""
+        if isinstance(group.tensors, PhraseTargets):
+            return self._phrases_with_masks(group, group.tensors)
+        assert isinstance(group.tensors, CaptionTargets)
+        return self._captions_with_masks(group, group.tensors)
 
     def measured_phrases(self, group: _Group) -> list[tuple[dict[str, Any], Tensor]]:
         """Target and map of each phrase that can be measured."""
@@ -343,6 +361,62 @@ class _Measuring:
         )
         rows = self._rows("phrase", phrases.image_row, phrases.caption_row, phrases.label, more)
         return _Group(rows, self.reason_R.tolist(), PhraseTargets(self.maps.phrases, masks, self.maker.method.signed))
+
+    def _phrases_with_masks(self, group: _Group, targets: PhraseTargets) -> _Group:
+        phrases, boxes, shares, reasons = self.batch.phrases, self.batch.phrases.boxes.cpu(), [], []
+        for row in self.wanted.phrases.tolist():
+            box = box_union(boxes[row : row + 1], torch.zeros(1, dtype=torch.int64), 1, self.size)
+            mask = phrases.masks[row] if phrases.masks else Exclusion.NO_MASK
+            view = self._view(mask)
+            inside = torch.zeros_like(box) if isinstance(view, Exclusion) else view & box
+            reasons.append(view if isinstance(view, Exclusion) else Exclusion.MEASURED)
+            if not reasons[-1] and not inside.any():
+                reasons[-1] = Exclusion.MASK_BROKEN
+            shares.append(patch_shares(torch.cat([box, inside]), self.grid))
+        found = torch.stack(shares) if shares else torch.zeros(0, 2, *self.grid)
+        box_shares, mask_shares = found.to(targets.maps.device).unbind(dim=1)
+        tensors = replace(targets, box_shares=box_shares, mask_shares=mask_shares)
+        return replace(group, tensors=tensors, mask_reasons=reasons)
+
+    def _captions_with_masks(self, group: _Group, targets: CaptionTargets) -> _Group:
+        named = self.batch.named
+        assert named is not None, "evaluation batches have named boxes"
+        views: dict[int, list[Tensor]] = {}
+        # A caption of which one mask is missing has none: the others are not all that it names.
+        reasons = [Exclusion.NO_BOX] * len(group.rows)
+        masks = named.masks or [Exclusion.NO_MASK] * len(named.boxes)
+        for caption, mask in zip(named.caption_row.tolist(), masks, strict=True):
+            view = self._view(mask)
+            if isinstance(view, Exclusion) and view is not Exclusion.OUTSIDE_CROP:
+                reasons[caption] = max(view, reasons[caption])
+                continue
+            if reasons[caption] == Exclusion.NO_BOX:
+                reasons[caption] = Exclusion.MEASURED
+            if isinstance(view, Tensor):
+                views.setdefault(caption, []).append(view)
+        nothing = torch.zeros(1, *self.size, dtype=torch.bool)
+
+        def pixels(rows: slice) -> Tensor:
+            parts = [torch.cat([nothing, *views.get(row, [])]).any(dim=0) for row in range(rows.start, rows.stop)]
+            return torch.stack(parts).to(targets.image_maps.device)
+
+        return replace(group, tensors=replace(targets, mask_pixels=pixels), mask_reasons=reasons)
+
+    def _view(self, mask: Mask | Exclusion) -> Tensor | Exclusion:
+        """The pixels [1, h, w] of a mask as the model sees its image, on the CPU; or why there are none."""
+        if isinstance(mask, Exclusion):
+            return mask
+        encoder = self.maker.method.encoder
+        assert isinstance(encoder, DualEncoder), "pixels are masked as its transform makes them"
+        if mask not in self._views:
+            try:
+                view = encoder.image_transform.mask(mask)[None]
+                seen, whole = bool(view.any()), bool(mask_runs(mask)[1::2].any())
+                unseen = Exclusion.OUTSIDE_CROP if whole else Exclusion.MASK_BROKEN
+                self._views[mask] = view if seen else unseen
+            except MaskError:
+                self._views[mask] = Exclusion.MASK_BROKEN
+        return self._views[mask]
 
     def _phrase_pairs(self) -> _Group:
         phrases = self.batch.phrases
@@ -519,9 +593,13 @@ def _value_rows(group: _Group, metric: ChosenMetric) -> list[ValueRow]:
     found: list[ValueRow] = []
     for name, values in columns.items():
         empty = metric.spec.empty.get(name, Exclusion.NO_VALUE)
-        measured = iter(values)
+        no_mask = group.mask_reasons if metric.spec.needs_masks else [Exclusion.MEASURED] * len(values)
+        measured = iter(zip(values, no_mask, strict=True))
         for row, reason in zip(group.rows, group.reasons, strict=True):
-            value = next(measured) if reason == Exclusion.MEASURED else math.nan
-            why = empty if reason == Exclusion.MEASURED and math.isnan(value) else Exclusion(reason)
+            value, why = next(measured) if reason == Exclusion.MEASURED else (math.nan, Exclusion(reason))
+            if why:
+                value = math.nan
+            elif math.isnan(value):
+                why = empty
             found.append((row["target"], name, value, why.key))
     return found

@@ -18,6 +18,8 @@ from lightning_xai.metrics.grounding import (
 from lightning_xai.metrics.hard_negatives import HardNegativesMetric
 from lightning_xai.metrics.localization import LocalizationMetric, binarised, box_union, intersection_over_union
 from lightning_xai.metrics.map_similarity import spearman, ssim
+from lightning_xai.metrics.mask_grounding import mask_patches, patch_shares
+from lightning_xai.metrics.mask_localization import pixel_average_precision
 from lightning_xai.metrics.other_objects import OtherObjectsMetric, directed_pairs
 from lightning_xai.metrics.registry import METRICS
 from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
@@ -45,7 +47,10 @@ __all__ = [
     "directed_pairs",
     "gamma",
     "intersection_over_union",
+    "mask_patches",
     "patch_mask",
+    "patch_shares",
+    "pixel_average_precision",
     "recall_at_k",
     "rho",
     "spearman",

@@ -40,6 +40,10 @@ Kind = Literal["phrase", "phrase_pair", "negative", "caption"]
 HiddenImage = Literal["zeros", "black"]
 
 
+def _no_pixels(rows: slice) -> Tensor:
+    raise AssertionError("only metrics that need masks read them")
+
+
 @dataclass(frozen=True)
 class PhraseTargets:
     """Phrases of captions, each with the box of the one object that it names.
@@ -48,11 +52,15 @@ class PhraseTargets:
         maps: [M, H, W], the phrase's map.
         masks: [M, H, W] bool, the patches of the box.
         signed: whether the maps distinguish for from against.
+        box_shares: [M, H, W], how much of each patch the box covers; None unless the metric `needs_masks`.
+        mask_shares: [M, H, W], how much of it the object's segmentation mask covers within the box; likewise.
     """
 
     maps: Tensor
     masks: Tensor
     signed: bool
+    box_shares: Tensor | None = None
+    mask_shares: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -136,6 +144,8 @@ class CaptionTargets:
             of the others; those that mark start and end stay anyway.
         coalitions: number of coalitions of patches, of tokens, probability that each is present, seed -> their values.
         batch_size: targets that a metric should work on at a time where it needs pixels.
+        mask_pixels: a slice of the targets -> the pixels of all objects that each caption names, [M, h, w] bool; only
+            where the metric `needs_masks`.
     """
 
     image_maps: Tensor
@@ -153,6 +163,7 @@ class CaptionTargets:
     embed_texts: Callable[[Tensor], Tensor]
     coalitions: Callable[[int, int, float, int], CoalitionValues]
     batch_size: int
+    mask_pixels: Callable[[slice], Tensor] = _no_pixels
 
     def __len__(self) -> int:
         return len(self.image_maps)
@@ -178,6 +189,8 @@ class MetricSpec:
         title: of its table in reports.
         note: what the numbers mean, in one or two sentences.
         needs_boxes: whether data sets without boxes have no such targets.
+        needs_masks: whether it reads segmentation masks of objects, of phrases or captions; it is measured on those
+            targets alone that have them.
         needs_sign: whether it only makes sense for methods whose maps are signed.
         needs_interactions: whether it reads token-patch interactions, which pairwise methods have.
         empty: value -> the reason that is recorded where a target has no number (NaN); else NO_VALUE.
@@ -193,6 +206,7 @@ class MetricSpec:
     title: str
     note: str
     needs_boxes: bool = False
+    needs_masks: bool = False
     needs_sign: bool = False
     needs_interactions: bool = False
     empty: Mapping[str, Exclusion] = field(default_factory=dict)
@@ -263,7 +277,7 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
     """Return targets of a kind with M = 0, on a grid of one patch, to try a metric and its options out."""
     maps, masks = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1, dtype=torch.bool)
     if kind == "phrase":
-        return PhraseTargets(maps, masks, signed=True)
+        return PhraseTargets(maps, masks, signed=True, box_shares=maps, mask_shares=maps)
     if kind == "phrase_pair":
         return PhrasePairTargets(maps, masks, masks)
     if kind == "negative":
@@ -296,6 +310,8 @@ def check_spec(name: str, entry: Any) -> None:
         raise ValueError(f"the name of a MetricSpec has to be that of its entry; got {entry.name!r}")
     if entry.kind not in get_args(Kind):
         raise ValueError(f"kind has to be one of {', '.join(get_args(Kind))}; got {entry.kind!r}")
+    if entry.needs_masks and entry.kind not in ("phrase", "caption"):
+        raise ValueError(f"needs_masks is for metrics of phrases or captions; got one of kind {entry.kind!r}")
     if not entry.values or not entry.scores:
         raise ValueError("a MetricSpec needs at least one of `values` and one of `scores`")
     unknown = {score.value for score in entry.scores} | set(entry.empty)

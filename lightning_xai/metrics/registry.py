@@ -25,6 +25,8 @@ METRICS: Registry[MetricSpec] = Registry(
             "faithfulness",
             "insertion_deletion",
             "prefix_share",
+            "mask_grounding",
+            "mask_localization",
         )
     },
     group="lightning_xai.metrics",

@@ -1,4 +1,4 @@
-"""The evaluation transform of open_clip for pixels, and the very same geometry for boxes."""
+"""The evaluation transform of open_clip for pixels, and the very same geometry for boxes and masks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
+from lightning_xai.data.masks import Mask, decode_mask
 from lightning_xai.data.sample import RecordError
 
 __all__ = ["ImageTransform"]
@@ -125,6 +126,28 @@ class ImageTransform:
         target = torch.tensor([self.size[1], self.size[0]] * 2, dtype=torch.float64)
         corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=original) * scale + offset
         return corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=target).float()
+
+    def mask(self, mask: Mask) -> Tensor:
+        """Transform a mask as the pixels: each pixel of the result takes the one of the original under its centre.
+
+        Args:
+            mask: of the original image.
+
+        Returns:
+            `[height, width]` bool of the transformed image; False where it shows nothing of the original.
+
+        Raises:
+            MaskError: it does not decode.
+        """
+        pixels = torch.from_numpy(decode_mask(mask))
+        for axis, resized in enumerate(reversed(self._resized(mask.size[::-1]))):
+            target, original = self.size[axis], mask.size[axis]
+            # In whole numbers: a centre that falls between two pixels takes the one to the right or below.
+            twice = 2 * (torch.arange(target) - self._offset(resized, target)) + 1
+            inside = (twice > 0) & (twice < 2 * resized)
+            seen = pixels.index_select(axis, (twice * original // (2 * resized)).clamp(0, original - 1))
+            pixels = seen & (inside[:, None] if axis == 0 else inside)
+        return pixels
 
     def seen(self, size: tuple[int, int]) -> float:
         """The share, in (0, 1], of an image of (width, height) pixels that the crop leaves."""

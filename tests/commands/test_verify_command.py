@@ -79,6 +79,22 @@ def test_a_broken_image_is_found_though_the_checksum_is_right(tmp_path: Path) ->
     assert "1 fault in shard-000001.tar (1 corrupt image)." in reported(folder)
 
 
+def test_a_mask_that_does_not_fit_its_image_is_found_though_the_record_is_read(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "s", 3)
+
+    def with_mask(name: str, data: bytes) -> bytes:
+        if name != "k1.json":
+            return data
+        record = json.loads(data)
+        record["regions"][0]["mask"] = {"size": [12, 12], "counts": "o" * 30}
+        return json.dumps(record).encode()
+
+    rewrite(folder, 0, lambda members: [(name, with_mask(name, data)) for name, data in members])
+    assert "1 fault in shard-000000.tar (1 broken record" in reported(folder)
+    items = [item for _, item in read_samples(folder, Manifest.load(folder), [0], 0, 3)]
+    assert not any(isinstance(item, RecordError) for item in items)
+
+
 def test_one_changed_byte_between_the_records_is_found(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "s", 20)
     data = bytearray(shard_path(folder, 1).read_bytes())

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from lightning_xai.data.masks import decode_mask
 from lightning_xai.data.sample import Region, Sample, encode_sample, read_image
 from lightning_xai.data.shapes import (
     COLORS,
@@ -171,6 +172,24 @@ def test_the_eight_shapes_differ_at_the_smallest_size() -> None:
     for i, first in enumerate(masks):
         for second in masks[:i]:
             assert np.minimum(first, second).sum() / np.maximum(first, second).sum() < 0.85
+
+
+def test_masks_hold_what_shows_of_each_shape(samples: list[Sample]) -> None:
+    for sample in samples[:60]:
+        pixels = pixels_of(sample)
+        masks = [decode_mask(region.mask) for region in sample.regions if region.mask]
+        assert len(masks) == len(sample.regions)
+        assert np.sum(masks, axis=0).max() == 1
+        for region, mask in zip(sample.regions, masks, strict=True):
+            assert region.box is not None
+            x, y, width, height = map(int, region.box)
+            assert mask.sum() == mask[y : y + height, x : x + width].sum() > 0.15 * width * height
+            if region.spans:
+                color = np.array(COLORS[phrase_of(sample, region).split()[0]])
+                distance = np.abs(pixels - color).mean(axis=2)
+                assert distance[mask].mean() < 20
+                rest = distance[y : y + height, x : x + width][~mask[y : y + height, x : x + width]]
+                assert not len(rest) or rest.mean() > 30
 
 
 def test_distractors_are_named_nowhere_and_repeat_a_named_shape_in_a_tenth(samples: list[Sample]) -> None:

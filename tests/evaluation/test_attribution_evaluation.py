@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ARCHITECTURES
 from distributed import join_lightning, run_distributed
+from numpy.typing import NDArray
+from pycocotools import mask as coco
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution import FeaturePairAttribution, Saliency
 from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
-from lightning_xai.data.sample import HardNegative, Region, read_image
+from lightning_xai.data.masks import Mask, encode_mask
+from lightning_xai.data.sample import HardNegative, RecordError, Region, encode_sample, read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.evaluation import AttributionEvaluation, method_run
@@ -125,6 +129,132 @@ def test_every_phrase_has_the_gamma_of_its_own_span_map_computed_alone(done: Don
         box = encoder.boxes(torch.tensor([region.box]), sample.size)
         share = gamma(heat, patch_mask(box.float(), (4, 4), (32, 32)))
         assert row["value"] == pytest.approx(float(share), rel=1e-4)
+
+
+def seen_mask(mask: Mask) -> NDArray[np.bool_]:
+    """The pixels of a mask of 64x64 pixels in the image of 32x32 that the model sees."""
+    pixels = coco.decode({"size": list(mask.size), "counts": mask.counts.encode()})
+    assert pixels.shape == (64, 64)
+    return np.array([[pixels[2 * y + 1, 2 * x + 1] for x in range(32)] for y in range(32)], dtype=bool)
+
+
+def test_gamma_and_rho_by_mask_are_as_counted_pixel_by_pixel(done: Done, world: Path) -> None:
+    encoder, samples = done.task.encoder.eval(), samples_of(world)
+    method = FeaturePairAttribution(encoder)
+    rows = [rows_of(done.out, "feature_pair", f"{name}_mask") for name in ("gamma", "rho")]
+    assert [row["excluded"] for row in rows[0]] == [
+        row["excluded"] for row in rows_of(done.out, "feature_pair", "gamma")
+    ]
+    measured = [pair for pair in zip(*rows, strict=True) if not pair[0]["excluded"]]
+    assert len(measured) > 20
+    for row, hit in measured:
+        sample, caption = samples[row["index"]], row["caption_index"]
+        image, tokens = inputs_of(encoder, sample)
+        (region,) = (region for region in sample.regions if region.label == row["label"])
+        span = torch.zeros(1, tokens.shape[1], dtype=torch.bool)
+        span[0, encoder.tokenizer.token_span(sample.captions[caption], region.spans[caption][0])] = True
+        heat = method.span_map(image, tokens[[caption]], span)[0].tolist()
+        x0, y0, x1, y1 = (row[side] for side in ("x0", "y0", "x1", "y1"))
+        box = patch_mask(torch.tensor([[x0, y0, x1, y1]]), (4, 4), (32, 32))[0]
+        assert region.mask is not None
+        mask = seen_mask(region.mask)
+        in_mask, in_box = np.zeros((4, 4), dtype=int), np.zeros((4, 4), dtype=int)
+        for y in range(32):
+            for x in range(32):
+                if x0 <= x + 0.5 < x1 and y0 <= y + 0.5 < y1:
+                    in_box[y // 8, x // 8] += 1
+                    in_mask[y // 8, x // 8] += int(mask[y, x])
+        places = [(i, j) for i in range(4) for j in range(4)]
+        own = [(i, j) for i, j in places if box[i, j] and in_mask[i, j] and 2 * in_mask[i, j] >= in_box[i, j]]
+        own = own or [place for place in places if in_mask[place] == max(in_mask[each] for each in places)]
+        total = math.fsum(max(heat[i][j], 0) for i, j in places)
+        assert row["value"] == pytest.approx(math.fsum(max(heat[i][j], 0) for i, j in own) / total, rel=1e-4)
+        best = max(places, key=lambda place: heat[place[0]][place[1]])
+        assert hit["value"] == float(best in own)
+
+
+def test_iou_by_mask_is_that_of_the_strongest_quarter_with_all_masks_that_a_caption_names(
+    done: Done, world: Path
+) -> None:
+    encoder, samples = done.task.encoder.eval(), samples_of(world)
+    for row in rows_of(done.out, "saliency", "iou_mask")[:8]:
+        sample, caption = samples[row["index"]], row["caption_index"]
+        image, tokens = inputs_of(encoder, sample)
+        heat = Saliency(encoder).attribute(image, tokens[[caption]]).image
+        pixels = torch.nn.functional.interpolate(heat[None].float(), size=(32, 32), mode="bilinear")[0, 0].numpy()
+        strong = pixels > np.sort(pixels.flatten())[767]
+        truth = np.any(
+            [seen_mask(region.mask) for region in sample.regions if region.mask and caption in region.spans], 0
+        )
+        assert row["value"] == pytest.approx((strong & truth).sum() / (strong | truth).sum())
+
+
+def test_masks_that_cannot_be_used_are_counted_by_reason_and_change_no_other_number(
+    done: Done, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: dict[int, tuple[Mask | None, str]] = {
+        0: (None, "no_mask"),
+        1: (encode_mask(np.ones((64, 32), dtype=bool)), "mask_size"),
+        2: (Mask((64, 64), "o" * 40), "mask_broken"),
+        3: (encode_mask(np.zeros((64, 64), dtype=bool)), "mask_broken"),
+    }
+    samples = samples_of(world)
+    for index, (mask, _) in wrong.items():
+        samples[index] = replace(samples[index], regions=tuple(replace(r, mask=mask) for r in samples[index].regions))
+    with pytest.raises(
+        RecordError, match=r"the mask of '\w+' has \(64, 32\) pixels \(height, width\), its image \(64, 64\)"
+    ):
+        encode_sample(samples[1])
+    monkeypatch.setattr("lightning_xai.data.sample.mask_faults", lambda sample: ())  # as of another program
+    write_shards(samples, tmp_path / "wrong", name="wrong", progress=False)
+    metrics = ["grounding", "localization", "mask_grounding", "mask_localization"]
+    evaluate(
+        architecture_file("vit"),
+        data_of(tmp_path / "wrong"),
+        tmp_path / "out",
+        methods={"saliency": {}},
+        metrics=metrics,
+    )
+    for metric in ("gamma", "iou", "gamma_mask", "iou_mask", "ap_box"):
+        expected = rows_of(done.out, "saliency", metric)
+        for before, after in zip(expected, rows_of(tmp_path / "out", "saliency", metric), strict=True):
+            if after["index"] in wrong and metric not in ("gamma", "iou") and not before["excluded"]:
+                assert after["excluded"] == wrong[after["index"]][1]
+            else:
+                assert (after["excluded"], after["target"]) == (before["excluded"], before["target"])
+                assert after["value"] == pytest.approx(before["value"], nan_ok=True, rel=1e-5)
+
+
+def test_masks_are_not_decoded_where_no_metric_needs_them(
+    done: Done, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(mask: Mask) -> NDArray[np.bool_]:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("lightning_xai.models.image_transform.decode_mask", refuse)
+    evaluate(
+        architecture_file("vit"),
+        data_of(world),
+        tmp_path,
+        methods={"saliency": {}},
+        metrics=["grounding", "localization"],
+    )
+    assert numbers(tmp_path, "saliency", "gamma") == pytest.approx(numbers(done.out, "saliency", "gamma"), rel=1e-5)
+
+
+def test_data_without_masks_are_measured_by_box_alone(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    plain = [
+        replace(sample, regions=tuple(replace(region, mask=None) for region in sample.regions))
+        for sample in samples_of(world)[:3]
+    ]
+    write_shards(plain, tmp_path / "plain", name="plain", progress=False)
+    with pytest.raises(ValueError, match="mask_grounding cannot be measured without segmentation masks"):
+        evaluate(architecture_file("vit"), data_of(tmp_path / "plain"), tmp_path / "out", metrics=["mask_grounding"])
+    task = evaluate(architecture_file("vit"), data_of(tmp_path / "plain"), tmp_path / "out", methods={"saliency": {}})
+    assert task.result is not None
+    assert not [name for name in task.result.metrics if "mask" in name]
 
 
 def test_confidence_is_that_of_images_and_captions_masked_by_hand(done: Done, world: Path) -> None:

@@ -21,6 +21,7 @@ from result_folders import (
     write_training,
 )
 
+from lightning_xai.metrics import METRICS as SPECS
 from lightning_xai.report.build import build_sections, write_report
 from lightning_xai.report.page import Block, Chart, Findings, HeatMaps, Note, Section, flat
 from lightning_xai.report.paper_table import PaperTable
@@ -282,3 +283,32 @@ def test_the_files_of_an_earlier_report_go_and_no_others(tmp_path: Path) -> None
     (out / "report.json").write_text(json.dumps({"files": names}))
     written(out, [tmp_path / "roar"])
     assert (tmp_path / "precious.csv").read_text() == "kept"
+
+
+def test_how_far_boxes_flatter_is_said_by_method_and_by_class(tmp_path: Path) -> None:
+    metrics = ("grounding", "mask_grounding")
+    write_evaluation(tmp_path / "run", SKILLS, examples=False, metrics=metrics)
+    described = {name: SPECS[name].record({}) for name in metrics}
+    rewrite(tmp_path / "run", None, metrics=described)
+    sections = built(tmp_path / "run", min_pairs=3)
+    by_method, by_class = (block for block in flat(sections["masks"].blocks) if isinstance(block, PaperTable))
+    frame = load_runs([tmp_path / "run"])[0].measurements[0].table.frame
+    frame = frame[(frame["excluded"] == "") & (frame["method"] == "feature_pair")]
+    wide = frame.pivot(index=["target", "label"], columns="metric", values="value")
+    assert column(by_method, "method") == list(SKILLS)
+    assert column(by_method, "γ difference")[0] == pytest.approx((wide["gamma"] - wide["gamma_mask"]).mean())
+    assert column(by_method, "phrases")[0] == len(wide)
+    means = wide.groupby("label").mean()
+    difference = (means["gamma"] - means["gamma_mask"]).sort_values(ascending=False)
+    assert column(by_class, "class") == list(difference.index)
+    assert column(by_class, "γ difference") == pytest.approx(difference.tolist())
+    assert column(by_class, "box filled [%]") == pytest.approx(means["mask_fill"][difference.index].tolist())
+    (note,) = (block.text for block in sections["masks"].blocks if isinstance(block, Note))
+    mean = wide.mean()
+    assert f"{mean['gamma']:.2f} by box and {mean['gamma_mask']:.2f} by mask: boxes flatter it by" in note
+    assert f"Most of all {difference.index[0]} (" in note
+
+
+def test_a_run_without_masks_has_no_section_of_them(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "run", SKILLS, examples=False)
+    assert "masks" not in built(tmp_path / "run")

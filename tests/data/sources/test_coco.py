@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from image_files import jpeg
 from PIL import Image
+from pycocotools.coco import COCO
 from source_files import SourceTests, World, read_all
 
+from lightning_xai.data.masks import decode_mask, encode_mask, mask_runs
 from lightning_xai.data.phrase_finder import MentionFinder
 from lightning_xai.data.sample import read_image
 from lightning_xai.data.sources.coco import read_coco
@@ -36,7 +39,7 @@ class CocoWorld(World):
         self.instances: dict[str, Any] = {**self.captions, "images": [], "annotations": [], "categories": CATEGORIES}
         self.karpathy: dict[str, Any] | None = None
         self.add_image(42, ["A dog eats a hot dog. ", "Two dogs", "A man"])
-        self.add_box(42, [1.5, 2.0, 10.0, 5.5])
+        self.add_box(42, [1.5, 2.0, 10.0, 5.5], segmentation=[outline((1.5, 2.0, 10.0, 5.5))])
 
     def add_image(
         self, image_id: int, captions: list[Any], data: bytes | None = None, size: tuple[int, int] = (40, 30)
@@ -53,11 +56,11 @@ class CocoWorld(World):
         annotations = self.captions["annotations"]
         annotations.append({"image_id": image_id, "id": 700 + len(annotations), "caption": text})
 
-    def add_box(self, image_id: int, box: Any, category: int = 18, crowd: int = 0) -> None:
+    def add_box(self, image_id: int, box: Any, category: int = 18, crowd: int = 0, segmentation: Any = ()) -> None:
         annotations = self.instances["annotations"]
         annotations.append(
             {
-                "segmentation": {"counts": [3], "size": [30, 40]} if crowd else [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0]],
+                "segmentation": segmentation,
                 "area": 10.0,
                 "iscrowd": crowd,
                 "image_id": image_id,
@@ -79,6 +82,11 @@ class CocoWorld(World):
         parts = {"captions": self.captions, "instances": self.instances, "karpathy": self.karpathy}
         files = {part: self.json(f"{part}.json", content) for part, content in parts.items() if content is not None}
         return {"images": self.images, "split": "val2017", **files}
+
+
+def outline(box: tuple[float, float, float, float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 @pytest.fixture
@@ -360,6 +368,96 @@ def test_boxes_of_stored_pixels_are_turned_with_the_image_and_those_of_upright_o
         data, upright = marked(orientation)
         assert sample.size == upright
         assert sample.regions[0].box == (white_box(data) if stored else (8, 16, 24, 8))
+
+
+# Masks
+
+
+def test_outlines_and_run_lengths_become_masks_of_the_image(world: CocoWorld) -> None:
+    pixels = np.zeros((30, 40), dtype=bool)
+    pixels[2:7, 20:30] = True
+    runs = [int(run) for run in mask_runs(encode_mask(pixels))]
+    halves = [outline((20, 2, 5, 5)), outline((25, 2, 5, 5))]
+    packed = {"size": [30, 40], "counts": encode_mask(pixels).counts}
+    for segmentation in (halves, {"size": [30, 40], "counts": runs}, packed):
+        world.add_box(42, [20, 2, 10, 5], segmentation=segmentation)
+    world.add_box(42, [20, 2, 10, 5], crowd=1, segmentation={"size": [30, 40], "counts": runs})
+    (sample,), excluded = world.read()
+    assert excluded == {}
+    for region in sample.regions[1:]:
+        assert region.mask is not None
+        assert (decode_mask(region.mask) == pixels).all()
+    (without,), _ = world.read(masks=False)
+    assert all(region.mask is None for region in without.regions)
+    assert [replace(region, mask=None) for region in sample.regions] == list(without.regions)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ({"size": [40, 30], "counts": [1200]}, "mask_size"),
+        ({"size": [1 << 40, 1 << 40], "counts": "o" * 9}, "mask_size"),
+        ({"size": [30, 40], "counts": "o" * 50}, "mask_malformed"),
+        ({"size": [30, 40], "counts": [1 << 70, -(1 << 70) + 1200]}, "mask_malformed"),
+        ({"size": [30, 40], "counts": [1199]}, "mask_malformed"),
+        ({"size": [30, 40], "counts": None}, "mask_malformed"),
+        ({"counts": [1200]}, "mask_malformed"),
+        ({"size": [30, 40], "counts": [1200]}, "mask_empty"),
+        ("12345678", "mask_malformed"),
+        (7, "mask_malformed"),
+        ([[1, 2, 3, 4]], "mask_malformed"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "mask_malformed"),
+        ([["1", "2", "x", "4", "5", "6"]], "mask_malformed"),
+        ([[1, 2, NAN, 4, 5, 6]], "mask_malformed"),
+        ([[1, 2, 1e18, 4, 5, 6]], "mask_malformed"),
+        ([[0, 0, 119, 119] * 60_000], "mask_malformed"),
+        ([outline((50, 40, 10, 10))], "mask_empty"),
+        ([outline((1, 20, 9, 9))], "mask_off_its_box"),
+    ],
+)
+def test_masks_that_cannot_be_used_are_counted_and_their_boxes_stay(
+    world: CocoWorld, segmentation: Any, reason: str
+) -> None:
+    world.add_box(42, [20, 2, 10, 5], segmentation=segmentation)
+    (sample,), excluded = world.read()
+    assert excluded == {reason: 1}
+    assert sample.regions[1].mask is None
+    assert sample.regions[1].box == (20, 2, 10, 5)
+
+
+def test_outlines_may_leave_the_image(world: CocoWorld) -> None:
+    world.add_box(42, [30, 20, 20, 20], segmentation=[outline((30, 20, 20, 20))])
+    (sample,), excluded = world.read()
+    assert excluded == {}
+    mask = sample.regions[1].mask
+    assert mask is not None
+    assert decode_mask(mask)[20:, 30:].all()
+    assert decode_mask(mask).sum() == 100
+
+
+def test_masks_of_stored_pixels_are_turned_with_the_image(world: CocoWorld) -> None:
+    for orientation in range(5, 9):
+        world.add_image(orientation, ["a dog"], marked(orientation)[0], size=(64, 48))
+        world.add_box(orientation, [8, 16, 24, 8], segmentation=[outline((8, 16, 24, 8))])
+    samples, excluded = world.read()
+    assert excluded == {}
+    for sample in samples[1:]:
+        white = np.asarray(read_image(sample.image, "test").convert("L")) > 150
+        mask = sample.regions[0].mask
+        assert mask is not None
+        assert (decode_mask(mask) == white).all()
+
+
+def test_masks_of_real_coco_are_those_of_pycocotools(coco_mini: Path) -> None:
+    annotations = coco_mini / "annotations"
+    files = {name: annotations / f"{name}_val2017.json" for name in ("captions", "instances")}
+    samples, _ = read_all(read_coco, images=coco_mini / "val2017", **files, split="val2017")
+    index = COCO(str(files["instances"]))
+    for sample in samples:
+        found = [region.mask for region in sample.regions]
+        for mask, annotation in zip(found, index.imgToAnns[int(sample.key)], strict=True):
+            assert mask is not None
+            assert (decode_mask(mask) == index.annToMask(annotation).astype(bool)).all()
 
 
 def karpathy_image(image_id: int, split: str, raws: list[str], **changes: Any) -> dict[str, Any]:
