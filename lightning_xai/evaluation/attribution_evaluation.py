@@ -29,6 +29,7 @@ from lightning_xai.attribution.method_options import check_method, choose_method
 from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation.collages import POOL, Collages
 from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.examples import Place, choose_examples
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
@@ -143,6 +144,7 @@ class AttributionEvaluation(L.LightningModule):
         self.table: ResultTable | None = None
         self._source = {"name": model, "pretrained": pretrained}
         self._runs: list[MethodRun] = []
+        self._collages: Collages | None = None
         self._pictures: dict[str, bytes] = {}
         self._broken = self._pairs = 0
         self._started = 0.0
@@ -180,6 +182,9 @@ class AttributionEvaluation(L.LightningModule):
             "swap_objects": data.swap_objects,
         }
         metrics = self._possible(has_boxes=bool(manifest.labels))
+        if any(metric.spec.kind == "collage" for metric in metrics.values()):
+            self._collages = Collages(data.drawn("test", POOL).to(self.device))
+            settings["collages"] = [POOL, data.seed]
         self._runs = [run for label in self.methods for run in self._build(label, metrics, settings)]
         # A process that comes late would take what others have just written for an earlier run's.
         self.trainer.strategy.barrier()
@@ -286,7 +291,7 @@ class AttributionEvaluation(L.LightningModule):
                 passes.enter_context(run.maps.forward_pass())
             embeddings = Embeddings.of(self.encoder, batch)
         for run in runs:
-            rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings)
+            rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings, self._collages)
             run.cache.put(rows.by_item(indices, heats=run.shown is not None))
             self._pairs += len(batch.tokens)
 

@@ -24,6 +24,11 @@ METRICS: Registry[MetricSpec] = Registry(
             "localization",
             "faithfulness",
             "insertion_deletion",
+            "pair_insertion_deletion",
+            "pointing_game",
+            "infidelity",
+            "max_sensitivity",
+            "road",
             "prefix_share",
         )
     },

@@ -1,0 +1,103 @@
+"""Collages of two by two images: one is a caption's own, the other three show nothing that the caption names."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from lightning_xai.data.batch import Batch
+from lightning_xai.data.sample import stable_hash
+
+__all__ = ["POOL", "Collage", "Collages"]
+
+POOL = 64
+"""Images of a split that others are taken from, drawn with the seed of the data."""
+_QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class Collage:
+    """A collage of four images, each of half the height and width.
+
+    Attributes:
+        image: [channels, h, w], of the model's size.
+        quarter: the place of the caption's own image: 0 and 1 above, 2 and 3 below, from left to right.
+        others: the keys of the other images, joined by spaces.
+    """
+
+    image: Tensor
+    quarter: int
+    others: str
+
+    def inside(self, grid: tuple[int, int]) -> Tensor:
+        """The share of each patch [H, W] that lies in the quarter: a half along the middle of an odd grid."""
+        halves = []
+        for count, length, second in zip(grid, self.image.shape[1:], divmod(self.quarter, 2), strict=True):
+            edge = length // 2 / length * count
+            first = (edge - torch.arange(count, dtype=torch.float64)).clamp(0, 1)
+            halves.append(1 - first if second else first)
+        return halves[0][:, None] * halves[1]
+
+
+class Collages:
+    """Makes collages with images of the same split.
+
+    Args:
+        others: the images. Those that are broken, are the caption's own or, where classes are known, show one that the
+            caption names are passed over.
+    """
+
+    def __init__(self, others: Batch) -> None:
+        self._others = others
+        rows, labels = others.phrases.image_row.tolist(), others.phrases.label.tolist()
+        self._shown = {(row, label) for row, label in zip(rows, labels, strict=True)}
+        self._index = others.index.tolist()
+
+    def of(self, batch: Batch) -> list[Collage | None]:
+        """The collage of each caption of a batch; None where fewer than three of the others can be taken.
+
+        Which, and where each is, depends on key and number of the caption and on the others alone.
+        """
+        named: dict[int, set[int]] = {}
+        for caption, label in zip(batch.phrases.caption_row.tolist(), batch.phrases.label.tolist(), strict=True):
+            named.setdefault(caption, set()).add(label)
+        captions = zip(batch.caption_image.tolist(), batch.caption_index.tolist(), strict=True)
+        index = batch.index.tolist()
+        collages = []
+        for caption, (image, number) in enumerate(captions):
+            drawn = random.Random(stable_hash("collage", batch.keys[image], number))
+            quarter = drawn.randrange(_QUARTERS)
+            taken = self._taken(drawn, index[image], named.get(caption, set()))
+            collages.append(self._collage(batch.images[image], quarter, taken) if len(taken) == _QUARTERS - 1 else None)
+        return collages
+
+    def _taken(self, drawn: random.Random, index: int, named: Set[int]) -> list[int]:
+        """Rows of the others that stand next to a sample, in an order that is drawn."""
+        order = drawn.sample(range(len(self._index)), len(self._index))
+        fitting = (
+            other
+            for other in order
+            if self._index[other] not in (-1, index) and not any((other, label) in self._shown for label in named)
+        )
+        return list(islice(fitting, _QUARTERS - 1))
+
+    def _collage(self, image: Tensor, quarter: int, taken: Sequence[int]) -> Collage:
+        pictures = [self._others.images[other] for other in taken]
+        pictures.insert(quarter, image)
+        return Collage(_joined(pictures), quarter, " ".join(self._others.keys[other] for other in taken))
+
+
+def _joined(pictures: list[Tensor]) -> Tensor:
+    height, width = pictures[0].shape[1:]
+    rows, columns = (height // 2, height - height // 2), (width // 2, width - width // 2)
+    parts = [
+        interpolate(picture[None], (rows[place // 2], columns[place % 2]), mode="bilinear", antialias=True)[0]
+        for place, picture in enumerate(pictures)
+    ]
+    return torch.cat([torch.cat(parts[:2], dim=2), torch.cat(parts[2:], dim=2)], dim=1)
