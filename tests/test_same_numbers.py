@@ -282,7 +282,7 @@ def test_what_judges_explanations_is_the_same_on_two_processes_and_in_any_batch(
     for line, other in zip(lines, others, strict=True):
         assert {**line, "value": ""} == {**other, "value": ""}
         if line["value"]:
-            assert float(line["value"]) == pytest.approx(float(other["value"]), rel=1e-3, abs=1e-5, nan_ok=True)
+            assert float(line["value"]) == pytest.approx(float(other["value"]), rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 # --- training ---

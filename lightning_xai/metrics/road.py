@@ -19,6 +19,7 @@ from lightning_xai.results.record import Score
 
 __all__ = ["SPEC", "impute", "road"]
 
+_STEPS = 1e5  # of a map's largest value
 _CHECKED_EVERY = 8  # steps, since a device would be waited for each time
 
 
@@ -54,7 +55,7 @@ def road(
     for rows in targets.slices():
         images = targets.pixels(rows)
         drawn = noise * targets.noise(rows, images.shape[1:], seed).to(images)
-        heat = upsample(targets.image_maps[rows], (images.shape[2], images.shape[3]))
+        heat = _ranked(upsample(targets.image_maps[rows], (images.shape[2], images.shape[3])))
         for name, order in (("most", heat), ("least", -heat)):
             total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
             for fraction in fractions:
@@ -66,6 +67,12 @@ def road(
     constant = flat.amax(dim=1) == flat.amin(dim=1)
     most, least = (torch.cat(columns[name]).masked_fill(constant, torch.nan) for name in ("most", "least"))
     return {"road": least - most, "road_most": most, "road_least": least}
+
+
+def _ranked(heat: Tensor) -> Tensor:
+    """Maps in whole steps, so that the rounding of interpolation does not put pixels of one value into some order."""
+    largest = heat.abs().amax(dim=(1, 2), keepdim=True)
+    return (heat / largest.where(largest > 0, 1) * _STEPS).round()
 
 
 def impute(images: Tensor, removed: Tensor, tolerance: float = 1e-4) -> Tensor:
