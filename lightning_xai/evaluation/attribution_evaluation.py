@@ -68,8 +68,8 @@ class AttributionEvaluation(L.LightningModule):
         layers: pairs (image layer, text layer), counted as `FeaturePairAttribution` counts them: methods that attribute
             to a layer of both towers are measured at each, under a label of its own, such as
             `feature_pair,0,0`. Null: at the layers of their options.
-        metrics: what to measure, by name; null: all that the data allow, but those that cost many
-            forward passes (faithfulness).
+        metrics: what to measure, by name; null: all that the data allow, but those that cost many forward passes
+            (faithfulness, insertion and deletion, pointing game, ROAD and others).
         metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
         seeds: how often a stochastic method is repeated, with seeds from its `seed` on.
         examples: heat maps of so many first images are kept to look at.

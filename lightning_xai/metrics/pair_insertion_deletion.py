@@ -30,7 +30,8 @@ def pair_insertion_deletion(targets: CaptionTargets, *, steps: int = 10) -> dict
         The areas [M] of the curves, means of the cosine similarity over the share of the parts that is there, in
         [-1, 1]: `pair_insertion` and `pair_deletion` where the part that matters most comes (higher is better), or goes
         (lower is better), first; `pair_insertion_least` (lower is better) and `pair_deletion_least` (higher is better)
-        where the one that matters least does. NaN without interactions, and for a caption without words.
+        where the one that matters least does. NaN without interactions, where all are
+        zero, and for a caption without words.
 
     Raises:
         ValueError: fewer than one step.
@@ -52,7 +53,8 @@ def pair_insertion_deletion(targets: CaptionTargets, *, steps: int = 10) -> dict
     said = there_MNF[..., patches:]
     similarity_MN = (targets.embed_images(shown).double() * targets.embed_texts(said).double()).sum(dim=2)
     nothing, everything, *curves = torch.split(similarity_MN, [1, 1, *[steps - 1] * 4], dim=1)
-    missing = ~content.any(dim=1) | interactions.isnan().flatten(1).any(dim=1)
+    # Where all are zero (NaN without interactions), there is no order.
+    missing = ~content.any(dim=1) | ~(interactions.flatten(1).abs().amax(dim=1) > 0)
     found = {}
     for name, curve in zip(SPEC.values, curves, strict=True):
         ends = (nothing, everything) if "insertion" in name else (everything, nothing)

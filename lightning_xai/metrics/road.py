@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from lightning_xai.heat_maps import important_pixels, upsample
 from lightning_xai.metrics.base import CaptionTargets, MetricSpec
+from lightning_xai.metrics.insertion_deletion import constant
 from lightning_xai.results.record import Score
 
 __all__ = ["SPEC", "impute", "road"]
@@ -63,9 +64,9 @@ def road(
                 filled = impute(images, removed) + drawn * removed.unsqueeze(1)
                 total += targets.similarity_of(rows, filled).double()
             columns[name].append(total / len(fractions))
-    flat = targets.image_maps.flatten(1)
-    constant = flat.amax(dim=1) == flat.amin(dim=1)
-    most, least = (torch.cat(columns[name]).masked_fill(constant, torch.nan) for name in ("most", "least"))
+    maps = targets.image_maps.flatten(1)
+    missing = constant(maps, torch.ones_like(maps, dtype=torch.bool))
+    most, least = (torch.cat(columns[name]).masked_fill(missing, torch.nan) for name in ("most", "least"))
     return {"road": least - most, "road_most": most, "road_least": least}
 
 

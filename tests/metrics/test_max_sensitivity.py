@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import captum.metrics
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +45,21 @@ def test_it_is_the_largest_relative_change_of_the_map_under_noise_of_the_item() 
     assert found[1].isnan(), "a map of zeros"
     alone = max_sensitivity(targets_of(images[[2]], [7], []), samples=4, radius=0.1)["max_sensitivity"]
     assert float(alone) == float(found[2])
+
+
+def test_it_is_captums_for_the_same_noise() -> None:
+    images = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    found = max_sensitivity(targets_of(images, [5], seen), samples=6, radius=0.1)["max_sensitivity"]
+
+    def explained(given: Tensor | tuple[Tensor]) -> tuple[Tensor]:
+        inputs = given if isinstance(given, Tensor) else given[0]
+        return (inputs[:, :1].repeat(1, 3, 1, 1),)  # of the inputs' shape, which scales both norms alike
+
+    expected = captum.metrics.sensitivity_max(
+        explained, images, perturb_func=lambda given, radius: torch.cat(seen), n_perturb_samples=6
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_options_out_of_range_are_refused() -> None:
