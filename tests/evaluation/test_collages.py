@@ -38,7 +38,7 @@ def others_of(batch: Batch, labels: list[int]) -> Batch:
 
 
 def quarters(image: Tensor) -> list[Tensor]:
-    return [part for half in image.split(4, dim=1) for part in half.split(6, dim=2)]
+    return [part for half in torch.split(image, 4, dim=1) for part in torch.split(half, 6, dim=2)]
 
 
 def test_each_collage_has_the_captions_image_and_three_that_show_nothing_that_it_names(batch: Batch) -> None:
