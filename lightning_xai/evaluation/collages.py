@@ -29,11 +29,13 @@ class Collage:
         image: [channels, h, w], of the model's size.
         quarter: the place of the caption's own image: 0 and 1 above, 2 and 3 below, from left to right.
         others: the keys of the other images, joined by spaces.
+        passed_over: how many images were drawn, and not taken since they show a class that the caption names.
     """
 
     image: Tensor
     quarter: int
     others: str
+    passed_over: int = 0
 
     def inside(self, grid: tuple[int, int]) -> Tensor:
         """The share of each patch [H, W] that lies in the quarter: a half along the middle of an odd grid."""
@@ -69,28 +71,27 @@ class Collages:
             named.setdefault(caption, set()).add(label)
         captions = zip(batch.caption_image.tolist(), batch.caption_index.tolist(), strict=True)
         index = batch.index.tolist()
-        collages = []
+        collages: list[Collage | None] = []
         for caption, (image, number) in enumerate(captions):
             drawn = random.Random(stable_hash("collage", batch.keys[image], number))
             quarter = drawn.randrange(_QUARTERS)
-            taken = self._taken(drawn, index[image], named.get(caption, set()))
-            collages.append(self._collage(batch.images[image], quarter, taken) if len(taken) == _QUARTERS - 1 else None)
+            order = drawn.sample(range(len(self._index)), len(self._index))
+            candidates = [other for other in order if self._index[other] not in (-1, index[image])]
+            taken = self._taken(candidates, named.get(caption, set()))
+            if len(taken) < _QUARTERS - 1:
+                collages.append(None)
+                continue
+            pictures = [self._others.images[other] for other in taken]
+            pictures.insert(quarter, batch.images[image])
+            keys = " ".join(self._others.keys[other] for other in taken)
+            passed_over = candidates.index(taken[-1]) + 1 - len(taken)
+            collages.append(Collage(_joined(pictures), quarter, keys, passed_over))
         return collages
 
-    def _taken(self, drawn: random.Random, index: int, named: Set[int]) -> list[int]:
-        """Rows of the others that stand next to a sample, in an order that is drawn."""
-        order = drawn.sample(range(len(self._index)), len(self._index))
-        fitting = (
-            other
-            for other in order
-            if self._index[other] not in (-1, index) and not any((other, label) in self._shown for label in named)
-        )
+    def _taken(self, candidates: Sequence[int], named: Set[int]) -> list[int]:
+        """The first three rows of the others that show no class that is named."""
+        fitting = (row for row in candidates if not any((row, label) in self._shown for label in named))
         return list(islice(fitting, _QUARTERS - 1))
-
-    def _collage(self, image: Tensor, quarter: int, taken: Sequence[int]) -> Collage:
-        pictures = [self._others.images[other] for other in taken]
-        pictures.insert(quarter, image)
-        return Collage(_joined(pictures), quarter, " ".join(self._others.keys[other] for other in taken))
 
 
 def _joined(pictures: list[Tensor]) -> Tensor:

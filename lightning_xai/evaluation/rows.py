@@ -546,7 +546,8 @@ class _Measuring:
             self._attribute(torch.stack([each.image for each in made]), tokens) if made else self._nothing(),
             torch.stack(inside).to(batch.images) if made else self._nothing(),
         )
-        more = ({} if each is None else {"quarter": each.quarter, "others": each.others} for each in collages)
+        columns = ("quarter", "others", "passed_over")
+        more = ({} if each is None else {name: getattr(each, name) for name in columns} for each in collages)
         captions = torch.arange(len(batch.tokens))
         return _Group(self._rows("collage", batch.caption_image, captions, None, more), list(reasons), targets)
 

@@ -29,8 +29,8 @@ def max_sensitivity(
 
     Returns:
         `max_sensitivity` [M], the largest of |map(x + noise) - map(x)| / |map(x)| over the samples, Euclidean norms;
-        at least 0, lower is better; NaN for a map of zeros. It says nothing of whether a map is right: that of a
-        baseline which ignores the image is 0.
+        at least 0, lower is better; NaN for a map of zeros. It does not say whether a map is right: that of a
+        Gaussian that is always at the centre is 0.
 
     Raises:
         ValueError: fewer than one sample; a radius that is not positive.

@@ -57,6 +57,7 @@ def test_each_collage_has_the_captions_image_and_three_that_show_nothing_that_it
         assert [f"o{number}" for number in used] == collage.others.split()
         assert len(set(used)) == 3
         assert 1 not in used, "a broken record"
+        assert (collage.passed_over > 0) == (batch.captions[caption] == "a cat")
         assert caption > 1 or 0 not in used, "the caption's own image"
         if batch.captions[caption] == "a cat":
             assert sorted(used) == [6, 7, 8]
