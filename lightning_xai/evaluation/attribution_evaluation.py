@@ -247,7 +247,8 @@ class AttributionEvaluation(L.LightningModule):
         if missing:
             raise ValueError(
                 f"no item was left to measure {', '.join(missing)}: {self.out / 'values.csv'} has the reason for each "
-                "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method)"
+                "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method, "
+                "pairs a method with token-patch attributions, collages three images without the caption's classes)"
             )
 
     def teardown(self, stage: str) -> None:

@@ -66,8 +66,8 @@ def squared_error(change: Tensor, explained: Tensor) -> tuple[Tensor, Tensor]:
     """The mean square of explained - change along N: [M, N] each -> [M], and the same at the best scale.
 
     The second is the least of the mean squares of a * explained - change over all a >= 0, over that of change: 0 for
-    changes told up to a factor, 1 for a map that says nothing, or the opposite. (Captum's normalisation takes any
-    a, so that an attribution with the wrong sign is as good as the right one.)
+    changes that are right up to a factor, 1 for a map that says nothing, or the opposite. (Captum's normalisation takes
+    any a, so that an attribution with the wrong sign is as good as the right one.)
 
     >>> change = torch.tensor([[1.0, 2.0]])
     >>> squared_error(change, 3 * change)[1].item(), squared_error(change, -3 * change)[1].item()
