@@ -29,6 +29,7 @@ class Exclusion(IntEnum):
     NO_MASK = 10
     MASK_SIZE = 11
     MASK_BROKEN = 12
+    NO_COLLAGE = 13
 
     @property
     def key(self) -> str:

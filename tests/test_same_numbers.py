@@ -26,6 +26,8 @@ from training_runs import Recorder, loader_of, task_of, trainer_in
 from lightning_xai.data import Batch, Sample, ShardDataModule, write_shards
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.data.shapes import read_shapes
+from lightning_xai.evaluation import AttributionEvaluation
+from lightning_xai.metrics import METRICS
 from lightning_xai.training import ContrastiveFineTuning, DataFaults, GroundingCallback
 
 pytestmark = [
@@ -229,6 +231,58 @@ def test_the_cases_measure_pairs_of_many_classes_and_leave_some_out(
         assert int(summary["targets"]) > 15
         assert int(summary["excluded_several_instances"]) > 0
         assert sum(int(row["targets"]) > 0 for row in rows_of(written / verb / "classes.csv")) > 3
+
+
+# --- explanations ---
+
+FAITHFULNESS: dict[str, Any] = {
+    "faithfulness": {"image_coalitions": 8, "text_coalitions": 6},
+    "insertion_deletion": {"steps": 2},
+    "pair_insertion_deletion": {"steps": 2},
+    "prefix_share": {},
+    "pointing_game": {},
+    "infidelity": {"image_coalitions": 8, "text_coalitions": 6},
+    "max_sensitivity": {"samples": 2},
+    "road": {"fractions": [0.5]},
+}
+
+
+def explain_all(config: str, split: str, out: str, batch: int, **parallel: Any) -> None:
+    torch.manual_seed(0)
+    task = AttributionEvaluation(
+        config,
+        None,
+        out=Path(out),
+        methods={"feature_pair": None, "saliency": None},
+        metrics=list(FAITHFULNESS),
+        metric_options=FAITHFULNESS,
+    )
+    data = ShardDataModule(test=Path(split), eval_batch_size=batch, num_workers=0, max_fault_fraction=1)
+    trainer_in(Path(out), **parallel).test(task, data, verbose=False)
+
+
+def explain_on_this_rank(config: str, split: str, out: str, batch: int) -> None:
+    explain_all(config, split, out, batch, **join_lightning())
+
+
+def test_what_judges_explanations_is_the_same_on_two_processes_and_in_any_batch(
+    architecture_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case = Case(9, 4, batch=1, workers=0, torn=(3,))
+    make_split(tmp_path / "split", case)
+    where = (str(architecture_file("vit")), str(tmp_path / "split"))
+    explain_all(*where, str(tmp_path / "1"), 1)
+    explain_all(*where, str(tmp_path / "batches"), 4)
+    run_distributed(explain_on_this_rank, *where, str(tmp_path / "2"), 1)
+    for table in ("values.csv", "targets.csv"):
+        assert (tmp_path / "2" / table).read_bytes() == (tmp_path / "1" / table).read_bytes()
+    lines, others = (rows_of(tmp_path / name / "values.csv") for name in ("1", "batches"))
+    measured = {line["metric"] for line in lines if not line["excluded"]}
+    assert measured == {value for name in FAITHFULNESS for value in METRICS[name].values}
+    for line, other in zip(lines, others, strict=True):
+        assert {**line, "value": ""} == {**other, "value": ""}
+        if line["value"]:
+            assert float(line["value"]) == pytest.approx(float(other["value"]), rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 # --- training ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from lightning_xai.data.batch import EvaluationCollate, TrainingCollate
+from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.dataset import (
     Dealt,
     EvaluationDataset,
@@ -28,7 +29,9 @@ from lightning_xai.data.dataset import (
 )
 from lightning_xai.data.excluded import ExcludedByShard, FaultCounter
 from lightning_xai.data.phrases import Transform
+from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
+from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
 from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
 from lightning_xai.data.spans import CaptionTokenizer
@@ -288,6 +291,26 @@ class ShardDataModule(LightningDataModule):
     def predict_dataloader(self) -> ShardLoader:
         """As `test_dataloader`, or the validation split where no test split is given."""
         return self._evaluation_loader(self.predict_split, self.predicted)
+
+    def drawn(self, split: str, count: int) -> Batch:
+        """Some images of a split with all they have, drawn with `seed`: the same ones on every rank; all where few.
+
+        Raises:
+            ValueError: the split is not given, or no model is known.
+        """
+        store, manifest = self._shards(split)
+        samples = manifest.samples
+        draw = random.Random(stable_hash("drawn", self.seed))
+        chosen = set(draw.sample(range(samples), min(count, samples)))
+        records: list[Record] = []
+        begin = 0
+        for number, entry in enumerate(manifest.shards):
+            wanted = [place for place in range(entry.samples) if begin + place in chosen]
+            if wanted:
+                skipped = set(range(wanted[0], wanted[-1])) - set(wanted)
+                records += read_samples(store, manifest, [number], wanted[0], wanted[-1] + 1, skipped)
+            begin += entry.samples
+        return EvaluationCollate(*self._encoding(), manifest.labels, self.captions_per_image)(records)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training epoch, the faults in it so far, and all that decides what its batches hold.

@@ -29,6 +29,7 @@ from lightning_xai.attribution.method_options import check_method, choose_method
 from lightning_xai.attribution.registry import METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation.collages import POOL, Collages
 from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.examples import Place, choose_examples
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
@@ -67,8 +68,8 @@ class AttributionEvaluation(L.LightningModule):
         layers: pairs (image layer, text layer), counted as `FeaturePairAttribution` counts them: methods that attribute
             to a layer of both towers are measured at each, under a label of its own, such as
             `feature_pair,0,0`. Null: at the layers of their options.
-        metrics: what to measure, by name; null: all that the data allow, but those that cost many
-            forward passes (faithfulness).
+        metrics: what to measure, by name; null: all that the data allow, but those that cost many forward passes
+            (faithfulness, insertion and deletion, pointing game, ROAD and others).
         metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
         seeds: how often a stochastic method is repeated, with seeds from its `seed` on.
         examples: heat maps of so many first images are kept to look at.
@@ -143,6 +144,7 @@ class AttributionEvaluation(L.LightningModule):
         self.table: ResultTable | None = None
         self._source = {"name": model, "pretrained": pretrained}
         self._runs: list[MethodRun] = []
+        self._collages: Collages | None = None
         self._pictures: dict[str, bytes] = {}
         self._broken = self._pairs = 0
         self._started = 0.0
@@ -180,6 +182,9 @@ class AttributionEvaluation(L.LightningModule):
             "swap_objects": data.swap_objects,
         }
         metrics = self._possible(has_boxes=bool(manifest.labels), has_masks=bool(manifest.masks))
+        if any(metric.spec.kind == "collage" for metric in metrics.values()):
+            self._collages = Collages(data.drawn("test", POOL).to(self.device))
+            settings["collages"] = [POOL, data.seed]
         self._runs = [run for label in self.methods for run in self._build(label, metrics, settings)]
         # A process that comes late would take what others have just written for an earlier run's.
         self.trainer.strategy.barrier()
@@ -242,7 +247,8 @@ class AttributionEvaluation(L.LightningModule):
         if missing:
             raise ValueError(
                 f"no item was left to measure {', '.join(missing)}: {self.out / 'values.csv'} has the reason for each "
-                "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method)"
+                "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method, "
+                "pairs a method with token-patch attributions, collages three images without the caption's classes)"
             )
 
     def teardown(self, stage: str) -> None:
@@ -292,7 +298,7 @@ class AttributionEvaluation(L.LightningModule):
                 passes.enter_context(run.maps.forward_pass())
             embeddings = Embeddings.of(self.encoder, batch)
         for run in runs:
-            rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings)
+            rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings, self._collages)
             run.cache.put(rows.by_item(indices, heats=run.shown is not None))
             self._pairs += len(batch.tokens)
 

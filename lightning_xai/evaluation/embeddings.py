@@ -26,19 +26,16 @@ _Chunks = Callable[[int], Iterator[slice]]
 
 @dataclass(frozen=True)
 class EmbeddedCoalitions:
-    """Random parts of the images and captions of a batch, the empty one first, and their unit embeddings.
+    """Random parts of the images, or of the captions, of a batch, the empty one first, and their unit embeddings.
 
     Attributes:
-        shown_NHW: bool, the patches that show, the same ones of each image.
-        said_CNL: bool, the tokens that stay of each caption; those that are no words always do.
-        image_BNK: embeddings of the images' parts.
-        text_CNK: embeddings of the captions' parts.
+        present: the patches that show of each image, [B, N, H, W] bool, the same ones of each; or the tokens that stay
+            of each caption, [C, N, L] bool, of which those that are no words always do.
+        embeddings: [B, N, K] or [C, N, K].
     """
 
-    shown_NHW: Tensor
-    said_CNL: Tensor
-    image_BNK: Tensor
-    text_CNK: Tensor
+    present: Tensor
+    embeddings: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,31 +77,46 @@ class Embeddings:
             return embed_without_tokens(self.encoder, item, present, "padding")
         return self.encoder.encode_image(masked_images(self.encoder, item, present, "zeros"))
 
-    def coalitions(
-        self, batch: Batch, grid: tuple[int, int], counts: tuple[int, int], p: float, seed: int, chunks: _Chunks
+    def image_coalitions(
+        self, batch: Batch, grid: tuple[int, int], count: int, p: float, seed: int, chunks: _Chunks
     ) -> EmbeddedCoalitions:
-        """Draw and embed coalitions of the batch's images and captions; the same ones for all methods on one grid.
+        """Draw and embed coalitions of patches; the same ones for all metrics and methods on one grid.
 
         Args:
             batch: that these embeddings are of; it has captions.
             grid: rows and columns of patches.
-            counts: of coalitions of patches and of tokens.
-            p: the probability that a patch or token is present.
+            count: of coalitions.
+            p: the probability that a patch is present.
             seed: of the draws.
             chunks: as for `of_parts`.
         """
-        asked = (grid, counts, p, seed)
-        if asked not in self._coalitions:
-            shown_NF = Coalitions.sample(grid[0] * grid[1], counts[0], p, _OTHER_SEED + seed).present
+
+        def embed() -> EmbeddedCoalitions:
+            shown_NF = Coalitions.sample(grid[0] * grid[1], count, p, _OTHER_SEED + seed).present
             shown_NHW = torch.cat([torch.zeros_like(shown_NF[:1]), shown_NF]).reshape(-1, *grid)
             shown_NHW = shown_NHW.to(batch.images.device)
+            found = torch.stack([self.of_parts(image, shown_NHW, chunks) for image in batch.images])
+            return EmbeddedCoalitions(shown_NHW.expand(len(found), -1, -1, -1), found)
+
+        return self._once(("image", grid, count, p, seed), embed)
+
+    def text_coalitions(self, batch: Batch, count: int, p: float, seed: int, chunks: _Chunks) -> EmbeddedCoalitions:
+        """Draw and embed coalitions of tokens; the same ones for all metrics and methods. See `image_coalitions`."""
+
+        def embed() -> EmbeddedCoalitions:
             content_CL = self.encoder.tokenizer.content_mask(batch.tokens)
-            said_CNL = (~content_CL).unsqueeze(1).repeat(1, 1 + counts[1], 1)
+            said_CNL = (~content_CL).unsqueeze(1).repeat(1, 1 + count, 1)
             for caption, content_L in enumerate(content_CL):
-                drawn = Coalitions.sample(int(content_L.sum()), counts[1], p, _OTHER_SEED + seed).present
+                drawn = Coalitions.sample(int(content_L.sum()), count, p, _OTHER_SEED + seed).present
                 said_CNL[caption, 1:, content_L] = drawn.to(content_L.device)
-            images = [self.of_parts(image, shown_NHW, chunks) for image in batch.images]
-            texts = [self.of_parts(tokens, said, chunks) for tokens, said in zip(batch.tokens, said_CNL, strict=True)]
-            found = EmbeddedCoalitions(shown_NHW, said_CNL, torch.stack(images), torch.stack(texts))
-            self._coalitions[asked] = found
+            parts = zip(batch.tokens, said_CNL, strict=True)
+            return EmbeddedCoalitions(
+                said_CNL, torch.stack([self.of_parts(tokens, said, chunks) for tokens, said in parts])
+            )
+
+        return self._once(("text", count, p, seed), embed)
+
+    def _once(self, asked: object, embed: Callable[[], EmbeddedCoalitions]) -> EmbeddedCoalitions:
+        if asked not in self._coalitions:
+            self._coalitions[asked] = embed()
         return self._coalitions[asked]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from lightning_xai.attribution.base import Attribution, AttributionMethod, InteractionAttribution
 from lightning_xai.attribution.pairwise import Captured, HiddenStates, PairwiseMethod, References
@@ -30,11 +30,14 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.data.masks import Mask, MaskError, mask_runs
 from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.phrases import Negatives
+from lightning_xai.data.sample import stable_hash
+from lightning_xai.evaluation.collages import Collages
 from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
     CoalitionValues,
+    CollageTargets,
     Kind,
     NegativeTargets,
     PhrasePairTargets,
@@ -277,12 +280,16 @@ class _Group:
 
     rows: list[dict[str, Any]]
     reasons: list[int]
-    tensors: PhraseTargets | PhrasePairTargets | NegativeTargets | CaptionTargets
+    tensors: PhraseTargets | PhrasePairTargets | NegativeTargets | CaptionTargets | CollageTargets
     mask_reasons: list[Exclusion] = field(default_factory=list)
 
 
 def measure_batch(
-    batch: Batch, maps: MethodMaps, metrics: Sequence[ChosenMetric], embeddings: Embeddings | None = None
+    batch: Batch,
+    maps: MethodMaps,
+    metrics: Sequence[ChosenMetric],
+    embeddings: Embeddings | None = None,
+    collages: Collages | None = None,
 ) -> BatchRows:
     """Attribute and measure a batch whose forward pass has just run.
 
@@ -291,12 +298,13 @@ def measure_batch(
         maps: makes the method's maps.
         metrics: what to measure.
         embeddings: of the batch; needed by metrics of captions.
+        collages: needed by metrics of collages.
 
     Raises:
         ValueError: an attribution is not finite.
     """
     kinds = dict.fromkeys(metric.spec.kind for metric in metrics)
-    measuring = _Measuring(batch, maps, kinds.keys(), embeddings)
+    measuring = _Measuring(batch, maps, kinds.keys(), embeddings, collages)
     groups = {kind: measuring.group(kind) for kind in kinds}
     masked = {metric.spec.kind for metric in metrics if metric.spec.needs_masks}
     groups |= {kind: measuring.with_masks(groups[kind]) for kind in masked}
@@ -308,8 +316,16 @@ def measure_batch(
 class _Measuring:
     """One batch, its maps by one method, and the targets that they make."""
 
-    def __init__(self, batch: Batch, maps: MethodMaps, kinds: Set[Kind], embeddings: Embeddings | None) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        maps: MethodMaps,
+        kinds: Set[Kind],
+        embeddings: Embeddings | None,
+        collages: Collages | None = None,
+    ) -> None:
         self.batch = batch
+        self.collages = collages
         self.maker = maps
         self.size = (batch.images.shape[2], batch.images.shape[3])
         self.grid = maps.grid
@@ -326,6 +342,7 @@ class _Measuring:
             "phrase_pair": self._phrase_pairs,
             "negative": self._negatives,
             "caption": self._caption_targets,
+            "collage": self._collages,
         }[kind]()
 
     def with_masks(self, group: _Group) -> _Group:
@@ -461,18 +478,25 @@ class _Measuring:
         targets = CaptionTargets(
             image_maps=self.maps.image.to(batch.images),
             text_maps=self.maps.text,
-            prefix=self._prefix(embeddings),
+            interactions=self._of_pairs("interactions", embeddings, self.grid),
+            prefix=self._of_pairs("prefix", embeddings),
             content=content,
             similarity=cosine_similarity(image_CK, text_CK),
             boxes=batch.named.boxes,
             box_owner=batch.named.caption_row,
             image_size=self.size,
             signed=self.maker.method.signed,
+            item=self._items(),
+            pixels=lambda rows: batch.images[batch.caption_image[rows]],
+            similarity_of=lambda rows, images: self._similarity_of(embeddings, rows, images),
+            attribute=lambda rows, images: self._attribute(images, batch.tokens[rows]),
             similarity_of_images=lambda rows, kept, hidden: self._similarity_of_images(embeddings, rows, kept, hidden),
             similarity_of_texts=lambda kept: self._similarity_of_texts(embeddings, kept | ~content),
             embed_images=lambda shown: self._embed_images(embeddings, shown),
             embed_texts=lambda said: self._embed_texts(embeddings, said | ~content.unsqueeze(1)),
             coalitions=lambda *asked: self._coalitions(embeddings, *asked),
+            image_coalitions=lambda *asked: self._image_coalitions(embeddings, *asked),
+            text_coalitions=lambda *asked: self._text_coalitions(embeddings, *asked),
             batch_size=self.maker.batch_size,
         )
         boxes = torch.bincount(batch.named.caption_row, minlength=len(batch.tokens)).tolist()
@@ -487,7 +511,29 @@ class _Measuring:
         """The similarity of some captions with the part of their images that is kept."""
         images = self.batch.images[self.batch.caption_image[rows]]
         shown = torch.lerp(reference_image(embeddings.encoder, hidden), images, kept_Nhw.to(images).unsqueeze(1))
-        return cosine_similarity(embeddings.encoder.encode_image(shown), embeddings.text_CK[rows])
+        return self._similarity_of(embeddings, rows, shown)
+
+    @torch.no_grad()
+    def _similarity_of(self, embeddings: Embeddings, rows: slice, images: Tensor) -> Tensor:
+        """The similarity of some captions with other images than theirs."""
+        return cosine_similarity(embeddings.encoder.encode_image(images), embeddings.text_CK[rows])
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The maps of images that the batch does not hold."""
+        parts = [
+            self.maker.method.attribute(images[rows], tokens[rows]).image for rows in self.maker.chunks(len(images))
+        ]
+        return torch.cat([self._nothing(), *parts])
+
+    def _nothing(self) -> Tensor:
+        return self.batch.images.new_zeros(0, *self.grid)
+
+    def _items(self) -> Tensor:
+        """A number of each caption and its image."""
+        batch = self.batch
+        captions = zip(batch.caption_image.tolist(), batch.caption_index.tolist(), strict=True)
+        items = [stable_hash("item", batch.keys[image], caption) for image, caption in captions]
+        return torch.tensor(items, dtype=torch.int64)
 
     @torch.no_grad()
     def _similarity_of_texts(self, embeddings: Embeddings, kept_CL: Tensor) -> Tensor:
@@ -498,12 +544,13 @@ class _Measuring:
         kept_CK = torch.cat([embeddings.text_CK[:0], *parts])
         return cosine_similarity(embeddings.image_BK[self.batch.caption_image], kept_CK)
 
-    def _prefix(self, embeddings: Embeddings) -> Tensor:
-        """What is attributed to the prefix tokens of each caption's image; NaN where the method does not say."""
-        attribution = self.maps.attribution
-        if attribution is None or attribution.prefix is None:
-            return embeddings.text_CK.new_full((len(self.batch.tokens),), torch.nan)
-        return attribution.prefix.sum(dim=1)
+    def _of_pairs(self, part: str, embeddings: Embeddings, grid: tuple[int, ...] = ()) -> Tensor:
+        """What is attributed to each token with each patch, or with all prefix tokens; NaN without interactions."""
+        found = getattr(self.maps.attribution, part, None)
+        if found is None:
+            return embeddings.text_CK.new_full((), torch.nan).expand(*self.batch.tokens.shape, *grid)
+        of: Tensor = found
+        return of
 
     def _embed_images(self, embeddings: Embeddings, shown_CNHW: Tensor) -> Tensor:
         """Unit embeddings of what shows of each caption's image."""
@@ -523,22 +570,60 @@ class _Measuring:
         if attribution is None or not len(batch.tokens):
             nothing = embeddings.text_CK.new_zeros(0)
             return CoalitionValues(nothing[:, None], nothing[:, None], nothing, nothing)
-        parts = embeddings.coalitions(batch, self.grid, (patches, tokens), p, seed, self.maker.chunks)
+        of_images = embeddings.image_coalitions(batch, self.grid, patches, p, seed, self.maker.chunks)
+        of_texts = embeddings.text_coalitions(batch, tokens, p, seed, self.maker.chunks)
         # The empty coalition, and each part of the image with some parts of the caption in turn.
         shown = torch.arange(patches).repeat_interleave(_PAIRS_OF_EACH)
         said = torch.arange(len(shown)) % tokens
         first, other = (torch.cat([row.new_zeros(1), row + 1]).to(batch.tokens.device) for row in (shown, said))
         similarity_CN = torch.stack(
             [
-                (parts.image_BNK[image, first] * parts.text_CNK[caption, other]).sum(dim=1)
+                (of_images.embeddings[image, first] * of_texts.embeddings[caption, other]).sum(dim=1)
                 for caption, image in enumerate(batch.caption_image.tolist())
             ]
         )
-        shown_NHW = parts.shown_NHW[first].to(similarity_CN)
+        shown_NHW = of_images.present[0, first].to(similarity_CN)
         explained_CN = attribution.of_coalitions(
-            shown_NHW.expand(len(similarity_CN), -1, -1, -1), parts.said_CNL[:, other].to(similarity_CN)
+            shown_NHW.expand(len(similarity_CN), -1, -1, -1), of_texts.present[:, other].to(similarity_CN)
         )
         return CoalitionValues(similarity_CN[:, 1:], explained_CN[:, 1:], similarity_CN[:, 0], explained_CN[:, 0])
+
+    def _image_coalitions(self, embeddings: Embeddings, count: int, p: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Coalitions of patches, and the similarity of what shows with the whole captions."""
+        rows = self.batch.caption_image
+        if not len(rows):
+            return rows.new_zeros(0, count, *self.grid).bool(), embeddings.text_CK.new_zeros(0, count)
+        found = embeddings.image_coalitions(self.batch, self.grid, count, p, seed, self.maker.chunks)
+        whole_CK = normalize(embeddings.text_CK.to(found.embeddings), dim=1)
+        similarity = torch.einsum("cnk,ck->cn", found.embeddings[rows], whole_CK)
+        return found.present[rows, 1:], similarity[:, 1:]
+
+    def _text_coalitions(self, embeddings: Embeddings, count: int, p: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Coalitions of tokens, and the similarity of what stays with the whole images."""
+        tokens = self.batch.tokens
+        if not len(tokens):
+            return tokens.new_zeros(0, count, tokens.shape[1]).bool(), embeddings.text_CK.new_zeros(0, count)
+        found = embeddings.text_coalitions(self.batch, count, p, seed, self.maker.chunks)
+        whole_CK = normalize(embeddings.image_BK.to(found.embeddings), dim=1)[self.batch.caption_image]
+        return found.present[:, 1:], torch.einsum("cnk,ck->cn", found.embeddings, whole_CK)[:, 1:]
+
+    def _collages(self) -> _Group:
+        """Collages of each caption's image with three others, where so many do not show what the caption names."""
+        batch = self.batch
+        assert self.collages is not None, "metrics of collages need other images"
+        collages = self.collages.of(batch)
+        reasons = [Exclusion.NO_COLLAGE if each is None else Exclusion.MEASURED for each in collages]
+        made = [each for each in collages if each is not None]
+        tokens = batch.tokens[[row for row, each in enumerate(collages) if each is not None]]
+        inside = [each.inside(self.grid) for each in made]
+        targets = CollageTargets(
+            self._attribute(torch.stack([each.image for each in made]), tokens) if made else self._nothing(),
+            torch.stack(inside).to(batch.images) if made else self._nothing(),
+        )
+        columns = ("quarter", "others", "passed_over")
+        more = ({} if each is None else {name: getattr(each, name) for name in columns} for each in collages)
+        captions = torch.arange(len(batch.tokens))
+        return _Group(self._rows("collage", batch.caption_image, captions, None, more), list(reasons), targets)
 
     def _rows(
         self, kind: Kind, images: Tensor, captions: Tensor, labels: Tensor | None, more: Iterable[dict[str, Any]]

@@ -1,5 +1,6 @@
 from lightning_xai.metrics.base import (
     CaptionTargets,
+    CollageTargets,
     MetricSpec,
     NegativeTargets,
     PhrasePairTargets,
@@ -27,6 +28,7 @@ from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
 __all__ = [
     "METRICS",
     "CaptionTargets",
+    "CollageTargets",
     "ConfidenceMetric",
     "GroundingMetric",
     "GroundingSummary",

@@ -25,6 +25,7 @@ __all__ = [
     "CaptionTargets",
     "ChosenMetric",
     "CoalitionValues",
+    "CollageTargets",
     "HiddenImage",
     "Kind",
     "MetricSpec",
@@ -36,8 +37,9 @@ __all__ = [
     "no_targets",
 ]
 
-Kind = Literal["phrase", "phrase_pair", "negative", "caption"]
+Kind = Literal["phrase", "phrase_pair", "negative", "caption", "collage"]
 HiddenImage = Literal["zeros", "black"]
+_PRIME = 1_000_003  # keeps the draws of one seed apart from those of the next
 
 
 def _no_pixels(rows: slice) -> Tensor:
@@ -103,6 +105,22 @@ class NegativeTargets:
 
 
 @dataclass(frozen=True)
+class CollageTargets:
+    """Captions with collages of two by two images, of which one is theirs.
+
+    Attributes:
+        maps: [M, H, W], the collage's map for the caption.
+        inside: [M, H, W] in [0, 1], the share of each patch that lies in the quarter of the caption's own image.
+    """
+
+    maps: Tensor
+    inside: Tensor
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+
+@dataclass(frozen=True)
 class CoalitionValues:
     """Coalitions of patches and tokens that were drawn at random, what they are worth, and what an attribution says.
 
@@ -126,14 +144,18 @@ class CaptionTargets:
     Attributes:
         image_maps: [M, H, W], how much each patch adds to the similarity with the caption.
         text_maps: [M, L], how much each token adds.
-        prefix: [M], how much the image's prefix tokens (CLS, registers) add, with all tokens; NaN for methods without
-            interactions.
+        interactions: [M, L, H, W], how much token and patch together add; NaN for methods without interactions.
+        prefix: [M, L], the same of each token with the image's prefix tokens (CLS, registers).
         content: [M, L] bool, the tokens that are words, not marks or padding.
         similarity: [M], the cosine similarity of image and caption.
         boxes: [N, 4] boxes of all objects that a caption names, (x0, y0, x1, y1) in pixels.
         box_owner: [N] int64, the target that a box belongs to.
         image_size: (h, w) in pixels.
         signed: whether the maps distinguish for from against.
+        item: [M] int64, a number of image and caption that no batch or process changes, to seed what is drawn for them.
+        pixels: some of the targets -> their images [m, 3, h, w], normalised.
+        similarity_of: some of the targets, other images in place of theirs -> the similarity [m] with the captions.
+        attribute: the same -> the method's maps [m, H, W] of these images.
         similarity_of_images: how much of each pixel to keep, [M, h, w] in [0, 1], for a slice of the targets, and what
             is seen elsewhere ("zeros" or "black") -> their similarity [M] with the caption.
         similarity_of_texts: which tokens to keep, [M, L] bool -> the captions' similarity [M] with the image, with
@@ -143,6 +165,9 @@ class CaptionTargets:
         embed_texts: tokens that stay, [M, N, L] bool -> unit embeddings [M, N, K] of each caption with padding in place
             of the others; those that mark start and end stay anyway.
         coalitions: number of coalitions of patches, of tokens, probability that each is present, seed -> their values.
+        image_coalitions: number of coalitions of patches, probability, seed -> the patches that show [M, N, H, W] bool,
+            and the similarity [M, N] of what shows with the whole caption.
+        text_coalitions: likewise the tokens that stay [M, N, L] bool, and the similarity [M, N] with the whole image.
         batch_size: targets that a metric should work on at a time where it needs pixels.
         mask_pixels: a slice of the targets -> the pixels of all objects that each caption names, [M, h, w] bool; only
             where the metric `needs_masks`.
@@ -150,6 +175,7 @@ class CaptionTargets:
 
     image_maps: Tensor
     text_maps: Tensor
+    interactions: Tensor
     prefix: Tensor
     content: Tensor
     similarity: Tensor
@@ -157,11 +183,17 @@ class CaptionTargets:
     box_owner: Tensor
     image_size: tuple[int, int]
     signed: bool
+    item: Tensor
+    pixels: Callable[[slice], Tensor]
+    similarity_of: Callable[[slice, Tensor], Tensor]
+    attribute: Callable[[slice, Tensor], Tensor]
     similarity_of_images: Callable[[slice, Tensor, HiddenImage], Tensor]
     similarity_of_texts: Callable[[Tensor], Tensor]
     embed_images: Callable[[Tensor], Tensor]
     embed_texts: Callable[[Tensor], Tensor]
     coalitions: Callable[[int, int, float, int], CoalitionValues]
+    image_coalitions: Callable[[int, float, int], tuple[Tensor, Tensor]]
+    text_coalitions: Callable[[int, float, int], tuple[Tensor, Tensor]]
     batch_size: int
     mask_pixels: Callable[[slice], Tensor] = _no_pixels
 
@@ -172,6 +204,14 @@ class CaptionTargets:
         """Slices of at most `batch_size` targets: masks at pixel resolution are large."""
         for start in range(0, len(self), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(self)))
+
+    def noise(
+        self, rows: slice, shape: Sequence[int], seed: int, number: int = 0, draw: Callable[..., Tensor] = torch.randn
+    ) -> Tensor:
+        """Random numbers [m, *shape] on the CPU that depend on items, seed and the number of the draw alone."""
+        seeds = ((item + _PRIME * seed + number) % 2**63 for item in self.item[rows].tolist())
+        drawn = [draw(*shape, generator=torch.Generator().manual_seed(each)) for each in seeds]
+        return torch.stack(drawn) if drawn else torch.zeros(0, *shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +313,7 @@ class ChosenMetric:
         return PluginError(f"plug-in {self.origin}, entry {name!r} of lightning_xai.metrics: {rule}")
 
 
-def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTargets | CaptionTargets:
+def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTargets | CaptionTargets | CollageTargets:
     """Return targets of a kind with M = 0, on a grid of one patch, to try a metric and its options out."""
     maps, masks = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1, dtype=torch.bool)
     if kind == "phrase":
@@ -282,22 +322,31 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
         return PhrasePairTargets(maps, masks, masks)
     if kind == "negative":
         return NegativeTargets(maps, maps, masks)
+    if kind == "collage":
+        return CollageTargets(maps, maps)
     nothing = torch.zeros(0)
     return CaptionTargets(
         image_maps=maps,
         text_maps=torch.zeros(0, 1),
-        prefix=nothing,
+        interactions=torch.zeros(0, 1, 1, 1),
+        prefix=torch.zeros(0, 1),
         content=torch.zeros(0, 1, dtype=torch.bool),
         similarity=nothing,
         boxes=torch.zeros(0, 4),
         box_owner=torch.zeros(0, dtype=torch.int64),
         image_size=(1, 1),
         signed=True,
+        item=torch.zeros(0, dtype=torch.int64),
+        pixels=lambda rows: torch.zeros(0, 3, 1, 1),
+        similarity_of=lambda rows, images: nothing,
+        attribute=lambda rows, images: maps,
         similarity_of_images=lambda rows, kept, hidden: nothing,
         similarity_of_texts=lambda kept: nothing,
         embed_images=lambda shown: torch.zeros(*shown.shape[:2], 1),
         embed_texts=lambda said: torch.zeros(*said.shape[:2], 1),
         coalitions=lambda patches, tokens, p, seed: CoalitionValues(maps[:, 0], maps[:, 0], nothing, nothing),
+        image_coalitions=lambda count, p, seed: (masks.unsqueeze(1).repeat(1, count, 1, 1), torch.zeros(0, count)),
+        text_coalitions=lambda count, p, seed: (masks.repeat(1, count, 1), torch.zeros(0, count)),
         batch_size=1,
     )
 

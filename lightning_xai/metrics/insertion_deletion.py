@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_xai.metrics.base import CaptionTargets, MetricSpec
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "area", "insertion_deletion", "strongest"]
+__all__ = ["SPEC", "area", "constant", "insertion_deletion", "strongest"]
 
 
 def insertion_deletion(targets: CaptionTargets, *, steps: int = 10) -> dict[str, Tensor]:
@@ -29,7 +29,8 @@ def insertion_deletion(targets: CaptionTargets, *, steps: int = 10) -> dict[str,
     Returns:
         The areas [M] of the curves, means of the cosine similarity over the share that is shown, in [-1, 1]:
         `image_insertion` and `image_deletion` with the whole caption, `text_insertion` and `text_deletion` with the
-        whole image, and `insertion` and `deletion` of both at once; NaN for a caption without words.
+        whole image, and `insertion` and `deletion` of both at once; NaN for a caption without words, and for a constant
+        map, which has no order.
 
     Raises:
         ValueError: fewer than one step.
@@ -48,14 +49,25 @@ def insertion_deletion(targets: CaptionTargets, *, steps: int = 10) -> dict[str,
         "text_": (text_MNK * image_MNK[:, steps : steps + 1]).sum(dim=2),
         "": (image_MNK * text_MNK).sum(dim=2),
     }
+    image, text = constant(targets.image_maps.flatten(1), every_patch), constant(targets.text_maps, content)
+    missing = {"image_": image, "text_": text, "": image | text}
     values = {}
     for modality, curve in curves.items():
         for name, part in (("insertion", curve[:, : steps + 1]), ("deletion", curve[:, steps + 1 :])):
-            found = area(part)
-            values[modality + name] = (
-                found if modality == "image_" else found.masked_fill(~content.any(dim=1), torch.nan)
-            )
+            values[modality + name] = area(part).masked_fill(missing[modality], torch.nan)
     return values
+
+
+def constant(scores: Tensor, own: Tensor) -> Tensor:
+    """Rows of scores [M, F] whose own parts cannot be put in an order: there are none, or several and all equal.
+
+    >>> constant(torch.tensor([[1.0, 2.0], [1.0, 1.0]]), torch.tensor([[True, False], [True, True]]))
+    tensor([False,  True])
+    """
+    least, most = (scores.masked_fill(~own, edge) for edge in (torch.inf, -torch.inf))
+    equal = least.amin(dim=1) == most.amax(dim=1)
+    count = own.sum(dim=1)
+    return (count == 0) | ((count > 1) & equal)
 
 
 def _curves(scores: Tensor, own: Tensor, steps: int) -> Tensor:

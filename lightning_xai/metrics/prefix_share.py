@@ -21,8 +21,9 @@ def prefix_share(targets: CaptionTargets) -> dict[str, Tensor]:
         `prefix_share` [M]: the prefix tokens' sum over the sum of all; above 1 where the patches' sum is negative, NaN
         where nothing is attributed. `prefix` [M]: the former alone, in units of the similarity.
     """
-    total = targets.prefix + targets.image_maps.flatten(1).sum(dim=1)
-    return {"prefix_share": (targets.prefix / total).masked_fill(total == 0, torch.nan), "prefix": targets.prefix}
+    prefix = targets.prefix.sum(dim=1)
+    total = prefix + targets.image_maps.flatten(1).sum(dim=1)
+    return {"prefix_share": (prefix / total).masked_fill(total == 0, torch.nan), "prefix": prefix}
 
 
 SPEC = MetricSpec(

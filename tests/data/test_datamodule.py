@@ -32,6 +32,23 @@ def test_the_global_random_state_stays_as_it_is(shards: Path, tokenizer: Caption
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_some_images_of_a_split_are_drawn_by_the_seed_alone(shards: Path, tokenizer: CaptionTokenizer) -> None:
+    def drawn(count: int, **options: Any) -> Batch:
+        data = ShardDataModule(test=shards, num_workers=0, **options)
+        data.bind(TRANSFORM, tokenizer)
+        return data.drawn("test", count)
+
+    some, every = drawn(12), drawn(100)
+    assert every.index.tolist() == list(range(57))
+    indices = some.index.tolist()
+    assert indices == sorted(set(indices))
+    assert len(indices) == 12
+    assert torch.equal(some.images, every.images[indices])
+    assert some.keys == [every.keys[index] for index in indices]
+    assert drawn(12, batch_size=3).index.tolist() == indices
+    assert drawn(12, seed=1).index.tolist() != indices
+
+
 # --- with a real trainer ---------------------------------------------------------------------------------------------
 
 

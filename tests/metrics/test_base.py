@@ -116,7 +116,7 @@ def test_a_metric_that_breaks_the_contract_is_named_with_package_entry_and_rule(
     [
         (dict, "has to be a MetricSpec; got type"),
         (replace(SPEC, name="other"), "has to be that of its entry; got 'other'"),
-        (replace(SPEC, kind=WORD), "kind has to be one of phrase, phrase_pair, negative, caption; got 'word'"),
+        (replace(SPEC, kind=WORD), "kind has to be one of phrase, phrase_pair, negative, caption, collage; got 'word'"),
         (replace(SPEC, scores=()), "at least one"),
         (replace(SPEC, scores=(Score(name="x", value="delta", heading="x"),)), r"got \['delta'\]"),
         (replace(SPEC, empty={"delta": Exclusion.NO_BOX}), r"got \['delta'\]"),

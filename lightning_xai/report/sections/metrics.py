@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lightning_xai.report.figures import Panels, bars, cumulative, distribution
 from lightning_xai.report.page import Block, Chart, Note, Section
 from lightning_xai.report.paper_table import Column, PaperTable, score_column
+from lightning_xai.results.method_ranks import known_to_differ, method_scores, rank_correlation
 from lightning_xai.results.record import MetricRecord, Score
 from lightning_xai.results.roar import label_at
 from lightning_xai.results.runs import Estimate, Measurement, Run, by_data
@@ -41,6 +42,8 @@ def metric_sections(runs: Sequence[Run]) -> Iterator[Section]:
             blocks += charts[metric.chart](metric, runs, groups)
         if name == "roar":
             blocks += [block for run in runs for block in _trials(run)]
+        if name == "road":
+            blocks += agreement_table(every)
         yield Section(f"metric-{name}", metric.title, tuple(blocks) or (Note("Nothing was measured.", missing=True),))
 
 
@@ -208,6 +211,22 @@ def grid_table(measurement: Measurement, score: Score, about: str = "") -> Itera
     yield PaperTable(
         f"grid-{measurement.run}-{score.value}", f"{score.heading}: hyperparameters{about}", note, columns, rows
     )
+
+
+def agreement_table(measurements: Sequence[Measurement]) -> Iterator[PaperTable]:
+    """Spearman's rank correlation of methods by ROAD and by ROAR+ on images, of each two runs that have both."""
+    rows: list[list[Any]] = []
+    for one, other in product(measurements, measurements):
+        if not ("road" in one.record.metrics and "roar" in other.record.metrics):
+            continue
+        scores = (method_scores(one, "road", "road"), method_scores(other, "roar", "roar_image"))
+        correlation, count = rank_correlation(*scores)
+        if count > 1 and not known_to_differ(one.record.model, other.record.model):
+            rows.append([one.full_name, other.full_name, correlation, count])
+    if rows:
+        columns = [Column("ROAD", numeric=False), Column("ROAR+", numeric=False), Column("Spearman"), Column("methods")]
+        note = "Rank correlation of the methods that both runs measured with the same options, baselines included."
+        yield PaperTable("road-roar", "Do ROAD and ROAR+ order methods alike?", note, columns, rows)
 
 
 def _symbol(metric: MetricRecord) -> str:
