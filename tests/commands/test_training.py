@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
-from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
+from stopped_runs import config_of, differences, finish, left_by, signal_all, start, stop_at_random, time_of
 
 from lightning_xai.results.record import read_record
 from lightning_xai.training.run_folder import RunFolder
@@ -37,6 +37,30 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     assert finish(["fit", f"--config={config}", f"--run={folder / 'run'}"], folder / "log") == 0
     return folder / "run"
+
+
+WANDB = ["--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.offline=true"]
+WANDB += ["--trainer.logger.project=p"]
+
+
+def test_a_signal_that_also_ends_the_service_of_a_logger_stops_a_run_in_order(
+    config: Path, whole: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    rng, log, expected = random.Random(5), tmp_path / "log", left_by(whole)
+    for number in range(max(1, STOPS // 5)):
+        run = tmp_path / f"run{number}"
+        arguments = ["fit", f"--config={config}", f"--run={run}", "--save_every_minutes=0.0001", *WANDB]
+        process = start(arguments, log)
+        while not RunFolder(run).files():
+            assert process.exitcode is None, log.read_text()[-3000:]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        signal_all(process.pid or 0, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 128 + signal.SIGTERM, log.read_text()[-3000:]
+        assert finish(arguments, log) == 0, log.read_text()[-3000:]
+        assert differences(left_by(run)._replace(logged={}), expected._replace(logged={})) == []
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -183,8 +207,7 @@ def test_a_run_with_another_logger_keeps_its_best_model_and_its_id_when_it_goes_
 ) -> None:
     pytest.importorskip("wandb")
     run, log = tmp_path / "run", tmp_path / "log"
-    arguments = ["fit", f"--config={config}", f"--run={run}", "--trainer.logger=lightning.pytorch.loggers.WandbLogger"]
-    arguments += ["--trainer.logger.offline=true", "--trainer.logger.project=p"]
+    arguments = ["fit", f"--config={config}", f"--run={run}", *WANDB]
     stop_after_a_checkpoint(arguments, run, log, epochs=1)
     assert finish(arguments, log) == 0, log.read_text()[-3000:]
     assert "dirpath has changed" not in log.read_text()
