@@ -76,6 +76,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         text = f"lightning_xai {arguments[0]}: {message}"
         status = getattr(message, "code", None)
+        if getattr(message, "on_all_ranks", False) and not _is_first():
+            sys.exit(status or 1)
         if status is None:
             sys.exit(text)
         print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has its own status
@@ -108,7 +110,8 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     """
     from lightning.pytorch import LightningDataModule, LightningModule
 
-    from lightning_xai.commands.training import RunTrainer, TrainingCLI
+    from lightning_xai.commands.training import TrainingCLI
+    from lightning_xai.training.run_trainer import RunTrainer
 
     # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
@@ -226,6 +229,12 @@ def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
         else:
             parsed.append(option + equals + value)
     return parsed + [f"{group}={json.dumps(values)}" for group, values in nested.items()]
+
+
+def _is_first() -> bool:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def _lost_process(error: BaseException) -> str | None:

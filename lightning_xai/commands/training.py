@@ -46,7 +46,7 @@ from lightning_xai.training.preflight import check_allocation, slurm_job, starte
 from lightning_xai.training.run_folder import RunFolder, RunModel, run_of
 from lightning_xai.training.run_loggers import continue_loggers, has_own_folder, placed_loggers, restore_versions
 
-__all__ = ["RunTrainer", "TrainingCLI"]
+__all__ = ["TrainingCLI"]
 
 _NEW_FOLDER = "LIGHTNING_XAI_NEW_FOLDER"
 """Environment variable by which the first process names to those that it starts in which folder they write."""
@@ -87,15 +87,6 @@ _ConfigDumper.add_implicit_resolver(
 def _dump_config(settings: Any) -> str:
     options: dict[str, Any] = {"default_flow_style": False, "allow_unicode": True, "sort_keys": False}
     return str(yaml.dump(settings, Dumper=_ConfigDumper, **options))
-
-
-class RunTrainer(Trainer):
-    """Lightning's Trainer, whose files lie in one folder whatever loggers a run has."""
-
-    @property
-    def log_dir(self) -> str | None:
-        """The folder of this start: that of TensorBoard's or CSV's logger, or else `default_root_dir`."""
-        return super().log_dir if self.loggers and has_own_folder(self.loggers[0]) else str(self.default_root_dir)
 
 
 class TrainingCLI(LightningCLI):

@@ -52,7 +52,10 @@ class RunStoppedError(RuntimeError):
 
     Attributes:
         code: the process's exit status.
+        on_all_ranks: raised on every rank, so that one message is enough.
     """
+
+    on_all_ranks = True
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
