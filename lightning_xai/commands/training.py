@@ -44,7 +44,13 @@ from lightning_xai.training import (
 )
 from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 from lightning_xai.training.run_folder import RunFolder, RunModel, run_of
-from lightning_xai.training.run_loggers import continue_loggers, has_own_folder, placed_loggers, restore_versions
+from lightning_xai.training.run_loggers import (
+    continue_loggers,
+    has_own_folder,
+    keep_rows,
+    placed_loggers,
+    restore_versions,
+)
 
 __all__ = ["TrainingCLI"]
 
@@ -328,7 +334,7 @@ class TrainingCLI(LightningCLI):
                 _say(f"Resuming the run in {run} from {self._checkpoint}")
                 self._logger_ids = record.loggers
             if _is_first():
-                _set_aside(run / "metrics.csv")
+                keep_rows(run, self._checkpoint)
         self._write_into(run, version="")
 
     def _take_model(self, config: Any) -> None:
@@ -480,13 +486,6 @@ def _new_folder(root: Path, verb: str, belongs: bool) -> Path:
         os.environ[_NEW_FOLDER] = str(folder)
         return folder
     raise AssertionError("numbers do not end")
-
-
-def _set_aside(table: Path) -> None:
-    """Keep the rows that a run had logged before it was stopped: CSVLogger deletes its table at the start."""
-    if table.exists():
-        number = next(i for i in itertools.count(1) if not table.with_name(f"{table.stem}-{i}.csv").exists())
-        table.rename(table.with_name(f"{table.stem}-{number}.csv"))
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +16,17 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["continue_loggers", "has_own_folder", "logger_ids", "outlast", "placed_loggers", "restore_versions"]
+from lightning_xai.atomic_file import replaced_at_once
+
+__all__ = [
+    "continue_loggers",
+    "has_own_folder",
+    "keep_rows",
+    "logger_ids",
+    "outlast",
+    "placed_loggers",
+    "restore_versions",
+]
 
 # Argument by which a logger goes on with what an earlier one has begun.
 _CONTINUES = {"WandbLogger": "id", "MLFlowLogger": "run_id", "CometLogger": "experiment_key", "LitLogger": "name"}
@@ -86,6 +98,31 @@ def restore_versions(loggers: Iterable[Logger], ids: Mapping[str, Mapping[str, s
         known = ids.get(key, {})
         if known.get("name") == logger.name and "version" in known:
             logger._version = known["version"]  # it is asked for at the first use
+
+
+def keep_rows(folder: Path, checkpoint: Path | None) -> None:
+    """Keep what CSVLogger, which deletes its table at a start, had logged before, in `metrics-1.csv` and so on.
+
+    Rows of steps after the checkpoint that the run goes on from are cut, as they come again; None: it starts over.
+    """
+    table = folder / "metrics.csv"
+    if table.exists():
+        number = next(i for i in itertools.count(1) if not (folder / f"metrics-{i}.csv").exists())
+        table.rename(folder / f"metrics-{number}.csv")
+    if checkpoint is None:
+        return
+    taken = int(checkpoint.stem.partition("=")[2])
+    for path in folder.glob("metrics-*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            names, rows = reader.fieldnames or (), list(reader)
+        # A row's step is the last one taken, from 0; a row that a kill has cut off lacks cells.
+        kept = [row for row in rows if None not in row.values() and int(row.get("step") or 0) < taken]
+        if len(kept) < len(rows):
+            with replaced_at_once(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(kept)
 
 
 def outlast(loggers: Iterable[Logger], stopping: Callable[[], bool]) -> None:

@@ -409,6 +409,10 @@ def test_a_table_of_csv_keeps_the_rows_from_before_a_stop(config: Path, tmp_path
     arguments = ["fit", f"--config={config}", f"--run={run}"]
     arguments += ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."]
     stop_after_a_checkpoint(arguments, run, log)
+    # As if the run had been killed while it wrote rows of steps that are in no checkpoint.
+    with (run / "metrics.csv").open("a", newline="") as file:
+        columns = (run / "metrics.csv").read_text().partition("\n")[0].split(",")
+        file.write(",".join("11" if name == "step" else "1.0" for name in columns) + "\r\n1")
     assert finish(arguments, log) == 0
     steps = [set(), set()]  # type: list[set[str]]
     for rows, name in zip(steps, ("metrics-1.csv", "metrics.csv"), strict=True):
@@ -416,3 +420,4 @@ def test_a_table_of_csv_keeps_the_rows_from_before_a_stop(config: Path, tmp_path
             rows |= {row["step"] for row in csv.DictReader(file) if row["train/loss"]}
     assert steps[0]
     assert steps[0] | steps[1] == {str(step) for step in range(12)}
+    assert not steps[0] & steps[1]
