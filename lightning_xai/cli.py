@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import sys
@@ -119,8 +120,7 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     from lightning_xai.commands.training import TrainingCLI
     from lightning_xai.training.run_trainer import RunTrainer
 
-    # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
-    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+    _silence_lightning()
     # Configs and the command line may use the bare names of classes that are loaded.
     for classes in ("data.datamodule", "evaluation", "training"):
         import_module(f"lightning_xai.{classes}")
@@ -141,6 +141,19 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
         args=None if args is None else list(args),
         run=run,
     )
+
+
+def _silence_lightning() -> None:
+    """Leave out what Lightning says that is wrong or of no use here."""
+    # What is logged in evaluation has been reduced over the ranks by its metric, which Lightning cannot know.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+    import_module("lightning_utilities.core.rank_zero").log.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for advertising and for steps of Lightning's own start."""
+    known = ("\U0001f4a1 Tip: For seamless cloud", "Loading `train_dataloader` to estimate", "TPU available: False")
+    return not record.getMessage().startswith(known)
 
 
 def _run_command(name: str, arguments: list[str]) -> None:

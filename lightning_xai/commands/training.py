@@ -46,6 +46,7 @@ from lightning_xai.training.preflight import check_allocation, slurm_job, starte
 from lightning_xai.training.run_folder import RunFolder, RunModel, run_of
 from lightning_xai.training.run_loggers import (
     continue_loggers,
+    drop_idle_options,
     has_own_folder,
     keep_rows,
     placed_loggers,
@@ -227,6 +228,7 @@ class TrainingCLI(LightningCLI):
         callbacks = self._with_own(callbacks, given.get("enable_checkpointing") is not False)
         kwargs |= _progress(callbacks)
         trainer = super().instantiate_trainer(plugins=plugins, callbacks=callbacks, **kwargs)
+        drop_idle_options(trainer.loggers)
         if isinstance(trainer.strategy, (DDPStrategy, ModelParallelStrategy)):
             trainer.strategy._timeout = timedelta(seconds=self._get(self.config, "collective_timeout"))
         if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.strategy._save_distributed_checkpoint:
@@ -333,8 +335,9 @@ class TrainingCLI(LightningCLI):
                     _say(f"Training the run in {run} for longer: {', '.join(longer)}")
                 _say(f"Resuming the run in {run} from {self._checkpoint}")
                 self._logger_ids = record.loggers
-            if _is_first():
-                keep_rows(run, self._checkpoint)
+        if _is_first():
+            keep_rows(run, self._checkpoint)
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # its table is kept
         self._write_into(run, version="")
 
     def _take_model(self, config: Any) -> None:

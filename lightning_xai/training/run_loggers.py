@@ -20,6 +20,7 @@ from lightning_xai.atomic_file import replaced_at_once
 
 __all__ = [
     "continue_loggers",
+    "drop_idle_options",
     "has_own_folder",
     "keep_rows",
     "logger_ids",
@@ -146,6 +147,14 @@ def _log(log_metrics: Callable[..., None], name: str, stopping: Callable[[], boo
         if not stopping():
             raise
         rank_zero_warn(f"{name} was ended before the run ({type(error).__name__}) and lacks the last rows")
+
+
+def drop_idle_options(loggers: Iterable[Logger]) -> None:
+    """Keep Lightning from giving W&B an option that is not set, and that W&B warns of since it no longer has it."""
+    for logger in loggers:
+        options = getattr(logger, "_wandb_init", None)
+        if isinstance(options, dict) and options.get("anonymous") is None:
+            options.pop("anonymous", None)
 
 
 def _each(configured: Any) -> list[dict[str, Any]]:

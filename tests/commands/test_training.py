@@ -421,3 +421,5 @@ def test_a_table_of_csv_keeps_the_rows_from_before_a_stop(config: Path, tmp_path
     assert steps[0]
     assert steps[0] | steps[1] == {str(step) for step in range(12)}
     assert not steps[0] & steps[1]
+    printed = log.read_text()
+    assert [noise for noise in ("Experiment logs directory", "Tip:", "TPU available") if noise in printed] == []
