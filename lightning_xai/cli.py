@@ -78,17 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ArgumentError as error:
         _refuse(arguments, error)
     except Exception as error:
-        message = _meant_for_the_user(error) or _of_a_plugin(error) or _lost_process(error)
-        if message is None:
-            raise
-        text = f"lightning_xai {arguments[0]}: {message}"
-        status = getattr(message, "code", None)
-        if getattr(message, "on_all_ranks", False) and not _is_first():
-            sys.exit(status or 1)
-        if status is None:
-            sys.exit(text)
-        print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has its own status
-        sys.exit(status)
+        _give_up(arguments[0], error)
 
 
 @contextmanager
@@ -255,6 +245,24 @@ def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
     return parsed + [f"{group}={json.dumps(values)}" for group, values in nested.items()]
 
 
+def _give_up(command: str, error: Exception) -> NoReturn:
+    """End with the message of an error that says what to do; other errors keep their traceback."""
+    message = _meant_for_the_user(error) or _of_a_plugin(error) or _lost_process(error)
+    if message is None:
+        raise error
+    status = getattr(message, "code", None)
+    if getattr(message, "on_all_ranks", False):  # one message is enough
+        from lightning_xai.commands.run_start import is_first
+
+        if not is_first():
+            sys.exit(status or 1)
+    text = f"lightning_xai {command}: {message}"
+    if status is None:
+        sys.exit(text)
+    print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has its own status
+    sys.exit(status)
+
+
 def _refuse(arguments: Sequence[str], error: ArgumentError) -> NoReturn:
     """End with a parser's message alone: it would print all options before."""
     group = COMMANDS.get(arguments[0])
@@ -283,12 +291,6 @@ def _sentence(message: str) -> str:
         rest = f"expected {' or '.join(kinds)}; got {given[1]}"
     rest = re.sub(r"^Expected a (.*)\. Got value: ", r"expected \1; got ", " ".join(rest.split()))
     return option + rest
-
-
-def _is_first() -> bool:
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def _lost_process(error: BaseException) -> str | None:
