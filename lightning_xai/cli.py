@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import signal
 import sys
 import threading
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from textwrap import dedent
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_xai.commands import COMMANDS, summary
 
@@ -70,16 +75,10 @@ def main(args: Sequence[str] | None = None) -> None:
                 _run_command(arguments[0], arguments[1:])
         else:
             build_cli(args)
+    except ArgumentError as error:
+        _refuse(arguments, error)
     except Exception as error:
-        message = _meant_for_the_user(error) or _of_a_plugin(error) or _lost_process(error)
-        if message is None:
-            raise
-        text = f"lightning_xai {arguments[0]}: {message}"
-        status = getattr(message, "code", None)
-        if status is None:
-            sys.exit(text)
-        print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has its own status
-        sys.exit(status)
+        _give_up(arguments[0], error)
 
 
 @contextmanager
@@ -108,10 +107,10 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
     """
     from lightning.pytorch import LightningDataModule, LightningModule
 
-    from lightning_xai.commands.training import RunTrainer, TrainingCLI
+    from lightning_xai.commands.training import TrainingCLI
+    from lightning_xai.training.run_trainer import RunTrainer
 
-    # What is logged in evaluation has been reduced over the ranks by its metric; Lightning cannot know.
-    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+    _silence_lightning()
     # Configs and the command line may use the bare names of classes that are loaded.
     for classes in ("data.datamodule", "evaluation", "training"):
         import_module(f"lightning_xai.{classes}")
@@ -124,18 +123,36 @@ def build_cli(args: Sequence[str] | None = None, run: bool = True) -> LightningC
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"inference_mode": False},
         seed_everything_default=0,
-        parser_kwargs={"prog": "lightning_xai", "description": "Train and evaluate dual encoders."},
+        parser_kwargs={
+            "prog": "lightning_xai",
+            "description": "Train and evaluate dual encoders.",
+            "exit_on_error": False,
+        },
         args=None if args is None else list(args),
         run=run,
     )
+
+
+def _silence_lightning() -> None:
+    """Leave out what Lightning says that is wrong or of no use here."""
+    # What is logged in evaluation has been reduced over the ranks by its metric, which Lightning cannot know.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+    import_module("lightning_utilities.core.rank_zero").log.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for advertising and for steps of Lightning's own start."""
+    known = ("\U0001f4a1 Tip: For seamless cloud", "Loading `train_dataloader` to estimate", "TPU available: False")
+    return not record.getMessage().startswith(known)
 
 
 def _run_command(name: str, arguments: list[str]) -> None:
     """Make a command's parser from its signature, and run it; `commands` says what a command can be."""
     import inspect
 
-    from jsonargparse import auto_cli
+    import jsonargparse
 
+    auto_cli = partial(jsonargparse.auto_cli, exit_on_error=False)
     command, prog = COMMANDS[name], f"lightning_xai {name}"
     if isinstance(command, type):
         # Parsers show the first line of a docstring alone.
@@ -228,6 +245,54 @@ def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
     return parsed + [f"{group}={json.dumps(values)}" for group, values in nested.items()]
 
 
+def _give_up(command: str, error: Exception) -> NoReturn:
+    """End with the message of an error that says what to do; other errors keep their traceback."""
+    message = _meant_for_the_user(error) or _of_a_plugin(error) or _lost_process(error)
+    if message is None:
+        raise error
+    status = getattr(message, "code", None)
+    if getattr(message, "on_all_ranks", False):  # one message is enough
+        from lightning_xai.commands.run_start import is_first
+
+        if not is_first():
+            sys.exit(status or 1)
+    text = f"lightning_xai {command}: {message}"
+    if status is None:
+        sys.exit(text)
+    print(text, file=sys.stderr)  # noqa: T201 - a run that a signal has stopped has its own status
+    sys.exit(status)
+
+
+def _refuse(arguments: Sequence[str], error: ArgumentError) -> NoReturn:
+    """End with a parser's message alone: it would print all options before."""
+    group = COMMANDS.get(arguments[0])
+    below = list(group) if isinstance(group, Mapping) else []
+    command = " ".join(["lightning_xai", arguments[0], *(name for name in arguments[1:2] if name in below)])
+    text = f"{command}: {_sentence(str(error))} (`{command} --help` lists the options)"
+    print(text, file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
+
+def _sentence(message: str) -> str:
+    """A parser's message on a value that fits none of an option's types, as one sentence; others on one line."""
+    message = re.sub(r"<class '([^']*)'>", r"\1", message).replace("typing.Literal", "one of ")
+    key = re.match(r'Parser key "([^"]+)":\s*', message)
+    option, rest = (f"--{key[1]}: ", message[key.end() :]) if key else ("", message)
+    reasons = re.findall(r"^    - (.*(?:\n      .*)*)", rest, re.MULTILINE)
+    for reason in reasons:
+        problem, _, text = reason.partition(":\n")
+        if problem.startswith("Problem with given class_path"):
+            inner = _sentence(dedent(text))
+            return f"{option[:-2]}.{inner[2:]}" if inner.startswith("--") else option + inner
+    # That an option may also be left empty is no help.
+    kinds = [each.removeprefix("Expected a ") for each in reasons if each != "Expected a NoneType"]
+    given = re.search(r"^  Given value: (.*)", rest, re.MULTILINE | re.DOTALL)
+    if kinds and given:
+        rest = f"expected {' or '.join(kinds)}; got {given[1]}"
+    rest = re.sub(r"^Expected a (.*)\. Got value: ", r"expected \1; got ", " ".join(rest.split()))
+    return option + rest
+
+
 def _lost_process(error: BaseException) -> str | None:
     """Advice for a process that waits in vain for another one, if that is what an error means.
 
@@ -252,9 +317,14 @@ def _meant_for_the_user(error: BaseException | None) -> BaseException | None:
     """
     while error is not None:
         deliberate = isinstance(error, (ValueError, RuntimeError, ImportError))
-        ours = _raised_by(error).startswith("lightning_xai.")
-        if (deliberate and ours) or isinstance(
-            error, (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
+        raised_by = _raised_by(error)
+        # Lightning's trainer checks its options itself.
+        refused = isinstance(error, (TypeError, ValueError)) or type(error).__name__ == "MisconfigurationException"
+        refused &= raised_by.startswith(("lightning.fabric.accelerators.", "lightning.pytorch.trainer.connectors."))
+        if (
+            (deliberate and raised_by.startswith("lightning_xai."))
+            or refused
+            or isinstance(error, (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError))
         ):
             return error
         error = error.__cause__

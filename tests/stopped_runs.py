@@ -145,12 +145,19 @@ def stop_at_random(
     signum = rng.choice(list(signals))
     with suppress(ProcessLookupError, FileNotFoundError):  # it may have ended in this very moment
         # As `scancel` and Ctrl-C do, to the data loader's workers as well; the kernel's own killer takes one process.
-        if signum != signal.SIGKILL:
-            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-                with suppress(ProcessLookupError):
-                    os.kill(int(child), signum)
-        os.kill(process.pid or 0, signum)
+        if signum == signal.SIGKILL:
+            process.kill()
+        else:
+            signal_all(process.pid or 0, signum)
     return Stopped(signum, _end_of(process, log, 120))
+
+
+def signal_all(pid: int, signum: int) -> None:
+    """Send a signal to a process and its children, as `scancel` does."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(child), signum)
+    os.kill(pid, signum)
 
 
 def left_by(run: Path) -> Left:

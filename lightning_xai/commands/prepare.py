@@ -99,7 +99,7 @@ class _Commands(Mapping[str, Callable[..., None]]):
         yield from ("shapes", *SOURCES)
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)  # a list would ask for the length
 
 
 SOURCES = _Commands()

@@ -16,11 +16,17 @@ __all__ = ["AtomicCheckpointIO", "CheckpointWriteError", "NonFiniteStateError", 
 
 
 class CheckpointWriteError(RuntimeError):
-    """A checkpoint could not be written; the file that it should replace is untouched."""
+    """A checkpoint could not be written; the file that it should replace is untouched.
+
+    Attributes:
+        on_all_ranks: raised on every rank, so that one message is enough.
+    """
+
+    on_all_ranks = True
 
 
-class NonFiniteStateError(RuntimeError):
-    """A state that is not finite was to be saved; the file that it would have replaced is untouched."""
+class NonFiniteStateError(CheckpointWriteError):
+    """A state that is not finite was to be saved."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -22,7 +22,13 @@ _MOST_IN_A_ROW = 20  # left-out steps in a row, of which no run recovers
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the step was not taken."""
+    """A loss or a gradient is NaN or infinite; the step was not taken.
+
+    Attributes:
+        on_all_ranks: raised on every rank, so that one message is enough.
+    """
+
+    on_all_ranks = True
 
 
 class _TrainedBatch(NamedTuple):

@@ -30,7 +30,7 @@ from lightning_xai.data.sample import stable_hash
 from lightning_xai.training.elastic import go_on_elastically
 from lightning_xai.training.preflight import slurm_job
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
-from lightning_xai.training.run_loggers import logger_ids
+from lightning_xai.training.run_loggers import logger_ids, outlast
 from lightning_xai.training.schedule import (
     Placement,
     accumulated,
@@ -52,7 +52,10 @@ class RunStoppedError(RuntimeError):
 
     Attributes:
         code: the process's exit status.
+        on_all_ranks: raised on every rank, so that one message is enough.
     """
+
+    on_all_ranks = True
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -121,6 +124,7 @@ class Resume(Checkpoint):
         self._received.clear()
         self._pending = self._stopping = None
         self._interrupted = self._complete = False
+        outlast(trainer.loggers, lambda: bool(self._received))
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
             # Ranks agree on stopping by numbers in the host's memory, so that no step has to wait for its device.
             self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))

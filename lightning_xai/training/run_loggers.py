@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import itertools
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["continue_loggers", "has_own_folder", "logger_ids", "placed_loggers", "restore_versions"]
+from lightning_xai.atomic_file import replaced_at_once
+
+__all__ = [
+    "continue_loggers",
+    "drop_idle_options",
+    "has_own_folder",
+    "keep_rows",
+    "logger_ids",
+    "outlast",
+    "placed_loggers",
+    "restore_versions",
+]
 
 # Argument by which a logger goes on with what an earlier one has begun.
 _CONTINUES = {"WandbLogger": "id", "MLFlowLogger": "run_id", "CometLogger": "experiment_key", "LitLogger": "name"}
 _FOLDERS = ("save_dir", "root_dir")
+_LATER = 2.0  # seconds by which a signal may reach this process after it has ended a logger's service
 
 
 def has_own_folder(logger: Any) -> bool:
@@ -82,6 +99,62 @@ def restore_versions(loggers: Iterable[Logger], ids: Mapping[str, Mapping[str, s
         known = ids.get(key, {})
         if known.get("name") == logger.name and "version" in known:
             logger._version = known["version"]  # it is asked for at the first use
+
+
+def keep_rows(folder: Path, checkpoint: Path | None) -> None:
+    """Keep what CSVLogger, which deletes its table at a start, had logged before, in `metrics-1.csv` and so on.
+
+    Rows of steps after the checkpoint that the run goes on from are cut, as they come again; None: it starts over.
+    """
+    table = folder / "metrics.csv"
+    if table.exists():
+        number = next(i for i in itertools.count(1) if not (folder / f"metrics-{i}.csv").exists())
+        table.rename(folder / f"metrics-{number}.csv")
+    if checkpoint is None:
+        return
+    taken = int(checkpoint.stem.partition("=")[2])
+    for path in folder.glob("metrics-*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            names, rows = reader.fieldnames or (), list(reader)
+        # A row's step is the last one taken, from 0; a row that a kill has cut off lacks cells.
+        kept = [row for row in rows if None not in row.values() and int(row.get("step") or 0) < taken]
+        if len(kept) < len(rows):
+            with replaced_at_once(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(kept)
+
+
+def outlast(loggers: Iterable[Logger], stopping: Callable[[], bool]) -> None:
+    """Let a run that is `stopping` save and end in order where a logger fails; before that, an error is an error.
+
+    `scancel` and the like signal all processes of a job, W&B's service among them, which then ends at once: what is
+    logged until the run has saved does not reach it.
+    """
+    for logger in loggers:
+        kind = type(logger)  # its own method, so that a trainer that runs twice has this once
+        logger.log_metrics = partial(_log, partial(kind.log_metrics, logger), kind.__name__, stopping)  # type: ignore[method-assign]
+
+
+def _log(log_metrics: Callable[..., None], name: str, stopping: Callable[[], bool], *args: Any, **kwargs: Any) -> None:
+    try:
+        log_metrics(*args, **kwargs)
+    except Exception as error:
+        deadline = time.monotonic() + _LATER
+        while not stopping() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not stopping():
+            raise
+        rank_zero_warn(f"{name} was ended before the run ({type(error).__name__}) and lacks the last rows")
+
+
+def drop_idle_options(loggers: Iterable[Logger]) -> None:
+    """Keep Lightning from giving W&B an option that is not set, and that W&B warns of since it no longer has it."""
+    for logger in loggers:
+        options = getattr(logger, "_wandb_init", None)
+        if isinstance(options, dict) and options.get("anonymous") is None:
+            options.pop("anonymous", None)
 
 
 def _each(configured: Any) -> list[dict[str, Any]]:

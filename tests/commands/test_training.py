@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
-from stopped_runs import config_of, differences, finish, left_by, start, stop_at_random, time_of
+from stopped_runs import config_of, differences, finish, left_by, signal_all, start, stop_at_random, time_of
 
 from lightning_xai.results.record import read_record
 from lightning_xai.training.run_folder import RunFolder
@@ -37,6 +37,30 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     assert finish(["fit", f"--config={config}", f"--run={folder / 'run'}"], folder / "log") == 0
     return folder / "run"
+
+
+WANDB = ["--trainer.logger=lightning.pytorch.loggers.WandbLogger", "--trainer.logger.offline=true"]
+WANDB += ["--trainer.logger.project=p"]
+
+
+def test_a_signal_that_also_ends_the_service_of_a_logger_stops_a_run_in_order(
+    config: Path, whole: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    rng, log, expected = random.Random(5), tmp_path / "log", left_by(whole)
+    for number in range(max(1, STOPS // 5)):
+        run = tmp_path / f"run{number}"
+        arguments = ["fit", f"--config={config}", f"--run={run}", "--save_every_minutes=0.0001", *WANDB]
+        process = start(arguments, log)
+        while not RunFolder(run).files():
+            assert process.exitcode is None, log.read_text()[-3000:]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        signal_all(process.pid or 0, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 128 + signal.SIGTERM, log.read_text()[-3000:]
+        assert finish(arguments, log) == 0, log.read_text()[-3000:]
+        assert differences(left_by(run)._replace(logged={}), expected._replace(logged={})) == []
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -183,8 +207,7 @@ def test_a_run_with_another_logger_keeps_its_best_model_and_its_id_when_it_goes_
 ) -> None:
     pytest.importorskip("wandb")
     run, log = tmp_path / "run", tmp_path / "log"
-    arguments = ["fit", f"--config={config}", f"--run={run}", "--trainer.logger=lightning.pytorch.loggers.WandbLogger"]
-    arguments += ["--trainer.logger.offline=true", "--trainer.logger.project=p"]
+    arguments = ["fit", f"--config={config}", f"--run={run}", *WANDB]
     stop_after_a_checkpoint(arguments, run, log, epochs=1)
     assert finish(arguments, log) == 0, log.read_text()[-3000:]
     assert "dirpath has changed" not in log.read_text()
@@ -386,6 +409,10 @@ def test_a_table_of_csv_keeps_the_rows_from_before_a_stop(config: Path, tmp_path
     arguments = ["fit", f"--config={config}", f"--run={run}"]
     arguments += ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."]
     stop_after_a_checkpoint(arguments, run, log)
+    # As if the run had been killed while it wrote rows of steps that are in no checkpoint.
+    with (run / "metrics.csv").open("a", newline="") as file:
+        columns = (run / "metrics.csv").read_text().partition("\n")[0].split(",")
+        file.write(",".join("11" if name == "step" else "1.0" for name in columns) + "\r\n1")
     assert finish(arguments, log) == 0
     steps = [set(), set()]  # type: list[set[str]]
     for rows, name in zip(steps, ("metrics-1.csv", "metrics.csv"), strict=True):
@@ -393,3 +420,6 @@ def test_a_table_of_csv_keeps_the_rows_from_before_a_stop(config: Path, tmp_path
             rows |= {row["step"] for row in csv.DictReader(file) if row["train/loss"]}
     assert steps[0]
     assert steps[0] | steps[1] == {str(step) for step in range(12)}
+    assert not steps[0] & steps[1]
+    printed = log.read_text()
+    assert [noise for noise in ("Experiment logs directory", "Tip:", "TPU available") if noise in printed] == []

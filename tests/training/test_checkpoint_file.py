@@ -5,14 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from distributed import join_lightning, run_distributed
+from training_runs import batches_of, task_of
 
 from lightning_xai.training import AtomicCheckpointIO
 from lightning_xai.training.checkpoint_file import CheckpointWriteError, damage
+from lightning_xai.training.run_trainer import RunTrainer
 
 STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "step": 3}
 
@@ -89,3 +94,38 @@ class Hostile:
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (self.target,)
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
+def test_what_rank_0_could_not_save_ends_every_rank_at_once(
+    architecture_file: Callable[[str], Path], shards: Path, tmp_path: Path
+) -> None:
+    where = (str(architecture_file("vit")), str(shards), str(tmp_path))
+    ranks = run_distributed(save_in_vain, *where, collective_timeout=1000, timeout=100)
+    for first, second in zip(*ranks, strict=True):
+        assert second == f"rank 0 could not save: {first}"
+    assert "taken.ckpt could not be written" in ranks[0][0]
+    assert "is not finite, so " in ranks[0][1]
+
+
+def save_in_vain(model: str, shards: str, folder: str) -> list[str]:
+    """The messages of a checkpoint in whose place a folder lies, and of one that is not finite."""
+    task = task_of(model)
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = RunTrainer(
+        accelerator="cpu", max_steps=1, plugins=[AtomicCheckpointIO()], enable_checkpointing=False,
+        limit_val_batches=0, **options, **join_lightning(),
+    )  # fmt: skip
+    trainer.fit(task, batches_of(task, Path(shards), 2, 4))
+    taken = Path(folder) / "taken.ckpt"
+    (taken / "file").mkdir(parents=True, exist_ok=True)
+    messages = []
+    for path in (taken, Path(folder) / "spoiled.ckpt"):
+        with pytest.raises(CheckpointWriteError) as error:
+            trainer.save_checkpoint(path)
+        messages.append(str(error.value))
+        with torch.no_grad():
+            next(task.parameters()).fill_(torch.nan)
+    dist.barrier()
+    return messages
