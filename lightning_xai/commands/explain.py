@@ -70,7 +70,7 @@ class Explain:
             ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are
                 skipped, counted and named instead).
         """
-        from lightning_xai.attribution.method_options import choose_methods
+        from lightning_xai.attribution.method_options import at_inputs_too, choose_methods
 
         self._check()
         entries = [] if self._compares else self._entries()
@@ -84,6 +84,7 @@ class Explain:
             return
         for name, reason in missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
+        chosen = [reading for each in chosen for reading in at_inputs_too(each, self.options)]
         explainer = Explainer(self.out, encoder, chosen, missing, settings)
         if self.image is not None and is_list(self.image):
             explainer.explain_list(entries, self.batch_size)

@@ -136,7 +136,7 @@ class Explainer:
             ]
             for each in explained.explanations:
                 faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
-                row = asdict(prepared.entry) | {"method": each.saliency.method, "fault": "; ".join(faults)}
+                row = asdict(prepared.entry) | {"method": each.label, "fault": "; ".join(faults)}
                 rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
         return sorted(rows, key=lambda row: str(row["name"]))
 
@@ -144,12 +144,12 @@ class Explainer:
         """Explanations by every method of each entry; what one entry does to a method is no loss of the others."""
         found = [_Explained() for _ in batch]
         for chosen in self.chosen if batch else ():
-            bar.update(bar.task_ids[0], description=chosen.name)
+            bar.update(bar.task_ids[0], description=chosen.label)
             for each, given in zip(found, _explained_by(chosen, batch), strict=True):
                 if isinstance(given, Explanation):
                     each.explanations.append(given)
                 else:
-                    each.failed[chosen.name] = str(given)
+                    each.failed[chosen.label] = str(given)
             bar.advance(bar.task_ids[0], len(batch))
         return found
 
@@ -160,10 +160,15 @@ class Explainer:
         arrays = {"tokens": numpy_of(prepared.tokens)}
         if prepared.positions:
             arrays["span_mask"] = np.isin(np.arange(len(prepared.tokens)), prepared.positions)
+        described = {key: ARRAYS[key] for key in arrays}
         for each in explanations:
-            prefix = f"{each.saliency.method}/" if several else ""
+            prefix, at = (
+                f"{each.label}/" if several else "",
+                f", at {each.saliency.where}" if each.saliency.where else "",
+            )
             arrays |= {prefix + key: values for key, values in each.arrays.items()}
-        methods = {each.saliency.method: each.record for each in explanations}
-        record = {"methods": methods, "not_served": missing, "arrays": ARRAYS}
+            described |= {prefix + key: ARRAYS[key] + at for key in each.arrays}
+        methods = {each.label: each.record for each in explanations}
+        record = {"methods": methods, "not_served": missing, "arrays": described}
         picture = sheet(self.encoder, prepared, explanations, missing)
         return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)

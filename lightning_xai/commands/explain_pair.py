@@ -43,7 +43,8 @@ ARRAYS = {
     "tokens": "[L] token ids of the caption",
     "span_mask": "[L] the tokens of the span",
 }
-"""What `attribution.npz` holds. With several methods, those above `tokens` are named `<method>/image` and so on."""
+"""What `attribution.npz` holds. With several methods, or one at several layers, those above `tokens` are named
+`<method>/image`, or `<method>,<image layer>,<text layer>/image`, and so on."""
 _RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error")
 _MOST_HIDDEN = 0.6  # share of the image that is seen below which the picture says so
 _INCOMPLETE = 0.05  # share of the similarity from which the picture mentions the completeness error
@@ -83,11 +84,13 @@ class Explanation:
     """Explanation of one entry by one method.
 
     Attributes:
+        label: names method and layers in files.
         saliency: as it is drawn: values of the patches and of the caption's own tokens.
         arrays: as `ARRAYS` names them.
         record: of the method, as the file has it.
     """
 
+    label: str
     saliency: Saliency
     arrays: dict[str, NDArray[Any]]
     record: dict[str, Any]
@@ -147,10 +150,13 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
             similarity=arrays["similarity"].item(),
             scale=_scale(chosen.method.has_zero, arrays),
             completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
+            where=chosen.where,
         )
         maps = {"image": saliency.image, "text": saliency.text}
         record = {
             "options": chosen.options,
+            "layers": None if chosen.layers is None else dict(zip(("image", "text"), chosen.layers, strict=True)),
+            "where": chosen.where,
             "similarity": saliency.similarity,
             "completeness_error": saliency.completeness_error,
             "scale": saliency.scale,
@@ -158,7 +164,7 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
             "range": {name: [float(values.min()), float(values.max())] for name, values in maps.items()},
             "fault": {name: heat_fault(values) for name, values in maps.items()},
         }
-        yield Explanation(saliency, arrays, record)
+        yield Explanation(chosen.label, saliency, arrays, record)
 
 
 def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
@@ -200,10 +206,11 @@ def sheet(
     picture = numpy_of(encoder.pictures(prepared.pixels[None])[0].permute(1, 2, 0))
     example = Example(picture, entry.span or "", entry.caption, tuple(prepared.spans), prepared.box_xyxy)
     saliencies = [each.saliency for each in explanations]
-    if len(explanations) + len(missing) > 1:
+    if missing or len({each.method for each in saliencies}) > 1:
         return comparison_sheet(example, prepared.shown, saliencies, missing=missing)
-    notes = _notes(prepared, explanations[0])
-    return explanation_sheet(example, prepared.shown, saliencies[0], asked=_asked(entry), notes=notes)
+    return explanation_sheet(
+        example, prepared.shown, saliencies, asked=_asked(entry), notes=_notes(prepared, explanations)
+    )
 
 
 def _asked(entry: Entry) -> str:
@@ -212,13 +219,13 @@ def _asked(entry: Entry) -> str:
     return "which words match the box" if entry.box is not None else "what image and caption share"
 
 
-def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
+def _notes(prepared: PreparedEntry, explanations: Sequence[Explanation]) -> list[str]:
     """Lines below the picture: how the phrase or box was understood, and what the picture leaves out."""
-    notes, entry, arrays = [], prepared.entry, explanation.arrays
+    notes, entry = [], prepared.entry
     if prepared.seen < _MOST_HIDDEN:
         notes.append(f"The model sees {prepared.seen:.0%} of the image: its transform crops the rest.")
     if prepared.box_xyxy is not None:
-        mask = arrays["box_mask"]
+        mask = explanations[0].arrays["box_mask"]
         notes.append(f"Tokens: coloured by the {mask.sum()} of {mask.size} patches that the box covers.")
     elif prepared.positions:
         notes.append("Heat map: of the phrase alone. Tokens: coloured by the whole image.")
@@ -226,15 +233,24 @@ def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
     if len(found) > 1:
         read = "all of them" if len(prepared.spans) == len(found) else f"the {len(prepared.spans)} that the model reads"
         notes.append(f"The phrase occurs {len(found)} times in the caption; {read} count.")
-    error, most = explanation.saliency.completeness_error, _INCOMPLETE * abs(explanation.saliency.similarity)
-    if error is not None and "steps" in explanation.record["options"] and abs(error) > most:
-        notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
     full = prepared.content[-1][-1] >= len(prepared.tokens) - 2  # the end mark follows, in the last place
     if full and not entry.caption.rstrip().lower().endswith(prepared.shown[-1].text):
         notes.append(f"The model reads {len(prepared.tokens)} tokens; the rest of the caption is cut off.")
+    return notes + [note for each in explanations for note in _reading_notes(each, several=len(explanations) > 1)]
+
+
+def _reading_notes(explanation: Explanation, *, several: bool) -> list[str]:
+    """What one reading's maps leave out; with its layers, where there are several."""
+    notes, arrays, saliency = [], explanation.arrays, explanation.saliency
+    if saliency.where.startswith("first"):
+        notes.append("The first layers that can be explained: these towers are not split before them.")
+    error, most = saliency.completeness_error, _INCOMPLETE * abs(saliency.similarity)
+    if error is not None and "steps" in explanation.record["options"] and abs(error) > most:
+        notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
     if "interactions" in arrays:
-        marks = arrays["shown_text"].sum() - explanation.saliency.text.sum()
+        marks = arrays["shown_text"].sum() - saliency.text.sum()
         prefix = arrays["prefix"]
         outside = f", and {prefix.sum():+.2g} of the image's CLS or registers" if prefix.any() else ""
         notes.append(f"Not shown: marks of start and end of the text, {marks:+.2g} together{outside}.")
-    return notes
+    where = saliency.where[:1].upper() + saliency.where[1:]
+    return [f"{where}: {note[:1].lower()}{note[1:]}" for note in notes] if several else notes

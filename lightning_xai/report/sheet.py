@@ -70,8 +70,8 @@ class Sheet:
         # One pair of axes for all pictures and texts: axes are slow to make and to draw.
         self._axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(1, 0))
         self._axes.set_axis_off()
-        # Bold letters at 12 points are about 1.5 times as wide as the plain ones that the ruler measures.
-        size = min(12.0, 12.0 * (width - 2 * GAP) / max(1.5 * text_width(printable(title)), 1.0))
+        # Bold letters at 12 points are about 1.6 times as wide as the plain ones that the ruler measures.
+        size = min(12.0, 12.0 * (width - 2 * GAP) / max(1.6 * text_width(printable(title)), 1.0))
         self.text(title, (width / 2, 12), ha="center", fontsize=size, weight="bold")
         self.text(subtitle, (width / 2, 36), ha="center", color="0.35")
 
