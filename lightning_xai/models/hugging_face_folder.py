@@ -143,6 +143,12 @@ def save_hugging_face(encoder: HuggingFaceEncoder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     encoder.model.save_pretrained(folder)
     encoder.tokenizer.tokenizer.tokenizer.save_pretrained(folder)
+    if encoder.image_transform.resize_mode == "letterbox":
+        warnings.warn(
+            "image processors of transformers have no letterbox: the exported one crops or squashes as before; pad "
+            "images with the mean colour to squares yourself",
+            stacklevel=2,
+        )
     text = json.dumps(encoder.preprocessing, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
@@ -248,7 +254,7 @@ def _encoder(
         except RuntimeError as error:
             raise ValueError(f"the weights in {weights.path} do not fit {architecture['name']}: {error}") from error
     transform = ProcessorTransform.of(architecture["preprocess_cfg"])
-    if model.config.model_type == "siglip2":
+    if model.config.model_type == "siglip2" and transform.resize_mode != "letterbox":
         warnings.warn(
             f"{architecture['name']} takes images of any aspect ratio (NaFlex); here each is squashed to "
             f"{transform.size[0]} x {transform.size[1]} pixels, which for images that are no squares are not its own "
@@ -310,14 +316,17 @@ def _with_options(processor: Mapping[str, Any], options: ModelOptions) -> dict[s
             raise ValueError(f"interpolation has to be bilinear or bicubic here; got {options.interpolation!r}")
         given["resample"] = numbers[options.interpolation]
     changed = {**processor, **given}
-    if options.resize_mode is None:
+    if options.mode is None:
         return changed
     height, width = ProcessorTransform.of(changed).size
-    if options.resize_mode == "squash":
+    if options.mode == "letterbox":
+        return {**changed, "letterbox": [height, width]}
+    changed.pop("letterbox", None)
+    if options.mode == "squash":
         return {**changed, "size": {"height": height, "width": width}, "do_center_crop": False}
-    if options.resize_mode != "shortest" or str(changed.get("image_processor_type")).startswith("Siglip2"):
+    if options.mode != "shortest" or str(changed.get("image_processor_type")).startswith("Siglip2"):
         raise ValueError(
-            f"resize_mode has to be shortest or squash here, and squash for SigLIP 2; got {options.resize_mode!r}"
+            f"resize_mode has to be shortest, letterbox or squash here, not shortest for SigLIP 2; got {options.mode!r}"
         )
     crop = {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
     return {**changed, "size": {"shortest_edge": max(height, width)}, **crop}

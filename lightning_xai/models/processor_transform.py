@@ -58,6 +58,7 @@ class ProcessorTransform(ImageTransform):
             ValueError: the processor does what this transform cannot express; the message says what.
         """
         kind = settings.get("image_processor_type", "the image processor")
+        letterbox = settings.get("letterbox")  # (height, width); a setting of this project alone
         if kind.startswith("Siglip2"):
             side = int(settings["max_num_patches"] ** 0.5) * int(settings["patch_size"])
             sizes: tuple[tuple[int, int], tuple[int, int] | int] = ((side, side), (side, side))
@@ -70,10 +71,15 @@ class ProcessorTransform(ImageTransform):
                 "in the folder's preprocessor_config.json if the model was trained so"
             )
         mean, std = _normalisation(settings)
-        return cls(size=sizes[0], mean=mean, std=std, interpolation=_RESAMPLING[resample], resize_to=sizes[1])
+        size, mode = (sizes[0], "shortest") if letterbox is None else ((letterbox[0], letterbox[1]), "letterbox")
+        resize_to = sizes[1] if letterbox is None else size
+        interpolation = _RESAMPLING[resample]
+        return cls(size=size, mean=mean, std=std, interpolation=interpolation, resize_mode=mode, resize_to=resize_to)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an RGB image to `[3, height, width]`, normalised float32: the processor's own pixels."""
+        if self.resize_mode == "letterbox":
+            return self._letterbox(image)
         width, height = self._resized(image.size)
         resampling = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         resized = image.resize((width, height), resampling)
@@ -85,6 +91,8 @@ class ProcessorTransform(ImageTransform):
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) after resizing and before cropping, in transformers' integer arithmetic."""
+        if self.resize_mode == "letterbox":
+            return super()._resized(size)
         if not isinstance(self.resize_to, int):
             return self.resize_to[1], self.resize_to[0]
         longer = int(self.resize_to * max(size) / min(size))

@@ -455,7 +455,9 @@ class ContrastiveFineTuning(ContrastiveModule):
         image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.
         image_std: standard deviation of each channel, likewise.
         interpolation: of resizing images, likewise: bicubic, bilinear or random.
-        resize_mode: likewise: shortest (crop what sticks out), longest (pad) or squash (give the aspect ratio up).
+        resize_mode: likewise: shortest (crop what sticks out), longest (pad), letterbox (pad with the mean colour) or
+            squash (give the aspect ratio up).
+        fit: likewise, in plain words: crop (shortest) or letterbox.
         quick_gelu: whether the transformers compute with OpenAI's QuickGELU; null: as the weights were trained.
         options: see `ContrastiveModule`, which also lists what is logged.
 
@@ -464,7 +466,7 @@ class ContrastiveFineTuning(ContrastiveModule):
     """
 
     # The parser of configs follows `options` to the signature that they are passed on to.
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         model: str = "ViT-B-16",
         pretrained: str | None = "openai",
@@ -474,6 +476,7 @@ class ContrastiveFineTuning(ContrastiveModule):
         image_std: tuple[float, float, float] | None = None,
         interpolation: str | None = None,
         resize_mode: str | None = None,
+        fit: str | None = None,
         quick_gelu: bool | None = None,
         **options: Any,
     ) -> None:
@@ -485,6 +488,7 @@ class ContrastiveFineTuning(ContrastiveModule):
             image_std=image_std,
             interpolation=interpolation,
             resize_mode=resize_mode,
+            fit=fit,
             quick_gelu=quick_gelu,
         )
         super().__init__(encoder, **options)

@@ -665,3 +665,44 @@ def test_the_bytes_of_one_character_are_shown_as_one_token(tokenizer: CaptionTok
     groups, shown = shown_tokens(tokenizer, caption, tokenizer.encode([caption])[0])
     assert [token.text for token in shown] == ["a", "\u72d7", "dog"]
     assert [len(group) for group in groups] == [1, 3, 1]
+
+
+def test_a_crop_is_said_and_a_letterbox_shows_the_whole_photo(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = picture(tmp_path / "wide.png", 3, (160, 40))
+    given = ["--image", wide, "--caption", CAPTION, "--span", "ring", *model]
+    explain(*given, "--out", tmp_path / "crop")
+    assert "The model's crop hides 75% of the photo; --fit letterbox shows it all." in capsys.readouterr().out
+    explain(*given, "--fit", "letterbox", "--out", tmp_path / "letterbox")
+    assert "crop hides" not in capsys.readouterr().out
+    crop, letterbox = (record_of(tmp_path / name) for name in ("crop", "letterbox"))
+    assert crop["geometry"]["seen"] == pytest.approx(0.25)
+    assert letterbox["geometry"]["seen"] == 1
+    assert "hides 75%" in crop["hidden"]
+    assert letterbox["model"]["preprocessing"]["resize_mode"] == "letterbox"
+    assert crop["methods"][INPUTS[:-1]]["on_padding"] is None
+    # At the inputs padding is the reference itself, so that whole patches of it get nothing: rows 0 and 3 of 4.
+    padding = letterbox["methods"][INPUTS[:-1]]["on_padding"]
+    assert padding == {"patches": 0.75, "sum": padding["sum"], "share_of_positive": padding["share_of_positive"]}
+    found = of(arrays_of(tmp_path / "letterbox"), INPUTS)
+    np.testing.assert_allclose(found["shown_image"][[0, 3]], 0, atol=1e-7)
+    for folder, record, hidden in (("crop", crop, 120), ("letterbox", letterbox, 0)):
+        arrays = arrays_of(tmp_path / folder)
+        scale, offset = arrays["geometry"][:2], arrays["geometry"][2:]
+        assert [*scale, *offset] == record["geometry"]["scale_x_y"] + record["geometry"]["offset_x_y"]
+        assert arrays[f"{LAST}on_photo"].shape == (40, 160)
+        assert np.isnan(arrays[f"{LAST}on_photo"]).sum() == hidden * 40
+    said = message_of(*given, "--fit", "stretch", "--out", tmp_path / "none")
+    assert "fit is crop or letterbox; got 'stretch'" in said
+
+
+def test_photos_of_one_pixel_and_of_extreme_shape_are_explained(model: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, size in (("one", (1, 1)), ("tall", (1, 300)), ("wide", (300, 2))):
+        picture(folder / f"{name}.png", 0, size)
+    for fit in ("crop", "letterbox"):
+        out = tmp_path / fit
+        explain("--image", folder, "--caption", CAPTION, *model, "--fit", fit, "--out", out)
+        assert len(list(out.glob("*/explanation.png"))) == 3
