@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.model_options import ModelOptions
 from lightning_xai.models.architecture import differing_settings
-from lightning_xai.models.hugging_face import HuggingFaceEncoder
+from lightning_xai.models.hugging_face import INTERPOLATED, SIZELESS, HuggingFaceEncoder
 from lightning_xai.models.processor_transform import ProcessorTransform
 from lightning_xai.models.weights_file import Weights, without_common_prefix
 
@@ -143,10 +143,11 @@ def save_hugging_face(encoder: HuggingFaceEncoder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     encoder.model.save_pretrained(folder)
     encoder.tokenizer.tokenizer.tokenizer.save_pretrained(folder)
-    if encoder.image_transform.resize_mode == "letterbox":
+    if {"letterbox", "input_size"} & encoder.preprocessing.keys():
         warnings.warn(
-            "image processors of transformers have no letterbox: the exported one crops or squashes as before; pad "
-            "images with the mean colour to squares yourself",
+            f"the exported image processor makes images as the model's folder said, not of "
+            f"{[*encoder.image_transform.size]} pixels, nor with padding around them: make such images yourself, and "
+            "call the model with interpolate_pos_encoding=True for another size",
             stacklevel=2,
         )
     text = json.dumps(encoder.preprocessing, indent=2) + "\n"
@@ -261,6 +262,7 @@ def _encoder(
             "pixels",
             stacklevel=2,
         )
+    _check_size(model.config, transform.size, architecture["name"])
     model.train()  # as models of open_clip come; transformers hands out models in evaluation mode
     try:
         return HuggingFaceEncoder(model, CaptionTokenizer(tokenizer), architecture, transform)
@@ -269,6 +271,28 @@ def _encoder(
             f"transformers cannot embed with {architecture['name']} ({error}): both towers need a pooler_output, which "
             "DistilBERT, for one, has not; take a BERT or RoBERTa"
         ) from error
+
+
+def _check_size(config: Any, size: tuple[int, int], name: str) -> None:
+    """Raise a ValueError where a model takes no images of (height, width); warn where positions are interpolated."""
+    vision = config.vision_config
+    own, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if not isinstance(own, int | None) or size == (own, own):
+        return
+    if isinstance(patch, int) and any(side % patch for side in size):
+        near = [max(round(side / patch), 1) * patch for side in size]
+        raise ValueError(f"image_size has to be a whole number of patches of {patch} pixels; got {[*size]}, try {near}")
+    if own is None or config.model_type in SIZELESS:
+        return
+    if config.model_type not in INTERPOLATED:
+        raise ValueError(
+            f"{name} takes images of {own} x {own} pixels only, not {[*size]}: leave out image_size; other sizes are "
+            f"served for {', '.join(sorted(INTERPOLATED | SIZELESS))}"
+        )
+    warnings.warn(
+        f"{name} was made for images of {own} x {own} pixels; its positions are interpolated to {size[0]} x {size[1]}",
+        stacklevel=2,
+    )
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -301,12 +325,12 @@ def _with_options(processor: Mapping[str, Any], options: ModelOptions) -> dict[s
     Raises:
         ValueError: an option that these models have not.
     """
-    if options.image_size is not None or options.quick_gelu is not None:
+    if options.quick_gelu is not None:
         raise ValueError(
-            "models of Hugging Face take images of the size, and have the activation, that their folder says: leave "
-            "out image_size and quick_gelu, or change them in config.json (hidden_act)"
+            "models of Hugging Face have the activation that their folder says: leave out quick_gelu, or change "
+            "hidden_act in config.json"
         )
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {} if options.size is None else {"input_size": list(options.size)}
     for name, value in (("image_mean", options.image_mean), ("image_std", options.image_std)):
         if value is not None:
             given[name] = list(value)
@@ -320,7 +344,7 @@ def _with_options(processor: Mapping[str, Any], options: ModelOptions) -> dict[s
         return changed
     height, width = ProcessorTransform.of(changed).size
     if options.mode == "letterbox":
-        return {**changed, "letterbox": [height, width]}
+        return {**changed, "letterbox": True}
     changed.pop("letterbox", None)
     if options.mode == "squash":
         return {**changed, "size": {"height": height, "width": width}, "do_center_crop": False}

@@ -58,7 +58,6 @@ class ProcessorTransform(ImageTransform):
             ValueError: the processor does what this transform cannot express; the message says what.
         """
         kind = settings.get("image_processor_type", "the image processor")
-        letterbox = settings.get("letterbox")  # (height, width); a setting of this project alone
         if kind.startswith("Siglip2"):
             side = int(settings["max_num_patches"] ** 0.5) * int(settings["patch_size"])
             sizes: tuple[tuple[int, int], tuple[int, int] | int] = ((side, side), (side, side))
@@ -71,10 +70,21 @@ class ProcessorTransform(ImageTransform):
                 "in the folder's preprocessor_config.json if the model was trained so"
             )
         mean, std = _normalisation(settings)
-        size, mode = (sizes[0], "shortest") if letterbox is None else ((letterbox[0], letterbox[1]), "letterbox")
-        resize_to = sizes[1] if letterbox is None else size
-        interpolation = _RESAMPLING[resample]
-        return cls(size=size, mean=mean, std=std, interpolation=interpolation, resize_mode=mode, resize_to=resize_to)
+        (height, width), resize_to = sizes
+        # Two settings of this project alone: images of another size than the folder's, and the whole of each.
+        if "input_size" in settings:
+            before, (height, width) = max(height, width), settings["input_size"]
+            resize_to = (
+                round(resize_to * max(height, width) / before) if isinstance(resize_to, int) else (height, width)
+            )
+        return cls(
+            size=(height, width),
+            mean=mean,
+            std=std,
+            interpolation=_RESAMPLING[resample],
+            resize_mode="letterbox" if settings.get("letterbox") else "shortest",
+            resize_to=(height, width) if settings.get("letterbox") else resize_to,
+        )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an RGB image to `[3, height, width]`, normalised float32: the processor's own pixels."""
