@@ -15,6 +15,7 @@ __all__ = ["PhotoGeometry", "on_photo"]
 
 LONGEST = 1024
 """Pixels of the longer side, at most, of maps on the photo and of the photo in pictures."""
+_LEAST_SEEN = 0.8
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class PhotoGeometry:
         """The share, in (0, 1], of the photo that the model sees."""
         x0, y0, x1, y1 = self.seen_xyxy
         return min((x1 - x0) * (y1 - y0) / (self.photo[0] * self.photo[1]), 1.0)
+
+    @property
+    def is_cropped(self) -> bool:
+        """Whether more than a fifth of the photo is hidden from the model, which is then said."""
+        return self.seen < _LEAST_SEEN
 
     def padding(self, grid: tuple[int, int]) -> NDArray[np.float64]:
         """The share of each patch of a grid (rows, columns) that is padding, no photo: [H, W] in [0, 1]."""

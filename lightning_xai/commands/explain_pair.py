@@ -51,7 +51,7 @@ ARRAYS = {
 """What `attribution.npz` holds. With several methods, or one at several layers, those above `tokens` are named
 `<method>/image`, or `<method>,<image layer>,<text layer>/image`, and so on."""
 _RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error")
-_LEAST_SEEN = 0.8  # share of the photo below which explanations say that the rest is hidden
+_LEAST_HEARD = 0.8  # share of a sound below which the picture says so
 _INCOMPLETE = 0.05  # share of the similarity from which the picture mentions the completeness error
 
 
@@ -88,7 +88,7 @@ class PreparedEntry:
     @property
     def hidden(self) -> str:
         """The sentence about what the crop hides, if that is more than a fifth."""
-        if self.geometry is None or self.geometry.seen >= _LEAST_SEEN:
+        if self.geometry is None or not self.geometry.is_cropped:
             return ""
         return f"The model's crop hides {1 - self.geometry.seen:.0%} of the photo; --fit letterbox shows it all."
 
@@ -282,7 +282,7 @@ def _notes(prepared: PreparedEntry, explanations: Sequence[Explanation]) -> list
     notes, entry = [], prepared.entry
     if prepared.hidden:
         notes.append(prepared.hidden)
-    elif prepared.geometry is None and prepared.record["image_seen"] < _LEAST_SEEN:
+    elif prepared.geometry is None and prepared.record["image_seen"] < _LEAST_HEARD:
         notes.append(f"The model hears {prepared.record['image_seen']:.0%} of the sound: the beginning.")
     if prepared.box_xyxy is not None:
         mask = explanations[0].arrays["box_mask"]

@@ -390,7 +390,7 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
     ]
     return (
         f"it sees other pixels ({', '.join(differing)}); give the former ones as image_mean, image_std, interpolation, "
-        "resize_mode or image_size of the model, or "
+        "resize_mode (or fit) or image_size of the model, or "
     )
 
 
