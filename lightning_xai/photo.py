@@ -5,6 +5,7 @@ Plain numbers and numpy arrays; nothing here needs torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,12 @@ class PhotoGeometry:
             inside = np.clip(edges, max(start, 0.0), start + self.photo[axis] * self.scale[axis])
             covered.append(np.diff(inside) / np.diff(edges))
         return np.clip(1 - np.outer(*covered), 0, 1)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> PhotoGeometry:
+        """The geometry that `record` has written."""
+        pairs = (record[name] for name in ("photo_width_height", "input_width_height", "scale_x_y", "offset_x_y"))
+        return cls(*((first, second) for first, second in pairs))
 
     def record(self) -> dict[str, Any]:
         """Every number, by its name, as JSON takes it."""

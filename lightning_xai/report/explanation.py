@@ -188,6 +188,7 @@ def image_pair_sheet(
     error: float | None = None,
     scale: Scale = "signed",
     kinds: str = "Two images",
+    where: str = "",
 ) -> Figure:
     """Draw the parts of two images, or of an image and a sound, that make them similar.
 
@@ -199,9 +200,10 @@ def image_pair_sheet(
         error: the completeness error, of methods that have one.
         scale: how values become colours.
         kinds: what is compared, as the title has it.
+        where: the layer that it was read at.
     """
     asked = "what matches the box" if saliencies[0] is None else "what makes them similar"
-    sheet = Sheet(_PAIR, f"{kinds}: {asked}", _numbers(similarity, error))
+    sheet = Sheet(_PAIR, f"{kinds}: {asked}", _numbers(similarity, error, where))
     y = panel(sheet, first, (GAP, sheet.top), _SIDE, saliencies[0], scale)
     y = max(y, panel(sheet, second, (2 * GAP + _SIDE, sheet.top), _SIDE, saliencies[1], scale))
     named = zip(_ORDER, saliencies, strict=True)
@@ -217,6 +219,7 @@ def text_pair_sheet(
     *,
     similarity: float,
     error: float,
+    where: str = "",
 ) -> Figure:
     """Draw what makes two captions similar: their tokens in two lines, and all pairs as a matrix.
 
@@ -227,6 +230,7 @@ def text_pair_sheet(
         saliencies: [m] and [n], signed.
         similarity: of the captions' embeddings.
         error: the completeness error.
+        where: the layer that it was read at.
 
     Raises:
         ValueError: not one value for each token.
@@ -238,7 +242,7 @@ def text_pair_sheet(
     above = round(max(text_width(token.text) for token in second)) + GAP
     width = max(left + cell * len(second) + 2 * GAP, 640)
     asked = "what matches the phrase" if any(token.marked for token in first) else "what makes them similar"
-    sheet = Sheet(width, f"Two captions: {asked}", _numbers(similarity, error))
+    sheet = Sheet(width, f"Two captions: {asked}", _numbers(similarity, error, where))
     y = float(sheet.top)
     for name, tokens, values in zip(_ORDER, (first, second), saliencies, strict=True):
         sheet.text(f"{name} caption", (GAP, y), fontsize=_SMALL, color=_GREY)
@@ -334,9 +338,9 @@ def _bars(sheet: Sheet, y: float, maps: Sequence[tuple[str, Values, Scale]]) -> 
         colour_bar(sheet, share * place + (share - length) / 2, length, ticks, note, signed=scale == "signed")
 
 
-def _numbers(similarity: float, error: float | None = None) -> str:
-    text = f"cosine similarity {similarity:.3f}"
-    return text if error is None else f"{text}    completeness error {error:+.1e}"
+def _numbers(similarity: float, error: float | None = None, where: str = "") -> str:
+    given = f"cosine similarity {similarity:.3f}", "" if error is None else f"completeness error {error:+.1e}", where
+    return "    ".join(filter(None, given))
 
 
 def _check_count(tokens: Sequence[Token], values: Values) -> None:

@@ -344,6 +344,7 @@ def test_another_caption_is_compared_with_the_span_of_the_first(model: list[str]
     np.testing.assert_allclose(span["shown_second"], whole["interactions"][6] + whole["interactions"][7], atol=1e-6)
     assert span["other_tokens"].tolist() == tokens[1].tolist()
     assert record_of(tmp_path / "span")["positions"] == [6, 7]
+    assert record_of(tmp_path / "span")["where"] == "at the last block (2)"
     assert (tmp_path / "span" / "explanation.png").is_file()
 
 
