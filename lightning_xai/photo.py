@@ -76,7 +76,7 @@ class PhotoGeometry:
             start = self.offset[axis]
             inside = np.clip(edges, max(start, 0.0), start + self.photo[axis] * self.scale[axis])
             covered.append(np.diff(inside) / np.diff(edges))
-        return np.clip(1 - np.outer(*covered), 0, 1)
+        return np.asarray(np.clip(1 - np.outer(*covered), 0, 1), dtype=np.float64)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> PhotoGeometry:
@@ -123,6 +123,6 @@ def _weights(geometry: PhotoGeometry, axis: int, count: int, reduced: float) -> 
     photo = (np.arange(pixels) + 0.5) * geometry.photo[axis] / pixels
     point = (photo * geometry.scale[axis] + geometry.offset[axis]) / geometry.size[axis]
     place = np.clip(point * count - 0.5, 0, count - 1)
-    weights = np.maximum(0.0, 1 - np.abs(place[:, None] - np.arange(count)))
+    weights: NDArray[np.float64] = np.maximum(0.0, 1 - np.abs(place[:, None] - np.arange(count)))
     weights[(point < 0) | (point > 1)] = np.nan
     return weights

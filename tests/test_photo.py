@@ -63,7 +63,7 @@ def test_what_the_crop_cuts_is_nan_and_padding_is_known_by_patch() -> None:
     np.testing.assert_allclose(padded.padding((4, 2)), np.array([[1, 1], [0, 0], [0, 0], [1, 1]]))
     np.testing.assert_allclose(padded.padding((2, 1)), [[0.5], [0.5]])
     assert padded.seen == 1
-    assert padded.frame_xyxy == (0, -10, 40, 30)
+    np.testing.assert_allclose(padded.frame_xyxy, (0, -10, 40, 30))
     assert PhotoGeometry.of(padded.record()) == padded
 
 

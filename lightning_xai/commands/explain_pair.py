@@ -163,7 +163,7 @@ def _photo(path: Path) -> NDArray[np.uint8]:
 
 def _levels(picture: Tensor) -> NDArray[np.uint8]:
     """A picture [3, height, width] of colours in [0, 1] as [height, width, 3]."""
-    return (numpy_of(picture.permute(1, 2, 0)) * 255).round().astype(np.uint8)
+    return np.asarray((numpy_of(picture.permute(1, 2, 0)) * 255).round(), dtype=np.uint8)
 
 
 def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> Iterator[Explanation]:

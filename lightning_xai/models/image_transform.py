@@ -34,7 +34,7 @@ class ImageTransform:
         resize_mode: `"shortest"` (the image covers the target, what sticks out is cropped), `"longest"` (the image fits
             into the target, the rest is filled), `"letterbox"` (likewise, filled with the mean colour, which is zero
             after normalisation; open_clip lacks it) or `"squash"` (the aspect ratio is given up).
-        fill_color: grey value 0 to 255 of what `"longest"` fills.
+        fill_color: value 0 to 255, or one for each channel, of what `"longest"` fills.
 
     Raises:
         ValueError: an option that open_clip does not have.
@@ -50,7 +50,7 @@ class ImageTransform:
     std: tuple[float, ...] = OPENAI_DATASET_STD
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
-    fill_color: int = 0
+    fill_color: int | tuple[int, ...] = 0
     _pixels: Callable[[Image.Image], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
