@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from lightning_xai.attribution.base import AttributionMethod
 from lightning_xai.attribution.registry import ALL, METHODS
-from lightning_xai.models.at_layer import UnsupportedTowerError
+from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.registry import resolve_options
 
-__all__ = ["ALL", "ChosenMethod", "check_method", "choose_method", "choose_methods"]
+__all__ = ["ALL", "ChosenMethod", "at_inputs_too", "check_method", "choose_method", "choose_methods"]
+
+_LAYERS = ("image_layer", "text_layer")
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,22 @@ class ChosenMethod:
         name: as the command line knows it.
         method: the method itself.
         options: every option and its value, those left at their defaults included.
+        layers: those of image and text tower that are attributed to; None for methods without.
+        where: these layers in words: `"inputs of both towers (layers 0, 0)"`.
+        several: whether it is one of several readings of the method, at other layers each.
     """
 
     name: str
     method: AttributionMethod
     options: dict[str, Any]
+    layers: tuple[int, int] | None = None
+    where: str = ""
+    several: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name, and its layers where there are several readings: `"feature_pair,0,0"`."""
+        return f"{self.name},{self.layers[0]},{self.layers[1]}" if self.several and self.layers else self.name
 
 
 def choose_methods(
@@ -83,6 +96,59 @@ def choose_method(encoder: TwoTowerEncoder, name: str, options: Mapping[str, Any
     except UnsupportedTowerError as error:
         others = ", ".join(other for other in METHODS if other != name)
         raise UnsupportedTowerError(f"{error}; other methods: {others}") from error
+
+
+def at_inputs_too(chosen: ChosenMethod, given: Mapping[str, Any]) -> list[ChosenMethod]:
+    """A method that integrates between layers of both towers, read at their inputs and where it was chosen.
+
+    At the inputs, or the first layers that the towers have, by the midpoint rule unless you chose another: with as many
+    points its completeness error there is a seventh of the paper's rule's (0.003 and 0.022 at a similarity of 0.48, the
+    demo's model at 10 points), at the same cost.
+
+    Args:
+        chosen: the method.
+        given: the options that you gave. With a layer among them, the method is read there alone.
+
+    Returns:
+        The inputs' first; the method alone where it is not read at layers, or where these are the first already.
+    """
+    options, encoder = chosen.options, chosen.method.encoder
+    if not options.keys() >= {*_LAYERS} or None in (options[name] for name in _LAYERS) or not encoder.has_image_tower:
+        return [chosen]
+    last = _at(chosen, options)
+    names = {*given} | {*given.get(chosen.name, {})}
+    first = {"image_layer": _first(encoder.image_at_layer), "text_layer": _first(encoder.text_at_layer)}
+    if "rule" not in options or names & {*_LAYERS} or last.layers == tuple(first.values()):
+        return [last]
+    values = options | first | ({} if "rule" in names else {"rule": "midpoint"})
+    inputs = replace(chosen, method=METHODS[chosen.name](encoder, **values), options=values)
+    return [replace(each, several=True) for each in (_at(inputs, values), last)]
+
+
+def _first(at_layer: Callable[..., TowerAtLayer]) -> int:
+    """The first layer of a tower that can be explained: 0, but for towers whose layers begin later."""
+    last = at_layer()
+    for layer in last.layers:
+        try:
+            return at_layer(layer).layer
+        except UnsupportedTowerError:  # noqa: PERF203 - nearly always the first serves
+            continue
+    return last.layer
+
+
+def _at(chosen: ChosenMethod, options: Mapping[str, Any]) -> ChosenMethod:
+    """A method with the layers of its options, in numbers and in words."""
+    encoder = chosen.method.encoder
+    towers = encoder.image_at_layer(options["image_layer"]), encoder.text_at_layer(options["text_layer"])
+    image, text = layers = towers[0].layer, towers[1].layer
+    where = f"layers ({image}, {text})"
+    if layers == (0, 0):
+        where = "inputs of both towers (layers 0, 0)"
+    elif layers == (_first(encoder.image_at_layer), _first(encoder.text_at_layer)):
+        where = f"first layers ({image}, {text})"
+    elif all(tower.layer == tower.layers[-1] for tower in towers):
+        where = f"last blocks ({image}, {text})"
+    return replace(chosen, layers=layers, where=where)
 
 
 def check_method(

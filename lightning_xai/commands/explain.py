@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Explain:
         options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
             that has such an option, and --options.rise.seed 1 for one of them.
         batch_size: images of a list that are explained at a time; lower it where memory is short.
+        fit: crop (the default of most models) or letterbox, which shows the model the whole photo: resized to fit, with
+            the mean colour around it; short for --model.fit.
     """
 
     model: ModelChoice
@@ -62,6 +64,7 @@ class Explain:
     method: str = "feature_pair"
     options: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
+    fit: str | None = None
 
     def __call__(self) -> None:
         """Explain what was asked.
@@ -70,8 +73,10 @@ class Explain:
             ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are
                 skipped, counted and named instead).
         """
-        from lightning_xai.attribution.method_options import choose_methods
+        from lightning_xai.attribution.method_options import at_inputs_too, choose_methods
 
+        if self.fit is not None:
+            self.model = replace(self.model, fit=self.fit)
         self._check()
         entries = [] if self._compares else self._entries()
         encoder = load_model(self.model)
@@ -84,6 +89,7 @@ class Explain:
             return
         for name, reason in missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
+        chosen = [reading for each in chosen for reading in at_inputs_too(each, self.options)]
         explainer = Explainer(self.out, encoder, chosen, missing, settings)
         if self.image is not None and is_list(self.image):
             explainer.explain_list(entries, self.batch_size)

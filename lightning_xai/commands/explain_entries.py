@@ -56,6 +56,7 @@ class Explainer:
         chosen: the methods.
         missing: methods that do not serve the model, and why.
         settings: what every record says of command and model.
+        cropped: photos of a list of which the model's crop hides more than a fifth.
     """
 
     out: Path
@@ -63,6 +64,7 @@ class Explainer:
     chosen: list[ChosenMethod]
     missing: dict[str, str]
     settings: dict[str, Any]
+    cropped: set[Path] = field(default_factory=set)
 
     def explain_one(self, entry: Entry) -> None:
         """Explain a single entry, straight into the folder.
@@ -79,7 +81,7 @@ class Explainer:
             raise ValueError("; ".join(explained.failed.values()))
         for name, reason in explained.failed.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
-        print(self._write(self.out, prepared, explained))  # noqa: T201
+        print("\n".join(filter(None, [self._write(self.out, prepared, explained), prepared.hidden])))  # noqa: T201
 
     def explain_list(self, entries: Sequence[Entry], batch_size: int) -> None:
         """Explain a list, each entry in its own folder, and write `summary.csv`.
@@ -90,6 +92,7 @@ class Explainer:
         from lightning_xai.attribution import ConstantMapWarning
 
         rows: list[dict[str, Any]] = []
+        self.cropped.clear()
         with progress_bar() as bar, warnings.catch_warnings():
             # It would name places in a batch; the summary names images.
             warnings.simplefilter("ignore", ConstantMapWarning)
@@ -112,6 +115,10 @@ class Explainer:
         lines = [f"Saved explanations of {saved} of {len(entries)} entries in {self.out}"]
         if skipped:
             lines += [f"Skipped {skipped}:", *reasons]
+        if self.cropped:
+            lines.append(
+                f"The model's crop hides more than a fifth of {len(self.cropped)} photos; --fit letterbox shows all"
+            )
         faulty = sum(bool(row.get("fault")) for row in rows)
         if faulty:
             lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
@@ -124,6 +131,7 @@ class Explainer:
         for entry in entries:
             try:
                 batch.append(prepare_entry(self.encoder, entry))
+                self.cropped.update({entry.image} if batch[-1].hidden else ())
             except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
                 rows.append(asdict(entry) | {"skipped": str(error)})
                 bar.advance(bar.task_ids[0], len(self.chosen))
@@ -136,7 +144,7 @@ class Explainer:
             ]
             for each in explained.explanations:
                 faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
-                row = asdict(prepared.entry) | {"method": each.saliency.method, "fault": "; ".join(faults)}
+                row = asdict(prepared.entry) | {"method": each.label, "fault": "; ".join(faults)}
                 rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
         return sorted(rows, key=lambda row: str(row["name"]))
 
@@ -144,12 +152,12 @@ class Explainer:
         """Explanations by every method of each entry; what one entry does to a method is no loss of the others."""
         found = [_Explained() for _ in batch]
         for chosen in self.chosen if batch else ():
-            bar.update(bar.task_ids[0], description=chosen.name)
+            bar.update(bar.task_ids[0], description=chosen.label)
             for each, given in zip(found, _explained_by(chosen, batch), strict=True):
                 if isinstance(given, Explanation):
                     each.explanations.append(given)
                 else:
-                    each.failed[chosen.name] = str(given)
+                    each.failed[chosen.label] = str(given)
             bar.advance(bar.task_ids[0], len(batch))
         return found
 
@@ -158,12 +166,19 @@ class Explainer:
         explanations, missing = explained.explanations, self.missing | explained.failed
         several = len(explanations) + len(missing) > 1
         arrays = {"tokens": numpy_of(prepared.tokens)}
+        if prepared.geometry is not None:
+            arrays["geometry"] = np.array([*prepared.geometry.scale, *prepared.geometry.offset])
         if prepared.positions:
             arrays["span_mask"] = np.isin(np.arange(len(prepared.tokens)), prepared.positions)
+        described = {key: ARRAYS[key] for key in arrays}
         for each in explanations:
-            prefix = f"{each.saliency.method}/" if several else ""
+            prefix, at = (
+                f"{each.label}/" if several else "",
+                f", at {each.saliency.where}" if each.saliency.where else "",
+            )
             arrays |= {prefix + key: values for key, values in each.arrays.items()}
-        methods = {each.saliency.method: each.record for each in explanations}
-        record = {"methods": methods, "not_served": missing, "arrays": ARRAYS}
-        picture = sheet(self.encoder, prepared, explanations, missing)
+            described |= {prefix + key: ARRAYS[key] + at for key in each.arrays}
+        methods = {each.label: each.record for each in explanations}
+        record = {"methods": methods, "not_served": missing, "arrays": described}
+        picture = sheet(prepared, explanations, missing)
         return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lightning_xai.commands.inputs import (
@@ -18,6 +20,7 @@ from lightning_xai.commands.inputs import (
     transformed_box,
 )
 from lightning_xai.commands.outputs import numpy_of, shown_tokens, sums_of
+from lightning_xai.photo import LONGEST, PhotoGeometry, on_photo
 from lightning_xai.report.explanation import Saliency, Token, comparison_sheet, explanation_sheet
 from lightning_xai.report.plots import Example, Scale, heat_fault
 
@@ -39,13 +42,16 @@ ARRAYS = {
     "completeness_error": "sum of all attributions minus what they should sum to; only of methods with such a sum",
     "shown_image": "[H, W] the heat map of the picture: the sum of interactions over the span, or image",
     "shown_text": "[L] the values of the tokens in the picture: the sum of interactions over the box, or text",
+    "on_photo": "[height, width] shown_image on the photo's pixels, reduced to 1024 at most; NaN where it is cropped",
     "box_mask": "[H, W] the patches of the box",
     "tokens": "[L] token ids of the caption",
     "span_mask": "[L] the tokens of the span",
+    "geometry": "scale across and down, and offset (x, y): photo * scale + offset is the model's input, in pixels",
 }
-"""What `attribution.npz` holds. With several methods, those above `tokens` are named `<method>/image` and so on."""
+"""What `attribution.npz` holds. With several methods, or one at several layers, those above `tokens` are named
+`<method>/image`, or `<method>,<image layer>,<text layer>/image`, and so on."""
 _RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error")
-_MOST_HIDDEN = 0.6  # share of the image that is seen below which the picture says so
+_LEAST_HEARD = 0.8  # share of a sound below which the picture says so
 _INCOMPLETE = 0.05  # share of the similarity from which the picture mentions the completeness error
 
 
@@ -62,7 +68,8 @@ class PreparedEntry:
         spans: character spans of the phrase.
         positions: its tokens' positions.
         box_xyxy: the box in pixels of the transformed image.
-        seen: share of the image that the model's crop leaves.
+        geometry: where the model's input lies on the photo; None for sounds.
+        photo: [height, width, 3] uint8, reduced; for sounds the spectrogram.
         record: of the entry, as the file has it.
     """
 
@@ -74,8 +81,16 @@ class PreparedEntry:
     spans: list[Span]
     positions: list[int]
     box_xyxy: Box | None
-    seen: float
+    geometry: PhotoGeometry | None
+    photo: NDArray[np.uint8]
     record: dict[str, Any]
+
+    @property
+    def hidden(self) -> str:
+        """The sentence about what the crop hides, if that is more than a fifth."""
+        if self.geometry is None or not self.geometry.is_cropped:
+            return ""
+        return f"The model's crop hides {1 - self.geometry.seen:.0%} of the photo; --fit letterbox shows it all."
 
 
 @dataclass(frozen=True)
@@ -83,11 +98,13 @@ class Explanation:
     """Explanation of one entry by one method.
 
     Attributes:
+        label: names method and layers in files.
         saliency: as it is drawn: values of the patches and of the caption's own tokens.
         arrays: as `ARRAYS` names them.
         record: of the method, as the file has it.
     """
 
+    label: str
     saliency: Saliency
     arrays: dict[str, NDArray[Any]]
     record: dict[str, Any]
@@ -109,11 +126,13 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     tokens = encoder.tokenizer.encode([entry.caption])[0].to(pixels.device)
     content, shown = shown_tokens(encoder.tokenizer, entry.caption, tokens, positions)
     strings = encoder.tokenizer.token_strings(tokens)
-    seen = encoder.seen(size)
+    geometry = encoder.geometry(size)
+    photo = _photo(entry.image) if geometry else _levels(encoder.pictures(pixels[None])[0])
     record: dict[str, Any] = {
         "image": str(entry.image),
         "image_size": list(size),
-        "image_seen": seen,
+        "image_seen": encoder.seen(size),
+        "geometry": None if geometry is None else geometry.record(),
         "caption": entry.caption,
         "token_strings": [text for text in strings if text],  # padding has none
         "span": None,
@@ -128,7 +147,23 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
         }
     if entry.box is not None and box is not None:
         record["box"] = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(box)}
-    return PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, seen, record)
+    prepared = PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, geometry, photo, record)
+    record["hidden"] = prepared.hidden
+    return prepared
+
+
+def _photo(path: Path) -> NDArray[np.uint8]:
+    """A photo's pixels, reduced to what pictures need."""
+    from lightning_xai.data.sample import read_image
+
+    image = read_image(path.read_bytes(), str(path))
+    image.thumbnail((LONGEST, LONGEST))
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _levels(picture: Tensor) -> NDArray[np.uint8]:
+    """A picture [3, height, width] of colours in [0, 1] as [height, width, 3]."""
+    return np.asarray((numpy_of(picture.permute(1, 2, 0)) * 255).round(), dtype=np.uint8)
 
 
 def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> Iterator[Explanation]:
@@ -147,18 +182,37 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
             similarity=arrays["similarity"].item(),
             scale=_scale(chosen.method.has_zero, arrays),
             completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
+            where=chosen.where,
         )
         maps = {"image": saliency.image, "text": saliency.text}
         record = {
             "options": chosen.options,
+            "layers": None if chosen.layers is None else dict(zip(("image", "text"), chosen.layers, strict=True)),
+            "where": chosen.where,
             "similarity": saliency.similarity,
             "completeness_error": saliency.completeness_error,
             "scale": saliency.scale,
             "patches": list(arrays["image"].shape),
             "range": {name: [float(values.min()), float(values.max())] for name, values in maps.items()},
             "fault": {name: heat_fault(values) for name, values in maps.items()},
+            "on_padding": _on_padding(each.geometry, saliency.image),
         }
-        yield Explanation(saliency, arrays, record)
+        yield Explanation(chosen.label, saliency, arrays, record)
+
+
+def _on_padding(geometry: PhotoGeometry | None, heat: NDArray[Any]) -> dict[str, float] | None:
+    """How much of a map [H, W] lies on padding around the photo; None without padding."""
+    rows, columns = heat.shape
+    padding = np.zeros(heat.shape) if geometry is None else geometry.padding((rows, columns))
+    if not padding.any():
+        return None
+    positive = heat.clip(min=0)
+    share = float((positive * padding).sum() / positive.sum()) if positive.any() else float("nan")
+    return {
+        "patches": float(padding.mean()),
+        "sum": float((heat * padding).sum()),
+        "share_of_positive": share,
+    }
 
 
 def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
@@ -173,6 +227,8 @@ def _arrays(result: Attribution, row: int, prepared: PreparedEntry) -> dict[str,
     arrays["shown_image"], arrays["shown_text"] = arrays["image"], arrays["text"]
     if prepared.positions:
         arrays["shown_image"] = arrays["interactions"][prepared.positions].sum(axis=0)
+    if prepared.geometry is not None:
+        arrays["on_photo"] = on_photo(arrays["shown_image"], prepared.geometry)
     if prepared.box_xyxy is not None:
         arrays["box_mask"] = box_mask(prepared.box_xyxy, arrays["image"], prepared.pixels)
         arrays["shown_text"] = (arrays["interactions"] * arrays["box_mask"]).sum(axis=(1, 2))
@@ -190,20 +246,29 @@ def box_mask(box_xyxy: Box, heat: NDArray[Any], pixels: Tensor) -> NDArray[Any]:
 
 
 def sheet(
-    encoder: TwoTowerEncoder,
     prepared: PreparedEntry,
     explanations: Sequence[Explanation],
     missing: Mapping[str, str],
 ) -> Figure:
     """Draw an entry's explanations; `missing` are methods that do not serve the model, and why."""
     entry = prepared.entry
-    picture = numpy_of(encoder.pictures(prepared.pixels[None])[0].permute(1, 2, 0))
-    example = Example(picture, entry.span or "", entry.caption, tuple(prepared.spans), prepared.box_xyxy)
+    box, frame, geometry = prepared.box_xyxy, None, prepared.geometry
+    if geometry is not None:
+        reduced = prepared.photo.shape[1] / geometry.photo[0]
+        x0, y0, x1, y1 = (reduced * edge for edge in geometry.frame_xyxy)
+        frame = x0, y0, x1, y1
+        if entry.box is not None:
+            x, y, width, height = (reduced * edge for edge in parse_box(entry.box))
+            box = x, y, x + width, y + height
+    example = Example(
+        prepared.photo / np.float32(255), entry.span or "", entry.caption, tuple(prepared.spans), box, frame=frame
+    )
     saliencies = [each.saliency for each in explanations]
-    if len(explanations) + len(missing) > 1:
+    if missing or len({each.method for each in saliencies}) > 1:
         return comparison_sheet(example, prepared.shown, saliencies, missing=missing)
-    notes = _notes(prepared, explanations[0])
-    return explanation_sheet(example, prepared.shown, saliencies[0], asked=_asked(entry), notes=notes)
+    return explanation_sheet(
+        example, prepared.shown, saliencies, asked=_asked(entry), notes=_notes(prepared, explanations)
+    )
 
 
 def _asked(entry: Entry) -> str:
@@ -212,13 +277,15 @@ def _asked(entry: Entry) -> str:
     return "which words match the box" if entry.box is not None else "what image and caption share"
 
 
-def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
+def _notes(prepared: PreparedEntry, explanations: Sequence[Explanation]) -> list[str]:
     """Lines below the picture: how the phrase or box was understood, and what the picture leaves out."""
-    notes, entry, arrays = [], prepared.entry, explanation.arrays
-    if prepared.seen < _MOST_HIDDEN:
-        notes.append(f"The model sees {prepared.seen:.0%} of the image: its transform crops the rest.")
+    notes, entry = [], prepared.entry
+    if prepared.hidden:
+        notes.append(prepared.hidden)
+    elif prepared.geometry is None and prepared.record["image_seen"] < _LEAST_HEARD:
+        notes.append(f"The model hears {prepared.record['image_seen']:.0%} of the sound: the beginning.")
     if prepared.box_xyxy is not None:
-        mask = arrays["box_mask"]
+        mask = explanations[0].arrays["box_mask"]
         notes.append(f"Tokens: coloured by the {mask.sum()} of {mask.size} patches that the box covers.")
     elif prepared.positions:
         notes.append("Heat map: of the phrase alone. Tokens: coloured by the whole image.")
@@ -226,15 +293,30 @@ def _notes(prepared: PreparedEntry, explanation: Explanation) -> list[str]:
     if len(found) > 1:
         read = "all of them" if len(prepared.spans) == len(found) else f"the {len(prepared.spans)} that the model reads"
         notes.append(f"The phrase occurs {len(found)} times in the caption; {read} count.")
-    error, most = explanation.saliency.completeness_error, _INCOMPLETE * abs(explanation.saliency.similarity)
-    if error is not None and "steps" in explanation.record["options"] and abs(error) > most:
-        notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
     full = prepared.content[-1][-1] >= len(prepared.tokens) - 2  # the end mark follows, in the last place
     if full and not entry.caption.rstrip().lower().endswith(prepared.shown[-1].text):
         notes.append(f"The model reads {len(prepared.tokens)} tokens; the rest of the caption is cut off.")
+    return notes + [note for each in explanations for note in _reading_notes(each, several=len(explanations) > 1)]
+
+
+def _reading_notes(explanation: Explanation, *, several: bool) -> list[str]:
+    """What one reading's maps leave out; with its layers, where there are several."""
+    notes, arrays, saliency = [], explanation.arrays, explanation.saliency
+    if saliency.where.startswith("first"):
+        notes.append("The first layers that can be explained: these towers are not split before them.")
+    error, most = saliency.completeness_error, _INCOMPLETE * abs(saliency.similarity)
+    if error is not None and "steps" in explanation.record["options"] and abs(error) > most:
+        notes.append("The sum is far from complete: more --options.steps or another --options.rule come closer.")
+    padding = explanation.record["on_padding"]
+    if padding is not None:
+        notes.append(
+            f"On padding around the photo ({padding['patches']:.0%} of the patches): {padding['sum']:+.2g}, "
+            f"{padding['share_of_positive']:.0%} of all positive attribution."
+        )
     if "interactions" in arrays:
-        marks = arrays["shown_text"].sum() - explanation.saliency.text.sum()
+        marks = arrays["shown_text"].sum() - saliency.text.sum()
         prefix = arrays["prefix"]
         outside = f", and {prefix.sum():+.2g} of the image's CLS or registers" if prefix.any() else ""
         notes.append(f"Not shown: marks of start and end of the text, {marks:+.2g} together{outside}.")
-    return notes
+    where = saliency.where[:1].upper() + saliency.where[1:]
+    return [f"{where}: {note[:1].lower()}{note[1:]}" for note in notes] if several else notes

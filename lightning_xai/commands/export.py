@@ -55,6 +55,8 @@ def loading_code(encoder: DualEncoder, weights: Path) -> str:
     import open_clip
     from open_clip.timm_model import TimmModel
 
+    from lightning_xai.models.image_transform import open_clip_preprocessing
+
     if not weights.suffix:
         folder = f"local-dir:{weights}"
         return (
@@ -77,7 +79,8 @@ def loading_code(encoder: DualEncoder, weights: Path) -> str:
     sized = isinstance(visual, TimmModel) and hasattr(visual.trunk, "set_input_size")
     if not sized:
         more = f", pretrained={str(weights)!r}{more}"
-    pixels = {key: tuple(x) if isinstance(x, list) else x for key, x in encoder.preprocessing.items()}
+    cfg = open_clip_preprocessing(encoder.preprocessing)
+    pixels = {key: tuple(x) if isinstance(x, list) else x for key, x in cfg.items()}
     lines.append(f"model = open_clip.create_model({name!r}{more}, force_preprocess_cfg={pixels!r})")
     if sized:
         lines.append(f"model.visual.set_input_size({encoder.image_transform.size!r})")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_xai.attribution import ImageComparison, IntraModalAttribution, PairwiseMethod
+    from lightning_xai.models.at_layer import TowerAtLayer
     from lightning_xai.models.encoder import TwoTowerEncoder
 
     # Arrays, record, picture, and of captions the pairs of tokens, the largest attribution first.
@@ -68,9 +69,11 @@ def compare_images(method: Any, image: Path, other: Path, box: str | None, by: A
         error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
         scale="signed" if method.signed else "positive" if method.has_zero else "range",
         kinds="Two images" if by is None else "Image and sound",
+        where=_where(method, "image"),
     )
     record: dict[str, Any] = {
         "images": [str(image), str(other)],
+        "where": _where(method, "image"),
         "images_seen": [encoder.seen(size), other_encoder.seen(other_size)],
         "box": box,
         "box transformed": seen,
@@ -108,6 +111,7 @@ def compare_captions(
         (sums_of(arrays["first"], rows), sums_of(arrays["shown_second"], columns)),
         similarity=arrays["similarity"].item(),
         error=arrays["completeness_error"].item(),
+        where=_where(method, "text"),
     )
     places = ((row, column) for row in range(len(rows)) for column in range(len(columns)))
     table = [
@@ -120,8 +124,19 @@ def compare_captions(
         }
         for row, column in sorted(places, key=lambda place: -matrix[place])
     ]
-    record = {"captions": [caption, other], "span": span, "characters": spans, "positions": positions}
+    where = _where(method, "text")
+    record = {"captions": [caption, other], "where": where, "span": span, "characters": spans, "positions": positions}
     return arrays, record, sheet, table
+
+
+def _where(method: Any, tower: str) -> str:
+    """The layer that a method with token-patch attributions is read at, in words; empty for others."""
+    if not method.pairwise:
+        return ""
+    at: TowerAtLayer = getattr(method, tower)
+    if at.layer == 0:
+        return "at the inputs (layer 0)"
+    return f"at the last block ({at.layer})" if at.layer == at.layers[-1] else f"at layer {at.layer}"
 
 
 def _arrays(result: IntraModalAttribution | ImageComparison) -> dict[str, NDArray[Any]]:

@@ -80,7 +80,9 @@ class AttributionEvaluation(L.LightningModule):
         image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.
         image_std: standard deviation of each channel, likewise.
         interpolation: of resizing images, likewise: bicubic, bilinear or random.
-        resize_mode: likewise: shortest (crop what sticks out), longest (pad) or squash (give the aspect ratio up).
+        resize_mode: likewise: shortest (crop what sticks out), longest (pad), letterbox (pad with the mean colour) or
+            squash (give the aspect ratio up).
+        fit: likewise, in plain words: crop (shortest) or letterbox.
         quick_gelu: whether the transformers compute with OpenAI's QuickGELU; null: as the weights were trained.
 
     Attributes:
@@ -114,6 +116,7 @@ class AttributionEvaluation(L.LightningModule):
         image_std: tuple[float, float, float] | None = None,
         interpolation: str | None = None,
         resize_mode: str | None = None,
+        fit: str | None = None,
         quick_gelu: bool | None = None,
     ) -> None:
         super().__init__()
@@ -138,6 +141,7 @@ class AttributionEvaluation(L.LightningModule):
             image_std=image_std,
             interpolation=interpolation,
             resize_mode=resize_mode,
+            fit=fit,
             quick_gelu=quick_gelu,
         )
         self.result: ResultRecord | None = None

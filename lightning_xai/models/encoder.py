@@ -21,6 +21,7 @@ from lightning_xai.models.at_layer import (
     module_without_gradient,
 )
 from lightning_xai.models.block_list import ImageBlocksAtLayer, TextBlocksAtLayer
+from lightning_xai.photo import PhotoGeometry
 
 
 class TwoTowerEncoder(nn.Module, ABC):
@@ -101,9 +102,14 @@ class TwoTowerEncoder(nn.Module, ABC):
             [N, 4] as (x0, y0, x1, y1) in the input's pixels, clipped to the visible part; of area 0 if nothing is left.
         """
 
+    def geometry(self, size: tuple[int, int]) -> PhotoGeometry | None:
+        """Where an input lies on a file's picture of (width, height); None for files that are no pictures."""
+        return None
+
     def seen(self, size: tuple[int, int]) -> float:
         """The share, in (0, 1], of a file's picture of (width, height) that an input holds; 1 if nothing is cut."""
-        return 1.0
+        geometry = self.geometry(size)
+        return 1.0 if geometry is None else geometry.seen
 
     @abstractmethod
     def pictures(self, images: Tensor) -> Tensor:

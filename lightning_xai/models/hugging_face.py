@@ -31,6 +31,11 @@ _UNMASKED = ("siglip_text_model", "siglip2_text_model")
 _LISTS = ("layers", "layer", "blocks", "block", "stages")
 """Attributes under which transformers keeps a tower's list of blocks."""
 
+INTERPOLATED = frozenset({"clip", "siglip", "chinese_clip", "altclip", "metaclip_2"})
+"""Types of models that take images of any size, for which transformers interpolates their positions."""
+SIZELESS = frozenset({"siglip2", "align"})
+"""Types whose image tower knows no size."""
+
 
 class HuggingFaceText:
     """A text tower of transformers, which knows what its embeddings depend on.
@@ -148,8 +153,10 @@ class HuggingFaceEncoder(DualEncoder):
         return self._embed_image(inputs) if tower == "image" else self._text_tower.encode(inputs)
 
     def _embed_image(self, images: Tensor) -> Tensor:
-        if self.model.config.model_type != "siglip2":
-            return _features(self.model.get_image_features(pixel_values=images))
+        kind, own = self.model.config.model_type, getattr(self.model.config.vision_config, "image_size", None)
+        if kind != "siglip2":
+            more = {"interpolate_pos_encoding": True} if kind in INTERPOLATED and images.shape[2:] != (own, own) else {}
+            return _features(self.model.get_image_features(pixel_values=images, **more))
         patches, grid = _patches(images, int(self.model.config.vision_config.patch_size))
         shapes = torch.tensor([grid], device=images.device).expand(len(images), -1)
         # No patch is padding, so that no mask is needed.

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.model_options import ModelOptions
 from lightning_xai.models.architecture import differing_settings
-from lightning_xai.models.hugging_face import HuggingFaceEncoder
+from lightning_xai.models.hugging_face import INTERPOLATED, SIZELESS, HuggingFaceEncoder
 from lightning_xai.models.processor_transform import ProcessorTransform
 from lightning_xai.models.weights_file import Weights, without_common_prefix
 
@@ -143,6 +143,13 @@ def save_hugging_face(encoder: HuggingFaceEncoder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     encoder.model.save_pretrained(folder)
     encoder.tokenizer.tokenizer.tokenizer.save_pretrained(folder)
+    if {"letterbox", "input_size"} & encoder.preprocessing.keys():
+        warnings.warn(
+            f"the exported image processor makes images as the model's folder said, not of "
+            f"{[*encoder.image_transform.size]} pixels, nor with padding around them: make such images yourself, and "
+            "call the model with interpolate_pos_encoding=True for another size",
+            stacklevel=2,
+        )
     text = json.dumps(encoder.preprocessing, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
@@ -248,13 +255,14 @@ def _encoder(
         except RuntimeError as error:
             raise ValueError(f"the weights in {weights.path} do not fit {architecture['name']}: {error}") from error
     transform = ProcessorTransform.of(architecture["preprocess_cfg"])
-    if model.config.model_type == "siglip2":
+    if model.config.model_type == "siglip2" and transform.resize_mode != "letterbox":
         warnings.warn(
             f"{architecture['name']} takes images of any aspect ratio (NaFlex); here each is squashed to "
             f"{transform.size[0]} x {transform.size[1]} pixels, which for images that are no squares are not its own "
             "pixels",
             stacklevel=2,
         )
+    _check_size(model.config, transform.size, architecture["name"])
     model.train()  # as models of open_clip come; transformers hands out models in evaluation mode
     try:
         return HuggingFaceEncoder(model, CaptionTokenizer(tokenizer), architecture, transform)
@@ -263,6 +271,28 @@ def _encoder(
             f"transformers cannot embed with {architecture['name']} ({error}): both towers need a pooler_output, which "
             "DistilBERT, for one, has not; take a BERT or RoBERTa"
         ) from error
+
+
+def _check_size(config: Any, size: tuple[int, int], name: str) -> None:
+    """Raise a ValueError where a model takes no images of (height, width); warn where positions are interpolated."""
+    vision = config.vision_config
+    own, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if not isinstance(own, int | None) or size == (own, own):
+        return
+    if isinstance(patch, int) and any(side % patch for side in size):
+        near = [max(round(side / patch), 1) * patch for side in size]
+        raise ValueError(f"image_size has to be a whole number of patches of {patch} pixels; got {[*size]}, try {near}")
+    if own is None or config.model_type in SIZELESS:
+        return
+    if config.model_type not in INTERPOLATED:
+        raise ValueError(
+            f"{name} takes images of {own} x {own} pixels only, not {[*size]}: leave out image_size; other sizes are "
+            f"served for {', '.join(sorted(INTERPOLATED | SIZELESS))}"
+        )
+    warnings.warn(
+        f"{name} was made for images of {own} x {own} pixels; its positions are interpolated to {size[0]} x {size[1]}",
+        stacklevel=2,
+    )
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -295,12 +325,12 @@ def _with_options(processor: Mapping[str, Any], options: ModelOptions) -> dict[s
     Raises:
         ValueError: an option that these models have not.
     """
-    if options.image_size is not None or options.quick_gelu is not None:
+    if options.quick_gelu is not None:
         raise ValueError(
-            "models of Hugging Face take images of the size, and have the activation, that their folder says: leave "
-            "out image_size and quick_gelu, or change them in config.json (hidden_act)"
+            "models of Hugging Face have the activation that their folder says: leave out quick_gelu, or change "
+            "hidden_act in config.json"
         )
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {} if options.size is None else {"input_size": list(options.size)}
     for name, value in (("image_mean", options.image_mean), ("image_std", options.image_std)):
         if value is not None:
             given[name] = list(value)
@@ -310,14 +340,17 @@ def _with_options(processor: Mapping[str, Any], options: ModelOptions) -> dict[s
             raise ValueError(f"interpolation has to be bilinear or bicubic here; got {options.interpolation!r}")
         given["resample"] = numbers[options.interpolation]
     changed = {**processor, **given}
-    if options.resize_mode is None:
+    if options.mode is None:
         return changed
     height, width = ProcessorTransform.of(changed).size
-    if options.resize_mode == "squash":
+    if options.mode == "letterbox":
+        return {**changed, "letterbox": True}
+    changed.pop("letterbox", None)
+    if options.mode == "squash":
         return {**changed, "size": {"height": height, "width": width}, "do_center_crop": False}
-    if options.resize_mode != "shortest" or str(changed.get("image_processor_type")).startswith("Siglip2"):
+    if options.mode != "shortest" or str(changed.get("image_processor_type")).startswith("Siglip2"):
         raise ValueError(
-            f"resize_mode has to be shortest or squash here, and squash for SigLIP 2; got {options.resize_mode!r}"
+            f"resize_mode has to be shortest, letterbox or squash here, not shortest for SigLIP 2; got {options.mode!r}"
         )
     crop = {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
     return {**changed, "size": {"shortest_edge": max(height, width)}, **crop}

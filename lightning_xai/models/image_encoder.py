@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_xai.data.sample import read_image
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.image_transform import ImageTransform
+from lightning_xai.photo import PhotoGeometry
 
 __all__ = ["ImageEncoder"]
 
@@ -42,9 +43,9 @@ class ImageEncoder(TwoTowerEncoder):
         """Boxes of an image file, resized and cropped as its pixels are."""
         return self.image_transform.boxes(boxes, size)
 
-    def seen(self, size: tuple[int, int]) -> float:
-        """The share of an image that the transform's crop leaves."""
-        return self.image_transform.seen(size)
+    def geometry(self, size: tuple[int, int]) -> PhotoGeometry | None:
+        """Where the input lies on an image of (width, height) pixels."""
+        return self.image_transform.geometry(size)
 
     def pictures(self, images: Tensor) -> Tensor:
         """The images' pixels, no longer normalised."""

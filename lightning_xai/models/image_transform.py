@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from lightning_xai.data.masks import Mask, decode_mask
 from lightning_xai.data.sample import RecordError
+from lightning_xai.photo import PhotoGeometry
 
 __all__ = ["ImageTransform"]
 
-RESIZE_MODES = ("shortest", "longest", "squash")
+RESIZE_MODES = ("shortest", "longest", "letterbox", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 
 
@@ -31,8 +33,9 @@ class ImageTransform:
         std: per channel, of pixel values in [0, 1].
         interpolation: `"bicubic"`, `"bilinear"`, or `"random"` (which open_clip evaluates as bicubic).
         resize_mode: `"shortest"` (the image covers the target, what sticks out is cropped), `"longest"` (the image fits
-            into the target, the rest is filled) or `"squash"` (the aspect ratio is given up).
-        fill_color: grey value 0 to 255 of what `"longest"` fills.
+            into the target, the rest is filled), `"letterbox"` (likewise, filled with the mean colour, which is zero
+            after normalisation; open_clip lacks it) or `"squash"` (the aspect ratio is given up).
+        fill_color: value 0 to 255, or one for each channel, of what `"longest"` fills.
 
     Raises:
         ValueError: an option that open_clip does not have.
@@ -48,7 +51,7 @@ class ImageTransform:
     std: tuple[float, ...] = OPENAI_DATASET_STD
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
-    fill_color: int = 0
+    fill_color: int | tuple[int, ...] = 0
     _pixels: Callable[[Image.Image], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class ImageTransform:
             mean=self.mean,
             std=self.std,
             interpolation=self.interpolation,
-            resize_mode=self.resize_mode,
+            resize_mode="longest" if self.resize_mode == "letterbox" else self.resize_mode,
             fill_color=self.fill_color,
         )
         object.__setattr__(self, "_pixels", image_transform_v2(config, is_train=False))
@@ -88,11 +91,13 @@ class ImageTransform:
             std=_three(config.std),
             interpolation=config.interpolation,
             resize_mode=config.resize_mode,
-            fill_color=config.fill_color,
+            fill_color=tuple(config.fill_color) if isinstance(config.fill_color, list) else config.fill_color,
         )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an RGB image to `[3, height, width]`, normalised float32: exactly open_clip's evaluation pixels.
+
+        A letterbox has those of `"longest"` where the photo is, and zeros around it.
 
         Raises:
             RecordError: the image is so thin that nothing of it is left after resizing.
@@ -101,7 +106,17 @@ class ImageTransform:
             raise RecordError(
                 f"an image of {image.size} pixels is too thin to be resized to {self.size}; drop the record"
             )
-        return self._pixels(image)
+        return self._letterbox(image) if self.resize_mode == "letterbox" else self._pixels(image)
+
+    def _letterbox(self, image: Image.Image) -> Tensor:
+        width, height = self._resized(image.size)
+        resampling = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
+        resized = torch.from_numpy(np.array(image.resize((width, height), resampling))).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixels = torch.zeros(3, *self.size)
+        left, top = self._offset(width, self.size[1]), self._offset(height, self.size[0])
+        pixels[:, top : top + height, left : left + width] = (resized - mean) / std
+        return pixels
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Transform boxes as the pixels.
@@ -114,16 +129,13 @@ class ImageTransform:
             `[N, 4]` float32 as `(x0, y0, x1, y1)` in pixels of the transformed image, clipped to the visible part of
             the original and to the transformed image; of area 0 where nothing is left.
         """
-        width, height = size
-        new_width, new_height = self._resized(size)
-        scale = torch.tensor([new_width / width, new_height / height] * 2, dtype=torch.float64)
-        offset = torch.tensor(
-            [self._offset(new_width, self.size[1]), self._offset(new_height, self.size[0])] * 2, dtype=torch.float64
+        geometry = self.geometry(size)
+        scale, offset, original, target = (
+            torch.tensor([*pair] * 2, dtype=torch.float64)
+            for pair in (geometry.scale, geometry.offset, geometry.photo, geometry.size)
         )
         corners = boxes.reshape(-1, 4).to(torch.float64, copy=True)
         corners[:, 2:] += corners[:, :2]
-        original = torch.tensor([width, height] * 2, dtype=torch.float64)
-        target = torch.tensor([self.size[1], self.size[0]] * 2, dtype=torch.float64)
         corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=original) * scale + offset
         return corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=target).float()
 
@@ -149,10 +161,15 @@ class ImageTransform:
             pixels = seen & (inside[:, None] if axis == 0 else inside)
         return pixels
 
-    def seen(self, size: tuple[int, int]) -> float:
-        """The share, in (0, 1], of an image of (width, height) pixels that the crop leaves."""
-        width, height = self._resized(size)
-        return min(1.0, self.size[1] / width) * min(1.0, self.size[0] / height)
+    def geometry(self, size: tuple[int, int]) -> PhotoGeometry:
+        """Where the transformed image lies on an image of (width, height) pixels."""
+        resized, target = self._resized(size), (self.size[1], self.size[0])
+        return PhotoGeometry(
+            photo=(size[0], size[1]),
+            size=target,
+            scale=(resized[0] / size[0], resized[1] / size[1]),
+            offset=(float(self._offset(resized[0], target[0])), float(self._offset(resized[1], target[1]))),
+        )
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Undo the normalisation of `[..., 3, H, W]`: pixel values in [0, 1]."""
@@ -171,6 +188,9 @@ class ImageTransform:
             longer = int(target_height * max(size) / min(size))
             return (target_width, longer) if width <= height else (longer, target_height)
         ratios = (height / target_height, width / target_width)
+        if self.resize_mode == "letterbox":
+            # However thin: open_clip's own rounding leaves nothing of some images.
+            return tuple(max(1, round(side / max(ratios))) for side in size)  # type: ignore[return-value]
         ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
         return round(width / ratio), round(height / ratio)
 
@@ -184,3 +204,14 @@ class ImageTransform:
 
 def _three(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values) if isinstance(values, list | tuple) else (float(values),) * 3
+
+
+def open_clip_preprocessing(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A preprocessing configuration as open_clip knows it: a letterbox is its `longest`, filled with the mean's greys.
+
+    These are whole numbers of 255, so that padding is not exactly zero after normalisation.
+    """
+    if preprocess_cfg.get("resize_mode") != "letterbox":
+        return dict(preprocess_cfg)
+    mean = preprocess_cfg.get("mean", OPENAI_DATASET_MEAN)
+    return {**preprocess_cfg, "resize_mode": "longest", "fill_color": [round(255 * value) for value in mean]}

@@ -63,6 +63,7 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
     image_std: tuple[float, float, float] | None = None,
     interpolation: str | None = None,
     resize_mode: str | None = None,
+    fit: str | None = None,
     quick_gelu: bool | None = None,
 ) -> DualEncoder:
     """Load any open_clip model, with weights from a tag, from a file, or random.
@@ -83,7 +84,9 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
         image_mean: mean of each channel, of pixel values in [0, 1].
         image_std: standard deviation of each channel, likewise.
         interpolation: of resizing images: `"bicubic"`, `"bilinear"` or `"random"`.
-        resize_mode: `"shortest"` (crop what sticks out), `"longest"` (pad) or `"squash"` (give the aspect ratio up).
+        resize_mode: `"shortest"` (crop what sticks out), `"longest"` (pad), `"letterbox"` (pad with the mean colour) or
+            `"squash"` (give the aspect ratio up).
+        fit: the same in plain words: `"crop"` (shortest) or `"letterbox"`.
         quick_gelu: whether the transformers compute with OpenAI's QuickGELU.
 
     Raises:
@@ -101,6 +104,7 @@ def load_dual_encoder(  # noqa: PLR0913 - each option is a setting that files ma
         image_std=image_std,
         interpolation=interpolation,
         resize_mode=resize_mode,
+        fit=fit,
         quick_gelu=quick_gelu,
     )
     _refuse_other_kinds(str(model))

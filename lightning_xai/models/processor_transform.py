@@ -70,10 +70,26 @@ class ProcessorTransform(ImageTransform):
                 "in the folder's preprocessor_config.json if the model was trained so"
             )
         mean, std = _normalisation(settings)
-        return cls(size=sizes[0], mean=mean, std=std, interpolation=_RESAMPLING[resample], resize_to=sizes[1])
+        (height, width), resize_to = sizes
+        # Two settings of this project alone: images of another size than the folder's, and the whole of each.
+        if "input_size" in settings:
+            before, (height, width) = max(height, width), settings["input_size"]
+            resize_to = (
+                round(resize_to * max(height, width) / before) if isinstance(resize_to, int) else (height, width)
+            )
+        return cls(
+            size=(height, width),
+            mean=mean,
+            std=std,
+            interpolation=_RESAMPLING[resample],
+            resize_mode="letterbox" if settings.get("letterbox") else "shortest",
+            resize_to=(height, width) if settings.get("letterbox") else resize_to,
+        )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Transform an RGB image to `[3, height, width]`, normalised float32: the processor's own pixels."""
+        if self.resize_mode == "letterbox":
+            return self._letterbox(image)
         width, height = self._resized(image.size)
         resampling = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         resized = image.resize((width, height), resampling)
@@ -85,6 +101,8 @@ class ProcessorTransform(ImageTransform):
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) after resizing and before cropping, in transformers' integer arithmetic."""
+        if self.resize_mode == "letterbox":
+            return super()._resized(size)
         if not isinstance(self.resize_to, int):
             return self.resize_to[1], self.resize_to[0]
         longer = int(self.resize_to * max(size) / min(size))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_xai.models.architecture import FOLDER_CONFIG, check_architecture, folder_architecture
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
+from lightning_xai.models.image_transform import open_clip_preprocessing
 from lightning_xai.models.torchscript import is_torchscript, read_torchscript
 
 __all__ = ["Weights", "read_weights", "save_open_clip", "without_common_prefix"]
@@ -225,7 +226,10 @@ def _save_folder(encoder: DualEncoder, state: dict[str, Tensor], folder: Path) -
     save_file(
         state, folder / "open_clip_model.safetensors", metadata={CHECKPOINT_KEY: json.dumps(encoder.architecture)}
     )
-    config = {name: encoder.architecture[name] for name in ("model_cfg", "preprocess_cfg")}
+    config = {
+        "model_cfg": encoder.architecture["model_cfg"],
+        "preprocess_cfg": open_clip_preprocessing(encoder.architecture["preprocess_cfg"]),
+    }
     (folder / FOLDER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     own: Any = getattr(encoder.tokenizer.tokenizer, "tokenizer", None)
     if hasattr(own, "save_pretrained"):

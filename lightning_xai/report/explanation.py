@@ -75,6 +75,7 @@ class Saliency:
         similarity: the cosine similarity that is explained.
         scale: how values become colours.
         completeness_error: None for methods that have none.
+        where: the layers that it was read at; empty for methods without.
     """
 
     method: str
@@ -83,31 +84,55 @@ class Saliency:
     similarity: float
     scale: Scale = "signed"
     completeness_error: float | None = None
+    where: str = ""
 
 
 def explanation_sheet(
-    example: Example, tokens: Sequence[Token], saliency: Saliency, *, asked: str = "", notes: Sequence[str] = ()
+    example: Example,
+    tokens: Sequence[Token],
+    readings: Sequence[Saliency],
+    *,
+    asked: str = "",
+    notes: Sequence[str] = (),
 ) -> Figure:
-    """One method: the image, its heat map, the caption with the phrase in yellow, and its tokens in colours.
+    """One method: the image, its heat maps, the caption with the phrase in yellow, and its tokens in colours.
 
     Args:
         example: image, caption, phrase, and the box that is asked about.
         tokens: the caption's tokens, [n].
-        saliency: the maps.
+        readings: the maps of the method, at one or more layers.
         asked: what they answer, for the title.
         notes: lines below the tokens.
 
     Raises:
         ValueError: not one value for each token.
     """
-    _check_count(tokens, saliency.text)
-    title = f"{saliency.method}: {asked}" if asked else saliency.method
-    sheet = Sheet(_PAIR, title, _numbers(saliency.similarity, saliency.completeness_error))
-    panel(sheet, example, (GAP, sheet.top), _SIDE)
-    y = panel(sheet, example, (2 * GAP + _SIDE, sheet.top), _SIDE, saliency.image, saliency.scale)
-    y = sheet.caption(example.caption, (GAP, y + 12), _PAIR - 2 * GAP, example.spans)
-    y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (GAP, y + 8), _PAIR - 2 * GAP)
-    _bars(sheet, _notes(sheet, notes, y), {"patches": saliency.image, "tokens": saliency.text}, saliency.scale)
+    for saliency in readings:
+        _check_count(tokens, saliency.text)
+    (first, *more), across = readings, _SIDE + GAP
+    title = f"{first.method}: {asked}" if asked else first.method
+    sheet = Sheet((1 + len(readings)) * across + GAP, title, _numbers(first.similarity))
+    named = any(saliency.where or saliency.completeness_error is not None for saliency in readings)
+    top = sheet.top + (2 * LINE if named else 0)
+    y = panel(sheet, example, (GAP, top), _SIDE)
+    y = sheet.caption(example.caption, (GAP, y + 12), _SIDE, example.spans)
+    for column, saliency in enumerate(readings, start=1):
+        x = GAP + column * across
+        sheet.text(saliency.where, (x + _SIDE / 2, sheet.top), ha="center", weight="bold")
+        error = saliency.completeness_error
+        below = "" if error is None else f"completeness error {error:+.1e}"
+        sheet.text(below, (x + _SIDE / 2, sheet.top + LINE), ha="center", fontsize=_SMALL, color=_GREY)
+        end = panel(sheet, example, (x, top), _SIDE, saliency.image, saliency.scale)
+        y = max(y, _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (x, end + 12), _SIDE))
+    _bars(
+        sheet,
+        _notes(sheet, notes, y),
+        [
+            (f"{part}{place}", values, each.scale)
+            for each, place in zip(readings, (", left map", ", right map") if more else ("",), strict=True)
+            for part, values in (("patches", each.image), ("tokens", each.text))
+        ],
+    )
     return sheet.figure
 
 
@@ -140,11 +165,13 @@ def comparison_sheet(
     end = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans) + 12
     y = end
     for i, saliency in enumerate(saliencies):
+        above = any(each.where for each in saliencies[i - i % columns :][:columns])
         if i % columns == 0:
             y = end
             sheet.text("image", (GAP + _COLUMN / 2, y), ha="center", weight="bold")
-            panel(sheet, example, (GAP, y + 2 * LINE), _COLUMN)
-        end = _method_column(sheet, example, tokens, saliency, (GAP + (i % columns + 1) * across, y)) + GAP
+            panel(sheet, example, (GAP, y + (2 + above) * LINE), _COLUMN)
+        at = (GAP + (i % columns + 1) * across, y)
+        end = max(end, _method_column(sheet, example, tokens, saliency, at, above=above) + GAP)
     sheet.close(_notes(sheet, [f"{name}: {why}" for name, why in (missing or {}).items()], end) + BAR)
     # Every map has its own scale.
     note = "each map relative to its own largest; methods without sign have no blue; error: of completeness"
@@ -161,6 +188,7 @@ def image_pair_sheet(
     error: float | None = None,
     scale: Scale = "signed",
     kinds: str = "Two images",
+    where: str = "",
 ) -> Figure:
     """Draw the parts of two images, or of an image and a sound, that make them similar.
 
@@ -172,13 +200,14 @@ def image_pair_sheet(
         error: the completeness error, of methods that have one.
         scale: how values become colours.
         kinds: what is compared, as the title has it.
+        where: the layer that it was read at.
     """
     asked = "what matches the box" if saliencies[0] is None else "what makes them similar"
-    sheet = Sheet(_PAIR, f"{kinds}: {asked}", _numbers(similarity, error))
+    sheet = Sheet(_PAIR, f"{kinds}: {asked}", _numbers(similarity, error, where))
     y = panel(sheet, first, (GAP, sheet.top), _SIDE, saliencies[0], scale)
     y = max(y, panel(sheet, second, (2 * GAP + _SIDE, sheet.top), _SIDE, saliencies[1], scale))
     named = zip(_ORDER, saliencies, strict=True)
-    _bars(sheet, y + GAP, {f"patches of the {name}": values for name, values in named if values is not None}, scale)
+    _bars(sheet, y + GAP, [(f"patches of the {name}", values, scale) for name, values in named if values is not None])
     return sheet.figure
 
 
@@ -190,6 +219,7 @@ def text_pair_sheet(
     *,
     similarity: float,
     error: float,
+    where: str = "",
 ) -> Figure:
     """Draw what makes two captions similar: their tokens in two lines, and all pairs as a matrix.
 
@@ -200,6 +230,7 @@ def text_pair_sheet(
         saliencies: [m] and [n], signed.
         similarity: of the captions' embeddings.
         error: the completeness error.
+        where: the layer that it was read at.
 
     Raises:
         ValueError: not one value for each token.
@@ -211,22 +242,29 @@ def text_pair_sheet(
     above = round(max(text_width(token.text) for token in second)) + GAP
     width = max(left + cell * len(second) + 2 * GAP, 640)
     asked = "what matches the phrase" if any(token.marked for token in first) else "what makes them similar"
-    sheet = Sheet(width, f"Two captions: {asked}", _numbers(similarity, error))
+    sheet = Sheet(width, f"Two captions: {asked}", _numbers(similarity, error, where))
     y = float(sheet.top)
     for name, tokens, values in zip(_ORDER, (first, second), saliencies, strict=True):
         sheet.text(f"{name} caption", (GAP, y), fontsize=_SMALL, color=_GREY)
         y = _chips(sheet, tokens, scaled(values, "signed"), (GAP, y + LINE), width - 2 * GAP)
     y += GAP + above
-    shown = dict(zip((*_ORDER, "pairs"), (*saliencies, pairs), strict=True))
-    _bars(sheet, y + cell * len(first) + GAP, shown, "signed")
+    shown: list[tuple[str, Values, Scale]] = [
+        (name, values, "signed") for name, values in zip((*_ORDER, "pairs"), (*saliencies, pairs), strict=True)
+    ]
+    _bars(sheet, y + cell * len(first) + GAP, shown)
     _matrix(sheet.axes(left, y, cell * len(second), cell * len(first)), first, second, pairs)
     return sheet.figure
 
 
-def _method_column(sheet: Sheet, example: Example, tokens: Sequence[Token], saliency: Saliency, at: Point) -> float:
-    """One method of a comparison: its name and range, heat map and tokens."""
+def _method_column(
+    sheet: Sheet, example: Example, tokens: Sequence[Token], saliency: Saliency, at: Point, *, above: bool
+) -> float:
+    """One method of a comparison: its name, layers (`above` leaves room for them) and range, heat map and tokens."""
     x, y = at
     sheet.text(saliency.method, (x + _COLUMN / 2, y), ha="center", weight="bold")
+    if above:
+        sheet.text(saliency.where, (x + _COLUMN / 2, y + LINE), ha="center", fontsize=_SMALL)
+        y += LINE
     low, high = limits(saliency.image, "range")
     kind = {"signed": "signed", "positive": "from 0", "range": "min–max"}[saliency.scale]
     if saliency.completeness_error is not None:
@@ -284,11 +322,11 @@ def _matrix(axes: Any, first: Sequence[Token], second: Sequence[Token], pairs: V
         axes.text(0.5, 0.5, fault, transform=axes.transAxes, ha="center", va="center", weight="bold")
 
 
-def _bars(sheet: Sheet, y: float, values: Mapping[str, Values], scale: Scale) -> None:
-    """Close a sheet with colour bars side by side, each with the numbers of its map."""
+def _bars(sheet: Sheet, y: float, maps: Sequence[tuple[str, Values, Scale]]) -> None:
+    """Close a sheet with colour bars side by side, each with the name and the numbers of its map."""
     sheet.close(y + BAR)
-    share = sheet.width / len(values)
-    for place, (name, array) in enumerate(values.items()):
+    share = sheet.width / len(maps)
+    for place, (name, array, scale) in enumerate(maps):
         length = min(260.0, share - 4 * GAP)
         fault = heat_fault(array) if array.size else "no token"
         if fault is not None:
@@ -300,9 +338,9 @@ def _bars(sheet: Sheet, y: float, values: Mapping[str, Values], scale: Scale) ->
         colour_bar(sheet, share * place + (share - length) / 2, length, ticks, note, signed=scale == "signed")
 
 
-def _numbers(similarity: float, error: float | None = None) -> str:
-    text = f"cosine similarity {similarity:.3f}"
-    return text if error is None else f"{text}    completeness error {error:+.1e}"
+def _numbers(similarity: float, error: float | None = None, where: str = "") -> str:
+    given = f"cosine similarity {similarity:.3f}", "" if error is None else f"completeness error {error:+.1e}", where
+    return "    ".join(filter(None, given))
 
 
 def _check_count(tokens: Sequence[Token], values: Values) -> None:

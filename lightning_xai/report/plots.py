@@ -25,7 +25,7 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from lightning_xai.atomic_file import replaced_at_once
-from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Point, Sheet, style
+from lightning_xai.report.sheet import DPI, FONT_PT, GAP, LINE, Place, Point, Sheet, style
 from lightning_xai.results.record import Score, state_name
 
 Box = tuple[float, float, float, float]
@@ -44,6 +44,7 @@ _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _YELLOW = "#ffd60a"
 BAR = 76  # pixels that a colour bar takes
 _NARROWEST = 672  # so that the colour bar's note fits
+_HAIR = 0.5  # pixels: narrower strips are rounding
 _HIT, _MISS = "#1a7f37", "#8a8a8a"
 
 
@@ -58,6 +59,8 @@ class Example:
         spans: character spans `(start, end)` of the phrase in the caption (end exclusive).
         box: `(x0, y0, x1, y1)` of the object in pixels of `image`; None where there is none.
         key: names the image.
+        frame: `(x0, y0, x1, y1)` of what maps cover, in pixels of `image`, where that is another part than the whole:
+            the rest of the image is dimmed, and a map is not drawn outside of the image.
     """
 
     image: NDArray[np.floating]
@@ -66,6 +69,7 @@ class Example:
     spans: tuple[tuple[int, int], ...] = ()
     box: Box | None = None
     key: str = ""
+    frame: Box | None = None
 
     def __post_init__(self) -> None:
         if self.image.ndim != 3 or self.image.shape[2] != 3 or not self.image.size:
@@ -264,7 +268,7 @@ def panel(
         example: image and box.
         at: top left corner of the square that holds the image.
         side: pixels of the image's longer side.
-        heat: [h, w] at patch resolution; covers the whole image.
+        heat: [h, w] at patch resolution; covers the whole image, or the example's frame.
         scale: how its values become colours.
         marked: draw a circle at the centre of the map's largest entry, the one that rho asks about.
     """
@@ -273,14 +277,18 @@ def panel(
     height, width = (max(1, round(pixels * enlarged)) for pixels in image.shape[:2])
     x, y = at[0] + (side - width) // 2, at[1]
     fault = None if heat is None else heat_fault(heat)
-    place = (x, y, width, height)
+    place = covered = (x, y, width, height)
+    if example.frame is not None:
+        left, top, right, bottom = (edge * enlarged for edge in example.frame)
+        covered = (x + left, y + top, right - left, bottom - top)
     if heat is not None and fault is None:
         image = 0.2 + 0.7 * (image @ _GREY_WEIGHTS)[..., None] + 0.1 * image
     # Pixels of small images stay sharp squares.
     sheet.picture(image, place, interpolation="nearest" if enlarged >= 2 else "auto")
     if heat is not None and fault is None:
         colours = {"cmap": COLOURS, "vmin": -1, "vmax": 1, "interpolation_stage": "data"}
-        sheet.picture(scaled(heat, scale), place, interpolation="bilinear", **colours)
+        sheet.picture(scaled(heat, scale), covered, clip=place, interpolation="bilinear", **colours)
+    _dim(sheet, place, covered)
     if example.box is not None:
         ends = [min(max(end * enlarged, 0), (width, height)[i % 2]) for i, end in enumerate(example.box)]
         thick = max(2, side // 112) * 72 / DPI  # whole pixels are sharp
@@ -293,8 +301,25 @@ def panel(
         sheet.text(fault, middle, ha="center", va="center", weight="bold", bbox=ground)
     elif marked and heat is not None:
         row, column = np.unravel_index(int(np.argmax(heat)), heat.shape)
-        sheet.ring((x + (column + 0.5) * width / heat.shape[1], y + (row + 0.5) * height / heat.shape[0]))
+        left, top, across, down = covered
+        sheet.ring((left + (column + 0.5) * across / heat.shape[1], top + (row + 0.5) * down / heat.shape[0]))
     return float(y + height)
+
+
+def _dim(sheet: Sheet, place: Place, seen: Place) -> None:
+    """Veil the parts of a picture at `place` (left, top, width, height) that lie outside of what is seen."""
+    (x, y, width, height), (left, top, across, down) = place, seen
+    before = min(max(left - x, 0), width), min(max(top - y, 0), height)
+    after = min(max(x + width - left - across, 0), width), min(max(y + height - top - down, 0), height)
+    middle = height - before[1] - after[1]
+    for strip in (
+        (x, y, width, before[1]),
+        (x, y + height - after[1], width, after[1]),
+        (x, y + before[1], before[0], middle),
+        (x + width - after[0], y + before[1], after[0], middle),
+    ):
+        if min(strip[2:]) >= _HAIR:
+            sheet.ground(*strip, facecolor="white", alpha=0.7, linewidth=0)
 
 
 def _graded_panel(sheet: Sheet, example: Example, graded: GradedMap, at: Point, side: int) -> float:

@@ -41,6 +41,7 @@ _NO_GLYPH = "\u25a1"
 _told_of: set[str] = set()
 
 Point = tuple[float, float]
+Place = tuple[float, float, float, float]
 
 
 @contextmanager
@@ -70,8 +71,8 @@ class Sheet:
         # One pair of axes for all pictures and texts: axes are slow to make and to draw.
         self._axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(1, 0))
         self._axes.set_axis_off()
-        # Bold letters at 12 points are about 1.5 times as wide as the plain ones that the ruler measures.
-        size = min(12.0, 12.0 * (width - 2 * GAP) / max(1.5 * text_width(printable(title)), 1.0))
+        # Bold letters at 12 points are about 1.6 times as wide as the plain ones that the ruler measures.
+        size = min(12.0, 12.0 * (width - 2 * GAP) / max(1.6 * text_width(printable(title)), 1.0))
         self.text(title, (width / 2, 12), ha="center", fontsize=size, weight="bold")
         self.text(subtitle, (width / 2, 36), ha="center", color="0.35")
 
@@ -86,10 +87,16 @@ class Sheet:
         """Write one line of text, as it is (no mathematics in it), with its top left corner at `at`."""
         self._axes.text(*at, printable(text), parse_math=False, **{"fontsize": FONT_PT, "va": "top", **style})
 
-    def picture(self, values: NDArray[np.floating], place: tuple[float, float, float, float], **style: Any) -> None:
-        """Show [h, w, 3] or, in the colours of the `style`, [h, w] in a rectangle: left, top, width and height."""
+    def picture(self, values: NDArray[np.floating], place: Place, clip: Place | None = None, **style: Any) -> None:
+        """Show [h, w, 3] or, in the colours of the `style`, [h, w] in a rectangle, and nothing outside of `clip`.
+
+        Rectangles are left, top, width and height.
+        """
         x, y, width, height = place
-        self._axes.imshow(values, aspect="auto", extent=(x, x + width, y + height, y), **style)
+        shown = self._axes.imshow(values, aspect="auto", extent=(x, x + width, y + height, y), **style)
+        if clip not in (None, place):
+            left, top, across, down = clip
+            shown.set_clip_path(Rectangle((left, top), across, down, transform=self._axes.transData))
 
     def ring(self, at: Point) -> None:
         """Draw a small white circle, with a dark line around it."""

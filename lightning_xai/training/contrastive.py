@@ -413,7 +413,7 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
     ]
     return (
         f"it sees other pixels ({', '.join(differing)}); give the former ones as image_mean, image_std, interpolation, "
-        "resize_mode or image_size of the model, or "
+        "resize_mode (or fit) or image_size of the model, or "
     )
 
 
@@ -491,7 +491,9 @@ class ContrastiveFineTuning(ContrastiveModule):
         image_mean: mean of each channel, of pixel values in [0, 1]; null: that of the weights.
         image_std: standard deviation of each channel, likewise.
         interpolation: of resizing images, likewise: bicubic, bilinear or random.
-        resize_mode: likewise: shortest (crop what sticks out), longest (pad) or squash (give the aspect ratio up).
+        resize_mode: likewise: shortest (crop what sticks out), longest (pad), letterbox (pad with the mean colour) or
+            squash (give the aspect ratio up).
+        fit: likewise, in plain words: crop (shortest) or letterbox.
         quick_gelu: whether the transformers compute with OpenAI's QuickGELU; null: as the weights were trained.
         options: see `ContrastiveModule`, which also lists what is logged.
 
@@ -500,7 +502,7 @@ class ContrastiveFineTuning(ContrastiveModule):
     """
 
     # The parser of configs follows `options` to the signature that they are passed on to.
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         model: str = "ViT-B-16",
         pretrained: str | None = "openai",
@@ -510,6 +512,7 @@ class ContrastiveFineTuning(ContrastiveModule):
         image_std: tuple[float, float, float] | None = None,
         interpolation: str | None = None,
         resize_mode: str | None = None,
+        fit: str | None = None,
         quick_gelu: bool | None = None,
         **options: Any,
     ) -> None:
@@ -521,6 +524,7 @@ class ContrastiveFineTuning(ContrastiveModule):
             image_std=image_std,
             interpolation=interpolation,
             resize_mode=resize_mode,
+            fit=fit,
             quick_gelu=quick_gelu,
         )
         super().__init__(encoder, **options)

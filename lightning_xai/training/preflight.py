@@ -14,15 +14,20 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
+from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.sample import Sample
+from lightning_xai.data.shard_reader import read_samples
+from lightning_xai.models.image_transform import ImageTransform
 from lightning_xai.training.schedule import accumulated, planned_steps
 
 __all__ = ["Preflight", "check_allocation", "slurm_job", "started_by_srun"]
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_PHOTOS = 100  # that are looked at for what the crop hides
 
 
 class Preflight(Callback):
-    """Prints, before training, how many samples make a step and how many steps make a run.
+    """Prints, before training, how many samples make a step and how many steps make a run, and what is cropped.
 
     The global batch is what the contrastive loss sees: all processes' samples are negatives of each other.
     """
@@ -31,7 +36,35 @@ class Preflight(Callback):
         """Print it."""
         text = describe(trainer, pl_module)
         if trainer.is_global_zero:
-            print(text, flush=True)  # noqa: T201 - shown before hours of computing
+            # Shown before hours of computing.
+            print("\n".join(filter(None, [text, describe_crop(trainer, pl_module, "train")])), flush=True)  # noqa: T201
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print how many photos are cropped, if any."""
+        text = describe_crop(trainer, pl_module, "test") if trainer.is_global_zero else ""
+        if text:
+            print(text, flush=True)  # noqa: T201
+
+
+def describe_crop(trainer: L.Trainer, module: L.LightningModule, split: str) -> str:
+    """Say of how many of a split's first photos the model's crop hides more than a fifth; empty where of none."""
+    data = getattr(trainer, "datamodule", None)
+    transform = getattr(getattr(module, "encoder", None), "image_transform", None)
+    if not isinstance(data, ShardDataModule) or not isinstance(transform, ImageTransform):
+        return ""
+    store, manifest = data.stores[split], data.manifest(split)
+    if store is None:
+        return ""
+    count = min(_PHOTOS, manifest.samples)
+    found = read_samples(store, manifest, range(len(manifest.shards)), 0, count)
+    sizes = [record.size for _, record in found if isinstance(record, Sample)]
+    cropped = sum(transform.geometry(size).is_cropped for size in sizes)
+    if not cropped:
+        return ""
+    return (
+        f"photos: the model's crop hides more than a fifth of {cropped} of the first {len(sizes)} of {split}; "
+        "--model.fit letterbox shows them whole"
+    )
 
 
 def describe(trainer: L.Trainer, module: L.LightningModule) -> str:

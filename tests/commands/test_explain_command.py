@@ -43,6 +43,7 @@ from lightning_xai.models import (
 
 Explained = Callable[..., tuple[dict[str, NDArray[Any]], Any]]
 CAPTION = "a red ring and a blue ring"
+INPUTS, LAST = "feature_pair,0,0/", "feature_pair,2,2/"  # the two readings of the small model's 3 + 3 blocks
 SIZE = (48, 64)  # the encoder sees 32 x 32: the upper and lower 5 of 42 rows are cropped
 
 
@@ -125,6 +126,11 @@ def assert_equal(arrays: dict[str, NDArray[Any]], result: Attribution, prefix: s
             np.testing.assert_allclose(arrays[prefix + name], expected[0], rtol=1e-4, atol=1e-6)
 
 
+def of(arrays: dict[str, NDArray[Any]], reading: str) -> dict[str, NDArray[Any]]:
+    """The arrays of one reading, by their plain names."""
+    return {name.removeprefix(reading): values for name, values in arrays.items() if name.startswith(reading)}
+
+
 @pytest.fixture
 def explained(model: list[str], image: Path, tmp_path: Path) -> Explained:
     """Explain `image` and CAPTION with some options; returns arrays and record."""
@@ -143,15 +149,33 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
     explained: Explained, model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (arrays, _), out, encoder = explained("--span", "Blue  RING"), tmp_path / "out", loaded(model)
-    result = FeaturePairAttribution(encoder).attribute(*inputs(encoder, image))
-    assert_equal(arrays, result)
     assert arrays["tokens"].tolist() == encoder.tokenizer.encode([CAPTION])[0].tolist()
     assert arrays["span_mask"].nonzero()[0].tolist() == [6, 7]
-    np.testing.assert_allclose(arrays["shown_image"], result.interactions[0, 6] + result.interactions[0, 7], atol=1e-6)
-    np.testing.assert_array_equal(arrays["shown_text"], arrays["text"])
+    for reading, method in (
+        (INPUTS, FeaturePairAttribution(encoder, 0, 0, rule="midpoint")),
+        (LAST, FeaturePairAttribution(encoder)),
+    ):
+        result, found = method.attribute(*inputs(encoder, image)), of(arrays, reading)
+        assert_equal(found, result)
+        expected = result.interactions[0, 6] + result.interactions[0, 7]
+        np.testing.assert_allclose(found["shown_image"], expected, atol=1e-6)
+        np.testing.assert_array_equal(found["shown_text"], found["text"])
     assert Image.open(out / "explanation.png").size[0] > 800
     assert f"Saved {out / 'explanation.png'}" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "explanation.png"]
+
+
+def test_layers_that_are_given_are_the_only_ones_and_no_layer_0_means_the_first(
+    explained: Explained, architecture_file: Callable[[str], Path], image: Path, tmp_path: Path
+) -> None:
+    arrays, record = explained("--options.image_layer", "0")
+    method = record["methods"]["feature_pair"]
+    assert (method["where"], method["options"]["rule"]) == ("layers (0, 2)", "right")
+    assert "interactions" in arrays
+    resnet = ["--model.name", str(architecture_file("resnet")), "--model.device", "cpu"]
+    explain("--image", image, "--caption", CAPTION, *resnet, "--out", tmp_path / "resnet")
+    methods = record_of(tmp_path / "resnet")["methods"]
+    assert [each["where"] for each in methods.values()] == ["first layers (1, 0)", "last blocks (4, 2)"]
 
 
 def test_every_occurrence_of_the_span_counts(explained: Explained) -> None:
@@ -159,7 +183,8 @@ def test_every_occurrence_of_the_span_counts(explained: Explained) -> None:
     assert record["span"] == {
         "phrase": "ring", "characters": [[6, 10], [22, 26]], "positions": [3, 7], "tokens": ["ring", "ring"],
     }  # fmt: skip
-    np.testing.assert_allclose(arrays["shown_image"], arrays["interactions"][[3, 7]].sum(axis=0), atol=1e-7)
+    for found in (of(arrays, INPUTS), of(arrays, LAST)):
+        np.testing.assert_allclose(found["shown_image"], found["interactions"][[3, 7]].sum(axis=0), atol=1e-7)
 
 
 def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
@@ -170,9 +195,11 @@ def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
     arrays, record = explained("--box", "24,12.5,24,24")
     expected = np.zeros((4, 4), dtype=bool)
     expected[0:2, 2:4] = True
-    np.testing.assert_array_equal(arrays["box_mask"], expected)
-    np.testing.assert_allclose(arrays["shown_text"], arrays["interactions"][:, 0:2, 2:4].sum(axis=(1, 2)), atol=1e-7)
-    np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
+    for found in (of(arrays, INPUTS), of(arrays, LAST)):
+        np.testing.assert_array_equal(found["box_mask"], expected)
+        shown = found["interactions"][:, 0:2, 2:4].sum(axis=(1, 2))
+        np.testing.assert_allclose(found["shown_text"], shown, atol=1e-7)
+        np.testing.assert_array_equal(found["shown_image"], found["image"])
     boxes = loaded(model).image_transform.boxes(torch.tensor([[24.0, 12.5, 24.0, 24.0]]), SIZE)
     assert record["box"]["x,y,width,height"] == [24, 12.5, 24, 24]
     np.testing.assert_allclose(record["box"]["x0,y0,x1,y1 transformed"], boxes[0])
@@ -183,7 +210,10 @@ def test_the_record_has_every_setting_with_defaults_resolved(
 ) -> None:
     arrays, record = explained("--options.steps", "4", "--options.rule", "midpoint")
     assert (record["span"], "span_mask" in arrays) == (None, False)
-    np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
+    assert arrays.keys() == record["arrays"].keys()
+    assert [each["where"] for each in record["methods"].values()] == [
+        "inputs of both towers (layers 0, 0)", "last blocks (2, 2)",
+    ]  # fmt: skip
     assert record["model"] | {"parameters": 0} == {
         "name": model[1], "pretrained": model[3], "device": "cpu", "architecture": "vit", "image_size": [32, 32],
         "context_length": 16, "parameters": 0, "random_weights_seed": None,
@@ -195,7 +225,8 @@ def test_the_record_has_every_setting_with_defaults_resolved(
     assert record["caption"] == CAPTION
     assert record["token_strings"][1:-1] == CAPTION.split()
     assert {"python", "torch", "lightning_xai", "captum", "open_clip_torch"} <= record["versions"].keys()
-    method = record["methods"]["feature_pair"]
+    method, arrays = record["methods"][LAST[:-1]], of(arrays, LAST)
+    assert method["layers"] == {"image": 2, "text": 2}
     assert method["options"] == {
         "image_layer": -1, "text_layer": -1, "steps": 4, "rule": "midpoint", "image_reference": "zeros",
         "text_reference": "padding", "internal_batch_size": None,
@@ -205,7 +236,6 @@ def test_the_record_has_every_setting_with_defaults_resolved(
     assert method["patches"] == [4, 4]
     assert method["scale"] == "signed"
     assert method["range"]["image"] == pytest.approx([arrays["shown_image"].min(), arrays["shown_image"].max()])
-    assert arrays.keys() <= record["arrays"].keys()
     encoder = loaded(model)
     assert_equal(arrays, FeaturePairAttribution(encoder, steps=4, rule="midpoint").attribute(*inputs(encoder, image)))
 
@@ -240,9 +270,9 @@ def test_constant_maps_are_warned_of_and_in_a_list_counted_and_named(
     assert "Constant maps in 3 rows" in capsys.readouterr().out
     explain(*command, "--out", tmp_path / "real")
     assert "Constant maps" not in capsys.readouterr().out
-    for name, fault in (("constant", "image: constant map; text: constant map"), ("real", "")):
+    for name, faults in (("constant", ["image: constant map; text: constant map"] * 3), ("real", [""] * 6)):
         with (tmp_path / name / "summary.csv").open(newline="") as file:
-            assert [row["fault"] for row in csv.DictReader(file)] == [fault] * 3
+            assert [row["fault"] for row in csv.DictReader(file)] == faults
 
 
 # --- every method ---
@@ -314,6 +344,7 @@ def test_another_caption_is_compared_with_the_span_of_the_first(model: list[str]
     np.testing.assert_allclose(span["shown_second"], whole["interactions"][6] + whole["interactions"][7], atol=1e-6)
     assert span["other_tokens"].tolist() == tokens[1].tolist()
     assert record_of(tmp_path / "span")["positions"] == [6, 7]
+    assert record_of(tmp_path / "span")["where"] == "at the last block (2)"
     assert (tmp_path / "span" / "explanation.png").is_file()
 
 
@@ -342,6 +373,9 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
     explain("--image", tmp_path / "list.csv", *model, "--batch-size", 3, "--out", out)
     with (out / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    # A row for each of the two readings of an entry that can be used.
+    assert [row["method"] for row in rows if row["name"].startswith("0005")] == [INPUTS[:-1], LAST[:-1]]
+    rows = [row for row in rows if row["method"] != INPUTS[:-1]]
     assert [row["name"][:4] for row in rows] == [f"{i:04d}" for i in range(8)]
     reasons = [row["skipped"] for row in rows]
     assert [i for i, reason in enumerate(reasons) if not reason] == [0, 5]
@@ -357,7 +391,7 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
     assert alone.keys() == listed.keys()
     for name, values in alone.items():
         np.testing.assert_allclose(listed[name], values, rtol=1e-4, atol=1e-6)
-    assert float(rows[0]["similarity"]) == pytest.approx(float(alone["similarity"]), abs=1e-5)
+    assert float(rows[0]["similarity"]) == pytest.approx(float(alone[f"{LAST}similarity"]), abs=1e-5)
     assert sorted(path.name for path in out.iterdir()) == ["0000-picture", "0005-second", "summary.csv"]
     assert (out / "0005-second" / "explanation.png").is_file()
 
@@ -463,7 +497,8 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     encoder = load_clap(clap).eval()
     spectrogram = encoder.spectrogram(tone(200).astype("float32"), RATE)
     expected = FeaturePairAttribution(encoder).attribute(spectrogram[None], encoder.tokenizer.encode([CAPTIONS[0]]))
-    arrays = arrays_of(tmp_path / "out")
+    (last,) = (each for each in record_of(tmp_path / "out")["methods"] if each != "feature_pair,0,0")
+    arrays = of(arrays_of(tmp_path / "out"), f"{last}/")
     np.testing.assert_allclose(arrays["interactions"], expected.interactions[0], rtol=1e-4, atol=1e-7)
     assert record_of(tmp_path / "out")["image_size"] == [FRAMES, BANDS]
     explain("--image", sound.parent, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "folder")
@@ -547,7 +582,7 @@ def test_random_weights_are_said_to_be_random_and_are_the_same_again(
         assert "has random weights (seed 0)" in capsys.readouterr().err
         record = record_of(tmp_path / run)
         assert record["model"]["random_weights_seed"] == 0
-        found.append(record["methods"]["feature_pair"]["similarity"])
+        found.append(record["methods"][LAST[:-1]]["similarity"])
     assert found[0] == found[1]
 
 
@@ -621,7 +656,7 @@ def test_a_pair_that_one_method_cannot_explain_is_named_and_the_rest_goes_on(
     with (tmp_path / "out" / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows if row["skipped"]] == ["kernel_shap", "banzhaf_pairs"]
-    assert len(rows) == 2 * len(METHODS)
+    assert len(rows) == 2 * (len(METHODS) + 1)  # one of them is read at two pairs of layers
     record = json.loads((tmp_path / "out" / rows[-1]["name"] / "explanation.json").read_text())
     assert "text_samples" in record["not_served"]["kernel_shap"]
 
@@ -631,3 +666,44 @@ def test_the_bytes_of_one_character_are_shown_as_one_token(tokenizer: CaptionTok
     groups, shown = shown_tokens(tokenizer, caption, tokenizer.encode([caption])[0])
     assert [token.text for token in shown] == ["a", "\u72d7", "dog"]
     assert [len(group) for group in groups] == [1, 3, 1]
+
+
+def test_a_crop_is_said_and_a_letterbox_shows_the_whole_photo(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = picture(tmp_path / "wide.png", 3, (160, 40))
+    given = ["--image", wide, "--caption", CAPTION, "--span", "ring", *model]
+    explain(*given, "--out", tmp_path / "crop")
+    assert "The model's crop hides 75% of the photo; --fit letterbox shows it all." in capsys.readouterr().out
+    explain(*given, "--fit", "letterbox", "--out", tmp_path / "letterbox")
+    assert "crop hides" not in capsys.readouterr().out
+    crop, letterbox = (record_of(tmp_path / name) for name in ("crop", "letterbox"))
+    assert crop["geometry"]["seen"] == pytest.approx(0.25)
+    assert letterbox["geometry"]["seen"] == 1
+    assert "hides 75%" in crop["hidden"]
+    assert letterbox["model"]["preprocessing"]["resize_mode"] == "letterbox"
+    assert crop["methods"][INPUTS[:-1]]["on_padding"] is None
+    # At the inputs padding is the reference itself, so that whole patches of it get nothing: rows 0 and 3 of 4.
+    padding = letterbox["methods"][INPUTS[:-1]]["on_padding"]
+    assert padding == {"patches": 0.75, "sum": padding["sum"], "share_of_positive": padding["share_of_positive"]}
+    found = of(arrays_of(tmp_path / "letterbox"), INPUTS)
+    np.testing.assert_allclose(found["shown_image"][[0, 3]], 0, atol=1e-7)
+    for folder, record, hidden in (("crop", crop, 120), ("letterbox", letterbox, 0)):
+        arrays = arrays_of(tmp_path / folder)
+        scale, offset = arrays["geometry"][:2], arrays["geometry"][2:]
+        assert [*scale, *offset] == record["geometry"]["scale_x_y"] + record["geometry"]["offset_x_y"]
+        assert arrays[f"{LAST}on_photo"].shape == (40, 160)
+        assert np.isnan(arrays[f"{LAST}on_photo"]).sum() == hidden * 40
+    said = message_of(*given, "--fit", "stretch", "--out", tmp_path / "none")
+    assert "fit is crop or letterbox; got 'stretch'" in said
+
+
+def test_photos_of_one_pixel_and_of_extreme_shape_are_explained(model: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, size in (("one", (1, 1)), ("tall", (1, 300)), ("wide", (300, 2))):
+        picture(folder / f"{name}.png", 0, size)
+    for fit in ("crop", "letterbox"):
+        out = tmp_path / fit
+        explain("--image", folder, "--caption", CAPTION, *model, "--fit", fit, "--out", out)
+        assert len(list(out.glob("*/explanation.png"))) == 3

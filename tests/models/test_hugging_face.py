@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -460,9 +461,33 @@ def test_options_replace_what_the_processor_says(folder_of: Callable[[str], Path
     )
     assert encoder.image_transform == expected
     assert load_dual_encoder(model, resize_mode="shortest").image_transform == load_dual_encoder(model).image_transform
-    for option in ({"image_size": 64}, {"quick_gelu": True}):
-        with pytest.raises(ValueError, match="leave out image_size and quick_gelu"):
-            load_dual_encoder(model, **option)
+    with pytest.raises(ValueError, match="leave out quick_gelu"):
+        load_dual_encoder(model, quick_gelu=True)
+
+
+@pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel", "Siglip2Model", "AlignModel"])
+@pytest.mark.parametrize("size", [48, (32, 64)])
+@torch.no_grad()
+def test_images_of_another_size_are_embedded_as_transformers_does(
+    kind: str, size: int | tuple[int, int], folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder = load_dual_encoder(f"hf:{folder_of(kind)}", image_size=size, fit="letterbox").eval()
+        height, width = (size, size) if isinstance(size, int) else size
+        assert encoder.image_shape == (3, height, width)
+        images = torch.stack([encoder.image_transform(Image.new("RGB", shape, "red")) for shape in ((90, 40), (9, 50))])
+        if kind in ("CLIPModel", "SiglipModel"):
+            theirs = encoder.model.get_image_features(pixel_values=images, interpolate_pos_encoding=True).pooler_output
+            torch.testing.assert_close(encoder.encode_image(images), theirs)
+        maps = FeaturePairAttribution(encoder, steps=3).attribute(images, encoder.tokenizer.encode(["a", "b"]))
+        if kind != "AlignModel":
+            assert maps.image.shape[1:] == (height // 8, width // 8)
+
+
+def test_an_image_size_that_cuts_patches_is_an_error(folder_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"whole number of patches of 8 pixels; got \[50, 50\], try \[48, 48\]"):
+        load_dual_encoder(f"hf:{folder_of('CLIPModel')}", image_size=50)
 
 
 # ---- folders, checkpoints and the command line

@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from lightning_xai.data.sample import RecordError
-from lightning_xai.models.image_transform import ImageTransform
+from lightning_xai.models.image_transform import ImageTransform, open_clip_preprocessing
 
 ZEROS = (0.0, 0.0, 0.0)
 ONES = (1.0, 1.0, 1.0)
@@ -40,7 +40,7 @@ def edges(profile: np.ndarray) -> tuple[float, float]:
     return begin, end
 
 
-@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "letterbox", "squash"])
 def test_boxes_lie_where_the_pixels_lie(resize_mode: str) -> None:
     options: dict[str, Any] = {"interpolation": "bilinear", "mean": ZEROS, "std": ONES}
     for target, (width, height) in product(TARGETS, SIZES):
@@ -56,7 +56,7 @@ def test_boxes_lie_where_the_pixels_lie(resize_mode: str) -> None:
         )
 
 
-@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "letterbox", "squash"])
 def test_the_whole_image_covers_exactly_the_pixels_that_show_it(resize_mode: str) -> None:
     # Whole-pixel arithmetic of padding: white images against black filling.
     for target, (width, height) in product(TARGETS, [*SIZES, (65, 64), (64, 65), (130, 67)]):
@@ -67,10 +67,10 @@ def test_the_whole_image_covers_exactly_the_pixels_that_show_it(resize_mode: str
         assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == (x0, y0, x1, y1), (width, height)
 
 
-@pytest.mark.parametrize("resize_mode", ["shortest", "longest"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "letterbox"])
 def test_cropping_offsets_agree_to_the_pixel(resize_mode: str) -> None:
     # Images that are not scaled (one side already fits) show each source column as it is.
-    sign = -1 if resize_mode == "longest" else 1
+    sign = 1 if resize_mode == "shortest" else -1
     for target, extra, tall in product(TARGETS, range(6), (False, True)):
         transform = ImageTransform(size=target, resize_mode=resize_mode, mean=ZEROS, std=ONES)
         height, width = target
@@ -152,6 +152,40 @@ def test_options_that_open_clip_lacks_are_errors() -> None:
             ImageTransform(**options)
 
 
-@pytest.mark.parametrize(("mode", "share"), [("shortest", 0.25), ("longest", 1.0), ("squash", 1.0)])
+@pytest.mark.parametrize(("mode", "share"), [("shortest", 0.25), ("longest", 1), ("letterbox", 1), ("squash", 1)])
 def test_the_share_that_a_crop_leaves_is_known(mode: str, share: float) -> None:
-    assert ImageTransform(size=(32, 32), resize_mode=mode).seen((400, 100)) == pytest.approx(share)
+    assert ImageTransform(size=(32, 32), resize_mode=mode).geometry((400, 100)).seen == pytest.approx(share)
+
+
+@pytest.mark.parametrize("size", [(90, 140), (140, 90), (64, 48), (33, 31), (500, 12)])
+def test_a_letterbox_is_the_photo_pasted_on_the_mean_colour(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    for target in ((64, 64), (48, 64)):
+        transform = ImageTransform(size=target, resize_mode="letterbox")
+        ratio = max(size[0] / target[1], size[1] / target[0])
+        small = image.resize((round(size[0] / ratio), round(size[1] / ratio)), Image.Resampling.BICUBIC)
+        literal = Image.new("RGB", (target[1], target[0]), tuple(round(255 * value) for value in transform.mean))
+        left, top = (target[1] - small.width) // 2, (target[0] - small.height) // 2
+        literal.paste(small, (left, top))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (transform.mean, transform.std))
+        expected = (torch.from_numpy(np.array(literal)).permute(2, 0, 1) / 255 - mean) / std
+        found = transform(image)
+        assert torch.allclose(found, expected, atol=0.5 / 255 / min(transform.std))  # the mean is no whole grey
+        photo = torch.zeros(target, dtype=torch.bool)
+        photo[top : top + small.height, left : left + small.width] = True
+        assert torch.allclose(found[:, photo], expected[:, photo], atol=1e-6)
+        assert not found[:, ~photo].any()
+
+
+def test_a_letterbox_shows_something_of_every_photo_and_open_clip_can_load_it() -> None:
+    transform = ImageTransform(size=(32, 32), resize_mode="letterbox")
+    for size in ((1, 1), (1, 500), (3000, 2)):
+        pixels = transform(Image.new("RGB", size, "white"))
+        assert pixels.any()
+        box = transform.boxes(torch.tensor([[0.0, 0.0, *size]]), size)[0]
+        assert (box[2:] - box[:2]).min() >= 1
+        assert transform.geometry(size).seen == 1
+    config = open_clip_preprocessing({"size": (32, 32), "resize_mode": "letterbox", "mean": transform.mean})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
+    theirs = image_transform_v2(PreprocessCfg(**config), is_train=False)(image)
+    assert torch.allclose(transform(image), theirs, atol=0.5 / 255 / min(transform.std))

@@ -148,6 +148,25 @@ def test_options_go_before_what_a_file_says_and_are_kept_in_what_is_saved(tmp_pa
         assert load_dual_encoder(config, tmp_path / f"saved{suffix}").preprocessing == encoder.preprocessing
 
 
+def test_a_letterbox_is_kept_in_what_is_saved_and_open_clip_pads_with_the_nearest_colour(tmp_path: Path) -> None:
+    config = write(tmp_path, "config.json", {"model_cfg": VIT, "preprocess_cfg": HALF})
+    encoder = load_dual_encoder(config, fit="letterbox").eval()
+    assert load_dual_encoder(config, fit="crop").image_transform.resize_mode == "shortest"
+    image = Image.new("RGB", (90, 40), "red")
+    images = encoder.image_transform(image)[None]
+    for name in ("saved.pt", "saved.safetensors"):
+        save_open_clip(encoder, tmp_path / name)
+        again = load_dual_encoder(config, tmp_path / name).eval()
+        assert again.image_transform == encoder.image_transform
+        assert torch.equal(again.encode_image(images), encoder.encode_image(images))
+    save_open_clip(encoder, tmp_path / "folder")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'folder'}")
+    assert torch.allclose(preprocess(image), images[0], atol=1 / 255 / 0.5)
+    assert torch.allclose(model.eval().encode_image(images), encoder.encode_image(images), atol=1e-5)
+    with pytest.raises(ValueError, match="fit=letterbox means resize_mode=letterbox; got squash: give one of them"):
+        load_dual_encoder(config, fit="letterbox", resize_mode="squash")
+
+
 @pytest.mark.parametrize("options", [{"image_mean": (0.5, 0.5)}, {"image_size": 0}, {"resize_mode": "fit"}])
 def test_an_option_outside_its_range_is_named(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from captioned_shards import grey_sample, make_samples
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from training_runs import Recorder, task_of, trainer_in
 
 from lightning_xai.data import ShardDataModule
+from lightning_xai.data.shards import write_shards
 from lightning_xai.training import Preflight
 from lightning_xai.training.preflight import check_allocation, slurm_job, started_by_srun
 
@@ -162,3 +164,16 @@ def test_the_steps_that_are_told_before_training_are_those_that_are_made(
     assert f"{trainer.global_step} in all" in text
     # The schedule of rates ends with the last step.
     assert recorder.rates[-1] == pytest.approx(1e-2)
+
+
+def test_photos_that_the_crop_hides_in_part_are_counted_before_training(
+    architecture_file: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [*make_samples(3), *(grey_sample(f"wide{i}") for i in range(2))]  # squares, and two of 64 x 48 pixels
+    write_shards(samples, tmp_path / "shards", name="test", samples_per_shard=4, progress=False)
+    said = "photos: the model's crop hides more than a fifth of 2 of the first 5 of train; --model.fit letterbox"
+    for fit in ("crop", "letterbox"):
+        data = ShardDataModule(train=tmp_path / "shards", batch_size=2, num_workers=0)
+        trainer = trainer_in(tmp_path / fit, Preflight(), max_steps=1, limit_val_batches=0)
+        trainer.fit(task_of(architecture_file("vit"), fit=fit), data)
+        assert (said in capsys.readouterr().out) is (fit == "crop")
