@@ -12,7 +12,7 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.examples import Place, choose_examples
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
-from lightning_xai.evaluation.rows import measure_batch
+from lightning_xai.evaluation.rows import clock, measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["AttributionEvaluation"]
 
 _QUALITY = 92
+_PASS = "seconds_per_pair"  # of the model's own forward pass; with a label, of a method on top of it
 
 
 class AttributionEvaluation(L.LightningModule):
@@ -145,6 +146,7 @@ class AttributionEvaluation(L.LightningModule):
         self._runs: list[MethodRun] = []
         self._pictures: dict[str, bytes] = {}
         self._broken = self._pairs = 0
+        self._costs: list[tuple[str, float, int]] = []
         self._started = 0.0
 
     def setup(self, stage: str) -> None:
@@ -185,6 +187,7 @@ class AttributionEvaluation(L.LightningModule):
         self.trainer.strategy.barrier()
         self._pictures = {}
         self._broken = self._pairs = 0
+        self._costs = []
         self._started = time.perf_counter()
         stored, damaged = sum(len(run.cache) for run in self._runs), sum(run.cache.damaged for run in self._runs)
         if stored:
@@ -225,7 +228,7 @@ class AttributionEvaluation(L.LightningModule):
                 value, _ = found.get((run.label, run.seed, score.name), (math.nan, 0))
                 # Every rank holds the same number already.
                 self.log(f"test/{run.label}/{score.name}" + (f"/seed={run.seed}" if repeated else ""), value)
-        totals = gather_to_first((self._broken, self._pairs, seconds))
+        totals = gather_to_first((self._broken, self._pairs, seconds, self._costs))
         kept = {run.label: gather_to_first(run.examples) for run in runs if run.shown is not None}
         chosen = from_first(lambda: self._write_examples(kept))
         for name in chosen & self._pictures.keys():
@@ -281,17 +284,26 @@ class AttributionEvaluation(L.LightningModule):
 
     def _compute(self, batch: Batch, indices: list[int], runs: list[MethodRun]) -> None:
         """One forward pass of the model, and the rows that each of the methods makes from it."""
+        pairs = len(batch.tokens)
         with ExitStack() as passes:
             for run in runs:
                 passes.enter_context(run.maps.forward_pass())
+            begin = clock(self.device)
             embeddings = Embeddings.of(self.encoder, batch)
+            self._costs.append((_PASS, clock(self.device) - begin, pairs))
         for run in runs:
             rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings)
             run.cache.put(rows.by_item(indices, heats=run.shown is not None))
-            self._pairs += len(batch.tokens)
+            self._costs.append((f"{_PASS}/{run.label}", rows.seconds, pairs))
+            self._pairs += pairs
 
     def _record(
-        self, runs: list[MethodRun], broken: Sequence[int], pairs: Sequence[int], seconds: Sequence[float]
+        self,
+        runs: list[MethodRun],
+        broken: Sequence[int],
+        pairs: Sequence[int],
+        seconds: Sequence[float],
+        costs: Sequence[list[tuple[str, float, int]]],
     ) -> ResultRecord:
         """The record of the results, from what each rank has counted."""
         data = self._data()
@@ -343,6 +355,7 @@ class AttributionEvaluation(L.LightningModule):
                 "pairs": float(sum(pairs)),
                 "seconds": max(seconds),
                 "pairs_per_second": sum(pairs) / max(*seconds, 1e-9),
+                **_means(cost for own in costs for cost in own),
             },
         )
 
@@ -379,6 +392,16 @@ class AttributionEvaluation(L.LightningModule):
         for run in runs:
             run.cache.close()
         return runs
+
+
+def _means(costs: Iterable[tuple[str, float, int]]) -> dict[str, float]:
+    """Seconds a pair by name, of batches with their seconds and numbers of pairs."""
+    totals: dict[str, list[float]] = {}
+    for name, seconds, pairs in costs:
+        total = totals.setdefault(name, [0.0, 0.0])
+        total[0] += seconds
+        total[1] += pairs
+    return {name: seconds / pairs for name, (seconds, pairs) in sorted(totals.items()) if pairs}
 
 
 def _at_layers(

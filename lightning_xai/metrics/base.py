@@ -209,6 +209,7 @@ class MetricSpec:
             scores=self.scores,
             chart=self.chart,
             options=dict(options),
+            needs_boxes=self.needs_boxes,
         )
 
 
