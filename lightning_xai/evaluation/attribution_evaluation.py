@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["AttributionEvaluation"]
 
 _QUALITY = 92
-_PASS = "seconds_per_pair"  # of the model's own forward pass; with a label, of a method on top of it
+_COST = "seconds_per_pair"  # of the model's own forward pass; with a label, of a method on top of it
 
 
 class AttributionEvaluation(L.LightningModule):
@@ -290,11 +290,11 @@ class AttributionEvaluation(L.LightningModule):
                 passes.enter_context(run.maps.forward_pass())
             begin = clock(self.device)
             embeddings = Embeddings.of(self.encoder, batch)
-            self._costs.append((_PASS, clock(self.device) - begin, pairs))
+            self._costs.append((_COST, clock(self.device) - begin, pairs))
         for run in runs:
             rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings)
             run.cache.put(rows.by_item(indices, heats=run.shown is not None))
-            self._costs.append((f"{_PASS}/{run.label}", rows.seconds, pairs))
+            self._costs.append((f"{_COST}/{run.label}", rows.seconds, pairs))
             self._pairs += pairs
 
     def _record(

@@ -182,7 +182,8 @@ def correlations(matrix: pd.DataFrame, title: str, first: int = 0) -> Figure:
     for (row, column), value in np.ndenumerate(matrix.to_numpy(dtype=np.float64)):
         if not math.isnan(value):
             ink = "white" if abs(value) > 0.6 else "black"
-            axes.text(column, row, f"{value:.1f}".replace("-", "−"), ha="center", va="center", fontsize=6, color=ink)
+            number = f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
+            axes.text(column, row, number, ha="center", va="center", fontsize=6, color=ink)
     names = [_name(str(name)) for name in matrix.index]
     axes.set_xticks(range(count), names, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), names)

@@ -1,4 +1,4 @@
-"""Whether metrics agree on the order of methods, with each other and with where the objects are; and what methods cost."""
+"""Agreement of metrics on the order of methods, with each other and with where the objects are; cost of methods."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _of_run(run: Run) -> Iterator[Block]:
     yield Note(sentence)
     title = f"Rank agreement between metrics {about}"
     note = (
-        f"Spearman's rank correlation of the order of {len(frame.index)} methods by each two scores, the better first "
-        "by each; baselines are left out. The line parts scores that know where the objects are from those that ask the "
-        "model alone."
+        f"Spearman's rank correlation between the orders of {len(frame.index)} methods by each two scores, best first; "
+        "baselines are left out. The line parts scores that know where the objects are from those that ask the model "
+        "alone."
     )
     known = [name for name in matrix if name in truths]
     yield Chart(f"agreement-{run.name}", title, note, sentence, correlations(matrix, title, len(known)))
