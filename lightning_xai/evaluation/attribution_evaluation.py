@@ -26,7 +26,7 @@ from rich.console import Console
 from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.attribution.base import ConstantMapWarning
 from lightning_xai.attribution.method_options import check_method, choose_method
-from lightning_xai.attribution.registry import METHODS
+from lightning_xai.attribution.registry import ALL, METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.embeddings import Embeddings
@@ -88,7 +88,8 @@ class AttributionEvaluation(L.LightningModule):
         table: the long table, likewise.
 
     Raises:
-        ValueError: unknown model, weights, method, metric or option; a number outside its range; at set-up:
+        ValueError: unknown model, weights, method, metric or option; a number outside its range; a metric that was
+            asked for and reads what none of the methods has; at set-up:
             `inference_mode` is on, `out` cannot be written or holds results of other settings, or metrics were asked
             for that need boxes and the data have none; at the end: metrics were asked for, and there was not one item.
         PluginError: a method or metric of another package breaks its contract.
@@ -127,6 +128,7 @@ class AttributionEvaluation(L.LightningModule):
             self.methods = _at_layers(self.methods, layers)
         self.metrics = choose_metrics(metrics, metric_options or {})
         self.asked_for = tuple(metrics or ())
+        _check_served(self.methods, [self.metrics[name] for name in self.asked_for])
         self.seeds = seeds
         self.internal_batch_size = internal_batch_size
         self.shown = (examples, examples_per_class, failures)
@@ -245,7 +247,7 @@ class AttributionEvaluation(L.LightningModule):
         if missing:
             raise ValueError(
                 f"no item was left to measure {', '.join(missing)}: {self.out / 'values.csv'} has the reason for each "
-                "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method)"
+                "excluded target (hard negatives need swap_objects or a data set that has them)"
             )
 
     def teardown(self, stage: str) -> None:
@@ -392,6 +394,21 @@ class AttributionEvaluation(L.LightningModule):
         for run in runs:
             run.cache.close()
         return runs
+
+
+def _check_served(methods: Mapping[str, dict[str, Any] | None], metrics: Iterable[ChosenMetric]) -> None:
+    """Raise a ValueError where a metric reads what none of the methods has."""
+    names = [method_of(label, options)[0] for label, options in methods.items()]
+    if ALL in names:  # is refused where methods are built
+        return
+    flags = [METHODS[name] for name in names]
+    for metric in metrics:
+        if not any(metric.spec.serves(signed=each.signed, pairwise=each.pairwise) for each in flags):
+            what = "token-patch interactions" if metric.spec.needs_interactions else "signed maps"
+            raise ValueError(
+                f"{metric.spec.name} reads {what}, which none of the methods {', '.join(methods)} has: add one that "
+                "has, such as feature_pair, or leave the metric out"
+            )
 
 
 def _means(costs: Iterable[tuple[str, float, int]]) -> dict[str, float]:
