@@ -54,7 +54,8 @@ def test_smaller_is_better_where_the_metric_says_so_and_scores_of_no_direction_a
 def test_the_sentence_says_which_scores_agree_with_where_the_objects_are() -> None:
     order = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     frame = pd.DataFrame({"gamma": order, "good": order, "bad": order[::-1], "odd": [3.0, 5.0, 1.0, 6.0, 2.0, 4.0]})
-    sentence = agreement_sentence(rank_agreement(frame), ["gamma"], len(frame))
+    matrix = rank_agreement(frame)
+    sentence = agreement_sentence(matrix.loc[["good", "bad", "odd"], ["gamma"]], len(frame))
     assert "these agree: good (1.00)" in sentence
     assert "these cannot be distinguished from chance: odd (0.03)" in sentence
     assert "these have the opposite order: bad (-1.00)" in sentence

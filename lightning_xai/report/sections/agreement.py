@@ -32,7 +32,11 @@ def _of_run(run: Run) -> Iterator[Block]:
     about = f"on {run.data} ({run.name})"
     yield _every_score(measurement, about)
     matrix = rank_agreement(frame)
-    sentence = agreement_sentence(matrix, truths, len(frame.index))
+    known = [name for name in matrix if name in truths]
+    others = [name for name in matrix if name not in truths]
+    # What signed methods alone have, or what is in units of each method, orders other methods than the rest does.
+    whole = [name for name in known if frame[name].notna().all()]
+    sentence = agreement_sentence(matrix.loc[others, whole], len(frame.index))
     yield Note(sentence)
     title = f"Rank agreement between metrics {about}"
     note = (
@@ -40,7 +44,6 @@ def _of_run(run: Run) -> Iterator[Block]:
         "baselines are left out. The line parts scores that know where the objects are from those that ask the model "
         "alone."
     )
-    known = [name for name in matrix if name in truths]
     yield Chart(f"agreement-{run.name}", title, note, sentence, correlations(matrix, title, len(known)))
     yield from _costs(measurement, about)
 
@@ -83,30 +86,32 @@ def rank_agreement(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.corr(method="spearman", min_periods=_FEWEST)
 
 
-def agreement_sentence(matrix: pd.DataFrame, truths: Sequence[str], methods: int) -> str:
-    """Which scores order methods as those do that know where the objects are, on average over these, and which do not.
+def agreement_sentence(correlations: pd.DataFrame, methods: int) -> str:
+    """Say which scores order methods as those do that know where the objects are, on average, and which do not.
 
     Correlations that are smaller in magnitude than 2 / sqrt(n + 2) may be chance (Student's t at 5 %).
+
+    Args:
+        correlations: rows are the scores that ask the model alone, columns those that know where the objects are.
+        methods: that are ordered.
     """
-    known = [name for name in matrix if name in truths]
-    others = [name for name in matrix if name not in truths]
-    if not known or not others:
-        return "There are no metrics of both kinds, with and without boxes, to compare."
+    if correlations.empty:
+        return "There are no metrics of both kinds, with and without boxes, that all methods have."
     bound = 2 / math.sqrt(methods + 2)
-    means = matrix.loc[others, known].mean(axis="columns").sort_values(ascending=False, kind="stable")
+    means = correlations.mean(axis="columns").sort_values(ascending=False, kind="stable")
     parts = {
         "agree": means[means >= bound],
         "cannot be distinguished from chance": means[means.abs() < bound],
         "have the opposite order": means[means <= -bound],
     }
     said = [
-        f"{what}: {', '.join(f'{name} ({value:.2f})' for name, value in found.items())}"
+        f"{what}: {', '.join(f'{name} ({value:.2f})'.replace('-0.00', '0.00') for name, value in found.items())}"
         for what, found in parts.items()
         if len(found)
     ]
     return (
-        f"Of the scores that ask the model alone, compared with {', '.join(known)}, which know where the objects are "
-        f"(mean rank correlation over {methods} methods, chance below {bound:.2f}), these {'; these '.join(said)}."
+        f"Of the scores that ask the model alone, compared with {', '.join(correlations)}, which know where the objects "
+        f"are (mean rank correlation over {methods} methods, chance below {bound:.2f}), these {'; these '.join(said)}."
     )
 
 
