@@ -110,7 +110,7 @@ def agreement_sentence(correlations: pd.DataFrame, methods: int) -> str:
         if len(found)
     ]
     return (
-        f"Of the scores that ask the model alone, compared with {', '.join(correlations)}, which know where the objects "
+        f"Of the scores that ask the model alone, compared with {', '.join(correlations)}, which know where objects "
         f"are (mean rank correlation over {methods} methods, chance below {bound:.2f}), these {'; these '.join(said)}."
     )
 
