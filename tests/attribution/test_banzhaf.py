@@ -238,7 +238,7 @@ def test_a_regression_that_is_not_finite_is_refused(make_encoder: MakeEncoder, m
     monkeypatch.setattr(
         encoder, "encode_image", lambda shown: encode(shown) + hidden.where((shown == 0).any(), torch.tensor(0.0))
     )
-    with pytest.raises(ValueError, match=r"BanzhafInteractions: the image map of pair\(s\) \[0\] is not finite"):
+    with pytest.raises(ValueError, match=r"BanzhafInteractions: the regression of pair\(s\) \[0\] is not finite"):
         method.attribute(images, tokens)
     with pytest.raises(ValueError, match=r"the span map of pair\(s\) \[0\] is not finite"):
         method.span_map(images, tokens, encoder.tokenizer.content_mask(tokens))
