@@ -88,6 +88,7 @@ def write_evaluation(
     fingerprint: str | None = "1",
     examples: bool = True,
     options: Mapping[str, Any] | None = None,
+    speed: Mapping[str, float] | None = None,
     **table: Any,
 ) -> ResultRecord:
     """Write an evaluation; m2ib has as many seeds as are asked for."""
@@ -99,6 +100,7 @@ def write_evaluation(
         versions={"torch": "2.6.0"},
         methods=methods_of(list(skills), **(options or {})),
         metrics=METRICS,
+        speed=dict(speed or {}),
     )
     write_result(folder, record, made_table(skills, **table))
     if examples:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_xai.attribution.base import InteractionAttribution
+from lightning_xai.attribution.base import InteractionAttribution, check_finite
 from lightning_xai.attribution.coalitions import (
     Coalitions,
     ImageMasking,
@@ -164,8 +164,13 @@ class BanzhafInteractions(PairwiseMethod):
         return total
 
     def attribute_states(self, states: HiddenStates, references: References) -> BanzhafAttribution:
-        """The interactions: inner products of both sides' regressed embeddings."""
+        """The interactions: inner products of both sides' regressed embeddings.
+
+        Raises:
+            ValueError: a regression is not finite, since the model is not on some masked input.
+        """
         phi_BLP = states.text[:, :-1] @ states.image[:, :-1].mT
+        check_finite(phi_BLP, "regression", self.label)
         interactions = phi_BLP[:, 1:, 1:].reshape(*phi_BLP[:, 1:, 0].shape, *self.grid)
         return BanzhafAttribution(
             image=interactions.sum(dim=1),

@@ -12,7 +12,7 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,14 @@ from rich.console import Console
 from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.attribution.base import ConstantMapWarning
 from lightning_xai.attribution.method_options import check_method, choose_method
-from lightning_xai.attribution.registry import METHODS
+from lightning_xai.attribution.registry import ALL, METHODS
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.collages import POOL, Collages
 from lightning_xai.evaluation.embeddings import Embeddings
 from lightning_xai.evaluation.examples import Place, choose_examples
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
-from lightning_xai.evaluation.rows import measure_batch
+from lightning_xai.evaluation.rows import clock, measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.fingerprint import weights_fingerprint
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["AttributionEvaluation"]
 
 _QUALITY = 92
+_COST = "seconds_per_pair"  # of the model's own forward pass; with a label, of a method on top of it
 
 
 class AttributionEvaluation(L.LightningModule):
@@ -90,7 +91,8 @@ class AttributionEvaluation(L.LightningModule):
         table: the long table, likewise.
 
     Raises:
-        ValueError: unknown model, weights, method, metric or option; a number outside its range; at set-up:
+        ValueError: unknown model, weights, method, metric or option; a number outside its range; a metric that was
+            asked for and reads what none of the methods has; at set-up:
             `inference_mode` is on, `out` cannot be written or holds results of other settings, or metrics were asked
             for that need boxes and the data have none; at the end: metrics were asked for, and there was not one item.
         PluginError: a method or metric of another package breaks its contract.
@@ -130,6 +132,7 @@ class AttributionEvaluation(L.LightningModule):
             self.methods = _at_layers(self.methods, layers)
         self.metrics = choose_metrics(metrics, metric_options or {})
         self.asked_for = tuple(metrics or ())
+        _check_served(self.methods, [self.metrics[name] for name in self.asked_for])
         self.seeds = seeds
         self.internal_batch_size = internal_batch_size
         self.shown = (examples, examples_per_class, failures)
@@ -151,6 +154,7 @@ class AttributionEvaluation(L.LightningModule):
         self._collages: Collages | None = None
         self._pictures: dict[str, bytes] = {}
         self._broken = self._pairs = 0
+        self._costs: list[tuple[str, float, int]] = []
         self._started = 0.0
 
     def setup(self, stage: str) -> None:
@@ -194,6 +198,7 @@ class AttributionEvaluation(L.LightningModule):
         self.trainer.strategy.barrier()
         self._pictures = {}
         self._broken = self._pairs = 0
+        self._costs = []
         self._started = time.perf_counter()
         stored, damaged = sum(len(run.cache) for run in self._runs), sum(run.cache.damaged for run in self._runs)
         if stored:
@@ -234,7 +239,7 @@ class AttributionEvaluation(L.LightningModule):
                 value, _ = found.get((run.label, run.seed, score.name), (math.nan, 0))
                 # Every rank holds the same number already.
                 self.log(f"test/{run.label}/{score.name}" + (f"/seed={run.seed}" if repeated else ""), value)
-        totals = gather_to_first((self._broken, self._pairs, seconds))
+        totals = gather_to_first((self._broken, self._pairs, seconds, self._costs))
         kept = {run.label: gather_to_first(run.examples) for run in runs if run.shown is not None}
         chosen = from_first(lambda: self._write_examples(kept))
         for name in chosen & self._pictures.keys():
@@ -251,8 +256,8 @@ class AttributionEvaluation(L.LightningModule):
         if missing:
             raise ValueError(
                 f"no item was left to measure {', '.join(missing)}: {self.out / 'values.csv'} has the reason for each "
-                "excluded target (hard negatives need swap_objects or a data set that has them, signs a signed method, "
-                "pairs a method with token-patch attributions, collages three images without the caption's classes)"
+                "excluded target (hard negatives need swap_objects or a data set that has them, collages three images "
+                "without the caption's classes)"
             )
 
     def teardown(self, stage: str) -> None:
@@ -297,17 +302,26 @@ class AttributionEvaluation(L.LightningModule):
 
     def _compute(self, batch: Batch, indices: list[int], runs: list[MethodRun]) -> None:
         """One forward pass of the model, and the rows that each of the methods makes from it."""
+        pairs = len(batch.tokens)
         with ExitStack() as passes:
             for run in runs:
                 passes.enter_context(run.maps.forward_pass())
+            begin = clock(self.device)
             embeddings = Embeddings.of(self.encoder, batch)
+            self._costs.append((_COST, clock(self.device) - begin, pairs))
         for run in runs:
             rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings, self._collages)
             run.cache.put(rows.by_item(indices, heats=run.shown is not None))
-            self._pairs += len(batch.tokens)
+            self._costs.append((f"{_COST}/{run.label}", rows.seconds, pairs))
+            self._pairs += pairs
 
     def _record(
-        self, runs: list[MethodRun], broken: Sequence[int], pairs: Sequence[int], seconds: Sequence[float]
+        self,
+        runs: list[MethodRun],
+        broken: Sequence[int],
+        pairs: Sequence[int],
+        seconds: Sequence[float],
+        costs: Sequence[list[tuple[str, float, int]]],
     ) -> ResultRecord:
         """The record of the results, from what each rank has counted."""
         data = self._data()
@@ -359,6 +373,7 @@ class AttributionEvaluation(L.LightningModule):
                 "pairs": float(sum(pairs)),
                 "seconds": max(seconds),
                 "pairs_per_second": sum(pairs) / max(*seconds, 1e-9),
+                **_means(cost for own in costs for cost in own),
             },
         )
 
@@ -395,6 +410,31 @@ class AttributionEvaluation(L.LightningModule):
         for run in runs:
             run.cache.close()
         return runs
+
+
+def _check_served(methods: Mapping[str, dict[str, Any] | None], metrics: Iterable[ChosenMetric]) -> None:
+    """Raise a ValueError where a metric reads what none of the methods has."""
+    names = [method_of(label, options)[0] for label, options in methods.items()]
+    if ALL in names:  # is refused where methods are built
+        return
+    flags = [METHODS[name] for name in names]
+    for metric in metrics:
+        if not any(metric.spec.serves(signed=each.signed, pairwise=each.pairwise) for each in flags):
+            what = "token-patch interactions" if metric.spec.needs_interactions else "signed maps"
+            raise ValueError(
+                f"{metric.spec.name} reads {what}, which none of the methods {', '.join(methods)} has: add one that "
+                "has, such as feature_pair, or leave the metric out"
+            )
+
+
+def _means(costs: Iterable[tuple[str, float, int]]) -> dict[str, float]:
+    """Seconds a pair by name, of batches with their seconds and numbers of pairs."""
+    totals: dict[str, list[float]] = {}
+    for name, seconds, pairs in costs:
+        total = totals.setdefault(name, [0.0, 0.0])
+        total[0] += seconds
+        total[1] += pairs
+    return {name: seconds / pairs for name, (seconds, pairs) in sorted(totals.items()) if pairs}
 
 
 def _at_layers(

@@ -158,8 +158,7 @@ class MethodRun:
         self.metrics = {
             name: metric
             for name, metric in metrics.items()
-            if (chosen.method.signed or not metric.spec.needs_sign)
-            and (chosen.method.pairwise or not metric.spec.needs_interactions)
+            if metric.spec.serves(signed=chosen.method.signed, pairwise=chosen.method.pairwise)
         }
         self.targets: dict[str, dict[str, Any]] = {}
         self.values: list[tuple[str, int, str, str, float, str]] = []

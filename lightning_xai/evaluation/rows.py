@@ -11,6 +11,7 @@ embedding width, L tokens, H x W patches, h x w pixels.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ __all__ = [
     "MethodMaps",
     "ValueRow",
     "Wanted",
+    "clock",
     "maps_of",
     "measure_batch",
     "places_of",
@@ -250,11 +252,13 @@ class BatchRows:
         targets: rows of the table of targets, excluded ones included.
         values: what was measured on them.
         phrases: the phrases that were measured: their targets and maps [H, W] on the CPU.
+        seconds: that the attribution took, the model's own forward pass and the metrics left out.
     """
 
     targets: list[dict[str, Any]]
     values: list[ValueRow]
     phrases: list[tuple[dict[str, Any], Tensor]]
+    seconds: float
 
     def by_item(self, indices: Iterable[int], *, heats: bool) -> dict[int, dict[str, Any]]:
         """The rows of each of these items, and if wanted the maps of its phrases, as plain values to keep on disk."""
@@ -310,7 +314,15 @@ def measure_batch(
     groups |= {kind: measuring.with_masks(groups[kind]) for kind in masked}
     values = [row for metric in metrics for row in _value_rows(groups[metric.spec.kind], metric)]
     targets = [row for group in groups.values() for row in group.rows]
-    return BatchRows(targets, values, measuring.measured_phrases(groups["phrase"]) if "phrase" in groups else [])
+    shown = measuring.measured_phrases(groups["phrase"]) if "phrase" in groups else []
+    return BatchRows(targets, values, shown, measuring.seconds)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds from some point on, after all that the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class _Measuring:
@@ -333,7 +345,9 @@ class _Measuring:
         self.reason_R = measurable(batch.phrases.reason, batch.phrases.boxes, maps.grid, self.size)
         self.wanted = self._wanted(kinds)
         self._views: dict[Mask, Tensor | Exclusion] = {}
+        begin = clock(batch.images.device)
         self.maps: BatchMaps = maps.maps(batch, self.wanted)
+        self.seconds = clock(batch.images.device) - begin
 
     def group(self, kind: Kind) -> _Group:
         """All targets of a kind."""

@@ -253,6 +253,10 @@ class MetricSpec:
     by_default: bool = True
     chart: Literal["cumulative", "distribution", "bars"] | None = None
 
+    def serves(self, *, signed: bool, pairwise: bool) -> bool:
+        """Whether a method has what the metric reads: signed maps, token-patch interactions."""
+        return (signed or not self.needs_sign) and (pairwise or not self.needs_interactions)
+
     def record(self, options: Mapping[str, Any]) -> MetricRecord:
         """Its description in a result file."""
         return MetricRecord(
@@ -263,6 +267,7 @@ class MetricSpec:
             scores=self.scores,
             chart=self.chart,
             options=dict(options),
+            needs_boxes=self.needs_boxes,
         )
 
 

@@ -15,6 +15,7 @@ from lightning_xai.atomic_file import read_json, replaced_at_once, write_json
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.page import Block, Chart, Folded, HeatMaps, Section, flat, page
 from lightning_xai.report.paper_table import PaperTable
+from lightning_xai.report.sections.agreement import agreement_blocks
 from lightning_xai.report.sections.appendix import appendix_blocks
 from lightning_xai.report.sections.gaps import gap_blocks
 from lightning_xai.report.sections.heat_maps import heat_map_blocks
@@ -47,6 +48,7 @@ def build_sections(runs: Sequence[Run], test: OrderTest, min_pairs: int = 10) ->
         Section("overview", "At a glance", overview_blocks(runs, comparisons, min_pairs)),
         *metric_sections(runs),
         Section("masks", "Boxes and masks", mask_blocks(runs, min_pairs)),
+        Section("agreement", "Agreement between metrics", agreement_blocks(runs)),
         Section("training", "Training", training_blocks(runs)),
         Section("significance", "Significance", significance_blocks(comparisons, refused, test, runs)),
         Section("gaps", "Knowledge gaps", gap_blocks(runs, gallery, min_pairs)),

@@ -163,6 +163,38 @@ def class_bars(runs: Mapping[str, pd.DataFrame], title: str, value: str) -> Figu
     return figure
 
 
+@style()
+def correlations(matrix: pd.DataFrame, title: str, first: int = 0) -> Figure:
+    """Draw correlations in [-1, 1] as a heat map with numbers, blue for the same order and red for the opposite one.
+
+    Args:
+        matrix: symmetric, its index and columns the names; NaN leaves a cell empty.
+        title: above the figure.
+        first: a line parts so many first names from the others.
+
+    Raises:
+        ValueError: there is nothing to show.
+    """
+    count = len(matrix)
+    side = 0.42 * count + 2.6
+    figure, (axes,) = _axes(min(count, 1), (1, 1), (side + 0.8, side), title)
+    image = axes.imshow(matrix.to_numpy(dtype=np.float64), cmap="RdBu", vmin=-1, vmax=1)
+    for (row, column), value in np.ndenumerate(matrix.to_numpy(dtype=np.float64)):
+        if not math.isnan(value):
+            ink = "white" if abs(value) > 0.6 else "black"
+            number = f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
+            axes.text(column, row, number, ha="center", va="center", fontsize=6, color=ink)
+    names = [_name(str(name)) for name in matrix.index]
+    axes.set_xticks(range(count), names, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), names)
+    axes.grid(visible=False)
+    if 0 < first < count:
+        axes.axhline(first - 0.5, color=_INK, linewidth=1.2)
+        axes.axvline(first - 0.5, color=_INK, linewidth=1.2)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="rank correlation")
+    return figure
+
+
 def svg_text(figure: Figure) -> str:
     """Return a chart as SVG, the same text each time."""
     stream = io.StringIO()

@@ -117,6 +117,7 @@ class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
         scores: how they are summed up.
         chart: how the values are drawn; None: not at all.
         options: every option and its value.
+        needs_boxes: whether it measures against where objects are, which is known apart from the model.
     """
 
     name: str
@@ -126,6 +127,7 @@ class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
     scores: tuple[Score, ...]
     chart: Literal["cumulative", "distribution", "bars"] | None = None
     options: dict[str, Any] = {}
+    needs_boxes: bool = False
 
 
 class MethodRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,7 +168,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         state: of a training: `epoch` (finished epochs, or "validate" or "test") and `step`; within an epoch also
             `batch`, how many of its batches were trained on.
         logged: what the module logged in the same evaluation, by name; None stands for NaN.
-        speed: `pairs_per_second` and the like; no property of the model.
+        speed: `pairs_per_second` and the like, of methods as `seconds_per_pair/LABEL`; no property of the model.
         extra: what one kind alone has: `missing` trials, `grid` and `base_loss` of a ROAR+.
         rows: of the table of values, so that one that was cut off is noticed.
         version: of this format.

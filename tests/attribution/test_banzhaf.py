@@ -230,6 +230,20 @@ def test_captions_with_more_tokens_than_samples_are_refused_with_the_number_that
         BanzhafInteractions(encoder, text_samples=6).attribute(*random_pairs(encoder, ["a dog on a red mat"]))
 
 
+def test_a_regression_that_is_not_finite_is_refused(make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder("vit")
+    images, tokens = random_pairs(encoder, [CAPTION])
+    method, encode = BanzhafInteractions(encoder, image_samples=32, text_samples=8), encoder.encode_image
+    hidden = torch.tensor(torch.nan)
+    monkeypatch.setattr(
+        encoder, "encode_image", lambda shown: encode(shown) + hidden.where((shown == 0).any(), torch.tensor(0.0))
+    )
+    with pytest.raises(ValueError, match=r"BanzhafInteractions: the regression of pair\(s\) \[0\] is not finite"):
+        method.attribute(images, tokens)
+    with pytest.raises(ValueError, match=r"the span map of pair\(s\) \[0\] is not finite"):
+        method.span_map(images, tokens, encoder.tokenizer.content_mask(tokens))
+
+
 def test_a_caption_of_one_token_is_explained(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder("vit_custom_block", torch.float64)
     images, tokens = random_pairs(encoder, ["cats"])

@@ -316,6 +316,15 @@ def test_stochastic_methods_are_repeated_and_others_are_not(done: Done) -> None:
     assert numbers(done.out, "compressed", "gamma", 0) != numbers(done.out, "compressed", "gamma", 1)
 
 
+def test_seconds_of_the_pass_and_of_each_method_are_recorded(done: Done) -> None:
+    speed = done.result.speed
+    assert {name for name in speed if name.startswith("seconds_per_pair")} == {
+        "seconds_per_pair",
+        *(f"seconds_per_pair/{label}" for label in METHODS),
+    }
+    assert all(value > 0 for value in speed.values())
+
+
 def test_the_folder_holds_the_record_and_the_table_to_the_last_bit(done: Done) -> None:
     record, table = read_result(done.out)
     assert (record.kind, record.data["samples"], list(record.methods)) == ("evaluation", 13, list(METHODS))
@@ -533,11 +542,16 @@ def test_a_method_without_a_sign_has_nothing_where_only_signs_are_asked_for(
     task = evaluate(architecture_file("vit"), data_of(world), tmp_path, methods=both, metrics=["hard_negatives"])
     assert task.table is not None
     assert set(task.table.values["method"]) == {"feature_pair"}
-    with pytest.raises(ValueError, match=r"no item was left to measure hard_negatives.*a signed method"):
-        evaluate(
-            architecture_file("vit"), data_of(world), tmp_path / "unsigned", methods={"saliency": {}},
-            metrics=["hard_negatives"],
-        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("metric", "what"), [("hard_negatives", "signed maps"), ("prefix_share", "interactions")])
+def test_a_metric_that_no_method_serves_is_refused_at_once(
+    architecture_file: Callable[[str], Path], tmp_path: Path, metric: str, what: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{metric} reads .*{what}, which none of the methods saliency, rise has"):
+        AttributionEvaluation(
+            str(architecture_file("vit")), None, out=tmp_path, methods={"saliency": {}, "rise": {}}, metrics=[metric]
+        )
 
 
 def test_broken_records_are_counted(architecture_file: Callable[[str], Path], world: Path, tmp_path: Path) -> None:
