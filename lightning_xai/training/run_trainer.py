@@ -34,7 +34,7 @@ class RunTrainer(Trainer):
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
         failure: Exception | None = None
-        with self.profiler.profile("save_checkpoint"):
+        with self.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
             checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
             try:
                 self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
