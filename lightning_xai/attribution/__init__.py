@@ -6,6 +6,8 @@ from lightning_xai.attribution.base import (
     ConstantMapWarning,
     ImageComparison,
     InteractionAttribution,
+    OtherCaptions,
+    UnsupportedTargetError,
 )
 from lightning_xai.attribution.baselines import CentredGaussian, RandomMap
 from lightning_xai.attribution.clip_surgery import CLIPSurgery
@@ -28,6 +30,14 @@ from lightning_xai.attribution.registry import METHODS
 from lightning_xai.attribution.rise import RISE
 from lightning_xai.attribution.rollout import AttentionRollout
 from lightning_xai.attribution.saliency import Saliency
+from lightning_xai.attribution.targets import (
+    TARGETS,
+    Contrast,
+    PairSimilarities,
+    Probability,
+    Similarity,
+    Target,
+)
 from lightning_xai.heat_maps import min_max, upsample
 
 __all__ = [
@@ -35,6 +45,7 @@ __all__ = [
     "METHODS",
     "NIB",
     "RISE",
+    "TARGETS",
     "AttentionRelevance",
     "AttentionRollout",
     "Attribution",
@@ -44,6 +55,7 @@ __all__ = [
     "CLIPSurgery",
     "CentredGaussian",
     "ConstantMapWarning",
+    "Contrast",
     "FeaturePairAttribution",
     "FeaturePairs",
     "GradCAM",
@@ -56,11 +68,17 @@ __all__ = [
     "KernelSHAP",
     "LeGrad",
     "MaskCLIP",
+    "OtherCaptions",
+    "PairSimilarities",
     "PairwiseMethod",
+    "Probability",
     "RandomMap",
     "References",
     "Saliency",
+    "Similarity",
     "SimilarityGradCAM",
+    "Target",
+    "UnsupportedTargetError",
     "min_max",
     "quadrature",
     "upsample",
