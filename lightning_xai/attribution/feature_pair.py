@@ -22,6 +22,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.base import InteractionAttribution, check_batch, check_finite
 from lightning_xai.attribution.pairwise import (
@@ -165,16 +166,21 @@ class FeaturePairAttribution(PairwiseMethod):
 
     def _image_map(self, images: Tensor, question: Question) -> Tensor:
         image = _Side.of(self.image, self.image_states(images), self._image_reference_states(), None, self._dtype)
-        directions, similarities = [], []
+        changes, texts = [], []
         for tokens in question.captions:
             hidden = self.text_states(tokens)
             reference = self._text_reference_states(tokens.shape[1])[:, : hidden.shape[1]]
             text = _Side.of(self.text, hidden, reference, tokens, self._dtype)
             visible_B1L = self.text.visible(tokens).to(text.embedding_BK).unsqueeze(1)
-            directions.append(self._direction(text, image, self.text.on_caption(visible_B1L, text.tokens)))
-            similarities.append((text.embedding_BK * image.embedding_BK).sum(dim=1) / _norms(text, image))
-        factors_BC = question.coefficients(torch.stack(similarities, dim=1))
-        direction_B1K = torch.einsum("bc,bcsk->bsk", factors_BC, torch.stack(directions, dim=1))
+            with torch.no_grad():
+                selection_B1T = self.text.on_caption(visible_B1L, text.tokens)
+                changes.append(integrated_jvp(text.path, self._points, self._weights, selection_B1T))
+            texts.append(text.embedding_BK)
+        texts_BCK = torch.stack(texts, dim=1)
+        factors_BC = question.coefficients(cosine_similarity(image.embedding_BK[:, None], texts_BCK, dim=2))
+        # Norms are constants, as everywhere.
+        factors_BC = factors_BC / (image.embedding_BK.norm(dim=1, keepdim=True) * texts_BCK.norm(dim=2))
+        direction_B1K = torch.einsum("bc,bcsk->bsk", factors_BC, torch.stack(changes, dim=1))
         matrix_B1P = integrated_vjp(image.path, self._points, self._weights, direction_B1K, image.tokens)
         return self.image.on_grid(matrix_B1P)[:, 0]
 
@@ -321,14 +327,10 @@ class FeaturePairAttribution(PairwiseMethod):
 
     def _matrix(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> Tensor:
         """Attributions of each selection of the rows' tokens to all tokens of the columns [B, S, P]."""
-        cotangents_BSK = self._direction(rows, columns, selections_BST)
+        with torch.no_grad():
+            cotangents_BSK = integrated_jvp(rows.path, self._points, self._weights, selections_BST)
+            cotangents_BSK = cotangents_BSK / _norms(rows, columns)[:, None, None]
         return integrated_vjp(columns.path, self._points, self._weights, cotangents_BSK, columns.tokens)
-
-    @torch.no_grad()
-    def _direction(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> Tensor:
-        """What each selection of the rows' tokens adds to the rows' embedding, divided by both norms [B, S, K]."""
-        changes_BSK = integrated_jvp(rows.path, self._points, self._weights, selections_BST)
-        return changes_BSK / _norms(rows, columns)[:, None, None]
 
     def _span_map(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
         text, image = self._sides(states, references)

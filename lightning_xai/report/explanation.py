@@ -65,6 +65,23 @@ class Token:
 
 
 @dataclass(frozen=True)
+class OtherText:
+    """A caption that is compared with, and its saliency by one method.
+
+    Attributes:
+        caption: the text.
+        tokens: its tokens, [n].
+        values: [n].
+        similarity: its cosine similarity with the image.
+    """
+
+    caption: str
+    tokens: Sequence[Token]
+    values: Values
+    similarity: float
+
+
+@dataclass(frozen=True)
 class Saliency:
     """Saliency of an image and its caption by one method.
 
@@ -75,6 +92,7 @@ class Saliency:
         similarity: the cosine similarity that is explained.
         scale: how values become colours.
         completeness_error: None for methods that have none.
+        others: captions that are compared with.
     """
 
     method: str
@@ -83,6 +101,7 @@ class Saliency:
     similarity: float
     scale: Scale = "signed"
     completeness_error: float | None = None
+    others: tuple[OtherText, ...] = ()
 
 
 def explanation_sheet(
@@ -117,6 +136,7 @@ def comparison_sheet(
     saliencies: Sequence[Saliency],
     *,
     missing: Mapping[str, str] | None = None,
+    asked: str = "",
 ) -> Figure:
     """Methods side by side, after Figure 1 of the M2IB paper: the image, then a column for each method.
 
@@ -125,6 +145,7 @@ def comparison_sheet(
         tokens: the caption's tokens, [n].
         saliencies: one for each method that serves the model.
         missing: the other methods, and why they do not.
+        asked: the title, where captions are compared; their tokens stand below those of the caption.
 
     Raises:
         ValueError: no method at all, or not one value for each token.
@@ -136,15 +157,22 @@ def comparison_sheet(
     rows = -(-len(saliencies) // _MOST_COLUMNS)
     columns = -(-len(saliencies) // rows)
     across = _COLUMN + GAP
-    sheet = Sheet(max((columns + 1) * across + GAP, 2 * across + GAP + 200), _numbers(saliencies[0].similarity))
-    end = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans) + 12
+    sheet = Sheet(
+        max((columns + 1) * across + GAP, 2 * across + GAP + 200), asked or _numbers(saliencies[0].similarity)
+    )
+    end = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans)
+    for other in saliencies[0].others:
+        line = f"rather than (similarity {other.similarity:.3f}): {other.caption}"
+        end = sheet.caption(line, (GAP, end), sheet.width - 2 * GAP, color=_GREY)
+    end += 12
     y = end
     for i, saliency in enumerate(saliencies):
         if i % columns == 0:
             y = end
             sheet.text("image", (GAP + _COLUMN / 2, y), ha="center", weight="bold")
             panel(sheet, example, (GAP, y + 2 * LINE), _COLUMN)
-        end = _method_column(sheet, example, tokens, saliency, (GAP + (i % columns + 1) * across, y)) + GAP
+        at = (GAP + (i % columns + 1) * across, y)
+        end = max(end, _method_column(sheet, example, tokens, saliency, at) + GAP)
     sheet.close(_notes(sheet, [f"{name}: {why}" for name, why in (missing or {}).items()], end) + BAR)
     # Every map has its own scale.
     note = "each map relative to its own largest; methods without sign have no blue; error: of completeness"
@@ -237,6 +265,9 @@ def _method_column(sheet: Sheet, example: Example, tokens: Sequence[Token], sali
     y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (x, y + 8), _COLUMN)
     if heat_fault(saliency.text) is not None:
         sheet.text(f"tokens: {heat_fault(saliency.text)}", (x, y - 6), fontsize=_SMALL, color=_GREY)
+    for other in saliency.others:
+        sheet.text("rather than", (x, y), fontsize=_SMALL, color=_GREY)
+        y = _chips(sheet, other.tokens, scaled(other.values, saliency.scale), (x, y + LINE), _COLUMN)
     return y
 
 
