@@ -347,6 +347,8 @@ class AttributionMethod(ABC):
 
     def _attribute_to(self, images: Tensor, question: Question) -> Attribution:
         """`_attribute` for a target; methods that explain others than the similarity override it."""
+        if not question.is_similarity:
+            raise unsupported_target(self.label, question.target)
         return self._attribute(images, question.tokens)
 
     @torch.no_grad()

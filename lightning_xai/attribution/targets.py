@@ -66,11 +66,12 @@ class Target(ABC):
         if isinstance(others, str):
             raise ValueError(f"{name} takes a list of captions; got the text {others!r}: give [{others!r}]")
         self.others = others
-        for caption in (each for given in others for each in ([given] if isinstance(given, str) else given)):
-            if not isinstance(caption, str):
-                raise ValueError(f"{name} takes captions as texts; got {caption!r}")
-            if not caption.strip():
-                raise ValueError(f"a caption that {name} compares with is empty: give a text, or leave it out")
+        for given in others:
+            for caption in given if isinstance(given, list | tuple) else [given]:
+                if not isinstance(caption, str):
+                    raise ValueError(f"{name} takes captions as texts; got {caption!r}")
+                if not caption.strip():
+                    raise ValueError(f"a caption that {name} compares with is empty: give a text, or leave it out")
 
     def of_pairs(self, count: int) -> list[list[str]]:
         """The other captions of each of `count` pairs.

@@ -265,6 +265,7 @@ def _method_column(sheet: Sheet, example: Example, tokens: Sequence[Token], sali
     y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (x, y + 8), _COLUMN)
     if heat_fault(saliency.text) is not None:
         sheet.text(f"tokens: {heat_fault(saliency.text)}", (x, y - 6), fontsize=_SMALL, color=_GREY)
+        y += LINE - 6
     for other in saliency.others:
         sheet.text("rather than", (x, y), fontsize=_SMALL, color=_GREY)
         y = _chips(sheet, other.tokens, scaled(other.values, saliency.scale), (x, y + LINE), _COLUMN)
