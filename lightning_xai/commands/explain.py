@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_xai.commands.explain_entries import Explainer
 from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
 from lightning_xai.commands.intra_modal import COMPARED_ARRAYS, compare_captions, compare_images, write_pairs
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import PICTURE, describe, write_all
-
-if TYPE_CHECKING:
-    from lightning_xai.attribution.target_options import ChosenTarget
 
 
 @dataclass
@@ -188,8 +185,8 @@ class Explain:
             flag = {"other_image": "compares_images", "other_caption": "intra_modal"}.get(option, "pairwise")
             check_method(self.method, **{flag: given})
 
-    def _target(self, entries: list[Entry]) -> ChosenTarget | None:
-        """What is explained of captions that are compared; None where there are none.
+    def _target(self, entries: list[Entry]) -> Any:
+        """What is explained of captions that are compared, a `ChosenTarget`; None where there are none.
 
         Raises:
             ValueError: no such target or option, nothing to compare, or a method that does not explain the target.

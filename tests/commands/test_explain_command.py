@@ -656,7 +656,7 @@ def test_weights_that_are_not_finite_are_reported(
 def test_a_list_of_no_use_is_reported(model: list[str], tmp_path: Path) -> None:
     for content, message in {
         "image,caption\n": "lists no image",
-        "image,text\na.png,b\n": "expected the columns image,caption and if need be span,box; got image,text",
+        "image,text\na.png,b\n": "expected the columns image,caption and if need be span,box,against; got image,text",
         "image,caption\ngone.png,b\n": "none of the 1 entries can be used:\n  0000-gone: ",
         "image,caption\na.png,b, c\n": "list.csv, line 2: expected 2 fields as in the header, found 3; put fields with",
         'image,caption\na.png,"b\n': "not a CSV file in UTF-8",
