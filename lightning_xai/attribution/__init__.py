@@ -24,12 +24,14 @@ from lightning_xai.attribution.legrad import LeGrad
 from lightning_xai.attribution.m2ib import M2IB
 from lightning_xai.attribution.mask_clip import MaskCLIP
 from lightning_xai.attribution.nib import NIB
+from lightning_xai.attribution.one_tower import Input, OneTowerMethod
 from lightning_xai.attribution.pairwise import HiddenStates, IntraModalAttribution, PairwiseMethod, References
 from lightning_xai.attribution.path_integral import quadrature
 from lightning_xai.attribution.registry import METHODS
 from lightning_xai.attribution.rise import RISE
 from lightning_xai.attribution.rollout import AttentionRollout
 from lightning_xai.attribution.saliency import Saliency
+from lightning_xai.attribution.score import Score
 from lightning_xai.attribution.targets import (
     TARGETS,
     Contrast,
@@ -62,12 +64,14 @@ __all__ = [
     "GradECLIP",
     "HiddenStates",
     "ImageComparison",
+    "Input",
     "IntegratedGradients",
     "InteractionAttribution",
     "IntraModalAttribution",
     "KernelSHAP",
     "LeGrad",
     "MaskCLIP",
+    "OneTowerMethod",
     "OtherCaptions",
     "PairSimilarities",
     "PairwiseMethod",
@@ -75,6 +79,7 @@ __all__ = [
     "RandomMap",
     "References",
     "Saliency",
+    "Score",
     "Similarity",
     "SimilarityGradCAM",
     "Target",
