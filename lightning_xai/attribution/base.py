@@ -326,7 +326,8 @@ class AttributionMethod(ABC):
         size = min(self.internal_batch_size or _OWN_PAIRS, _OWN_PAIRS)
         starts = range(0, len(images), size)
         own = [self.encoder.own_similarity(images[i : i + size], tokens[i : i + size]) for i in starts]
-        return self._attribute_to(images, question), torch.cat(own)
+        result = self._attribute(images, tokens) if question.is_similarity else self._attribute_to(images, question)
+        return result, torch.cat(own)
 
     def _check_similarity(self, explained: Tensor, own: Tensor) -> None:
         """Raise a ValueError where the similarity that was explained is not the model's, but for rounding."""
@@ -346,20 +347,8 @@ class AttributionMethod(ABC):
         """`attribute` of a batch that has been checked, with the model ready for derivatives."""
 
     def _attribute_to(self, images: Tensor, question: Question) -> Attribution:
-        """`_attribute` for a target; methods that explain others than the similarity override it."""
-        if not question.is_similarity:
-            raise unsupported_target(self.label, question.target)
-        return self._attribute(images, question.tokens)
-
-    @torch.no_grad()
-    def _embeddings(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of images and captions, each [B, K], without graph; not normalised."""
-        parts = [
-            (self.encoder.encode_image(images[rows]), self.encoder.encode_text(tokens[rows]))
-            for rows in self._chunks(len(images))
-        ]
-        image, text = (torch.cat(part) for part in zip(*parts, strict=True))
-        return image, text
+        """`_attribute` for another target than the similarity; methods that explain others override it."""
+        raise unsupported_target(self.label, question.target)
 
     def _chunks(self, count: int) -> Iterator[slice]:
         """Slices of at most `internal_batch_size` of `count` things."""

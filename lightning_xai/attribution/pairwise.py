@@ -159,8 +159,6 @@ class PairwiseMethod(AttributionMethod):
         """`attribute` of a batch that has been checked, with the model ready for derivatives."""
 
     def _attribute_to(self, images: Tensor, question: Question) -> InteractionAttribution:
-        if question.is_similarity:
-            return self._attribute(images, question.tokens)
         return self._to_target(self.image_states(images), question)
 
     def _to_target(self, image: Tensor, question: Question) -> InteractionAttribution:

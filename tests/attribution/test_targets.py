@@ -117,7 +117,7 @@ def test_pairs_with_any_number_of_other_captions_are_explained_as_on_their_own(e
             alone = build(name, encoder).attribute(images[rows], tokens[rows], kind(given[row]))
             count = len(given[row])
             for result, at in ((whole, row), (turned, place)):
-                close = {"rtol": 1e-6, "atol": 1e-9}
+                close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-9}
                 torch.testing.assert_close(result.image[at], alone.image[0], **close)
                 torch.testing.assert_close(result.text[at], alone.text[0], **close)
                 torch.testing.assert_close(others_of(result).text[at, :count], others_of(alone).text[0], **close)
