@@ -357,17 +357,12 @@ class AttributionMethod(ABC):
 
 
 def unsupported_target(method: str, target: Target | type[Target]) -> UnsupportedTargetError:
-    """The error that a method does not explain a target, with those that do."""
-    from lightning_xai.attribution.registry import METHODS  # which imports this module
-
-    able = [name for name, each in METHODS.items() if each.serves(target)]
+    """The error that a method does not explain a target, with advice."""
     kind = target if isinstance(target, type) else type(target)
-    other = ""
+    instead = "take a method that explains any, such as IntegratedGradients, KernelSHAP, GradCAM or M2IB"
     if not kind.linear:
-        other = '; methods that add up similarities explain Contrast(others, weight="softmax"), along its gradient'
-    return UnsupportedTargetError(
-        f"{method} does not explain {kind.__name__}; methods that do: {', '.join(able)}{other}"
-    )
+        instead += ', or Contrast(others, weight="softmax"), which is linear and has the gradient of a probability'
+    return UnsupportedTargetError(f"{method} does not explain the target {kind.__name__}: {instead}")
 
 
 def check_batch(images: Tensor, tokens: Tensor) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from lightning_xai.attribution.base import UnsupportedTargetError, unsupported_target
+from lightning_xai.attribution.registry import ALL, METHODS
 from lightning_xai.attribution.targets import TARGETS, Target
 from lightning_xai.registry import resolve_options
 
-__all__ = ["ChosenTarget", "choose_target"]
+__all__ = ["ChosenTarget", "check_serves", "choose_target"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,11 @@ def choose_target(name: str, options: Mapping[str, Any]) -> ChosenTarget:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TARGETS[name], skip={captions}, sub_configs=False)
     return ChosenTarget(name, resolve_options(parser, options, name, f"--target_options of {name}"))
+
+
+def check_serves(method: str, target: ChosenTarget) -> None:
+    """Raise an UnsupportedTargetError that lists the methods that explain a target, where the named one does not."""
+    if method == ALL or METHODS[method].serves(target.kind):
+        return
+    able = ", ".join(name for name, each in METHODS.items() if each.serves(target.kind))
+    raise UnsupportedTargetError(f"{unsupported_target(method, target.kind)}; methods that explain it: {able}")

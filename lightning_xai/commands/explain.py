@@ -191,17 +191,14 @@ class Explain:
         Raises:
             ValueError: no such target or option, nothing to compare, or a method that does not explain the target.
         """
-        from lightning_xai.attribution.base import unsupported_target
-        from lightning_xai.attribution.registry import ALL, METHODS
-        from lightning_xai.attribution.target_options import choose_target
+        from lightning_xai.attribution.target_options import check_serves, choose_target
 
         if not any(entry.against for entry in entries):
             if self.target is not None or self.target_options:
                 raise ValueError("--target is of captions that are compared: give --against TEXT")
             return None
         target = choose_target(self.target or "contrast", self.target_options)
-        if self.method != ALL and not METHODS[self.method].serves(target.kind):
-            raise unsupported_target(self.method, target.kind)
+        check_serves(self.method, target)
         return target
 
     def _entries(self) -> list[Entry]:

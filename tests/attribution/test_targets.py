@@ -329,15 +329,13 @@ def test_a_method_that_cannot_explain_a_target_names_those_that_can(encoder: Dua
 
     for method in (build("rollout", encoder), OfSimilarity(encoder)):
         with pytest.raises(
-            UnsupportedTargetError, match="does not explain Contrast; methods that do: feature_pair, m2ib"
+            UnsupportedTargetError, match="does not explain the target Contrast: take a method that explains any, such"
         ):
             method.attribute(images, tokens, Contrast(OTHERS))
     for name in ("feature_pair", "similarity_grad_cam", "banzhaf_pairs"):
-        with pytest.raises(
-            UnsupportedTargetError, match=r"that do: m2ib.*explain Contrast\(others, weight=\"softmax\"\)"
-        ):
+        with pytest.raises(UnsupportedTargetError, match=r"Probability: .*or Contrast\(others, weight=\"softmax\"\)"):
             build(name, encoder).attribute(images, tokens, Probability(OTHERS))
-    with pytest.raises(UnsupportedTargetError, match="does not explain Probability"):
+    with pytest.raises(UnsupportedTargetError, match="does not explain the target Probability"):
         FeaturePairAttribution(encoder).image_map(images, tokens, Probability(OTHERS))
 
 

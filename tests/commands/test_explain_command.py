@@ -310,7 +310,7 @@ def test_captions_are_compared_by_every_method_and_named_with_their_similarities
     monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", some)
     arrays, record = explained(*given, "--method", "all", "--target", "probability")
     assert list(record["methods"]) == ["saliency"]
-    assert "does not explain Probability; methods that do" in record["not_served"]["rollout"]
+    assert "does not explain the target Probability: take" in record["not_served"]["rollout"]
     probability = Saliency(encoder).attribute(*inputs(encoder, image), Probability(others))
     np.testing.assert_allclose(arrays["saliency/image"], probability.image[0], rtol=1e-4, atol=1e-6)
 
@@ -343,9 +343,9 @@ def test_a_list_compares_each_caption_with_its_own_others(model: list[str], tmp_
         (["--target", "probability"], "--target is of captions that are compared: give --against TEXT"),
         (
             ["--against", "a dog", "--target", "probability"],
-            "feature_pair does not explain Probability; methods that do",
+            "methods that explain it: m2ib, grad_cam, attention_relevance",
         ),
-        (["--against", "a dog", "--method", "rollout"], "rollout does not explain Contrast; methods that do"),
+        (["--against", "a dog", "--method", "rollout"], "methods that explain it: feature_pair, m2ib, grad_cam"),
         (["--against", "a dog", "--target_options.scale", "2"], "contrast has no option scale; it has weight"),
         (["--against", "a dog", "--target_options.weight", "max"], "--target_options of contrast: "),
     ],
