@@ -156,7 +156,7 @@ def test_on_a_linear_encoder_a_contrast_has_the_values_that_are_known() -> None:
     other = encoder.tokenizer.encode(list(OTHERS))
     difference = (encoder.text_terms(tokens).sum(dim=1) - encoder.text_terms(other).sum(dim=1))[:, None, None]
     pixels = encoder.image_terms(images).sum(dim=1)
-    patches = pixels.unflatten(1, (2, 4)).unflatten(3, (3, 4)).sum(dim=(2, 4))
+    patches = pixels.reshape(3, 2, 4, 3, 4).sum(dim=(2, 4))
     s = pixels.sum(dim=(1, 2))
     for method in (IntegratedGradients(encoder), KernelSHAP(encoder, image_samples=64)):
         result = method.attribute(images, tokens, Contrast(each(OTHERS)))
@@ -254,7 +254,7 @@ def test_a_probability_is_that_of_the_model_and_its_gradient_that_of_autograd(en
     assert result.explained is not None
     torch.testing.assert_close(result.explained, probability.detach())
     (gradient,) = torch.autograd.grad(probability.sum(), pixels)
-    expected = gradient.abs().amax(dim=1).unflatten(1, (4, 8)).unflatten(3, (4, 8)).mean(dim=(2, 4))
+    expected = gradient.abs().amax(dim=1).reshape(3, 4, 8, 4, 8).mean(dim=(2, 4))
     torch.testing.assert_close(result.image, expected)
 
 
