@@ -214,7 +214,7 @@ def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
 
     `--other-image` becomes `--other_image`, and an option that is true or false needs no value. Of options two levels
     down, such as `--options.rise.seed 1`, the parser would keep only the last, so that those of one method are given to
-    it as one.
+    it as one. An option for a list of texts may be given several times.
 
     >>> def command(a_b: str, quick: bool = False): ...
     >>> _as_parsed(["--a-b=c-d", "--options.rise.seed", "1", "--options.rise.cells=2", "--quick"], command)
@@ -225,6 +225,11 @@ def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
     parameters = inspect.signature(command).parameters if command is not None else {}
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation in (bool, "bool")}
     parsed: list[str] = []
+    repeated: dict[str, list[str]] = {
+        f"--{name}": []
+        for name, parameter in parameters.items()
+        if parameter.annotation == "list[str]" and parameter.default is not parameter.empty
+    }
     nested: dict[str, dict[str, str]] = {}
     rest = list(reversed(arguments))
     while rest:
@@ -240,9 +245,12 @@ def _as_parsed(arguments: Sequence[str], command: Any) -> list[str]:
         if option.startswith("--options.") and option.count(".") == 2:
             group, _, key = option.rpartition(".")
             nested.setdefault(group, {})[key] = value if equals or not rest else rest.pop()
+        elif option in repeated and (equals or rest):
+            repeated[option].append(value if equals else rest.pop())
         else:
             parsed.append(option + equals + value)
-    return parsed + [f"{group}={json.dumps(values)}" for group, values in nested.items()]
+    joined = nested | {option: values for option, values in repeated.items() if values}
+    return parsed + [f"{option}={json.dumps(values)}" for option, values in joined.items()]
 
 
 def _give_up(command: str, error: Exception) -> NoReturn:
@@ -334,7 +342,7 @@ def _meant_for_the_user(error: BaseException | None) -> BaseException | None:
 def _of_a_plugin(error: BaseException) -> str | None:
     """A ValueError that a plug-in raised, with the plug-in's name: a message to the user like those of this package."""
     package = _raised_by(error).partition(".")[0]
-    for group in ("methods", "metrics", "sources") if isinstance(error, ValueError) else ():
+    for group in ("methods", "metrics", "sources", "targets") if isinstance(error, ValueError) else ():
         for point in entry_points(group=f"lightning_xai.{group}"):
             if point.value.partition(":")[0].partition(".")[0] == package:
                 return f"plug-in {point.dist.name if point.dist else package}: {error}"

@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, linear, multi_head_attention_forward, scaled_dot_product_attention
+from torch.nn.functional import linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.base import Attribution
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
+from lightning_xai.attribution.score import Question, Score
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -401,7 +403,7 @@ class AttendedTower:
         )
 
 
-class AttentionMethod(AttributionMethod):
+class AttentionMethod(OneTowerMethod):
     """A method that reads what the model's own pass over a batch hands from block to block, in both towers."""
 
     image: AttendedTower
@@ -417,35 +419,42 @@ class AttentionMethod(AttributionMethod):
         self.text = AttendedTower(name, self.encoder, "text", text, check)
         self.grid = self.image.at.grid
 
-    def _compared(self, images: Tensor, tokens: Tensor) -> tuple[Attribution, Tensor]:
+    def _compared(self, images: Tensor, question: Question) -> tuple[Attribution, Tensor]:
         """The attribution from what the model's own pass has computed of the images, and the similarity it gives."""
         size = min(self.internal_batch_size or _OWN_PAIRS, _OWN_PAIRS)
         parts, own = [], []
         for start in range(0, len(images), size):
             rows = slice(start, start + size)
-            with self.image.watched() as image:
-                own.append(self.encoder.own_similarity(images[rows], tokens[rows]))
-            # The model's own pass runs all of the padding, which costs more than the caption's few tokens once more.
-            with self.text.watched(tokens[rows]) as text, torch.no_grad():
-                self.encoder.encode_text(tokens[rows])
-            parts.append(self._explain(image, text))
+            with self.image.watched() as seen:
+                own.append(self.encoder.own_similarity(images[rows], question.tokens[rows]))
+            texts = [self._read_text(tokens) for tokens in question[rows].captions]
+            parts.append(self._explain(_input(images[rows], seen), texts, question[rows]))
         return Attribution.concatenate(parts), torch.cat(own)
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        return self._compared(images, tokens)[0]
+    def _attribute_to(self, images: Tensor, question: Question) -> Attribution:
+        return self._compared(images, question)[0]
 
-    def _explain(self, image: TowerPass, text: TowerPass) -> Attribution:
-        with torch.no_grad():
-            image_BK, text_BK = image.embed(image.output), text.embed(text.output)
-        return Attribution(
-            image=self._map(image, image_BK, text_BK),
-            text=self._map(text, text_BK, image_BK),
-            similarity=cosine_similarity(image_BK, text_BK),
-        )
+    @torch.no_grad()
+    def _read_text(self, tokens: Tensor) -> Input:
+        # The model's own pass runs all of the padding, which costs more than the caption's few tokens once more.
+        with self.text.watched(tokens) as seen:
+            self.encoder.encode_text(tokens)
+        return _input(tokens, seen)
+
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        return self._map(image.seen, image.embedding, score), None
+
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        return self._map(text.seen, text.embedding, score), None
 
     @abstractmethod
-    def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
-        """The map of one tower's inputs, [B, H, W] or [B, L], given both embeddings."""
+    def _map(self, seen: TowerPass, own_BK: Tensor, score: Score) -> Tensor:
+        """The map of one tower's inputs, [B, H, W] or [B, L], given their embeddings and what these are scored by."""
+
+
+@torch.no_grad()
+def _input(batch: Tensor, seen: TowerPass) -> Input:
+    return Input(batch, seen.embed(seen.output), seen)
 
 
 def both(layers: int | tuple[int, int]) -> tuple[int, int]:

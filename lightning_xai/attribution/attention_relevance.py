@@ -19,17 +19,18 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_xai.attribution.attention import AttentionReplaced, recording
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 _At = TypeVar("_At", bound=TowerAtLayer)
 
 
-class AttentionRelevance(AttributionMethod):
+class AttentionRelevance(OneTowerMethod):
     """Relevance of patches and tokens by attention times its gradient (Chefer et al. 2021, Eqs. 5 and 6).
 
     The image map is the row of R of the position that the embedding is read from (CLS), without CLS and registers;
@@ -64,26 +65,28 @@ class AttentionRelevance(AttributionMethod):
             self._image.run(weight.new_zeros(1, *encoder.image_shape))
             self._text.run(encoder.tokenizer.padding_caption()[None].to(weight.device))
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        return Attribution.concatenate(
-            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
-        )
+    def _read_image(self, images: Tensor) -> Input:
+        forward = self._image.run(images)
+        return Input(images, forward.embedding_BK.detach(), forward)
 
-    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
-        image, text = self._image.run(images), self._text.run(tokens)
-        similarity_B = cosine_similarity(image.embedding_BK, text.embedding_BK, dim=1)
-        logits_B = self.encoder.logit_scale.exp() * similarity_B
+    def _read_text(self, tokens: Tensor) -> Input:
+        forward = self._text.run(tokens)
+        return Input(tokens, forward.embedding_BK.detach(), forward)
+
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        return self._image.first.on_grid(self._relevance(self._image, image.seen, score)), None
+
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        own = self.encoder.tokenizer.content_mask(text.batch)
+        relevance_BT = self._relevance(self._text, text.seen, score)
+        return self._text.first.on_caption(relevance_BT, text.batch.shape[1]) * own, None
+
+    def _relevance(self, tower: _Tower[Any], forward: _Forward, score: Score) -> Tensor:
+        # Similarities are taken as logits, and a target that is linear in them likewise.
+        factor = score.pair.scale if score.target.linear else 1.0
         # Attentions of different pairs do not meet, so one backward pass of the sum serves the whole batch.
-        nodes = [*image.attentions, *text.attentions]
-        gradients = torch.autograd.grad(logits_B.sum(), nodes)
-        image_BT = self._image.relevance(image, gradients[: len(image.attentions)])
-        text_BT = self._text.relevance(text, gradients[len(image.attentions) :])
-        own = self.encoder.tokenizer.content_mask(tokens)
-        return Attribution(
-            image=self._image.first.on_grid(image_BT),
-            text=self._text.first.on_caption(text_BT, tokens.shape[1]) * own,
-            similarity=similarity_B.detach(),
-        )
+        value = (factor * score(forward.embedding_BK)).sum()
+        return tower.relevance(forward, torch.autograd.grad(value, forward.attentions))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ grid. States of an input have rows R: the constant, one for each patch or token,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from lightning_xai.attribution.coalitions import (
     embed_without_tokens,
     masked_images,
 )
-from lightning_xai.attribution.pairwise import HiddenStates, PairwiseMethod, References
+from lightning_xai.attribution.pairwise import HiddenStates, PairwiseMethod, References, weighted
 from lightning_xai.attribution.perturbation import forward_only, wide_dtype
+from lightning_xai.attribution.score import Question
 from lightning_xai.models.at_layer import differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -181,6 +182,19 @@ class BanzhafInteractions(PairwiseMethod):
             patches=phi_BLP[:, 0, 1:].reshape(-1, *self.grid),
             tokens=phi_BLP[:, 1:, 0],
             constant=phi_BLP[:, 0, 0],
+        )
+
+    def _combined(self, found: Sequence[InteractionAttribution], question: Question) -> InteractionAttribution:
+        """With the terms of lower order, in which all tokens of the other captions are present."""
+        combined, (first, *rest) = super()._combined(found, question), cast(Sequence[BanzhafAttribution], found)
+        factors_BC = question.coefficients(torch.stack([each.similarity for each in found], dim=1))
+        patches = [first.patches, *(each.patches + each.image for each in rest)]
+        constant = [first.constant, *(each.constant + each.tokens.sum(dim=1) for each in rest)]
+        return replace(
+            cast(BanzhafAttribution, combined),
+            patches=weighted(patches, factors_BC),
+            tokens=factors_BC[:, :1] * first.tokens,
+            constant=weighted(constant, factors_BC),
         )
 
     def span_map_of(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:

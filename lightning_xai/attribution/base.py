@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
+from lightning_xai.attribution.score import Question
+from lightning_xai.attribution.targets import SIMILARITY, Similarity, Target
 from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.registry import PluginError
@@ -24,25 +25,56 @@ _ROUNDING, _NOTHING = 1e-6, 1e-12  # differences within a map that say nothing: 
 _SIMILARITY, _SIMILARITY_HALF = 1e-4, 2e-2  # what rounding may change a similarity by, in float32 and half precision
 _OWN_PAIRS = 32
 _A = TypeVar("_A", bound="Attribution")
+Explains = Literal["similarity", "linear", "any"]
 
 
 class ConstantMapWarning(UserWarning):
     """An attribution map is constant."""
 
 
+class UnsupportedTargetError(ValueError):
+    """A method cannot explain a target; the message says which methods can."""
+
+
+@dataclass(frozen=True)
+class OtherCaptions:
+    """The part of M other captions in a target, for each of B pairs.
+
+    Attributes:
+        tokens: [B, M, L] token ids.
+        counted: [B, M] bool, False for what only fills up where pairs have different numbers of other captions.
+        similarity: [B, M], the cosine similarity of the image with each.
+        text: [B, M, L], what each token adds to the target, so that those that make another caption similar are
+            negative; of methods without sign, how much each speaks for its caption. Zero where not counted.
+        interactions: [B, M, L, H, W] what each pair of token and patch adds to the target; of methods that have them.
+        prefix: [B, M, L] the same for the image's prefix tokens.
+    """
+
+    tokens: Tensor
+    counted: Tensor
+    similarity: Tensor
+    text: Tensor
+    interactions: Tensor | None = None
+    prefix: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Attribution:
-    """The contribution of the patches of B images and the tokens of B captions to the similarity of each pair.
+    """The contribution of the patches of B images and the tokens of B captions to the target of each pair.
+
+    The target is the similarity unless another one was asked for.
 
     Attributes:
         image: [B, H, W] at patch resolution; signed where the method is signed, else non-negative. Larger is more.
         text: [B, L], likewise; zero for tokens that the embedding cannot depend on, such as padding after the end.
-        similarity: [B], the cosine similarity that is explained, in [-1, 1].
+        similarity: [B], the cosine similarity of image and caption, in [-1, 1].
         interactions: [B, L, H, W], signed: how much token and patch together add to the similarity, in its units; None
             for methods without token-patch attributions.
         prefix: [B, L], the same for the image's prefix tokens (CLS, registers); None where `interactions` is.
         completeness_error: [B], sum of all attributions minus what they should sum to, for methods that have such a
             sum; None for others. Goes to zero with the number of integration steps.
+        explained: [B], the value of the target that is explained; None where that is the similarity.
+        others: the part of the target's other captions; None where it has none.
     """
 
     image: Tensor
@@ -51,15 +83,14 @@ class Attribution:
     interactions: Tensor | None = None
     prefix: Tensor | None = None
     completeness_error: Tensor | None = None
+    explained: Tensor | None = None
+    others: OtherCaptions | None = None
 
     @classmethod
     def concatenate(cls: type[_A], parts: Sequence[_A]) -> _A:
         """One batch of several, in their order."""
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
-        joined: dict[str, Any] = {
-            name: None if column[0] is None else torch.cat(column) for name, column in columns.items()
-        }
-        return cls(**joined)
+        joined: _A = _joined(parts)
+        return joined
 
     def of_coalitions(self, shown: Tensor, said: Tensor) -> Tensor:
         """What the attribution says of coalitions: the sum of the terms whose parts are all present, [B, N].
@@ -72,9 +103,20 @@ class Attribution:
         return patches + torch.einsum("bnl,bl->bn", said, self.text.to(said))
 
 
+def _joined(parts: Sequence[Any]) -> Any:
+    """One result of several of a kind, whose fields are tensors, None or such results."""
+    first = parts[0]
+    if first is None or isinstance(first, Tensor):
+        return None if first is None else torch.cat(list(parts))
+    return type(first)(**{each.name: _joined([getattr(part, each.name) for part in parts]) for each in fields(first)})
+
+
 @dataclass(frozen=True)
 class InteractionAttribution(Attribution):
-    """An attribution to token-patch interactions; `image` and `text` are sums over `interactions`."""
+    """An attribution to token-patch interactions; `image` and `text` are sums over `interactions`.
+
+    With other captions `image` is the sum over their interactions as well.
+    """
 
     interactions: Tensor
     prefix: Tensor
@@ -120,6 +162,7 @@ class AttributionMethod(ABC):
         compares_images: whether two images, but no captions, can be compared: `attribute_images`.
         baseline: whether the model is ignored, as by random maps.
         has_zero: whether 0 means "no influence"; elsewhere only differences within a map mean something.
+        explains: which targets: the similarity only, those that are linear in similarities, or any.
         origin: the package and entry of a method of another package; empty for built-in ones.
         grid: rows and columns of image maps; those of the last layer unless a method sets others.
 
@@ -134,6 +177,7 @@ class AttributionMethod(ABC):
     stochastic: ClassVar[bool] = False
     baseline: ClassVar[bool] = False
     has_zero: ClassVar[bool] = True
+    explains: ClassVar[Explains] = "similarity"
     origin: ClassVar[str] = ""
 
     def __init__(self, encoder: TwoTowerEncoder, *, internal_batch_size: int | None = None) -> None:
@@ -159,33 +203,51 @@ class AttributionMethod(ABC):
         """Rows and columns of image maps."""
         return self.encoder.image_at_layer().grid
 
-    def attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        """Explain the similarity of each image and its caption.
+    @classmethod
+    def serves(cls, target: Target | type[Target]) -> bool:
+        """True if the method explains that target."""
+        kind = target if isinstance(target, type) else type(target)
+        return cls.explains == "any" or kind is Similarity or (cls.explains == "linear" and kind.linear)
+
+    def attribute(self, images: Tensor, tokens: Tensor, target: Target = SIMILARITY) -> Attribution:
+        """Explain the similarity of each image and its caption, or another target.
 
         Args:
             images: [B, 3, height, width], as `encoder.image_transform` makes them.
             tokens: [B, L] token ids; caption i belongs to image i.
+            target: what is explained, such as `Contrast(["a cat chasing a dog"])`.
 
         Raises:
             TypeError: not tensors, or images that are not normalised.
             ValueError: shapes do not match; the similarity or the result is not finite (the message says which); or
-                the similarity that was explained is not the model's own, which was changed meanwhile.
+                the similarity that was explained is not the model's own, which was changed meanwhile; or one of the
+                target's captions cannot be used.
+            UnsupportedTargetError: the method cannot explain the target.
             PluginError: `_attribute` returned no attribution, or one of another shape.
         """
         check_batch(images, tokens)
         self._check_images(images)
+        self._check_target(target)
         images, tokens = as_constant(images), as_constant(tokens)
         self._check_towers()
         with differentiable(self.encoder):
-            result, own = self._compared(images, tokens)
+            result, own = self._compared(images, Question.of(target, self.encoder, tokens))
         self._check_shapes(result, *tokens.shape)
-        for part, what in ((result.similarity, "similarity"), (result.image, "image map"), (result.text, "text map")):
+        parts = {"similarity": result.similarity, "image map": result.image, "text map": result.text}
+        if result.others is not None:
+            parts["text map of the other captions"] = result.others.text
+        for what, part in parts.items():
             check_finite(part, what, self.label)
         self._check_similarity(result.similarity, own)
         image = result.image.flatten(1)
         _warn_if_constant(image, torch.ones_like(image, dtype=torch.bool), "image", self.label)
         _warn_if_constant(result.text, self.encoder.tokenizer.content_mask(tokens), "text", self.label)
         return result
+
+    def _check_target(self, target: Target) -> None:
+        """Raise an UnsupportedTargetError where the method does not explain the target."""
+        if not self.serves(target):
+            raise unsupported_target(self.label, target)
 
     def _check_shapes(self, result: Attribution, batch: int, length: int) -> None:
         """Raise a PluginError that names the method and the rule where a result breaks the contract."""
@@ -257,13 +319,15 @@ class AttributionMethod(ABC):
                     self.encoder.check_tower(part)
         self._structure = structure
 
-    def _compared(self, images: Tensor, tokens: Tensor) -> tuple[Attribution, Tensor]:
+    def _compared(self, images: Tensor, question: Question) -> tuple[Attribution, Tensor]:
         """The attribution, and the similarity [B] by the model's own functions, which it has to be about."""
+        tokens = question.tokens
         # Whole towers run, with the padding of captions: a few pairs at a time.
         size = min(self.internal_batch_size or _OWN_PAIRS, _OWN_PAIRS)
         starts = range(0, len(images), size)
         own = [self.encoder.own_similarity(images[i : i + size], tokens[i : i + size]) for i in starts]
-        return self._attribute(images, tokens), torch.cat(own)
+        result = self._attribute(images, tokens) if question.is_similarity else self._attribute_to(images, question)
+        return result, torch.cat(own)
 
     def _check_similarity(self, explained: Tensor, own: Tensor) -> None:
         """Raise a ValueError where the similarity that was explained is not the model's, but for rounding."""
@@ -282,20 +346,23 @@ class AttributionMethod(ABC):
     def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
         """`attribute` of a batch that has been checked, with the model ready for derivatives."""
 
-    @torch.no_grad()
-    def _embeddings(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of images and captions, each [B, K], without graph; not normalised."""
-        parts = [
-            (self.encoder.encode_image(images[rows]), self.encoder.encode_text(tokens[rows]))
-            for rows in self._chunks(len(images))
-        ]
-        image, text = (torch.cat(part) for part in zip(*parts, strict=True))
-        return image, text
+    def _attribute_to(self, images: Tensor, question: Question) -> Attribution:
+        """`_attribute` for another target than the similarity; methods that explain others override it."""
+        raise unsupported_target(self.label, question.target)
 
     def _chunks(self, count: int) -> Iterator[slice]:
         """Slices of at most `internal_batch_size` of `count` things."""
         size = self.internal_batch_size or max(count, 1)
         yield from (slice(start, start + size) for start in range(0, count, size))
+
+
+def unsupported_target(method: str, target: Target | type[Target]) -> UnsupportedTargetError:
+    """The error that a method does not explain a target, with advice."""
+    kind = target if isinstance(target, type) else type(target)
+    instead = "take a method that explains any, such as IntegratedGradients, KernelSHAP, GradCAM or M2IB"
+    if not kind.linear:
+        instead += ', or Contrast(others, weight="softmax"), which is linear and has the gradient of a probability'
+    return UnsupportedTargetError(f"{method} does not explain the target {kind.__name__}: {instead}")
 
 
 def check_batch(images: Tensor, tokens: Tensor) -> None:
@@ -345,12 +412,3 @@ def _warn_if_constant(maps: Tensor, own: Tensor, name: str, method: str) -> None
             ConstantMapWarning,
             stacklevel=3,
         )
-
-
-def cosine_with(embedding: Tensor) -> Callable[[Tensor], Tensor]:
-    """The cosine similarity of embeddings [B * n, K] with `embedding` [B, K], n in a row each: [B * n]."""
-
-    def score(other: Tensor) -> Tensor:
-        return cosine_similarity(other, embedding.repeat_interleave(len(other) // len(embedding), dim=0), dim=1)
-
-    return score

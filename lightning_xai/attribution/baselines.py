@@ -6,16 +6,18 @@ Shape suffixes: B pairs, L tokens, H x W the patch grid.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.base import Attribution
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod, answer, similarities
+from lightning_xai.attribution.score import Question, Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class RandomMap(AttributionMethod):
+class RandomMap(OneTowerMethod):
     """Uniform noise in [0, 1) for each patch and each content token; other tokens are zero.
 
     The noise is drawn from the pair's own image and caption and from `seed`, so that a pair gets the same map in any
@@ -38,15 +40,23 @@ class RandomMap(AttributionMethod):
         self.grid = encoder.image_at_layer().grid
         self._seed = seed
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        image_BK, text_BK = self._embeddings(images, tokens)
-        content_BL = self.encoder.tokenizer.content_mask(tokens)
-        image, text = image_BK.new_zeros(len(images), *self.grid), image_BK.new_zeros(tokens.shape)
-        for row, content_L in enumerate(content_BL):
-            generator = self._generator(images[row], tokens[row, content_L])
-            image[row] = torch.rand(self.grid, generator=generator)
-            text[row, content_L] = torch.rand(int(content_L.sum()), generator=generator).to(text)
-        return Attribution(image, text, cosine_similarity(image_BK, text_BK))
+    def _explain(self, image: Input, texts: Sequence[Input], asked: Question) -> Attribution:
+        maps_BHW = image.embedding.new_zeros(len(image.batch), *self.grid)
+        text_maps = [image.embedding.new_zeros(text.batch.shape) for text in texts]
+        for caption, (text, map_BL) in enumerate(zip(texts, text_maps, strict=True)):
+            for row, content_L in enumerate(self.encoder.tokenizer.content_mask(text.batch)):
+                generator = self._generator(image.batch[row], text.batch[row, content_L])
+                image_HW = torch.rand(self.grid, generator=generator)
+                if caption == 0:
+                    maps_BHW[row] = image_HW
+                map_BL[row, content_L] = torch.rand(int(content_L.sum()), generator=generator).to(map_BL)
+        return answer(asked, similarities(image, texts), maps_BHW, text_maps)
+
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        raise NotImplementedError("maps are drawn from image and caption together")
+
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        raise NotImplementedError("maps are drawn from image and caption together")
 
     def _generator(self, image: Tensor, content: Tensor) -> torch.Generator:
         """A generator that the seed and the pair's content determine."""
@@ -56,7 +66,7 @@ class RandomMap(AttributionMethod):
         return torch.Generator().manual_seed(checksum)
 
 
-class CentredGaussian(AttributionMethod):
+class CentredGaussian(OneTowerMethod):
     """A Gaussian around the middle, the same for all images: what photographers' habits alone explain.
 
     The image map is isotropic in pixels and 1 in the exact centre; the text map is centred on the middle of the
@@ -82,24 +92,20 @@ class CentredGaussian(AttributionMethod):
         self.grid = encoder.image_at_layer().grid
         self._width = width
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        image_BK, text_BK = self._embeddings(images, tokens)
-        image = self._image_map(images).to(image_BK).expand(len(images), -1, -1)
-        return Attribution(image, self._text_maps(tokens).to(image_BK), cosine_similarity(image_BK, text_BK))
-
-    def _image_map(self, images: Tensor) -> Tensor:
-        sides = images.shape[2:]
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        sides = image.batch.shape[2:]
         sigma = self._width * min(sides)
         rows_H, columns_W = (
             # Distances of the patches' centres from the middle, in pixels.
             torch.exp(-((((torch.arange(count) + 0.5) / count - 0.5) * side / sigma) ** 2) / 2)
             for count, side in zip(self.grid, sides, strict=True)
         )
-        return torch.outer(rows_H, columns_W)
+        map_HW = torch.outer(rows_H, columns_W).to(image.embedding)
+        return map_HW.expand(len(image.batch), -1, -1), None
 
-    def _text_maps(self, tokens: Tensor) -> Tensor:
-        content_BL = self.encoder.tokenizer.content_mask(tokens)
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        content_BL = self.encoder.tokenizer.content_mask(text.batch)
         count_B1 = content_BL.sum(dim=1, keepdim=True).clamp(min=1)
         place_BL = content_BL.cumsum(dim=1) - 1
         distance_BL = (place_BL - (count_B1 - 1) / 2) / (self._width * count_B1)
-        return content_BL * torch.exp(-(distance_BL**2) / 2)
+        return (content_BL * torch.exp(-(distance_BL**2) / 2)).to(text.embedding), None

@@ -8,7 +8,7 @@ and gathers what attention between values makes, without MLP,
 *Feature surgery*: of the cosines c_pt of patch p of y and prompt t, weighted by w_t = s_t / mean(s),
 s = softmax(2 cos(image, t)), their mean over prompts is subtracted.
 
-Shape suffixes: B pairs, T tokens run, P prompts with the caption, K embedding width.
+Shape suffixes: B pairs, T tokens run, P prompts with the caption, J captions, K embedding width.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from lightning_xai.attribution.attention import Attention, AttentionMethod, TowerPass
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -30,7 +31,8 @@ class CLIPSurgery(AttentionMethod):
     """Cosine similarity of each patch with the caption, after architecture and feature surgery.
 
     Signed: larger is more alike. The paper explains images; the text map is of each token after architecture surgery of
-    the text tower, with the image, and zero but for the caption's own tokens.
+    the text tower, with the image, and zero but for the caption's own tokens. A target of several captions is taken of
+    each patch, from its cosines with each caption after surgery, where each makes a set with the same prompts.
 
     Args:
         encoder: the dual encoder to explain.
@@ -74,20 +76,29 @@ class CLIPSurgery(AttentionMethod):
         self._is_set = bool(prompts)
 
     @torch.no_grad()
-    def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
-        tokens_BTK = normalize(self._second_way(seen), dim=2)
-        own_BT = (tokens_BTK @ normalize(other_BK, dim=1)[:, :, None])[:, :, 0]
-        if seen.tokens is not None or not self._feature_surgery:
-            return seen.maps(own_BT)
-        prompts_PK = normalize(self.encoder.encode_text(self._prompts.to(own_BK.device)), dim=1)
+    def _map(self, seen: TowerPass, own_BK: Tensor, score: Score) -> Tensor:
+        tokens_BTK, directions_BJK = normalize(self._second_way(seen), dim=2), normalize(score.directions, dim=2)
+        own_BTJ = tokens_BTK @ directions_BJK.mT
+        if seen.tokens is None and self._feature_surgery:
+            own_BTJ = self._less_what_is_shared(own_BTJ, tokens_BTK, normalize(own_BK, dim=1), directions_BJK)
+        return seen.maps(score.of(own_BTJ))
+
+    def _less_what_is_shared(
+        self, own_BTJ: Tensor, tokens_BTK: Tensor, image_BK: Tensor, captions_BJK: Tensor
+    ) -> Tensor:
+        """The cosines of each caption after feature surgery, all from unit embeddings."""
+        prompts_PK = normalize(self.encoder.encode_text(self._prompts.to(image_BK.device)), dim=1)
         others_BTP = tokens_BTK @ prompts_PK.T
         if not self._is_set:
-            return seen.maps(own_BT - others_BTP[:, :, 0])
-        whole_BP = torch.cat([cosine_similarity(own_BK, other_BK)[:, None], normalize(own_BK, dim=1) @ prompts_PK.T], 1)
-        share_BP = (self._temperature * whole_BP).softmax(dim=1)
-        weight_BP = share_BP / share_BP.mean(dim=1, keepdim=True)
-        weighted_BTP = weight_BP[:, None] * torch.cat([own_BT[:, :, None], others_BTP], dim=2)
-        return seen.maps(weighted_BTP[:, :, 0] - weighted_BTP.mean(dim=2))
+            return own_BTJ - others_BTP
+        columns = []
+        for place, caption_BK in enumerate(captions_BJK.unbind(dim=1)):
+            whole_BP = torch.cat([(image_BK * caption_BK).sum(dim=1, keepdim=True), image_BK @ prompts_PK.T], 1)
+            share_BP = (self._temperature * whole_BP).softmax(dim=1)
+            weight_BP = share_BP / share_BP.mean(dim=1, keepdim=True)
+            weighted_BTP = weight_BP[:, None] * torch.cat([own_BTJ[:, :, place, None], others_BTP], dim=2)
+            columns.append(weighted_BTP[:, :, 0] - weighted_BTP.mean(dim=2))
+        return torch.stack(columns, dim=2)
 
     @staticmethod
     def _second_way(seen: TowerPass) -> Tensor:

@@ -18,12 +18,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import InteractionAttribution, check_finite
+from lightning_xai.attribution.base import InteractionAttribution, check_batch, check_finite
 from lightning_xai.attribution.pairwise import (
     Captured,
     HiddenStates,
@@ -34,6 +35,8 @@ from lightning_xai.attribution.pairwise import (
 )
 from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
+from lightning_xai.attribution.score import Question
+from lightning_xai.attribution.targets import SIMILARITY, Target
 from lightning_xai.models.at_layer import EmbeddingPath, TowerAtLayer, as_constant, differentiable, refuse_rewriting
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -121,26 +124,65 @@ class FeaturePairAttribution(PairwiseMethod):
         """The image tower at its layer."""
         return self.encoder.image_at_layer(self._image_layer)
 
-    def attribute(self, images: Tensor, tokens: Tensor) -> FeaturePairs:
+    def attribute(self, images: Tensor, tokens: Tensor, target: Target = SIMILARITY) -> FeaturePairs:
         """All pairs of tokens and patches; see `AttributionMethod.attribute`."""
-        result = super().attribute(images, tokens)
+        result = super().attribute(images, tokens, target)
         assert isinstance(result, FeaturePairs)
         return result
 
-    def _compared(self, images: Tensor, tokens: Tensor) -> tuple[FeaturePairs, Tensor]:
+    def _compared(self, images: Tensor, question: Question) -> tuple[FeaturePairs, Tensor]:
         """The attribution from what the model's own pass has computed of the images, and the similarity it gives."""
-        references, results, own = self.references(tokens.shape[1]), [], []
+        tokens, results, own = question.tokens, list[FeaturePairs](), []
+        references = self.references(tokens.shape[1])
         for rows in self._chunks(len(images)):
             # At a head there is no block to listen to.
             with nullcontext(Captured()) if self.image.block is None else self.capturing() as captured:
                 own.append(self.encoder.own_similarity(images[rows], tokens[rows]))
             captured.text.clear()  # the model's own pass runs all of the padding
             states = self.hidden_states(images[rows], tokens[rows], captured)
-            results.append(self.attribute_states(states, references))
+            if question.is_similarity:
+                results.append(self.attribute_states(states, references))
+            else:
+                results.append(cast(FeaturePairs, self._to_target(states.image, question[rows])))
         return FeaturePairs.concatenate(results), torch.cat(own)
 
     def _attribute(self, images: Tensor, tokens: Tensor) -> FeaturePairs:
-        return self._compared(images, tokens)[0]
+        return self._compared(images, Question.of(SIMILARITY, self.encoder, tokens))[0]
+
+    def image_map(self, images: Tensor, tokens: Tensor, target: Target = SIMILARITY) -> Tensor:
+        """The image map of `attribute` alone, [B, H, W].
+
+        It costs what a span map costs, and a Jacobian-vector product through the text tail for each other caption:
+        what all captions make of the image is one direction of its embedding.
+        """
+        check_batch(images, tokens)
+        self._check_images(images)
+        self._check_target(target)
+        with differentiable(self.encoder):
+            question = Question.of(target, self.encoder, tokens)
+            maps = [self._image_map(images[rows], question[rows]) for rows in self._chunks(len(images))]
+        check_finite(torch.cat(maps), "image map", self.label)
+        return torch.cat(maps)
+
+    def _image_map(self, images: Tensor, question: Question) -> Tensor:
+        image = _Side.of(self.image, self.image_states(images), self._image_reference_states(), None, self._dtype)
+        changes, texts = [], []
+        for tokens in question.captions:
+            hidden = self.text_states(tokens)
+            reference = self._text_reference_states(tokens.shape[1])[:, : hidden.shape[1]]
+            text = _Side.of(self.text, hidden, reference, tokens, self._dtype)
+            visible_B1L = self.text.visible(tokens).to(text.embedding_BK).unsqueeze(1)
+            with torch.no_grad():
+                selection_B1T = self.text.on_caption(visible_B1L, text.tokens)
+                changes.append(integrated_jvp(text.path, self._points, self._weights, selection_B1T))
+            texts.append(text.embedding_BK)
+        texts_BCK = torch.stack(texts, dim=1)
+        factors_BC = question.coefficients(cosine_similarity(image.embedding_BK[:, None], texts_BCK, dim=2))
+        # Norms are constants, as everywhere.
+        factors_BC = factors_BC / (image.embedding_BK.norm(dim=1, keepdim=True) * texts_BCK.norm(dim=2))
+        direction_B1K = torch.einsum("bc,bcsk->bsk", factors_BC, torch.stack(changes, dim=1))
+        matrix_B1P = integrated_vjp(image.path, self._points, self._weights, direction_B1K, image.tokens)
+        return self.image.on_grid(matrix_B1P)[:, 0]
 
     def attribute_states(self, states: HiddenStates, references: References) -> FeaturePairs:
         """`attribute` of hidden states that a forward pass has already made."""

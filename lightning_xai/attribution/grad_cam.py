@@ -1,6 +1,6 @@
 """GradCAM (Selvaraju et al., 2017): the features that the similarity rises with, where they are active.
 
-Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width (channels), K embedding width, H x W the grid.
+Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width (channels), H x W the grid.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from contextlib import suppress
 import torch
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, pad
+from torch.nn.functional import pad
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TowerAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class GradCAM(AttributionMethod):
+class GradCAM(OneTowerMethod):
     """GradCAM of a layer's hidden states, computed by Captum.
 
-    Each feature is weighted by the mean of the similarity's gradient over all places; the map is the positive part of
+    Each feature is weighted by the mean of the target's gradient over all places; the map is the positive part of
     the weighted sum of features at each place ("Grad-CAM", Eqs. 1 and 2). For a transformer the places are the image
     tokens without CLS and registers; for text they are the tokens that the embedding can depend on, so that padding
     changes nothing.
@@ -51,45 +52,32 @@ class GradCAM(AttributionMethod):
         self.grid = self._image.grid
         self._text = encoder.text_at_layer(-1 if text_layer is None else text_layer)
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        return Attribution.concatenate(
-            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
-        )
-
-    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
-        image_BK, text_BK = self._embeddings(images, tokens)
-        return Attribution(
-            image=self._image_map(images, text_BK),
-            text=self._text_map(tokens, image_BK),
-            similarity=cosine_similarity(image_BK, text_BK),
-        )
-
-    def _image_map(self, images: Tensor, text_BK: Tensor) -> Tensor:
+    def _image_map(self, image: Input, score: Score) -> Mapped:
         with torch.no_grad():
-            hidden = self._image.features_before(images)
+            hidden = self._image.features_before(image.batch)
         if hidden.ndim == 4:
-            return _grad_cam(hidden, lambda maps_BDHW: cosine_similarity(self._image.embed_from(maps_BDHW), text_BK))
+            return _grad_cam(hidden, lambda maps_BDHW: score(self._image.embed_from(maps_BDHW))), None
         prefix_BTD, patches_BTD = hidden.tensor_split([self._image.prefix_tokens], dim=1)
 
-        def score(maps_BDT: Tensor) -> Tensor:
-            return cosine_similarity(self._image.embed_from(torch.cat([prefix_BTD, maps_BDT.mT], dim=1)), text_BK)
+        def value(maps_BDT: Tensor) -> Tensor:
+            return score(self._image.embed_from(torch.cat([prefix_BTD, maps_BDT.mT], dim=1)))
 
-        maps_BT = _grad_cam(patches_BTD.mT, score)
-        return self._image.on_grid(pad(maps_BT, (self._image.prefix_tokens, 0)))
+        maps_BT = _grad_cam(patches_BTD.mT, value)
+        return self._image.on_grid(pad(maps_BT, (self._image.prefix_tokens, 0))), None
 
-    def _text_map(self, tokens: Tensor, image_BK: Tensor) -> Tensor:
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        tokens = text.batch
         with torch.no_grad():
             hidden_BTD = self._text.features_before(tokens)
         run, visible_BL = hidden_BTD.shape[1], self._text.visible(tokens)
         visible_BT1 = self._text.on_caption(visible_BL, run).unsqueeze(2)
 
-        def score(maps_BDT: Tensor) -> Tensor:
-            hidden = torch.where(visible_BT1, maps_BDT.mT, hidden_BTD)
-            return cosine_similarity(self._text.embed_from(hidden, tokens), image_BK)
+        def value(maps_BDT: Tensor) -> Tensor:
+            return score(self._text.embed_from(torch.where(visible_BT1, maps_BDT.mT, hidden_BTD), tokens))
 
         # Captum's mean runs over all tokens of the batch, but only the visible ones have a gradient: they share it.
-        maps_BT = _grad_cam(hidden_BTD.mT, score) * run / visible_BT1.sum(dim=1)
-        return self._text.on_caption(maps_BT, tokens.shape[1]) * visible_BL
+        maps_BT = _grad_cam(hidden_BTD.mT, value) * run / visible_BT1.sum(dim=1)
+        return self._text.on_caption(maps_BT, tokens.shape[1]) * visible_BL, None
 
 
 def _image_at_the_end(encoder: TwoTowerEncoder) -> TowerAtLayer:

@@ -28,6 +28,7 @@ from lightning_xai.attribution.attention import (
     merged,
     with_gradient,
 )
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 Heads = Literal["model", "single"]
@@ -69,7 +70,7 @@ class GradECLIP(AttentionMethod):
         self._single = heads == "single"
         self._attend(start_layer, _check_one_is_read)
 
-    def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
+    def _map(self, seen: TowerPass, own_BK: Tensor, score: Score) -> Tensor:
         calls: list[Attention] = []
         contexts: list[Tensor] = []
 
@@ -87,8 +88,7 @@ class GradECLIP(AttentionMethod):
                 for block in seen.calls:
                     hidden = block.again(hidden)
             embedding_BK = seen.embed(hidden)
-        score = cosine_similarity(embedding_BK, other_BK).sum()
-        gradients = torch.autograd.grad(score, contexts)
+        gradients = torch.autograd.grad(score(embedding_BK).sum(), contexts)
         read_B = seen.read().argmax(dim=1)
         with torch.no_grad():
             maps = [self._of(call, g, read_B, seen) for call, g in zip(calls, gradients, strict=True)]

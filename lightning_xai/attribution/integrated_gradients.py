@@ -1,6 +1,6 @@
 """Integrated Gradients (Sundararajan et al., 2017) of the similarity, by pixels and by token embeddings.
 
-Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width, K embedding width.
+Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
 from lightning_xai.attribution.path_integral import Rule, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 IntegrationRule = Literal["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
@@ -30,8 +30,8 @@ _RULES: dict[str, Rule] = {
 }
 
 
-class IntegratedGradients(AttributionMethod):
-    """Gradients of the similarity, integrated along the straight path from a reference.
+class IntegratedGradients(OneTowerMethod):
+    """Gradients of the target, integrated along the straight path from a reference.
 
     `(x - r) * integral of ds/dx(r + alpha (x - r)) d alpha` ("Axiomatic Attribution for Deep Networks", Eq. 1), where x
     are pixels, summed over channels and patch, or token embeddings (with their positions), summed over their width.
@@ -72,47 +72,32 @@ class IntegratedGradients(AttributionMethod):
         self._text = encoder.text_at_layer(0)
         self._image_reference = image_reference
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        return Attribution.concatenate(
-            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
-        )
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        def value(pixels: Tensor, rows: slice | Tensor) -> Tensor:
+            return score[rows](self.encoder.encode_image(pixels))
 
-    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
-        image_BK, text_BK = self._embeddings(images, tokens)
-        image, image_error = self._image_map(images, text_BK)
-        text, text_error = self._text_map(tokens, image_BK)
-        return Attribution(
-            image=image,
-            text=text,
-            similarity=cosine_similarity(image_BK, text_BK),
-            completeness_error=torch.where(image_error.abs() > text_error.abs(), image_error, text_error),
-        )
-
-    def _image_map(self, images: Tensor, text_BK: Tensor) -> tuple[Tensor, Tensor]:
-        def score(pixels: Tensor, text_BK: Tensor) -> Tensor:
-            return cosine_similarity(self.encoder.encode_image(pixels), text_BK)
-
-        reference = reference_image(self.encoder, self._image_reference).expand_as(images)
-        gradients, error = self._integrate(score, images, reference, text_BK)
+        reference = reference_image(self.encoder, self._image_reference).expand_as(image.batch)
+        gradients, error = self._integrate(value, image.batch, reference)
         return self._patches.sums(gradients.sum(dim=1)), error
 
-    def _text_map(self, tokens: Tensor, image_BK: Tensor) -> tuple[Tensor, Tensor]:
-        def score(hidden_BTD: Tensor, image_BK: Tensor, tokens: Tensor) -> Tensor:
-            return cosine_similarity(self._text.embed_from(hidden_BTD, tokens), image_BK)
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        tokens, length = text.batch, text.batch.shape[1]
 
-        length = tokens.shape[1]
+        def value(hidden_BTD: Tensor, rows: slice | Tensor) -> Tensor:
+            return score[rows](self._text.embed_from(hidden_BTD, tokens[rows]))
+
         padding_1L = self.encoder.tokenizer.padding_caption()[None, :length].to(tokens.device)
         with torch.no_grad():
             hidden_BTD = self._text.features_before(tokens)
             reference_1TD = self._text.features_before(padding_1L, length)[:, : hidden_BTD.shape[1]]
-        gradients, error = self._integrate(score, hidden_BTD, reference_1TD.expand_as(hidden_BTD), image_BK, tokens)
+        gradients, error = self._integrate(value, hidden_BTD, reference_1TD.expand_as(hidden_BTD))
         # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
         return self._text.on_caption(gradients.sum(dim=2), length), error
 
     def _integrate(
-        self, score: Callable[..., Tensor], inputs: Tensor, reference: Tensor, *constants: Tensor
+        self, value: Callable[[Tensor, slice | Tensor], Tensor], inputs: Tensor, reference: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Integrated gradients, in the inputs' shape, and what their sums [B] are off."""
+        """Integrated gradients, in the inputs' shape, and what their sums [B] are off; `value` takes rows as well."""
         batch, delta, total = len(inputs), inputs - reference, torch.zeros_like(inputs)
         points, weights = self._points.to(inputs), self._weights.to(inputs)
         every = torch.arange(batch * len(points), device=inputs.device)
@@ -120,13 +105,10 @@ class IntegratedGradients(AttributionMethod):
             row, point = every[chunk] % batch, every[chunk] // batch
             shape = (-1, *[1] * (inputs.ndim - 1))
             place = (reference[row] + points[point].reshape(shape) * delta[row]).requires_grad_()
-            value = score(place, *(constant[row] for constant in constants)).sum()
-            total.index_add_(0, row, weights[point].reshape(shape) * torch.autograd.grad(value, place)[0])
+            (gradient,) = torch.autograd.grad(value(place, row).sum(), place)
+            total.index_add_(0, row, weights[point].reshape(shape) * gradient)
         gradients = total * delta
         with torch.no_grad():
-            changes = [
-                score(inputs[rows], *fixed) - score(reference[rows], *fixed)
-                for rows in self._chunks(batch)
-                if (fixed := [constant[rows] for constant in constants])
-            ]
+            chunks = self._chunks(batch)
+            changes = [value(inputs[rows], rows) - value(reference[rows], rows) for rows in chunks]
         return gradients, gradients.flatten(1).sum(dim=1) - torch.cat(changes)

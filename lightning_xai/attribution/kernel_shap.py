@@ -1,6 +1,6 @@
 """Kernel SHAP (Lundberg and Lee, 2017): Shapley values of patches and tokens, from random coalitions of them.
 
-Shape suffixes: N coalitions, F features (patches or tokens), L tokens, K embedding width, h x w pixels.
+Shape suffixes: N coalitions, F features (patches or tokens), L tokens, h x w pixels.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import captum.attr
 import torch
 from captum._utils.models.model import Model
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
-from lightning_xai.attribution.perturbation import forward_only, only_tokens, wide_dtype
+from lightning_xai.attribution.perturbation import forward_only, only_tokens
 from lightning_xai.attribution.reference import ImageReference, reference_image
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 # The paper's weight of the empty and the full coalition is infinite. Captum's 1e6 lets the other samples pull the sum
 # off by more than rounding does; this is still far from what float64 resolves.
 _INFINITE_WEIGHT = 1e12
 
-_Score = Callable[[Tensor], Tensor]
-"""Coalitions [N, F] (true: present) -> similarities [N]."""
+_Value = Callable[[Tensor], Tensor]
+"""Coalitions [N, F] (true: present) -> values of the target [N]."""
 
 
-class KernelSHAP(AttributionMethod):
-    """Shapley values of the similarity, estimated by Captum's Kernel SHAP.
+class KernelSHAP(OneTowerMethod):
+    """Shapley values of the target, estimated by Captum's Kernel SHAP.
 
     An absent patch shows the reference image, an absent content token is the padding token; start and end always
-    stay. A coalition's value is the cosine similarity with the whole other modality. Shapley values are the weighted
-    least-squares fit of coalitions' values by sums ("A Unified Approach to Interpreting Model Predictions", Eq. 8 and
+    stay. A coalition's value is the target with the whole other modality. Shapley values are the weighted least-squares
+    fit of coalitions' values by sums ("A Unified Approach to Interpreting Model Predictions", Eq. 8 and
     Theorem 2); Captum draws coalition sizes by the kernel. Where all coalitions together are no more than the samples,
     each is taken once, which makes the values exact. Signed; each map sums to
     `s(everything present) - s(everything absent)` (efficiency). `completeness_error` of a pair is the image map's sum
@@ -59,6 +59,7 @@ class KernelSHAP(AttributionMethod):
 
     signed = True
     stochastic = True
+    _wide = True
 
     def __init__(
         self,
@@ -80,63 +81,62 @@ class KernelSHAP(AttributionMethod):
         self._seed = seed
         self._image_reference = image_reference
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        content_BL = self.encoder.tokenizer.content_mask(tokens)
-        _check_samples("text_samples", self._text_samples, int(content_BL.sum(dim=1).max()), "tokens of a caption")
-        image_BK, text_BK = self._wide_embeddings(images, tokens)
+    def _read_text(self, tokens: Tensor) -> Input:
+        most = int(self.encoder.tokenizer.content_mask(tokens).sum(dim=1).max())
+        _check_samples("text_samples", self._text_samples, most, "tokens of a caption")
+        return super()._read_text(tokens)
+
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        reference = reference_image(self.encoder, self._image_reference)
+        rows = range(len(image.batch))
         with forward_only():
-            image = torch.stack([self._image_map(*pair) for pair in zip(images, text_BK, strict=True)])
-            text = torch.stack([self._text_map(*pair) for pair in zip(tokens, content_BL, image_BK, strict=True)])
-        nothing_shown = reference_image(self.encoder, self._image_reference).expand_as(images)
-        nothing_said = only_tokens(tokens, ~content_BL, self.encoder.tokenizer.padding_id)
-        empty_image_BK, empty_text_BK = self._wide_embeddings(nothing_shown, nothing_said)
-        similarity = cosine_similarity(image_BK, text_BK)
-        image_error = image.sum(dim=(1, 2)) - similarity + cosine_similarity(empty_image_BK, text_BK)
-        text_error = text.sum(dim=1) - similarity + cosine_similarity(image_BK, empty_text_BK)
-        return Attribution(
-            image=image,
-            text=text,
-            similarity=similarity,
-            completeness_error=torch.where(image_error.abs() > text_error.abs(), image_error, text_error),
-        )
+            maps_BHW = torch.stack([self._of_image(image.batch[row], score[row : row + 1]) for row in rows])
+            nothing_shown = self.encoder.encode_image(reference[None]).expand_as(image.embedding)
+        return maps_BHW, maps_BHW.sum(dim=(1, 2)) - score(image.embedding) + score(nothing_shown)
 
-    def _wide_embeddings(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings in which the fit's efficiency is not lost to rounding."""
-        image_BK, text_BK = self._embeddings(images, tokens)
-        return image_BK.to(wide_dtype(image_BK)), text_BK.to(wide_dtype(text_BK))
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        tokens, content_BL = text.batch, self.encoder.tokenizer.content_mask(text.batch)
+        with forward_only():
+            maps_BL = torch.stack(
+                [self._of_caption(tokens[i], content_BL[i], score[i : i + 1]) for i in range(len(tokens))]
+            )
+            empty = only_tokens(tokens, ~content_BL, self.encoder.tokenizer.padding_id)
+            nothing_said = self.encoder.encode_text(empty)
+        return maps_BL, maps_BL.sum(dim=1) - score(text.embedding) + score(nothing_said)
 
-    def _image_map(self, image: Tensor, text_K: Tensor) -> Tensor:
+    def _of_image(self, image: Tensor, score: Score) -> Tensor:
+        """The values [H, W] of one image's patches."""
         reference = reference_image(self.encoder, self._image_reference)
         (rows, columns), (height, width) = self._patches.grid, image.shape[1:]
 
-        def score(present_NF: Tensor) -> Tensor:
+        def value(present_NF: Tensor) -> Tensor:
             present_NHW = present_NF.to(image.device).reshape(-1, rows, columns)
             present_Nhw = self._patches.spread(present_NHW, (height, width))
-            masked = torch.where(present_Nhw.unsqueeze(1), image, reference)
-            return cosine_similarity(self.encoder.encode_image(masked).to(text_K), text_K[None])
+            return score(self.encoder.encode_image(torch.where(present_Nhw.unsqueeze(1), image, reference)))
 
-        return self._shapley_values(score, rows * columns, self._image_samples).to(text_K).reshape(rows, columns)
+        values_F = self._shapley_values(value, rows * columns, self._image_samples)
+        return values_F.to(score.directions).reshape(rows, columns)
 
-    def _text_map(self, tokens_L: Tensor, content_L: Tensor, image_K: Tensor) -> Tensor:
+    def _of_caption(self, tokens_L: Tensor, content_L: Tensor, score: Score) -> Tensor:
+        """The values [L] of one caption's tokens."""
         padding_id = self.encoder.tokenizer.padding_id
 
-        def score(present_NF: Tensor) -> Tensor:
+        def value(present_NF: Tensor) -> Tensor:
             kept_NL = (~content_L).repeat(len(present_NF), 1)
             kept_NL[:, content_L] = present_NF.to(tokens_L.device)
-            masked = only_tokens(tokens_L, kept_NL, padding_id)
-            return cosine_similarity(self.encoder.encode_text(masked).to(image_K), image_K[None])
+            return score(self.encoder.encode_text(only_tokens(tokens_L, kept_NL, padding_id)))
 
-        values = image_K.new_zeros(len(tokens_L))
-        values[content_L] = self._shapley_values(score, int(content_L.sum()), self._text_samples).to(values)
+        values = score.directions.new_zeros(len(tokens_L))
+        values[content_L] = self._shapley_values(value, int(content_L.sum()), self._text_samples).to(values)
         return values
 
-    def _shapley_values(self, score: _Score, features: int, samples: int) -> Tensor:
+    def _shapley_values(self, value: _Value, features: int, samples: int) -> Tensor:
         """Shapley values [F] of a game."""
         if features < 2:
             # The one player gets everything; there is no coalition that Captum could draw.
             ends = torch.tensor([[True], [False]])[:, :features]
-            return -score(ends).diff()[:features]
-        explainer = captum.attr.KernelShap(lambda present: score(present.bool()).cpu())
+            return -value(ends).diff()[:features]
+        explainer = captum.attr.KernelShap(lambda present: value(present.bool()).cpu())
         explainer.interpretable_model = _LeastSquares()
         explainer.inf_weight = _INFINITE_WEIGHT
         if 2**features <= samples:

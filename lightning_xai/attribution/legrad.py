@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.attention import (
     AttentionMethod,
@@ -24,6 +23,7 @@ from lightning_xai.attribution.attention import (
     TowerPass,
     recording,
 )
+from lightning_xai.attribution.score import Score
 from lightning_xai.heat_maps import min_max
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -58,8 +58,8 @@ class LeGrad(AttentionMethod):
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._attend(start_layer)
 
-    def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
-        maps = self._of_pool(seen, other_BK) if seen.tower.pools else self._of_blocks(seen, other_BK)
+    def _map(self, seen: TowerPass, own_BK: Tensor, score: Score) -> Tensor:
+        maps = self._of_pool(seen, score) if seen.tower.pools else self._of_blocks(seen, score)
         total = seen.maps(maps)
         if seen.tokens is None:
             return min_max(total)
@@ -68,7 +68,7 @@ class LeGrad(AttentionMethod):
         return min_max((total - low_B1).masked_fill(~own_BL, 0.0), dims=1)
 
     @staticmethod
-    def _of_blocks(seen: TowerPass, other_BK: Tensor) -> Tensor:
+    def _of_blocks(seen: TowerPass, score: Score) -> Tensor:
         """The sum over blocks [B, T]."""
         total_BT = None
         for block in seen.calls:
@@ -78,7 +78,7 @@ class LeGrad(AttentionMethod):
             mean_BT = seen.visible(output_BTD.shape[1]).to(output_BTD)
             mean_BT = mean_BT / mean_BT.sum(dim=1, keepdim=True)
             embedding_BK = seen.embed_each(mean_BT[:, None] @ output_BTD)[:, 0]
-            (gradient_BhQT,) = torch.autograd.grad(cosine_similarity(embedding_BK, other_BK).sum(), attentions)
+            (gradient_BhQT,) = torch.autograd.grad(score(embedding_BK).sum(), attentions)
             # What a mask hides has no attention to change.
             seen_BhQT = gradient_BhQT.relu().where(attentions[0] > 0, 0.0)
             map_BT = (mean_BT[:, None] @ seen_BhQT.mean(dim=1))[:, 0]
@@ -87,14 +87,14 @@ class LeGrad(AttentionMethod):
         return total_BT
 
     @staticmethod
-    def _of_pool(seen: TowerPass, other_BK: Tensor) -> Tensor:
+    def _of_pool(seen: TowerPass, score: Score) -> Tensor:
         """The sum over what each block passes on to the pool [B, T]."""
         total_BT = None
         for hidden in [*(block.hidden for block in seen.calls[1:]), seen.output]:
             attentions: list[Tensor] = []
             with AttentionReplaced(recording(attentions)):
                 embedding_BK = seen.embed(hidden)
-            (gradient_BhQT,) = torch.autograd.grad(cosine_similarity(embedding_BK, other_BK).sum(), attentions)
+            (gradient_BhQT,) = torch.autograd.grad(score(embedding_BK).sum(), attentions)
             map_BT = gradient_BhQT.relu().mean(dim=(1, 2))
             total_BT = map_BT if total_BT is None else total_BT + map_BT
         assert total_BT is not None, "the last block's output is among them"

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, logsigmoid, pad
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod, ImageComparison, check_finite, cosine_with
+from lightning_xai.attribution.base import ImageComparison, check_finite
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -57,12 +59,15 @@ def bottleneck(features_BTD: Tensor, gates_BTD: Tensor, variance: float, noise_N
     return kept_BTD.unsqueeze(1) + deviation_BTD.unsqueeze(1) * noise_NTD
 
 
-class M2IB(AttributionMethod):
+class M2IB(OneTowerMethod):
     """Multi-modal information bottleneck: nats that each patch and token passes on when all that is needless is gone.
 
     Maps are non-negative; more is more important. The image map sums the capacity of each patch over features, the text
     map that of each token, zero for padding that the model does not see. Prefix tokens such as CLS pass through the
     bottleneck too, and count in the compression, but have no place in the maps.
+
+    For another target than the similarity, that takes the place of the cosine in the objective: what has to pass for
+    the target to stay large.
 
     Every pair sees the same noise, drawn on the CPU again at each step.
 
@@ -117,11 +122,6 @@ class M2IB(AttributionMethod):
         self.beta, self.variance = beta, variance
         self.steps, self.samples, self.lr, self.seed = steps, samples, lr, seed
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        return Attribution.concatenate(
-            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
-        )
-
     def attribute_images(self, images: Tensor, others: Tensor, by: M2IB | None = None) -> ImageComparison:
         """Explain the similarity of two images, by a bottleneck in the image tower for each of them.
 
@@ -144,35 +144,38 @@ class M2IB(AttributionMethod):
         return result
 
     def _compare(self, images: Tensor, others: Tensor, by: M2IB) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            first, second = self.image.features_before(images), by.image.features_before(others)
-            first_BK, second_BK = self.image.embed_from(first), by.image.embed_from(second)
+        first, second = self._read_image(images), by._read_image(others)
         return (
-            self._image_map(first, second_BK),
-            by._image_map(second, first_BK),
-            cosine_similarity(first_BK, second_BK, dim=1),
+            self._image_map(first, Score.cosine(second.embedding))[0],
+            by._image_map(second, Score.cosine(first.embedding))[0],
+            cosine_similarity(first.embedding, second.embedding, dim=1),
         )
 
-    def _image_map(self, hidden: Tensor, other_BK: Tensor) -> Tensor:
-        everything_BT = hidden.new_ones(len(hidden), self.image.count(hidden), dtype=torch.bool)
-        return self.image.on_grid(self._nats(self.image, hidden, everything_BT, other_BK))
+    @torch.no_grad()
+    def _read_image(self, images: Tensor) -> Input:
+        hidden = self.image.features_before(images)
+        return Input(images, self.image.embed_from(hidden), hidden)
 
-    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
-        with torch.no_grad():
-            image, text = self.image.features_before(images), self.text.features_before(tokens)
-            image_BK, text_BK = self.image.embed_from(image), self.text.embed_from(text, tokens)
+    @torch.no_grad()
+    def _read_text(self, tokens: Tensor) -> Input:
+        hidden = self.text.features_before(tokens)
+        return Input(tokens, self.text.embed_from(hidden, tokens), hidden)
+
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        hidden: Tensor = image.seen
+        everything_BT = hidden.new_ones(len(hidden), self.image.count(hidden), dtype=torch.bool)
+        return self.image.on_grid(self._nats(self.image, hidden, everything_BT, score)), None
+
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        tokens, hidden = text.batch, text.seen
         visible_BL = self.text.visible(tokens)
         # After the caption's own tokens there may be one that the tower adds, a class token: it is always seen.
-        visible_BT = pad(visible_BL, (0, text.shape[1] - tokens.shape[1]), value=True)
-        text_BT = self._nats(self.text, text, visible_BT, image_BK, tokens)
-        return Attribution(
-            image=self._image_map(image, text_BK),
-            text=self.text.on_caption(text_BT, tokens.shape[1]) * visible_BL,
-            similarity=cosine_similarity(image_BK, text_BK, dim=1),
-        )
+        visible_BT = pad(visible_BL, (0, hidden.shape[1] - tokens.shape[1]), value=True)
+        nats_BT = self._nats(self.text, hidden, visible_BT, score, tokens)
+        return self.text.on_caption(nats_BT, tokens.shape[1]) * visible_BL, None
 
     def _nats(
-        self, tower: TowerAtLayer, hidden: Tensor, visible_BT: Tensor, other_BK: Tensor, tokens: Tensor | None = None
+        self, tower: TowerAtLayer, hidden: Tensor, visible_BT: Tensor, score: Score, tokens: Tensor | None = None
     ) -> Tensor:
         """The capacity of each token [B, T] after one tower's block, whose output is `hidden`."""
         features_BTD = hidden.flatten(2).mT if tower.is_feature_map else hidden
@@ -180,7 +183,6 @@ class M2IB(AttributionMethod):
         features_BTD = features_BTD.to(torch.promote_types(hidden.dtype, torch.float32))
         # The weight of a token's sum over features in the mean over visible tokens and features.
         weight_BT = visible_BT / (visible_BT.sum(dim=1, keepdim=True) * features_BTD.shape[2])
-        similarity = cosine_with(other_BK)
         length = features_BTD.shape[1]
         if tokens is not None:
             length = max(length, self.encoder.tokenizer.context_length)
@@ -197,7 +199,7 @@ class M2IB(AttributionMethod):
                 passed = passed.mT.reshape(-1, *hidden.shape[1:])
             cost_BT = weight_BT * capacity(features_BTD, gates_BTD, self.variance).sum(dim=2)
             # A sum over pairs: each has its own gates, which Adam treats one by one.
-            loss = self.beta * cost_BT.sum() - similarity(tower.embed_from(passed, repeated)).sum() / self.samples
+            loss = self.beta * cost_BT.sum() - score(tower.embed_from(passed, repeated)).sum() / self.samples
             (gates_BTD.grad,) = torch.autograd.grad(loss, gates_BTD)
             optimizer.step()
         return capacity(features_BTD, gates_BTD.detach(), self.variance).sum(dim=2)

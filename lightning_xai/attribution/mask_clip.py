@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.attention import (
     AttentionMethod,
@@ -18,6 +17,7 @@ from lightning_xai.attribution.attention import (
     TowerPass,
     values,
 )
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -53,8 +53,8 @@ class MaskCLIP(AttentionMethod):
         self._attend(-1, self._embeddings_of)
 
     @torch.no_grad()
-    def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
-        return seen.maps(cosine_similarity(self._embeddings_of(seen), other_BK[:, None], dim=2))
+    def _map(self, seen: TowerPass, own_BK: Tensor, score: Score) -> Tensor:
+        return seen.maps(score.each(self._embeddings_of(seen)))
 
     def _embeddings_of(self, seen: TowerPass) -> Tensor:
         """Embeddings of all tokens [B, T, K]."""

@@ -5,23 +5,23 @@ hidden states x by one factor alpha, without noise, and adds up what the similar
 
     a_p = sum_d x_pd * integral of d cos / d x_pd (alpha x) d alpha.
 
-Shape suffixes: B pairs, N points, T tokens run (or positions of a feature map), K embedding width, L tokens as given.
+Shape suffixes: B pairs, N points, T tokens run (or positions of a feature map), L tokens as given.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
 from lightning_xai.attribution.path_integral import Rule, quadrature
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class NIB(AttributionMethod):
-    """Integrated gradients of the similarity from a zero hidden state at a block's input, in both towers.
+class NIB(OneTowerMethod):
+    """Integrated gradients of the target from a zero hidden state at a block's input, in both towers.
 
     Signed, in units of the similarity: with the other embedding held fixed, the values of all tokens, CLS, registers
     and marks of start and end included, sum to the similarity less that of the zero state, where it has one.
@@ -61,53 +61,49 @@ class NIB(AttributionMethod):
         self.text = encoder.text_at_layer(_layer(text, encoder.text_at_layer()))
         self.grid = self.image.grid
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        return Attribution.concatenate(
-            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
-        )
+    @torch.no_grad()
+    def _read_image(self, images: Tensor) -> Input:
+        hidden = self.image.features_before(images)
+        return Input(images, self.image.embed_from(hidden), hidden)
 
-    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
-        with torch.no_grad():
-            image, text = self.image.features_before(images), self.text.features_before(tokens)
-            image_BK, text_BK = self.image.embed_from(image), self.text.embed_from(text, tokens)
-        similarity_B = cosine_similarity(image_BK, text_BK)
-        image_BT, image_error = self._narrowed(self.image, image, text_BK, similarity_B, None)
-        text_BT, text_error = self._narrowed(self.text, text, image_BK, similarity_B, tokens)
+    @torch.no_grad()
+    def _read_text(self, tokens: Tensor) -> Input:
+        hidden = self.text.features_before(tokens)
+        return Input(tokens, self.text.embed_from(hidden, tokens), hidden)
+
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        values_BT, error = self._narrowed(self.image, image, score, None)
+        return self.image.on_grid(values_BT), error
+
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        values_BT, error = self._narrowed(self.text, text, score, text.batch)
         # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
-        return Attribution(
-            image=self.image.on_grid(image_BT),
-            text=self.text.on_caption(text_BT, tokens.shape[1]),
-            similarity=similarity_B,
-            completeness_error=torch.where(image_error.abs() > text_error.abs(), image_error, text_error),
-        )
+        return self.text.on_caption(values_BT, text.batch.shape[1]), error
 
     def _narrowed(
-        self,
-        tower: TowerAtLayer,
-        hidden: Tensor,
-        other_BK: Tensor,
-        similarity_B: Tensor,
-        tokens: Tensor | None,
+        self, tower: TowerAtLayer, given: Input, score: Score, tokens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The values of one tower's tokens [B, T], and what their sums [B] are off."""
+        hidden: Tensor = given.seen
         batch, points = len(hidden), self._points.to(hidden)
         weights = self._weights.to(hidden)
         total_BT = hidden.new_zeros(batch, tower.count(hidden))
 
-        def score(alpha_NT: Tensor, row: Tensor) -> Tensor:
+        def value(alpha_NT: Tensor, row: Tensor) -> Tensor:
             own = None if tokens is None else tokens[row]
             path = tower.path(hidden[row], torch.zeros_like(hidden[row]), own)
-            return cosine_similarity(path(alpha_NT[:, None])[:, 0], other_BK[row])
+            return score[row](path(alpha_NT[:, None])[:, 0])
 
         every = torch.arange(batch * len(points), device=hidden.device)
         for chunk in self._chunks(len(every)):
             row, point = every[chunk] % batch, every[chunk] // batch
             alpha_NT = points[point, None].repeat(1, total_BT.shape[1]).requires_grad_()
-            (gradient_NT,) = torch.autograd.grad(score(alpha_NT, row).sum(), alpha_NT)
+            (gradient_NT,) = torch.autograd.grad(value(alpha_NT, row).sum(), alpha_NT)
             total_BT.index_add_(0, row, weights[point, None] * gradient_NT)
         with torch.no_grad():
-            starts = [score(torch.zeros_like(total_BT[rows]), every[:batch][rows]) for rows in self._chunks(batch)]
-        return total_BT, total_BT.sum(dim=1) - (similarity_B - torch.cat(starts))
+            starts = [value(torch.zeros_like(total_BT[rows]), every[:batch][rows]) for rows in self._chunks(batch)]
+            change_B = score(given.embedding) - torch.cat(starts)
+        return total_BT, total_BT.sum(dim=1) - change_B
 
 
 def _layer(layer: int | None, last: TowerAtLayer | TextTowerAtLayer) -> int:

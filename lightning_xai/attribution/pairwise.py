@@ -9,14 +9,22 @@ Shape suffixes: B pairs, L caption tokens, H x W the patch grid.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.base import AttributionMethod, InteractionAttribution, check_batch, check_finite
+from lightning_xai.attribution.base import (
+    AttributionMethod,
+    InteractionAttribution,
+    OtherCaptions,
+    check_batch,
+    check_finite,
+)
+from lightning_xai.attribution.score import Question
+from lightning_xai.attribution.targets import SIMILARITY, Target
 from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable
 
 __all__ = ["Captured", "HiddenStates", "IntraModalAttribution", "PairwiseMethod", "References", "capture"]
@@ -136,23 +144,65 @@ class References:
 class PairwiseMethod(AttributionMethod):
     """A method whose results have `interactions`, so that a phrase is explained within its caption.
 
-    A method that implements `attribute_images` and `attribute_texts` sets `intra_modal`.
+    A method that implements `attribute_images` and `attribute_texts` sets `intra_modal`. Interactions of a linear
+    target are those of each caption's similarity, times its factor in the target.
     """
 
     pairwise = True
+    explains = "linear"
 
-    def attribute(self, images: Tensor, tokens: Tensor) -> InteractionAttribution:
-        """Explain the similarity of each image and its caption by pairs of token and patch.
+    def attribute(self, images: Tensor, tokens: Tensor, target: Target = SIMILARITY) -> InteractionAttribution:
+        """Explain the similarity of each image and its caption, or a linear target, by pairs of token and patch.
 
         See `AttributionMethod.attribute`.
         """
-        result = super().attribute(images, tokens)
+        result = super().attribute(images, tokens, target)
         assert isinstance(result, InteractionAttribution)  # `AttributionMethod.attribute` has checked it
         return result
 
     @abstractmethod
     def _attribute(self, images: Tensor, tokens: Tensor) -> InteractionAttribution:
         """`attribute` of a batch that has been checked, with the model ready for derivatives."""
+
+    def _attribute_to(self, images: Tensor, question: Question) -> InteractionAttribution:
+        return self._to_target(self.image_states(images), question)
+
+    def _to_target(self, image: Tensor, question: Question) -> InteractionAttribution:
+        """The interactions of all captions with images whose states are given."""
+        found = []
+        for tokens in question.captions:
+            states = HiddenStates(image, self.text_states(tokens), tokens)
+            found.append(self.attribute_states(states, self.references(tokens.shape[1])))
+        return self._combined(found, question)
+
+    def _combined(self, found: Sequence[InteractionAttribution], question: Question) -> InteractionAttribution:
+        """The attribution to a linear target, of those to the similarity of each caption."""
+        first, *rest = found
+        similarity_BC = torch.stack([each.similarity for each in found], dim=1)
+        factors_BC = question.coefficients(similarity_BC)
+        others = None
+        if question.others is not None:
+            factors_BM = factors_BC[:, 1:, None]
+            interactions = torch.stack([each.interactions for each in rest], 1) * factors_BM[..., None, None]
+            prefix = torch.stack([each.prefix for each in rest], 1) * factors_BM
+            text, counted = interactions.sum(dim=(3, 4)), question.counted[:, 1:]
+            others = OtherCaptions(question.others, counted, similarity_BC[:, 1:], text, interactions, prefix)
+        errors = [each.completeness_error for each in found if each.completeness_error is not None]
+        own_B = factors_BC[:, 0]
+        return replace(
+            first,
+            image=weighted([each.image for each in found], factors_BC),
+            text=own_B[:, None] * first.text,
+            interactions=own_B[:, None, None, None] * first.interactions,
+            prefix=own_B[:, None] * first.prefix,
+            completeness_error=weighted(errors, factors_BC) if errors else None,
+            explained=question.target.value(similarity_BC, question.pair(similarity_BC)),
+            others=others,
+        )
+
+    def image_map(self, images: Tensor, tokens: Tensor, target: Target = SIMILARITY) -> Tensor:
+        """The image map of `attribute` alone, [B, H, W]: for feature pairs at the cost of a span map."""
+        return self.attribute(images, tokens, target).image
 
     def span_map(self, images: Tensor, tokens: Tensor, span_mask: Tensor) -> Tensor:
         """Attribute to the patches what the tokens of a span, together, match: the sum of their rows of `attribute`.
@@ -259,3 +309,8 @@ class PairwiseMethod(AttributionMethod):
             NotImplementedError: as for `attribute_images`.
         """
         raise NotImplementedError(f"{self.label} does not compare two captions; use FeaturePairAttribution")
+
+
+def weighted(parts: Sequence[Tensor], factors_BC: Tensor) -> Tensor:
+    """The sum of parts [B, ...], each times its factor."""
+    return torch.einsum("bc,bc...->b...", factors_BC.to(parts[0]), torch.stack(list(parts), dim=1))

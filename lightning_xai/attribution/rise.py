@@ -9,17 +9,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import interpolate
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
-from lightning_xai.attribution.perturbation import forward_only, only_tokens, wide_dtype
+from lightning_xai.attribution.perturbation import forward_only, only_tokens
 from lightning_xai.attribution.reference import reference_image
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class RISE(AttributionMethod):
-    """Importance of a part as the expected similarity of masked inputs that show it.
+class RISE(OneTowerMethod):
+    """Importance of a part as the expected similarity, or other target, of masked inputs that show it.
 
     `S(part) = sum_i s(x * m_i) m_i(part) / (N p)` ("RISE: Randomized Input Sampling for Explanation of Black-box
     Models", Eq. 6). Image masks are grids of random cells, shown with probability p, enlarged bilinearly and shifted at
@@ -48,6 +49,7 @@ class RISE(AttributionMethod):
 
     stochastic = True
     has_zero = False
+    _wide = True
 
     def __init__(
         self,
@@ -73,34 +75,29 @@ class RISE(AttributionMethod):
         self._probability = probability
         self._seed = seed
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        image_BK, text_BK = self._embeddings(images, tokens)
-        with forward_only():
-            image, text = self._image_maps(images, text_BK), self._text_maps(tokens, image_BK)
-        return Attribution(image, text, cosine_similarity(image_BK, text_BK))
-
-    def _image_maps(self, images: Tensor, text_BK: Tensor) -> Tensor:
-        wide = wide_dtype(text_BK)
-        maps_BHW = text_BK.new_zeros(len(images), *self._patches.grid, dtype=wide)
+    def _image_map(self, image: Input, score: Score) -> Mapped:
+        maps_BHW = image.embedding.new_zeros(len(image.batch), *self._patches.grid)
         nothing = reference_image(self.encoder, "zeros")
-        for masks_Nhw in self._draw_image_masks(images):
-            parts_NHW = self._patches.means(masks_Nhw.to(wide))
-            for row, image in enumerate(images):
-                embeddings_NK = self.encoder.encode_image(torch.lerp(nothing, image, masks_Nhw.unsqueeze(1)))
-                scores_N = cosine_similarity(embeddings_NK.to(wide), text_BK[row, None].to(wide))
-                maps_BHW[row] += torch.einsum("n,nhw->hw", scores_N, parts_NHW)
-        return maps_BHW / (self._image_masks * self._probability)
+        with forward_only():
+            for masks_Nhw in self._draw_image_masks(image.batch):
+                parts_NHW = self._patches.means(masks_Nhw.to(maps_BHW))
+                for row, pixels in enumerate(image.batch):
+                    embeddings_NK = self.encoder.encode_image(torch.lerp(nothing, pixels, masks_Nhw.unsqueeze(1)))
+                    scores_N = score[row : row + 1](embeddings_NK)
+                    maps_BHW[row] += torch.einsum("n,nhw->hw", scores_N, parts_NHW)
+        return maps_BHW / (self._image_masks * self._probability), None
 
-    def _text_maps(self, tokens: Tensor, image_BK: Tensor) -> Tensor:
-        content_BL, padding_id = self.encoder.tokenizer.content_mask(tokens), self.encoder.tokenizer.padding_id
-        wide = wide_dtype(image_BK)
-        maps_BL = image_BK.new_zeros(tokens.shape, dtype=wide)
-        for shown_NL in self._draw_text_masks(tokens):
-            for row, tokens_L in enumerate(tokens):
-                masked_NL = only_tokens(tokens_L, shown_NL | ~content_BL[row], padding_id)
-                scores_N = cosine_similarity(self.encoder.encode_text(masked_NL).to(wide), image_BK[row, None].to(wide))
-                maps_BL[row] += scores_N @ shown_NL.to(scores_N)
-        return content_BL * maps_BL / (self._text_masks * self._probability)
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        tokens, padding_id = text.batch, self.encoder.tokenizer.padding_id
+        content_BL = self.encoder.tokenizer.content_mask(tokens)
+        maps_BL = text.embedding.new_zeros(tokens.shape)
+        with forward_only():
+            for shown_NL in self._draw_text_masks(tokens):
+                for row, tokens_L in enumerate(tokens):
+                    masked_NL = only_tokens(tokens_L, shown_NL | ~content_BL[row], padding_id)
+                    scores_N = score[row : row + 1](self.encoder.encode_text(masked_NL))
+                    maps_BL[row] += scores_N @ shown_NL.to(scores_N)
+        return content_BL * maps_BL / (self._text_masks * self._probability), None
 
     def _draw_image_masks(self, images: Tensor) -> Iterator[Tensor]:
         """Chunks of masks [N, h, w] in [0, 1], of the images' type and device.

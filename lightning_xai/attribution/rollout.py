@@ -20,6 +20,7 @@ from lightning_xai.attribution.attention import (
     TowerPass,
     recording,
 )
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -41,6 +42,8 @@ class AttentionRollout(AttentionMethod):
         ValueError: no such layer.
     """
 
+    explains = "similarity"  # maps that ignore the captions do not tell one from another
+
     def __init__(
         self,
         encoder: TwoTowerEncoder,
@@ -51,7 +54,7 @@ class AttentionRollout(AttentionMethod):
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._attend(start_layer)
 
-    def _map(self, seen: TowerPass, own_BK: Tensor, other_BK: Tensor) -> Tensor:
+    def _map(self, seen: TowerPass, own_BK: Tensor, score: Score) -> Tensor:
         row = seen.read()
         with torch.no_grad():
             attentions: list[Tensor] = []

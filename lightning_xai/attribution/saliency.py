@@ -1,6 +1,6 @@
 """Saliency (Simonyan et al., 2014): how fast the similarity changes with each pixel and each token embedding.
 
-Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width, K embedding width.
+Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import captum.attr
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution.base import Attribution, AttributionMethod
+from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
 from lightning_xai.attribution.patch_grid import PatchGrid
+from lightning_xai.attribution.score import Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class Saliency(AttributionMethod):
-    """Magnitude of the similarity's gradient, computed by Captum.
+class Saliency(OneTowerMethod):
+    """Magnitude of the target's gradient, computed by Captum.
 
     Image: the absolute gradient by the pixels, of each pixel's channels the largest ("Deep Inside Convolutional
     Networks", section 3.1), averaged over each patch. Text: the Euclidean norm of the gradient by each token's
@@ -36,35 +36,17 @@ class Saliency(AttributionMethod):
         self._patches = PatchGrid(self.grid)
         self._text = encoder.text_at_layer(0)
 
-    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
-        return Attribution.concatenate(
-            [self._explain(images[rows], tokens[rows]) for rows in self._chunks(len(images))]
-        )
-
-    def _explain(self, images: Tensor, tokens: Tensor) -> Attribution:
-        image_BK, text_BK = self._embeddings(images, tokens)
-        with torch.no_grad():
-            hidden_BTD = self._text.features_before(tokens)
-        return Attribution(
-            image=self._patches.means(self._image_gradient(images, text_BK).amax(dim=1)),
-            # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
-            text=self._text.on_caption(self._text_gradient(hidden_BTD, image_BK, tokens).norm(dim=2), tokens.shape[1]),
-            similarity=cosine_similarity(image_BK, text_BK),
-        )
-
-    def _image_gradient(self, images: Tensor, text_BK: Tensor) -> Tensor:
-        def score(pixels: Tensor, text_BK: Tensor) -> Tensor:
-            return cosine_similarity(self.encoder.encode_image(pixels), text_BK)
-
+    def _image_map(self, image: Input, score: Score) -> Mapped:
         # Another tensor, which requires gradients, so that Captum neither warns nor touches the caller's.
-        leaf = images.detach().requires_grad_()
-        gradient: Tensor = captum.attr.Saliency(score).attribute(leaf, additional_forward_args=(text_BK,))
-        return gradient
+        leaf = image.batch.detach().requires_grad_()
+        gradient: Tensor = captum.attr.Saliency(lambda x: score(self.encoder.encode_image(x))).attribute(leaf)
+        return self._patches.means(gradient.amax(dim=1)), None
 
-    def _text_gradient(self, hidden_BTD: Tensor, image_BK: Tensor, tokens: Tensor) -> Tensor:
-        def score(hidden_BTD: Tensor, image_BK: Tensor, tokens: Tensor) -> Tensor:
-            return cosine_similarity(self._text.embed_from(hidden_BTD, tokens), image_BK)
-
+    def _text_map(self, text: Input, score: Score) -> Mapped:
+        with torch.no_grad():
+            hidden_BTD = self._text.features_before(text.batch)
         leaf = hidden_BTD.detach().requires_grad_()
-        gradient: Tensor = captum.attr.Saliency(score).attribute(leaf, additional_forward_args=(image_BK, tokens))
-        return gradient
+        by_hidden = captum.attr.Saliency(lambda hidden: score(self._text.embed_from(hidden, text.batch)))
+        gradient_BTD: Tensor = by_hidden.attribute(leaf)
+        # Tokens that the embedding cannot depend on have no gradient, so that their zeros need no mask.
+        return self._text.on_caption(gradient_BTD.norm(dim=2), text.batch.shape[1]), None

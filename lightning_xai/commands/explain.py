@@ -24,8 +24,9 @@ class Explain:
       python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"
       --model.name ViT-B-32 --model.pretrained openai --out explained
     Every method side by side: the same without --span, with --method all.
+    Why this caption rather than that: --against "A cat on a sofa", with any method; again for several captions.
     A box on the words: --box 120,40,200,180 instead of --span.
-    Many at once: --image list.csv (columns image,caption and if need be span,box), or a folder with --caption.
+    Many at once: --image list.csv (columns image,caption and if need be span,box,against), or a folder with --caption.
     Two captions: --caption "A dog runs" --other-caption "A puppy is playing", also by a sentence encoder
     (--model.name st:FOLDER); every pair of their tokens is then in pairs.csv as well.
     A sound: --image bark.wav, with a CLAP or ImageBind model (--model.name imagebind:imagebind_huge.pth); with
@@ -43,6 +44,10 @@ class Explain:
         box: x,y,width,height in pixels of the image file: the words show what matches the box.
         other_image: a second image (or sound), compared with the first one, or with its box; no caption is needed.
         other_caption: a second caption, compared with the first one, or with its span; no image is needed.
+        against: a caption to compare the first one with; may be given several times.
+        target: what is explained of the captions that are compared: contrast (the similarity less the mean of the
+            others, which is the default) or probability (of the caption among them).
+        target_options: of the target, as --target_options.weight softmax for a contrast with the likeliest.
         method: an attribution method such as feature_pair, m2ib, grad_cam, attention_relevance, saliency or rise, or a
             baseline such as random; "all" draws all of them side by side, an unknown name lists them.
         options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
@@ -61,6 +66,9 @@ class Explain:
     box: str | None = None
     other_image: Path | None = None
     other_caption: str | None = None
+    against: list[str] = field(default_factory=list)
+    target: str | None = None
+    target_options: dict[str, Any] = field(default_factory=dict)
     method: str = "feature_pair"
     options: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
@@ -73,16 +81,25 @@ class Explain:
             ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are
                 skipped, counted and named instead).
         """
+        from lightning_xai.attribution.base import unsupported_target
         from lightning_xai.attribution.method_options import at_inputs_too, choose_methods
 
         if self.fit is not None:
             self.model = replace(self.model, fit=self.fit)
         self._check()
         entries = [] if self._compares else self._entries()
+        target = self._target(entries)
         encoder = load_model(self.model)
         if self.image is not None:
             encoder = encoder.reading(self.image if self._compares else entries[0].image)
         chosen, missing = choose_methods(encoder, self.method, self.options)
+        if target is not None:
+            missing |= {
+                each.name: str(unsupported_target(each.name, target.kind))
+                for each in chosen
+                if not each.method.serves(target.kind)
+            }
+            chosen = [each for each in chosen if each.name not in missing]
         settings = describe(asdict(self), self.model, encoder)
         if self._compares:
             self._compare(encoder, chosen[0], settings)
@@ -90,7 +107,7 @@ class Explain:
         for name, reason in missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
         chosen = [reading for each in chosen for reading in at_inputs_too(each, self.options)]
-        explainer = Explainer(self.out, encoder, chosen, missing, settings)
+        explainer = Explainer(self.out, encoder, chosen, missing, settings, target)
         if self.image is not None and is_list(self.image):
             explainer.explain_list(entries, self.batch_size)
         else:
@@ -150,6 +167,12 @@ class Explain:
             "TEXT and --other-caption TEXT": (
                 self.model.compares_texts_only and (self.caption is None or self.other_caption is None)
             ),
+            "--against compares captions of an image: leave out --other-image and --other-caption": (
+                bool(self.against) and self._compares
+            ),
+            "--span asks about a phrase within its caption, --against about whole captions: give one of them": (
+                bool(self.against) and spans
+            ),
             f"--out has to be a folder, but {self.out} is a file": self.out.is_file(),
             f"{self.out / PICTURE} is the image to explain, and would be replaced: choose another --out": any(
                 path is not None and path.resolve() == (self.out / PICTURE).resolve()
@@ -168,13 +191,29 @@ class Explain:
             flag = {"other_image": "compares_images", "other_caption": "intra_modal"}.get(option, "pairwise")
             check_method(self.method, **{flag: given})
 
+    def _target(self, entries: list[Entry]) -> Any:
+        """What is explained of captions that are compared, a `ChosenTarget`; None where there are none.
+
+        Raises:
+            ValueError: no such target or option, nothing to compare, or a method that does not explain the target.
+        """
+        from lightning_xai.attribution.target_options import check_serves, choose_target
+
+        if not any(entry.against for entry in entries):
+            if self.target is not None or self.target_options:
+                raise ValueError("--target is of captions that are compared: give --against TEXT")
+            return None
+        target = choose_target(self.target or "contrast", self.target_options)
+        check_serves(self.method, target)
+        return target
+
     def _entries(self) -> list[Entry]:
         """Entries to explain, image by image."""
         from lightning_xai.attribution.method_options import check_method
 
         if self.image is None:
             raise ValueError("give an image (--image FILE, a folder, or a CSV list)")
-        entries = read_entries(self.image, self.caption, self.captions, self.span, self.box)
+        entries = read_entries(self.image, self.caption, self.captions, self.span, self.box, self.against)
         if any(entry.span or entry.box for entry in entries):
             check_method(self.method, pairwise="a list with spans or boxes")
         return entries

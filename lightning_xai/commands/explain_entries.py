@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ from lightning_xai.registry import PluginError
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
+    from lightning_xai.attribution.target_options import ChosenTarget
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 _SUMMARY = (
-    "name", "image", "caption", "span", "box", "method", "similarity", "completeness_error", "fault", "skipped",
+    "name", "image", "caption", "span", "box", "against", "method", "similarity", "completeness_error", "fault",
+    "skipped",
 )  # fmt: skip
 _MOST_REASONS = 5
 
@@ -34,16 +36,18 @@ class _Explained:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def _explained_by(chosen: ChosenMethod, batch: Sequence[PreparedEntry]) -> list[Explanation | ValueError]:
+def _explained_by(
+    chosen: ChosenMethod, batch: Sequence[PreparedEntry], target: ChosenTarget | None
+) -> list[Explanation | ValueError]:
     """What a method says of each entry of a batch, or why it cannot: then one by one, to find which it is."""
     try:
-        return list(explain_batch(chosen, batch))
+        return list(explain_batch(chosen, batch, target))
     except PluginError:
         raise
     except ValueError as error:
         if len(batch) == 1:
             return [error]
-        return [given for entry in batch for given in _explained_by(chosen, [entry])]
+        return [given for entry in batch for given in _explained_by(chosen, [entry], target)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Explainer:
         chosen: the methods.
         missing: methods that do not serve the model, and why.
         settings: what every record says of command and model.
+        target: what is explained of entries with captions to compare with.
         cropped: photos of a list of which the model's crop hides more than a fifth.
     """
 
@@ -64,6 +69,7 @@ class Explainer:
     chosen: list[ChosenMethod]
     missing: dict[str, str]
     settings: dict[str, Any]
+    target: ChosenTarget | None = None
     cropped: set[Path] = field(default_factory=set)
 
     def explain_one(self, entry: Entry) -> None:
@@ -133,18 +139,17 @@ class Explainer:
                 batch.append(prepare_entry(self.encoder, entry))
                 self.cropped.update({entry.image} if batch[-1].hidden else ())
             except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
-                rows.append(asdict(entry) | {"skipped": str(error)})
+                rows.append(entry.row() | {"skipped": str(error)})
                 bar.advance(bar.task_ids[0], len(self.chosen))
         for prepared, explained in zip(batch, self._explain(batch, bar), strict=True):
             if explained.explanations:
                 self._write(self.out / prepared.entry.name, prepared, explained)
             rows += [
-                asdict(prepared.entry) | {"method": name, "skipped": reason}
-                for name, reason in explained.failed.items()
+                prepared.entry.row() | {"method": name, "skipped": reason} for name, reason in explained.failed.items()
             ]
             for each in explained.explanations:
                 faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
-                row = asdict(prepared.entry) | {"method": each.label, "fault": "; ".join(faults)}
+                row = prepared.entry.row() | {"method": each.label, "fault": "; ".join(faults)}
                 rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
         return sorted(rows, key=lambda row: str(row["name"]))
 
@@ -153,7 +158,7 @@ class Explainer:
         found = [_Explained() for _ in batch]
         for chosen in self.chosen if batch else ():
             bar.update(bar.task_ids[0], description=chosen.label)
-            for each, given in zip(found, _explained_by(chosen, batch), strict=True):
+            for each, given in zip(found, _explained_by(chosen, batch, self.target), strict=True):
                 if isinstance(given, Explanation):
                     each.explanations.append(given)
                 else:
@@ -179,6 +184,9 @@ class Explainer:
             arrays |= {prefix + key: values for key, values in each.arrays.items()}
             described |= {prefix + key: ARRAYS[key] + at for key in each.arrays}
         methods = {each.label: each.record for each in explanations}
+        if prepared.against:
+            arrays["against_tokens"] = np.stack([numpy_of(each.tokens) for each in prepared.against])
+            described["against_tokens"] = ARRAYS["against_tokens"]
         record = {"methods": methods, "not_served": missing, "arrays": described}
         picture = sheet(prepared, explanations, missing)
         return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)

@@ -21,7 +21,7 @@ from lightning_xai.commands.inputs import (
 )
 from lightning_xai.commands.outputs import numpy_of, shown_tokens, sums_of
 from lightning_xai.photo import LONGEST, PhotoGeometry, on_photo
-from lightning_xai.report.explanation import Saliency, Token, comparison_sheet, explanation_sheet
+from lightning_xai.report.explanation import OtherText, Saliency, Token, comparison_sheet, explanation_sheet
 from lightning_xai.report.plots import Example, Scale, heat_fault
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from lightning_xai.attribution import Attribution
     from lightning_xai.attribution.method_options import ChosenMethod
+    from lightning_xai.attribution.target_options import ChosenTarget
     from lightning_xai.data.sample import Box, Span
     from lightning_xai.models.encoder import TwoTowerEncoder
 
@@ -44,15 +45,57 @@ ARRAYS = {
     "shown_text": "[L] the values of the tokens in the picture: the sum of interactions over the box, or text",
     "on_photo": "[height, width] shown_image on the photo's pixels, reduced to 1024 at most; NaN where it is cropped",
     "box_mask": "[H, W] the patches of the box",
+    "explained": "the value of the target, where captions are compared",
+    "against_similarity": "[M] cosine similarity with each of the other captions",
+    "against_text": "[M, L] what each of their tokens adds to the target (of methods without sign: for its caption)",
+    "against_interactions": "[M, L, H, W] the same of each pair of token and patch; where interactions is",
+    "against_prefix": "[M, L] the same of each token with CLS and register tokens; where interactions is",
+    "shown_against": "[M, L] the values of their tokens in the picture",
     "tokens": "[L] token ids of the caption",
+    "against_tokens": "[M, L] token ids of the other captions",
     "span_mask": "[L] the tokens of the span",
     "geometry": "scale across and down, and offset (x, y): photo * scale + offset is the model's input, in pixels",
 }
 """What `attribution.npz` holds. With several methods, or one at several layers, those above `tokens` are named
 `<method>/image`, or `<method>,<image layer>,<text layer>/image`, and so on."""
-_RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error")
+_RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error", "explained")
+_OF_OTHERS = ("similarity", "text", "interactions", "prefix")
 _LEAST_HEARD = 0.8  # share of a sound below which the picture says so
 _INCOMPLETE = 0.05  # share of the similarity from which the picture mentions the completeness error
+
+
+@dataclass(frozen=True)
+class OtherCaption:
+    """A caption that an entry's is compared with.
+
+    Attributes:
+        text: the caption.
+        tokens: [L] token ids.
+        content: positions of its own tokens; see `PreparedEntry`.
+        shown: these tokens as the picture shows them.
+    """
+
+    text: str
+    tokens: Tensor
+    content: list[list[int]]
+    shown: list[Token]
+
+    @classmethod
+    def of(cls, encoder: TwoTowerEncoder, text: str, own: Tensor) -> OtherCaption:
+        """Read a caption; `own` [L] are the tokens of the one that it is compared with.
+
+        Raises:
+            InputError: it is empty, or the same to the model.
+        """
+        if not text.strip():
+            raise InputError("a caption to compare with (--against) is empty")
+        tokens = encoder.tokenizer.encode([text])[0].to(own.device)
+        if tokens.equal(own):
+            raise InputError(
+                f"the caption to compare with (--against) {text!r} is the same as the caption to the model, which "
+                f"reads {len(own)} tokens: give another one, or one that differs in its first words"
+            )
+        return cls(text, tokens, *shown_tokens(encoder.tokenizer, text, tokens))
 
 
 @dataclass(frozen=True)
@@ -71,6 +114,7 @@ class PreparedEntry:
         geometry: where the model's input lies on the photo; None for sounds.
         photo: [height, width, 3] uint8, reduced; for sounds the spectrogram.
         record: of the entry, as the file has it.
+        against: the captions that it is compared with.
     """
 
     entry: Entry
@@ -84,6 +128,7 @@ class PreparedEntry:
     geometry: PhotoGeometry | None
     photo: NDArray[np.uint8]
     record: dict[str, Any]
+    against: tuple[OtherCaption, ...] = ()
 
     @property
     def hidden(self) -> str:
@@ -118,6 +163,10 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     """
     if entry.span is not None and entry.box is not None:
         raise InputError("a span asks about words, a box about a part of the image: give one of them")
+    if entry.span is not None and entry.against:
+        raise InputError(
+            "a span asks about a phrase within its caption, against about whole captions: give one of them"
+        )
     if not entry.caption.strip():
         raise InputError(f"the caption of {entry.image} is empty")
     pixels, size = read_input(encoder, entry.image)
@@ -147,7 +196,12 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
         }
     if entry.box is not None and box is not None:
         record["box"] = {"x,y,width,height": list(parse_box(entry.box)), "x0,y0,x1,y1 transformed": list(box)}
-    prepared = PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, geometry, photo, record)
+    against = tuple(OtherCaption.of(encoder, text, tokens) for text in entry.against)
+    if against:
+        record["against"] = list(entry.against)
+    prepared = PreparedEntry(
+        entry, pixels, tokens, content, shown, spans, positions, box, geometry, photo, record, against
+    )
     record["hidden"] = prepared.hidden
     return prepared
 
@@ -166,12 +220,22 @@ def _levels(picture: Tensor) -> NDArray[np.uint8]:
     return np.asarray((numpy_of(picture.permute(1, 2, 0)) * 255).round(), dtype=np.uint8)
 
 
-def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> Iterator[Explanation]:
-    """Explain some entries by one method, all in one batch."""
+def explain_batch(
+    chosen: ChosenMethod, prepared: Sequence[PreparedEntry], target: ChosenTarget | None = None
+) -> Iterator[Explanation]:
+    """Explain some entries by one method, all in one batch; those with captions to compare with by a target."""
     import torch
 
+    from lightning_xai.attribution.targets import SIMILARITY
+
+    compared = [bool(each.against) for each in prepared]
+    if any(compared) and not all(compared):
+        for each in prepared:
+            yield from explain_batch(chosen, [each], target)
+        return
+    asked = target.of([each.entry.against for each in prepared]) if target is not None and any(compared) else SIMILARITY
     result = chosen.method.attribute(
-        torch.stack([each.pixels for each in prepared]), torch.stack([each.tokens for each in prepared])
+        torch.stack([each.pixels for each in prepared]), torch.stack([each.tokens for each in prepared]), asked
     )
     for row, each in enumerate(prepared):
         arrays = _arrays(result, row, each)
@@ -183,6 +247,7 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
             scale=_scale(chosen.method.has_zero, arrays),
             completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
             where=chosen.where,
+            others=_others(each, arrays),
         )
         maps = {"image": saliency.image, "text": saliency.text}
         record = {
@@ -197,6 +262,11 @@ def explain_batch(chosen: ChosenMethod, prepared: Sequence[PreparedEntry]) -> It
             "fault": {name: heat_fault(values) for name, values in maps.items()},
             "on_padding": _on_padding(each.geometry, saliency.image),
         }
+        if each.against and target is not None:
+            record["target"] = {"name": target.name, "options": target.options, "value": arrays["explained"].item()}
+            record["against"] = [
+                {"caption": other.caption, "similarity": other.similarity} for other in saliency.others
+            ]
         yield Explanation(chosen.label, saliency, arrays, record)
 
 
@@ -215,10 +285,24 @@ def _on_padding(geometry: PhotoGeometry | None, heat: NDArray[Any]) -> dict[str,
     }
 
 
+def _others(prepared: PreparedEntry, arrays: Mapping[str, NDArray[Any]]) -> tuple[OtherText, ...]:
+    """The other captions as they are drawn."""
+    return tuple(
+        OtherText(
+            other.text,
+            other.shown,
+            sums_of(arrays["shown_against"][place], other.content),
+            arrays["against_similarity"][place].item(),
+        )
+        for place, other in enumerate(prepared.against)
+    )
+
+
 def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
     if not has_zero:
         return "range"
-    return "signed" if min(arrays["image"].min(), arrays["text"].min()) < 0 else "positive"
+    parts = [arrays[name].min() for name in ("image", "text", "against_text") if name in arrays]
+    return "signed" if min(parts) < 0 else "positive"
 
 
 def _arrays(result: Attribution, row: int, prepared: PreparedEntry) -> dict[str, NDArray[Any]]:
@@ -229,9 +313,16 @@ def _arrays(result: Attribution, row: int, prepared: PreparedEntry) -> dict[str,
         arrays["shown_image"] = arrays["interactions"][prepared.positions].sum(axis=0)
     if prepared.geometry is not None:
         arrays["on_photo"] = on_photo(arrays["shown_image"], prepared.geometry)
+    if prepared.against and result.others is not None:
+        count = len(prepared.against)  # other entries of the batch may have more
+        of_others = {f"against_{name}": getattr(result.others, name) for name in _OF_OTHERS}
+        arrays |= {name: numpy_of(values[row, :count]) for name, values in of_others.items() if values is not None}
+        arrays["shown_against"] = arrays["against_text"]
     if prepared.box_xyxy is not None:
         arrays["box_mask"] = box_mask(prepared.box_xyxy, arrays["image"], prepared.pixels)
         arrays["shown_text"] = (arrays["interactions"] * arrays["box_mask"]).sum(axis=(1, 2))
+        if "against_interactions" in arrays:
+            arrays["shown_against"] = (arrays["against_interactions"] * arrays["box_mask"]).sum(axis=(2, 3))
     return arrays
 
 
@@ -264,11 +355,25 @@ def sheet(
         prepared.photo / np.float32(255), entry.span or "", entry.caption, tuple(prepared.spans), box, frame=frame
     )
     saliencies = [each.saliency for each in explanations]
+    if prepared.against:
+        asked = _compared(explanations[0])
+        return comparison_sheet(example, prepared.shown, saliencies, missing=missing, asked=asked)
     if missing or len({each.method for each in saliencies}) > 1:
         return comparison_sheet(example, prepared.shown, saliencies, missing=missing)
     return explanation_sheet(
         example, prepared.shown, saliencies, asked=_asked(entry), notes=_notes(prepared, explanations)
     )
+
+
+def _compared(explanation: Explanation) -> str:
+    """The title of a picture that compares captions: the target, and its numbers."""
+    record, similarity = explanation.record, explanation.saliency.similarity
+    others = [other["similarity"] for other in record["against"]]
+    value, target = record["target"]["value"], record["target"]["name"]
+    if target != "contrast":
+        return f"{target} {value:.3f} of the caption of similarity {similarity:.3f}"
+    mean = f"{others[0]:.3f}" if len(others) == 1 else f"{similarity - value:.3f} (mean of {len(others)})"
+    return f"similarity {similarity:.3f} rather than {mean}: difference {value:+.3f}"
 
 
 def _asked(entry: Entry) -> str:

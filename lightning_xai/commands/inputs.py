@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_xai.commands.model_choice import IMAGEBIND, SENTENCES, ModelChoice
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".wav", ".flac", ".ogg", ".mp3")
-_COLUMNS = ("image", "caption", "span", "box")
+_COLUMNS = ("image", "caption", "span", "box", "against")
+_BETWEEN = "|"  # captions in one field of a list
 _MOST_OUTSIDE = 1.0  # pixels: data sets round the edges of their boxes
 
 
@@ -38,6 +40,7 @@ class Entry:
         caption: the text.
         span: a phrase of the caption.
         box: `"x,y,width,height"` in pixels of the upright image file.
+        against: captions that the caption is compared with.
     """
 
     name: str
@@ -45,6 +48,11 @@ class Entry:
     caption: str
     span: str | None = None
     box: str | None = None
+    against: tuple[str, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """The entry as a row of a table."""
+        return asdict(self) | {"against": f" {_BETWEEN} ".join(self.against)}
 
 
 def _refuse_run(name: str) -> None:
@@ -139,17 +147,23 @@ def is_list(image: Path) -> bool:
 
 
 def read_entries(
-    image: Path, caption: str | None, captions: Path | None, span: str | None = None, box: str | None = None
+    image: Path,
+    caption: str | None,
+    captions: Path | None,
+    span: str | None = None,
+    box: str | None = None,
+    against: Sequence[str] = (),
 ) -> list[Entry]:
     """The entry of a single image, or those of a CSV list or of a folder of images.
 
     Args:
-        image: an image; a CSV file with the columns image and caption, and if need be span and box (empty: none); or a
-            folder.
+        image: an image; a CSV file with the columns image and caption, and if need be span, box and against (empty:
+            none; several captions to compare with are separated by |); or a folder.
         caption: the text of the image, or of every image of a folder.
         captions: instead, for a folder, a CSV file as above, with paths relative to the folder.
         span: a phrase of the caption of a single image.
         box: a box on a single image.
+        against: captions to compare that of a single image, or of every image of a folder, with.
 
     Raises:
         ValueError: nothing to explain, captions for what has some already, or a broken list.
@@ -157,9 +171,11 @@ def read_entries(
     if not is_list(image):
         if caption is None or captions is not None:
             raise ValueError(f"{image} is a single image: give its caption (--caption TEXT), and no --captions")
-        return [Entry(image.stem, image, caption, span, box)]
+        return [Entry(image.stem, image, caption, span, box, tuple(against))]
     if span is not None or box is not None:
         raise ValueError("a list has its spans and boxes in columns of these names: leave out --span and --box")
+    if against and (captions is not None or not image.is_dir()):
+        raise ValueError("a list has captions to compare with in its column against: leave out --against")
     root = image if image.is_dir() else image.parent
     if not image.is_dir():
         if caption is not None or captions is not None:
@@ -178,7 +194,14 @@ def read_entries(
             raise ValueError(f"{image} holds no image or sound ({', '.join(_SUFFIXES)})")
         rows = [{"image": name, "caption": caption or ""} for name in names]
     return [
-        Entry(f"{i:04d}-{path.stem}", path, row["caption"], row.get("span") or None, row.get("box") or None)
+        Entry(
+            f"{i:04d}-{path.stem}",
+            path,
+            row["caption"],
+            row.get("span") or None,
+            row.get("box") or None,
+            tuple(each.strip() for each in row["against"].split(_BETWEEN)) if row.get("against") else tuple(against),
+        )
         for i, row in enumerate(rows)
         for path in [root / row["image"]]
     ]
@@ -201,7 +224,9 @@ def _read_list(path: Path) -> list[dict[str, str]]:
     if not rows:
         raise ValueError(f"{path} lists no image: give a line for each, below the header image,caption")
     if not {"image", "caption"} <= rows[0].keys() <= set(_COLUMNS):
-        raise ValueError(f"{path}: expected the columns image,caption and if need be span,box; got {','.join(rows[0])}")
+        raise ValueError(
+            f"{path}: expected the columns image,caption and if need be span,box,against; got {','.join(rows[0])}"
+        )
     return rows
 
 

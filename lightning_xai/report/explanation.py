@@ -65,6 +65,23 @@ class Token:
 
 
 @dataclass(frozen=True)
+class OtherText:
+    """A caption that is compared with, and its saliency by one method.
+
+    Attributes:
+        caption: the text.
+        tokens: its tokens, [n].
+        values: [n].
+        similarity: its cosine similarity with the image.
+    """
+
+    caption: str
+    tokens: Sequence[Token]
+    values: Values
+    similarity: float
+
+
+@dataclass(frozen=True)
 class Saliency:
     """Saliency of an image and its caption by one method.
 
@@ -76,6 +93,7 @@ class Saliency:
         scale: how values become colours.
         completeness_error: None for methods that have none.
         where: the layers that it was read at; empty for methods without.
+        others: captions that are compared with.
     """
 
     method: str
@@ -85,6 +103,7 @@ class Saliency:
     scale: Scale = "signed"
     completeness_error: float | None = None
     where: str = ""
+    others: tuple[OtherText, ...] = ()
 
 
 def explanation_sheet(
@@ -142,6 +161,7 @@ def comparison_sheet(
     saliencies: Sequence[Saliency],
     *,
     missing: Mapping[str, str] | None = None,
+    asked: str = "",
 ) -> Figure:
     """Methods side by side, after Figure 1 of the M2IB paper: the image, then a column for each method.
 
@@ -150,6 +170,7 @@ def comparison_sheet(
         tokens: the caption's tokens, [n].
         saliencies: one for each method that serves the model.
         missing: the other methods, and why they do not.
+        asked: the title, where captions are compared; their tokens stand below those of the caption.
 
     Raises:
         ValueError: no method at all, or not one value for each token.
@@ -161,8 +182,14 @@ def comparison_sheet(
     rows = -(-len(saliencies) // _MOST_COLUMNS)
     columns = -(-len(saliencies) // rows)
     across = _COLUMN + GAP
-    sheet = Sheet(max((columns + 1) * across + GAP, 2 * across + GAP + 200), _numbers(saliencies[0].similarity))
-    end = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans) + 12
+    sheet = Sheet(
+        max((columns + 1) * across + GAP, 2 * across + GAP + 200), asked or _numbers(saliencies[0].similarity)
+    )
+    end = sheet.caption(example.caption, (GAP, sheet.top), sheet.width - 2 * GAP, example.spans)
+    for other in saliencies[0].others:
+        line = f"rather than (similarity {other.similarity:.3f}): {other.caption}"
+        end = sheet.caption(line, (GAP, end), sheet.width - 2 * GAP, color=_GREY)
+    end += 12
     y = end
     for i, saliency in enumerate(saliencies):
         above = any(each.where for each in saliencies[i - i % columns :][:columns])
@@ -275,6 +302,10 @@ def _method_column(
     y = _chips(sheet, tokens, scaled(saliency.text, saliency.scale), (x, y + 8), _COLUMN)
     if heat_fault(saliency.text) is not None:
         sheet.text(f"tokens: {heat_fault(saliency.text)}", (x, y - 6), fontsize=_SMALL, color=_GREY)
+        y += LINE - 6
+    for other in saliency.others:
+        sheet.text("rather than", (x, y), fontsize=_SMALL, color=_GREY)
+        y = _chips(sheet, other.tokens, scaled(other.values, saliency.scale), (x, y + LINE), _COLUMN)
     return y
 
 

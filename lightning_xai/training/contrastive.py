@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -300,10 +299,8 @@ class ContrastiveModule(L.LightningModule):
         loss = torch.stack(weighted).sum()
         self.log("train/loss", loss, prog_bar=True)
         # Of a number that several have, such as the accuracy, the first one's.
-        numbers = ChainMap(
-            {name: term.loss.detach() for name, term in terms.items()}, *(t.logged for t in terms.values())
-        )
-        for name, value in numbers.items():
+        numbers = {name: value for term in reversed(terms.values()) for name, value in term.logged.items()}
+        for name, value in (numbers | {name: term.loss.detach() for name, term in terms.items()}).items():
             self.log(f"train/{name}", value, prog_bar=name == "accuracy")
         self.log("train/logit_scale", scale.detach())
         # Logged here, not in on_train_batch_end: callbacks write checkpoints, with all that is logged by then, before

@@ -191,10 +191,10 @@ def test_no_more_masked_inputs_than_asked_for_pass_through_a_tower(
     shown, said = (batch_sizes(encoder, name, monkeypatch) for name in ("encode_image", "encode_text"))
     KernelSHAP(encoder, image_samples=50, text_samples=30, internal_batch_size=8).attribute(images, tokens)
     # The second caption has two tokens, so four coalitions.
-    for sizes, samples in ((shown, 3 * 50), (said, 30 + 4 + 30)):
+    for sizes, samples in ((shown, 3 * 50 + 1), (said, 30 + 4 + 30 + 3)):
         assert max(sizes) == 8
-        # Beside the samples only the pairs themselves, and their empty inputs.
-        assert sum(sizes) == samples + 2 * 3
+        # Other than the samples only the pairs themselves, the empty image and the empty captions.
+        assert sum(sizes) == samples + 3
 
 
 def test_options_that_cannot_work_are_errors_in_words(make_encoder: MakeEncoder) -> None:

@@ -25,7 +25,9 @@ from lightning_xai.attribution import (
     Attribution,
     AttributionMethod,
     ConstantMapWarning,
+    Contrast,
     FeaturePairAttribution,
+    Probability,
     Saliency,
     SimilarityGradCAM,
 )
@@ -303,6 +305,87 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
     assert "Skipped unsupported: this tower has no attention" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="saliency serves it; other methods: similarity_grad_cam, saliency, rise"):
         explained("--method", "unsupported")
+
+
+# --- one caption rather than another ---
+
+
+def test_captions_are_compared_by_every_method_and_named_with_their_similarities(
+    explained: Explained, model: list[str], image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    others = ["a blue ring and, a red [ring]", "a dog"]
+    given = [option for other in others for option in ("--against", other)]
+    arrays, record = explained(*given)
+    encoder = loaded(model)
+    result = FeaturePairAttribution(encoder).attribute(*inputs(encoder, image), Contrast(others))
+    assert_equal(arrays, result)
+    assert result.explained is not None
+    assert result.others is not None
+    for name, expected in (
+        ("explained", result.explained),
+        ("against_similarity", result.others.similarity),
+        ("against_text", result.others.text),
+        ("against_interactions", result.others.interactions),
+        ("against_tokens", encoder.tokenizer.encode(others)[None]),
+    ):
+        assert isinstance(expected, Tensor)
+        np.testing.assert_allclose(arrays[name], expected[0], rtol=1e-4, atol=1e-6)
+    assert record["against"] == others
+    own = record["methods"]["feature_pair"]
+    assert own["target"] == {
+        "name": "contrast", "options": {"weight": "mean"}, "value": pytest.approx(result.explained.item(), abs=1e-5),
+    }  # fmt: skip
+    assert [other["caption"] for other in own["against"]] == others
+    some: dict[str, type[AttributionMethod]] = {"rollout": METHODS["rollout"], "saliency": Saliency}
+    monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", some)
+    arrays, record = explained(*given, "--method", "all", "--target", "probability")
+    assert list(record["methods"]) == ["saliency"]
+    assert "does not explain the target Probability: take" in record["not_served"]["rollout"]
+    probability = Saliency(encoder).attribute(*inputs(encoder, image), Probability(others))
+    np.testing.assert_allclose(arrays["saliency/image"], probability.image[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_list_compares_each_caption_with_its_own_others(model: list[str], tmp_path: Path) -> None:
+    rows = ["image,caption,against", "0.png,a ring,a dog | two rings", "1.png,a ring,", "2.png,a ring,A Ring"]
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", i)
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    explain("--image", tmp_path / "list.csv", *model, "--out", tmp_path / "out", "--method", "saliency")
+    with (tmp_path / "out" / "summary.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["against"] for row in found] == ["a dog | two rings", "", "A Ring"]
+    assert [row["skipped"][:44] for row in found] == ["", "", "the caption to compare with (--against) 'A R"]
+    encoder = loaded(model)
+    expected = Saliency(encoder).attribute(
+        *inputs(encoder, tmp_path / "0.png", "a ring"), Contrast(["a dog", "two rings"])
+    )
+    np.testing.assert_allclose(arrays_of(tmp_path / "out" / "0000-0")["image"], expected.image[0], rtol=1e-4, atol=1e-6)
+    assert "against_text" not in arrays_of(tmp_path / "out" / "0001-1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--against", ""], "a caption to compare with (--against) is empty"),
+        (["--against", CAPTION.upper()], "is the same as the caption to the model, which reads 16 tokens"),
+        (["--against", "a dog", "--span", "ring"], "--span asks about a phrase within its caption"),
+        (["--against", "a dog", "--target", "similarity"], "compared by: contrast, probability; got 'similarity'"),
+        (["--target", "probability"], "--target is of captions that are compared: give --against TEXT"),
+        (
+            ["--against", "a dog", "--target", "probability"],
+            "methods that explain it: m2ib, grad_cam, attention_relevance",
+        ),
+        (["--against", "a dog", "--method", "rollout"], "methods that explain it: feature_pair, m2ib, grad_cam"),
+        (["--against", "a dog", "--target_options.scale", "2"], "contrast has no option scale; it has weight"),
+        (["--against", "a dog", "--target_options.weight", "max"], "--target_options of contrast: "),
+    ],
+    ids=["empty", "same", "span", "similarity", "nothing", "refused", "rollout", "option", "value"],
+)
+def test_comparisons_of_captions_of_no_use_are_reported(
+    model: list[str], image: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    given = ["--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out"]
+    assert message in message_of(*given, *options)
 
 
 # --- two of a kind ---
@@ -608,7 +691,7 @@ def test_weights_that_are_not_finite_are_reported(
 def test_a_list_of_no_use_is_reported(model: list[str], tmp_path: Path) -> None:
     for content, message in {
         "image,caption\n": "lists no image",
-        "image,text\na.png,b\n": "expected the columns image,caption and if need be span,box; got image,text",
+        "image,text\na.png,b\n": "expected the columns image,caption and if need be span,box,against; got image,text",
         "image,caption\ngone.png,b\n": "none of the 1 entries can be used:\n  0000-gone: ",
         "image,caption\na.png,b, c\n": "list.csv, line 2: expected 2 fields as in the header, found 3; put fields with",
         'image,caption\na.png,"b\n': "not a CSV file in UTF-8",

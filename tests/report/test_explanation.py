@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from lightning_xai.report.explanation import (
+    OtherText,
     Saliency,
     Token,
     comparison_sheet,
@@ -197,6 +198,20 @@ def test_a_comparison_has_a_column_for_each_method_in_even_rows_that_begin_with_
     assert {f"method_{i}" for i in range(9)} <= set(texts(figure))
     assert "-2 … 1  (error 2e-03)" in texts(figure)
     assert "cosine similarity 0.250" in texts(figure)
+
+
+def test_captions_that_are_compared_stand_below_with_their_similarity_and_colours() -> None:
+    other = OtherText("a blue ring", (Token("a"), Token("blue"), Token("ring")), np.array([0.0, -1.0, 0.0]), 0.125)
+    flat = replace(saliency("flat", text=np.zeros(7)), others=(other, other))
+    shown = [replace(saliency(), others=(other, other)), flat]
+    figure = comparison_sheet(example(), TOKENS, shown, asked="similarity 0.250 rather than 0.125")
+    assert "similarity 0.250 rather than 0.125" in texts(figure)
+    assert texts(figure).count("rather than (similarity 0.125): a blue ring") == 2
+    assert texts(figure).count("blue") == 4
+    assert_tidy(figure)
+    alone = comparison_sheet(example(), TOKENS, [replace(saliency(), others=(other,))])
+    red, green, blue = ground(alone, "blue")
+    assert blue > max(red, green), "against the target"
 
 
 def test_methods_that_do_not_serve_the_model_are_named_with_the_reason() -> None:

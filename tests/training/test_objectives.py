@@ -41,7 +41,7 @@ class TwoLinearTowers(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
         self.bias = nn.Parameter(torch.tensor([-2.0], dtype=torch.float64))
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, texts: Tensor) -> Any:
         image, text = normalize(images @ self.image, dim=1), normalize(texts @ self.text, dim=1)
         return image, text, self.log_scale.exp(), self.bias
 
@@ -210,7 +210,7 @@ def test_the_grounding_term_and_its_gradient_are_those_of_measured_gamma(
     make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path, layers: tuple[int, int]
 ) -> None:
     """The gradient against finite differences of gamma, in float64, along a random direction of all weights."""
-    at = {"image_layer": layers[0], "text_layer": layers[1], "steps": 2}
+    at: dict[str, Any] = {"image_layer": layers[0], "text_layer": layers[1], "steps": 2}
     task = make(objectives=[Grounding(weight=2.0, **at)])
     task.double()
     batch = training_batch(task, shapes, 4)
