@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -696,3 +697,27 @@ def test_layers_that_cannot_be_taken_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         AttributionEvaluation(str(architecture_file("vit")), None, out=tmp_path, methods=methods, layers=[(0, 0)])
+
+
+def faithful_on_this_rank(config: str, world: str, out: str, trainer: dict[str, Any] | None = None) -> bool:
+    methods = {"feature_pair": {"steps": 3}, "random": None}
+    metrics = ["faithfulness", "insertion_deletion", "prefix_share"]
+    trainer = join_lightning() if trainer is None else trainer
+    evaluate(
+        Path(config), data_of(Path(world), **ONE_AT_A_TIME), Path(out),
+        trainer=trainer, methods=methods, metrics=metrics, seeds=1,
+    )  # fmt: skip
+    return True
+
+
+@pytest.mark.distributed
+def test_coalitions_and_curves_are_the_same_on_two_processes(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    where = (str(architecture_file("vit")), str(world))
+    run_distributed(faithful_on_this_rank, *where, str(tmp_path / "two"))
+    faithful_on_this_rank(*where, str(tmp_path / "one"), {})
+    for name in ("values.csv", "targets.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    measured = set(pd.read_csv(tmp_path / "one" / "values.csv").dropna(subset="value")["metric"])
+    assert {"r2", "insertion", "prefix_share"} <= measured
