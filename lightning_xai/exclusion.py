@@ -24,6 +24,7 @@ class Exclusion(IntEnum):
     NO_POSITIVE = 7
     NO_BOX = 8
     NO_VALUE = 9
+    NO_COMPARISON = 10
 
     @property
     def key(self) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -249,6 +249,11 @@ class BatchRows:
     values: list[ValueRow]
     phrases: list[tuple[dict[str, Any], Tensor]]
 
+    @property
+    def phrase_maps(self) -> dict[str, Tensor]:
+        """Target -> map of each phrase that was measured."""
+        return {target["target"]: heat for target, heat in self.phrases}
+
     def by_item(self, indices: Iterable[int], *, heats: bool) -> dict[int, dict[str, Any]]:
         """The rows of each of these items, and if wanted the maps of its phrases, as plain values to keep on disk."""
         records: dict[int, dict[str, Any]] = {index: {"targets": [], "values": [], "heats": {}} for index in indices}
@@ -274,7 +279,11 @@ class _Group:
 
 
 def measure_batch(
-    batch: Batch, maps: MethodMaps, metrics: Sequence[ChosenMetric], embeddings: Embeddings | None = None
+    batch: Batch,
+    maps: MethodMaps,
+    metrics: Sequence[ChosenMetric],
+    embeddings: Embeddings | None = None,
+    referee: Mapping[str, Tensor] | None = None,
 ) -> BatchRows:
     """Attribute and measure a batch whose forward pass has just run.
 
@@ -283,12 +292,13 @@ def measure_batch(
         maps: makes the method's maps.
         metrics: what to measure.
         embeddings: of the batch; needed by metrics of captions.
+        referee: `phrase_maps` of the batch by the method that others are compared with.
 
     Raises:
         ValueError: an attribution is not finite.
     """
     kinds = dict.fromkeys(metric.spec.kind for metric in metrics)
-    measuring = _Measuring(batch, maps, kinds.keys(), embeddings)
+    measuring = _Measuring(batch, maps, kinds.keys(), embeddings, referee)
     groups = {kind: measuring.group(kind) for kind in kinds}
     values = [row for metric in metrics for row in _value_rows(groups[metric.spec.kind], metric)]
     targets = [row for group in groups.values() for row in group.rows]
@@ -298,12 +308,20 @@ def measure_batch(
 class _Measuring:
     """One batch, its maps by one method, and the targets that they make."""
 
-    def __init__(self, batch: Batch, maps: MethodMaps, kinds: Set[Kind], embeddings: Embeddings | None) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        maps: MethodMaps,
+        kinds: Set[Kind],
+        embeddings: Embeddings | None,
+        referee: Mapping[str, Tensor] | None,
+    ) -> None:
         self.batch = batch
         self.maker = maps
         self.size = (batch.images.shape[2], batch.images.shape[3])
         self.grid = maps.grid
         self.embeddings = embeddings
+        self.referee = referee
         self.reason_R = measurable(batch.phrases.reason, batch.phrases.boxes, maps.grid, self.size)
         self.wanted = self._wanted(kinds)
         self.maps: BatchMaps = maps.maps(batch, self.wanted)
@@ -319,7 +337,7 @@ class _Measuring:
 
     def measured_phrases(self, group: _Group) -> list[tuple[dict[str, Any], Tensor]]:
         """Target and map of each phrase that can be measured."""
-        heats = self.maps.phrases.float().cpu()
+        heats = self.maps.phrases.cpu()
         return [(group.rows[row], heat) for row, heat in zip(self.wanted.phrases.tolist(), heats, strict=True)]
 
     def _wanted(self, kinds: Set[Kind]) -> Wanted:
@@ -342,7 +360,19 @@ class _Measuring:
             for text, box in zip(phrases.text, phrases.boxes.tolist(), strict=True)
         )
         rows = self._rows("phrase", phrases.image_row, phrases.caption_row, phrases.label, more)
-        return _Group(rows, self.reason_R.tolist(), PhraseTargets(self.maps.phrases, masks, self.maker.method.signed))
+        names = [rows[row]["target"] for row in self.wanted.phrases.tolist()]
+        targets = PhraseTargets(self.maps.phrases, masks, self.maker.method.signed, self._referee_of(names))
+        return _Group(rows, self.reason_R.tolist(), targets)
+
+    def _referee_of(self, names: Sequence[str]) -> Tensor | None:
+        """The referee's maps of some targets, NaN where it has none."""
+        if self.referee is None:
+            return None
+        if not self.referee:  # it measured no phrase of the batch
+            return torch.full_like(self.maps.phrases, torch.nan)
+        nothing = torch.full_like(next(iter(self.referee.values())), torch.nan)
+        found = [self.referee.get(name, nothing) for name in names]
+        return torch.stack([nothing, *found])[1:].to(self.maps.phrases.device)
 
     def _phrase_pairs(self) -> _Group:
         phrases = self.batch.phrases
@@ -400,6 +430,7 @@ class _Measuring:
             embed_texts=lambda said: self._embed_texts(embeddings, said | ~content.unsqueeze(1)),
             coalitions=lambda *asked: self._coalitions(embeddings, *asked),
             batch_size=self.maker.batch_size,
+            completeness_error=None if self.maps.attribution is None else self.maps.attribution.completeness_error,
         )
         boxes = torch.bincount(batch.named.caption_row, minlength=len(batch.tokens)).tolist()
         captions = torch.arange(len(batch.tokens))

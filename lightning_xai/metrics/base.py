@@ -48,11 +48,14 @@ class PhraseTargets:
         maps: [M, H, W], the phrase's map.
         masks: [M, H, W] bool, the patches of the box.
         signed: whether the maps distinguish for from against.
+        referee: [M, H', W'], the referee's maps of the same phrases, on its grid, NaN where it has none; None without a
+            referee.
     """
 
     maps: Tensor
     masks: Tensor
     signed: bool
+    referee: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -136,6 +139,7 @@ class CaptionTargets:
             of the others; those that mark start and end stay anyway.
         coalitions: number of coalitions of patches, of tokens, probability that each is present, seed -> their values.
         batch_size: targets that a metric should work on at a time where it needs pixels.
+        completeness_error: [M], the attribution's sum less what it should be; None for methods without such a sum.
     """
 
     image_maps: Tensor
@@ -153,6 +157,7 @@ class CaptionTargets:
     embed_texts: Callable[[Tensor], Tensor]
     coalitions: Callable[[int, int, float, int], CoalitionValues]
     batch_size: int
+    completeness_error: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_maps)
@@ -180,6 +185,7 @@ class MetricSpec:
         needs_boxes: whether data sets without boxes have no such targets.
         needs_sign: whether it only makes sense for methods whose maps are signed.
         needs_interactions: whether it reads token-patch interactions, which pairwise methods have.
+        needs_referee: whether it compares maps with those of a referee.
         empty: value -> the reason that is recorded where a target has no number (NaN); else NO_VALUE.
         by_default: whether it is measured where settings do not name the metrics; not what costs many forward passes.
         chart: how reports draw the values; None: not at all.
@@ -195,6 +201,7 @@ class MetricSpec:
     needs_boxes: bool = False
     needs_sign: bool = False
     needs_interactions: bool = False
+    needs_referee: bool = False
     empty: Mapping[str, Exclusion] = field(default_factory=dict)
     by_default: bool = True
     chart: Literal["cumulative", "distribution", "bars"] | None = None
@@ -263,7 +270,7 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
     """Return targets of a kind with M = 0, on a grid of one patch, to try a metric and its options out."""
     maps, masks = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1, dtype=torch.bool)
     if kind == "phrase":
-        return PhraseTargets(maps, masks, signed=True)
+        return PhraseTargets(maps, masks, signed=True, referee=maps)
     if kind == "phrase_pair":
         return PhrasePairTargets(maps, masks, masks)
     if kind == "negative":

@@ -25,6 +25,8 @@ METRICS: Registry[MetricSpec] = Registry(
             "faithfulness",
             "insertion_deletion",
             "prefix_share",
+            "completeness",
+            "agreement",
         )
     },
     group="lightning_xai.metrics",

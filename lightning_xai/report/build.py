@@ -18,6 +18,7 @@ from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.sections.appendix import appendix_blocks
 from lightning_xai.report.sections.gaps import gap_blocks
 from lightning_xai.report.sections.heat_maps import heat_map_blocks
+from lightning_xai.report.sections.layers import layer_blocks
 from lightning_xai.report.sections.metrics import metric_sections
 from lightning_xai.report.sections.overview import overview_blocks
 from lightning_xai.report.sections.significance import Comparison, OrderTest, compare, significance_blocks
@@ -45,6 +46,7 @@ def build_sections(runs: Sequence[Run], test: OrderTest, min_pairs: int = 10) ->
     sections = [
         Section("overview", "At a glance", overview_blocks(runs, comparisons, min_pairs)),
         *metric_sections(runs),
+        Section("layers", "Layers", layer_blocks(runs)),
         Section("training", "Training", training_blocks(runs)),
         Section("significance", "Significance", significance_blocks(comparisons, refused, test, runs)),
         Section("gaps", "Knowledge gaps", gap_blocks(runs, gallery, min_pairs)),

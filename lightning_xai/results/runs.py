@@ -155,6 +155,11 @@ class Grounding(Measurement):
         return self.record.methods[self.label]
 
     @property
+    def shown_label(self) -> str:
+        """The method with the layers that its maps are of."""
+        return self.record.shown(self.label)
+
+    @property
     def metric(self) -> MetricRecord:
         """The metric of grounding."""
         return self.record.metrics[GROUNDING]
@@ -211,6 +216,11 @@ class Run:
     def record(self) -> ResultRecord:
         """Record of the latest measurement."""
         return self.measurements[-1].record
+
+    @property
+    def methods(self) -> list[str]:
+        """Its methods with the layers that their maps are of."""
+        return list(map(self.record.shown, self.record.methods))
 
     @property
     def is_training(self) -> bool:
