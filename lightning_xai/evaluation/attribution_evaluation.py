@@ -276,6 +276,11 @@ class AttributionEvaluation(L.LightningModule):
             if (has_boxes or not metric.spec.needs_boxes) and (self.referee or not metric.spec.needs_referee)
         }
         without = [name for name in self.asked_for if name not in possible]
+        if self.referee is None and any(self.metrics[name].spec.needs_referee for name in without):
+            raise ValueError(
+                f"{', '.join(without)} needs a referee that maps are compared with; set referee to the label of one of "
+                f"the methods ({', '.join(self.methods)})"
+            )
         if without:
             raise ValueError(
                 f"{', '.join(without)} cannot be measured without boxes, and the test shards have none: prepare a data "

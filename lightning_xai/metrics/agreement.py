@@ -46,7 +46,7 @@ SPEC = MetricSpec(
     title="Agreement of maps with the referee",
     note=(
         "The rank correlation (Spearman) of a phrase's map with the referee's, by patches. A referee that draws random "
-        "numbers is compared with itself at its other seeds: more than that no method can reach."
+        "numbers is compared with itself at its other seeds, which shows how much of a difference is chance."
     ),
     needs_boxes=True,
     needs_referee=True,

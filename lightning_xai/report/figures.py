@@ -173,13 +173,11 @@ class LayerMap:
         heading: above it.
         values: [I, T], image layers by text layers; NaN where there is none.
         mark: the referee's number, on the colour bar and in the heading; NaN for none.
-        digits: of the numbers in the cells.
     """
 
     heading: str
     values: NDArray[np.float64]
     mark: float = math.nan
-    digits: int = 2
 
 
 @style()
@@ -202,18 +200,19 @@ def layer_maps(maps: Sequence[LayerMap], rows: Sequence[str], columns: Sequence[
     for axes, each in zip(every, maps, strict=True):
         marked = np.append(each.values[np.isfinite(each.values)], [] if math.isnan(each.mark) else each.mark)
         low, high = (float(marked.min()), float(marked.max())) if len(marked) else (0.0, 1.0)
+        digits = next((digits for most, digits in ((10, 1), (0.1, 2)) if max(-low, high) >= most), 4)
         mesh = axes.pcolormesh(np.ma.masked_invalid(each.values), vmin=low, vmax=high, cmap="viridis")
         for (row, column), value in np.ndenumerate(each.values):
             known = math.isfinite(value)
             ink = _SOFT if not known else _DARK_CELL if mesh.norm(value) < 0.6 else _BRIGHT_CELL
-            text = f"{value:.{each.digits}f}" if known else "–"
+            text = f"{value:.{digits}f}" if known else "–"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
         bar = figure.colorbar(mesh, ax=axes)
-        heading = each.heading
+        heading = printable(each.heading)
         if not math.isnan(each.mark):
             bar.ax.axhline(each.mark, color="#d55e00", linewidth=3)
-            heading += f"\nreferee: {each.mark:.{each.digits}f}"
-        axes.set_title(printable(heading))
+            heading += f"\nreferee: {each.mark:.{digits}f}"
+        axes.set_title(heading)
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
         axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
         axes.grid(visible=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -86,20 +86,30 @@ def sentences(measurement: Measurement, sweep: Sweep) -> Iterator[str]:
                 f"{known[best]:.2f}), {measurement.record.shown(least)} least ({known[least]:.2f})."
             )
     if not math.isnan(maps[referee]):
-        yield f"{referee} agrees with itself at other seeds to {maps[referee]:.2f}: no method can reach more."
-    yield _understated(measurement, sweep, gammas)
+        yield (
+            f"{referee} agrees with itself at other seeds to {maps[referee]:.2f}; the further from 1, the more samples "
+            "it needs, and the lower all other correlations are."
+        )
+    yield _understated(measurement, sweep, referee, gammas)
 
 
-def _understated(measurement: Measurement, sweep: Sweep, gammas: dict[str, GammaAgreement]) -> str:
+def _understated(measurement: Measurement, sweep: Sweep, referee: str, gammas: Mapping[str, GammaAgreement]) -> str:
     """Name the pairs of layers whose gamma is below the referee's, and those where it is not."""
     low = {label: found for label, found in gammas.items() if found.difference < -max(_UNDERSTATES, 2 * found.error)}
-    where = {label: ", ".join(map(_layer, pair)) for pair, label in sweep.labels.items()}
+    where = {label: f"({', '.join(map(_layer, pair))})" for pair, label in sweep.labels.items()}
+    above = 100 * layer_scores(measurement, [*where, referee])["gamma_above_50"]
     rule = f"lower by more than {_UNDERSTATES} on average, and than two standard errors"
     if not low:
         return f"{sweep.method} understates γ at none of these layers ({rule})."
-    named = "; ".join(f"({where[label]}) by {-found.difference:.2f}" for label, found in low.items())
-    rest = ", ".join(f"({name})" for label, name in where.items() if label not in low)
-    return f"{sweep.method} understates γ at {named}{f'; not at {rest}' if rest else ''} ({rule})."
+    named = ", ".join(
+        f"{where[label]} by {-found.difference:.2f} (γ > 0.5: {above[label]:.0f} %)" for label, found in low.items()
+    )
+    rest = ", ".join(name for label, name in where.items() if label not in low)
+    not_at = f"; not at {rest}" if rest else ""
+    return (
+        f"{sweep.method} understates γ at layers {named}{not_at}. {referee} has γ > 0.5 for {above[referee]:.0f} %. "
+        f"To understate is to be {rule}."
+    )
 
 
 def _chart(measurement: Measurement, sweep: Sweep) -> Chart:
@@ -118,7 +128,7 @@ def _chart(measurement: Measurement, sweep: Sweep) -> Chart:
         for (image, text), label in sweep.labels.items():
             values[rows.index(image), across.index(text)] = column.numbers(float(frame.loc[label, name]))[0]
         mark = math.nan if referee is None else column.numbers(float(frame.loc[referee, name]))[0]
-        maps.append(LayerMap(column.heading, values, mark, 1 if column.percent else 2))
+        maps.append(LayerMap(column.heading, values, mark))
     title = f"{sweep.method} by layer on {measurement.data}" + (f", referee: {referee}" if referee else "")
     ticks = [list(map(_layer, layers)) for layers in (rows, across)]
     alt = "; ".join(f"{each.heading}: {', '.join(f'{value:.2f}' for value in each.values.flat)}" for each in maps)
