@@ -21,6 +21,7 @@ from lightning_xai.data import ShapesDataModule, ShardDataModule
 from lightning_xai.evaluation import AttributionEvaluation
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.architecture import tag_architecture
+from lightning_xai.results.record import method_of
 from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +119,7 @@ def check_memory_of_a_large_model(cli: Any) -> None:
 def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    architecture = SHAPES_VIT if path.stem == "eval_demo" else deep_vit(tmp_path)
+    architecture = SHAPES_VIT if path.stem.endswith("_demo") else deep_vit(tmp_path)
     monkeypatch.chdir(ROOT)
     changes = [f"--model.init_args.model={architecture}", "--model.init_args.pretrained=null"]
     changes += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--trainer.default_root_dir={tmp_path}"]
@@ -128,8 +129,9 @@ def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
     assert not made.trainer.test_loop.inference_mode
     assert not made.trainer.loggers
     for label, options in made.model.methods.items():
-        chosen, missing = choose_methods(made.model.encoder, label, options or {})
-        assert [each.name for each in chosen] == [label]
+        name, own = method_of(label, options)
+        chosen, missing = choose_methods(made.model.encoder, name, own)
+        assert [each.name for each in chosen] == [name]
         assert not missing
     assert made.model.out.parts[0] == "runs"
 

@@ -130,11 +130,11 @@ def _chart(measurement: Measurement, sweep: Sweep) -> Chart:
         mark = math.nan if referee is None else column.numbers(float(frame.loc[referee, name]))[0]
         maps.append(LayerMap(column.heading, values, mark))
     title = f"{sweep.method} by layer on {measurement.data}" + (f", referee: {referee}" if referee else "")
-    ticks = [list(map(_layer, layers)) for layers in (rows, across)]
+    figure = layer_maps(maps, [_layer(each) for each in rows], [_layer(each) for each in across], title)
     alt = "; ".join(f"{each.heading}: {', '.join(f'{value:.2f}' for value in each.values.flat)}" for each in maps)
     note = "Down: image layer; across: text layer; 0 is the towers' inputs."
     note += " The line on a colour bar is the referee's own number." if referee else ""
-    return Chart(f"layers-{measurement.run}-{sweep.method}", title, note, f"{alt}.", layer_maps(maps, *ticks, title))
+    return Chart(f"layers-{measurement.run}-{sweep.method}", title, note, f"{alt}.", figure)
 
 
 def _layer(layer: int) -> str:
