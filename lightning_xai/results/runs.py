@@ -281,9 +281,9 @@ def by_data(measurements: Iterable[Measured], metric: str) -> list[list[Measured
 
 
 def by_method_and_data(groundings: Sequence[Grounding]) -> list[list[Grounding]]:
-    """Those by the same method on the same data together."""
-    labels = dict.fromkeys(each.label for each in groundings)
-    of_label = ([each for each in groundings if each.label == label] for label in labels)
+    """Those by the same method, at the same layers, on the same data together."""
+    labels = dict.fromkeys(each.shown_label for each in groundings)
+    of_label = ([each for each in groundings if each.shown_label == label] for label in labels)
     return [group for own in of_label for group in by_data(own, GROUNDING)]
 
 

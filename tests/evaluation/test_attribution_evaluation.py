@@ -29,7 +29,6 @@ from lightning_xai.evaluation import AttributionEvaluation, method_run
 from lightning_xai.evaluation.method_run import CacheError, ResultCache
 from lightning_xai.metrics import gamma, patch_mask
 from lightning_xai.models import DualEncoder
-from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.results.examples import read_examples
 from lightning_xai.results.record import ResultRecord
 from lightning_xai.results.table import ResultTable, exclusions, read_result, score_table
@@ -571,7 +570,7 @@ SWEEP: dict[str, Any] = {
 
 
 class Swept(NamedTuple):
-    encoder: TwoTowerEncoder
+    encoder: DualEncoder
     out: Path
 
 

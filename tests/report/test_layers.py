@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from result_folders import METRICS, target
+from result_folders import METRICS, target, write_evaluation
 
 from lightning_xai.metrics import METRICS as SPECS
 from lightning_xai.report.build import build_sections
@@ -101,3 +101,14 @@ def test_a_layer_that_was_not_measured_is_an_empty_cell() -> None:
     assert texts == ["0.50", "–"]
     with pytest.raises(ValueError, match="expected something to show"):
         layer_maps([], [], [], "none")
+
+
+def test_one_label_at_different_layers_is_not_compared(tmp_path: Path) -> None:
+    for name, layer in (("a", -1), ("b", 0)):
+        options = {"image_layer": layer, "text_layer": layer}
+        write_evaluation(tmp_path / name, {"feature_pair": 0.5}, examples=False, options=options)
+    sections, comparisons = build_sections(load_runs([tmp_path / "a", tmp_path / "b"]), OrderTest())
+    assert comparisons == []
+    notes = [block.text for section in sections for block in section.blocks if isinstance(block, Note)]
+    layers = "feature_pair, layers last, last and feature_pair, layers 0, 0"
+    assert f"a and b are not compared: {layers} are different methods, or at different layers." in notes

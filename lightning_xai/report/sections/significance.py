@@ -93,8 +93,9 @@ def significance_blocks(
 def why_not(first: Grounding, second: Grounding) -> str | None:
     """Reason why two distributions are not comparable, as a sentence; None where they are."""
     pair = f"{first.name} and {second.name}"
-    if first.label != second.label or first.method.name != second.method.name:
-        return f"{pair} are not compared: {first.shown_label} and {second.shown_label} are different methods."
+    if first.shown_label != second.shown_label or first.method.name != second.method.name:
+        labels = f"{first.shown_label} and {second.shown_label}"
+        return f"{pair} are not compared: {labels} are different methods, or at different layers."
     if not first.same_data(second, GROUNDING):
         return f"{pair} are not compared by {first.value} ({first.label}): {_difference(first, second)}."
     if not len(first.gammas) or not len(second.gammas):
