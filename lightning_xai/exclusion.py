@@ -30,6 +30,7 @@ class Exclusion(IntEnum):
     MASK_SIZE = 11
     MASK_BROKEN = 12
     NO_COLLAGE = 13
+    NO_COMPARISON = 14
 
     @property
     def key(self) -> str:

@@ -119,7 +119,7 @@ def check_memory_of_a_large_model(cli: Any) -> None:
 def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    architecture = SHAPES_VIT if "demo" in path.stem else deep_vit(tmp_path)
+    architecture = SHAPES_VIT if path.stem.endswith("_demo") else deep_vit(tmp_path)
     monkeypatch.chdir(ROOT)
     changes = [f"--model.init_args.model={architecture}", "--model.init_args.pretrained=null"]
     changes += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--trainer.default_root_dir={tmp_path}"]

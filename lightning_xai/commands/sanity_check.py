@@ -16,6 +16,7 @@ from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import describe, numpy_of, progress_bar, write_csv
 from lightning_xai.report.plots import Example, save_figure
 from lightning_xai.report.sanity import COLUMNS, sanity_curves, sanity_sheet, sanity_table
+from lightning_xai.results.record import shown_label
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
@@ -104,11 +105,14 @@ class SanityCheck:
         write_json(self.out / "sanity.json", record)
         rows = [asdict(row) for row in result.rows]
         write_csv(self.out / "sanity.csv", rows, COLUMNS)
+        # The maps of another layer are other maps, so pictures and the terminal name it.
+        shown = {each.name: shown_label(each.name, each.options) for each in chosen}
+        rows = [row | {"method": shown[row["method"]]} for row in rows]
         title = f"{encoder.name}: maps while the weights are randomised"
         save_figure(sanity_curves(rows, f"{title} ({len(pairs)} pairs)"), self.out / "sanity.png")
         pixels = encoder.pictures(pairs[0].pixels[None])[0]
         example = Example(numpy_of(pixels.permute(1, 2, 0)), "", pairs[0].entry.caption)
-        maps = {name: [numpy_of(one.image[0]) for one in given] for name, given in result.maps.items()}
+        maps = {shown[name]: [numpy_of(one.image[0]) for one in given] for name, given in result.maps.items()}
         save_figure(sanity_sheet(example, maps, result.stages, title), self.out / "sanity_maps.png")
         Console().print(sanity_table(rows))
         print(f"Saved {self.out / 'sanity.png'} and {self.out / 'sanity_maps.png'}")  # noqa: T201

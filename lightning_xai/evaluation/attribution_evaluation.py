@@ -12,10 +12,11 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -48,6 +49,8 @@ __all__ = ["AttributionEvaluation"]
 
 _QUALITY = 92
 _COST = "seconds_per_pair"  # of the model's own forward pass; with a label, of a method on top of it
+_LAYERS = {"image_layer", "text_layer"}
+_COMPARED = ("grounding", "agreement")  # what a referee is for
 
 
 class AttributionEvaluation(L.LightningModule):
@@ -67,8 +70,11 @@ class AttributionEvaluation(L.LightningModule):
         methods: name, or any label, of each method -> its options; `{"m2ib_8": {"method": "m2ib", "layer": 8}}` has
             another label. Null: feature_pair.
         layers: pairs (image layer, text layer), counted as `FeaturePairAttribution` counts them: methods that attribute
-            to a layer of both towers are measured at each, under a label of its own, such as
-            `feature_pair,0,0`. Null: at the layers of their options.
+            to a layer of both towers are measured at each, under labels such as `feature_pair,0,-1`. `all`: at every
+            pair of layers that the towers have; `{every: 3}`: at pairs of every third layer from the inputs on, and the
+            last. Null: at the layers of their options.
+        referee: label of a method that the others are compared with: `grounding` and `agreement` are measured too, and
+            `report` compares gammas. Its first seed counts. Null: none.
         metrics: what to measure, by name; null: all that the data allow, but those that cost many forward passes
             (faithfulness, insertion and deletion, pointing game, ROAD and others).
         metric_options: name of a metric -> its options, such as `{"confidence": {"keep_pixels": 0.5}}`.
@@ -105,7 +111,8 @@ class AttributionEvaluation(L.LightningModule):
         *,
         out: Path,
         methods: dict[str, dict[str, Any] | None] | None = None,
-        layers: list[tuple[int, int]] | None = None,
+        layers: list[tuple[int, int]] | Literal["all"] | dict[str, int] | None = None,
+        referee: str | None = None,
         metrics: list[str] | None = None,
         metric_options: dict[str, dict[str, Any]] | None = None,
         seeds: int = 1,
@@ -128,10 +135,12 @@ class AttributionEvaluation(L.LightningModule):
         self.methods = methods or {"feature_pair": None}
         for label, options in self.methods.items():
             check_method(method_of(label, options)[0])
-        if layers is not None:
-            self.methods = _at_layers(self.methods, layers)
-        self.metrics = choose_metrics(metrics, metric_options or {})
-        self.asked_for = tuple(metrics or ())
+        if referee is not None and referee not in self.methods:
+            raise ValueError(f"the referee has to be one of the methods ({', '.join(self.methods)}); got {referee!r}")
+        self.referee = referee
+        compared = _COMPARED if referee is not None else ()
+        self.metrics = choose_metrics(None if metrics is None else [*metrics, *compared], metric_options or {})
+        self.asked_for = tuple(dict.fromkeys((*(metrics or ()), *compared)))
         _check_served(self.methods, [self.metrics[name] for name in self.asked_for])
         self.seeds = seeds
         self.internal_batch_size = internal_batch_size
@@ -147,6 +156,8 @@ class AttributionEvaluation(L.LightningModule):
             fit=fit,
             quick_gelu=quick_gelu,
         )
+        if layers is not None:
+            self.methods = _at_layers(self.methods, _pairs_of_layers(self.encoder, layers), referee)
         self.result: ResultRecord | None = None
         self.table: ResultTable | None = None
         self._source = {"name": model, "pretrained": pretrained}
@@ -193,7 +204,9 @@ class AttributionEvaluation(L.LightningModule):
         if any(metric.spec.kind == "collage" for metric in metrics.values()):
             self._collages = Collages(data.drawn("test", POOL).to(self.device))
             settings["collages"] = [POOL, data.seed]
-        self._runs = [run for label in self.methods for run in self._build(label, metrics, settings)]
+        self._runs = []
+        for label in sorted(self.methods, key=lambda label: label != self.referee):  # the referee first
+            self._add(label, metrics, settings)
         # A process that comes late would take what others have just written for an earlier run's.
         self.trainer.strategy.barrier()
         self._pictures = {}
@@ -272,8 +285,17 @@ class AttributionEvaluation(L.LightningModule):
 
     def _possible(self, *, has_boxes: bool, has_masks: bool) -> dict[str, ChosenMetric]:
         """The metrics asked for, or all that the data allow."""
-        possible = {name: metric for name, metric in self.metrics.items() if has_boxes or not metric.spec.needs_boxes}
+        possible = {
+            name: metric
+            for name, metric in self.metrics.items()
+            if (has_boxes or not metric.spec.needs_boxes) and (self.referee or not metric.spec.needs_referee)
+        }
         without = [name for name in self.asked_for if name not in possible]
+        if self.referee is None and any(self.metrics[name].spec.needs_referee for name in without):
+            raise ValueError(
+                f"{', '.join(without)} needs a referee that maps are compared with; set referee to the label of one of "
+                f"the methods ({', '.join(self.methods)})"
+            )
         if without:
             raise ValueError(
                 f"{', '.join(without)} cannot be measured without boxes, and the test shards have none: prepare a data "
@@ -287,10 +309,8 @@ class AttributionEvaluation(L.LightningModule):
             )
         return {name: metric for name, metric in possible.items() if name not in masked}
 
-    def _build(
-        self, label: str, metrics: Mapping[str, ChosenMetric], settings: Mapping[str, Any]
-    ) -> Iterator[MethodRun]:
-        """The runs of a method: one, or one for each seed where it is stochastic."""
+    def _add(self, label: str, metrics: Mapping[str, ChosenMetric], settings: Mapping[str, Any]) -> None:
+        """Add the runs of a method: one, or one for each seed where it is stochastic."""
         name, own = method_of(label, self.methods[label])
         chosen = choose_method(self.encoder, name, own)
         first = int(chosen.options["seed"]) if chosen.method.stochastic else 0
@@ -298,22 +318,33 @@ class AttributionEvaluation(L.LightningModule):
             if number:
                 chosen = choose_method(self.encoder, name, own | {"seed": first + number})
             shown = None if number else self.shown
-            yield MethodRun(label, chosen, metrics, self.out, settings, shown, self.internal_batch_size)
+            referee = self._runs[0] if self.referee is not None and self._runs else None
+            self._runs.append(
+                MethodRun(label, chosen, metrics, self.out, settings, shown, self.internal_batch_size, referee)
+            )
 
     def _compute(self, batch: Batch, indices: list[int], runs: list[MethodRun]) -> None:
         """One forward pass of the model, and the rows that each of the methods makes from it."""
         pairs = len(batch.tokens)
+        referee = next((run.referee for run in runs if run.referee is not None), None)
+        # Of an earlier run there are the referee's rows, but not the maps that others are compared with.
+        needed = runs if referee is None or referee in runs else [referee, *runs]
         with ExitStack() as passes:
-            for run in runs:
+            for run in needed:
                 passes.enter_context(run.maps.forward_pass())
             begin = clock(self.device)
             embeddings = Embeddings.of(self.encoder, batch)
             self._costs.append((_COST, clock(self.device) - begin, pairs))
-        for run in runs:
-            rows = measure_batch(batch, run.maps, list(run.metrics.values()), embeddings, self._collages)
-            run.cache.put(rows.by_item(indices, heats=run.shown is not None))
-            self._costs.append((f"{_COST}/{run.label}", rows.seconds, pairs))
-            self._pairs += pairs
+        maps = None
+        for run in needed:
+            metrics = list(run.metrics.values()) if run in runs else [run.metrics["grounding"]]
+            rows = measure_batch(batch, run.maps, metrics, embeddings, collages=self._collages, referee=maps)
+            if run is referee:
+                maps = rows.phrase_maps
+            if run in runs:
+                run.cache.put(rows.by_item(indices, heats=run.shown is not None))
+                self._costs.append((f"{_COST}/{run.label}", rows.seconds, pairs))
+                self._pairs += pairs
 
     def _record(
         self,
@@ -348,6 +379,7 @@ class AttributionEvaluation(L.LightningModule):
             },
             settings={
                 "metrics": list(self.asked_for) or None,
+                "referee": self.referee,
                 "metric_options": {name: metric.options for name, metric in metrics.items() if metric.options},
                 "seeds": self.seeds,
                 "shown": self.shown,
@@ -437,17 +469,32 @@ def _means(costs: Iterable[tuple[str, float, int]]) -> dict[str, float]:
     return {name: seconds / pairs for name, (seconds, pairs) in sorted(totals.items()) if pairs}
 
 
+def _pairs_of_layers(
+    encoder: TwoTowerEncoder, layers: Sequence[tuple[int, int]] | str | Mapping[str, int]
+) -> Sequence[tuple[int, int]]:
+    """The pairs of image and text layer that settings ask for; -1 is the last, whatever its number."""
+    if isinstance(layers, str):
+        layers = {"every": 1}
+    if not isinstance(layers, Mapping):
+        return layers
+    step = layers.get("every", 0)
+    if len(layers) != 1 or step < 1:
+        raise ValueError(f"layers are pairs such as [[-1, -1], [0, 0]], `all`, or {{every: 3}}; got {dict(layers)}")
+    towers = (encoder.image_at_layer(), encoder.text_at_layer())
+    return list(product(*([*tower.layers[:-1:step], -1] for tower in towers)))
+
+
 def _at_layers(
-    methods: Mapping[str, dict[str, Any] | None], layers: Sequence[tuple[int, int]]
+    methods: Mapping[str, dict[str, Any] | None], layers: Sequence[tuple[int, int]], referee: str | None
 ) -> dict[str, dict[str, Any] | None]:
-    """Methods, those that attribute to a layer of both towers once for each pair of layers."""
+    """Methods, those that attribute to a layer of both towers once for each pair of layers; the referee stays one."""
     expanded: dict[str, dict[str, Any] | None] = {}
     for label, options in methods.items():
         name, own = method_of(label, options)
-        if not {"image_layer", "text_layer"} <= inspect.signature(METHODS[name]).parameters.keys():
+        if label == referee or not inspect.signature(METHODS[name]).parameters.keys() >= _LAYERS:
             expanded[label] = options
             continue
-        if given := {"image_layer", "text_layer"} & own.keys():
+        if given := _LAYERS & own.keys():
             raise ValueError(
                 f"the method {label} has {', '.join(sorted(given))} of its own, which layers would replace"
             )

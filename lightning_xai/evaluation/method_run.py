@@ -125,11 +125,13 @@ class MethodRun:
     Args:
         label: of the method.
         chosen: the method and its options.
-        metrics: what to measure; those that need a sign or interactions are skipped for methods without.
+        metrics: what to measure; those that need a sign or interactions are skipped for methods without, those that
+            need a referee for the referee.
         folder: of the evaluation.
         settings: what else the rows depend on, but for the method, the metrics and their options.
         shown: how many examples to keep; see `choose_examples`. None: none at all.
         batch_size: inputs that pass through a tower at a time; changes no number.
+        referee: whose maps the method's are compared with; None for the referee, or without one.
 
     Attributes:
         seed: of the method; 0 for one that draws no random numbers.
@@ -151,6 +153,7 @@ class MethodRun:
         settings: Mapping[str, Any],
         shown: tuple[int, int, int] | None,
         batch_size: int,
+        referee: MethodRun | None = None,
     ) -> None:
         self.label = label
         self.chosen = chosen
@@ -159,14 +162,15 @@ class MethodRun:
             name: metric
             for name, metric in metrics.items()
             if metric.spec.serves(signed=chosen.method.signed, pairwise=chosen.method.pairwise)
+            and (referee is not None or not metric.spec.needs_referee)
         }
+        compared = any(metric.spec.needs_referee for metric in self.metrics.values())
+        self.referee = referee if compared else None
         self.targets: dict[str, dict[str, Any]] = {}
         self.values: list[tuple[str, int, str, str, float, str]] = []
         self.shown = shown if "grounding" in self.metrics else None
         self.examples: dict[Place, ExampleRecord] = {}
         self.maps = maps_of(chosen.method, batch_size)
-        # How many at a time changes no number.
-        own = {key: value for key, value in chosen.options.items() if key != "internal_batch_size"}
         measured = {name: metric.options for name, metric in self.metrics.items()}
         self.cache = ResultCache(
             folder / "rows" / f"{label},seed={self.seed}",
@@ -174,8 +178,8 @@ class MethodRun:
                 **settings,
                 "format": _FORMAT,
                 "metrics": measured,
-                "method": chosen.name,
-                "options": own,
+                **_identity(chosen),
+                **({} if self.referee is None else {"referee": _identity(self.referee.chosen)}),
                 # Another version of a plug-in may compute something else.
                 "packages": sorted({METHODS.origin(chosen.name), *(each.origin for each in self.metrics.values())}),
             },
@@ -199,6 +203,13 @@ class MethodRun:
             ]
         if self.shown is not None:
             self.examples = choose_examples(candidates, *self.shown)
+
+
+def _identity(chosen: ChosenMethod) -> dict[str, Any]:
+    """What a method's numbers depend on."""
+    # How many at a time changes no number.
+    options = {key: value for key, value in chosen.options.items() if key != "internal_batch_size"}
+    return {"method": chosen.name, "options": options}
 
 
 def join_rows(

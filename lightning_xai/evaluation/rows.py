@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -260,6 +260,11 @@ class BatchRows:
     phrases: list[tuple[dict[str, Any], Tensor]]
     seconds: float
 
+    @property
+    def phrase_maps(self) -> dict[str, Tensor]:
+        """Target -> map of each phrase that was measured."""
+        return {target["target"]: heat for target, heat in self.phrases}
+
     def by_item(self, indices: Iterable[int], *, heats: bool) -> dict[int, dict[str, Any]]:
         """The rows of each of these items, and if wanted the maps of its phrases, as plain values to keep on disk."""
         records: dict[int, dict[str, Any]] = {index: {"targets": [], "values": [], "heats": {}} for index in indices}
@@ -294,6 +299,7 @@ def measure_batch(
     metrics: Sequence[ChosenMetric],
     embeddings: Embeddings | None = None,
     collages: Collages | None = None,
+    referee: Mapping[str, Tensor] | None = None,
 ) -> BatchRows:
     """Attribute and measure a batch whose forward pass has just run.
 
@@ -303,12 +309,13 @@ def measure_batch(
         metrics: what to measure.
         embeddings: of the batch; needed by metrics of captions.
         collages: needed by metrics of collages.
+        referee: `phrase_maps` of the batch by the method that others are compared with.
 
     Raises:
         ValueError: an attribution is not finite.
     """
     kinds = dict.fromkeys(metric.spec.kind for metric in metrics)
-    measuring = _Measuring(batch, maps, kinds.keys(), embeddings, collages)
+    measuring = _Measuring(batch, maps, kinds.keys(), embeddings, collages, referee)
     groups = {kind: measuring.group(kind) for kind in kinds}
     masked = {metric.spec.kind for metric in metrics if metric.spec.needs_masks}
     groups |= {kind: measuring.with_masks(groups[kind]) for kind in masked}
@@ -335,6 +342,7 @@ class _Measuring:
         kinds: Set[Kind],
         embeddings: Embeddings | None,
         collages: Collages | None = None,
+        referee: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.batch = batch
         self.collages = collages
@@ -342,6 +350,7 @@ class _Measuring:
         self.size = (batch.images.shape[2], batch.images.shape[3])
         self.grid = maps.grid
         self.embeddings = embeddings
+        self.referee = referee
         self.reason_R = measurable(batch.phrases.reason, batch.phrases.boxes, maps.grid, self.size)
         self.wanted = self._wanted(kinds)
         self._views: dict[Mask, Tensor | Exclusion] = {}
@@ -368,7 +377,7 @@ class _Measuring:
 
     def measured_phrases(self, group: _Group) -> list[tuple[dict[str, Any], Tensor]]:
         """Target and map of each phrase that can be measured."""
-        heats = self.maps.phrases.float().cpu()
+        heats = self.maps.phrases.cpu()
         return [(group.rows[row], heat) for row, heat in zip(self.wanted.phrases.tolist(), heats, strict=True)]
 
     def _wanted(self, kinds: Set[Kind]) -> Wanted:
@@ -391,7 +400,19 @@ class _Measuring:
             for text, box in zip(phrases.text, phrases.boxes.tolist(), strict=True)
         )
         rows = self._rows("phrase", phrases.image_row, phrases.caption_row, phrases.label, more)
-        return _Group(rows, self.reason_R.tolist(), PhraseTargets(self.maps.phrases, masks, self.maker.method.signed))
+        names = [rows[row]["target"] for row in self.wanted.phrases.tolist()]
+        targets = PhraseTargets(self.maps.phrases, masks, self.maker.method.signed, referee=self._referee_of(names))
+        return _Group(rows, self.reason_R.tolist(), targets)
+
+    def _referee_of(self, names: Sequence[str]) -> Tensor | None:
+        """The referee's maps of some targets, NaN where it has none."""
+        if self.referee is None:
+            return None
+        if not self.referee:  # it measured no phrase of the batch
+            return torch.full_like(self.maps.phrases, torch.nan)
+        nothing = torch.full_like(next(iter(self.referee.values())), torch.nan)
+        found = [self.referee.get(name, nothing) for name in names]
+        return torch.stack([nothing, *found])[1:].to(self.maps.phrases.device)
 
     def _phrases_with_masks(self, group: _Group, targets: PhraseTargets) -> _Group:
         phrases, boxes, shares, reasons = self.batch.phrases, self.batch.phrases.boxes.cpu(), [], []
@@ -512,6 +533,7 @@ class _Measuring:
             image_coalitions=lambda *asked: self._image_coalitions(embeddings, *asked),
             text_coalitions=lambda *asked: self._text_coalitions(embeddings, *asked),
             batch_size=self.maker.batch_size,
+            completeness_error=None if self.maps.attribution is None else self.maps.attribution.completeness_error,
         )
         boxes = torch.bincount(batch.named.caption_row, minlength=len(batch.tokens)).tolist()
         captions = torch.arange(len(batch.tokens))

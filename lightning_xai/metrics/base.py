@@ -56,6 +56,8 @@ class PhraseTargets:
         signed: whether the maps distinguish for from against.
         box_shares: [M, H, W], how much of each patch the box covers; None unless the metric `needs_masks`.
         mask_shares: [M, H, W], how much of it the object's segmentation mask covers within the box; likewise.
+        referee: [M, H', W'], the referee's maps of the same phrases, on its grid, NaN where it has none; None without a
+            referee.
     """
 
     maps: Tensor
@@ -63,6 +65,7 @@ class PhraseTargets:
     signed: bool
     box_shares: Tensor | None = None
     mask_shares: Tensor | None = None
+    referee: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -171,6 +174,7 @@ class CaptionTargets:
         batch_size: targets that a metric should work on at a time where it needs pixels.
         mask_pixels: a slice of the targets -> the pixels of all objects that each caption names, [M, h, w] bool; only
             where the metric `needs_masks`.
+        completeness_error: [M], the attribution's sum less what it should be; None for methods without such a sum.
     """
 
     image_maps: Tensor
@@ -196,6 +200,7 @@ class CaptionTargets:
     text_coalitions: Callable[[int, float, int], tuple[Tensor, Tensor]]
     batch_size: int
     mask_pixels: Callable[[slice], Tensor] = _no_pixels
+    completeness_error: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_maps)
@@ -233,6 +238,7 @@ class MetricSpec:
             targets alone that have them.
         needs_sign: whether it only makes sense for methods whose maps are signed.
         needs_interactions: whether it reads token-patch interactions, which pairwise methods have.
+        needs_referee: whether it compares maps with those of a referee.
         empty: value -> the reason that is recorded where a target has no number (NaN); else NO_VALUE.
         by_default: whether it is measured where settings do not name the metrics; not what costs many forward passes.
         chart: how reports draw the values; None: not at all.
@@ -249,6 +255,7 @@ class MetricSpec:
     needs_masks: bool = False
     needs_sign: bool = False
     needs_interactions: bool = False
+    needs_referee: bool = False
     empty: Mapping[str, Exclusion] = field(default_factory=dict)
     by_default: bool = True
     chart: Literal["cumulative", "distribution", "bars"] | None = None
@@ -322,7 +329,7 @@ def no_targets(kind: Kind) -> PhraseTargets | PhrasePairTargets | NegativeTarget
     """Return targets of a kind with M = 0, on a grid of one patch, to try a metric and its options out."""
     maps, masks = torch.zeros(0, 1, 1), torch.zeros(0, 1, 1, dtype=torch.bool)
     if kind == "phrase":
-        return PhraseTargets(maps, masks, signed=True, box_shares=maps, mask_shares=maps)
+        return PhraseTargets(maps, masks, signed=True, box_shares=maps, mask_shares=maps, referee=maps)
     if kind == "phrase_pair":
         return PhrasePairTargets(maps, masks, masks)
     if kind == "negative":

@@ -41,7 +41,8 @@ def spearman(maps: Tensor, others: Tensor) -> Tensor:
     correlation = (ranks * other_ranks).sum(dim=1) / (
         ranks.square().sum(dim=1) * other_ranks.square().sum(dim=1)
     ).sqrt()
-    return correlation.where(_finite(maps) & _finite(others), torch.nan)
+    # Rounding may go past the ends.
+    return correlation.clamp(-1, 1).where(_finite(maps) & _finite(others), torch.nan)
 
 
 def ssim(maps: Tensor, others: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ METRICS: Registry[MetricSpec] = Registry(
             "prefix_share",
             "mask_grounding",
             "mask_localization",
+            "completeness",
+            "agreement",
         )
     },
     group="lightning_xai.metrics",

@@ -15,11 +15,12 @@ from lightning_xai.atomic_file import read_json, replaced_at_once, write_json
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.page import Block, Chart, Folded, HeatMaps, Section, flat, page
 from lightning_xai.report.paper_table import PaperTable
-from lightning_xai.report.sections.agreement import agreement_blocks
 from lightning_xai.report.sections.appendix import appendix_blocks
 from lightning_xai.report.sections.gaps import gap_blocks
 from lightning_xai.report.sections.heat_maps import heat_map_blocks
+from lightning_xai.report.sections.layers import layer_blocks
 from lightning_xai.report.sections.masks import mask_blocks
+from lightning_xai.report.sections.metric_agreement import agreement_blocks
 from lightning_xai.report.sections.metrics import metric_sections
 from lightning_xai.report.sections.overview import overview_blocks
 from lightning_xai.report.sections.significance import Comparison, OrderTest, compare, significance_blocks
@@ -47,6 +48,7 @@ def build_sections(runs: Sequence[Run], test: OrderTest, min_pairs: int = 10) ->
     sections = [
         Section("overview", "At a glance", overview_blocks(runs, comparisons, min_pairs)),
         *metric_sections(runs),
+        Section("layers", "Layers", layer_blocks(runs)),
         Section("masks", "Boxes and masks", mask_blocks(runs, min_pairs)),
         Section("agreement", "Agreement between metrics", agreement_blocks(runs)),
         Section("training", "Training", training_blocks(runs)),

@@ -10,6 +10,7 @@ import io
 import math
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -34,6 +35,7 @@ _LONGEST_NAME = 48  # characters in a line of a legend
 _MOST_HATCHED = 30  # classes; patterns of more and thinner bars would be noise
 _MOST_ACROSS = 3  # panels
 
+_DARK_CELL, _BRIGHT_CELL = "#fdfdfd", "#101010"  # of numbers on colours, which stay in the reader's dark mode
 
 Panels = Mapping[str, Mapping[str, NDArray[np.float64]]]
 """Heading -> name -> values [n], finite, at least one; a name has the same colour in all panels."""
@@ -192,6 +194,62 @@ def correlations(matrix: pd.DataFrame, title: str, first: int = 0) -> Figure:
         axes.axhline(first - 0.5, color=_INK, linewidth=1.2)
         axes.axvline(first - 0.5, color=_INK, linewidth=1.2)
     figure.colorbar(image, ax=axes, shrink=0.6, label="rank correlation")
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """A score by layers.
+
+    Attributes:
+        heading: above it.
+        values: [I, T], image layers by text layers; NaN where there is none.
+        mark: the referee's number, on the colour bar and in the heading; NaN for none.
+    """
+
+    heading: str
+    values: NDArray[np.float64]
+    mark: float = math.nan
+
+
+@style()
+def layer_maps(maps: Sequence[LayerMap], rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
+    """Draw scores as heat maps over image layers (down) and text layers (across), a panel for each score.
+
+    Args:
+        maps: what to show.
+        rows: names of the image layers, [I].
+        columns: names of the text layers, [T].
+        title: above the figure.
+
+    Raises:
+        ValueError: there are no scores.
+    """
+    across = min(len(maps), _MOST_ACROSS)
+    down = math.ceil(len(maps) / _MOST_ACROSS)
+    size = (across * (1.6 + 0.45 * max(len(columns), 3)), 0.6 + down * (1.1 + 0.32 * max(len(rows), 3)))
+    figure, every = _axes(len(maps), (down, max(across, 1)), size, title)
+    for axes, each in zip(every, maps, strict=True):
+        marked = np.append(each.values[np.isfinite(each.values)], [] if math.isnan(each.mark) else each.mark)
+        low, high = (float(marked.min()), float(marked.max())) if len(marked) else (0.0, 1.0)
+        digits = next((digits for most, digits in ((10, 1), (0.1, 2)) if max(-low, high) >= most), 4)
+        mesh = axes.pcolormesh(np.ma.masked_invalid(each.values), vmin=low, vmax=high, cmap="viridis")
+        for (row, column), value in np.ndenumerate(each.values):
+            known = math.isfinite(value)
+            ink = _SOFT if not known else _DARK_CELL if mesh.norm(value) < 0.6 else _BRIGHT_CELL
+            text = f"{value:.{digits}f}" if known else "–"
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=8)
+        bar = figure.colorbar(mesh, ax=axes)
+        heading = printable(each.heading)
+        if not math.isnan(each.mark):
+            bar.ax.axhline(each.mark, color="#d55e00", linewidth=3)
+            heading += f"\nreferee: {each.mark:.{digits}f}"
+        axes.set_title(heading)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axes.grid(visible=False)
+        axes.invert_yaxis()
+    figure.supxlabel("text layer", fontsize="medium")
+    figure.supylabel("image layer", fontsize="medium")
     return figure
 
 

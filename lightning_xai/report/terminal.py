@@ -8,6 +8,7 @@ from rich.table import Table
 
 from lightning_xai.report.page import Section, flat
 from lightning_xai.report.paper_table import PaperTable
+from lightning_xai.report.sections.layers import layer_tables
 from lightning_xai.report.sections.metrics import grid_table, metric_tables
 from lightning_xai.results.record import ResultRecord
 from lightning_xai.results.roar import LOSS, ORIGINAL, ROAR, roar_result
@@ -16,17 +17,18 @@ from lightning_xai.results.table import ResultTable
 
 
 def report_tables(sections: Sequence[Section]) -> Iterator[Table]:
-    """The tables of the metrics of a report."""
+    """The tables of the metrics of a report, and of layers."""
     for section in sections:
-        if section.name.startswith("metric-"):
+        if section.name.startswith(("metric-", "layers")):
             yield from (block.to_terminal() for block in flat(section.blocks) if isinstance(block, PaperTable))
 
 
 def result_tables(record: ResultRecord, table: ResultTable) -> Iterator[Table]:
-    """A table for each metric of an evaluation, a line for each method."""
+    """A table for each metric of an evaluation, a line for each method; and one by layers and referee, if any."""
     measurement = _measurement(record, table)
     for name in record.metrics:
         yield from (each.to_terminal() for each in metric_tables(name, [measurement], measurement.data))
+    yield from (each.to_terminal() for each in layer_tables(measurement))
 
 
 def roar_tables(record: ResultRecord, table: ResultTable) -> Iterator[Table | str]:

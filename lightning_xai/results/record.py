@@ -38,6 +38,7 @@ __all__ = [
     "package_versions",
     "read_record",
     "settings_that_differ",
+    "shown_label",
     "standard_error",
     "state_name",
     "write_record",
@@ -199,6 +200,10 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
         if self.kind == "roar":
             msgspec.convert(self.extra, _RoarExtra)
 
+    def shown(self, label: str) -> str:
+        """A method's label as tables and pictures show it; see `shown_label`."""
+        return shown_label(label, self.methods[label].options)
+
     @property
     def scores(self) -> dict[str, Score]:
         """Every score of every metric, by name."""
@@ -297,6 +302,27 @@ def method_of(label: str, options: Mapping[str, Any] | None) -> tuple[str, dict[
     own = dict(options or {})
     check_label(label)
     return str(own.pop("method", label)), own
+
+
+def shown_label(label: str, options: Mapping[str, Any]) -> str:
+    """Return a method's label with the layers that its maps are of, since numbers at other layers are other numbers.
+
+    The image tower's layer comes first; one number is for both towers.
+
+    >>> shown_label("feature_pair", {"image_layer": -1, "text_layer": 0}), shown_label("rise", {})
+    ('feature_pair, layers last, 0', 'rise')
+    >>> shown_label("feature_pair,0,1", {"image_layer": 0, "text_layer": 1}), shown_label("m2ib", {"layer": 9})
+    ('feature_pair, layers 0, 1', 'm2ib, layer 9')
+    """
+    for names in (("image_layer", "text_layer"), ("layer",), ("start_layer",)):
+        given = [options.get(name) for name in names]
+        if given != [None] * len(names) and "layer=" not in label:
+            found = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+            words = ["default" if each is None else "last" if each == -1 else str(each) for each in found]
+            base = label.removesuffix(f",{','.join(map(str, found))}")
+            start = "from " if names == ("start_layer",) else ""
+            return f"{base}, {start}layer{'s' if len(words) > 1 else ''} {', '.join(words)}"
+    return label
 
 
 def state_name(state: Mapping[str, Any]) -> str:

@@ -155,6 +155,11 @@ class Grounding(Measurement):
         return self.record.methods[self.label]
 
     @property
+    def shown_label(self) -> str:
+        """The method with the layers that its maps are of."""
+        return self.record.shown(self.label)
+
+    @property
     def metric(self) -> MetricRecord:
         """The metric of grounding."""
         return self.record.metrics[GROUNDING]
@@ -211,6 +216,11 @@ class Run:
     def record(self) -> ResultRecord:
         """Record of the latest measurement."""
         return self.measurements[-1].record
+
+    @property
+    def methods(self) -> list[str]:
+        """Its methods with the layers that their maps are of."""
+        return list(map(self.record.shown, self.record.methods))
 
     @property
     def is_training(self) -> bool:
@@ -271,9 +281,9 @@ def by_data(measurements: Iterable[Measured], metric: str) -> list[list[Measured
 
 
 def by_method_and_data(groundings: Sequence[Grounding]) -> list[list[Grounding]]:
-    """Those by the same method on the same data together."""
-    labels = dict.fromkeys(each.label for each in groundings)
-    of_label = ([each for each in groundings if each.label == label] for label in labels)
+    """Those by the same method, at the same layers, on the same data together."""
+    labels = dict.fromkeys(each.shown_label for each in groundings)
+    of_label = ([each for each in groundings if each.shown_label == label] for label in labels)
     return [group for own in of_label for group in by_data(own, GROUNDING)]
 
 

@@ -20,10 +20,11 @@ from conftest import ARCHITECTURES
 from distributed import join_lightning, run_distributed
 from numpy.typing import NDArray
 from pycocotools import mask as coco
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from lightning_xai.attribution import FeaturePairAttribution, Saliency
+from lightning_xai.attribution import BanzhafInteractions, FeaturePairAttribution, Saliency
 from lightning_xai.data import Manifest, Sample, ShardDataModule, write_shards
 from lightning_xai.data.masks import Mask, encode_mask
 from lightning_xai.data.sample import HardNegative, RecordError, Region, encode_sample, read_image
@@ -721,3 +722,116 @@ def test_coalitions_and_curves_are_the_same_on_two_processes(
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     measured = set(pd.read_csv(tmp_path / "one" / "values.csv").dropna(subset="value")["metric"])
     assert {"r2", "insertion", "prefix_share"} <= measured
+
+
+# --- layers and a referee ---
+
+SWEEP: dict[str, Any] = {
+    "methods": {
+        "feature_pair": {"steps": 2, "rule": "midpoint"},
+        "judge": {"method": "banzhaf_pairs", "image_samples": 64, "text_samples": 32},
+        "saliency": None,
+    },
+    "layers": {"every": 2},
+    "referee": "judge",
+    "metrics": ["completeness"],
+}
+
+
+class Swept(NamedTuple):
+    encoder: DualEncoder
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def swept(architecture_file: Callable[[str], Path], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    out = tmp_path_factory.mktemp("swept") / "out"
+    return Swept(evaluate(architecture_file("vit"), data_of(world), out, **SWEEP).encoder, out)
+
+
+def test_a_sweep_measures_every_pair_of_layers_as_single_runs_do(
+    swept: Swept, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    record, _ = read_result(swept.out)
+    # Of the three blocks of both towers every second and the last, which here is the same.
+    pairs = ["0,0", "0,-1", "-1,0", "-1,-1"]
+    assert list(record.methods) == [*(f"feature_pair,{pair}" for pair in pairs), "judge", "saliency"]
+    at = {"steps": 2, "rule": "midpoint", "image_layer": -1, "text_layer": 0}
+    alone: dict[str, Any] = SWEEP | {"methods": SWEEP["methods"] | {"feature_pair": at}, "layers": None}
+    evaluate(architecture_file("vit"), data_of(world), tmp_path, **alone)
+    for metric in ("gamma", "rho", "agreement", "completeness_error"):
+        mine = numbers(swept.out, "feature_pair,-1,0", metric)
+        assert mine
+        assert mine == numbers(tmp_path, "feature_pair", metric)
+
+
+def test_agreement_is_that_of_the_maps_that_the_methods_give_alone(swept: Swept, world: Path) -> None:
+    encoder, samples = swept.encoder.eval(), samples_of(world)
+    judge = BanzhafInteractions(encoder, image_samples=64, text_samples=32)
+    method = FeaturePairAttribution(encoder, 0, 0, steps=2, rule="midpoint")
+    rows = [row for row in rows_of(swept.out, "feature_pair,0,0", "agreement") if not row["excluded"]]
+    assert len(rows) > 20
+    for row in rows[:6]:
+        sample, caption = samples[row["index"]], row["caption_index"]
+        image, tokens = inputs_of(encoder, sample)
+        (region,) = (region for region in sample.regions if region.label == row["label"])
+        mask = torch.zeros(1, tokens.shape[1], dtype=torch.bool)
+        mask[0, encoder.tokenizer.token_span(sample.captions[caption], region.spans[caption][0])] = True
+        maps = [each.span_map(image, tokens[[caption]], mask).flatten() for each in (method, judge)]
+        # Rounding may swap two of the sixteen patches.
+        assert row["value"] == pytest.approx(spearmanr(*maps).statistic, abs=0.01)
+
+
+def test_the_referee_is_compared_with_itself_at_its_other_seeds_only(swept: Swept) -> None:
+    assert rows_of(swept.out, "judge", "agreement", seed=0) == []
+    assert all(value < 1 for value in numbers(swept.out, "judge", "agreement", seed=1))
+    assert numbers(swept.out, "saliency", "agreement")
+
+
+def test_a_resumed_sweep_computes_the_referee_again_and_finds_the_same(
+    swept: Swept, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    evaluate(architecture_file("vit"), data_of(world), tmp_path, trainer={"limit_test_batches": 2}, **SWEEP)
+    for label in ("feature_pair,0,-1", "saliency"):  # the referee's rows stay
+        for path in (tmp_path / "rows" / f"{label},seed=0").glob("*.jsonl"):
+            path.unlink()
+    evaluate(architecture_file("vit"), data_of(world, eval_batch_size=5), tmp_path, **SWEEP)
+    assert_alike(tmp_path, swept.out)
+    changed = SWEEP | {"methods": SWEEP["methods"] | {"judge": {"method": "banzhaf_pairs", "image_samples": 65}}}
+    with pytest.raises(CacheError, match="image_samples was 64 and is 65"):
+        evaluate(architecture_file("vit"), data_of(world), tmp_path, **changed)
+
+
+def sweep_on_this_rank(config: str, world: str, out: str) -> None:
+    evaluate(Path(config), data_of(Path(world)), Path(out), trainer=join_lightning(), **SWEEP)
+
+
+@pytest.mark.distributed
+def test_two_processes_sweep_as_one(
+    swept: Swept, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    run_distributed(sweep_on_this_rank, str(architecture_file("vit")), str(world), str(tmp_path))
+    assert_alike(tmp_path, swept.out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"referee": "nobody"}, r"the referee has to be one of the methods \(feature_pair\); got 'nobody'"),
+        ({"layers": {"every": 0}}, r"layers are pairs such as .* got \{'every': 0\}"),
+        ({"layers": {"step": 2}}, r"layers are pairs such as"),
+        ({"layers": [(9, 0)]}, "layer"),
+    ],
+)
+def test_a_sweep_that_cannot_be_made_is_refused(
+    options: dict[str, Any], message: str, architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(architecture_file("vit"), data_of(world), tmp_path, methods={"feature_pair": None}, **options)
+
+
+def test_agreement_without_a_referee_is_refused(
+    architecture_file: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="agreement needs a referee"):
+        evaluate(architecture_file("vit"), data_of(world), tmp_path, metrics=["agreement"])

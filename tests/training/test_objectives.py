@@ -70,7 +70,8 @@ def gradients_on_own_share(masks: list[list[bool]]) -> list[dict[str, Tensor]]:
         rank, world = dist.get_rank(), dist.get_world_size()
         images, texts = (tensor.chunk(world)[rank] for tensor in eight_pairs())
         model = DistributedDataParallel(TwoLinearTowers())
-        loss, accuracy = sigmoid_loss(*model(images, texts), valid=torch.tensor(mask).chunk(world)[rank])
+        image, text, scale, bias = model(images, texts)
+        loss, accuracy = sigmoid_loss(image, text, scale, bias, torch.tensor(mask).chunk(world)[rank])
         torch.autograd.backward(loss)
         gradients = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
         found.append({"loss": loss.detach(), "accuracy": accuracy, **gradients})
@@ -79,7 +80,8 @@ def gradients_on_own_share(masks: list[list[bool]]) -> list[dict[str, Tensor]]:
 
 def literal_gradients(mask: list[bool]) -> dict[str, Tensor]:
     model = TwoLinearTowers()
-    loss = literal_sigmoid(*model(*eight_pairs()), valid=torch.tensor(mask))
+    image, text, scale, bias = model(*eight_pairs())
+    loss = literal_sigmoid(image, text, scale, bias, torch.tensor(mask))
     torch.autograd.backward(loss)
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
@@ -87,7 +89,8 @@ def literal_gradients(mask: list[bool]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mask", _MASKS)
 def test_the_sigmoid_loss_and_its_gradients_are_those_of_a_loop_over_pairs(mask: list[bool]) -> None:
     model = TwoLinearTowers()
-    loss, _ = sigmoid_loss(*model(*eight_pairs()), valid=torch.tensor(mask))
+    image, text, scale, bias = model(*eight_pairs())
+    loss, _ = sigmoid_loss(image, text, scale, bias, torch.tensor(mask))
     torch.autograd.backward(loss)
     expected = literal_gradients(mask)
     torch.testing.assert_close(loss.detach(), expected.pop("loss"), rtol=0, atol=1e-12)

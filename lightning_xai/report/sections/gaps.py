@@ -27,7 +27,7 @@ def gap_blocks(runs: Sequence[Run], gallery: Gallery, min_pairs: int) -> list[Bl
     for group in class_groups(runs):
         gaps = {each.name: gaps_of(each, min_pairs) for each in group}
         ranked = {each: gaps[each.name] for each in group if len(gaps[each.name].classes)}
-        about = f"{group[0].label} on {group[0].data}"
+        about = f"{group[0].shown_label} on {group[0].data}"
         if not ranked:
             note = f"{about}: no class has {min_pairs} measured phrases; see --min-pairs."
             blocks.append(Note(note, missing=True))
@@ -140,7 +140,7 @@ def _change_table(change: GroundingChange, before: Grounding, after: Grounding) 
     ]
     if only:
         note += f" Measured on one side only: {'; '.join(only)}."
-    title = f"What changed from {before.name} to {after.name} ({after.label} on {after.data})"
+    title = f"What changed from {before.name} to {after.name} ({after.shown_label} on {after.data})"
     return PaperTable(f"change-{before.name}-{after.name}", title, note, columns, rows)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from lightning_xai.report.gallery import Gallery
 from lightning_xai.report.page import Block, Folded, HeatMaps, Note
 from lightning_xai.report.sheet import picture
-from lightning_xai.results.runs import FEATURE_PAIR, Run, by_method_and_data
+from lightning_xai.results.runs import Run, by_method_and_data
 
 _MOST_METHODS = 12  # side by side
 _MOST_FAILURES = 12
@@ -32,11 +32,11 @@ def heat_map_blocks(runs: Sequence[Run], gallery: Gallery) -> list[Block]:
 def _fixed(gallery: Gallery, run: Run) -> Iterator[Block]:
     why = {label: {each for record in records for each in record.why} for label, records in run.examples.items()}
     labels = [label for label, reasons in why.items() if "fixed" in reasons][:_MOST_METHODS]
-    columns = {label: (run.name, label) for label in labels}
+    columns = {run.record.shown(label): (run.name, label) for label in labels}
     found = gallery.side_by_side(columns, "fixed", f"{run.name}: fixed examples")
     if found is not None:
         note = "The first phrases of the split, whatever the model. Maps without a sign go from their lowest value."
-        alt = f"Heat maps of {found[1]} phrases by {', '.join(labels)}."
+        alt = f"Heat maps of {found[1]} phrases by {', '.join(columns)}."
         yield HeatMaps(f"fixed-{run.name}", f"Heat maps of {run.name} by method", note, alt, found[0])
 
 
@@ -47,7 +47,7 @@ def _fixed_of_runs(gallery: Gallery, runs: Sequence[Run]) -> Iterator[Block]:
         columns = {each.name: (each.run, each.label) for each in (first, *others)}
         found = gallery.side_by_side(columns, "fixed", "The same phrases in each run") if others else None
         if found is not None:
-            title = f"The same phrases in each run ({first.label} on {first.data})"
+            title = f"The same phrases in each run ({first.shown_label} on {first.data})"
             alt = f"Heat maps of {found[1]} phrases in {', '.join(columns)}."
             yield HeatMaps(f"fixed-runs-{first.data}", title, "The first phrases of the split.", alt, found[0])
 
@@ -56,12 +56,13 @@ def _failures(gallery: Gallery, run: Run) -> Iterator[Block]:
     own = [label for label in run.examples if not run.record.methods[label].baseline]
     own.sort(key=lambda label: run.shown is None or label != run.shown.label)
     for place, label in enumerate(own):
-        title = f"Lowest γ in {run.name} by {label}"
-        found = gallery.side_by_side({label: (run.name, label)}, "failure", title, most=_MOST_FAILURES)
+        shown = run.record.shown(label)
+        title = f"Lowest γ in {run.name} by {shown}"
+        found = gallery.side_by_side({shown: (run.name, label)}, "failure", title, most=_MOST_FAILURES)
         if found is not None:
             alt = f"{found[1]} phrases with the lowest γ, with their heat maps."
             sheet = HeatMaps(f"failures-{run.name}-{label}", title, "Each of another image.", alt, found[0])
-            yield Folded(f"Failures of {label} ({run.name})", (sheet,)) if place else sheet
+            yield Folded(f"Failures of {shown} ({run.name})", (sheet,)) if place else sheet
 
 
 def _training_picture(run: Run) -> Iterator[Block]:
@@ -73,6 +74,7 @@ def _training_picture(run: Run) -> Iterator[Block]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         yield Note(f"{run.picture} cannot be shown: {error}.", missing=True)
         return
-    note = f"{run.picture.name} of the run: heat maps by {FEATURE_PAIR} of a few fixed phrases, from first to last."
+    methods = ", ".join(run.methods)
+    note = f"{run.picture.name} of the run: heat maps by {methods} of a few fixed phrases, from first to last."
     alt = f"Heat maps of the fixed examples of {run.name}, from its first measurement to its last."
     yield HeatMaps(f"progress-{run.name}", f"Heat maps while {run.name} learned", note, alt, figure)

@@ -71,7 +71,7 @@ def metric_tables(name: str, group: Sequence[Measurement], about: str, suffix: s
     for each in _shown(group):
         for label, scores in each.estimates(name).items():
             count = max(found.count for found in scores.values())
-            head = [each.run, each.state, label] if states else [each.run, label]
+            head = [each.run, *([each.state] if states else []), each.record.shown(label)]
             cells = [scores.get(score.name) for score in metric.scores]
             lines.append((each.record.methods[label].baseline, [*head, *cells, count]))
     if not lines:
@@ -98,11 +98,11 @@ def _cumulative_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups
     there = {each for group in groups for each in group}
     for run in runs:
         own = [(each, label) for each in run.measurements if each in there for label in each.record.methods]
-        samples = {each.state or label: each.sample(label, metric.scores[0].value) for each, label in own}
-        samples = {name: values for name, values in samples.items() if len(values)}
+        found = [(each, label, each.sample(label, metric.scores[0].value)) for each, label in own]
+        samples = {each.state or each.record.shown(label): values for each, label, values in found if len(values)}
         if len(samples) > 1 or (samples and len(runs) == 1):
-            baselines = [label for label, method in run.record.methods.items() if method.baseline]
-            yield _cumulative_chart(metric, {"": samples}, f"{run.name} on {run.data}", baselines)
+            baselines = [run.record.shown(label) for label, method in run.record.methods.items() if method.baseline]
+            yield _cumulative_chart(metric, {"": samples}, _about(run), baselines)
     for group in groups:
         latest = {each.run: each for each in group}  # of a training its last state
         panels = _by_method(metric, latest.values())
@@ -111,14 +111,20 @@ def _cumulative_charts(metric: MetricRecord, runs: Sequence[Run], groups: Groups
             yield _cumulative_chart(metric, shared, f"runs side by side on {group[0].data}")
 
 
+def _about(run: Run) -> str:
+    """The run and its data; of a training, whose curves are of states, also its method and layers."""
+    methods = f" ({', '.join(run.methods)})" if run.is_training else ""
+    return f"{run.name} on {run.data}{methods}"
+
+
 def _by_method(metric: MetricRecord, group: Iterable[Measurement]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Label -> run and state -> the first value that a metric sums up, baselines aside."""
+    """Method and layers -> run and state -> the first value that a metric sums up, baselines aside."""
     panels: dict[str, dict[str, NDArray[np.float64]]] = {}
     for each in group:
         for label, method in each.record.methods.items():
             values = each.sample(label, metric.scores[0].value)
             if len(values) and not method.baseline:
-                panels.setdefault(label, {})[each.full_name] = values
+                panels.setdefault(each.record.shown(label), {})[each.full_name] = values
     return panels
 
 
@@ -161,7 +167,8 @@ def _bar_chart(metric: MetricRecord, group: Sequence[Measurement]) -> Iterator[C
     shown = _shown(group)
     for each in shown:
         for label, scores in each.estimates(metric.name).items():
-            name = label if len(shown) == 1 else f"{each.full_name}, {label}"
+            method = each.record.shown(label)
+            name = method if len(shown) == 1 else f"{each.full_name}, {method}"
             if each.record.methods[label].baseline:
                 baselines.append(name)
             for score, column in zip(metric.scores, score_columns(metric), strict=True):

@@ -44,12 +44,15 @@ def _grounding_finding(run: Run) -> Iterator[tuple[str, str]]:
     def text(each: Grounding) -> str:
         return score_column(score).text(score.of(each.gammas.tolist()))
 
-    where = f"of {len(shown.gammas):,} phrases on {shown.data} have {score.heading} ({run.name}"
+    where = f"of {len(shown.gammas):,} phrases on {shown.data} have {score.heading} ({run.name}, {shown.shown_label}"
     first = run.groundings[0]
     if run.is_training and first is not shown and len(first.gammas):
-        yield f"{text(first)} → {text(shown)}{unit}", f"{where}, {first.state} and after {shown.state})."
+        yield (
+            f"{text(first)} → {text(shown)}{unit}",
+            f"{where}, {first.state} and after {shown.state}).",
+        )
     else:
-        yield f"{text(shown)}{unit}", f"{where}, {shown.label})."
+        yield f"{text(shown)}{unit}", f"{where})."
 
 
 def _verdict(comparison: Comparison) -> tuple[str, str]:
@@ -84,5 +87,6 @@ def _gap_findings(runs: Sequence[Run], min_pairs: int) -> Iterator[tuple[str, st
     for group in class_groups(runs):
         worst = gaps_of(group[-1], min_pairs).classes.head(3)
         if len(worst):
-            about = f"are the classes of {group[-1].data} with the lowest mean γ ({group[-1].name})."
+            which = f"{group[-1].name}, {group[-1].shown_label}"
+            about = f"are the classes of {group[-1].data} with the lowest mean γ ({which})."
             yield ", ".join(worst.index), about

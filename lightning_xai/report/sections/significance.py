@@ -51,7 +51,7 @@ class Comparison:
     def basis(self) -> str:
         """The other side of the verdict, and the numbers that it rests on."""
         other, order = (self.second, self.first_above) if self.better is self.first else (self.first, self.second_above)
-        return f"{other.name} ({other.label}): ε_min = {order.epsilon_min:.3f}, threshold {order.epsilon:g}"
+        return f"{other.name} ({other.shown_label}): ε_min = {order.epsilon_min:.3f}, threshold {order.epsilon:g}"
 
     def __str__(self) -> str:
         """The verdict and its basis, in one line."""
@@ -93,8 +93,9 @@ def significance_blocks(
 def why_not(first: Grounding, second: Grounding) -> str | None:
     """Reason why two distributions are not comparable, as a sentence; None where they are."""
     pair = f"{first.name} and {second.name}"
-    if first.label != second.label or first.method.name != second.method.name:
-        return f"{pair} are not compared: {first.label} and {second.label} are different methods."
+    if first.shown_label != second.shown_label or first.method.name != second.method.name:
+        labels = f"{first.shown_label} and {second.shown_label}"
+        return f"{pair} are not compared: {labels} are different methods, or at different layers."
     if not first.same_data(second, GROUNDING):
         return f"{pair} are not compared by {first.value} ({first.label}): {_difference(first, second)}."
     if not len(first.gammas) or not len(second.gammas):
@@ -148,7 +149,7 @@ def _table(comparisons: Sequence[Comparison], test: OrderTest) -> PaperTable:
         better, sides = each.better, (each.first, each.second)
         verdict = "undecided" if better is None else "second better" if better is each.second else "first better"
         orders = (each.second_above, each.first_above)
-        line: list[Value] = [each.first.name, each.second.name, each.first.label, verdict]
+        line: list[Value] = [each.first.name, each.second.name, each.first.shown_label, verdict]
         line += [float(side.gammas.mean()) for side in sides]
         line += [number for order in orders for number in (order.epsilon_min, order.violation_ratio)]
         rows.append(line + [len(side.gammas) for side in sides])

@@ -34,7 +34,7 @@ def _progress_table(run: Run) -> PaperTable:
         rows.append([each.state, *cells, count, *(each.record.logged.get(key) for key in logged)])
     return PaperTable(
         f"progress-{run.name}",
-        f"Grounding while {run.name} learned",
+        f"Grounding while {run.name} learned ({', '.join(run.methods)})",
         "R@1: share of pairs whose partner is found first among all images or captions of the split.",
         [*columns, *(LOGGED_COLUMNS[key] for key in logged)],
         rows,
@@ -55,7 +55,8 @@ def _curves(run: Run) -> list[Chart]:
         return []
     first, last = (100 * float(row[shown.name]) for row in (known[0], known[-1]))
     alt = f"Curves over {len(known)} measurements; {shown.heading} goes from {first:.1f} to {last:.1f} %."
-    title = f"Grounding of {run.name} by {'step' if any(row.get('batch') for row in rows) else 'epoch'}"
+    by = "step" if any(row.get("batch") for row in rows) else "epoch"
+    title = f"Grounding of {run.name} by {by} ({', '.join(run.methods)})"
     figure = curves(rows, title, scores=scores)
     return [Chart(f"curves-{run.name}", title, "Measured on the validation split.", alt, figure)]
 

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from lightning_xai.report.page import Chart, Note
 from lightning_xai.report.paper_table import PaperTable
-from lightning_xai.report.sections.agreement import (
+from lightning_xai.report.sections.metric_agreement import (
     agreement_blocks,
     agreement_sentence,
     method_scores,
