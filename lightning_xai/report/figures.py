@@ -194,6 +194,7 @@ def correlations(matrix: pd.DataFrame, title: str, first: int = 0) -> Figure:
         axes.axhline(first - 0.5, color=_INK, linewidth=1.2)
         axes.axvline(first - 0.5, color=_INK, linewidth=1.2)
     figure.colorbar(image, ax=axes, shrink=0.6, label="rank correlation")
+    return figure
 
 
 @dataclass(frozen=True)
