@@ -72,12 +72,13 @@ def measure_ours(model: str, device: str) -> dict[str, float]:
     attribution = FeaturePairAttribution(encoder)
     span = torch.zeros_like(tokens, dtype=torch.bool)
     span[:, 2:4] = True
+    rows = torch.arange(BATCH, device=device)
     with torch.no_grad():
         states, references = attribution.hidden_states(images, tokens), attribution.references()
         # What a user runs without this package: both towers of open_clip, text at its full context length.
         forward = median_seconds(lambda: (encoder.model.encode_image(images), encoder.model.encode_text(tokens)))
     runs = {
-        "span map on top of a forward pass": lambda: attribution.span_map_of(states, span, references),
+        "span map on top of a forward pass": lambda: attribution.span_maps_of(states, rows, rows, span, references),
         "span map, forward pass included": lambda: attribution.span_map(images, tokens, span),
         "full tensor, forward pass included": lambda: attribution.attribute(images, tokens),
     }
