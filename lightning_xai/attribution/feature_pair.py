@@ -66,7 +66,8 @@ class _Side:
     @property
     def norm(self) -> Tensor:
         """Norm of the embedding [B, 1, 1], by which attributions are divided, as a constant."""
-        return self.embedding_BK.norm(dim=1)[:, None, None]
+        norms: Tensor = self.embedding_BK.norm(dim=1)
+        return norms[:, None, None]
 
     def every_token(self) -> Tensor:
         """[B, T, T]: each token alone as a selection."""

@@ -260,7 +260,8 @@ def test_each_batch_runs_through_the_towers_once_and_the_references_once_in_all(
     captions: list[int] = []
     model.visual.conv1.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
     model.token_embedding.register_forward_pre_hook(lambda _, inputs: captions.append(len(inputs[0])))
-    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    callback = GroundingCallback(examples=0, input_phrases=0)
+    trainer_in(tmp_path, callback).validate(task, data_of(world), verbose=False)
     # 13 images in batches of 5, and the reference; towers are compared with a model that got hooks, two passes more.
     assert Counter(images) == Counter([5, 5, 3]) + Counter([1]) + Counter([1, 1])
     each = len(samples_of(world / "val")[0].captions)
@@ -643,7 +644,9 @@ def test_a_layer_that_does_not_exist_is_refused_at_setup(make: Make, world: Path
     assert not (tmp_path / "grounding").exists()
 
 
-@pytest.mark.parametrize(("name", "least"), [("every_n_epochs", 1), ("internal_batch_size", 1), ("examples", 0)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("every_n_epochs", 1), ("internal_batch_size", 1), ("examples", 0), ("input_phrases", 0)]
+)
 def test_numbers_outside_their_range_are_refused(name: str, least: int) -> None:
     options: dict[str, Any] = {name: least - 1}
     with pytest.raises(ValueError, match=f"{name} has to be at least {least}; got {least - 1}"):
@@ -674,6 +677,8 @@ def test_weights_that_are_nan_are_named_as_the_cause(make: Make, world: Path, tm
     with torch.no_grad():
         next(task.encoder.model.visual.parameters()).fill_(math.nan)
     with pytest.raises(ValueError, match=r"not finite.*\n?.*training run that diverged leaves NaN"):
+        trainer_in(tmp_path, GroundingCallback(input_phrases=0)).validate(task, data_of(world), verbose=False)
+    with pytest.raises(ValueError, match=r"image tower's output is not finite: its weights hold NaN"):
         trainer_in(tmp_path, GroundingCallback()).validate(task, data_of(world), verbose=False)
     assert hooks_in(task) == 0
 
