@@ -45,7 +45,7 @@ def _progress_table(run: Run, label: str, where: str) -> PaperTable:
         rows.append([each.state, *cells, count, *(each.record.logged.get(key) for key in logged)])
     return PaperTable(
         f"progress-{run.name}{_ending(label)}",
-        f"Grounding while {run.name} learned, read at: {where}",
+        ", read at: ".join(filter(None, (f"Grounding while {run.name} learned", where))),
         "R@1: share of pairs whose partner is found first among all images or captions of the split.",
         [*columns, *(LOGGED_COLUMNS[key] for key in logged)],
         rows,
@@ -69,7 +69,8 @@ def _curves(run: Run, label: str, where: str) -> list[Chart]:
         return []
     first, last = (100 * float(row[shown.name]) for row in (known[0], known[-1]))
     alt = f"Curves over {len(known)} measurements; {shown.heading} goes from {first:.1f} to {last:.1f} %."
-    title = f"Grounding of {run.name} by {'step' if any(row.get('batch') for row in rows) else 'epoch'}, {where}"
+    title = f"Grounding of {run.name} by {'step' if any(row.get('batch') for row in rows) else 'epoch'}"
+    title = ", ".join(filter(None, (title, where)))
     figure = curves(rows, title, scores=scores)
     return [Chart(f"curves-{run.name}{_ending(label)}", title, "Measured on the validation split.", alt, figure)]
 
