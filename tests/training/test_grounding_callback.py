@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from quiet_trainer import quiet_trainer
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
 from torch import Tensor, nn
 from training_runs import task_of
@@ -34,6 +35,7 @@ from lightning_xai.results.predictions import read_part
 from lightning_xai.results.record import read_record
 from lightning_xai.results.table import read_result
 from lightning_xai.training import ContrastiveFineTuning, GroundingCallback, PredictionWriter
+from lightning_xai.training.grounding_report import show
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -316,6 +318,7 @@ class Run(NamedTuple):
     trainer: L.Trainer
     callback: GroundingCallback
     by_gamma: ModelCheckpoint
+    by_input: ModelCheckpoint
     by_loss: ModelCheckpoint
     output: str
 
@@ -326,14 +329,15 @@ def run(make: Make, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     folder = tmp_path_factory.mktemp("run[bold]")  # a name that rich would take for markup
     callback = GroundingCallback(examples=2)
     by_gamma = ModelCheckpoint(filename="grounding", monitor="val/gamma_mean", mode="max")
+    by_input = ModelCheckpoint(filename="input", monitor="val/gamma_mean_input", mode="max")
     by_loss = ModelCheckpoint(filename="loss", monitor="val/loss", mode="min")
     logger = TensorBoardLogger(folder, name="run", version=0)
-    trainer = trainer_in(folder, callback, by_gamma, by_loss, logger=logger, max_epochs=2)
+    trainer = trainer_in(folder, callback, by_gamma, by_input, by_loss, logger=logger, max_epochs=2)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         trainer.fit(make(), data_of(world))
     logger.experiment.flush()
-    return Run(folder / "run" / "version_0", trainer, callback, by_gamma, by_loss, printed.getvalue())
+    return Run(folder / "run" / "version_0", trainer, callback, by_gamma, by_input, by_loss, printed.getvalue())
 
 
 def test_grounding_is_measured_before_training_and_after_each_epoch_with_a_result_folder_each(
@@ -362,10 +366,12 @@ def test_grounding_is_measured_before_training_and_after_each_epoch_with_a_resul
         weighted = sum(int(line["targets"]) * float(line["gamma_mean"]) for line in classes if int(line["targets"]))
         assert weighted / row["targets"] == pytest.approx(row["gamma_mean"], abs=1e-9)
         # An example is drawn with the gamma of the table.
-        for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
-            drawn = (*name.split(": "), "measured")
-            first = next(line for line in table if (line["key"], line["phrase"], line["reason"]) == drawn)
-            assert (first["gamma"], first["rho"] == 1) == (gamma, hit)
+        for lines, ending in ((table, ""), (lines_of(path, INPUTS["vit"]), "_input")):
+            columns = (row["examples"][key] for key in ("keys", f"gammas{ending}", f"hits{ending}"))
+            for name, gamma, hit in zip(*columns, strict=True):
+                drawn = (*name.split(": "), "measured")
+                first = next(line for line in lines if (line["key"], line["phrase"], line["reason"]) == drawn)
+                assert (first["gamma"], first["rho"] == 1) == (pytest.approx(gamma, abs=1e-6), hit)
 
 
 def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, world: Path) -> None:
@@ -376,12 +382,10 @@ def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, wor
 
 def test_checkpoints_follow_grounding_and_loss(run: Run) -> None:
     trained = run.callback.history[1:]
-    best_gamma, best_loss = run.by_gamma.best_model_score, run.by_loss.best_model_score
-    assert best_gamma is not None
-    assert best_loss is not None
-    assert float(best_gamma) == pytest.approx(max(row["gamma_mean"] for row in trained), abs=1e-6)
-    assert float(best_loss) == pytest.approx(min(row["loss"] for row in trained), abs=1e-6)
-    for saver in (run.by_gamma, run.by_loss):
+    for saver, name in ((run.by_gamma, "gamma_mean"), (run.by_input, "gamma_mean_input"), (run.by_loss, "loss")):
+        best = (max if saver.mode == "max" else min)(row[name] for row in trained)
+        assert saver.best_model_score is not None
+        assert float(saver.best_model_score) == pytest.approx(best, abs=1e-6)
         state = torch.load(saver.best_model_path, weights_only=True)
         assert any("GroundingCallback" in key for key in state["callbacks"])
 
@@ -437,6 +441,21 @@ def test_a_table_is_shown_at_the_end_with_the_path_to_look_at(run: Run) -> None:
     assert f"{run.folder / 'grounding' / 'summary.csv'}" in run.output
     assert "not mentioned" in run.output
     assert max(len(line) for line in run.output.splitlines() if "γ" in line) <= 80
+
+
+def test_measurements_of_an_earlier_release_have_gaps_where_the_inputs_would_be() -> None:
+    last = dict.fromkeys(("gamma_mean", "gamma_above_50", "gamma_above_80", "rho"), 0.25) | {"targets": 4}
+    old: dict[str, Any] = {"epoch": 0, "step": 0, "excluded": {}, **last}
+    new = old | {f"{name}_input": value for name, value in last.items()} | {"epoch": 1, "layers_input": "0,0"}
+    printed = io.StringIO()
+    show(Path("nowhere"), [old, new], Console(file=printed, width=100))
+    inputs, layers = printed.getvalue().split("Grounding per epoch")[1:]
+    assert "inputs (0,0)" in inputs
+    assert inputs.count("–") == 5
+    assert "–" not in layers
+    callback = GroundingCallback()
+    callback.load_state_dict({"history": [old]})
+    assert callback.history == [old]
 
 
 # --- when it measures ---
