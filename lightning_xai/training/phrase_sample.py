@@ -49,10 +49,8 @@ class PhraseSample:
         new = [place for place in zip(hashes, batch.index.tolist(), phrases, strict=True) if place[2]]
         self._places = _first(self._places + new, self._count)
         chosen = {index for _, index, _ in self._places}
-        rows = _rows_of(batch, chosen)
-        if len(rows):
-            self._kept.append(batch.only(rows).to("cpu"))
-            self._kept = [part.only(_rows_of(part, chosen)) for part in self._kept]
+        parts = [_with(part, chosen) for part in self._kept] + [_with(batch, chosen).to("cpu")]
+        self._kept = [part for part in parts if len(part.images)]
 
     def finish(self, device: torch.device) -> Iterator[Batch]:
         """The rest of the sample, on a device; every process has to call this."""
@@ -65,7 +63,7 @@ class PhraseSample:
         last = chosen[-1] if chosen else None
         kept, self._kept = self._kept, []
         for part in kept:
-            found = part.only(_rows_of(part, {index for _, index, _ in chosen}))
+            found = _with(part, {index for _, index, _ in chosen})
             if last is not None and over > 0:
                 found = self._shortened(found, last[1], last[2] - over)
             if len(found.images):
@@ -96,6 +94,9 @@ def _first(places: list[_Place], most: int) -> list[_Place]:
     return found
 
 
-def _rows_of(batch: Batch, indices: set[int]) -> Tensor:
+def _with(batch: Batch, indices: set[int]) -> Batch:
+    """The batch with no other images than these of the split."""
     rows = [row for row, index in enumerate(batch.index.tolist()) if index in indices]
-    return torch.tensor(rows, dtype=torch.int64, device=batch.index.device)
+    if len(rows) == len(batch.images):
+        return batch
+    return batch.only(torch.tensor(rows, dtype=torch.int64, device=batch.index.device))
