@@ -37,7 +37,10 @@ pytestmark = [
 ]
 
 RECALLS = tuple(f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 3))
-GROUNDING = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
+LAST = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
+GROUNDING = (*LAST, *(f"{name}_input" for name in LAST))
+SAMPLED = 20
+"""Phrases that are read at the inputs: fewer than most of the splits have."""
 
 
 def task_for(config: str) -> ContrastiveFineTuning:
@@ -137,7 +140,9 @@ def evaluate_all(config: str, splits: str, out: str, **parallel: Any) -> dict[st
         data = ShardDataModule(
             val=split, test=split, eval_batch_size=case.batch, num_workers=workers, max_fault_fraction=1
         )
-        trainer = trainer_in(Path(out, name), DataFaults(), GroundingCallback(examples=0), seen, **parallel)
+        trainer = trainer_in(
+            Path(out, name), DataFaults(), GroundingCallback(examples=0, input_phrases=SAMPLED), seen, **parallel
+        )
         run = trainer.test if case.verb == "test" else trainer.validate
         (logged,) = run(task_for(config), data, verbose=False)
         numbers = {number.removeprefix("test/").removeprefix("val/"): value for number, value in logged.items()}
@@ -192,6 +197,7 @@ def test_the_numbers_of_an_evaluation_are_those_of_one_process(
         assert str(logged) == str(ranks[0][name]["logged"])  # NaN equals nothing, but reads as itself
         assert logged.keys() == expected.keys()
         assert logged["grounding_targets"] == expected["grounding_targets"]
+        assert logged["grounding_targets_input"] == expected["grounding_targets_input"] <= SAMPLED
         assert logged["broken_records"] == expected["broken_records"] == len(case.broken)
         tolerance = 0 if case.batch == 1 else 1e-6
         assert logged == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
@@ -229,6 +235,7 @@ def test_the_cases_measure_pairs_of_many_classes_and_leave_some_out(
         written = folder / "1" / name / "grounding"
         (summary,) = rows_of(written / f"summary-{verb}.csv")
         assert int(summary["targets"]) > 15
+        assert SAMPLED - 3 <= int(summary["targets_input"]) <= SAMPLED < int(summary["targets"])
         assert int(summary["excluded_several_instances"]) > 0
         assert sum(int(row["targets"]) > 0 for row in rows_of(written / verb / "classes.csv")) > 3
 

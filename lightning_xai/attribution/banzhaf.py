@@ -197,8 +197,10 @@ class BanzhafInteractions(PairwiseMethod):
             constant=weighted(constant, factors_BC),
         )
 
-    def span_map_of(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
-        """The map of a span [B, L], from the sum of its tokens' rows."""
-        self._check_span(states.tokens, span_mask)
-        span_BK = torch.einsum("bl,blk->bk", span_mask.to(states.text), states.text[:, 1:-1])
-        return torch.einsum("bk,bpk->bp", span_BK, states.image[:, 1:-1]).reshape(-1, *self.grid)
+    def span_maps_of(
+        self, states: HiddenStates, images: Tensor, captions: Tensor, span_masks: Tensor, references: References
+    ) -> Tensor:
+        """`span_map` of R spans, from the sum of their tokens' rows."""
+        self._check_span(states.tokens[captions], span_masks)
+        span_RK = torch.einsum("rl,rlk->rk", span_masks.to(states.text), states.text[captions, 1:-1])
+        return torch.einsum("rk,rpk->rp", span_RK, states.image[images, 1:-1]).reshape(-1, *self.grid)

@@ -15,6 +15,7 @@ L tokens as given, T tokens run, P image tokens, K embedding width, H x W the pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,12 @@ class _Side:
         # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
         path, tokens = tower.path(hidden, reference, inputs), tower.count(hidden)
         return cls(path, embedding_at(path, 1.0, len(hidden), tokens, hidden), tokens)
+
+    @property
+    def norm(self) -> Tensor:
+        """Norm of the embedding [B, 1, 1], by which attributions are divided, as a constant."""
+        norms: Tensor = self.embedding_BK.norm(dim=1)
+        return norms[:, None, None]
 
     def every_token(self) -> Tensor:
         """[B, T, T]: each token alone as a selection."""
@@ -246,12 +253,18 @@ class FeaturePairAttribution(PairwiseMethod):
         check_finite(matrix_BLL, "attribution", self.label)
         return IntraModalAttribution(matrix_BLL, similarity, error)
 
-    def span_map_of(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
-        """`span_map` of hidden states that a forward pass has already made; span_mask is [B, L]."""
-        self._check_span(states.tokens, span_mask)
+    def span_maps_of(
+        self, states: HiddenStates, images: Tensor, captions: Tensor, span_masks: Tensor, references: References
+    ) -> Tensor:
+        """`span_map` of R spans; those of one caption share its path, those of one image the image's."""
+        self._check_span(states.tokens[captions], span_masks)
+        order = torch.argsort(images, stable=True)
+        parts = []
         with differentiable(self.encoder):
-            maps = [self._span_map(states[rows], span_mask[rows], references) for rows in self._chunks(len(span_mask))]
-        return torch.cat(maps)
+            for rows in (order[chunk] for chunk in self._chunks(len(order))):
+                changes_RK = self._span_changes(states, captions[rows], span_masks[rows], references)
+                parts.append((rows, self._span_maps(states, images[rows], changes_RK, references)))
+        return _put_back(parts)
 
     def capturing(self) -> AbstractContextManager[Captured]:
         """Inside, keep what enters the layers that are attributed to, in the model's own forward passes."""
@@ -317,38 +330,58 @@ class FeaturePairAttribution(PairwiseMethod):
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
-    def _sides(self, states: HiddenStates, references: References) -> tuple[_Side, _Side]:
-        """Text and image."""
-        text_reference = references.text[:, : states.text.shape[1]]
-        return (
-            _Side.of(self.text, states.text, text_reference, states.tokens, self._dtype),
-            _Side.of(self.image, states.image, references.image, None, self._dtype),
-        )
+    def _text_side(self, states: HiddenStates, references: References, captions: Tensor | slice) -> _Side:
+        hidden, tokens = states.text[captions], states.tokens[captions]
+        return _Side.of(self.text, hidden, references.text[:, : hidden.shape[1]], tokens, self._dtype)
+
+    def _image_side(self, states: HiddenStates, references: References, images: Tensor | slice) -> _Side:
+        return _Side.of(self.image, states.image[images], references.image, None, self._dtype)
 
     def _matrix(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> Tensor:
         """Attributions of each selection of the rows' tokens to all tokens of the columns [B, S, P]."""
-        with torch.no_grad():
-            cotangents_BSK = integrated_jvp(rows.path, self._points, self._weights, selections_BST)
-            cotangents_BSK = cotangents_BSK / _norms(rows, columns)[:, None, None]
-        return integrated_vjp(columns.path, self._points, self._weights, cotangents_BSK, columns.tokens)
+        return self._columns(columns, self._changes(rows, selections_BST))
 
-    def _span_map(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
-        text, image = self._sides(states, references)
-        selection_B1L = span_mask.to(text.embedding_BK).unsqueeze(1)
-        selection_B1T = self.text.on_caption(selection_B1L, text.tokens)
-        return self.image.on_grid(self._matrix(text, image, selection_B1T)[:, 0])
+    @torch.no_grad()
+    def _changes(self, side: _Side, selections_BST: Tensor) -> Tensor:
+        """Change of the unit embedding by each selection of tokens [B, S, K]; the norm counts as a constant."""
+        return integrated_jvp(side.path, self._points, self._weights, selections_BST) / side.norm
+
+    def _columns(self, side: _Side, changes_BSK: Tensor) -> Tensor:
+        """What each token adds to the products of the unit embedding with changes of the other one [B, S, T]."""
+        return integrated_vjp(side.path, self._points, self._weights, changes_BSK / side.norm, side.tokens)
+
+    def _span_changes(
+        self, states: HiddenStates, captions_R: Tensor, span_masks_RL: Tensor, references: References
+    ) -> Tensor:
+        """Change of each caption's embedding by the tokens of a span [R, K]."""
+        parts = []
+        for captions_G, rows_GS in _by_owner(captions_R):
+            side = self._text_side(states, references, captions_G)
+            selections_GST = self.text.on_caption(span_masks_RL[rows_GS].to(side.embedding_BK), side.tokens)
+            parts.append((rows_GS, self._changes(side, selections_GST)))
+        return _put_back(parts)
+
+    def _span_maps(self, states: HiddenStates, images_R: Tensor, changes_RK: Tensor, references: References) -> Tensor:
+        """What each patch of an image adds to the product with a change of a caption's embedding [R, H, W]."""
+        parts = []
+        for images_G, rows_GS in _by_owner(images_R):
+            side = self._image_side(states, references, images_G)
+            parts.append((rows_GS, self.image.on_grid(self._columns(side, changes_RK[rows_GS]))))
+        return _put_back(parts)
 
     def _compare(self, rows: _Side, columns: _Side) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs of tokens [B, T, P], the similarity [B] and the completeness error [B]."""
         matrix_BTP = self._matrix(rows, columns, rows.every_token())
-        norms = _norms(rows, columns)
+        norms: Tensor = (rows.norm * columns.norm)[:, 0, 0]
         similarity = (rows.embedding_BK * columns.embedding_BK).sum(dim=1) / norms
         # f(a,b) - f(r,b) - f(a,r) + f(r,r) of Eq. 2, factored.
         expected = (rows.change() * columns.change()).sum(dim=1) / norms
         return matrix_BTP, similarity, matrix_BTP.sum(dim=(1, 2)) - expected
 
     def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
-        matrix_BTP, similarity, error = self._compare(*self._sides(states, references))
+        matrix_BTP, similarity, error = self._compare(
+            self._text_side(states, references, slice(None)), self._image_side(states, references, slice(None))
+        )
         tokens, prefix = states.tokens, self.image.prefix_tokens
         matrix_BPL = self.text.on_caption(matrix_BTP.mT, tokens.shape[1]) * self.text.visible(tokens)[:, None]
         interactions = self.image.on_grid(matrix_BPL.mT)
@@ -362,10 +395,20 @@ class FeaturePairAttribution(PairwiseMethod):
         )
 
 
-def _norms(rows: _Side, columns: _Side) -> Tensor:
-    """Product of the embeddings' norms [B], by which attributions are divided, as constants."""
-    norms: Tensor = rows.embedding_BK.norm(dim=1) * columns.embedding_BK.norm(dim=1)
-    return norms
+def _by_owner(owners_R: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Owners [G] that have the same number S of rows, and their rows [G, S], for each such number."""
+    order = torch.argsort(owners_R, stable=True)
+    owners, counts = torch.unique_consecutive(owners_R[order], return_counts=True)
+    firsts = counts.cumsum(0) - counts
+    for count in counts.unique().tolist():
+        found = counts == count
+        yield owners[found], order[firsts[found][:, None] + torch.arange(count, device=order.device)]
+
+
+def _put_back(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values [R, ...] in the order of their rows, from parts of both: rows [G] or [G, S], values [*rows, ...]."""
+    rows = torch.cat([rows.flatten() for rows, _ in parts])
+    return torch.cat([values.flatten(0, rows.ndim - 1) for rows, values in parts])[torch.argsort(rows)]
 
 
 class SimilarityGradCAM(FeaturePairAttribution):

@@ -227,10 +227,11 @@ class PairwiseMethod(AttributionMethod):
         self._check_span(tokens, span_mask)
         with differentiable(self.encoder):
             references = self.references(tokens.shape[1])
-            parts = [
-                self.span_map_of(self.hidden_states(images[rows], tokens[rows]), span_mask[rows], references)
-                for rows in self._chunks(len(images))
-            ]
+            every = torch.arange(len(images), device=tokens.device)
+            parts = []
+            for rows in self._chunks(len(images)):
+                states, own = self.hidden_states(images[rows], tokens[rows]), every[: len(images[rows])]
+                parts.append(self.span_maps_of(states, own, own, span_mask[rows], references))
         maps = torch.cat(parts)
         check_finite(maps, "span map", self.label)
         return maps
@@ -281,10 +282,24 @@ class PairwiseMethod(AttributionMethod):
         """`attribute` of states that have been computed."""
         return self.attribute(states.image, states.tokens)
 
-    def span_map_of(self, states: HiddenStates, span_mask: Tensor, references: References) -> Tensor:
-        """`span_map` of states that have been computed; span_mask is [B, L]."""
-        interactions = self.attribute_states(states, references).interactions
-        return torch.einsum("bl,blhw->bhw", span_mask.to(interactions), interactions)
+    def span_maps_of(
+        self, states: HiddenStates, images: Tensor, captions: Tensor, span_masks: Tensor, references: References
+    ) -> Tensor:
+        """`span_map` of R spans of states that have been computed; what spans share is computed once.
+
+        Args:
+            states: of images and of captions, which need not be pairs here.
+            images: [R], row of each span's image in `states.image`.
+            captions: [R], row of its caption in `states.text`.
+            span_masks: [R, L] bool.
+            references: of the method.
+
+        Returns:
+            [R, H, W]
+        """
+        pairs, place = torch.unique(torch.stack([images, captions], dim=1), dim=0, return_inverse=True)
+        interactions = self.attribute_states(states.pairs(*pairs.unbind(dim=1)), references).interactions
+        return torch.einsum("rl,rlhw->rhw", span_masks.to(interactions), interactions[place])
 
     def attribute_images(self, images: Tensor, others: Tensor) -> IntraModalAttribution:
         """All pairs of patches of two images, by the image tower alone.

@@ -65,6 +65,30 @@ class Batch(TensorFields):
             non_blocking = torch.device(device).type == "cuda" and self.images.is_pinned()
         return super().to(device, non_blocking)
 
+    def only(self, rows: Tensor) -> Batch:
+        """Some images, with their captions and phrases; without named boxes, hard negatives and faults.
+
+        Args:
+            rows: [N] int64, of the images, ascending.
+        """
+        captions = torch.isin(self.caption_image, rows).nonzero()[:, 0]
+        phrases = self.phrases.only(torch.isin(self.phrases.image_row, rows).nonzero()[:, 0])
+        phrases.image_row = torch.searchsorted(rows, phrases.image_row)
+        named = phrases.caption_row >= 0
+        phrases.caption_row = torch.where(named, torch.searchsorted(captions, phrases.caption_row), -1)
+        return Batch(
+            images=self.images[rows],
+            valid=self.valid[rows],
+            index=self.index[rows],
+            tokens=self.tokens[captions],
+            caption_image=torch.searchsorted(rows, self.caption_image[captions]),
+            caption_index=self.caption_index[captions],
+            captions=[self.captions[row] for row in captions.tolist()],
+            keys=[self.keys[row] for row in rows.tolist()],
+            phrases=phrases,
+            label_names=self.label_names,
+        )
+
 
 @dataclass(frozen=True)
 class TrainingCollate:

@@ -98,6 +98,12 @@ class Phrases(TensorFields):
         mask = torch.zeros(0, context_length, dtype=torch.bool)
         return cls(none, none.clone(), none.clone(), mask, torch.zeros(0, 4), none.clone(), [])
 
+    def only(self, rows: Tensor) -> Phrases:
+        """The phrases of some rows [N] int64; the batch that they are of stays."""
+        chosen = self._map(lambda part: part[rows])
+        chosen.text = [self.text[row] for row in rows.tolist()]
+        return chosen
+
     def __len__(self) -> int:
         return len(self.text)
 

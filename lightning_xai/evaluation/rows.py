@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +30,6 @@ from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.masks import Mask, MaskError, mask_runs
 from lightning_xai.data.phrase_finder import find_phrases
-from lightning_xai.data.phrases import Negatives
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.evaluation.collages import Collages
 from lightning_xai.evaluation.embeddings import Embeddings
@@ -208,11 +207,13 @@ class _PairwiseMaps(MethodMaps):
                 maps = torch.einsum("rl,rlhw->rhw", masks.to(interactions), interactions[captions])
         else:
             # Far cheaper for spans alone.
-            of = batch.caption_image
-            maps = self._of_spans(batch, masks, lambda rows: states.pairs(of[captions[rows]], captions[rows]))
-        if negatives is not None:
-            wrong_pairs = partial(self._wrong_pairs, negatives, states, wanted.negatives)
-            replacements = self._of_spans(batch, negatives.mask[wanted.negatives], wrong_pairs)
+            maps = self._of_spans(batch, states, batch.caption_image[captions], captions, masks)
+        if negatives is not None and len(wanted.negatives):
+            tokens = negatives.tokens[wanted.negatives]
+            wrong = HiddenStates(states.image, self.method.text_states(tokens), tokens)
+            every = torch.arange(len(tokens), device=tokens.device)
+            images, masks = (part[wanted.negatives] for part in (negatives.image_row, negatives.mask))
+            replacements = self._of_spans(batch, wrong, images, every, masks)
         own, true = torch.split(maps, [len(wanted.phrases), len(maps) - len(wanted.phrases)])
         return BatchMaps(own, true, replacements, image, text, attribution)
 
@@ -227,16 +228,13 @@ class _PairwiseMaps(MethodMaps):
             ],
         )
 
-    def _of_spans(self, batch: Batch, masks: Tensor, states_of: Callable[[slice], HiddenStates]) -> Tensor:
-        """Maps of spans, given their masks and how to get the states of some of them."""
-        chunks = self.chunks(len(masks))
-        maps = (self.method.span_map_of(states_of(rows), masks[rows], self._references) for rows in chunks)
+    def _of_spans(self, batch: Batch, states: HiddenStates, images: Tensor, captions: Tensor, masks: Tensor) -> Tensor:
+        """Maps of spans, given the rows of their images and captions in the states, and their masks."""
+        maps = (
+            self.method.span_maps_of(states, images[rows], captions[rows], masks[rows], self._references)
+            for rows in self.chunks(len(masks))
+        )
         return torch.cat([self._nothing(batch)[0], *maps])
-
-    def _wrong_pairs(self, negatives: Negatives, states: HiddenStates, wanted: Tensor, rows: slice) -> HiddenStates:
-        """States of images with wrong captions of theirs."""
-        tokens, images = negatives.tokens[wanted[rows]], negatives.image_row[wanted[rows]]
-        return HiddenStates(states.image[images], self.method.text_states(tokens), tokens)
 
 
 def maps_of(method: AttributionMethod, batch_size: int) -> MethodMaps:

@@ -192,6 +192,7 @@ def curves(
     title: str = "Grounding while the model learns",
     *,
     scores: Sequence[Score],
+    panels: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draw scores in percent against the epoch, or against the step where some were measured within an epoch.
 
@@ -200,20 +201,33 @@ def curves(
             as in `ResultRecord.state`, and `step` in all. A missing or NaN value leaves a gap.
         title: above the axes.
         scores: what to draw, in this order; dashed where a score is no share.
+        panels: what ends the names of the scores in rows -> the name of their panel; one panel, without a name, by
+            default.
 
     Raises:
         ValueError: there are no rows, or one has no `epoch`.
     """
     if not rows or not all(isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError(f"rows: expected at least one, each with an 'epoch'; got {[sorted(row) for row in rows]}")
+    panels = panels or {"": ""}
+    figure = Figure(figsize=(8.0, 4.2 * len(panels)))
     place = "step" if any(row.get("batch") for row in rows) else "epoch"
-    names = [place, *(score.name for score in scores)]
+    every = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axes, (suffix, name) in zip(every, panels.items(), strict=True):
+        _draw_curves(axes, rows, place, suffix, scores)
+        axes.set_title(", ".join(filter(None, (title, name))))
+    every[-1].set_xlabel("steps" if place == "step" else "finished epochs")
+    return figure
+
+
+def _draw_curves(
+    axes: Any, rows: Sequence[Mapping[str, object]], place: str, suffix: str, scores: Sequence[Score]
+) -> None:
+    names = [place, *(f"{score.name}{suffix}" for score in scores)]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype="float64")
-    figure = Figure(figsize=(8.0, 4.2))
-    axes = figure.add_subplot()
     highest = 0.0
     for score in scores:
-        known = 100 * frame[score.name].dropna()
+        known = 100 * frame[f"{score.name}{suffix}"].dropna()
         if known.empty:
             continue
         highest = max(highest, known.max())
@@ -223,12 +237,9 @@ def curves(
     shown = frame[place].iloc[evenly(len(rows), 11)]
     axes.set_xticks(shown, [f"{number:g}" if number else state_name({"epoch": 0}) for number in shown])
     axes.set_ylim(0, min(100.0, 10 * math.ceil((highest + 4) / 10)))
-    axes.set_xlabel("steps" if place == "step" else "finished epochs")
     axes.set_ylabel("targets, or mean (dashed) [%]")
-    axes.set_title(title)
     if axes.lines:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "ResultRecord",
     "Score",
     "check_label",
+    "layers_in_words",
     "method_of",
     "package_versions",
     "read_record",
@@ -323,6 +324,20 @@ def shown_label(label: str, options: Mapping[str, Any]) -> str:
             start = "from " if names == ("start_layer",) else ""
             return f"{base}, {start}layer{'s' if len(words) > 1 else ''} {', '.join(words)}"
     return label
+
+
+def layers_in_words(options: Mapping[str, Any]) -> str:
+    """Name the layers that a method attributes to, by its options; empty where it has none of both towers.
+
+    >>> layers_in_words({"image_layer": -1, "text_layer": -1}), layers_in_words({"image_layer": 0, "text_layer": 0})
+    ('last blocks', 'inputs')
+    >>> layers_in_words({"image_layer": 1, "text_layer": 0}), layers_in_words({"layer": 9})
+    ('image layer 1, text layer 0', '')
+    """
+    image, text = (options.get(name) for name in ("image_layer", "text_layer"))
+    if image is None or text is None:
+        return ""
+    return {(-1, -1): "last blocks", (0, 0): "inputs"}.get((image, text), f"image layer {image}, text layer {text}")
 
 
 def state_name(state: Mapping[str, Any]) -> str:

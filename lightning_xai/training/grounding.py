@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
-from lightning_xai.attribution.path_integral import Rule
+from lightning_xai.attribution.path_integral import Rule, quadrature
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.method_run import join_rows
-from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, ValueRow, maps_of, measure_batch, places_of
+from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, maps_of, measure_batch, places_of
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.metrics.registry import choose_metric
+from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
-from lightning_xai.training.grounding_report import LOGGED, METHOD, Row, show, write
+from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, show, write
 from lightning_xai.training.measured_model import describe_measured
+from lightning_xai.training.phrase_sample import PhraseSample
 from lightning_xai.training.schedule import ends_training
 
 if TYPE_CHECKING:
@@ -35,13 +39,15 @@ if TYPE_CHECKING:
 __all__ = ["GroundingCallback"]
 
 _SCALARS = (*LOGGED, "grounding_targets")
+_INPUT_SCALARS = tuple(f"{name}{INPUT}" for name in _SCALARS)
 
 
 class GroundingPass:
     """The rows of one evaluation on this rank, measured batch by batch after the module's own forward passes.
 
     Args:
-        attribution: of the model that is evaluated.
+        readings: the layers to read at, those that all phrases are read at first; then the inputs, if wanted.
+        sample: chooses the phrases that are read at the inputs.
         batch_size: phrases attributed at a time; bounds memory, changes no number.
         examples: how many examples to keep for drawing.
 
@@ -57,22 +63,28 @@ class GroundingPass:
     row: Row
     table: ResultTable | None
 
-    def __init__(self, attribution: FeaturePairAttribution, batch_size: int, examples: int) -> None:
+    def __init__(
+        self, readings: Sequence[Reading], sample: PhraseSample | None, batch_size: int, examples: int
+    ) -> None:
         self.hooks = ExitStack()
-        self._encoder = attribution.encoder
-        self._maps = maps_of(attribution, batch_size)
+        self.readings = readings
+        self._encoder = readings[0].attribution.encoder
+        self._maps = [maps_of(reading.attribution, batch_size) for reading in readings]
+        self._sample = sample
         self._metric = choose_metric(SPEC.name, {})
         self._most_drawn = examples
         self.label_names: tuple[str, ...] | None = None
         self.examples: list[Example] = []
         self._targets: list[dict[str, Any]] = []
-        self._values: list[ValueRow] = []
-        self._drawn: dict[str, list[Any]] = {"keys": [], "heats": [], "gammas": [], "hits": []}
+        self._values: list[tuple[Any, ...]] = []
+        self._drawn: dict[str, list[Any]] = {"keys": []}
+        for reading in readings:
+            self._drawn |= {f"{name}{reading.suffix}": [] for name in ("heats", "gammas", "hits")}
 
     def open(self) -> None:
         """Capture what the forward pass of a batch computes."""
         self.hooks.close()
-        self.hooks.enter_context(self._maps.forward_pass())
+        self.hooks.enter_context(self._maps[0].forward_pass())
 
     def add(self, batch: Batch) -> None:
         """Measure a batch whose forward pass has just run."""
@@ -84,12 +96,19 @@ class GroundingPass:
                 "the batches of one evaluation differ in their classes; GroundingCallback measures one split at a "
                 "time, so give the trainer one validation data loader"
             )
-        rows = measure_batch(batch, self._maps, [self._metric])
-        self._targets += rows.targets
-        self._values += rows.values
+        rows = self._measure(0, batch)
+        if self._sample is not None:
+            for part in self._sample.add(batch):
+                self._measure(1, part)
         self._draw(batch, rows)
 
-    def finish(self, split: str) -> None:
+    def _measure(self, number: int, batch: Batch) -> BatchRows:
+        rows = measure_batch(batch, self._maps[number], [self._metric])
+        self._targets += rows.targets
+        self._values += [(self.readings[number].label, 0, *row) for row in rows.values]
+        return rows
+
+    def finish(self, split: str, device: torch.device) -> None:
         """Put together what all ranks have measured; every rank has to call this."""
         self.hooks.close()
         if self.label_names is None:
@@ -97,39 +116,58 @@ class GroundingPass:
                 "the evaluation had no lightning_xai.data.Batch, so there is no grounding: let the data loader give "
                 "such batches (ShardDataModule does), or take GroundingCallback out"
             )
+        if self._sample is not None:
+            for part in self._sample.finish(device):
+                self._measure(1, part)
         self.split = split
-        found, self.table = join_rows([(METHOD, 0, *row) for row in self._values], self._targets, SPEC.scores)
-        scores = {score.name: found.get((METHOD, 0, score.name), (math.nan, 0)) for score in SPEC.scores}
-        self.row = {"targets": scores[LOGGED[0]][1]} | {name: scores[name][0] for name in LOGGED}
-        self.row |= {"excluded": self._excluded(), "examples": self._drawn}
+        found, self.table = join_rows(self._values, self._targets, SPEC.scores)
+        self.row = {}
+        for reading in self.readings:
+            scores = {score.name: found.get((reading.label, 0, score.name), (math.nan, 0)) for score in SPEC.scores}
+            own: Row = {"targets": scores[LOGGED[0]][1]} | {name: scores[name][0] for name in LOGGED}
+            own |= {"excluded": self._excluded(reading), "layers": reading.layers}
+            self.row |= {f"{name}{reading.suffix}": value for name, value in own.items()}
+        self.row["examples"] = self._drawn
 
-    def _excluded(self) -> dict[str, int]:
+    def _excluded(self, reading: Reading) -> dict[str, int]:
         """How many phrases were not measured, by reason; on the first rank."""
         if self.table is None:
             return {}
         from lightning_xai.results.table import exclusions
 
         values = self.table.values
-        counts = exclusions(values[values["metric"] == SPEC.values[0]], by=["metric"])
+        own = values[(values["metric"] == SPEC.values[0]) & (values["method"] == reading.label)]
+        counts = exclusions(own, by=["metric"])
         return {why: count for why, count in zip(counts["excluded"], counts["count"].tolist(), strict=True) if why}
 
     def _draw(self, batch: Batch, rows: BatchRows) -> None:
         """Keep the first phrase of each of the first images; which ones they are never depends on the model."""
-        found = {(target, metric): value for target, metric, value, _ in rows.values}
-        for target, heat in rows.phrases:
-            if len(self.examples) == self._most_drawn:
-                return
-            if any(example.key == target["key"] for example in self.examples):
-                continue
-            image = (batch.index == target["index"]).nonzero()[0]
-            pixels = self._encoder.pictures(batch.images[image].float().cpu())[0].permute(1, 2, 0).numpy()
-            text, phrase, box = target["caption"], target["phrase"], tuple(target[side] for side in BOX_COLUMNS)
-            places = places_of(text, phrase)
-            self.examples.append(Example(np.asarray(pixels), phrase, text, places, box, target["key"]))
-            self._drawn["keys"].append(f"{target['key']}: {phrase}")
-            self._drawn["heats"].append(heat.clone())
-            self._drawn["gammas"].append(found[target["target"], "gamma"])
-            self._drawn["hits"].append(found[target["target"], "rho"] == 1)
+        new: dict[int, dict[str, Any]] = {}
+        drawn = {example.key for example in self.examples}
+        for target, _ in rows.phrases:
+            if len(drawn) < self._most_drawn and target["key"] not in drawn:
+                drawn.add(target["key"])
+                new[target["index"]] = target
+        if not new:
+            return
+        images = [row for row, index in enumerate(batch.index.tolist()) if index in new]
+        few = batch.only(torch.tensor(images, device=batch.index.device))
+        read = [rows, *(measure_batch(few, maps, [self._metric]) for maps in self._maps[1:])]
+        for target in new.values():
+            self._draw_example(batch, target)
+            for reading, found in zip(self.readings, read, strict=True):
+                values = {metric: value for name, metric, value, _ in found.values if name == target["target"]}
+                heat = next(heat for other, heat in found.phrases if other["target"] == target["target"])
+                drawn_now = {"heats": heat.clone(), "gammas": values["gamma"], "hits": values["rho"] == 1}
+                for name, value in drawn_now.items():
+                    self._drawn[f"{name}{reading.suffix}"].append(value)
+
+    def _draw_example(self, batch: Batch, target: Mapping[str, Any]) -> None:
+        image = (batch.index == target["index"]).nonzero()[0]
+        pixels = self._encoder.pictures(batch.images[image].float().cpu())[0].permute(1, 2, 0).numpy()
+        text, phrase, box = target["caption"], target["phrase"], tuple(target[side] for side in BOX_COLUMNS)
+        self.examples.append(Example(np.asarray(pixels), phrase, text, places_of(text, phrase), box, target["key"]))
+        self._drawn["keys"].append(f"{target['key']}: {phrase}")
 
 
 class GroundingCallback(Callback):
@@ -138,8 +176,10 @@ class GroundingCallback(Callback):
     Works with any LightningModule that has a `DualEncoder` (as attribute `encoder`, or anywhere among its modules) and
     evaluates `Batch`es. The hidden states come out of the validation's own forward pass, so that only the layers from
     the chosen ones on run again. Logs `val/gamma_mean`, `val/gamma_above_50`, `val/gamma_above_80`, `val/rho`
-    (fractions in [0, 1]) and `val/grounding_targets`, which checkpoint callbacks can monitor (`test/...` in a test
-    run). All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
+    (fractions in [0, 1]) and `val/grounding_targets`. A sample of the phrases is read at the inputs of both towers as
+    well (the first layers that attribution reaches: a ResNet's is its first stage), where tokens and patches have not
+    been mixed yet: `val/gamma_mean_input` and so on. Checkpoint callbacks can monitor each of them (`test/...` in a
+    test run). All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
 
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
     record, and `classes.csv` with a line for each class; `step=00000040/` for one within an epoch), `summary.csv`,
@@ -152,6 +192,12 @@ class GroundingCallback(Callback):
         steps: integration steps.
         rule: quadrature rule.
         image_reference: the uninformative image.
+        input_phrases: how many phrases are read at the inputs; 0: none, None: all. They are the same ones in each
+            measurement, on any number of processes and in batches of any size: whole images in a random order, until
+            there are so many phrases. Until the end of an evaluation, the images wait in memory.
+        input_steps: integration steps at the inputs.
+        input_rule: quadrature rule there.
+        input_seed: of the random order.
         every_n_epochs: measure in the validations of each n-th epoch, before training, and where training ends in an
             epoch that would have no validation there.
         before_training: measure the model as it comes, in a full validation before the first step.
@@ -174,14 +220,18 @@ class GroundingCallback(Callback):
         steps: int = 10,
         rule: Rule = "right",
         image_reference: Literal["zeros", "black"] = "zeros",
+        input_phrases: int | None = 500,
+        input_steps: int = 3,
+        input_rule: Rule = "midpoint",
+        input_seed: int = 0,
         every_n_epochs: int = 1,
         before_training: bool = True,
         examples: int = 6,
         internal_batch_size: int = 128,
     ) -> None:
         given = {"every_n_epochs": every_n_epochs, "examples": examples, "internal_batch_size": internal_batch_size}
-        for name, value in given.items():
-            if value < (least := 0 if name == "examples" else 1):
+        for name, value in (given | {"input_phrases": input_phrases or 0}).items():
+            if value < (least := 0 if name in ("examples", "input_phrases") else 1):
                 raise ValueError(f"{name} has to be at least {least}; got {value}")
         self._options: dict[str, Any] = {
             "image_layer": image_layer,
@@ -190,12 +240,16 @@ class GroundingCallback(Callback):
             "rule": rule,
             "image_reference": image_reference,
         }
+        self._input_options = self._options | {"steps": input_steps, "rule": input_rule}
+        quadrature(rule, steps), quadrature(input_rule, input_steps)  # refuse at once what they refuse
+        self.input_phrases = input_phrases
+        self.input_seed = input_seed
         self.every_n_epochs = every_n_epochs
         self.before_training = before_training
         self.examples = examples
         self.internal_batch_size = internal_batch_size
         self.history: list[Row] = []
-        self._attribution: FeaturePairAttribution | None = None
+        self._readings: tuple[Reading, ...] = ()
         self._pass: GroundingPass | None = None
         self._measured: GroundingPass | None = None
 
@@ -208,7 +262,7 @@ class GroundingCallback(Callback):
                 "grounding needs gradients in validation and test, which inference mode rules out: "
                 "use Trainer(inference_mode=False), or --trainer.inference_mode=false"
             )
-        self._attribution = FeaturePairAttribution(_find_encoder(pl_module), **self._options)
+        self._readings = self._read_at(_find_encoder(pl_module))
         if stage != "fit":
             return
         self._check_monitors(trainer)
@@ -229,9 +283,11 @@ class GroundingCallback(Callback):
             due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
             due |= not _fitting(trainer) or _ends_off_schedule(trainer)
         if due:
-            assert self._attribution is not None, "Lightning calls setup first"
+            assert self._readings, "Lightning calls setup first"
             examples = self.examples if trainer.is_global_zero else 0
-            self._pass = GroundingPass(self._attribution, self.internal_batch_size, examples)
+            inputs = self._readings[1:]
+            sample = PhraseSample(self.input_phrases, self.input_seed, inputs[0].attribution.grid) if inputs else None
+            self._pass = GroundingPass(self._readings, sample, self.internal_batch_size, examples)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -256,12 +312,13 @@ class GroundingCallback(Callback):
         if self._pass is None:
             return
         self._measured, self._pass = self._pass, None
-        self._measured.finish("test" if trainer.testing else "val")
-        row = self._measured.row
-        for name in _SCALARS:
-            # Every rank holds the same number already.
-            value = row[name] if name in LOGGED else float(row["targets"])
-            pl_module.log(f"{self._measured.split}/{name}", value, prog_bar=name == "rho")
+        self._measured.finish("test" if trainer.testing else "val", pl_module.device)
+        for reading in self._readings:
+            for name in _SCALARS:
+                # Every rank holds the same number already.
+                value = self._measured.row[f"{name.removeprefix('grounding_')}{reading.suffix}"]
+                whole = f"{self._measured.split}/{name}{reading.suffix}"
+                pl_module.log(whole, float(value), prog_bar=name == "rho")
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -274,7 +331,7 @@ class GroundingCallback(Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
         row: Row = _state(trainer) | measured.row
         others = {name.removeprefix(prefix): value for name, value in logged.items()}
-        row |= {name: value for name, value in others.items() if name not in {*row, *_SCALARS}}
+        row |= {name: value for name, value in others.items() if name not in {*row, *_SCALARS, *_INPUT_SCALARS}}
         if _fitting(trainer):
             self.history = [old for old in self.history if old["step"] != row["step"]] + [row]
         if trainer.sanity_checking:
@@ -320,9 +377,9 @@ class GroundingCallback(Callback):
         return self.before_training and not self.history
 
     def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: GroundingPass) -> None:
-        assert self._attribution is not None, "Lightning calls setup first"
-        about = _about(trainer, measured.split, self._attribution.encoder)
-        sheet = write(folder, rows, measured, self._options, about)
+        about = _about(trainer, measured.split, self._readings[0].attribution.encoder)
+        about["settings"] = {name: getattr(self, name) for name in ("input_phrases", "input_seed")}
+        sheet = write(folder, rows, measured, about)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if sheet is not None and loggers:
             picture = rasterize(sheet)
@@ -332,13 +389,28 @@ class GroundingCallback(Callback):
         if not _fitting(trainer):
             show(folder, rows)
 
+    def _read_at(self, encoder: DualEncoder) -> tuple[Reading, ...]:
+        """Where to read; the layers of the inputs are the first that attribution reaches in both towers."""
+        last = Reading(METHOD, "", FeaturePairAttribution(encoder, **self._options), self._options)
+        if self.input_phrases == 0:
+            return (last,)
+        image, text = _first(encoder.image_at_layer), _first(encoder.text_at_layer)
+        options = self._input_options | {"image_layer": image, "text_layer": text}
+        label = f"{METHOD},{image},{text}"
+        return last, Reading(label, INPUT, FeaturePairAttribution(encoder, **options), options)
+
     def _check_monitors(self, trainer: L.Trainer) -> None:
         """A checkpoint would otherwise compare epochs by numbers that are missing, or are those of an earlier epoch."""
         for callback in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
             monitor = str(getattr(callback, "monitor", None))
             looks_every = getattr(callback, "every_n_epochs", 1)
-            if monitor not in {f"val/{name}" for name in _SCALARS} or not looks_every:
+            if monitor not in {f"val/{name}" for name in (*_SCALARS, *_INPUT_SCALARS)} or not looks_every:
                 continue
+            if monitor.endswith(INPUT) and self.input_phrases == 0:
+                raise ValueError(
+                    f"{type(callback).__name__} looks at {monitor}, which is not measured with input_phrases=0: set "
+                    "GroundingCallback's input_phrases to how many phrases to read at the inputs"
+                )
             if math.lcm(looks_every, trainer.check_val_every_n_epoch or 1) % self.every_n_epochs:
                 raise ValueError(
                     f"{type(callback).__name__} looks at {monitor} every {looks_every} epochs, GroundingCallback "
@@ -356,6 +428,15 @@ def _find_encoder(module: L.LightningModule) -> DualEncoder:
             "made by lightning_xai.models.load_dual_encoder"
         )
     return found
+
+
+def _first(at_layer: Callable[[int], TowerAtLayer]) -> int:
+    """The first of a tower's layers that can be explained; the last one always can."""
+    *before, last = at_layer(-1).layers
+    for layer in before:
+        with suppress(UnsupportedTowerError):
+            return at_layer(layer).layer
+    return last
 
 
 def _about(trainer: L.Trainer, split: str, encoder: TwoTowerEncoder) -> dict[str, dict[str, Any]]:

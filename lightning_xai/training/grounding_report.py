@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, score_column
 from lightning_xai.report.plots import GradedMap, curves, progress_sheet, save_figure
-from lightning_xai.results.record import MethodRecord, ResultRecord, package_versions, state_name
+from lightning_xai.results.record import MethodRecord, ResultRecord, layers_in_words, package_versions, state_name
 
 if TYPE_CHECKING:
     from lightning_xai.training.grounding import GroundingPass
 
-__all__ = ["LOGGED", "METHOD", "Row", "show", "write"]
+__all__ = ["INPUT", "LOGGED", "METHOD", "Reading", "Row", "show", "write"]
 
 METHOD = "feature_pair"
+INPUT = "_input"
+"""Ends the names of what was read at the inputs."""
 Row = dict[str, Any]
 """A measurement: `epoch` (finished epochs, or `"validate"`, `"test"`), `step`, within an epoch `batch` (how many of its
-batches were trained on), `targets`, gamma and rho, what the
+batches were trained on), `targets`, gamma and rho, the `layers` that they were read at, what the
 module logged; on the first rank `excluded`, and `examples` as they were drawn: `keys`, `heats` ([H, W] float32),
-`gammas` and `hits`. Tensors and plain values, so that checkpoints can hold it."""
+`gammas` and `hits`. What was read at the inputs has the same names with `INPUT`; rows of earlier releases lack it.
+Tensors and plain values, so that checkpoints can hold it."""
 
 LOGGED = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho")
 """Scores that the callback logs, besides `grounding_targets`."""
 
 
-def write(
-    folder: Path, rows: Sequence[Row], measured: GroundingPass, options: Mapping[str, Any], about: Mapping[str, Any]
-) -> Figure | None:
+@dataclass(frozen=True)
+class Reading:
+    """A pair of layers that grounding is read at.
+
+    Attributes:
+        label: in the long table.
+        suffix: of what is logged: empty, or `INPUT`.
+        attribution: at these layers.
+        options: of the attribution.
+    """
+
+    label: str
+    suffix: str
+    attribution: FeaturePairAttribution
+    options: Mapping[str, Any]
+
+    @property
+    def layers(self) -> str:
+        """Numbers of the layers, counted from the first."""
+        return f"{self.attribution.image.layer},{self.attribution.text.layer}"
+
+
+def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Mapping[str, Any]) -> Figure | None:
     """Write the result folder of the last of `rows`, which is `measured`, and tables and pictures of all rows together.
 
     A validation or test outside of training has files with its own names, so that it leaves those of the training as
@@ -43,29 +68,24 @@ def write(
         folder: of the run's grounding.
         rows: measurements.
         measured: what the last one was measured from; its rows of all ranks are on the first rank only.
-        options: of the attribution method.
-        about: `model` and `data` of the record.
+        about: `model`, `data` and `settings` of the record.
 
     Returns:
         The sheet of heat maps, or None where nothing could be measured.
     """
-    from lightning_xai.results.table import summary_table, write_csv, write_result
+    from lightning_xai.results.table import write_csv, write_result
 
     last = rows[-1]
     training = isinstance(last["epoch"], int)
     suffix = "" if training else f"-{last['epoch']}"
     here = folder / _folder_name(last)
     assert measured.table is not None, "the first rank holds the table"
-    classes = summary_table(measured.table.frame, SPEC.scores, ["label"]).set_index("label")
-    # Every class of the split has a line, in the split's order.
-    classes = classes.reindex(measured.label_names)
-    counts = [column for column in classes.columns if column == "targets" or column.startswith("excluded_")]
-    classes[counts] = classes[counts].fillna(0).astype("int64")
-    write_csv(here / "classes.csv", classes.rename_axis("label").reset_index())
-    write_result(here, _record(last, options, about), measured.table)
+    write_csv(here / "classes.csv", _classes(measured))
+    write_result(here, _record(last, measured.readings, about), measured.table)
     write_csv(folder / f"summary{suffix}.csv", _lines(rows))
     if training and any(row["targets"] for row in rows):
-        save_figure(curves(rows, scores=SPEC.scores), folder / "curves.png")
+        panels = {reading.suffix: _named(reading) for reading in _inputs_first(measured.readings)}
+        save_figure(curves(rows, scores=SPEC.scores, panels=panels), folder / "curves.png")
     if not measured.examples:
         return None
     sheet = _progress(rows, measured)
@@ -77,12 +97,8 @@ def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> N
     """Print the table of grounding, what was excluded from the last measurement, and where to look."""
     console = console or Console()
     last = rows[-1]
-    columns = {score.name: score_column(score) for score in SPEC.scores if score.name in LOGGED}
-    columns |= {"targets": Column("targets")}
-    columns |= {key: column for key, column in LOGGED_COLUMNS.items() if any(key in row for row in rows)}
-    cells = [[state_name(row), *(row.get(key) for key in columns)] for row in rows]
-    heads = [Column("after", numeric=False), *columns.values()]
-    console.print(PaperTable("grounding", "Grounding per epoch", "", heads, cells).to_terminal())
+    for suffix in (INPUT, "") if any(f"targets{INPUT}" in row for row in rows) else ("",):
+        console.print(_epochs(rows, suffix).to_terminal())
     counts = last["excluded"] | {"broken_records": int(last.get("broken_records", 0))}
     reasons = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in counts.items() if n)
     suffix = "" if isinstance(last["epoch"], int) else f"-{last['epoch']}"
@@ -92,20 +108,62 @@ def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> N
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def _epochs(rows: Sequence[Row], suffix: str) -> PaperTable:
+    """A line for each measurement, of what was read at the inputs or at the last blocks."""
+    columns = {f"{score.name}{suffix}": score_column(score) for score in SPEC.scores if score.name in LOGGED}
+    columns |= {f"targets{suffix}": Column("targets")}
+    if not suffix:
+        columns |= {key: column for key, column in LOGGED_COLUMNS.items() if any(key in row for row in rows)}
+    cells = [[state_name(row), *(row.get(key) for key in columns)] for row in rows]
+    heads = [Column("after", numeric=False), *columns.values()]
+    layers = rows[-1].get(f"layers{suffix}")
+    where = f", {'inputs' if suffix else 'layers'} ({layers})" if layers else ""
+    return PaperTable(f"grounding{suffix}", f"Grounding per epoch{where}", "", heads, cells)
+
+
+def _inputs_first(readings: Sequence[Reading]) -> Sequence[Reading]:
+    return readings[::-1]
+
+
+def _named(reading: Reading) -> str:
+    """Where it was read, for pictures."""
+    return f"{layers_in_words(reading.options)} ({reading.layers})"
+
+
+def _classes(measured: GroundingPass) -> Any:
+    """A frame with a line for each class of the split, in the split's order, and columns for each reading."""
+    import pandas as pd
+
+    from lightning_xai.results.table import summary_table
+
+    assert measured.table is not None, "the first rank holds the table"
+    frame, parts = measured.table.frame, []
+    for reading in measured.readings:
+        own = frame[frame["method"] == reading.label]
+        classes = summary_table(own, SPEC.scores, ["label"]).set_index("label").reindex(measured.label_names)
+        counts = [column for column in classes.columns if column == "targets" or column.startswith("excluded_")]
+        classes[counts] = classes[counts].fillna(0).astype("int64")
+        parts.append(classes.assign(layers=reading.layers).add_suffix(reading.suffix))
+    return pd.concat(parts, axis="columns").rename_axis("label").reset_index()
+
+
 def _folder_name(row: Row) -> str:
     if isinstance(row["epoch"], str):
         return row["epoch"]
     return f"step={row['step']:08d}" if "batch" in row else f"epoch={row['epoch']:03d}"
 
 
-def _record(row: Row, options: Mapping[str, Any], about: Mapping[str, Any]) -> ResultRecord:
+def _record(row: Row, readings: Sequence[Reading], about: Mapping[str, Any]) -> ResultRecord:
     state: dict[str, int | str] = {key: row[key] for key in ("epoch", "step", "batch") if key in row}
-    own = {*state, "targets", "excluded", "examples", *LOGGED}
+    measured = {f"{name}{suffix}" for name in ("targets", "excluded", "layers", *LOGGED) for suffix in ("", INPUT)}
+    own = {*state, *measured, "examples"}
     return ResultRecord(
         kind="training",
         **about,
         versions=package_versions(),
-        methods={METHOD: MethodRecord(name=METHOD, options=dict(options), signed=True)},
+        methods={
+            reading.label: MethodRecord(name=METHOD, options=dict(reading.options), signed=True) for reading in readings
+        },
         metrics={SPEC.name: SPEC.record({})},
         state=state,
         logged={name: value for name, value in row.items() if name not in own},
@@ -116,27 +174,43 @@ def _lines(rows: Sequence[Row]) -> Any:
     """A frame with a line for each measurement: a column for each reason of exclusion, nothing that is no number."""
     import pandas as pd
 
-    reasons = [why.key for why in Exclusion if any(row["excluded"].get(why.key) for row in rows)]
     lines = [
-        {key: value for key, value in row.items() if key not in ("batch", "excluded", "examples")}
-        | {f"excluded_{why}": row["excluded"].get(why, 0) for why in reasons}
+        {key: value for key, value in row.items() if key not in ("batch", "examples") and not isinstance(value, dict)}
         for row in rows
     ]
+    for suffix in ("", INPUT):
+        counts = [row.get(f"excluded{suffix}") for row in rows]
+        reasons = [why.key for why in Exclusion if any(found and found.get(why.key) for found in counts)]
+        for line, found in zip(lines, counts, strict=True):
+            if found is not None:
+                line |= {f"excluded_{why}{suffix}": found.get(why, 0) for why in reasons}
     return pd.DataFrame(lines)
 
 
 def _progress(rows: Sequence[Row], measured: GroundingPass) -> Figure:
-    """The examples' heat maps, a column for each measurement that drew the same ones."""
-    same = [row for row in rows if row["examples"]["keys"] == rows[-1]["examples"]["keys"]]
-    return progress_sheet(
-        measured.examples,
+    """The examples' heat maps, those at the inputs above; a column for each measurement that drew the same ones."""
+    readings = _inputs_first(measured.readings)
+    keys, drawn = rows[-1]["examples"]["keys"], f"heats{readings[0].suffix}"
+    same = [row for row in rows if row["examples"]["keys"] == keys and drawn in row["examples"]]
+    examples = [
+        replace(example, caption=f"{example.caption}   –   {_named(reading)}")
+        if place == 0
+        else replace(example, caption=_named(reading), spans=())
+        for example in measured.examples
+        for place, reading in enumerate(readings)
+    ]
+    maps = [
         [
-            [
-                GradedMap(heat.numpy(), gamma, hit)
-                for heat, gamma, hit in zip(*(row["examples"][key] for key in ("heats", "gammas", "hits")), strict=True)
-            ]
-            for row in same
-        ],
-        [state_name(row) for row in same],
-        f"What the phrase matches in the image ({measured.split}): red more, blue less similar",
-    )
+            _graded(row["examples"], number, reading.suffix)
+            for number in range(len(measured.examples))
+            for reading in readings
+        ]
+        for row in same
+    ]
+    title = f"What the phrase matches in the image ({measured.split}): red more, blue less similar"
+    return progress_sheet(examples, maps, [state_name(row) for row in same], title)
+
+
+def _graded(drawn: Mapping[str, Any], number: int, suffix: str) -> GradedMap:
+    heat, gamma, hit = (drawn[f"{name}{suffix}"][number] for name in ("heats", "gammas", "hits"))
+    return GradedMap(heat.numpy(), gamma, hit)

@@ -149,7 +149,7 @@ def test_an_image_is_regressed_once_for_all_its_captions(
     assert sum(sizes) == 61
     assert max(sizes) == 16
     span = encoder.tokenizer.content_mask(tokens)
-    shared = method.span_map_of(states.pairs(torch.zeros(3, dtype=torch.int64), captions), span, method.references())
+    shared = method.span_maps_of(states, torch.zeros(3, dtype=torch.int64), captions, span, method.references())
     alone = method.span_map(images[:1].expand(3, -1, -1, -1), tokens, span)
     torch.testing.assert_close(shared, alone)
     whole = method.attribute(images[:1].expand(3, -1, -1, -1), tokens)

@@ -350,3 +350,52 @@ def test_inputs_that_do_not_fit_are_errors_that_name_the_shapes(make_encoder: Ma
     for reference in references:
         with pytest.raises(ValueError, match="_reference"):
             FeaturePairAttribution(encoder, **reference).attribute(images, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("vit", (0, 0)), ("vit", (-1, -1)), ("vit", (1, 0)), ("resnet", (1, 0)), ("resnet", (-1, -1))]
+)
+def test_phrases_that_share_images_and_captions_have_the_maps_of_each_alone_in_any_order(
+    make_encoder: MakeEncoder, name: str, layers: tuple[int, int]
+) -> None:
+    encoder = make_encoder(name, torch.float64)
+    images, tokens = random_pairs(encoder)
+    method = FeaturePairAttribution(encoder, *layers, steps=3, rule="midpoint")
+    # Image 0 has four phrases, two of them of one caption, image 2 one, image 1 two of different captions.
+    image, caption = torch.tensor([0, 2, 1, 0, 0, 1, 0]), torch.tensor([1, 2, 0, 0, 1, 2, 2])
+    spans = torch.zeros(len(image), tokens.shape[1], dtype=torch.bool)
+    spans[torch.arange(len(image)), torch.tensor([1, 2, 3, 2, 2, 1, 3])] = True
+    alone = torch.cat(
+        [
+            method.span_map(images[i : i + 1], tokens[c : c + 1], spans[row : row + 1])
+            for row, (i, c) in enumerate(zip(image.tolist(), caption.tolist(), strict=True))
+        ]
+    )
+    states, references = method.hidden_states(images, tokens), method.references()
+    for size in (None, 1, 3):
+        method.internal_batch_size = size
+        shared = method.span_maps_of(states, image, caption, spans, references)
+        torch.testing.assert_close(shared, alone, rtol=1e-9, atol=1e-13)
+    assert alone.abs().max() > 1e-4
+
+
+def test_phrases_of_one_image_run_its_path_once_and_phrases_of_one_caption_the_captions(
+    make_encoder: MakeEncoder,
+) -> None:
+    encoder = make_encoder()
+    images, tokens = random_pairs(encoder)
+    method = FeaturePairAttribution(encoder, 0, 0, steps=3, rule="midpoint")
+    states, references = method.hidden_states(images, tokens), method.references()
+    rows = {"image": 0, "text": 0}
+    model: Any = encoder.model
+    for side, tower in (("image", model.visual.transformer), ("text", model.transformer)):
+
+        def count(_: object, inputs: tuple[Tensor, ...], side: str = side) -> None:
+            rows[side] += len(inputs[0])
+
+        tower.resblocks[0].register_forward_pre_hook(count)
+    spans = torch.zeros(5, tokens.shape[1], dtype=torch.bool)
+    spans[:, 1] = True
+    which = torch.zeros(5, dtype=torch.int64)
+    method.span_maps_of(states, which, which, spans, references)
+    assert rows == {"image": 3 + 1, "text": 3 + 1}  # three points, and the embedding whose norm is divided by

@@ -113,8 +113,8 @@ def test_a_pairwise_plug_in_explains_phrases_with_nothing_but_interactions(
     torch.testing.assert_close(method.span_map(images, tokens, span), expected)
     with method.capturing() as captured:
         encoder(images, tokens)
-    states = method.hidden_states(images, tokens, captured).pairs(torch.tensor([1]), torch.tensor([0]))
-    one = method.span_map_of(states, span[:1], method.references())
+    states, rows = method.hidden_states(images, tokens, captured), torch.tensor([1, 0])
+    one = method.span_maps_of(states, rows[:1], rows[1:], span[:1], method.references())
     torch.testing.assert_close(one, method.span_map(images[1:], tokens[:1], span[:1]))
     with pytest.raises(ValueError, match=r"rows \[1\] of span_mask select no token"):
         method.span_map(images, tokens, span & torch.tensor([[True], [False]]))

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from quiet_trainer import quiet_trainer
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped] # has none
 from torch import Tensor, nn
 from training_runs import task_of
@@ -34,10 +35,12 @@ from lightning_xai.results.predictions import read_part
 from lightning_xai.results.record import read_record
 from lightning_xai.results.table import read_result
 from lightning_xai.training import ContrastiveFineTuning, GroundingCallback, PredictionWriter
+from lightning_xai.training.grounding_report import show
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
-SCALARS = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
+LAST = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho", "grounding_targets")
+SCALARS = (*LAST, *(f"{name}_input" for name in LAST))
 
 Make = Callable[..., ContrastiveFineTuning]
 Pairs = dict[tuple[int, int, str], "Pair"]
@@ -102,10 +105,10 @@ def covered(low: float, high: float, patches: int) -> range:
     return range(first, last) if last > first else range(middle := min(int((low + high) / 2), patches - 1), middle + 1)
 
 
-def pair_by_pair(encoder: DualEncoder, folder: Path) -> Pairs:
+def pair_by_pair(encoder: DualEncoder, folder: Path, **options: Any) -> Pairs:
     """Gamma and rho of every phrase of a split of shapes, one at a time, from `span_map` and numpy."""
     encoder.eval()
-    attribution = FeaturePairAttribution(encoder)
+    attribution = FeaturePairAttribution(encoder, **options)
     (rows, columns), side = attribution.image.grid, encoder.image_transform.size[0]
     pairs: Pairs = {}
     for index, sample in enumerate(samples_of(folder)):
@@ -151,19 +154,21 @@ def expected(make: Make, world: Path) -> Pairs:
     return pair_by_pair(make().encoder, world / "val")
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """The phrases of a measurement's result folder, each with `gamma`, `hit` and `reason`."""
+def lines_of(folder: Path, method: str = "feature_pair") -> list[dict[str, Any]]:
+    """The phrases of a measurement's result folder that a method was asked for, with `gamma`, `hit` and `reason`."""
     _, table = read_result(folder)
-    lines = {row["target"]: dict(row) for row in table.targets.to_dict("records")}
-    for row in table.values.itertuples():
-        lines[row.target] |= {row.metric: row.value, "reason": row.excluded or "measured"}
+    targets = {row["target"]: dict(row) for row in table.targets.to_dict("records")}
+    lines: dict[str, dict[str, Any]] = {}
+    for row in table.values[table.values["method"] == method].itertuples():
+        line = lines.setdefault(row.target, targets[row.target])
+        line |= {row.metric: row.value, "reason": row.excluded or "measured"}
     return list(lines.values())
 
 
-def table_of(folder: Path) -> Pairs:
+def table_of(folder: Path, method: str = "feature_pair") -> Pairs:
     return {
         (row["index"], row["caption_index"], row["label"]): Pair(row["reason"], row["gamma"], row["rho"] == 1)
-        for row in lines_of(folder)
+        for row in lines_of(folder, method)
     }
 
 
@@ -175,27 +180,61 @@ def assert_same_pairs(found: Pairs, expected: Pairs, tolerance: float = 1e-5) ->
         assert found[where].hit == pair.hit, where
 
 
+INPUTS = {"vit": "feature_pair,0,0", "resnet": "feature_pair,1,0"}
+"""The label of the inputs, by the first layers that there are."""
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_numbers_are_those_of_a_slow_computation_pair_by_pair(
+def test_numbers_are_those_of_a_slow_computation_pair_by_pair_at_the_last_blocks_and_at_the_inputs(
     make: Make, world: Path, tmp_path: Path, name: str
 ) -> None:
-    task = make(name)
+    task, label = make(name), INPUTS[name]
     (logged,) = trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
-    expected = pair_by_pair(task.encoder, world / "val")
-    table = tmp_path / "grounding" / "validate"
-    assert_same_pairs(table_of(table), expected)
-    measured = [pair for pair in expected.values() if pair.reason == "measured"]
-    gammas = np.array([pair.gamma for pair in measured])
-    assert len(measured) > 10
-    assert logged["val/grounding_targets"] == len(measured)
-    assert logged["val/gamma_mean"] == pytest.approx(gammas.mean(), abs=1e-6)
-    assert logged["val/gamma_above_50"] == pytest.approx((gammas > 0.5).mean(), abs=1e-6)
-    assert logged["val/gamma_above_80"] == pytest.approx((gammas > 0.8).mean(), abs=1e-6)
-    assert logged["val/rho"] == pytest.approx(np.mean([pair.hit for pair in measured]), abs=1e-6)
     (summary,) = rows_of(tmp_path / "grounding" / "summary-validate.csv")
-    reasons = Counter(pair.reason for pair in expected.values())
-    excluded = {key.removeprefix("excluded_"): int(n) for key, n in summary.items() if key.startswith("excluded_")}
-    assert {why: n for why, n in excluded.items() if n} == {why: n for why, n in reasons.items() if why != "measured"}
+    first = {"image_layer": int(label[-3]), "text_layer": int(label[-1]), "steps": 3, "rule": "midpoint"}
+    assert summary["layers_input"] == label[-3:]
+    for method, ending, options in (("feature_pair", "", {}), (label, "_input", first)):
+        expected = pair_by_pair(task.encoder, world / "val", **options)
+        found = table_of(tmp_path / "grounding" / "validate", method)
+        if ending:  # images without a phrase to measure are not sampled, so what is excluded on them is not there
+            images = {where[0] for where, pair in expected.items() if pair.reason in ("measured", "no_positive")}
+            expected = {where: pair for where, pair in expected.items() if where[0] in images}
+        assert_same_pairs(found, expected)
+        measured = [pair for pair in expected.values() if pair.reason == "measured"]
+        gammas = np.array([pair.gamma for pair in measured])
+        assert len(measured) > 10
+        assert logged[f"val/grounding_targets{ending}"] == len(measured)
+        assert logged[f"val/gamma_mean{ending}"] == pytest.approx(gammas.mean(), abs=1e-6)
+        assert logged[f"val/gamma_above_50{ending}"] == pytest.approx((gammas > 0.5).mean(), abs=1e-6)
+        assert logged[f"val/gamma_above_80{ending}"] == pytest.approx((gammas > 0.8).mean(), abs=1e-6)
+        assert logged[f"val/rho{ending}"] == pytest.approx(np.mean([pair.hit for pair in measured]), abs=1e-6)
+        reasons = Counter(pair.reason for pair in expected.values() if pair.reason != "measured")
+        for why, count in reasons.items():
+            assert int(summary[f"excluded_{why}{ending}"]) == count
+
+
+def test_the_sample_is_the_same_in_batches_of_any_size_and_another_with_another_seed(
+    make: Make, world: Path, tmp_path: Path
+) -> None:
+    found: dict[Any, Pairs] = {}
+    for size, seed, count in ((13, 0, 9), (2, 0, 9), (5, 1, 9), (5, 0, None)):
+        folder = tmp_path / f"{size}-{seed}-{count}"
+        callback = GroundingCallback(examples=0, input_phrases=count, input_seed=seed)
+        data = data_of(world, eval_batch_size=size)
+        (logged,) = trainer_in(folder, callback).validate(make(), data, verbose=False)
+        pairs = table_of(folder / "grounding" / "validate", INPUTS["vit"])
+        asked = {where: pair for where, pair in pairs.items() if pair.reason in ("measured", "no_positive")}
+        found[size, seed, count] = asked
+        assert logged["val/grounding_targets_input"] == sum(pair.reason == "measured" for pair in asked.values())
+    large, small, other, every = found.values()
+    assert len(large) == len(other) == 9 < len(every)
+    assert_same_pairs(small, large)
+    assert small.keys() != other.keys()
+    assert_same_pairs({where: every[where] for where in other}, other)
+    with pytest.raises(ValueError, match="ModelCheckpoint looks at val/rho_input, which is not measured with input_ph"):
+        trainer_in(
+            tmp_path, GroundingCallback(input_phrases=0), ModelCheckpoint(tmp_path, monitor="val/rho_input")
+        ).fit(make(), data_of(world))
 
 
 def test_options_reach_the_attribution(make: Make, world: Path, tmp_path: Path) -> None:
@@ -223,7 +262,8 @@ def test_each_batch_runs_through_the_towers_once_and_the_references_once_in_all(
     captions: list[int] = []
     model.visual.conv1.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
     model.token_embedding.register_forward_pre_hook(lambda _, inputs: captions.append(len(inputs[0])))
-    trainer_in(tmp_path, GroundingCallback(examples=0)).validate(task, data_of(world), verbose=False)
+    callback = GroundingCallback(examples=0, input_phrases=0)
+    trainer_in(tmp_path, callback).validate(task, data_of(world), verbose=False)
     # 13 images in batches of 5, and the reference; towers are compared with a model that got hooks, two passes more.
     assert Counter(images) == Counter([5, 5, 3]) + Counter([1]) + Counter([1, 1])
     each = len(samples_of(world / "val")[0].captions)
@@ -278,6 +318,7 @@ class Run(NamedTuple):
     trainer: L.Trainer
     callback: GroundingCallback
     by_gamma: ModelCheckpoint
+    by_input: ModelCheckpoint
     by_loss: ModelCheckpoint
     output: str
 
@@ -288,14 +329,15 @@ def run(make: Make, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     folder = tmp_path_factory.mktemp("run[bold]")  # a name that rich would take for markup
     callback = GroundingCallback(examples=2)
     by_gamma = ModelCheckpoint(filename="grounding", monitor="val/gamma_mean", mode="max")
+    by_input = ModelCheckpoint(filename="input", monitor="val/gamma_mean_input", mode="max")
     by_loss = ModelCheckpoint(filename="loss", monitor="val/loss", mode="min")
     logger = TensorBoardLogger(folder, name="run", version=0)
-    trainer = trainer_in(folder, callback, by_gamma, by_loss, logger=logger, max_epochs=2)
+    trainer = trainer_in(folder, callback, by_gamma, by_input, by_loss, logger=logger, max_epochs=2)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         trainer.fit(make(), data_of(world))
     logger.experiment.flush()
-    return Run(folder / "run" / "version_0", trainer, callback, by_gamma, by_loss, printed.getvalue())
+    return Run(folder / "run" / "version_0", trainer, callback, by_gamma, by_input, by_loss, printed.getvalue())
 
 
 def test_grounding_is_measured_before_training_and_after_each_epoch_with_a_result_folder_each(
@@ -324,10 +366,12 @@ def test_grounding_is_measured_before_training_and_after_each_epoch_with_a_resul
         weighted = sum(int(line["targets"]) * float(line["gamma_mean"]) for line in classes if int(line["targets"]))
         assert weighted / row["targets"] == pytest.approx(row["gamma_mean"], abs=1e-9)
         # An example is drawn with the gamma of the table.
-        for name, gamma, hit in zip(*(row["examples"][key] for key in ("keys", "gammas", "hits")), strict=True):
-            drawn = (*name.split(": "), "measured")
-            first = next(line for line in table if (line["key"], line["phrase"], line["reason"]) == drawn)
-            assert (first["gamma"], first["rho"] == 1) == (gamma, hit)
+        for lines, ending in ((table, ""), (lines_of(path, INPUTS["vit"]), "_input")):
+            columns = (row["examples"][key] for key in ("keys", f"gammas{ending}", f"hits{ending}"))
+            for name, gamma, hit in zip(*columns, strict=True):
+                drawn = (*name.split(": "), "measured")
+                first = next(line for line in lines if (line["key"], line["phrase"], line["reason"]) == drawn)
+                assert (first["gamma"], first["rho"] == 1) == (pytest.approx(gamma, abs=1e-6), hit)
 
 
 def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, world: Path) -> None:
@@ -338,12 +382,10 @@ def test_the_table_of_the_best_checkpoint_is_what_its_weights_give(run: Run, wor
 
 def test_checkpoints_follow_grounding_and_loss(run: Run) -> None:
     trained = run.callback.history[1:]
-    best_gamma, best_loss = run.by_gamma.best_model_score, run.by_loss.best_model_score
-    assert best_gamma is not None
-    assert best_loss is not None
-    assert float(best_gamma) == pytest.approx(max(row["gamma_mean"] for row in trained), abs=1e-6)
-    assert float(best_loss) == pytest.approx(min(row["loss"] for row in trained), abs=1e-6)
-    for saver in (run.by_gamma, run.by_loss):
+    for saver, name in ((run.by_gamma, "gamma_mean"), (run.by_input, "gamma_mean_input"), (run.by_loss, "loss")):
+        best = (max if saver.mode == "max" else min)(row[name] for row in trained)
+        assert saver.best_model_score is not None
+        assert float(saver.best_model_score) == pytest.approx(best, abs=1e-6)
         state = torch.load(saver.best_model_path, weights_only=True)
         assert any("GroundingCallback" in key for key in state["callbacks"])
 
@@ -378,7 +420,7 @@ def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> Non
     events.Reload()
     for name in SCALARS:
         logged = events.Scalars(f"val/{name}")
-        key = "targets" if name == "grounding_targets" else name
+        key = name.removeprefix("grounding_")
         values = [row[key] for row in run.callback.history]
         assert [event.value for event in logged] == pytest.approx(values, abs=1e-6)
         assert logged[0].step == 0
@@ -393,11 +435,27 @@ def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> Non
 def test_a_table_is_shown_at_the_end_with_the_path_to_look_at(run: Run) -> None:
     assert "Grounding per epoch" in run.output
     for name in ("before", "epoch 1", "epoch 2"):
-        assert run.output.count(name) == 1
+        assert run.output.count(name) == 2  # at the inputs, and at the last blocks
+    assert run.output.index("inputs (0,0)") < run.output.index("layers (2,2)")
     assert f"{run.folder / 'grounding' / 'progress.png'}" in run.output
     assert f"{run.folder / 'grounding' / 'summary.csv'}" in run.output
     assert "not mentioned" in run.output
     assert max(len(line) for line in run.output.splitlines() if "γ" in line) <= 80
+
+
+def test_measurements_of_an_earlier_release_have_gaps_where_the_inputs_would_be() -> None:
+    last = dict.fromkeys(("gamma_mean", "gamma_above_50", "gamma_above_80", "rho"), 0.25) | {"targets": 4}
+    old: dict[str, Any] = {"epoch": 0, "step": 0, "excluded": {}, **last}
+    new = old | {f"{name}_input": value for name, value in last.items()} | {"epoch": 1, "layers_input": "0,0"}
+    printed = io.StringIO()
+    show(Path("nowhere"), [old, new], Console(file=printed, width=100))
+    inputs, layers = printed.getvalue().split("Grounding per epoch")[1:]
+    assert "inputs (0,0)" in inputs
+    assert inputs.count("–") == 5
+    assert "–" not in layers
+    callback = GroundingCallback()
+    callback.load_state_dict({"history": [old]})
+    assert callback.history == [old]
 
 
 # --- when it measures ---
@@ -605,7 +663,9 @@ def test_a_layer_that_does_not_exist_is_refused_at_setup(make: Make, world: Path
     assert not (tmp_path / "grounding").exists()
 
 
-@pytest.mark.parametrize(("name", "least"), [("every_n_epochs", 1), ("internal_batch_size", 1), ("examples", 0)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("every_n_epochs", 1), ("internal_batch_size", 1), ("examples", 0), ("input_phrases", 0)]
+)
 def test_numbers_outside_their_range_are_refused(name: str, least: int) -> None:
     options: dict[str, Any] = {name: least - 1}
     with pytest.raises(ValueError, match=f"{name} has to be at least {least}; got {least - 1}"):
@@ -636,6 +696,8 @@ def test_weights_that_are_nan_are_named_as_the_cause(make: Make, world: Path, tm
     with torch.no_grad():
         next(task.encoder.model.visual.parameters()).fill_(math.nan)
     with pytest.raises(ValueError, match=r"not finite.*\n?.*training run that diverged leaves NaN"):
+        trainer_in(tmp_path, GroundingCallback(input_phrases=0)).validate(task, data_of(world), verbose=False)
+    with pytest.raises(ValueError, match=r"image tower's output is not finite: its weights hold NaN"):
         trainer_in(tmp_path, GroundingCallback()).validate(task, data_of(world), verbose=False)
     assert hooks_in(task) == 0
 
@@ -650,7 +712,7 @@ def test_a_split_where_nothing_can_be_measured_gives_nan_and_no_picture_and_the_
     assert trainer.global_step == 3
     logged = trainer.callback_metrics
     assert float(logged["val/grounding_targets"]) == 0
-    assert all(math.isnan(float(logged[f"val/{name}"])) for name in SCALARS[:-1])
+    assert all(math.isnan(float(logged[f"val/{name}"])) for name in SCALARS if "targets" not in name)
     assert math.isfinite(float(logged["val/loss"]))
     folder = Path(trainer.log_dir or "") / "grounding"
     assert not list(folder.glob("*.png"))
