@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_xai.metrics.base import CaptionTargets, MetricSpec
+from lightning_xai.metrics.map_similarity import spearman
 from lightning_xai.results.record import Score
 
-__all__ = ["SPEC", "determination", "faithfulness", "kendall", "spearman"]
+__all__ = ["SPEC", "determination", "faithfulness", "kendall"]
 
 
 def faithfulness(
@@ -71,26 +72,6 @@ def determination(value: Tensor, explained: Tensor) -> Tensor:
     spread = (value - value.mean(dim=1, keepdim=True)).square().sum(dim=1)
     ratio = 1 - (value - explained).square().sum(dim=1) / spread
     return ratio.masked_fill(spread == 0, torch.nan)
-
-
-def spearman(value: Tensor, explained: Tensor) -> Tensor:
-    """The rank correlation of [M, N] along N, in [-1, 1], ties at their mean rank; NaN where one is constant.
-
-    >>> spearman(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[5.0, 9.0, 7.0]]))
-    tensor([0.5000])
-    """
-    one, other = _ranks(value), _ranks(explained)
-    norms: Tensor = one.norm(dim=1) * other.norm(dim=1)
-    return (one * other).sum(dim=1) / norms
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks less their mean, ties at their mean rank."""
-    ordered = values.sort(dim=1).values
-    below = torch.searchsorted(ordered, values.contiguous())
-    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
-    ranks = (below + upto).to(values) / 2
-    return ranks - ranks.mean(dim=1, keepdim=True)
 
 
 def kendall(value: Tensor, explained: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from lightning_xai.metrics.registry import choose_metrics
 from lightning_xai.results.table import TARGET_COLUMNS
 
 SIZE, GRID = (8, 12), (2, 3)
-OF_GIVEN_MAPS = tuple(name for name in METRICS if name not in ("pointing_game", "max_sensitivity"))
+OF_GIVEN_MAPS = tuple(name for name in METRICS if name not in ("pointing_game", "max_sensitivity", "agreement"))
 Row = dict[str, Any]
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_xai.metrics.base import CaptionTargets, CoalitionValues, no_targets
-from lightning_xai.metrics.faithfulness import determination, faithfulness, kendall, spearman
+from lightning_xai.metrics.faithfulness import determination, faithfulness, kendall
+from lightning_xai.metrics.map_similarity import spearman
 
 
 def drawn(levels: int, seed: int) -> tuple[Tensor, Tensor]:
