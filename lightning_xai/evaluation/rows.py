@@ -314,7 +314,7 @@ class _Measuring:
         maps: MethodMaps,
         kinds: Set[Kind],
         embeddings: Embeddings | None,
-        referee: Mapping[str, Tensor] | None,
+        referee: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.batch = batch
         self.maker = maps
