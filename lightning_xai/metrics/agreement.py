@@ -30,7 +30,7 @@ def agreement(targets: PhraseTargets) -> dict[str, Tensor]:
     if referee is None:
         return {"agreement": targets.maps.new_full((len(targets),), torch.nan)}
     if referee.shape != targets.maps.shape:
-        grid = [min(sides) for sides in zip(targets.maps.shape[1:], referee.shape[1:], strict=True)]
+        grid = (min(targets.maps.shape[1], referee.shape[1]), min(targets.maps.shape[2], referee.shape[2]))
         return {"agreement": spearman(*(adaptive_avg_pool2d(maps, grid) for maps in (targets.maps, referee)))}
     return {"agreement": spearman(targets.maps, referee)}
 
