@@ -6,6 +6,7 @@ attributions are read at. Nothing here says that the referee is right.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -23,16 +24,13 @@ def agreement(targets: PhraseTargets) -> dict[str, Tensor]:
     On different grids both are averaged to the coarser one first.
 
     Returns:
-        `agreement` [M] in [-1, 1], higher is more alike; NaN where a map is constant, or the referee has none.
-
-    Raises:
-        ValueError: there is no referee.
+        `agreement` [M] in [-1, 1], higher is more alike; NaN where a map is constant, or there is none of a referee.
     """
     referee = targets.referee
     if referee is None:
-        raise ValueError("agreement compares maps with those of a referee; give the evaluation a referee")
+        return {"agreement": targets.maps.new_full((len(targets),), torch.nan)}
     if referee.shape != targets.maps.shape:
-        grid = [min(sides) for sides in zip(targets.maps.shape[1:], referee.shape[1:], strict=True)]
+        grid = (min(targets.maps.shape[1], referee.shape[1]), min(targets.maps.shape[2], referee.shape[2]))
         return {"agreement": spearman(*(adaptive_avg_pool2d(maps, grid) for maps in (targets.maps, referee)))}
     return {"agreement": spearman(targets.maps, referee)}
 
