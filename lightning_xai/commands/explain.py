@@ -101,7 +101,7 @@ class Explain:
             return
         for name, reason in missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
-        explainer = Explainer(self.out, encoder, chosen, missing, settings, target)
+        explainer = Explainer(self.out, encoder, chosen, missing, settings, target=target)
         if self.image is not None and is_list(self.image):
             explainer.explain_list(entries, self.batch_size)
         else:

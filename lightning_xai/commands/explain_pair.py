@@ -180,7 +180,7 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     against = tuple(OtherCaption.of(encoder, text, tokens) for text in entry.against)
     if against:
         record["against"] = list(entry.against)
-    return PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, seen, record, against)
+    return PreparedEntry(entry, pixels, tokens, content, shown, spans, positions, box, seen, record, against=against)
 
 
 def explain_batch(
