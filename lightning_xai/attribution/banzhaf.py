@@ -164,6 +164,19 @@ class BanzhafInteractions(PairwiseMethod):
         assert total is not None
         return total
 
+    def _combined(self, found: Sequence[InteractionAttribution], question: Question) -> InteractionAttribution:
+        """With the terms of lower order, in which all tokens of the other captions are present."""
+        combined, (first, *rest) = super()._combined(found, question), cast(Sequence[BanzhafAttribution], found)
+        factors_BC = question.coefficients(torch.stack([each.similarity for each in found], dim=1))
+        patches = [first.patches, *(each.patches + each.image for each in rest)]
+        constant = [first.constant, *(each.constant + each.tokens.sum(dim=1) for each in rest)]
+        return replace(
+            cast(BanzhafAttribution, combined),
+            patches=weighted(patches, factors_BC),
+            tokens=factors_BC[:, :1] * first.tokens,
+            constant=weighted(constant, factors_BC),
+        )
+
     def attribute_states(self, states: HiddenStates, references: References) -> BanzhafAttribution:
         """The interactions: inner products of both sides' regressed embeddings.
 
@@ -182,19 +195,6 @@ class BanzhafInteractions(PairwiseMethod):
             patches=phi_BLP[:, 0, 1:].reshape(-1, *self.grid),
             tokens=phi_BLP[:, 1:, 0],
             constant=phi_BLP[:, 0, 0],
-        )
-
-    def _combined(self, found: Sequence[InteractionAttribution], question: Question) -> InteractionAttribution:
-        """With the terms of lower order, in which all tokens of the other captions are present."""
-        combined, (first, *rest) = super()._combined(found, question), cast(Sequence[BanzhafAttribution], found)
-        factors_BC = question.coefficients(torch.stack([each.similarity for each in found], dim=1))
-        patches = [first.patches, *(each.patches + each.image for each in rest)]
-        constant = [first.constant, *(each.constant + each.tokens.sum(dim=1) for each in rest)]
-        return replace(
-            cast(BanzhafAttribution, combined),
-            patches=weighted(patches, factors_BC),
-            tokens=factors_BC[:, :1] * first.tokens,
-            constant=weighted(constant, factors_BC),
         )
 
     def span_maps_of(

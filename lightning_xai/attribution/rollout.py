@@ -42,7 +42,7 @@ class AttentionRollout(AttentionMethod):
         ValueError: no such layer.
     """
 
-    explains = "similarity"  # maps that ignore the captions do not tell one from another
+    explains = "similarity"  # maps that ignore the captions cannot distinguish them
 
     def __init__(
         self,

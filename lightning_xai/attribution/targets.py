@@ -123,6 +123,11 @@ class Contrast(Target):
 
     Raises:
         ValueError: no caption, an empty one, or an unknown weight.
+
+    Example:
+        >>> pair = PairSimilarities(torch.tensor([0.3, 0.2, 0.0]), torch.tensor([True] * 3), torch.tensor(10.0))
+        >>> round(float(Contrast(["a cat", "a bird"]).value(pair.values, pair)), 3)  # 0.3 - (0.2 + 0.0) / 2
+        0.2
     """
 
     linear = True
@@ -153,6 +158,11 @@ class Probability(Target):
 
     Raises:
         ValueError: no caption, or an empty one.
+
+    Example:
+        >>> pair = PairSimilarities(torch.tensor([0.3, 0.2]), torch.tensor([True] * 2), torch.tensor(10.0))
+        >>> round(float(Probability(["a cat"]).value(pair.values, pair)), 3)  # 1 / (1 + exp(-10 * 0.1))
+        0.731
     """
 
     may_hold_caption = True

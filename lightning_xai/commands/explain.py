@@ -107,7 +107,7 @@ class Explain:
         for name, reason in missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
         chosen = [reading for each in chosen for reading in at_inputs_too(each, self.options)]
-        explainer = Explainer(self.out, encoder, chosen, missing, settings, target)
+        explainer = Explainer(self.out, encoder, chosen, missing, settings, target=target)
         if self.image is not None and is_list(self.image):
             explainer.explain_list(entries, self.batch_size)
         else:

@@ -71,7 +71,7 @@ class OtherCaption:
     Attributes:
         text: the caption.
         tokens: [L] token ids.
-        content: positions of its own tokens; see `PreparedEntry`.
+        content: positions of these tokens, without marks; see `PreparedEntry`.
         shown: these tokens as the picture shows them.
     """
 
