@@ -102,6 +102,7 @@ class Phrases(TensorFields):
         """The phrases of some rows [N] int64; the batch that they are of stays."""
         chosen = self._map(lambda part: part[rows])
         chosen.text = [self.text[row] for row in rows.tolist()]
+        chosen.masks = [self.masks[row] for row in rows.tolist()] if self.masks else []
         return chosen
 
     def __len__(self) -> int:

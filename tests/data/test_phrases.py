@@ -12,6 +12,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate
+from lightning_xai.data.masks import Mask
 from lightning_xai.data.object_swaps import object_swaps
 from lightning_xai.data.phrases import Negatives, TargetRows
 from lightning_xai.data.sample import HardNegative, RecordError, Region, Sample, Span
@@ -177,6 +178,21 @@ def test_batches_move_and_pickle_with_their_negatives_and_named_boxes(tokenizer:
     copy = pickle.loads(pickle.dumps(batch))
     assert torch.equal(copy.negatives.true_mask, negatives.true_mask)
     assert copy.negatives.replacement == negatives.replacement
+
+
+def test_some_images_of_a_batch_keep_their_own_phrases_and_masks(tokenizer: CaptionTokenizer) -> None:
+    batch, _ = collated(tokenizer, make_sample("a"), make_sample("b"), swap=True)
+    of_each = [int(row) for row in batch.phrases.image_row]
+    batch.phrases.masks = [Mask((1, row + 1), "1") for row in range(len(of_each))]
+    second = batch.only(torch.tensor([2]))
+    kept = [row for row, image in enumerate(of_each) if image == 2]
+    assert 0 < len(kept) < len(of_each)
+    assert second.phrases.masks == [batch.phrases.masks[row] for row in kept]
+    assert second.phrases.text == [batch.phrases.text[row] for row in kept]
+    assert second.phrases.image_row.tolist() == [0] * len(kept)
+    assert second.keys == ["b"]
+    batch.phrases.masks = []  # as where no metric reads them
+    assert batch.only(torch.tensor([2])).phrases.masks == []
 
 
 # --- boxes that captions name ---

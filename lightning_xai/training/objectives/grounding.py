@@ -111,16 +111,7 @@ class Grounding(Objective):
         """The phrases of the batch that gamma is measured on, and the patches of their boxes [R, H, W]."""
         phrases, size = step.batch.phrases, step.encoder.image_shape[1:]
         reason = measurable(phrases.reason, phrases.boxes, self._image.grid, size)
-        rows = reason == int(Exclusion.MEASURED)
-        kept = Phrases(
-            phrases.caption_row[rows],
-            phrases.image_row[rows],
-            phrases.label[rows],
-            phrases.span_mask[rows],
-            phrases.boxes[rows],
-            reason[rows],
-            [text for text, keep in zip(phrases.text, rows.tolist(), strict=True) if keep],
-        )
+        kept = phrases.only((reason == Exclusion.MEASURED).nonzero()[:, 0])
         return kept, patch_mask(kept.boxes, self._image.grid, size)
 
     def _maps(self, step: Step, phrases: Phrases, image: Tensor, text: Tensor) -> Tensor:
