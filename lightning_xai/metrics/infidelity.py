@@ -58,6 +58,9 @@ def infidelity(
         explained = torch.einsum("mnf,mf->mn", (~present_MNF).double(), maps.double())
         change = targets.similarity.double().unsqueeze(1) - left.double()
         plain, scaled = squared_error(change, explained)
+        if modality == "text":
+            # Nothing is ever absent: what changes is rounding.
+            plain, scaled = (each.masked_fill(~targets.content.any(dim=1), torch.nan) for each in (plain, scaled))
         values |= {f"{modality}_infidelity": plain, f"{modality}_infidelity_scaled": scaled}
     return values
 

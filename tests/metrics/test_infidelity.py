@@ -33,6 +33,7 @@ def targets() -> CaptionTargets:
         empty,
         image_maps=maps.reshape(2, 2, 3),
         text_maps=maps.flip(0),
+        content=torch.ones(2, 6, dtype=torch.bool),
         similarity=similarity_of(torch.ones(2, 6)),
         image_coalitions=lambda count, p, seed: (present[:, :count].reshape(2, count, 2, 3), left[:, :count]),
         text_coalitions=lambda count, p, seed: (present[:, :count], left[:, :count]),
@@ -78,6 +79,14 @@ def test_the_scaled_one_takes_the_best_scale_that_is_not_negative() -> None:
 
 def test_a_similarity_that_never_changes_has_none() -> None:
     assert all(each.isnan().all() for each in squared_error(torch.zeros(2, 3), torch.ones(2, 3)))
+
+
+def test_a_caption_without_words_has_none(targets: CaptionTargets) -> None:
+    content = torch.tensor([[True] * 6, [False] * 6])
+    found = infidelity(replace(targets, content=content), image_coalitions=40, text_coalitions=30)
+    missing = {name: each.isnan().tolist() for name, each in found.items()}
+    assert missing["text_infidelity"] == missing["text_infidelity_scaled"] == [False, True]
+    assert missing["image_infidelity"] == missing["image_infidelity_scaled"] == [False, False]
 
 
 @pytest.mark.parametrize(
