@@ -274,7 +274,8 @@ class MetricSpec:
             scores=self.scores,
             chart=self.chart,
             options=dict(options),
-            needs_boxes=self.needs_boxes,
+            # A referee's maps are no truth, though phrases that have none in a box are not compared.
+            needs_boxes=self.needs_boxes and not self.needs_referee,
         )
 
 
