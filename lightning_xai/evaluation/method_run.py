@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheError", "MethodRun", "ResultCache", "from_first", "gather_to_first", "join_rows"]
 
-_FORMAT = 2  # of what the cache holds for an item
+_FORMAT = 3  # of what the cache holds for an item
 _SETTINGS = "settings.json"
 _T = TypeVar("_T")
 
