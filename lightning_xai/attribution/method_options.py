@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_xai.attribution.base import AttributionMethod
 from lightning_xai.attribution.registry import ALL, METHODS
-from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError
+from lightning_xai.models.at_layer import UnsupportedTowerError, first_layer
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.registry import resolve_options
 
@@ -117,23 +117,12 @@ def at_inputs_too(chosen: ChosenMethod, given: Mapping[str, Any]) -> list[Chosen
         return [chosen]
     last = _at(chosen, options)
     names = {*given} | {*given.get(chosen.name, {})}
-    first = {"image_layer": _first(encoder.image_at_layer), "text_layer": _first(encoder.text_at_layer)}
+    first = {"image_layer": first_layer(encoder.image_at_layer), "text_layer": first_layer(encoder.text_at_layer)}
     if "rule" not in options or names & {*_LAYERS} or last.layers == tuple(first.values()):
         return [last]
     values = options | first | ({} if "rule" in names else {"rule": "midpoint"})
     inputs = replace(chosen, method=METHODS[chosen.name](encoder, **values), options=values)
     return [replace(each, several=True) for each in (_at(inputs, values), last)]
-
-
-def _first(at_layer: Callable[..., TowerAtLayer]) -> int:
-    """The first layer of a tower that can be explained: 0, but for towers whose layers begin later."""
-    last = at_layer()
-    for layer in last.layers:
-        try:
-            return at_layer(layer).layer
-        except UnsupportedTowerError:  # noqa: PERF203 - nearly always the first serves
-            continue
-    return last.layer
 
 
 def _at(chosen: ChosenMethod, options: Mapping[str, Any]) -> ChosenMethod:
@@ -144,7 +133,7 @@ def _at(chosen: ChosenMethod, options: Mapping[str, Any]) -> ChosenMethod:
     where = f"layers ({image}, {text})"
     if layers == (0, 0):
         where = "inputs of both towers (layers 0, 0)"
-    elif layers == (_first(encoder.image_at_layer), _first(encoder.text_at_layer)):
+    elif layers == (first_layer(encoder.image_at_layer), first_layer(encoder.text_at_layer)):
         where = f"first layers ({image}, {text})"
     elif all(tower.layer == tower.layers[-1] for tower in towers):
         where = f"last blocks ({image}, {text})"

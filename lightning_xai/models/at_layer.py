@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -161,6 +161,19 @@ def _along(alpha_BNT: Tensor, reference: Tensor, delta: Tensor) -> Tensor:
     if delta.ndim == 4:
         weights = alpha_BNT.reshape(*alpha_BNT.shape[:2], 1, *delta.shape[2:])
     return (reference.unsqueeze(1) + weights * delta.unsqueeze(1)).flatten(0, 1)
+
+
+def first_layer(at_layer: Callable[[int], TowerAtLayer]) -> int:
+    """The first of a tower's layers that can be explained: 0, but for towers whose layers begin later.
+
+    Args:
+        at_layer: the number of a layer -> the tower at it, such as `encoder.image_at_layer`.
+    """
+    *before, last = at_layer(-1).layers
+    for layer in before:
+        with suppress(UnsupportedTowerError):
+            return at_layer(layer).layer
+    return last
 
 
 def resolve_layer(layer: int, first: int, depth: int, tower: str, *, head: bool = False) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from lightning_xai.evaluation.method_run import join_rows
 from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, maps_of, measure_batch, places_of
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.metrics.registry import choose_metric
-from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError
+from lightning_xai.models.at_layer import first_layer
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
@@ -394,7 +394,7 @@ class GroundingCallback(Callback):
         last = Reading(METHOD, "", FeaturePairAttribution(encoder, **self._options), self._options)
         if self.input_phrases == 0:
             return (last,)
-        image, text = _first(encoder.image_at_layer), _first(encoder.text_at_layer)
+        image, text = first_layer(encoder.image_at_layer), first_layer(encoder.text_at_layer)
         options = self._input_options | {"image_layer": image, "text_layer": text}
         label = f"{METHOD},{image},{text}"
         return last, Reading(label, INPUT, FeaturePairAttribution(encoder, **options), options)
@@ -428,15 +428,6 @@ def _find_encoder(module: L.LightningModule) -> DualEncoder:
             "made by lightning_xai.models.load_dual_encoder"
         )
     return found
-
-
-def _first(at_layer: Callable[[int], TowerAtLayer]) -> int:
-    """The first of a tower's layers that can be explained; the last one always can."""
-    *before, last = at_layer(-1).layers
-    for layer in before:
-        with suppress(UnsupportedTowerError):
-            return at_layer(layer).layer
-    return last
 
 
 def _about(trainer: L.Trainer, split: str, encoder: TwoTowerEncoder) -> dict[str, dict[str, Any]]:
