@@ -308,36 +308,40 @@ def method_of(label: str, options: Mapping[str, Any] | None) -> tuple[str, dict[
 def shown_label(label: str, options: Mapping[str, Any]) -> str:
     """Return a method's label with the layers that its maps are of, since numbers at other layers are other numbers.
 
-    The image tower's layer comes first; one number is for both towers.
-
     >>> shown_label("feature_pair", {"image_layer": -1, "text_layer": 0}), shown_label("rise", {})
     ('feature_pair, layers last, 0', 'rise')
-    >>> shown_label("feature_pair,0,1", {"image_layer": 0, "text_layer": 1}), shown_label("m2ib", {"layer": 9})
-    ('feature_pair, layers 0, 1', 'm2ib, layer 9')
+    >>> shown_label("feature_pair,0,0", {"image_layer": 0, "text_layer": 0}), shown_label("m2ib,layer=9", {"layer": 9})
+    ('feature_pair, inputs', 'm2ib,layer=9')
     """
-    for names in (("image_layer", "text_layer"), ("layer",), ("start_layer",)):
-        given = [options.get(name) for name in names]
-        if given != [None] * len(names) and "layer=" not in label:
-            found = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
-            words = ["default" if each is None else "last" if each == -1 else str(each) for each in found]
-            base = label.removesuffix(f",{','.join(map(str, found))}")
-            start = "from " if names == ("start_layer",) else ""
-            return f"{base}, {start}layer{'s' if len(words) > 1 else ''} {', '.join(words)}"
-    return label
+    words = layers_in_words(options)
+    if not words or "layer=" in label:
+        return label
+    swept = f",{options.get('image_layer')},{options.get('text_layer')}"
+    return f"{label.removesuffix(swept)}, {words}"
 
 
 def layers_in_words(options: Mapping[str, Any]) -> str:
-    """Name the layers that a method attributes to, by its options; empty where it has none of both towers.
+    """Name the layers that a method attributes to, by its options; empty where these name none.
+
+    The image tower's layer comes first; one number is for both towers.
 
     >>> layers_in_words({"image_layer": -1, "text_layer": -1}), layers_in_words({"image_layer": 0, "text_layer": 0})
     ('last blocks', 'inputs')
-    >>> layers_in_words({"image_layer": 1, "text_layer": 0}), layers_in_words({"layer": 9})
-    ('image layer 1, text layer 0', '')
+    >>> layers_in_words({"image_layer": 1, "text_layer": -1}), layers_in_words({"layer": [9, None]})
+    ('layers 1, last', 'layers 9, default')
+    >>> layers_in_words({"layer": 9}), layers_in_words({"start_layer": 2}), layers_in_words({"layer": None})
+    ('layer 9', 'from layer 2', '')
     """
-    image, text = (options.get(name) for name in ("image_layer", "text_layer"))
-    if image is None or text is None:
-        return ""
-    return {(-1, -1): "last blocks", (0, 0): "inputs"}.get((image, text), f"image layer {image}, text layer {text}")
+    for names in (("image_layer", "text_layer"), ("layer",), ("start_layer",)):
+        given = [options.get(name) for name in names]
+        if given != [None] * len(names):
+            found = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+            words = ["default" if each is None else "last" if each == -1 else str(each) for each in found]
+            start = "from " if names == ("start_layer",) else ""
+            plain = f"{start}layer{'s' if len(words) > 1 else ''} {', '.join(words)}"
+            of_both = {(-1, -1): "last blocks", (0, 0): "inputs"}
+            return of_both.get(tuple(given), plain) if len(names) > 1 else plain
+    return ""
 
 
 def state_name(state: Mapping[str, Any]) -> str:

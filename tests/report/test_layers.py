@@ -67,8 +67,8 @@ def test_the_heat_map_has_the_values_of_the_layers_and_the_referee_as_its_mark(t
 
 def test_sentences_name_the_layers_that_agree_and_those_that_understate(tmp_path: Path) -> None:
     text = " ".join(block.text for block in layer_blocks([sweep_run(tmp_path)]) if isinstance(block, Note))
-    assert "Maps: feature_pair, layers 0, 0 agrees best with judge (rank correlation 0.40)" in text
-    assert "feature_pair, layers last, last least (0.15)" in text
+    assert "Maps: feature_pair, inputs agrees best with judge (rank correlation 0.40)" in text
+    assert "feature_pair, last blocks least (0.15)" in text
     assert "judge agrees with itself at other seeds to 0.90" in text
     assert "understates γ at layers (0, last) by 0.15" in text
     assert "(last, last) by 0.45" in text
@@ -79,12 +79,12 @@ def test_every_table_and_picture_of_the_page_names_the_layers(tmp_path: Path) ->
     sections, _ = build_sections([sweep_run(tmp_path)], OrderTest())
     tables = {block.name: block for section in sections for block in section.blocks if isinstance(block, PaperTable)}
     lines = [row[1] for row in tables["grounding"].rows]
-    assert lines[:2] == ["feature_pair, layers 0, 0", "feature_pair, layers 0, last"]
+    assert lines[:2] == ["feature_pair, inputs", "feature_pair, layers 0, last"]
     layers = next(table for name, table in tables.items() if name.startswith("layers"))
     assert layers.rows[-1][0] == "judge (referee)"
     assert len(layers.rows) == 5
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
-    assert any("feature_pair, layers" in chart.alt for chart in charts)
+    assert any("feature_pair, inputs" in chart.alt for chart in charts)
 
 
 def test_without_a_referee_there_are_heat_maps_without_marks(tmp_path: Path) -> None:
@@ -110,5 +110,5 @@ def test_one_label_at_different_layers_is_not_compared(tmp_path: Path) -> None:
     sections, comparisons = build_sections(load_runs([tmp_path / "a", tmp_path / "b"]), OrderTest())
     assert comparisons == []
     notes = [block.text for section in sections for block in section.blocks if isinstance(block, Note)]
-    layers = "feature_pair, layers last, last and feature_pair, layers 0, 0"
+    layers = "feature_pair, last blocks and feature_pair, inputs"
     assert f"a and b are not compared: {layers} are different methods, or at different layers." in notes
