@@ -387,17 +387,7 @@ class AttributionEvaluation(L.LightningModule):
             },
             versions=package_versions()
             | {package: version for package, _, version in (origin.partition(" ") for origin in origins) if version},
-            methods={
-                label: MethodRecord(
-                    name=own[0].chosen.name,
-                    options=own[0].chosen.options,
-                    signed=own[0].chosen.method.signed,
-                    baseline=own[0].chosen.method.baseline,
-                    seeds=tuple(run.seed for run in own),
-                )
-                for label in self.methods
-                if (own := [run for run in runs if run.label == label])
-            },
+            methods={label: own for label in self.methods if (own := _described(runs, label))},
             metrics={
                 name: metrics[name].spec.record(metrics[name].options) for name in self.metrics if name in metrics
             },
@@ -459,6 +449,21 @@ def _check_served(methods: Mapping[str, dict[str, Any] | None], metrics: Iterabl
             )
 
 
+def _described(runs: Iterable[MethodRun], label: str) -> MethodRecord | None:
+    """A method as it took part, with the seeds of its runs."""
+    own = [run for run in runs if run.label == label]
+    if not own:
+        return None
+    chosen = own[0].chosen
+    return MethodRecord(
+        name=chosen.name,
+        options=chosen.options,
+        signed=chosen.method.signed,
+        baseline=chosen.method.baseline,
+        seeds=tuple(run.seed for run in own),
+    )
+
+
 def _means(costs: Iterable[tuple[str, float, int]]) -> dict[str, float]:
     """Seconds a pair by name, of batches with their seconds and numbers of pairs."""
     totals: dict[str, list[float]] = {}
@@ -496,7 +501,7 @@ def _at_layers(
             continue
         if given := _LAYERS & own.keys():
             raise ValueError(
-                f"the method {label} has {', '.join(sorted(given))} of its own, which layers would replace"
+                f"the method {label} has {', '.join(sorted(given))}, which layers would replace: leave out one of both"
             )
         for image, text in layers:
             at = {"method": name, **own, "image_layer": image, "text_layer": text}

@@ -690,7 +690,7 @@ def test_a_method_is_measured_at_several_layers_under_labels_that_say_which(
     ("methods", "message"),
     [
         ({"random": None}, "layers would do nothing: none of random attributes"),
-        ({"feature_pair": {"image_layer": 0}}, "has image_layer of its own, which layers would replace"),
+        ({"feature_pair": {"image_layer": 0}}, "has image_layer, which layers would replace"),
     ],
 )
 def test_layers_that_cannot_be_taken_are_refused(
