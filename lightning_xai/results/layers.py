@@ -47,7 +47,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class GammaAgreement:
-    """A method's gammas beside a referee's, of the phrases that both measured.
+    """A method's gammas next to a referee's, of the phrases that both measured.
 
     Attributes:
         count: of the phrases.

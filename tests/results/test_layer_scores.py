@@ -1,4 +1,4 @@
-"""Methods by layers and beside a referee, from made-up tables."""
+"""Methods by layers, and a referee, from made-up tables."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _CORRELATION, _DIFFERENCE = Column("γ: rank correlation"), Column("γ less the 
 _BOTH = Column("both γ > 0.5", percent=True, digits=1)
 _TABLE_NOTE = "The layers are those whose inputs are attributed to: image tower, text tower; 0 is the towers' inputs."
 _REFEREE_NOTE = (
-    " Beside the referee: the mean rank correlation of its maps of each phrase with the method's, the rank correlation "
+    " With the referee: the mean rank correlation of its maps of each phrase with the method's, the rank correlation "
     "of both γ over phrases, the mean difference ± its standard error, and the share of phrases with γ > 0.5 in both."
 )
 
@@ -59,7 +59,7 @@ def layer_tables(measurement: Measurement) -> Iterator[PaperTable]:
     ]
     if referee is not None:
         columns += [_CORRELATION, _DIFFERENCE, _BOTH, Column("phrases")]
-        rows = [row + _beside(measurement, label, referee) for row, label in zip(rows, labels, strict=True)]
+        rows = [row + _compared_with(measurement, label, referee) for row, label in zip(rows, labels, strict=True)]
     note = _TABLE_NOTE + (_REFEREE_NOTE if referee is not None else "")
     yield PaperTable(f"layers-{measurement.run}", f"Layers and referee on {measurement.data}", note, columns, rows)
 
@@ -141,7 +141,7 @@ def _layer(layer: int) -> str:
     return "last" if layer == -1 else str(layer)
 
 
-def _beside(measurement: Measurement, label: str, referee: str) -> list[Value]:
+def _compared_with(measurement: Measurement, label: str, referee: str) -> list[Value]:
     if label == referee:
         return [None] * 4
     found = gamma_agreement(measurement, label, referee)
