@@ -337,10 +337,10 @@ def layers_in_words(options: Mapping[str, Any]) -> str:
         if given != [None] * len(names):
             found = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
             words = ["default" if each is None else "last" if each == -1 else str(each) for each in found]
+            if len(names) > 1 and given in ([-1, -1], [0, 0]):
+                return "inputs" if given == [0, 0] else "last blocks"
             start = "from " if names == ("start_layer",) else ""
-            plain = f"{start}layer{'s' if len(words) > 1 else ''} {', '.join(words)}"
-            of_both = {(-1, -1): "last blocks", (0, 0): "inputs"}
-            return of_both.get(tuple(given), plain) if len(names) > 1 else plain
+            return f"{start}layer{'s' if len(words) > 1 else ''} {', '.join(words)}"
     return ""
 
 
