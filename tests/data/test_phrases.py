@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from captioned_shards import grey_sample
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch, EvaluationCollate
@@ -193,6 +195,14 @@ def test_some_images_of_a_batch_keep_their_own_phrases_and_masks(tokenizer: Capt
     assert second.keys == ["b"]
     batch.phrases.masks = []  # as where no metric reads them
     assert batch.only(torch.tensor([2])).phrases.masks == []
+
+
+def test_batches_with_masks_are_cast_as_lightnings_true_precisions_do_it(tokenizer: CaptionTokenizer) -> None:
+    batch, _ = collated(tokenizer, make_sample("a", regions=(DOG, replace(CAT, mask=Mask((48, 64), "0")))), swap=True)
+    assert any(isinstance(mask, Mask) for mask in batch.phrases.masks)
+    double = apply_to_collection(batch, Tensor, lambda part: part.double() if part.is_floating_point() else part)
+    assert double.phrases.boxes.dtype == torch.float64
+    assert double.phrases.masks == batch.phrases.masks
 
 
 # --- boxes that captions name ---
