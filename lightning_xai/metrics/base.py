@@ -274,8 +274,7 @@ class MetricSpec:
             scores=self.scores,
             chart=self.chart,
             options=dict(options),
-            # A referee's maps are no truth, though phrases that have none in a box are not compared.
-            needs_boxes=self.needs_boxes and not self.needs_referee,
+            needs_boxes=self.needs_boxes,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 
 from lightning_xai.metrics import CaptionTargets, PhraseTargets
-from lightning_xai.metrics.agreement import SPEC, agreement
+from lightning_xai.metrics.agreement import agreement
 from lightning_xai.metrics.base import no_targets
 from lightning_xai.metrics.completeness import completeness
 
@@ -37,11 +37,6 @@ def test_constant_and_missing_maps_have_no_agreement() -> None:
     maps[0], referee[1] = 0.25, torch.nan
     assert agreement(targets(maps, referee))["agreement"].isnan().tolist() == [True, True, False]
     assert agreement(targets(maps, None))["agreement"].isnan().all()
-
-
-def test_agreement_with_a_referee_is_none_with_where_the_objects_are() -> None:
-    assert SPEC.needs_boxes
-    assert not SPEC.record({}).needs_boxes
 
 
 def test_maps_on_different_grids_are_averaged_to_the_coarser_one() -> None:
