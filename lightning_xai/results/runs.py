@@ -99,7 +99,9 @@ class Measurement:
 
     def estimates(self, metric: str) -> dict[str, dict[str, Estimate]]:
         """Label -> score -> estimate over seeds, in the order of the record; only what has rows."""
-        described = self.record.metrics[metric]
+        described = self.record.metrics.get(metric)
+        if described is None:
+            return {}
         values = self.table.values
         table = score_table(values[values["metric"].isin(described.values)], described.scores)
         found: dict[str, dict[str, Estimate]] = {label: {} for label in self.record.methods}

@@ -45,8 +45,8 @@ class ContrastiveModule(L.LightningModule):
 
     The one signature of training options: subclasses decide which model is trained, and pass the options on.
 
-    Logs `train/loss`, every objective's term as `train/NAME` and what else it has, such as `train/accuracy`,
-    `train/learning_rate` and `train/logit_scale` as the step was taken with them,
+    Logs `train/loss`, every objective's term as `train/NAME` where it is not the loss itself, what else it has, such as
+    `train/accuracy`, `train/learning_rate` and `train/logit_scale` as the step was taken with them,
     and `train/samples_per_second`, all ranks together, from the start of the previous step to that of this one,
     loading included; the first step of an epoch and the one after a validation have none. In validation: `val/loss`,
     `val/accuracy` and recall at k in both directions. Validation counts all captions of an image as its positives; its
@@ -300,7 +300,9 @@ class ContrastiveModule(L.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         # Of a number that several have, such as the accuracy, the first one's.
         numbers = {name: value for term in reversed(terms.values()) for name, value in term.logged.items()}
-        for name, value in (numbers | {name: term.loss.detach() for name, term in terms.items()}).items():
+        if len(terms) > 1 or self.objectives[0].weight != 1:  # else it is the loss itself
+            numbers |= {name: term.loss.detach() for name, term in terms.items()}
+        for name, value in numbers.items():
             self.log(f"train/{name}", value, prog_bar=name == "accuracy")
         self.log("train/logit_scale", scale.detach())
         # Logged here, not in on_train_batch_end: callbacks write checkpoints, with all that is logged by then, before

@@ -318,6 +318,7 @@ def test_captions_are_compared_by_every_method_and_named_with_their_similarities
     arrays, record = explained(*given)
     encoder = loaded(model)
     result = FeaturePairAttribution(encoder).attribute(*inputs(encoder, image), Contrast(others))
+    arrays |= of(arrays, LAST)
     assert_equal(arrays, result)
     assert result.explained is not None
     assert result.others is not None
@@ -331,7 +332,7 @@ def test_captions_are_compared_by_every_method_and_named_with_their_similarities
         assert isinstance(expected, Tensor)
         np.testing.assert_allclose(arrays[name], expected[0], rtol=1e-4, atol=1e-6)
     assert record["against"] == others
-    own = record["methods"]["feature_pair"]
+    own = record["methods"][LAST[:-1]]
     assert own["target"] == {
         "name": "contrast", "options": {"weight": "mean"}, "value": pytest.approx(result.explained.item(), abs=1e-5),
     }  # fmt: skip
