@@ -62,9 +62,11 @@ def mask_localization(targets: CaptionTargets, *, quantile: float = 0.75) -> dic
         here = (targets.box_owner >= rows.start) & (targets.box_owner < rows.stop)
         boxes = box_union(targets.boxes[here], targets.box_owner[here] - rows.start, len(maps), targets.image_size)
         iou = intersection_over_union(binarised(maps, quantile), truth)
-        columns["iou_mask"].append(iou.masked_fill(~truth.flatten(1).any(dim=1), torch.nan))
+        # Of the same captions by box as by mask.
+        gone = ~truth.flatten(1).any(dim=1)
+        columns["iou_mask"].append(iou.masked_fill(gone, torch.nan))
         columns["ap_mask"].append(pixel_average_precision(maps, truth))
-        columns["ap_box"].append(pixel_average_precision(maps, boxes))
+        columns["ap_box"].append(pixel_average_precision(maps, boxes).masked_fill(gone, torch.nan))
     return {name: torch.cat(parts) for name, parts in columns.items()}
 
 
