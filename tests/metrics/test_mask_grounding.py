@@ -140,3 +140,28 @@ def test_average_precision_by_box_is_of_the_captions_that_have_it_by_mask() -> N
     )
     for name, values in mask_localization(targets).items():
         assert values.isnan().tolist() == [False, True], name
+
+
+def test_average_precision_does_not_hang_on_rounding() -> None:
+    empty = no_targets("caption")
+    assert isinstance(empty, CaptionTargets)
+    generator = torch.Generator().manual_seed(5)
+    maps = torch.randint(-2, 3, (20, *GRID), generator=generator) / 3
+    truth = torch.rand(20, *SIZE, generator=generator) > 0.7
+    boxes, owner = random_boxes(generator, 20), torch.arange(20)
+    found = [
+        mask_localization(
+            replace(
+                empty,
+                image_maps=maps * (1 + noise * torch.rand(20, *GRID, generator=generator)),
+                boxes=boxes,
+                box_owner=owner,
+                image_size=SIZE,
+                mask_pixels=lambda rows: truth[rows],
+                batch_size=20,
+            )
+        )
+        for noise in (0.0, 2e-7)
+    ]
+    for name in ("ap_mask", "ap_box"):
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=1e-4)
