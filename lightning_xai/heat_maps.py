@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-__all__ = ["important_pixels", "important_tokens", "min_max", "upsample"]
+__all__ = ["important_pixels", "important_tokens", "in_steps", "min_max", "upsample"]
 
+_STEPS = 1e5  # of a map's largest value
 _ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
@@ -30,6 +31,23 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     return interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
+
+
+def in_steps(heat: Tensor) -> Tensor:
+    """Maps in whole steps of their largest magnitude / 100,000, to rank pixels by.
+
+    Interpolation gives many pixels one value but for rounding, which would put them into some order: another one in
+    another batch.
+
+    Args:
+        heat: [..., height, width].
+
+    Example:
+        >>> in_steps(torch.tensor([[0.5, 0.5 + 1e-7, -1.0]])).tolist()
+        [[50000.0, 50000.0, -100000.0]]
+    """
+    largest = heat.abs().amax(dim=(-2, -1), keepdim=True)
+    return (heat / largest.where(largest > 0, 1) * _STEPS).round()
 
 
 def min_max(maps: Tensor, dims: int = 2) -> Tensor:

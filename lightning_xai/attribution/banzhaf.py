@@ -166,9 +166,10 @@ class BanzhafInteractions(PairwiseMethod):
 
     def _combined(self, found: Sequence[InteractionAttribution], question: Question) -> InteractionAttribution:
         """With the terms of lower order, in which all tokens of the other captions are present."""
-        combined, (first, *rest) = super()._combined(found, question), cast(Sequence[BanzhafAttribution], found)
+        combined, terms = super()._combined(found, question), cast(Sequence[BanzhafAttribution], found)
+        first, *rest = terms
         factors_BC = question.coefficients(torch.stack([each.similarity for each in found], dim=1))
-        patches = [first.patches, *(each.patches + each.image for each in rest)]
+        patches = [each.patches for each in terms]
         constant = [first.constant, *(each.constant + each.tokens.sum(dim=1) for each in rest)]
         return replace(
             cast(BanzhafAttribution, combined),

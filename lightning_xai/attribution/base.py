@@ -122,11 +122,19 @@ class InteractionAttribution(Attribution):
     prefix: Tensor
 
     def of_coalitions(self, shown: Tensor, said: Tensor) -> Tensor:
-        """The sum of the interactions of present tokens with present patches, and with CLS and registers, which are."""
+        """The sum of the interactions of present tokens with present patches, and with CLS and registers, which are.
+
+        All tokens of a target's other captions are present.
+        """
         with_patches = torch.einsum(
             "bnhw,bnhw->bn", shown, torch.einsum("bnl,blhw->bnhw", said, self.interactions.to(said))
         )
-        return with_patches + torch.einsum("bnl,bl->bn", said, self.prefix.to(said))
+        own = with_patches + torch.einsum("bnl,bl->bn", said, self.prefix.to(said))
+        others = self.others
+        if others is None or others.interactions is None or others.prefix is None:
+            return own
+        patches, prefix = others.interactions.sum(dim=(1, 2)), others.prefix.sum(dim=(1, 2))
+        return own + torch.einsum("bnhw,bhw->bn", shown, patches.to(shown)) + prefix.to(own)[:, None]
 
 
 @dataclass(frozen=True)

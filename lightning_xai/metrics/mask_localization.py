@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_xai.exclusion import Exclusion
-from lightning_xai.heat_maps import upsample
+from lightning_xai.heat_maps import in_steps, upsample
 from lightning_xai.metrics.base import CaptionTargets, MetricSpec
 from lightning_xai.metrics.localization import binarised, box_union, intersection_over_union
 from lightning_xai.results.record import Score
@@ -62,9 +62,12 @@ def mask_localization(targets: CaptionTargets, *, quantile: float = 0.75) -> dic
         here = (targets.box_owner >= rows.start) & (targets.box_owner < rows.stop)
         boxes = box_union(targets.boxes[here], targets.box_owner[here] - rows.start, len(maps), targets.image_size)
         iou = intersection_over_union(binarised(maps, quantile), truth)
-        columns["iou_mask"].append(iou.masked_fill(~truth.flatten(1).any(dim=1), torch.nan))
-        columns["ap_mask"].append(pixel_average_precision(maps, truth))
-        columns["ap_box"].append(pixel_average_precision(maps, boxes))
+        # Of the same captions by box as by mask.
+        gone = ~truth.flatten(1).any(dim=1)
+        columns["iou_mask"].append(iou.masked_fill(gone, torch.nan))
+        ranked = in_steps(maps)
+        columns["ap_mask"].append(pixel_average_precision(ranked, truth))
+        columns["ap_box"].append(pixel_average_precision(ranked, boxes).masked_fill(gone, torch.nan))
     return {name: torch.cat(parts) for name, parts in columns.items()}
 
 

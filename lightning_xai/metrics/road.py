@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_xai.heat_maps import important_pixels, upsample
+from lightning_xai.heat_maps import important_pixels, in_steps, upsample
 from lightning_xai.metrics.base import CaptionTargets, MetricSpec
 from lightning_xai.metrics.insertion_deletion import constant
 from lightning_xai.results.record import Score
 
 __all__ = ["SPEC", "impute", "road"]
 
-_STEPS = 1e5  # of a map's largest value
 _CHECKED_EVERY = 8  # steps, since a device would be waited for each time
 
 
@@ -56,7 +55,7 @@ def road(
     for rows in targets.slices():
         images = targets.pixels(rows)
         drawn = noise * targets.noise(rows, images.shape[1:], seed).to(images)
-        heat = _ranked(upsample(targets.image_maps[rows], (images.shape[2], images.shape[3])))
+        heat = in_steps(upsample(targets.image_maps[rows], (images.shape[2], images.shape[3])))
         for name, order in (("most", heat), ("least", -heat)):
             total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
             for fraction in fractions:
@@ -68,12 +67,6 @@ def road(
     missing = constant(maps, torch.ones_like(maps, dtype=torch.bool))
     most, least = (torch.cat(columns[name]).masked_fill(missing, torch.nan) for name in ("most", "least"))
     return {"road": least - most, "road_most": most, "road_least": least}
-
-
-def _ranked(heat: Tensor) -> Tensor:
-    """Maps in whole steps, so that the rounding of interpolation does not put pixels of one value into some order."""
-    largest = heat.abs().amax(dim=(1, 2), keepdim=True)
-    return (heat / largest.where(largest > 0, 1) * _STEPS).round()
 
 
 def impute(images: Tensor, removed: Tensor, tolerance: float = 1e-4) -> Tensor:

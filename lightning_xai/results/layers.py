@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
+from lightning_xai.results.method_ranks import rank_correlation
 from lightning_xai.results.record import MethodRecord
 from lightning_xai.results.runs import Measurement
 
@@ -105,14 +105,8 @@ def gamma_agreement(measurement: Measurement, label: str, referee: str) -> Gamma
     mean = math.fsum(differences) / count
     spread = math.fsum((each - mean) ** 2 for each in differences)
     error = math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan
-    return GammaAgreement(count, _rank_correlation(pairs), mean, error, float((pairs > 0.5).all(axis="columns").mean()))
-
-
-def _rank_correlation(pairs: pd.DataFrame) -> float:
-    # Not pandas' own, which needs scipy for ranks.
-    ranks = pairs.rank().to_numpy() - (len(pairs) + 1) / 2
-    norms = math.sqrt(math.prod((ranks**2).sum(axis=0).tolist()))
-    return float(np.clip((ranks[:, 0] * ranks[:, 1]).sum() / norms, -1, 1)) if norms else math.nan
+    correlation, _ = rank_correlation(pairs["own"].to_dict(), pairs["referee"].to_dict())
+    return GammaAgreement(count, correlation, mean, error, float((pairs > 0.5).all(axis="columns").mean()))
 
 
 def layer_scores(measurement: Measurement, labels: Sequence[str]) -> pd.DataFrame:

@@ -44,5 +44,9 @@ def rank_correlation(one: Mapping[str, float], other: Mapping[str, float]) -> tu
     (0.5, 3)
     """
     both = [name for name in one if name in other and math.isfinite(one[name]) and math.isfinite(other[name])]
+    # Not pandas' own correlation, which rounds: equal orders have exactly 1.
     ranks = pd.DataFrame({"one": [one[name] for name in both], "other": [other[name] for name in both]}).rank()
-    return (float(ranks["one"].corr(ranks["other"])) if len(both) > 1 else math.nan), len(both)
+    centred = ranks.to_numpy() - (len(both) + 1) / 2
+    norms = math.sqrt(math.prod((centred**2).sum(axis=0).tolist()))
+    correlation = float((centred[:, 0] * centred[:, 1]).sum()) / norms if len(both) > 1 and norms else math.nan
+    return correlation, len(both)

@@ -21,7 +21,6 @@ from lightning_xai.attribution import (
     TARGETS,
     Attribution,
     AttributionMethod,
-    BanzhafInteractions,
     Contrast,
     FeaturePairAttribution,
     IntegratedGradients,
@@ -226,9 +225,12 @@ def test_a_contrast_runs_the_image_no_more_often_than_a_similarity(
     assert counts[0] == counts[1]
 
 
-def test_banzhaf_terms_of_a_contrast_are_its_value_for_coalitions(encoder: DualEncoder) -> None:
+@pytest.mark.parametrize("name", ["banzhaf_pairs", "feature_pair"])
+def test_terms_of_a_contrast_are_its_value_for_coalitions_with_the_others_whole(
+    encoder: DualEncoder, name: str
+) -> None:
     images, tokens = random_pairs(encoder)
-    method = BanzhafInteractions(encoder, **OPTIONS["banzhaf_pairs"])
+    method = build(name, encoder)
     own, other = (method.attribute(images, each) for each in (tokens, encoder.tokenizer.encode(list(OTHERS))))
     generator = torch.Generator().manual_seed(0)
     shown = (torch.rand(3, 5, 4, 4, generator=generator) < 0.5).double()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_xai.metrics import gamma, mask_patches, patch_mask, patch_shares, pixel_average_precision
-from lightning_xai.metrics.base import PhraseTargets
+from lightning_xai.metrics.base import CaptionTargets, PhraseTargets, no_targets
 from lightning_xai.metrics.localization import box_union
 from lightning_xai.metrics.mask_grounding import mask_grounding
+from lightning_xai.metrics.mask_localization import mask_localization
 
 GRID, SIZE = (6, 4), (48, 32)
 
@@ -120,3 +123,45 @@ def test_average_precision_of_pixels_is_as_written_out_at_any_scale() -> None:
         assert found[row].item() == pytest.approx(expected, rel=1e-6)
     assert found[2].item() == pytest.approx(truth[2].double().mean().item(), rel=1e-6)
     assert found[5].isnan()
+
+
+def test_average_precision_by_box_is_of_the_captions_that_have_it_by_mask() -> None:
+    empty = no_targets("caption")
+    assert isinstance(empty, CaptionTargets)
+    truth = torch.zeros(2, *SIZE, dtype=torch.bool)
+    truth[0, 10:20, 4:12] = True  # of the other caption, the crop leaves the box alone
+    targets = replace(
+        empty,
+        image_maps=torch.randn(2, *GRID, generator=torch.Generator().manual_seed(4)),
+        boxes=torch.tensor([[4.0, 10.0, 12.0, 20.0], [0.0, 0.0, 3.0, 3.0]]),
+        box_owner=torch.tensor([0, 1]),
+        image_size=SIZE,
+        mask_pixels=lambda rows: truth[rows],
+    )
+    for name, values in mask_localization(targets).items():
+        assert values.isnan().tolist() == [False, True], name
+
+
+def test_average_precision_does_not_hang_on_rounding() -> None:
+    empty = no_targets("caption")
+    assert isinstance(empty, CaptionTargets)
+    generator = torch.Generator().manual_seed(5)
+    maps = torch.randint(-2, 3, (20, *GRID), generator=generator) / 3
+    truth = torch.rand(20, *SIZE, generator=generator) > 0.7
+    boxes, owner = random_boxes(generator, 20), torch.arange(20)
+    found = [
+        mask_localization(
+            replace(
+                empty,
+                image_maps=maps * (1 + noise * torch.rand(20, *GRID, generator=generator)),
+                boxes=boxes,
+                box_owner=owner,
+                image_size=SIZE,
+                mask_pixels=lambda rows: truth[rows],
+                batch_size=20,
+            )
+        )
+        for noise in (0.0, 2e-7)
+    ]
+    for name in ("ap_mask", "ap_box"):
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=1e-4)
