@@ -13,12 +13,14 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lightning_xai.attribution import METHODS
 from lightning_xai.attribution.method_options import choose_methods
 from lightning_xai.cli import build_cli, main
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.roar import Roar, all_methods
 from lightning_xai.data import ShapesDataModule, ShardDataModule
 from lightning_xai.evaluation import AttributionEvaluation
+from lightning_xai.metrics import METRICS
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.architecture import tag_architecture
 from lightning_xai.results.record import method_of
@@ -134,6 +136,14 @@ def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
         assert [each.name for each in chosen] == [name]
         assert not missing
     assert made.model.out.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("name", ["eval_judge_demo.yaml", "eval_coco_judge.yaml"])
+def test_the_judge_measures_every_method_by_every_metric(name: str) -> None:
+    settings = yaml.safe_load((ROOT / "configs" / name).read_text())["model"]["init_args"]
+    assert set(settings["metrics"]) == set(METRICS)
+    assert {method_of(label, options)[0] for label, options in settings["methods"].items()} == set(METHODS)
+    assert settings["referee"] in settings["methods"]
 
 
 def test_a_saved_config_is_read_back_whatever_the_names_in_it(tmp_path: Path) -> None:

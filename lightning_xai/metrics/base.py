@@ -274,7 +274,8 @@ class MetricSpec:
             scores=self.scores,
             chart=self.chart,
             options=dict(options),
-            needs_boxes=self.needs_boxes,
+            # A referee's maps are no truth, though it takes boxes to know which phrases there are.
+            knows_objects=(self.needs_boxes or self.needs_masks) and not self.needs_referee,
         )
 
 

@@ -119,7 +119,8 @@ class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
         scores: how they are summed up.
         chart: how the values are drawn; None: not at all.
         options: every option and its value.
-        needs_boxes: whether it measures against where objects are, which is known apart from the model.
+        knows_objects: whether it measures against where objects are, by box or mask, which is known apart from the
+            model.
     """
 
     name: str
@@ -129,7 +130,7 @@ class MetricRecord(msgspec.Struct, frozen=True, kw_only=True):
     scores: tuple[Score, ...]
     chart: Literal["cumulative", "distribution", "bars"] | None = None
     options: dict[str, Any] = {}
-    needs_boxes: bool = False
+    knows_objects: bool = False
 
 
 class MethodRecord(msgspec.Struct, frozen=True, kw_only=True):

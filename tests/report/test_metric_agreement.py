@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +11,7 @@ import pytest
 from result_folders import SKILLS, write_evaluation
 from scipy.stats import spearmanr
 
+from lightning_xai.metrics import METRICS
 from lightning_xai.report.page import Chart, Note
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.sections.metric_agreement import (
@@ -54,11 +57,27 @@ def test_smaller_is_better_where_the_metric_says_so_and_scores_of_no_direction_a
 def test_the_sentence_says_which_scores_agree_with_where_the_objects_are() -> None:
     order = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     frame = pd.DataFrame({"gamma": order, "good": order, "bad": order[::-1], "odd": [3.0, 5.0, 1.0, 6.0, 2.0, 4.0]})
-    matrix = rank_agreement(frame)
-    sentence = agreement_sentence(matrix.loc[["good", "bad", "odd"], ["gamma"]], len(frame))
+    sentence = agreement_sentence(frame, ["gamma"])
     assert "these agree: good (1.00)" in sentence
     assert "these cannot be distinguished from chance: odd (0.03)" in sentence
     assert "these have the opposite order: bad (-1.00)" in sentence
+
+
+def test_scores_of_few_methods_are_named_but_not_compared_with_the_chance_of_many() -> None:
+    order = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    frame = pd.DataFrame({"gamma": order, "good": order, "pairwise": [1.0, 2.0, 3.0, 4.0, math.nan, math.nan]})
+    sentence = agreement_sentence(frame, ["gamma"])
+    assert "these agree: good (1.00)." in sentence
+    assert "Too few methods have pairwise (4)." in sentence
+
+
+def test_boxes_and_masks_are_the_truth_and_a_referee_is_not() -> None:
+    knows = {
+        name: METRICS[name].record({}).knows_objects for name in ("grounding", "mask_grounding", "agreement", "road")
+    }
+    assert knows == {"grounding": True, "mask_grounding": True, "agreement": False, "road": False}
+    by_mask_alone = replace(METRICS["mask_localization"], needs_boxes=False)
+    assert by_mask_alone.record({}).knows_objects
 
 
 def test_the_page_has_every_score_the_matrix_and_the_cost_in_forward_passes(run: Run) -> None:

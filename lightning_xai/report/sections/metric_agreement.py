@@ -16,6 +16,7 @@ from lightning_xai.results.runs import Estimate, Measurement, Run
 __all__ = ["agreement_blocks", "agreement_sentence", "method_scores"]
 
 _FEWEST = 4  # methods that have an order to speak of
+_MOST = 0.9  # of the methods; a referee is not compared with itself
 _COST = "seconds_per_pair"
 
 
@@ -32,11 +33,8 @@ def _of_run(run: Run) -> Iterator[Block]:
     about = f"on {run.data} ({run.name})"
     yield _every_score(measurement, about)
     matrix = rank_agreement(frame)
-    known = [name for name in matrix if name in truths]
-    others = [name for name in matrix if name not in truths]
-    # What signed methods alone have, or what is in units of each method, orders other methods than the rest does.
-    whole = [name for name in known if frame[name].notna().all()]
-    sentence = agreement_sentence(matrix.loc[others, whole], len(frame.index))
+    known = sum(name in truths for name in matrix)
+    sentence = agreement_sentence(frame, truths)
     yield Note(sentence)
     title = f"Rank agreement between metrics {about}"
     note = (
@@ -44,20 +42,20 @@ def _of_run(run: Run) -> Iterator[Block]:
         "baselines are left out. The line parts scores that know where the objects are from those that ask the model "
         "alone."
     )
-    yield Chart(f"agreement-{run.name}", title, note, sentence, correlations(matrix, title, len(known)))
+    yield Chart(f"agreement-{run.name}", title, note, sentence, correlations(matrix, title, known))
     yield from _costs(measurement, about)
 
 
 def _scores(measurement: Measurement) -> dict[str, tuple[str, Score]]:
-    """Name of a score that is better up or down -> its metric and itself, those that know the boxes first."""
-    metrics = sorted(measurement.record.metrics.values(), key=lambda metric: not metric.needs_boxes)
+    """Name of a score that is better up or down -> its metric and itself, those of the truth first."""
+    metrics = sorted(measurement.record.metrics.values(), key=lambda metric: not metric.knows_objects)
     return {score.name: (metric.name, score) for metric in metrics for score in metric.scores if score.better}
 
 
 def truth_names(measurement: Measurement) -> list[str]:
     """The scores that are measured against where the objects are."""
     metrics = measurement.record.metrics
-    return [name for name, (metric, _) in _scores(measurement).items() if metrics[metric].needs_boxes]
+    return [name for name, (metric, _) in _scores(measurement).items() if metrics[metric].knows_objects]
 
 
 def method_scores(measurement: Measurement) -> pd.DataFrame:
@@ -86,19 +84,24 @@ def rank_agreement(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.corr(method="spearman", min_periods=_FEWEST)
 
 
-def agreement_sentence(correlations: pd.DataFrame, methods: int) -> str:
+def agreement_sentence(scores: pd.DataFrame, truths: Sequence[str]) -> str:
     """Say which scores order methods as those do that know where the objects are, on average, and which do not.
 
     Correlations that are smaller in magnitude than 2 / sqrt(n + 2) may be chance (Student's t at 5 %).
 
     Args:
-        correlations: rows are the scores that ask the model alone, columns those that know where the objects are.
-        methods: that are ordered.
+        scores: a row for each method, a column for each score, where more is better.
+        truths: the columns that know where the objects are.
     """
-    if correlations.empty:
+    matrix, count = rank_agreement(scores), scores.count()
+    # What signed methods alone have, or what is in units of each method, orders other methods than the rest does.
+    known = [name for name in scores if name in truths and count[name] == len(scores)]
+    others = [name for name in scores if name not in truths and count[name] >= _MOST * len(scores)]
+    few = [f"{name} ({count[name]})" for name in scores if name not in truths and name not in others]
+    if not known or not others:
         return "There are no metrics of both kinds, with and without boxes, that all methods have."
-    bound = 2 / math.sqrt(methods + 2)
-    means = correlations.mean(axis="columns").sort_values(ascending=False, kind="stable")
+    bound = 2 / math.sqrt(len(scores) + 2)
+    means = matrix.loc[others, known].mean(axis="columns").sort_values(ascending=False, kind="stable")
     parts = {
         "agree": means[means >= bound],
         "cannot be distinguished from chance": means[means.abs() < bound],
@@ -109,9 +112,11 @@ def agreement_sentence(correlations: pd.DataFrame, methods: int) -> str:
         for what, found in parts.items()
         if len(found)
     ]
+    left_out = f" Too few methods have {', '.join(few)}." if few else ""
     return (
-        f"Of the scores that ask the model alone, compared with {', '.join(correlations)}, which know where objects "
-        f"are (mean rank correlation over {methods} methods, chance below {bound:.2f}), these {'; these '.join(said)}."
+        f"Of the scores that ask the model alone, compared with {', '.join(known)}, which know where objects are (mean "
+        f"rank correlation over {len(scores)} methods, chance below {bound:.2f}), these "
+        f"{'; these '.join(said)}.{left_out}"
     )
 
 
