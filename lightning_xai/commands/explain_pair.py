@@ -372,7 +372,10 @@ def _compared(explanation: Explanation) -> str:
     value, target = record["target"]["value"], record["target"]["name"]
     if target != "contrast":
         return f"{target} {value:.3f} of the caption of similarity {similarity:.3f}"
-    mean = f"{others[0]:.3f}" if len(others) == 1 else f"{similarity - value:.3f} (mean of {len(others)})"
+    mean = f"{others[0]:.3f}"
+    if len(others) > 1:
+        kind = "softmax mean" if record["target"]["options"]["weight"] == "softmax" else "mean"
+        mean = f"{similarity - value:.3f} ({kind} of {len(others)})"
     return f"similarity {similarity:.3f} rather than {mean}: difference {value:+.3f}"
 
 

@@ -80,7 +80,8 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     folder = Path(choice.name.removeprefix("hf:"))
     is_sounds = folder.is_dir() and is_clap(folder)
     given = [name for name, value in {"pretrained": choice.pretrained, **choice.options}.items() if value is not None]
-    if given and (is_sounds or choice.name.startswith((SENTENCES, IMAGEBIND))):
+    is_whole = (folder / "config.json").is_file()  # else loading says what the folder lacks
+    if given and ((is_sounds and is_whole) or choice.name.startswith((SENTENCES, IMAGEBIND))):
         takes = "takes no images" if choice.compares_texts_only else "knows its own transform"
         raise ValueError(
             f"{choice.name} holds its own weights and {'takes sounds, no images' if is_sounds else takes}: leave out "

@@ -42,6 +42,7 @@ from lightning_xai.models import (
     load_imagebind,
     save_open_clip,
 )
+from lightning_xai.report.explanation import comparison_sheet
 
 Explained = Callable[..., tuple[dict[str, NDArray[Any]], Any]]
 CAPTION = "a red ring and a blue ring"
@@ -364,6 +365,22 @@ def test_a_list_compares_each_caption_with_its_own_others(model: list[str], tmp_
     assert "against_text" not in arrays_of(tmp_path / "out" / "0001-1")
 
 
+def test_the_title_says_which_mean_of_the_others_is_subtracted(
+    explained: Explained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+
+    def sheet(*given: Any, asked: str, **more: Any) -> Any:
+        titles.append(asked)
+        return comparison_sheet(*given, asked=asked, **more)
+
+    monkeypatch.setattr("lightning_xai.commands.explain_pair.comparison_sheet", sheet)
+    two = ["--method", "saliency", "--against", "a dog", "--against", "two rings"]
+    explained(*two)
+    explained(*two, "--target_options.weight", "softmax")
+    assert [re.findall(r"\(.*\)", title) for title in titles] == [["(mean of 2)"], ["(softmax mean of 2)"]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -592,6 +609,9 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     assert "bell.wav cannot be read as a sound" in said
     said = message_of("--image", sound, "--caption", CAPTIONS[0], *name, "--model.image_size", "32", "--out", tmp_path)
     assert "takes sounds, no images: leave out --model.image_size" in said
+    (tmp_path / "empty").mkdir()
+    empty = ["--model.name", f"hf:{tmp_path / 'empty'}", "--fit", "letterbox"]
+    assert "lacks config.json" in message_of("--image", sound, "--caption", "a", *empty, "--out", tmp_path)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from lightning_xai.report.figures import LayerMap, layer_maps
 from lightning_xai.report.page import Chart, Note
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.sections.layers import layer_blocks
+from lightning_xai.report.sections.metric_agreement import agreement_blocks
 from lightning_xai.report.sections.significance import OrderTest
 from lightning_xai.results.record import MethodRecord, ResultRecord
 from lightning_xai.results.runs import Run, load_runs
@@ -63,6 +64,11 @@ def test_the_heat_map_has_the_values_of_the_layers_and_the_referee_as_its_mark(t
     maps = np.asarray(axes["maps: rank correlation"].collections[0].get_array()).reshape(2, 2)
     assert maps.ravel().tolist() == pytest.approx([0.4, 0.3, 0.35, 0.15])
     assert axes["maps: rank correlation"].get_title().endswith("referee: 0.90")
+
+
+def test_the_judges_table_names_layers_as_others_do(tmp_path: Path) -> None:
+    (every,) = (block for block in agreement_blocks([sweep_run(tmp_path)]) if isinstance(block, PaperTable))
+    assert every.rows[0][0] == sweep_run(tmp_path).record.shown("feature_pair,0,0")
 
 
 def test_sentences_name_the_layers_that_agree_and_those_that_understate(tmp_path: Path) -> None:

@@ -54,13 +54,14 @@ def _of_measurement(measurement: Measurement, run: Run, min_pairs: int) -> Itera
         "On the phrases that have both. Difference: by box less by mask; box filled: the share of its box that a mask "
         "covers. The patches of a mask are rounded as those of its box.",
         [Column("method", numeric=False), *_COLUMNS],
-        [[label, *_line(table)] for label, table in found.items()],
+        [[measurement.record.shown(label), *_line(table)] for label, table in found.items()],
     )
     shown = run.shown.label if run.shown is not None and run.shown.label in found else next(iter(found))
     rows = _class_rows(found[shown], min_pairs)
-    yield Note(_sentence(shown, found[shown], rows))
+    name = measurement.record.shown(shown)
+    yield Note(_sentence(name, found[shown], rows))
     if rows:
-        title = f"Boxes and masks by class ({shown}, {about})"
+        title = f"Boxes and masks by class ({name}, {about})"
         note = f"Ordered by the difference; classes with at least {min_pairs} phrases."
         table = PaperTable(
             f"boxes-and-masks-classes-{about}", title, note, [Column("class", numeric=False), *_COLUMNS], rows
@@ -80,11 +81,11 @@ def _class_rows(table: pd.DataFrame, min_pairs: int) -> list[list[str | float | 
     return sorted(rows, key=lambda row: (-float(row[3]), row[0]))
 
 
-def _sentence(label: str, table: pd.DataFrame, classes: Sequence[Sequence[str | float | int]]) -> str:
+def _sentence(name: str, table: pd.DataFrame, classes: Sequence[Sequence[str | float | int]]) -> str:
     gamma, gamma_mask, difference, *_, fill, count = _line(table)
     verb = "flatter" if difference >= 0 else "understate"
     text = (
-        f"{label}: mean γ is {gamma:.2f} by box and {gamma_mask:.2f} by mask: boxes {verb} it by "
+        f"{name}: mean γ is {gamma:.2f} by box and {gamma_mask:.2f} by mask: boxes {verb} it by "
         f"{abs(difference):.2f}, on {count:,} phrases whose masks fill {100 * fill:.0f} % of their boxes."
     )
     if len(classes) > 1:

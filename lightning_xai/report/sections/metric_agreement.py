@@ -136,7 +136,7 @@ def _every_score(measurement: Measurement, about: str) -> PaperTable:
         f"All methods by all metrics {about}",
         "The best of each column is bold, baselines aside; a dash where a method has not what the metric reads.",
         columns,
-        [[label, *cells[label]] for label in labels],
+        [[record.shown(label), *cells[label]] for label in labels],
         baselines=sum(record.methods[label].baseline for label in labels),
     )
 
@@ -158,5 +158,5 @@ def _costs(measurement: Measurement, about: str) -> Iterator[PaperTable]:
                 Column("seconds a pair", digits=4, better="down"),
                 Column("forward passes", digits=1, better="down"),
             ],
-            [[label, seconds, seconds / forward] for label, seconds in found.items()],
+            [[measurement.record.shown(label), seconds, seconds / forward] for label, seconds in found.items()],
         )
