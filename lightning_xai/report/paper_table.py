@@ -234,16 +234,22 @@ class PaperTable:
         words = [place for place, column in enumerate(self.columns) if not column.numeric and place in several]
         numbers = [place for place, column in enumerate(self.columns) if column.numeric]
         if len(numbers) > len(self.rows):
-            shown.add_column("")
+            shown.add_column("", overflow="fold")  # where width is short, break words rather than lose their ends
             for printed in self.texts:
-                shown.add_column(Text("\n".join(printed[place] for place in words)), justify="right")
+                heading = Text("\n".join(printed[place] for place in words))
+                shown.add_column(heading, justify="right", overflow="fold")
             for place in numbers:
                 shown.add_row(Text(self.columns[place].full_heading), *(row[place] for row in texts))
             return shown
         kept = sorted(words + numbers)
         for column in (self.columns[place] for place in kept):
-            heading = f"{column.group}\n{column.heading}" if column.group else column.heading.replace(" [%]", "\n[%]")
-            shown.add_column(Text(heading), justify="right" if column.numeric else "left", no_wrap=not column.numeric)
+            title = f"{column.group}\n{column.heading}" if column.group else column.heading.replace(" [%]", "\n[%]")
+            shown.add_column(
+                Text(title),
+                justify="right" if column.numeric else "left",
+                overflow="fold" if column.numeric else "ellipsis",
+                no_wrap=not column.numeric,
+            )
         for i, row in enumerate(texts):
             shown.add_row(*(row[place] for place in kept), end_section=i == len(texts) - self.baselines - 1)
         return shown

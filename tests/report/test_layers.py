@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from result_folders import METRICS, target, write_evaluation
+from result_folders import METRICS, rewrite, target, write_evaluation
 
 from lightning_xai.metrics import METRICS as SPECS
 from lightning_xai.report.build import build_sections
@@ -17,6 +17,7 @@ from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.sections.layers import layer_blocks
 from lightning_xai.report.sections.metric_agreement import agreement_blocks
 from lightning_xai.report.sections.significance import OrderTest
+from lightning_xai.results.layers import gamma_agreement
 from lightning_xai.results.record import MethodRecord, ResultRecord
 from lightning_xai.results.runs import Run, load_runs
 from lightning_xai.results.table import ResultTable, write_result
@@ -25,7 +26,7 @@ GAMMAS = {(0, 0): 0.8, (0, -1): 0.6, (-1, 0): 0.7, (-1, -1): 0.3}
 JUDGE = 0.75
 
 
-def sweep_run(folder: Path, *, referee: str | None = "judge") -> Run:
+def sweep_run(folder: Path, *, referee: str | None = "judge", spread: float = 0.0) -> Run:
     """Of 20 phrases; gammas vary around those of `GAMMAS`, maps agree as much as gammas are large."""
     methods, rows = {}, []
     draw = np.random.default_rng(0)
@@ -37,7 +38,8 @@ def sweep_run(folder: Path, *, referee: str | None = "judge") -> Run:
         rows += [(label, 0, places[i], name, float(own[i]), "") for name, own in values.items() for i in range(20)]
     methods["judge"] = MethodRecord(name="banzhaf_pairs", options={"seed": 0}, seeds=(0, 1))
     for seed in (0, 1):
-        rows += [("judge", seed, place, name, JUDGE, "") for place in places for name in ("gamma", "rho")]
+        for i, place in enumerate(places):
+            rows += [("judge", seed, place, name, JUDGE + spread * i, "") for name in ("gamma", "rho")]
     rows += [("judge", 1, place, "agreement", 0.9, "") for place in places]
     record = ResultRecord(
         kind="evaluation",
@@ -64,6 +66,16 @@ def test_the_heat_map_has_the_values_of_the_layers_and_the_referee_as_its_mark(t
     maps = np.asarray(axes["maps: rank correlation"].collections[0].get_array()).reshape(2, 2)
     assert maps.ravel().tolist() == pytest.approx([0.4, 0.3, 0.35, 0.15])
     assert axes["maps: rank correlation"].get_title().endswith("referee: 0.90")
+
+
+def test_the_agreement_of_a_map_that_ignores_the_model_is_said(tmp_path: Path) -> None:
+    run = sweep_run(tmp_path, spread=0.001)
+    methods = run.record.methods | {"feature_pair,0,0": MethodRecord(name="random", baseline=True)}
+    rewrite(tmp_path, None, methods=methods)
+    (run,) = load_runs([tmp_path])
+    text = " ".join(block.text for block in layer_blocks([run]) if isinstance(block, Note))
+    expected = gamma_agreement(run.measurements[0], "feature_pair,0,0", "judge").correlation
+    assert f"which ignores the model, agrees with judge to {expected:.2f}, since" in text
 
 
 def test_the_judges_table_names_layers_as_others_do(tmp_path: Path) -> None:

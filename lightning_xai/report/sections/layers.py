@@ -85,12 +85,24 @@ def sentences(measurement: Measurement, sweep: Sweep) -> Iterator[str]:
                 f"{what}: {measurement.record.shown(best)} agrees best with {referee} (rank correlation "
                 f"{known[best]:.2f}), {measurement.record.shown(least)} least ({known[least]:.2f})."
             )
+    yield from _chance(measurement, referee)
     if not math.isnan(maps[referee]):
         yield (
             f"{referee} agrees with itself at other seeds to {maps[referee]:.2f}; the further from 1, the more samples "
             "it needs, and the lower all other correlations are."
         )
     yield _understated(measurement, sweep, referee, gammas)
+
+
+def _chance(measurement: Measurement, referee: str) -> Iterator[str]:
+    """How far the gammas of baselines agree with the referee's: what a correlation of gammas is worth."""
+    for label, method in measurement.record.methods.items():
+        found = gamma_agreement(measurement, label, referee).correlation if method.baseline else math.nan
+        if not math.isnan(found):
+            yield (
+                f"γ over phrases: {label}, which ignores the model, agrees with {referee} to {found:.2f}, since a "
+                "large box holds more of any map; only what is above it says something of the model."
+            )
 
 
 def _understated(measurement: Measurement, sweep: Sweep, referee: str, gammas: Mapping[str, GammaAgreement]) -> str:
