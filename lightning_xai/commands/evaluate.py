@@ -38,10 +38,8 @@ class Evaluate:
         Raises:
             ValueError: the folder holds no predictions, or no maps.
         """
-        from rich.console import Console
-
         from lightning_xai.metrics.registry import choose_metric
-        from lightning_xai.report.terminal import result_tables
+        from lightning_xai.report.terminal import result_tables, wide_console
         from lightning_xai.results.predictions import read_predictions
         from lightning_xai.results.record import MethodRecord, ResultError, ResultRecord, package_versions
         from lightning_xai.results.table import ResultTable, write_result
@@ -75,9 +73,9 @@ class Evaluate:
         table = ResultTable.of(values, targets)
         self.out.mkdir(parents=True, exist_ok=True)
         write_result(self.out, record, table)
-        console = Console()
+        console = wide_console()
         for lines in result_tables(record, table):
-            console.print(lines)
+            console.print(lines, crop=False)
         print(f"Saved {self.out}")  # noqa: T201 - where it is
 
 

@@ -65,7 +65,7 @@ class Report:
 
         from lightning_xai.report.build import build_sections, write_report
         from lightning_xai.report.sections.significance import OrderTest
-        from lightning_xai.report.terminal import report_tables
+        from lightning_xai.report.terminal import report_tables, wide_console
         from lightning_xai.results.runs import load_runs
 
         names = [name.strip() for name in self.names.split(",")] if self.names is not None else []
@@ -78,9 +78,9 @@ class Report:
                 f"Made by lightning_xai {version('lightning_xai')} from {sum(len(run.files) for run in runs)} files."
             )
             path = write_report(self.out, self.title, subtitle, sections, footer)
-        console = Console()
+        console = wide_console()
         for table in report_tables(sections):
-            console.print(table)
+            console.print(table, crop=False)
         lines = [f"Model of {run.name}: {run.shown_model}" for run in runs if run.shown_model]
         lines += [f"{comparison}." for comparison in comparisons]
         lines += [f"Saved tables in {self.out / 'tables'}, figures in {self.out / 'figures'}", f"Open {path}"]

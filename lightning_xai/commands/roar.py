@@ -149,17 +149,16 @@ class Roar:
 
     def _report(self, trials: list[Trial], methods: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
         # Frames take half a second to load, which a help text and a list of trials do without.
-        from rich.console import Console
 
-        from lightning_xai.report.terminal import roar_tables
+        from lightning_xai.report.terminal import roar_tables, wide_console
         from lightning_xai.results.table import ResultTable, write_result
 
         record, done = gather(self.out, trials, methods, self._settings_of, self.grid)
         table = ResultTable.of(*loss_rows(done))
         write_result(self.out, record, table)
-        console = Console()
+        console = wide_console()
         for shown in roar_tables(record, table):
-            console.print(shown)
+            console.print(shown, crop=False)
         if missing := len(trials) - len(done):
             print(f"{missing} of {len(trials)} trials are missing; see --list-trials")  # noqa: T201
         print(f"Saved {self.out / 'result.json'}; the losses of each epoch are in {self.out / 'trials'}")  # noqa: T201

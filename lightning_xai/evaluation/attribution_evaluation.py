@@ -22,7 +22,6 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from rich.console import Console
 
 from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.attribution.base import ConstantMapWarning
@@ -411,13 +410,13 @@ class AttributionEvaluation(L.LightningModule):
     def _write(self, result: ResultRecord, table: ResultTable) -> None:
         """Write the results, and show them on the terminal."""
         # Not before: pandas takes a while to import.
-        from lightning_xai.report.terminal import result_tables
+        from lightning_xai.report.terminal import result_tables, wide_console
         from lightning_xai.results.table import write_result
 
         write_result(self.out, result, table)
-        console = Console()
+        console = wide_console()
         for lines in result_tables(result, table):
-            console.print(lines)
+            console.print(lines, crop=False)
         speed = result.speed
         for line in (
             f"{speed['pairs']:,.0f} pairs attributed, {speed['pairs_per_second']:.1f} a second",

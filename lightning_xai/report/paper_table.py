@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import Literal
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -23,6 +25,7 @@ from lightning_xai.results.runs import Estimate
 
 NO_VALUE = "–"
 Value = str | int | float | Estimate | None
+_NARROW, _HEADING = 18, 13  # characters of a name, and of a number's heading, that stay on one line of a terminal
 _ARROWS = {"up": " ↑", "down": " ↓", None: ""}
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -222,7 +225,8 @@ class PaperTable:
     def to_terminal(self) -> Table:
         """A table for `rich`; the best is bold.
 
-        Columns of one and the same word give way to numbers, and a table that is wider than high is turned.
+        Columns of one and the same word give way to numbers, and a table that is wider than high is turned. Where width
+        is short, words break; numbers never do, so print it with `crop=False`.
         """
         shown = Table(title=Text(self.title), box=SIMPLE_HEAD, padding=(0, 1))
         texts = [
@@ -234,22 +238,19 @@ class PaperTable:
         words = [place for place, column in enumerate(self.columns) if not column.numeric and place in several]
         numbers = [place for place, column in enumerate(self.columns) if column.numeric]
         if len(numbers) > len(self.rows):
-            shown.add_column("", overflow="fold")  # where width is short, break words rather than lose their ends
+            names = [self.columns[place].full_heading for place in numbers]
+            _add_column(shown, "", names, numeric=False)
             for printed in self.texts:
-                heading = Text("\n".join(printed[place] for place in words))
-                shown.add_column(heading, justify="right", overflow="fold")
-            for place in numbers:
-                shown.add_row(Text(self.columns[place].full_heading), *(row[place] for row in texts))
+                heading = "\n".join(printed[place] for place in words)
+                _add_column(shown, heading, [printed[place] for place in numbers], numeric=True)
+            for name, place in zip(names, numbers, strict=True):
+                shown.add_row(Text(name), *(row[place] for row in texts))
             return shown
         kept = sorted(words + numbers)
-        for column in (self.columns[place] for place in kept):
-            title = f"{column.group}\n{column.heading}" if column.group else column.heading.replace(" [%]", "\n[%]")
-            shown.add_column(
-                Text(title),
-                justify="right" if column.numeric else "left",
-                overflow="fold" if column.numeric else "ellipsis",
-                no_wrap=not column.numeric,
-            )
+        for place in kept:
+            column = self.columns[place]
+            heading = f"{column.group}\n{column.heading}" if column.group else column.heading.replace(" [%]", "\n[%]")
+            _add_column(shown, heading, [row[place] for row in self.texts], numeric=column.numeric)
         for i, row in enumerate(texts):
             shown.add_row(*(row[place] for place in kept), end_section=i == len(texts) - self.baselines - 1)
         return shown
@@ -286,3 +287,15 @@ def markdown_escaped(text: str) -> str:
     '&lt;b&gt;\\|\\*x\\*'
     """
     return "".join(_MARKDOWN.get(char, char) for char in printable(text))
+
+
+def _add_column(table: Table, heading: str, cells: Sequence[str], *, numeric: bool) -> None:
+    """Add a column to a terminal's table: of numbers, which stay whole, or of words, which break."""
+    widest = max(map(len, cells), default=0)
+    least = min(widest, _NARROW)
+    if numeric:
+        lines = heading.split("\n")
+        least = max(widest, *map(len, heading.split()), *(min(len(line), _HEADING) for line in lines))
+        heading = "\n".join(part for line in lines for part in textwrap.wrap(line, least) or [""])
+    side: Literal["left", "right"] = "right" if numeric else "left"
+    table.add_column(Text(heading), justify=side, overflow="fold", no_wrap=numeric, min_width=least)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from lightning_xai.report.page import Section, flat
@@ -14,6 +15,14 @@ from lightning_xai.results.record import ResultRecord
 from lightning_xai.results.roar import LOSS, ORIGINAL, ROAR, roar_result
 from lightning_xai.results.runs import Measurement
 from lightning_xai.results.table import ResultTable
+
+_LEAST_WIDTH = 110
+
+
+def wide_console() -> Console:
+    """A console on which tables have room: a terminal that breaks lines is better than numbers that are cut short."""
+    found = Console()
+    return found if found.width >= _LEAST_WIDTH else Console(width=_LEAST_WIDTH)
 
 
 def report_tables(sections: Sequence[Section]) -> Iterator[Table]:

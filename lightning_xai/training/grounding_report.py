@@ -95,10 +95,12 @@ def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Map
 
 def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the table of grounding, what was excluded from the last measurement, and where to look."""
-    console = console or Console()
+    from lightning_xai.report.terminal import wide_console
+
+    console = console or wide_console()
     last = rows[-1]
     for suffix in (INPUT, "") if any(f"targets{INPUT}" in row for row in rows) else ("",):
-        console.print(_epochs(rows, suffix).to_terminal())
+        console.print(_epochs(rows, suffix).to_terminal(), crop=False)
     counts = last["excluded"] | {"broken_records": int(last.get("broken_records", 0))}
     reasons = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in counts.items() if n)
     suffix = "" if isinstance(last["epoch"], int) else f"-{last['epoch']}"

@@ -154,10 +154,13 @@ def test_a_terminal_shows_groups_and_words_that_differ_and_turns_what_is_wide() 
     assert "same" not in turned
 
 
-def test_a_narrow_terminal_breaks_numbers_and_words_but_loses_none_of_their_ends() -> None:
-    columns = (Column("method", numeric=False), *(Column(f"faithfulness{i}") for i in range(5)))
-    rows: list[list[Value]] = [[f"a_method_{i}", *[1234567.125] * 5] for i in range(3)]
+def test_a_narrow_terminal_breaks_words_and_no_number() -> None:
+    columns = (Column("method", numeric=False), *(Column(f"faithfulness of pairs {i}") for i in range(5)))
+    rows: list[list[Value]] = [[f"a_method_of_a_long_name, layers {i}", *[1234567.125] * 5] for i in range(3)]
     for shown in (rows, rows * 2):
-        console = Console(file=io.StringIO(), width=50, color_system=None)
-        console.print(PaperTable("t", "T", "", columns, shown).to_terminal())
-        assert "\u2026" not in console.file.getvalue()  # type: ignore[attr-defined]
+        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console.print(PaperTable("t", "T", "", columns, shown).to_terminal(), crop=False)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "\u2026" not in text
+        assert text.count("1234567.125") == 5 * len(shown)
+        assert "a_method_of_a_" in text
