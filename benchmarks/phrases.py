@@ -3,7 +3,7 @@
     python benchmarks/phrases.py            # about five minutes on two cores
 
 Random weights, float32, midpoint rule with 3 points, on one thread. A pass is the model as it stands, of one image and
-one caption at the context length. Each row is measured in a process of its own, passes and phrases in turn, and so is
+one caption at the context length. Each row is measured in a separate process, passes and phrases in turn, and so is
 its peak memory (resident set, torch's own included). Times differ from machine to machine: read the ratios.
 """
 

@@ -817,7 +817,7 @@ def test_two_processes_sweep_as_one(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"referee": "nobody"}, r"the referee has to be one of the methods \(feature_pair\); got 'nobody'"),
+        ({"referee": "absent"}, r"the referee has to be one of the methods \(feature_pair\); got 'absent'"),
         ({"layers": {"every": 0}}, r"layers are pairs such as .* got \{'every': 0\}"),
         ({"layers": {"step": 2}}, r"layers are pairs such as"),
         ({"layers": [(9, 0)]}, "layer"),
