@@ -171,34 +171,35 @@ def grounding(targets: PhraseTargets) -> dict[str, Tensor]:
     return {"gamma": shares, "rho": hits.masked_fill(shares.isnan(), torch.nan)}
 
 
+def grounding_scores(suffix: str = "") -> tuple[Score, ...]:
+    """Sum up gamma and rho as section 4.2 of the paper does, of values whose names end in `suffix`."""
+    value = f"gamma{suffix}"
+    above = (
+        Score(
+            name=f"{value}_above_{round(100 * threshold)}",
+            value=value,
+            reduce="share_above",
+            threshold=threshold,
+            heading=f"γ > {threshold}",
+            better="up",
+            percent=True,
+        )
+        for threshold in (0.5, 0.8)
+    )
+    return (
+        Score(name=f"{value}_mean", value=value, heading="γ mean", better="up", bounds=(0, 1)),
+        Score(name=f"{value}_std", value=value, reduce="std", heading="γ std"),
+        *above,
+        Score(name=f"rho{suffix}", value=f"rho{suffix}", heading="ρ", better="up", percent=True, bounds=(0, 1)),
+    )
+
+
 SPEC = MetricSpec(
     name="grounding",
     kind="phrase",
     compute=grounding,
     values=("gamma", "rho"),
-    scores=(
-        Score(name="gamma_mean", value="gamma", heading="γ mean", better="up", bounds=(0, 1)),
-        Score(name="gamma_std", value="gamma", reduce="std", heading="γ std"),
-        Score(
-            name="gamma_above_50",
-            value="gamma",
-            reduce="share_above",
-            threshold=0.5,
-            heading="γ > 0.5",
-            better="up",
-            percent=True,
-        ),
-        Score(
-            name="gamma_above_80",
-            value="gamma",
-            reduce="share_above",
-            threshold=0.8,
-            heading="γ > 0.8",
-            better="up",
-            percent=True,
-        ),
-        Score(name="rho", value="rho", heading="ρ", better="up", percent=True, bounds=(0, 1)),
-    ),
+    scores=grounding_scores(),
     title="Visual-linguistic grounding",
     note="γ: share of a phrase's positive attribution that lies in the box of its object; ρ: share of phrases whose "
     "largest attribution lies in it.",

@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import MetricSpec, PhraseTargets
-from lightning_xai.metrics.grounding import gamma, rho
+from lightning_xai.metrics.grounding import gamma, grounding_scores, rho
 from lightning_xai.results.record import Score
 
 __all__ = ["SPEC", "mask_grounding", "mask_patches", "patch_shares"]
@@ -86,27 +86,7 @@ SPEC = MetricSpec(
     compute=mask_grounding,
     values=("gamma_mask", "rho_mask", "mask_fill"),
     scores=(
-        Score(name="gamma_mask_mean", value="gamma_mask", heading="γ mean", better="up", bounds=(0, 1)),
-        Score(name="gamma_mask_std", value="gamma_mask", reduce="std", heading="γ std"),
-        Score(
-            name="gamma_mask_above_50",
-            value="gamma_mask",
-            reduce="share_above",
-            threshold=0.5,
-            heading="γ > 0.5",
-            better="up",
-            percent=True,
-        ),
-        Score(
-            name="gamma_mask_above_80",
-            value="gamma_mask",
-            reduce="share_above",
-            threshold=0.8,
-            heading="γ > 0.8",
-            better="up",
-            percent=True,
-        ),
-        Score(name="rho_mask", value="rho_mask", heading="ρ", better="up", percent=True, bounds=(0, 1)),
+        *grounding_scores("_mask"),
         Score(name="mask_fill", value="mask_fill", heading="box filled", percent=True, bounds=(0, 1)),
     ),
     title="Visual-linguistic grounding, by mask",
