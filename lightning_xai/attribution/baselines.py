@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_xai.attribution.base import Attribution
-from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod, answer, similarities
+from lightning_xai.attribution.one_tower import Input, InputMethod, Mapped, OneTowerMethod, answer, similarities
 from lightning_xai.attribution.score import Question, Score
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class RandomMap(OneTowerMethod):
+class RandomMap(InputMethod):
     """Uniform noise in [0, 1) for each patch and each content token; other tokens are zero.
 
     The noise is drawn from the pair's own image and caption and from `seed`, so that a pair gets the same map in any
@@ -51,12 +51,6 @@ class RandomMap(OneTowerMethod):
                     maps_BHW[row] = image_HW
                 map_BL[row, content_L] = torch.rand(int(content_L.sum()), generator=generator).to(map_BL)
         return answer(asked, similarities(image, texts), maps_BHW, text_maps)
-
-    def _image_map(self, image: Input, score: Score) -> Mapped:
-        raise NotImplementedError("maps are drawn from image and caption together")
-
-    def _text_map(self, text: Input, score: Score) -> Mapped:
-        raise NotImplementedError("maps are drawn from image and caption together")
 
     def _generator(self, image: Tensor, content: Tensor) -> torch.Generator:
         """A generator that the seed and the pair's content determine."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, logsigmoid, pad
 
 from lightning_xai.attribution.base import ImageComparison, check_finite
-from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
+from lightning_xai.attribution.one_tower import AtLayerMethod, Input, Mapped
 from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -59,7 +59,7 @@ def bottleneck(features_BTD: Tensor, gates_BTD: Tensor, variance: float, noise_N
     return kept_BTD.unsqueeze(1) + deviation_BTD.unsqueeze(1) * noise_NTD
 
 
-class M2IB(OneTowerMethod):
+class M2IB(AtLayerMethod):
     """Multi-modal information bottleneck: nats that each patch and token passes on when all that is needless is gone.
 
     Maps are non-negative; more is more important. The image map sums the capacity of each patch over features, the text
@@ -150,16 +150,6 @@ class M2IB(OneTowerMethod):
             by._image_map(second, Score.cosine(first.embedding))[0],
             cosine_similarity(first.embedding, second.embedding, dim=1),
         )
-
-    @torch.no_grad()
-    def _read_image(self, images: Tensor) -> Input:
-        hidden = self.image.features_before(images)
-        return Input(images, self.image.embed_from(hidden), hidden)
-
-    @torch.no_grad()
-    def _read_text(self, tokens: Tensor) -> Input:
-        hidden = self.text.features_before(tokens)
-        return Input(tokens, self.text.embed_from(hidden, tokens), hidden)
 
     def _image_map(self, image: Input, score: Score) -> Mapped:
         hidden: Tensor = image.seen

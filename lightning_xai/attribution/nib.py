@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
+from lightning_xai.attribution.one_tower import AtLayerMethod, Input, Mapped
 from lightning_xai.attribution.path_integral import Rule, quadrature
 from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class NIB(OneTowerMethod):
+class NIB(AtLayerMethod):
     """Integrated gradients of the target from a zero hidden state at a block's input, in both towers.
 
     Signed, in units of the similarity: with the other embedding held fixed, the values of all tokens, CLS, registers
@@ -60,16 +60,6 @@ class NIB(OneTowerMethod):
         self.image = encoder.image_at_layer(_layer(image, encoder.image_at_layer()))
         self.text = encoder.text_at_layer(_layer(text, encoder.text_at_layer()))
         self.grid = self.image.grid
-
-    @torch.no_grad()
-    def _read_image(self, images: Tensor) -> Input:
-        hidden = self.image.features_before(images)
-        return Input(images, self.image.embed_from(hidden), hidden)
-
-    @torch.no_grad()
-    def _read_text(self, tokens: Tensor) -> Input:
-        hidden = self.text.features_before(tokens)
-        return Input(tokens, self.text.embed_from(hidden, tokens), hidden)
 
     def _image_map(self, image: Input, score: Score) -> Mapped:
         values_BT, error = self._narrowed(self.image, image, score, None)

@@ -18,8 +18,9 @@ from lightning_xai.attribution.base import Attribution, AttributionMethod, Expla
 from lightning_xai.attribution.perturbation import wide_dtype
 from lightning_xai.attribution.score import Question, Score
 from lightning_xai.attribution.targets import SIMILARITY
+from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer
 
-__all__ = ["Input", "Mapped", "OneTowerMethod"]
+__all__ = ["AtLayerMethod", "Input", "InputMethod", "Mapped", "OneTowerMethod"]
 
 Mapped = tuple[Tensor, Tensor | None]
 """A map [B, H, W] or [B, L], and what its sum is off [B], of methods whose maps have a known sum."""
@@ -40,11 +41,8 @@ class Input:
     seen: Any = None
 
 
-class OneTowerMethod(AttributionMethod):
-    """A method that asks how the target depends on one input, so that it explains any target.
-
-    It implements the maps of images and of captions for a score, a function of their embeddings.
-    """
+class InputMethod(AttributionMethod):
+    """A method that reads each image and each caption once, and explains any target by what it has read."""
 
     explains: ClassVar[Explains] = "any"
     _wide: ClassVar[bool] = False  # whether many scores are summed, in float32 at least
@@ -71,8 +69,18 @@ class OneTowerMethod(AttributionMethod):
     def _widened(self, embeddings: Tensor) -> Tensor:
         return embeddings.to(wide_dtype(embeddings)) if self._wide else embeddings
 
+    @abstractmethod
     def _explain(self, image: Input, texts: Sequence[Input], asked: Question) -> Attribution:
-        """The maps of an image and of all captions."""
+        """The maps of images and of all their captions."""
+
+
+class OneTowerMethod(InputMethod):
+    """A method that asks how the target depends on one input, with all others as they are.
+
+    It implements the maps of images and of captions for a score, a function of their embeddings.
+    """
+
+    def _explain(self, image: Input, texts: Sequence[Input], asked: Question) -> Attribution:
         embeddings = [text.embedding for text in texts]
         pair = asked.pair(similarities(image, texts))
         image_map, error = self._image_map(image, asked.score_of_image(embeddings, pair))
@@ -92,6 +100,28 @@ class OneTowerMethod(AttributionMethod):
     @abstractmethod
     def _text_map(self, text: Input, score: Score) -> Mapped:
         """The map of B captions for a score of their embeddings."""
+
+
+class AtLayerMethod(OneTowerMethod):
+    """A method that keeps the hidden states at a layer of each tower.
+
+    Attributes:
+        image: the image tower at its layer.
+        text: the text tower at its layer.
+    """
+
+    image: TowerAtLayer
+    text: TextTowerAtLayer
+
+    @torch.no_grad()
+    def _read_image(self, images: Tensor) -> Input:
+        hidden = self.image.features_before(images)
+        return Input(images, self.image.embed_from(hidden), hidden)
+
+    @torch.no_grad()
+    def _read_text(self, tokens: Tensor) -> Input:
+        hidden = self.text.features_before(tokens)
+        return Input(tokens, self.text.embed_from(hidden, tokens), hidden)
 
 
 def similarities(image: Input, texts: Sequence[Input]) -> Tensor:
