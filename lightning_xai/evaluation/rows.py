@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from lightning_xai.attribution.base import Attribution, AttributionMethod, InteractionAttribution
 from lightning_xai.attribution.pairwise import Captured, HiddenStates, PairwiseMethod, References
-from lightning_xai.attribution.perturbation import only_tokens
+from lightning_xai.attribution.perturbation import only_tokens, wide_dtype
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.masks import Mask, MaskError, mask_runs
@@ -374,8 +374,8 @@ class _Measuring:
         return self._captions_with_masks(group, group.tensors)
 
     def measured_phrases(self, group: _Group) -> list[tuple[dict[str, Any], Tensor]]:
-        """Target and map of each phrase that can be measured."""
-        heats = self.maps.phrases.cpu()
+        """Target and map of each phrase that can be measured, in float32 at least."""
+        heats = self.maps.phrases.to(wide_dtype(self.maps.phrases)).cpu()
         return [(group.rows[row], heat) for row, heat in zip(self.wanted.phrases.tolist(), heats, strict=True)]
 
     def _wanted(self, kinds: Set[Kind]) -> Wanted:

@@ -158,7 +158,7 @@ class GroundingPass:
             for reading, found in zip(self.readings, read, strict=True):
                 values = {metric: value for name, metric, value, _ in found.values if name == target["target"]}
                 heat = next(heat for other, heat in found.phrases if other["target"] == target["target"])
-                drawn_now = {"heats": heat.clone(), "gammas": values["gamma"], "hits": values["rho"] == 1}
+                drawn_now = {"heats": heat.float().clone(), "gammas": values["gamma"], "hits": values["rho"] == 1}
                 for name, value in drawn_now.items():
                     self._drawn[f"{name}{reading.suffix}"].append(value)
 

@@ -250,6 +250,25 @@ def test_options_reach_the_attribution(make: Make, world: Path, tmp_path: Path) 
     assert chunks == pytest.approx(plain, abs=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_examples_are_kept_in_float32_and_drawn_at_any_precision(
+    make: Make, world: Path, tmp_path: Path, precision: str
+) -> None:
+    kept: list[Any] = []
+
+    class Keeps(GroundingCallback):
+        def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            super().on_validation_epoch_end(trainer, pl_module)
+            assert self._measured is not None
+            kept.append(self._measured.row["examples"])
+
+    trainer = trainer_in(tmp_path, Keeps(examples=2), precision=precision)
+    (logged,) = trainer.validate(make(), data_of(world), verbose=False)
+    assert 0 < logged["val/gamma_mean"] < 1
+    assert [heat.dtype for heat in kept[0]["heats"] + kept[0]["heats_input"]] == [torch.float32] * 4
+    assert len(list((tmp_path / "grounding").glob("progress*.png"))) == 1
+
+
 # --- the validation's own forward pass is used ---
 
 
