@@ -1,3 +1,4 @@
+from lightning_xai.training.caption_choice import CaptionChoiceCallback
 from lightning_xai.training.checkpoint_file import AtomicCheckpointIO
 from lightning_xai.training.contrastive import ContrastiveFineTuning
 from lightning_xai.training.data_faults import DataFaults
@@ -11,6 +12,7 @@ from lightning_xai.training.resume import Resume
 
 __all__ = [
     "AtomicCheckpointIO",
+    "CaptionChoiceCallback",
     "ContrastiveFineTuning",
     "DataFaults",
     "FiniteSteps",

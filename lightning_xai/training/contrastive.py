@@ -342,12 +342,17 @@ class ContrastiveModule(L.LightningModule):
 
     on_test_end = on_predict_end = on_validation_end
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Embed images and all their captions; the numbers are computed at the end of the epoch."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Embed images and all their captions; the numbers are computed at the end of the epoch.
+
+        Returns:
+            The unit-length embeddings `image` [B, K] and `text` [C, K], for callbacks.
+        """
         image, text = self(batch)
         self.retrieval.update(
             image, text, batch.index, batch.caption_image, batch.caption_index, self.encoder.logit_scale.exp()
         )
+        return {"image": image, "text": text}
 
     test_step = validation_step
 
