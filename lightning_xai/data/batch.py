@@ -14,6 +14,7 @@ from lightning_xai.data.object_swaps import object_swaps
 from lightning_xai.data.phrases import NamedBoxes, Negatives, Phrases, TargetRows, TensorFields, Transform
 from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image, stable_hash
 from lightning_xai.data.spans import CaptionTokenizer
+from lightning_xai.data.wrong_captions import WrongCaptions
 
 __all__ = ["Batch", "EvaluationCollate", "Record", "TrainingCollate"]
 
@@ -38,6 +39,7 @@ class Batch(TensorFields):
         phrases: see `Phrases`; empty in training without `TrainingCollate.label_names`.
         named: see `NamedBoxes`; None in training.
         negatives: see `Negatives`; None in training, likewise.
+        wrong_captions: see `WrongCaptions`; None in training.
         label_names: the split's classes, that `Phrases.label` counts; empty in training.
         faults: one per broken record; padding is none.
     """
@@ -55,6 +57,7 @@ class Batch(TensorFields):
     faults: list[Fault] = field(default_factory=list)
     named: NamedBoxes | None = None
     negatives: Negatives | None = None
+    wrong_captions: WrongCaptions | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
         """A copy with all tensors on `device`, without waiting where the memory is page-locked.
@@ -66,7 +69,7 @@ class Batch(TensorFields):
         return super().to(device, non_blocking)
 
     def only(self, rows: Tensor) -> Batch:
-        """Some images, with their captions and phrases; without named boxes, hard negatives and faults.
+        """Some images, with their captions and phrases; without named boxes, negatives, wrong captions and faults.
 
         Args:
             rows: [N] int64, of the images, ascending.
@@ -186,12 +189,18 @@ class EvaluationCollate:
         captions: list[str] = []
         origin: list[tuple[int, int]] = []
         targets = TargetRows(self.transform, self.tokenizer, self.label_names)
+        wrong: list[tuple[int, int, str, str, str]] = []
         for image_row, sample in enumerate(samples):
             if sample is None:
                 continue
             texts = sample.captions[: self.captions_per_image]
             negatives = hard_negatives(sample, texts, self.label_names, swap_objects=self.swap_objects)
             targets.add(sample, texts, negatives, image_row, len(captions))
+            wrong += [
+                (image_row, len(captions) + each.caption, each.text, each.kind, sample.group)
+                for each in sample.wrong_captions
+                if each.caption < len(texts)
+            ]
             captions.extend(texts)
             origin.extend((image_row, caption_index) for caption_index in range(len(texts)))
         length = self.tokenizer.context_length
@@ -208,6 +217,7 @@ class EvaluationCollate:
             label_names=self.label_names,
             named=targets.named(),
             negatives=targets.negatives(),
+            wrong_captions=WrongCaptions.of(wrong, self.tokenizer),
         )
 
 

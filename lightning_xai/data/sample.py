@@ -107,6 +107,23 @@ class HardNegative:
 
 
 @dataclass(frozen=True)
+class WrongCaption:
+    """A caption that does not fit the image, for a model to choose between it and a true one.
+
+    Unlike a `HardNegative`, it is wrong as a whole: about any number of words, with or without boxes.
+
+    Attributes:
+        text: the wrong caption.
+        caption: index of the true caption in `Sample.captions`.
+        kind: what is wrong with it, by which scores are reported (`"swap_att"`); may be empty.
+    """
+
+    text: str
+    caption: int
+    kind: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image with all its captions and regions.
 
@@ -120,6 +137,9 @@ class Sample:
         negatives: wrong captions that the data set comes with.
         blanks: caption index -> positions in the tokenizer's output that padding takes the place of. They depend on the
             tokenizer: only degraded data sets, made for one model, have them.
+        wrong_captions: captions to choose against, that the data set comes with.
+        group: the same text in two samples where the wrong caption of each is the true one of the other, as in
+            Winoground; empty elsewhere.
     """
 
     key: str
@@ -130,6 +150,8 @@ class Sample:
     source: str = ""
     negatives: tuple[HardNegative, ...] = ()
     blanks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    wrong_captions: tuple[WrongCaption, ...] = ()
+    group: str = ""
 
     def with_one_caption(self, index: int) -> Sample:
         """The sample as if it had that caption alone, with all of its regions."""
@@ -142,6 +164,7 @@ class Sample:
             ),
             negatives=tuple(replace(each, caption=0) for each in self.negatives if each.caption == index),
             blanks={0: self.blanks[index]} if index in self.blanks else {},
+            wrong_captions=tuple(replace(each, caption=0) for each in self.wrong_captions if each.caption == index),
         )
 
 
@@ -155,6 +178,8 @@ class _Record(msgspec.Struct):
     regions: tuple[Region, ...]
     negatives: tuple[HardNegative, ...] = ()
     blanks: dict[int, tuple[int, ...]] = {}
+    wrong_captions: tuple[WrongCaption, ...] = ()
+    group: str = ""
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -292,6 +317,10 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
         record["negatives"] = [asdict(negative) for negative in sample.negatives]
     if sample.blanks:
         record["blanks"] = dict(sample.blanks)
+    if sample.wrong_captions:
+        record["wrong_captions"] = [asdict(wrong) for wrong in sample.wrong_captions]
+    if sample.group:
+        record["group"] = sample.group
     return {
         image_extension(sample.image, sample.source or sample.key): sample.image,
         "json": json.dumps(record, ensure_ascii=False).encode(),
@@ -331,6 +360,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], origin: str) -> Sample
         source=fields.source,
         negatives=fields.negatives,
         blanks=fields.blanks,
+        wrong_captions=fields.wrong_captions,
+        group=fields.group,
     )
     _check(sample, where)
     return sample
@@ -383,12 +414,17 @@ def _faults(sample: Sample) -> Iterator[str]:
     if not sample.captions or not all(isinstance(text, str) and text.strip() for text in sample.captions):
         yield f"at least one caption is needed and none may be empty; got {sample.captions!r}"
     names = (name for region in sample.regions for name in (region.label, region.entity))
-    for text in (*sample.captions, sample.source, *names, *(negative.text for negative in sample.negatives)):
+    others = (*(negative.text for negative in sample.negatives), sample.group)
+    wrong = (text for each in sample.wrong_captions for text in (each.text, each.kind))
+    for text in (*sample.captions, sample.source, *names, *others, *wrong):
         if not is_text(text):
             yield f"{text!r} is no text (surrogates not allowed)"
     for caption, positions in sample.blanks.items():
         if not 0 <= caption < len(sample.captions) or min(positions, default=0) < 0:
             yield f"blanks {list(positions)} of caption {caption} of {len(sample.captions)}"
+    for each in sample.wrong_captions:
+        if not 0 <= each.caption < len(sample.captions) or not each.text.strip():
+            yield f"the wrong caption {each.text!r} belongs to caption {each.caption} of {len(sample.captions)}"
 
 
 def _negative_faults(sample: Sample) -> Iterator[str]:

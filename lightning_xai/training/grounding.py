@@ -31,7 +31,7 @@ from lightning_xai.report.plots import Example, rasterize
 from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, show, write
 from lightning_xai.training.measured_model import describe_measured
 from lightning_xai.training.phrase_sample import PhraseSample
-from lightning_xai.training.schedule import ends_training
+from lightning_xai.training.schedule import is_measured, refuse_monitors
 
 if TYPE_CHECKING:
     from lightning_xai.results.table import ResultTable
@@ -277,11 +277,7 @@ class GroundingCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a measurement, in epochs that are measured."""
-        if trainer.sanity_checking:
-            due = self._first_is_due()
-        else:
-            due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-            due |= not _fitting(trainer) or _ends_off_schedule(trainer)
+        due = self._first_is_due() if trainer.sanity_checking else is_measured(trainer, self.every_n_epochs)
         if due:
             assert self._readings, "Lightning calls setup first"
             examples = self.examples if trainer.is_global_zero else 0
@@ -400,23 +396,16 @@ class GroundingCallback(Callback):
         return last, Reading(label, INPUT, FeaturePairAttribution(encoder, **options), options)
 
     def _check_monitors(self, trainer: L.Trainer) -> None:
-        """A checkpoint would otherwise compare epochs by numbers that are missing, or are those of an earlier epoch."""
+        """Refuse callbacks that look at grounding where it is not measured."""
         for callback in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
             monitor = str(getattr(callback, "monitor", None))
-            looks_every = getattr(callback, "every_n_epochs", 1)
-            if monitor not in {f"val/{name}" for name in (*_SCALARS, *_INPUT_SCALARS)} or not looks_every:
-                continue
-            if monitor.endswith(INPUT) and self.input_phrases == 0:
+            if monitor in {f"val/{name}" for name in _INPUT_SCALARS} and self.input_phrases == 0:
                 raise ValueError(
                     f"{type(callback).__name__} looks at {monitor}, which is not measured with input_phrases=0: set "
                     "GroundingCallback's input_phrases to how many phrases to read at the inputs"
                 )
-            if math.lcm(looks_every, trainer.check_val_every_n_epoch or 1) % self.every_n_epochs:
-                raise ValueError(
-                    f"{type(callback).__name__} looks at {monitor} every {looks_every} epochs, GroundingCallback "
-                    f"measures it every {self.every_n_epochs}: give both the same every_n_epochs, or set "
-                    f"Trainer(check_val_every_n_epoch={self.every_n_epochs})"
-                )
+        names = {f"val/{name}" for name in (*_SCALARS, *_INPUT_SCALARS)}
+        refuse_monitors(trainer, names, "GroundingCallback", self.every_n_epochs)
 
 
 def _find_encoder(module: L.LightningModule) -> DualEncoder:
@@ -455,12 +444,6 @@ def _state(trainer: L.Trainer) -> Row:
     if trainer.is_last_batch:
         return {"epoch": trainer.current_epoch + 1, "step": step}
     return {"epoch": trainer.current_epoch, "step": step, "batch": trainer.fit_loop.batch_idx + 1}
-
-
-def _ends_off_schedule(trainer: L.Trainer) -> bool:
-    """True if this validation is there because training ends: within an epoch, or after one without a validation."""
-    regular = trainer.is_last_batch and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-    return ends_training(trainer) and not regular
 
 
 def _folder(trainer: L.Trainer) -> Path:
