@@ -290,7 +290,7 @@ def _show(measured: Mapping[str, _Measured]) -> None:
         few = len(each.scores.asked) <= _MOST_KINDS
         lines += [line for line in each.lines(name or "own") if few or line[1] not in each.scores.asked]
     heads = [Column("captions of", numeric=False), Column("kind", numeric=False), Column("number")]
-    heads.append(Column("right", percent=True, digits=1, better="up"))
+    heads.append(Column("right", percent=True, digits=1))
     console = wide_console()
     table = PaperTable("caption_choice", "Caption choice", "", heads, [list(line) for line in lines])
     console.print(table.to_terminal(), crop=False)
