@@ -173,6 +173,7 @@ class SourceTests:
         world.refer_to("missing.jpg")
         samples, excluded = world.read()
         manifest, stored = world.prepare()
-        assert (manifest.name, stored) == (f"{world.source}/{world.options()['split']}", samples)
+        split = world.options().get("split")
+        assert (manifest.name, stored) == (f"{world.source}/{split}" if split else world.source, samples)
         assert manifest.excluded == excluded
         assert excluded

@@ -1,4 +1,4 @@
-"""Pairs of a true and a wrong caption, as benchmarks of compositionality have them, and the sample of an image with some.
+"""Pairs of a true and a wrong caption, as benchmarks of compositionality have them, and samples with some.
 
 Reasons for exclusion, of sources that use this
 

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -49,7 +48,7 @@ class _Side:
     """One image of a pair."""
 
     record: _Record
-    number: Literal[0, 1]
+    number: int  # 0 or 1
 
     def image(self, images: Path) -> ImageFile:
         name = self.record.image_1 if self.number else self.record.image_0
