@@ -17,7 +17,7 @@ from result_folders import write_evaluation, write_roar, write_training
 
 from lightning_xai.data import CaptionTokenizer
 from lightning_xai.data.batch import EvaluationCollate, TrainingCollate
-from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_sample, encode_sample
+from lightning_xai.data.sample import HardNegative, RecordError, Sample, WrongCaption, decode_sample, encode_sample
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import open_store
 from lightning_xai.data.shards import Manifest, describe, write_shards
@@ -74,7 +74,8 @@ def test_each_record_of_a_broken_shard_is_itself_or_a_fault(
 def test_a_record_with_strange_values_is_used_or_refused(tokenizer: CaptionTokenizer, data: st.DataObject) -> None:
     sample = next(make_samples(1))
     negative = HardNegative("a cat number 0", (2, 5), 0, (2, 5), 0)
-    sample = Sample(**{**vars(sample), "negatives": (negative,), "blanks": {0: (1, 2)}})
+    sample = Sample(**{**vars(sample), "negatives": (negative,), "blanks": {0: (1, 2)}, "group": "7"})
+    sample = Sample(**{**vars(sample), "wrong_captions": (WrongCaption("a cat", 0, "swap"),)})
     members = encode_sample(sample)
     record = data.draw(broken_json(json.loads(members["json"])))
     changed = {"jpg": data.draw(st.sampled_from((members["jpg"], members["jpg"][:-30]))), "json": _dump(record)}

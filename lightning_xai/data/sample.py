@@ -401,7 +401,7 @@ def mask_faults(sample: Sample) -> Iterator[str]:
 def _check(sample: Sample, where: str | None = None) -> None:
     regions = chain.from_iterable(_region_faults(region, sample) for region in sample.regions)
     advice = "mend or drop the record" if where is None else "prepare the shard again"
-    for fault in chain(_faults(sample), regions, _negative_faults(sample)):
+    for fault in chain(_faults(sample), regions, _negative_faults(sample), _wrong_caption_faults(sample)):
         raise RecordError(f"{where or f'record {sample.key!r} ({sample.source})'}: {fault}; {advice}")
 
 
@@ -422,8 +422,13 @@ def _faults(sample: Sample) -> Iterator[str]:
     for caption, positions in sample.blanks.items():
         if not 0 <= caption < len(sample.captions) or min(positions, default=0) < 0:
             yield f"blanks {list(positions)} of caption {caption} of {len(sample.captions)}"
+
+
+def _wrong_caption_faults(sample: Sample) -> Iterator[str]:
     for each in sample.wrong_captions:
-        if not 0 <= each.caption < len(sample.captions) or not each.text.strip():
+        if not each.text.strip():
+            yield f"a wrong caption is empty: {each.text!r}"
+        if not 0 <= each.caption < len(sample.captions):
             yield f"the wrong caption {each.text!r} belongs to caption {each.caption} of {len(sample.captions)}"
 
 

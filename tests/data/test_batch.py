@@ -11,7 +11,7 @@ from captioned_shards import grey_sample
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER, Fault
-from lightning_xai.data.sample import RecordError, Region, Sample, Span
+from lightning_xai.data.sample import RecordError, Region, Sample, Span, WrongCaption
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.models.image_transform import ImageTransform
@@ -322,3 +322,21 @@ def test_blanks_that_this_tokenizer_has_no_place_for_break_their_record_alone(co
     (fault,) = batch.faults
     assert "token 77 is to be blanked, the tokenizer gives 77" in fault.message
     assert "degraded for another model" in fault.message
+
+
+def test_wrong_captions_of_the_captions_that_take_part_come_with_their_rows(
+    evaluation: EvaluationCollate, tokenizer: CaptionTokenizer
+) -> None:
+    wrong = (WrongCaption("a photo of a cat", 1, "replace"), WrongCaption("a drawing", 0, "swap"))
+    two = grey_sample("two", ("a photo", "a photo of a dog"), wrong_captions=wrong, group="7")
+    records: list[Record] = [(0, grey_sample("one")), (1, RecordError("broken")), (2, two)]
+    found = evaluation(records).wrong_captions
+    assert found is not None
+    assert (found.image_row.tolist(), found.caption_row.tolist()) == ([2, 2], [2, 1])
+    assert (found.kinds, found.groups) == (["replace", "swap"], ["7", "7"])
+    assert torch.equal(found.tokens, tokenizer.encode(["a photo of a cat", "a drawing"]))
+    first = replace(evaluation, captions_per_image=1)(records).wrong_captions
+    assert first is not None
+    assert first.kinds == ["swap"]
+    assert two.with_one_caption(1).wrong_captions == (WrongCaption("a photo of a cat", 0, "replace"),)
+    assert TrainingCollate(TRANSFORM, tokenizer)(records).wrong_captions is None

@@ -15,6 +15,7 @@ from lightning_xai.data.sample import (
     RecordError,
     Region,
     Sample,
+    WrongCaption,
     decode_sample,
     encode_sample,
     exif_orientation,
@@ -48,6 +49,9 @@ def negative(**changes: Any) -> dict[str, Any]:
     return {"negatives": (dataclasses.replace(NEGATIVE, **changes),)}
 
 
+WRONG = (WrongCaption("a dog on a dog", 0, "replace_rel"), WrongCaption("cat", 1))
+
+
 def sample(**changes: Any) -> Sample:
     regions = (
         Region("dog", (0.5, 0.25, 3.0, 2.0), {0: ((2, 5), (12, 15)), 1: ((0, 3),)}),
@@ -62,6 +66,8 @@ def sample(**changes: Any) -> Sample:
         source="test/42.png",
         negatives=(NEGATIVE,),
         blanks={1: (1, 3)},
+        wrong_captions=WRONG,
+        group="7",
     )
     return dataclasses.replace(original, **changes)
 
@@ -90,11 +96,11 @@ def test_the_member_is_named_after_the_image_format() -> None:
         assert encode_sample(sample(image=data))[extension] == data
 
 
-def test_records_without_hard_negatives_blanks_and_entities_do_not_name_them() -> None:
-    plain = sample(negatives=(), blanks={})
+def test_records_without_hard_negatives_blanks_entities_and_wrong_captions_do_not_name_them() -> None:
+    plain = sample(negatives=(), blanks={}, wrong_captions=(), group="")
     members = encode_sample(plain)
     record = json.loads(members["json"])
-    assert not {"negatives", "blanks"} & record.keys()
+    assert not {"negatives", "blanks", "wrong_captions", "group"} & record.keys()
     assert ["entity" in region for region in record["regions"]] == [False, True]
     assert decode_sample("000000000042", members, "shard") == plain
 
@@ -127,6 +133,12 @@ WRONG_SAMPLES: list[tuple[dict[str, Any], str]] = [
     (negative(span=(2, 16)), "leaves its caption 'a hen"),
     (negative(true_span=(5, 5)), "leaves its caption 'a dog"),
     ({"blanks": {2: (1,)}}, "caption 2 of 2"),
+    ({"wrong_captions": (WrongCaption("a hen", 2),)}, "the wrong caption 'a hen' belongs to caption 2 of 2"),
+    ({"wrong_captions": (WrongCaption("a hen", -1),)}, "caption -1 of 2"),
+    ({"wrong_captions": (WrongCaption(" ", 0),)}, "a wrong caption is empty"),
+    ({"wrong_captions": (WrongCaption("a \ud83d", 0),)}, "is no text"),
+    ({"wrong_captions": (WrongCaption("a hen", 0, "\ud83d"),)}, "is no text"),
+    ({"group": "\ud83d"}, "is no text"),
     ({"blanks": {0: (-1,)}}, "blanks"),
     ({"captions": ("a dog and a dog \ud83d", "two")}, "is no text"),
     ({"source": "test/42.png \udce9"}, "is no text"),
@@ -162,6 +174,9 @@ BROKEN_RECORDS: list[tuple[dict[str, bytes], str]] = [
     (record(regions=[{"label": "dog", "box": [1, 2, 3, 1], "crowd": False, "spans": {"x": []}}]), "field"),
     (record(negatives=[{"text": "a hen and a dog"}]), "field"),
     (record(blanks={"0": ["x"]}), "field"),
+    (record(wrong_captions=[{"text": "a hen"}]), "field"),
+    (record(wrong_captions=[{"text": "a hen", "caption": True}]), "field"),
+    (record(group=7), "field"),
     (record(blanks={"0": [-1]}), "blanks"),
     (record(captions=["a dog and a dog", None]), "caption"),
     (record(captions=["a dog and a dog"]), "caption 1 of 1"),
