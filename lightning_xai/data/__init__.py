@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
     from lightning_xai.data.masks import Mask, encode_mask
     from lightning_xai.data.phrases import Phrases
-    from lightning_xai.data.sample import RecordError, Region, Sample
+    from lightning_xai.data.sample import RecordError, Region, Sample, WrongCaption
     from lightning_xai.data.shards import Manifest, write_shards
     from lightning_xai.data.spans import CaptionTokenizer
     from lightning_xai.exclusion import Exclusion
@@ -30,6 +30,7 @@ __all__ = [
     "Sample",
     "ShapesDataModule",
     "ShardDataModule",
+    "WrongCaption",
     "encode_mask",
     "write_shards",
 ]
@@ -47,6 +48,7 @@ _MODULES = {
     "Sample": "data.sample",
     "ShapesDataModule": "data.datamodule",
     "ShardDataModule": "data.datamodule",
+    "WrongCaption": "data.sample",
     "encode_mask": "data.masks",
     "write_shards": "data.shards",
 }

@@ -7,6 +7,13 @@ from lightning_xai.metrics.base import (
     PhraseTargets,
     ScoreMetric,
 )
+from lightning_xai.metrics.caption_choice import (
+    Choice,
+    ChoiceScores,
+    choice_scores,
+    pair_choice,
+    right_choices,
+)
 from lightning_xai.metrics.confidence import ConfidenceMetric, confidence_drop, confidence_increase
 from lightning_xai.metrics.grounding import (
     GroundingMetric,
@@ -28,6 +35,8 @@ from lightning_xai.metrics.retrieval import RetrievalMetric, recall_at_k
 __all__ = [
     "METRICS",
     "CaptionTargets",
+    "Choice",
+    "ChoiceScores",
     "CollageTargets",
     "ConfidenceMetric",
     "GroundingMetric",
@@ -44,17 +53,20 @@ __all__ = [
     "binarised",
     "box_attribution",
     "box_union",
+    "choice_scores",
     "confidence_drop",
     "confidence_increase",
     "directed_pairs",
     "gamma",
     "intersection_over_union",
     "mask_patches",
+    "pair_choice",
     "patch_mask",
     "patch_shares",
     "pixel_average_precision",
     "recall_at_k",
     "rho",
+    "right_choices",
     "spearman",
     "ssim",
 ]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Choice", "ChoiceScores", "caption_choice", "choice_scores", "pair_choice"]
+__all__ = ["Choice", "ChoiceScores", "choice_scores", "pair_choice", "right_choices"]
 
 
 class Choice(NamedTuple):
@@ -36,10 +36,10 @@ class Choice(NamedTuple):
     wrong: float
 
 
-def caption_choice(true_N: Tensor, wrong_N: Tensor) -> Tensor:
+def right_choices(true_N: Tensor, wrong_N: Tensor) -> Tensor:
     """[N] bool, True where the true caption is the more similar one; chance is 1/2.
 
-    >>> caption_choice(torch.tensor([0.3, 0.2, 0.1]), torch.tensor([0.2, 0.2, 0.2])).tolist()
+    >>> right_choices(torch.tensor([0.3, 0.2, 0.1]), torch.tensor([0.2, 0.2, 0.2])).tolist()
     [True, False, False]
     """
     return true_N > wrong_N
@@ -107,7 +107,7 @@ def choice_scores(choices: Iterable[Choice]) -> ChoiceScores:
     true_N, wrong_N = torch.tensor([choice[2:] for choice in given], dtype=torch.float64).reshape(-1, 2).unbind(1)
     right, asked = dict[str, int](), dict[str, int]()
     groups = dict[str, list[Choice]]()
-    for choice, is_right in zip(given, caption_choice(true_N, wrong_N).tolist(), strict=True):
+    for choice, is_right in zip(given, right_choices(true_N, wrong_N).tolist(), strict=True):
         right[choice.kind] = right.get(choice.kind, 0) + is_right
         asked[choice.kind] = asked.get(choice.kind, 0) + 1
         if choice.group:
