@@ -14,6 +14,7 @@ import torch
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import normalize
 from training_runs import task_of, trainer_in
 
@@ -63,10 +64,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shards(crepe, root / "crepe", name="crepe", progress=False)
     pairs = []
     for i in range(9):
-        texts = tuple(f"{text} {i}" for text in PAIR)
+        sides = [f"{text} {i}" for text in PAIR]
         for side in (0, 1) if i != 5 else (0,):  # one image of the sixth pair is not there
-            wrong_caption = WrongCaption(texts[1 - side], 0, "Relation")
-            pairs.append(with_choices(f"{i}-{side}", 2 * i + side, (texts[side],), wrong_caption, group=str(i)))
+            wrong_caption = WrongCaption(sides[1 - side], 0, "Relation")
+            pairs.append(with_choices(f"{i}-{side}", 2 * i + side, (sides[side],), wrong_caption, group=str(i)))
     write_shards(pairs, root / "pairs", name="pairs", progress=False)
     return root
 
@@ -79,7 +80,8 @@ def data_of(world: Path, **options: Any) -> ShardDataModule:
 
 def callback_of(world: Path, **options: Any) -> CaptionChoiceCallback:
     shards = {"crepe": world / "crepe", "pairs": world / "pairs"}
-    return CaptionChoiceCallback(**({"shards": shards, "batch_size": 4, "num_workers": 0} | options))
+    defaults: dict[str, Any] = {"shards": shards, "batch_size": 4, "num_workers": 0}
+    return CaptionChoiceCallback(**(defaults | options))
 
 
 def samples_of(folder: Path) -> list[Sample]:
@@ -204,11 +206,14 @@ def test_grounding_and_weights_are_the_same_with_and_without_it(make: Make, worl
 def test_in_half_precision_true_and_wrong_captions_are_embedded_alike(
     make: Make, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, modes = make(), []
+    task, modes = make(), list[bool]()
     embed = task.encoder.encode_text
-    monkeypatch.setattr(
-        task.encoder, "encode_text", lambda tokens: (modes.append(torch.is_autocast_enabled("cpu")), embed(tokens))[1]
-    )
+
+    def watched(tokens: Tensor) -> Tensor:
+        modes.append(torch.is_autocast_enabled("cpu"))
+        return embed(tokens)
+
+    monkeypatch.setattr(task.encoder, "encode_text", watched)
     trainer_in(tmp_path, callback_of(world), precision="bf16-mixed").validate(task, data_of(world), verbose=False)
     assert set(modes) == {True}
 
@@ -259,7 +264,7 @@ def test_what_could_fail_later_is_refused_before_anything_is_computed(
         ({"shards": {"a/b": world}}, r"names of shards have letters.*got 'a/b'"),
     ):
         with pytest.raises(ValueError, match=message):
-            CaptionChoiceCallback(**options)  # type: ignore[arg-type]
+            CaptionChoiceCallback(**options)
 
 
 def test_a_module_that_returns_no_embeddings_is_told_what_to_return(make: Make, world: Path, tmp_path: Path) -> None:
