@@ -126,6 +126,28 @@ def test_several_processes_have_the_sigmoid_loss_and_the_gradients_of_one(world:
                 torch.testing.assert_close(rank[name], value, rtol=0, atol=1e-12, msg=name)
 
 
+def kept_bytes(loss: Callable[[], tuple[Tensor, Tensor]]) -> int:
+    """Bytes that a loss keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value, _ = loss()
+    assert value.requires_grad
+    return sum(kept.values())
+
+
+def test_the_sigmoid_loss_keeps_no_more_memory_than_the_softmax() -> None:
+    generator, valid = torch.Generator().manual_seed(0), torch.ones(256, dtype=torch.bool)
+    features = [normalize(torch.randn(256, 8, generator=generator), dim=1).requires_grad_() for _ in range(2)]
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor([-10.0], requires_grad=True)
+    softmax = kept_bytes(lambda: global_contrastive_loss(*features, scale, valid))
+    assert kept_bytes(lambda: sigmoid_loss(*features, scale, bias, valid)) < 0.75 * softmax
+
+
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_what_invalid_rows_hold_reaches_neither_sigmoid_loss_nor_gradient(junk: float) -> None:
     valid = torch.tensor([True, False, True])
