@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from lightning_xai.loss import (
     check_features,
@@ -24,6 +24,8 @@ from lightning_xai.models.hugging_face import HuggingFaceEncoder
 from lightning_xai.training.objectives.base import Objective, Step, Term
 
 __all__ = ["Sigmoid", "sigmoid_loss"]
+
+_LINEAR = 50.0  # logits above it are their own softplus, exactly in float64; torch's 20 is off by 2e-9
 
 
 def sigmoid_loss(
@@ -64,14 +66,14 @@ def sigmoid_loss(
         image, text = known_features(image_features, text_features, valid)
         rows = gather_rows(torch.cat([text, valid[:, None].to(text.dtype)], dim=1))
         texts, everyone = rows[:, :-1], rows[:, -1].detach() > 0.5
-        logits = (logit_scale.to(image.dtype) * image) @ texts.T + logit_bias.to(image.dtype).reshape(())
-        logits = logits.masked_fill(~(valid[:, None] & everyone[None]), -torch.inf)
-        own = torch.arange(rank * len(valid), (rank + 1) * len(valid), device=valid.device)[:, None]
-        right = own_is_largest(logits.detach(), own[:, 0]) & valid
-        # An image without a caption has no logit that is finite; its own pair, too, drops out as a wrong one.
-        matched = logits.gather(1, own).masked_fill(~valid[:, None], torch.inf)
-        wrong = logits.scatter(1, own, -torch.inf)
-        loss = -(logsigmoid(matched).sum() + logsigmoid(-wrong).sum())
+        # One matrix is changed in place up to the softplus, which is all that keeps it for the backward pass.
+        logits = torch.addmm(logit_bias.to(image.dtype).reshape(()), logit_scale.to(image.dtype) * image, texts.T)
+        logits.masked_fill_(~(valid[:, None] & everyone[None]), -torch.inf)
+        first = rank * len(valid)
+        right = own_is_largest(logits.detach(), first + torch.arange(len(valid), device=valid.device)) & valid
+        # -log sigmoid(x) of an image with its caption is softplus(-x). Where there is no image, softplus(-inf) is zero.
+        logits.diagonal(first).neg_().masked_fill_(~valid, -torch.inf)
+        loss = softplus(logits, threshold=_LINEAR).sum()
         loss, hits = sum_over_ranks(torch.stack([loss, right.sum().to(loss.dtype)]))
         count = everyone.sum()
         return loss / count.clamp(min=1), hits.detach() / count

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from image_files import jpeg
 from source_files import SourceTests, World
+from training_runs import Recorder, task_of, trainer_in
 
-from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Sample
+from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Sample, ShardDataModule
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sources.flickr30k import parse_sentence
+from lightning_xai.training.objectives import Grounding, HardNegativeText
 
 BOY = "[/EN#283585/people A young white boy]"
 # The data set's own kinds of marks: several types, the null chain, a scene, a chain without box, one with two boxes.
@@ -343,3 +346,17 @@ def test_captions_that_are_listed_as_unrelated_are_excluded_where_that_is_asked_
     listed.unlink()
     with pytest.raises(FileNotFoundError, match="UNRELATED_CAPTIONS"):
         world.read(exclude_unrelated=True)
+
+
+def test_its_phrases_train_a_model_and_its_coarse_classes_give_no_hard_negatives(
+    world: FlickrWorld, architecture_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    world.add("1000092796")
+    world.prepare()
+    data = ShardDataModule(train=world.folder / "out", batch_size=2, num_workers=0)
+    task, recorder = task_of(architecture_file("vit"), objectives=[Grounding()]), Recorder()
+    trainer_in(tmp_path / "run", recorder).fit(task, data)
+    assert recorder.logged[0]["train/phrases"] > 0
+    task = task_of(architecture_file("vit"), objectives=[HardNegativeText(swap_objects=True)])
+    with pytest.raises(ValueError, match="Flickr30k's entities have too coarse classes"):
+        trainer_in(tmp_path / "refused").fit(task, data)

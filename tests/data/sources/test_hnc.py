@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from image_files import jpeg
 from source_files import SourceTests, World
+from training_runs import Recorder, task_of, trainer_in
 
-from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Sample
+from lightning_xai.data import CaptionTokenizer, Exclusion, ImageTransform, Sample, ShardDataModule
 from lightning_xai.data.batch import EvaluationCollate
 from lightning_xai.data.sample import HardNegative
+from lightning_xai.training.objectives import Grounding, HardNegativeText
 
 MAN = ("1001", "man", (10, 20, 30, 40))
 CAR = ("1002", "car", (50, 10, 40, 30))
@@ -368,3 +371,18 @@ def test_another_kind_of_file_is_an_error_that_says_so(world: HncWorld) -> None:
         world.read()
     with pytest.raises(ValueError, match=r"image_record_malformed.*Check that it is HNC's file"):
         world.read(types="all")
+
+
+def test_its_hard_negatives_train_a_model(
+    world: HncWorld, architecture_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for number in range(3):
+        world.add(f"237080{number}", TRUE, WRONG)
+    world.prepare()
+    task = task_of(architecture_file("vit"), objectives=[HardNegativeText(), Grounding()])
+    recorder, data = Recorder(), ShardDataModule(train=world.folder / "out", batch_size=4, num_workers=0)
+    trainer_in(tmp_path / "run", recorder).fit(task, data)
+    (logged,) = recorder.logged
+    assert logged["train/negatives"] >= 3
+    assert logged["train/phrases"] > 0
+    assert logged["train/loss"] > 0
