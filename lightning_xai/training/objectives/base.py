@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_xai.data.batch import Batch
 from lightning_xai.models.dual_encoder import DualEncoder
 
-__all__ = ["Objective", "Step", "Term"]
+__all__ = ["Objective", "Step", "Term", "zero_with_graph"]
 
 
 @dataclass(frozen=True)
@@ -92,3 +92,14 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, step: Step) -> Term:
         """Compute the term."""
+
+
+def zero_with_graph(step: Step) -> Tensor:
+    """A zero, scalar, whose backward pass reaches all that a term of this rank's rows would reach.
+
+    A term adds it where a rank has nothing to learn from: every rank then has a graph, and DistributedDataParallel
+    gets a gradient of every parameter, the logit scale's included. Invalid rows are not part of it.
+    """
+    invalid = ~step.batch.valid[:, None]
+    embedded = step.image.masked_fill(invalid, 0).sum() + step.text.masked_fill(invalid, 0).sum()
+    return 0 * (embedded + step.scale.to(embedded.dtype))

@@ -21,7 +21,7 @@ from lightning_xai.loss import sum_over_ranks
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.models.at_layer import differentiable, refuse_rewriting
 from lightning_xai.models.dual_encoder import DualEncoder
-from lightning_xai.training.objectives.base import Objective, Step, Term
+from lightning_xai.training.objectives.base import Objective, Step, Term, zero_with_graph
 
 __all__ = ["Grounding"]
 
@@ -99,9 +99,7 @@ class Grounding(Objective):
             some = total.detach() > 0
             gamma = inside[some] / total[some]
             penalty = -gamma.clamp(min=_LEAST_GAMMA).log() if self.penalty == "log" else 1 - gamma
-            # Every rank has a graph to run backwards, phrases or not.
-            nothing = 0 * (step.image[step.batch.valid].sum() + step.text[step.batch.valid].sum())
-            sums = torch.stack([penalty.sum() + nothing, gamma.detach().sum(), *_counts(some).to(penalty)])
+            sums = torch.stack([penalty.sum() + zero_with_graph(step), gamma.detach().sum(), *_counts(some).to(penalty)])
         loss, gammas, count, without = sum_over_ranks(sums)
         count = count.detach()
         logged = {"gamma": gammas.detach() / count, "phrases": count, "phrases_without_positive": without.detach()}
