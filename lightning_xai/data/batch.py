@@ -104,6 +104,7 @@ class TrainingCollate:
         captions_per_image: only the first so many captions of an image take part; None: all.
         label_names: the split's classes, where batches hold phrases and hard negatives; None: they hold none.
         swap_objects: as for `EvaluationCollate`.
+        phrase_tokens: whether phrases are also tokenised as captions of their own (`Phrases.tokens`).
     """
 
     transform: Transform
@@ -112,6 +113,7 @@ class TrainingCollate:
     captions_per_image: int | None = None
     label_names: tuple[str, ...] | None = None
     swap_objects: bool = False
+    phrase_tokens: bool = False
 
     def __call__(self, records: Sequence[Record], epoch: int = 0) -> Batch:
         """Decode, transform and tokenise; a record that fails becomes an invalid row and a fault."""
@@ -139,7 +141,7 @@ class TrainingCollate:
         """What the chosen captions say of their images."""
         if self.label_names is None:
             return None
-        targets = TargetRows(self.transform, self.tokenizer, self.label_names)
+        targets = TargetRows(self.transform, self.tokenizer, self.label_names, phrase_tokens=self.phrase_tokens)
         for row, (sample, choice) in enumerate(zip(samples, choices, strict=True)):
             if sample is not None:
                 alone = sample.with_one_caption(choice)

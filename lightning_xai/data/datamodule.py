@@ -265,6 +265,7 @@ class ShardDataModule(LightningDataModule):
             self.captions_per_image,
             label_names=self.manifest("train").labels if asked else None,
             swap_objects=self.swap_objects,
+            phrase_tokens=getattr(module, "needs_phrase_tokens", False),
         )
         rank, world_size = self._place()
         dataset = TrainingDataset(

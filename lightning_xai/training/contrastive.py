@@ -157,6 +157,11 @@ class ContrastiveModule(L.LightningModule):
         """Whether training batches have to hold phrases, boxes and hard negatives; data modules ask."""
         return any(objective.needs_targets for objective in self.objectives)
 
+    @property
+    def needs_phrase_tokens(self) -> bool:
+        """Whether phrases have to be tokenised as captions of their own, too; data modules ask."""
+        return any(objective.needs_phrase_tokens for objective in self.objectives)
+
     def configure_model(self) -> None:
         """Under `ModelParallelStrategy`, spread the encoder over all processes.
 

@@ -61,6 +61,7 @@ class Objective(ABC):
     Attributes:
         name: the term is logged as `train/NAME`, before the weight.
         needs_targets: whether training batches have to hold phrases, boxes and hard negatives.
+        needs_phrase_tokens: whether phrases have to be tokenised as captions of their own, too (`Phrases.tokens`).
         listens: whether hidden states of the training pass are read, by hooks (`listening`).
         trains_logit_bias: whether the model's `logit_bias` has a gradient; where it has none, it is frozen.
 
@@ -70,6 +71,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     needs_targets: ClassVar[bool] = False
+    needs_phrase_tokens: ClassVar[bool] = False
     listens: ClassVar[bool] = False
     trains_logit_bias: ClassVar[bool] = False
 

@@ -99,7 +99,9 @@ class Grounding(Objective):
             some = total.detach() > 0
             gamma = inside[some] / total[some]
             penalty = -gamma.clamp(min=_LEAST_GAMMA).log() if self.penalty == "log" else 1 - gamma
-            sums = torch.stack([penalty.sum() + zero_with_graph(step), gamma.detach().sum(), *_counts(some).to(penalty)])
+            sums = torch.stack(
+                [penalty.sum() + zero_with_graph(step), gamma.detach().sum(), *_counts(some).to(penalty)]
+            )
         loss, gammas, count, without = sum_over_ranks(sums)
         count = count.detach()
         logged = {"gamma": gammas.detach() / count, "phrases": count, "phrases_without_positive": without.detach()}
