@@ -129,16 +129,22 @@ def _sums(directions: Iterable[Tensor], valid: Tensor, everyone: Tensor, first: 
         everyone: [G] bool, `valid` of all ranks.
         first: this rank's first row among all.
     """
-    hidden = valid[:, None] & ~everyone[None, :]
     own = torch.arange(first, first + len(valid), device=valid.device)
     losses, right = [], []
     for logits in directions:
-        # Invalid rows keep finite logits (their loss is dropped below): all -inf would put NaN into the graph.
-        logits = logits.masked_fill(hidden, -torch.inf)
+        logits = hide_columns(logits, ~everyone, valid)
         losses.append(cross_entropy(logits, own, reduction="none"))
         right.append(own_is_largest(logits.detach(), own) & valid)
     loss = torch.stack(losses).sum(dim=0).masked_fill(~valid, 0).sum()
     return loss, torch.stack(right).sum().to(loss.dtype)
+
+
+def hide_columns(logits: Tensor, hidden: Tensor, valid: Tensor) -> Tensor:
+    """Logits [B, G] with -inf where `hidden` ([G] or [B, G] bool) says so.
+
+    Invalid rows keep finite logits, and their loss has to be dropped: all -inf would put NaN into the graph.
+    """
+    return logits.masked_fill(valid[:, None] & hidden, -torch.inf)
 
 
 def own_is_largest(logits: Tensor, own: Tensor) -> Tensor:

@@ -212,16 +212,22 @@ class TargetRows:
         negatives: Iterable[HardNegative],
         image_row: int,
         first_caption_row: int,
+        *,
+        phrases: bool = True,
     ) -> None:
         """The targets of one image; `captions` are its first ones, and start at a row of the batch's tokens.
+
+        Without `phrases`, the hard negatives alone.
 
         The classes of its regions have to be among `labels`.
         """
         given = torch.tensor([region.box or _NO_BOX for region in sample.regions], dtype=torch.float64)
         boxes = list(self._transform.boxes(given, sample.size))  # (x0, y0, x1, y1) in the transformed image
-        self._add_phrases(sample, captions, boxes, image_row, first_caption_row)
         for negative in negatives:
             self._add_negative(sample, negative, boxes[negative.region], image_row, first_caption_row)
+        if not phrases:
+            return
+        self._add_phrases(sample, captions, boxes, image_row, first_caption_row)
         incomplete = {index for region in sample.regions if region.box is None for index in region.spans}
         for region, box in zip(sample.regions, boxes, strict=True):
             if region.box is not None and _has_area(box):

@@ -183,7 +183,7 @@ def test_what_invalid_rows_hold_reaches_neither_the_loss_of_patches_nor_its_grad
 
 def collate_for(task: ContrastiveFineTuning, shards: Path) -> TrainingCollate:
     labels, encoder = Manifest.load(shards).labels, task.encoder
-    return TrainingCollate(encoder.image_transform, encoder.tokenizer, label_names=labels, phrase_tokens=True)
+    return TrainingCollate(encoder.image_transform, encoder.tokenizer, label_names=labels, needs=task.batch_needs)
 
 
 def training_batch(task: ContrastiveFineTuning, shards: Path, size: int) -> Batch:

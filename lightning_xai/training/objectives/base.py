@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.models.dual_encoder import DualEncoder
 
 __all__ = ["Objective", "Step", "Term", "zero_with_graph"]
@@ -30,6 +31,7 @@ class Step:
         image: [B, K] unit embeddings, at least float32.
         text: [B, K], likewise.
         scale: the factor on similarities, a scalar (the exponential already taken).
+        extra: by name of an objective, [N, K] unit embeddings of its `extra_tokens`.
     """
 
     encoder: DualEncoder
@@ -37,6 +39,7 @@ class Step:
     image: Tensor
     text: Tensor
     scale: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,7 @@ class Objective(ABC):
 
     Attributes:
         name: the term is logged as `train/NAME`, before the weight.
-        needs_targets: whether training batches have to hold phrases, boxes and hard negatives.
-        needs_phrase_tokens: whether phrases have to be tokenised as captions of their own, too (`Phrases.tokens`).
+        needs: what training batches have to hold besides images and captions; data without it are refused.
         listens: whether hidden states of the training pass are read, by hooks (`listening`).
         trains_logit_bias: whether the model's `logit_bias` has a gradient; where it has none, it is frozen.
 
@@ -70,8 +72,7 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
-    needs_targets: ClassVar[bool] = False
-    needs_phrase_tokens: ClassVar[bool] = False
+    needs: BatchNeeds = BatchNeeds()
     listens: ClassVar[bool] = False
     trains_logit_bias: ClassVar[bool] = False
 
@@ -90,6 +91,14 @@ class Objective(ABC):
     def listening(self) -> AbstractContextManager[object]:
         """Around the training pass: keep what its hooks see for the call that follows. By default nothing."""
         return nullcontext()
+
+    def extra_tokens(self, batch: Batch) -> Tensor | None:
+        """Token ids [N, T] of texts that the training pass embeds after the captions, which have T tokens, too.
+
+        One pass embeds all texts, so that it is the same on every process, however many texts each of them has.
+        By default None: no texts.
+        """
+        return None
 
     @abstractmethod
     def __call__(self, step: Step) -> Term:

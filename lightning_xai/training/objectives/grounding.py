@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_xai.attribution.pairwise import Captured, capture
 from lightning_xai.attribution.path_integral import integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import reference_image
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.loss import sum_over_ranks
@@ -50,7 +51,7 @@ class Grounding(Objective):
     """
 
     name = "grounding"
-    needs_targets = True
+    needs = BatchNeeds(phrases=True, boxes=True)
     listens = True
 
     def __init__(

@@ -11,13 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from lightning_xai.data.batch import Batch
+from lightning_xai.data.needs import BatchNeeds
+from lightning_xai.data.phrases import Phrases
+from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.loss import gather_uneven_rows
 from lightning_xai.models.at_layer import UnsupportedTowerError, differentiable, evaluating
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.training.objectives.base import Objective, Step, zero_with_graph
 
-__all__ = ["PatchObjective", "text_numbers"]
+__all__ = ["PatchObjective", "text_numbers", "whole"]
 
 
 class PatchObjective(Objective):
@@ -26,13 +31,12 @@ class PatchObjective(Objective):
     A patch is embedded as if the head read it alone (`TowerAtLayer.embed_each`): by the final norm and the projection,
     or by the way of the values of an attention pool. No image is run twice.
 
-    Phrases are embedded by a text pass of their own, once for each text. A phrase's tokens within its caption would
-    save that pass, but a causal tower has mixed into them all the words before, so that the position in the caption
-    could be learned instead of the phrase; and no tower was trained to be read there.
+    Phrases are further texts of the training pass, each text once. Their tokens within the caption would cost nothing,
+    but a causal tower has mixed into them all the words before, so that the position in the caption could be learned
+    instead of the phrase; and no tower was trained to be read there.
     """
 
-    needs_targets = True
-    needs_phrase_tokens = True
+    needs = BatchNeeds(phrase_tokens=True)
     listens = True
 
     def __init__(self, *, weight: float = 1.0) -> None:
@@ -90,17 +94,35 @@ class PatchObjective(Objective):
         graph = torch.is_grad_enabled()
         with differentiable(encoder), torch.set_grad_enabled(graph):
             patches = hidden[:, self._image.prefix_tokens :].to(next(encoder.parameters()).dtype)
-            return _at_least_float32(self._image.embed_each(patches))
+            embedded = self._image.embed_each(patches)
+            return embedded.to(torch.promote_types(embedded.dtype, torch.float32))
 
-    @staticmethod
-    def _embedded(step: Step, tokens: Tensor) -> Tensor:
-        """Embeddings [R, K], at least float32 and not normalised, of phrases [R, L] as captions of their own.
+    def extra_tokens(self, batch: Batch) -> Tensor:
+        """Return the batch's phrases, each text once.
 
-        They have a graph and take one text pass on every rank, also on one without phrases.
+        Raises:
+            ValueError: the batch was made without phrases.
         """
-        nothing = step.encoder.tokenizer.padding_caption()[None].to(tokens)
-        texts, which = torch.unique(torch.cat([tokens, nothing]), dim=0, return_inverse=True)
-        return _at_least_float32(step.encoder.encode_text(texts))[which[:-1]] + zero_with_graph(step)
+        return torch.unique(self._tokens(_named(batch)), dim=0)
+
+    def _phrases(self, step: Step) -> tuple[Phrases, Tensor]:
+        """The phrases that captions name, R, and their embeddings [R, K], which have a graph on every rank."""
+        phrases = _named(step.batch)
+        which = torch.unique(self._tokens(phrases), dim=0, return_inverse=True)[1]
+        return phrases, step.extra[self.name][which] + zero_with_graph(step)
+
+    def _tokens(self, phrases: Phrases) -> Tensor:
+        if phrases.tokens is None:
+            raise ValueError(
+                f"the objective {self.name} needs phrases as captions of their own, which the training batches lack: "
+                "take ShardDataModule, or make them by TrainingCollate(..., needs=task.batch_needs)"
+            )
+        return phrases.tokens
+
+
+def _named(batch: Batch) -> Phrases:
+    """The phrases of a batch without the rows of objects that no caption names."""
+    return batch.phrases.only((batch.phrases.caption_row >= 0).nonzero()[:, 0])
 
 
 def text_numbers(tokens: Tensor) -> Tensor:
@@ -112,8 +134,9 @@ def text_numbers(tokens: Tensor) -> Tensor:
     return numbers
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def whole(tokens: Tensor, tokenizer: CaptionTokenizer) -> Tensor:
+    """Trimmed texts [R, T] in the tokenizer's own length [R, L], the same on every rank."""
+    return pad(tokens, (0, tokenizer.context_length - tokens.shape[1]), value=tokenizer.padding_id)
 
 
 def _drops_patches(part: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.loss import gather_uneven_rows, sum_over_ranks
 from lightning_xai.training.objectives.base import Step, Term, zero_with_graph
-from lightning_xai.training.objectives.patches import PatchObjective, text_numbers
+from lightning_xai.training.objectives.patches import PatchObjective, text_numbers, whole
 
 __all__ = ["PhrasePatch", "phrase_patch_loss"]
 
@@ -146,29 +146,22 @@ class PhrasePatch(PatchObjective):
 
     def __call__(self, step: Step) -> Term:
         """Compute the term; a zero with a graph where no row of any rank is valid."""
-        batch = step.batch
-        phrases = batch.phrases.only(
-            ((batch.phrases.caption_row >= 0) & (batch.phrases.reason != Exclusion.OUTSIDE_CROP)).nonzero()[:, 0]
-        )
-        assert phrases.tokens is not None, "the collate was asked for them"
-        # Captions without a phrase.
-        rows = batch.valid.scatter(0, phrases.image_row, value=False).nonzero()[:, 0]
-        queries = torch.cat([self._embedded(step, phrases.tokens), step.text[rows]])
-        captions = pad(
-            batch.tokens[rows],
-            (0, phrases.tokens.shape[1] - batch.tokens.shape[1]),
-            value=step.encoder.tokenizer.padding_id,
-        )
+        batch, tokenizer = step.batch, step.encoder.tokenizer
+        phrases, said = self._phrases(step)
+        seen = (phrases.reason != Exclusion.OUTSIDE_CROP).nonzero()[:, 0]
+        image_row = phrases.image_row[seen]
+        alone = batch.valid.scatter(0, image_row, value=False).nonzero()[:, 0]  # captions without a phrase
+        own_bias = getattr(step.encoder.model, "logit_bias", None)
         loss, accuracy, _ = phrase_patch_loss(
             self._patches(step.encoder) + zero_with_graph(step),
-            queries,
-            torch.cat([phrases.image_row, rows]),
-            torch.cat([phrases.tokens, captions]),
+            torch.cat([said[seen], step.text[alone]]),
+            torch.cat([image_row, alone]),
+            whole(torch.cat([self._tokens(phrases)[seen], batch.tokens[alone]]), tokenizer),
             step.scale,
-            self.bias if getattr(step.encoder.model, "logit_bias", None) is None else step.encoder.model.logit_bias,
+            self.bias if own_bias is None else own_bias,
             batch.valid,
             sharpness=self.sharpness,
         )
-        counts = sum_over_ranks(torch.tensor([len(phrases), len(rows)], device=loss.device))
+        counts = sum_over_ranks(loss.new_tensor([len(seen), len(alone)]))
         logged = {"accuracy": accuracy, "phrases": counts[0], "captions": counts[1]}
         return Term(loss, {f"{self.name}_{name}": value for name, value in logged.items()})

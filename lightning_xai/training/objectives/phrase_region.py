@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from lightning_xai.data.phrases import Phrases
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.loss import gather_uneven_rows, own_is_largest, sum_over_ranks
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.training.objectives.base import Step, Term, zero_with_graph
-from lightning_xai.training.objectives.patches import PatchObjective, text_numbers
+from lightning_xai.training.objectives.patches import PatchObjective, text_numbers, whole
 
 __all__ = ["PhraseRegion", "phrase_region_loss"]
 
@@ -89,22 +89,20 @@ class PhraseRegion(PatchObjective):
 
     name = "phrase_region"
 
+    needs = BatchNeeds(phrases=True, boxes=True, phrase_tokens=True)
+
     def __call__(self, step: Step) -> Term:
         """Compute the term; a zero with a graph where no phrase of any rank takes part."""
-        patches = self._patches(step.encoder)
-        phrases, masks, excluded = self._measurable(step)
-        assert phrases.tokens is not None, "the collate was asked for them"
-        inside = masks.flatten(1).to(patches)
-        means = torch.einsum("rp,rpk->rk", inside / inside.sum(dim=1, keepdim=True), patches[phrases.image_row])
-        regions = means + zero_with_graph(step)
-        texts = self._embedded(step, phrases.tokens)
-        loss, accuracy, count = phrase_region_loss(regions, texts, phrases.tokens, step.scale)
-        logged = {"accuracy": accuracy, "phrases": count, "excluded": sum_over_ranks(excluded)}
-        return Term(loss, {f"{self.name}_{name}": value for name, value in logged.items()})
-
-    def _measurable(self, step: Step) -> tuple[Phrases, Tensor, Tensor]:
-        """The phrases that gamma is measured on, the patches of their boxes [R, H, W], and the number of the others."""
-        phrases, size, grid = step.batch.phrases, step.encoder.image_shape[1:], self._image.grid
+        phrases, said = self._phrases(step)
+        size, grid = step.encoder.image_shape[1:], self._image.grid
         reason = measurable(phrases.reason, phrases.boxes, grid, size)
-        kept = phrases.only((reason == Exclusion.MEASURED).nonzero()[:, 0])
-        return kept, patch_mask(kept.boxes, grid, size), (phrases.caption_row >= 0).sum() - len(kept)
+        rows = (reason == Exclusion.MEASURED).nonzero()[:, 0]
+        patches = self._patches(step.encoder)
+        inside = patch_mask(phrases.boxes[rows], grid, size).flatten(1).to(patches)
+        shares = inside / inside.sum(dim=1, keepdim=True)
+        regions = torch.einsum("rp,rpk->rk", shares, patches[phrases.image_row[rows]]) + zero_with_graph(step)
+        tokens = whole(self._tokens(phrases)[rows], step.encoder.tokenizer)
+        loss, accuracy, count = phrase_region_loss(regions, said[rows], tokens, step.scale)
+        excluded = sum_over_ranks(loss.new_tensor([len(phrases) - len(rows)]))[0]
+        logged = {"accuracy": accuracy, "phrases": count, "excluded": excluded}
+        return Term(loss, {f"{self.name}_{name}": value for name, value in logged.items()})
