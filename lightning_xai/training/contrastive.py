@@ -209,7 +209,9 @@ class ContrastiveModule(L.LightningModule):
         """
         if isinstance(batch, Batch) and self.trainer.training:
             parts = {"negatives": batch.negatives, "phrases": batch.phrases}
-            more = {name: part for name, part in parts.items() if part is not None and part.tokens is not None}
+            more: dict[str, Any] = {
+                name: part for name, part in parts.items() if part is not None and part.tokens is not None
+            }
             texts = torch.cat([batch.tokens, *(part.tokens for part in more.values())])
             length = self.encoder.trim_tokens(texts).shape[1]
             cut: dict[str, Any] = {

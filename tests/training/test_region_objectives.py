@@ -83,7 +83,8 @@ def literal_region(model: nn.Module, phrases: list[tuple[int, int]]) -> Tensor:
         right = torch.exp(scale * region[r] @ phrase[r])
         total = total - torch.log(right / (right + sum(torch.exp(scale * region[r] @ phrase[j]) for j in negatives)))
         total = total - torch.log(right / (right + sum(torch.exp(scale * region[j] @ phrase[r]) for j in negatives)))
-    return total / (2 * max(len(rows), 1))
+    mean: Tensor = total / (2 * max(len(rows), 1))
+    return mean
 
 
 def literal_patch(model: nn.Module, phrases: list[tuple[int, int]]) -> Tensor:
@@ -99,7 +100,8 @@ def literal_patch(model: nn.Module, phrases: list[tuple[int, int]]) -> Tensor:
             shares = [torch.exp(10 * c) / sum(torch.exp(10 * other) for other in cosines) for c in cosines]
             logit = scale * sum(share * c for share, c in zip(shares, cosines, strict=True)) + bias.squeeze()
             total = total - torch.log(1 / (1 + torch.exp(-logit if image == own else logit)))
-    return total / max(len(phrases), 1)
+    mean: Tensor = total / max(len(phrases), 1)
+    return mean
 
 
 def literal_gradients(phrases: list[tuple[int, int]], name: str) -> dict[str, Tensor]:
@@ -204,7 +206,8 @@ def open_clip_patches(encoder: DualEncoder, images: Tensor) -> Tensor:
     visual.output_tokens = True
     tokens: Tensor = visual(images)[1]
     visual.output_tokens = False
-    return tokens @ visual.proj
+    patches: Tensor = tokens @ visual.proj
+    return patches
 
 
 def test_the_terms_are_those_of_the_models_own_patches_and_of_phrases_as_captions(

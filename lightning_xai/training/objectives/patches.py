@@ -103,7 +103,8 @@ class PatchObjective(Objective):
         Raises:
             ValueError: the batch was made without phrases.
         """
-        return torch.unique(self._tokens(_named(batch)), dim=0)
+        texts: Tensor = torch.unique(self._tokens(_named(batch)), dim=0)
+        return texts
 
     def _phrases(self, step: Step) -> tuple[Phrases, Tensor]:
         """The phrases that captions name, R, and their embeddings [R, K], which have a graph on every rank."""
