@@ -195,6 +195,18 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if rank_and_world()[1] == 1 else cast(Tensor, _GatherRows.apply(rows))
 
 
+def gather_uneven_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """`gather_rows` of any number of rows [R, F] on each rank, and the place of this rank's first row among them."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return rows, 0
+    sizes = gather_rows(torch.tensor([[len(rows)]], device=rows.device))[:, 0].tolist()
+    most = max(1, *sizes)  # no backend is asked to gather nothing
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    parts = gather_rows(padded).chunk(world)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[:rank])
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum over all ranks of values [N] that all go on alike with; gradients suit averaging over ranks."""
     return values if rank_and_world()[1] == 1 else cast(Tensor, _SumOverRanks.apply(values))

@@ -118,7 +118,7 @@ class TrainingCollate:
 
     def __call__(self, records: Sequence[Record], epoch: int = 0) -> Batch:
         """Decode, transform and tokenise; a record that fails becomes an invalid row and a fault."""
-        labels = set(self.label_names) if self.needs.phrases or self.needs.negatives else None
+        labels = set(self.label_names) if self.needs.any_phrases or self.needs.negatives else None
         samples, images = _read_images(records, self.transform, self.tokenizer.context_length, labels)
         choices = [-1 if sample is None else self._choice(sample, epoch) for sample in samples]
         captions = [
@@ -133,20 +133,22 @@ class TrainingCollate:
             caption_image=torch.arange(len(captions)),
             caption_index=torch.tensor(choices, dtype=torch.int64),
             captions=captions,
-            phrases=targets.phrases() if self.needs.phrases else Phrases.empty(self.tokenizer.context_length),
+            phrases=targets.phrases() if self.needs.any_phrases else Phrases.empty(self.tokenizer.context_length),
             label_names=self.label_names,
             negatives=targets.negatives() if self.needs.negatives else None,
         )
 
     def _targets(self, samples: Sequence[Sample | None], choices: Sequence[int], epoch: int) -> TargetRows:
         """What the chosen captions say of their images, as far as it is asked for."""
-        targets = TargetRows(self.transform, self.tokenizer, self.label_names)
-        if not (self.needs.phrases or self.needs.negatives):
+        tokenise = self.needs.phrase_tokens
+        targets = TargetRows(self.transform, self.tokenizer, self.label_names, phrase_tokens=tokenise)
+        if not (self.needs.any_phrases or self.needs.negatives):
             return targets
         for row, (sample, choice) in enumerate(zip(samples, choices, strict=True)):
             if sample is not None:
                 alone = sample.with_one_caption(choice)
-                targets.add(alone, alone.captions, self._negatives(alone, epoch), row, row, phrases=self.needs.phrases)
+                negatives = self._negatives(alone, epoch)
+                targets.add(alone, alone.captions, negatives, row, row, phrases=self.needs.any_phrases)
         return targets
 
     def _negatives(self, sample: Sample, epoch: int) -> list[HardNegative]:

@@ -29,16 +29,23 @@ class BatchNeeds:
         boxes: phrases are of use only where their object has a box.
         negatives: most hard negatives of an image; 0: none.
         swap_objects: hard negatives are also made from captions, see `lightning_xai.data.object_swaps`.
+        phrase_tokens: phrases, where there are any, are also tokenised as captions of their own (`Phrases.tokens`).
 
     Example:
         >>> BatchNeeds(phrases=True) | BatchNeeds(negatives=2)
-        BatchNeeds(phrases=True, boxes=False, negatives=2, swap_objects=False)
+        BatchNeeds(phrases=True, boxes=False, negatives=2, swap_objects=False, phrase_tokens=False)
     """
 
     phrases: bool = False
     boxes: bool = False
     negatives: int = 0
     swap_objects: bool = False
+    phrase_tokens: bool = False
+
+    @property
+    def any_phrases(self) -> bool:
+        """Whether batches hold phrases at all."""
+        return self.phrases or self.phrase_tokens
 
     def __or__(self, other: BatchNeeds) -> BatchNeeds:
         return BatchNeeds(
@@ -46,6 +53,7 @@ class BatchNeeds:
             self.boxes or other.boxes,
             max(self.negatives, other.negatives),
             self.swap_objects or other.swap_objects,
+            self.phrase_tokens or other.phrase_tokens,
         )
 
 

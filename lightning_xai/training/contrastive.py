@@ -208,11 +208,16 @@ class ContrastiveModule(L.LightningModule):
         Done on the host: finding the longest text on the device would make the host wait for it.
         """
         if isinstance(batch, Batch) and self.trainer.training:
-            texts = [batch.tokens] if batch.negatives is None else [batch.tokens, batch.negatives.tokens]
-            trimmed = self.encoder.trim_tokens(torch.cat(texts))
-            tokens, *wrong = (part.contiguous() for part in torch.split(trimmed, [len(each) for each in texts]))
-            negatives = replace(batch.negatives, tokens=wrong[0]) if batch.negatives is not None else None
-            batch = replace(batch, tokens=tokens, negatives=negatives)
+            parts = {"negatives": batch.negatives, "phrases": batch.phrases}
+            more: dict[str, Any] = {
+                name: part for name, part in parts.items() if part is not None and part.tokens is not None
+            }
+            texts = torch.cat([batch.tokens, *(part.tokens for part in more.values())])
+            length = self.encoder.trim_tokens(texts).shape[1]
+            cut: dict[str, Any] = {
+                name: replace(part, tokens=part.tokens[:, :length].contiguous()) for name, part in more.items()
+            }
+            batch = replace(batch, tokens=batch.tokens[:, :length].contiguous(), **cut)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
