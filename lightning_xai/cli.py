@@ -286,7 +286,7 @@ def _sentence(message: str) -> str:
     message = re.sub(r"<class '([^']*)'>", r"\1", message).replace("typing.Literal", "one of ")
     key = re.match(r'Parser key "([^"]+)":\s*', message)
     option, rest = (f"--{key[1]}: ", message[key.end() :]) if key else ("", message)
-    reasons = re.findall(r"^    - (.*(?:\n      .*)*)", rest, re.MULTILINE)
+    reasons = re.findall(r"^    - (.*(?:\n(?:      .*|(?=\n)))*)", rest, re.MULTILINE)
     for reason in reasons:
         problem, _, text = reason.partition(":\n")
         if problem.startswith("Problem with given class_path"):
