@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import time
@@ -71,8 +72,9 @@ class ObjectivesRun:
         self._parser = _parser(settings)
         # Options are checked by the signatures that they go to, before anything is trained.
         names = ("model", "data", "judge", "variants")
-        given = {name: getattr(settings, name) for name in names}
-        self._config = self._parser.parse_object({**given, "trainer": _TRAINER | settings.trainer})
+        # A copy, since the parser puts objects into lists that it is given.
+        given = copy.deepcopy({name: getattr(settings, name) for name in names})
+        self._config = self._parser.parse_object({**given, "trainer": copy.deepcopy(_TRAINER | settings.trainer)})
         self.trained_on = {name: self._trained_on(name) for name in settings.variants}
 
     def run(self, trials: list[ObjectiveTrial]) -> None:
@@ -103,7 +105,7 @@ class ObjectivesRun:
             trainer.save_checkpoint(checkpoint, weights_only=True)
             validation = L.Trainer(**parts.trainer)
             validation.validate(module, datamodule=parts.data, verbose=False)
-            logged = {name: value.item() for name, value in sorted(validation.callback_metrics.items())}
+            logged = {name: float(value) for name, value in sorted(validation.callback_metrics.items())}
             trained = time.perf_counter()
             judge = AttributionEvaluation(str(checkpoint), None, out=trial.judged(out), **parts.judge)
             batches = math.ceil(self.settings.images / _JUDGE_BATCH)
@@ -113,7 +115,7 @@ class ObjectivesRun:
         TrainedModel(
             trial=trial,
             recipe=self._recipe(trial),
-            logged=logged,
+            logged=dict(logged),
             trained_on=self.trained_on[trial.variant],
             seconds=seconds,
         ).save(out)
@@ -147,7 +149,8 @@ class ObjectivesRun:
         config = self._config.clone()
         for name, value in {"seed": trial.seed, **data}.items():
             config.data.init_args[name] = value
-        return self._parser.instantiate_classes(config)
+        made: Namespace = self._parser.instantiate_classes(config)
+        return made
 
     def _trained_on(self, variant: str) -> tuple[str, ...]:
         """The judging methods and logged numbers that a variant's objectives ask about; also checks that all can run.
