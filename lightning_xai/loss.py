@@ -129,16 +129,22 @@ def _sums(directions: Iterable[Tensor], valid: Tensor, everyone: Tensor, first: 
         everyone: [G] bool, `valid` of all ranks.
         first: this rank's first row among all.
     """
-    hidden = valid[:, None] & ~everyone[None, :]
     own = torch.arange(first, first + len(valid), device=valid.device)
     losses, right = [], []
     for logits in directions:
-        # Invalid rows keep finite logits (their loss is dropped below): all -inf would put NaN into the graph.
-        logits = logits.masked_fill(hidden, -torch.inf)
+        logits = hide_columns(logits, ~everyone, valid)
         losses.append(cross_entropy(logits, own, reduction="none"))
         right.append(own_is_largest(logits.detach(), own) & valid)
     loss = torch.stack(losses).sum(dim=0).masked_fill(~valid, 0).sum()
     return loss, torch.stack(right).sum().to(loss.dtype)
+
+
+def hide_columns(logits: Tensor, hidden: Tensor, valid: Tensor) -> Tensor:
+    """Logits [B, G] with -inf where `hidden` ([G] or [B, G] bool) says so.
+
+    Invalid rows keep finite logits, and their loss has to be dropped: all -inf would put NaN into the graph.
+    """
+    return logits.masked_fill(valid[:, None] & hidden, -torch.inf)
 
 
 def own_is_largest(logits: Tensor, own: Tensor) -> Tensor:
@@ -187,6 +193,18 @@ def gather_features(image_features: Tensor, text_features: Tensor, valid: Tensor
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows [B, F] of all ranks, [W * B, F], in rank order; gradients flow back to the rank that made them."""
     return rows if rank_and_world()[1] == 1 else cast(Tensor, _GatherRows.apply(rows))
+
+
+def gather_uneven_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """`gather_rows` of any number of rows [R, F] on each rank, and the place of this rank's first row among them."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return rows, 0
+    sizes = gather_rows(torch.tensor([[len(rows)]], device=rows.device))[:, 0].tolist()
+    most = max(1, *sizes)  # no backend is asked to gather nothing
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    parts = gather_rows(padded).chunk(world)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[:rank])
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_xai.data.excluded import Fault
-from lightning_xai.data.object_swaps import object_swaps
+from lightning_xai.data.needs import BatchNeeds, hard_negatives
 from lightning_xai.data.phrases import NamedBoxes, Negatives, Phrases, TargetRows, TensorFields, Transform
 from lightning_xai.data.sample import HardNegative, RecordError, Sample, decode_image, stable_hash
 from lightning_xai.data.spans import CaptionTokenizer
@@ -35,9 +35,9 @@ class Batch(TensorFields):
         caption_index: `[C]` int64, which caption of its image it is; -1 for the empty caption of an invalid image.
         captions: C texts.
         keys: B sample keys; empty for padding and for records too broken to have one.
-        phrases: see `Phrases`; empty in training without `TrainingCollate.label_names`.
+        phrases: see `Phrases`; empty in training, unless they are asked for (`BatchNeeds`).
         named: see `NamedBoxes`; None in training.
-        negatives: see `Negatives`; None in training, likewise.
+        negatives: see `Negatives`; None in training, unless they are asked for.
         label_names: the split's classes, that `Phrases.label` counts; empty in training.
         faults: one per broken record; padding is none.
     """
@@ -94,28 +94,28 @@ class Batch(TensorFields):
 class TrainingCollate:
     """Make a training batch: one caption per image, and only where they are asked for its phrases and hard negatives.
 
-    Which caption is a function of (seed, epoch, sample key) alone: the same on any number of ranks and workers. Padding
-    takes the place of tokens that the sample blanks (`Sample.blanks`).
+    Which caption, and which of its hard negatives, is a function of (seed, epoch, sample key) alone: the same on any
+    number of ranks and workers. Padding takes the place of tokens that the sample blanks (`Sample.blanks`).
 
     Attributes:
         transform: image transform of the model.
         tokenizer: tokenizer of the model.
         seed: of the choice of captions.
         captions_per_image: only the first so many captions of an image take part; None: all.
-        label_names: the split's classes, where batches hold phrases and hard negatives; None: they hold none.
-        swap_objects: as for `EvaluationCollate`.
+        label_names: the split's classes; of use where batches hold phrases or hard negatives.
+        needs: what batches hold in addition to images and captions.
     """
 
     transform: Transform
     tokenizer: CaptionTokenizer
     seed: int = 0
     captions_per_image: int | None = None
-    label_names: tuple[str, ...] | None = None
-    swap_objects: bool = False
+    label_names: tuple[str, ...] = ()
+    needs: BatchNeeds = field(default_factory=BatchNeeds)
 
     def __call__(self, records: Sequence[Record], epoch: int = 0) -> Batch:
         """Decode, transform and tokenise; a record that fails becomes an invalid row and a fault."""
-        labels = None if self.label_names is None else set(self.label_names)
+        labels = set(self.label_names) if self.needs.any_phrases or self.needs.negatives else None
         samples, images = _read_images(records, self.transform, self.tokenizer.context_length, labels)
         choices = [-1 if sample is None else self._choice(sample, epoch) for sample in samples]
         captions = [
@@ -123,29 +123,39 @@ class TrainingCollate:
         ]
         tokens = self._tokens(captions)
         _blank(tokens, zip(samples, choices, strict=True), self.tokenizer)
-        targets = self._targets(samples, choices)
+        targets = self._targets(samples, choices, epoch)
         return Batch(
             **images,
             tokens=tokens,
             caption_image=torch.arange(len(captions)),
             caption_index=torch.tensor(choices, dtype=torch.int64),
             captions=captions,
-            phrases=Phrases.empty(self.tokenizer.context_length) if targets is None else targets.phrases(),
-            label_names=self.label_names or (),
-            negatives=None if targets is None else targets.negatives(),
+            phrases=targets.phrases() if self.needs.any_phrases else Phrases.empty(self.tokenizer.context_length),
+            label_names=self.label_names,
+            negatives=targets.negatives() if self.needs.negatives else None,
         )
 
-    def _targets(self, samples: Sequence[Sample | None], choices: Sequence[int]) -> TargetRows | None:
-        """What the chosen captions say of their images."""
-        if self.label_names is None:
-            return None
-        targets = TargetRows(self.transform, self.tokenizer, self.label_names)
+    def _targets(self, samples: Sequence[Sample | None], choices: Sequence[int], epoch: int) -> TargetRows:
+        """What the chosen captions say of their images, as far as it is asked for."""
+        tokenise = self.needs.phrase_tokens
+        targets = TargetRows(self.transform, self.tokenizer, self.label_names, phrase_tokens=tokenise)
+        if not (self.needs.any_phrases or self.needs.negatives):
+            return targets
         for row, (sample, choice) in enumerate(zip(samples, choices, strict=True)):
             if sample is not None:
                 alone = sample.with_one_caption(choice)
-                negatives = hard_negatives(alone, alone.captions, self.label_names, swap_objects=self.swap_objects)
-                targets.add(alone, alone.captions, negatives, row, row)
+                negatives = self._negatives(alone, epoch)
+                targets.add(alone, alone.captions, negatives, row, row, phrases=self.needs.any_phrases)
         return targets
+
+    def _negatives(self, sample: Sample, epoch: int) -> list[HardNegative]:
+        """So many hard negatives of a sample with one caption as are asked for, others in each epoch."""
+        if not self.needs.negatives:
+            return []
+        swap, draw = self.needs.swap_objects, (self.seed, epoch)
+        found = hard_negatives(sample, sample.captions, self.label_names, swap_objects=swap, draw=draw)
+        found.sort(key=lambda negative: stable_hash("negative", *draw, sample.key, negative.text))
+        return found[: self.needs.negatives]
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         if all(captions):
@@ -209,14 +219,6 @@ class EvaluationCollate:
             named=targets.named(),
             negatives=targets.negatives(),
         )
-
-
-def hard_negatives(
-    sample: Sample, captions: Sequence[str], label_names: Sequence[str], *, swap_objects: bool
-) -> list[HardNegative]:
-    """The stored hard negatives of a sample's first captions, and those made from them if `swap_objects`."""
-    stored = [negative for negative in sample.negatives if negative.caption < len(captions)]
-    return stored + (object_swaps(sample, captions, label_names) if swap_objects else [])
 
 
 def _read_images(

@@ -28,6 +28,7 @@ from lightning_xai.data.dataset import (
     count_passed,
 )
 from lightning_xai.data.excluded import ExcludedByShard, FaultCounter
+from lightning_xai.data.needs import BatchNeeds, find_missing
 from lightning_xai.data.phrases import Transform
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
@@ -107,8 +108,8 @@ class ShardDataModule(LightningDataModule):
         seed: of the order of samples and the choice of captions, together with the epoch; at least 0.
         captions_per_image: only the first so many captions of an image are used (the usual COCO protocol takes 5);
             None: all.
-        swap_objects: give evaluation, and training where an objective asks for targets, hard negatives made from the
-            captions, see `lightning_xai.data.object_swaps`, in addition to those that the data set has.
+        swap_objects: give evaluation hard negatives made from the captions, see `lightning_xai.data.object_swaps`, in
+            addition to those that the data set has. In training, objectives ask for them.
         max_fault_fraction: share of broken records, 0 to 1, above which a run stops.
         verify: before a run, compare every shard's SHA-256 with the manifest. All bytes are read once, each shard by
             one of the ranks.
@@ -258,13 +259,12 @@ class ShardDataModule(LightningDataModule):
             ValueError: the split is not given, no model is known, or there is less than one batch for each rank.
         """
         module = None if self.trainer is None else self.trainer.lightning_module
-        asked = getattr(module, "needs_targets", False)
         collate = TrainingCollate(
             *self._encoding(),
             self.seed,
             self.captions_per_image,
-            label_names=self.manifest("train").labels if asked else None,
-            swap_objects=self.swap_objects,
+            label_names=self.manifest("train").labels,
+            needs=getattr(module, "batch_needs", BatchNeeds()),
         )
         rank, world_size = self._place()
         dataset = TrainingDataset(
@@ -311,6 +311,10 @@ class ShardDataModule(LightningDataModule):
                 records += read_samples(store, manifest, [number], wanted[0], wanted[-1] + 1, skipped)
             begin += entry.samples
         return EvaluationCollate(*self._encoding(), manifest.labels, self.captions_per_image)(records)
+
+    def find_missing(self, needs: BatchNeeds) -> str:
+        """Return what training batches have to hold and the training data lack; see `lightning_xai.data.needs`."""
+        return find_missing(needs, *self._shards("train"), self.captions_per_image)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training epoch, the faults in it so far, and all that decides what its batches hold.

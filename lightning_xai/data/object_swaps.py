@@ -18,17 +18,20 @@ __all__ = ["object_swaps", "swapped"]
 _ARTICLE = re.compile(r"\b(an?)(\s+)$", re.IGNORECASE)
 
 
-def object_swaps(sample: Sample, captions: Sequence[str], label_names: Sequence[str]) -> list[HardNegative]:
+def object_swaps(
+    sample: Sample, captions: Sequence[str], label_names: Sequence[str], draw: tuple[int, ...] = ()
+) -> list[HardNegative]:
     """One wrong caption for each caption and object that it names once.
 
     Only objects are swapped that are the single one of their class in the image, and only for a class that the
     image has no region of; never the entities of a data set whose classes are coarser than its phrases. Which one
-    is drawn from the sample's key, the caption and the class: the same on every machine.
+    is drawn from the sample's key, the caption, the class and `draw`: the same on every machine.
 
     Args:
         sample: the image's captions and regions.
         captions: its first captions, those that take part.
         label_names: the classes to draw from.
+        draw: numbers, such as an epoch, that choose other classes.
     """
     instances = Counter(region.label for region in sample.regions)
     absent = sorted(set(label_names) - instances.keys())
@@ -40,7 +43,7 @@ def object_swaps(sample: Sample, captions: Sequence[str], label_names: Sequence[
             continue
         for caption, spans in sorted(region.spans.items()):
             if caption < len(captions) and len(spans) == 1:
-                other = absent[stable_hash("swap", sample.key, caption, region.label) % len(absent)]
+                other = absent[stable_hash("swap", *draw, sample.key, caption, region.label) % len(absent)]
                 text, span = swapped(captions[caption], spans[0], region.label, other)
                 swaps.append(HardNegative(text, span, caption, spans[0], number))
     return swaps

@@ -76,6 +76,8 @@ class Phrases(TensorFields):
         text: the words that name the class, several mentions joined by `", "`; empty where there are none.
         masks: R masks of the boxes' regions, not decoded; an `Exclusion` in place of one that is missing or of another
             size than its image.
+        tokens: `[R, L]` int64, the first mention as a caption of its own, one that says nothing where there is no
+            mention; None unless `TargetRows` was asked for it.
     """
 
     caption_row: Tensor
@@ -86,6 +88,7 @@ class Phrases(TensorFields):
     reason: Tensor
     text: list[str]
     masks: list[Mask | Exclusion] = field(default_factory=list)
+    tokens: Tensor | None = None
 
     @classmethod
     def empty(cls, context_length: int) -> Phrases:
@@ -183,11 +186,20 @@ class TargetRows:
         transform: of the images.
         tokenizer: of the captions.
         labels: the split's classes.
+        phrase_tokens: whether phrases are also tokenised as captions of their own.
     """
 
-    def __init__(self, transform: Transform, tokenizer: CaptionTokenizer, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        transform: Transform,
+        tokenizer: CaptionTokenizer,
+        labels: Sequence[str],
+        *,
+        phrase_tokens: bool = False,
+    ) -> None:
         self._transform = transform
         self._tokenizer = tokenizer
+        self._phrase_tokens = phrase_tokens
         self._labels = {label: row for row, label in enumerate(labels)}
         self._phrases: list[_Row] = []
         self._negatives: list[_Row] = []
@@ -200,16 +212,22 @@ class TargetRows:
         negatives: Iterable[HardNegative],
         image_row: int,
         first_caption_row: int,
+        *,
+        phrases: bool = True,
     ) -> None:
         """The targets of one image; `captions` are its first ones, and start at a row of the batch's tokens.
+
+        Without `phrases`, the hard negatives alone.
 
         The classes of its regions have to be among `labels`.
         """
         given = torch.tensor([region.box or _NO_BOX for region in sample.regions], dtype=torch.float64)
         boxes = list(self._transform.boxes(given, sample.size))  # (x0, y0, x1, y1) in the transformed image
-        self._add_phrases(sample, captions, boxes, image_row, first_caption_row)
         for negative in negatives:
             self._add_negative(sample, negative, boxes[negative.region], image_row, first_caption_row)
+        if not phrases:
+            return
+        self._add_phrases(sample, captions, boxes, image_row, first_caption_row)
         incomplete = {index for region in sample.regions if region.box is None for index in region.spans}
         for region, box in zip(sample.regions, boxes, strict=True):
             if region.box is not None and _has_area(box):
@@ -232,13 +250,14 @@ class TargetRows:
                 spans = sorted({span for region in instances for span in region.spans.get(index, ())})
                 if spans:
                     mask, reason = self._mask(caption, spans)
-                    text = ", ".join(caption[start:end] for start, end in spans)
+                    mentions = [caption[start:end] for start, end in spans]
                     place = (first_caption_row + index, image_row, self._labels[label])
                     first = min(filter(None, (geometry, reason)), default=Exclusion.MEASURED)
-                    self._phrases.append(_Row(*place, first, box, (mask,), (text,), whole))
+                    words = (", ".join(mentions), mentions[0])
+                    self._phrases.append(_Row(*place, first, box, (mask,), words, whole))
             if len(self._phrases) == before:
                 place = (-1, image_row, self._labels[label])
-                self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, (self._no_tokens(),), ("",), whole))
+                self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, (self._no_tokens(),), ("", ""), whole))
 
     def _add_negative(
         self, sample: Sample, negative: HardNegative, box: Tensor, image_row: int, first_caption_row: int
@@ -259,7 +278,15 @@ class TargetRows:
         mask = _stacked([row.masks[0] for row in rows], self._no_tokens())
         boxes = _stacked([row.box for row in rows], torch.zeros(4))
         text, objects = [row.words[0] for row in rows], [row.object for row in rows]
-        return Phrases(caption_row, image_row, label, mask, boxes, reason, text, objects)
+        tokens = self._as_captions([row.words[1] for row in rows]) if self._phrase_tokens else None
+        return Phrases(caption_row, image_row, label, mask, boxes, reason, text, objects, tokens)
+
+    def _as_captions(self, mentions: Sequence[str]) -> Tensor:
+        """Each mention as a caption [R, L]; where there is none, a caption that says nothing."""
+        tokens = self._tokenizer.padding_caption().repeat(len(mentions), 1)
+        given = torch.tensor([bool(mention) for mention in mentions], dtype=torch.bool)
+        tokens[given] = self._tokenizer.encode([mention for mention in mentions if mention])
+        return tokens
 
     def negatives(self) -> Negatives:
         """All hard negatives so far."""

@@ -110,19 +110,20 @@ class DualEncoder(ImageEncoder):
         return tokens if self._text_tower is None else self._text_tower.trim(tokens)
 
     def forward(self, images: Tensor, tokens: Tensor, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Both embeddings of B pairs, each [B, K], not normalised: what a training step runs.
+        """Embeddings of images [B, K] and texts [M, K], not normalised: what a training step runs.
 
         Args:
             images: [B, 3, H, W].
-            tokens: [B, T], all of which are run: what `trim_tokens` has left.
-            chunk_size: pairs that are embedded at a time. Only their embeddings are kept, and each chunk is run again
-                in the backward pass, with the same random numbers, so that the activations of one chunk are in memory
-                at a time. For what depends on all of a batch's embeddings this is GradCache (Gao et al. 2021), and
-                exact. None: all at once.
+            tokens: [M, T], B captions and further texts (M >= B), all of which are run: what `trim_tokens` has left.
+            chunk_size: images that are embedded at a time, with an equal share of the texts. Only their embeddings are
+                kept, and each chunk is run again in the backward pass, with the same random numbers, so that the
+                activations of one chunk are in memory at a time. For what depends on all of a batch's embeddings this
+                is GradCache (Gao et al. 2021), and exact. None: all at once.
         """
         if chunk_size is None or len(images) <= chunk_size:
             return self._embed(images, tokens)
-        chunks = zip(torch.split(images, chunk_size), torch.split(tokens, chunk_size), strict=True)
+        images_by_chunk = torch.split(images, chunk_size)
+        chunks = zip(images_by_chunk, torch.tensor_split(tokens, len(images_by_chunk)), strict=True)
         parts = [checkpoint(self._embed, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat([image for image, _ in parts]), torch.cat([text for _, text in parts])
 

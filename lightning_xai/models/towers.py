@@ -79,6 +79,13 @@ class VisionTransformerAtLayer(TowerAtLayer):
         """What the last block passes on [B, T, D] -> embeddings [B, K]."""
         return self._head(self._visual._pool(hidden)[0])
 
+    def embed_each(self, hidden: Tensor, inputs: Tensor | None = None, length: int | None = None) -> Tensor:
+        """Single tokens [B, N, D] -> embeddings [B, N, K]."""
+        if self._visual.attn_pool is not None:
+            return super().embed_each(hidden, inputs, length)
+        # However tokens are pooled, before the norm or after it: of one token it is that token.
+        return self._head(self._visual.ln_post(hidden))
+
     def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         if self._pooled is None or self.layer < len(self._blocks) - 1:

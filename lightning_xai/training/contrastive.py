@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any, get_args
 
 import lightning as L
@@ -20,6 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from lightning_xai.data.batch import Batch
+from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.metrics.retrieval import RetrievalMetric
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.loading import load_dual_encoder
@@ -153,9 +157,23 @@ class ContrastiveModule(L.LightningModule):
             encoder.compile_towers()
 
     @property
-    def needs_targets(self) -> bool:
-        """Whether training batches have to hold phrases, boxes and hard negatives; data modules ask."""
-        return any(objective.needs_targets for objective in self.objectives)
+    def batch_needs(self) -> BatchNeeds:
+        """What training batches have to hold besides images and captions; data modules ask."""
+        return reduce(or_, (objective.needs for objective in self.objectives))
+
+    def setup(self, stage: str) -> None:
+        """Refuse to train on data that lack what an objective needs.
+
+        Raises:
+            ValueError: none of the data's first samples has it.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "fit" or not isinstance(data, ShardDataModule):
+            return
+        for objective in self.objectives:
+            missing = data.find_missing(objective.needs)
+            if missing:
+                raise ValueError(f"the objective {objective.name} needs {missing}")
 
     def configure_model(self) -> None:
         """Under `ModelParallelStrategy`, spread the encoder over all processes.
@@ -185,12 +203,21 @@ class ContrastiveModule(L.LightningModule):
         shard_encoder(self.encoder, mesh["data_parallel"])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Cut a training batch's captions after its longest one.
+        """Cut a training batch's texts after the longest one.
 
-        Done on the host: finding the longest caption on the device would make the host wait for it.
+        Done on the host: finding the longest text on the device would make the host wait for it.
         """
         if isinstance(batch, Batch) and self.trainer.training:
-            batch = replace(batch, tokens=self.encoder.trim_tokens(batch.tokens).contiguous())
+            parts = {"negatives": batch.negatives, "phrases": batch.phrases}
+            more: dict[str, Any] = {
+                name: part for name, part in parts.items() if part is not None and part.tokens is not None
+            }
+            texts = torch.cat([batch.tokens, *(part.tokens for part in more.values())])
+            length = self.encoder.trim_tokens(texts).shape[1]
+            cut: dict[str, Any] = {
+                name: replace(part, tokens=part.tokens[:, :length].contiguous()) for name, part in more.items()
+            }
+            batch = replace(batch, tokens=batch.tokens[:, :length].contiguous(), **cut)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -284,16 +311,10 @@ class ContrastiveModule(L.LightningModule):
                 "a batch of one pair has no negatives, so that loss and gradient are zero: raise --data.batch_size "
                 "(with chunk_size, pairs that do not fit into memory at once still are one batch)"
             )
-        # In float32, as the loss: half precision has no number as small as the bound that keeps zeros from being NaN.
-        with ExitStack() as passes:
-            for objective in self.objectives:
-                passes.enter_context(objective.listening())
-            embeddings = self.encoder(batch.images, batch.tokens, self.chunk_size)
-        image, text = (normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in embeddings)
+        step = self._embed(batch)
         # For the message about a loss that is not finite.
-        self.suspects = batch.valid & ~(image.detach().isfinite() & text.detach().isfinite()).all(dim=1)
-        scale = self.encoder.logit_scale.exp()
-        step = Step(self.encoder, batch, image, text, scale)
+        finite = step.image.detach().isfinite() & step.text.detach().isfinite()
+        self.suspects = batch.valid & ~finite.all(dim=1)
         terms = {objective.name: objective(step) for objective in self.objectives}
         weighted = [objective.weight * terms[objective.name].loss for objective in self.objectives]
         loss = torch.stack(weighted).sum()
@@ -304,13 +325,27 @@ class ContrastiveModule(L.LightningModule):
             numbers |= {name: term.loss.detach() for name, term in terms.items()}
         for name, value in numbers.items():
             self.log(f"train/{name}", value, prog_bar=name == "accuracy")
-        self.log("train/logit_scale", scale.detach())
+        self.log("train/logit_scale", step.scale.detach())
         # Logged here, not in on_train_batch_end: callbacks write checkpoints, with all that is logged by then, before
         # the module's turn comes, and the scheduler has already moved on to the next step's rate.
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         if self._last_step is not None:
             self.log("train/samples_per_second", len(batch.images) * self.trainer.world_size / self._last_step)
         return loss
+
+    def _embed(self, batch: Batch) -> Step:
+        """One pass of both towers through all that the objectives need."""
+        extra = {each.name: tokens for each in self.objectives if (tokens := each.extra_tokens(batch)) is not None}
+        texts = torch.cat([batch.tokens, *extra.values()]) if extra else batch.tokens
+        with ExitStack() as passes:
+            for objective in self.objectives:
+                passes.enter_context(objective.listening())
+            embeddings = self.encoder(batch.images, texts, self.chunk_size)
+        # In float32, as the loss: half precision has no number as small as the bound that keeps zeros from being NaN.
+        image, texts = (normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in embeddings)
+        text, *others = torch.split(texts, [len(batch.tokens), *map(len, extra.values())])
+        named = dict(zip(extra, others, strict=True))
+        return Step(self.encoder, batch, image, text, self.encoder.logit_scale.exp(), named)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step and clamp the logit scale, so that the model is never seen with a scale out of bounds."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,10 +21,18 @@ from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.data import Batch, Manifest
 from lightning_xai.data.batch import TrainingCollate
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.loss import global_contrastive_loss
 from lightning_xai.metrics.grounding import gamma, measurable, patch_mask
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.training import ContrastiveFineTuning
-from lightning_xai.training.objectives import Grounding, Sigmoid, Softmax, sigmoid_loss
+from lightning_xai.training.objectives import (
+    Grounding,
+    Sigmoid,
+    Softmax,
+    WrongCaptions,
+    hard_negative_loss,
+    sigmoid_loss,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -131,6 +140,120 @@ def test_what_invalid_rows_hold_reaches_neither_sigmoid_loss_nor_gradient(junk: 
     assert 0 <= accuracy <= 1
 
 
+# Hard negatives of eight images, uneven over two and over four processes; the fourth image is not valid in two masks.
+_WRONG = [[2, 0, 1, 2, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 2, 2], [0] * 8]
+
+
+def wrong_captions(counts: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs [8, 2, 5] of wrong captions, which of them there are, and numbers of the words of all captions.
+
+    The second wrong caption of the last image has the words of the first image's caption.
+    """
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(8, 2, 5, generator=generator, dtype=torch.float64)
+    known = torch.arange(2) < torch.tensor(counts)[:, None]
+    words = torch.arange(100, 116).reshape(8, 2)
+    words[7, 1] = 0
+    return inputs, known, words, torch.arange(8)
+
+
+def literal_hard_negative(
+    image: Tensor, text: Tensor, wrong: Tensor, scale: Tensor, valid: list[bool], counts: list[int], margin: float
+) -> Tensor:
+    """The formula of `hard_negative_loss`, one image and one caption at a time."""
+    rows = [row for row in range(len(valid)) if valid[row]]
+    _, _, words, own = wrong_captions(counts)
+    total = 0 * (image.sum() + text.sum() + wrong.sum() + scale)
+    for i in rows:
+        others = [torch.exp(scale * image[i] @ text[j]) for j in rows]
+        negatives = [wrong[j, n] for j in rows for n in range(counts[j]) if words[j, n] != own[i]]
+        others += [torch.exp(scale * (image[i] @ negative + margin)) for negative in negatives]
+        total = total - torch.log(torch.exp(scale * image[i] @ text[i]) / sum(others)) / 2
+        backwards = [torch.exp(scale * text[i] @ image[j]) for j in rows]
+        total = total - torch.log(torch.exp(scale * text[i] @ image[i]) / sum(backwards)) / 2
+    return total / max(len(rows), 1)
+
+
+def hard_negative_case(mask: list[bool], counts: list[int], margin: float, spread: bool) -> dict[str, Tensor]:
+    """Loss, numbers and gradients of this rank's share; what is not valid, or no negative, is NaN."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+    images, texts, inputs, known, words, own, valid = (
+        tensor.chunk(world)[rank] for tensor in (*eight_pairs(), *wrong_captions(counts), torch.tensor(mask))
+    )
+    model: Any = DistributedDataParallel(TwoLinearTowers()) if spread else TwoLinearTowers()
+    image, text, scale, _ = model(images, torch.cat([texts, inputs[known]]))
+    features = torch.full((*known.shape, 4), math.nan, dtype=torch.float64)
+    features[known] = text[len(texts) :]
+    invalid = ~valid[:, None]
+    wrong = WrongCaptions(features.masked_fill(invalid[..., None], math.nan), known, words, own)
+    embedded = image.masked_fill(invalid, math.nan), text[: len(texts)].masked_fill(invalid, math.nan)
+    loss, numbers = hard_negative_loss(*embedded, wrong, scale, valid, margin)
+    torch.autograd.backward(loss)
+    module = model.module if spread else model
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **numbers, **gradients}
+
+
+def hard_negative_cases() -> list[dict[str, Tensor]]:
+    return [hard_negative_case(*case, spread=True) for case in itertools.product(_MASKS, _WRONG, (0.0, 0.3))]
+
+
+def literal_hard_negative_case(mask: list[bool], counts: list[int], margin: float) -> dict[str, Tensor]:
+    model = TwoLinearTowers()
+    image, text, scale, _ = model(*eight_pairs())
+    _, wrong, _, _ = model(eight_pairs()[0], wrong_captions(counts)[0].flatten(0, 1))
+    loss = literal_hard_negative(image, text, wrong.reshape(8, 2, 4), scale, mask, counts, margin)
+    torch.autograd.backward(loss)
+    return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+@pytest.mark.parametrize("counts", _WRONG)
+@pytest.mark.parametrize("mask", _MASKS)
+def test_the_hard_negative_loss_and_its_gradients_are_those_of_a_loop(
+    mask: list[bool], counts: list[int], margin: float
+) -> None:
+    found = hard_negative_case(mask, counts, margin, spread=False)
+    for name, value in literal_hard_negative_case(mask, counts, margin).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_have_the_hard_negative_loss_and_the_gradients_of_one(world: int) -> None:
+    ranks = run_distributed(hard_negative_cases, world_size=world)
+    for number, case in enumerate(itertools.product(_MASKS, _WRONG, (0.0, 0.3))):
+        expected = hard_negative_case(*case, spread=False) | literal_hard_negative_case(*case)
+        for rank in ranks:
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    rank[number][name], value, rtol=1e-12, atol=1e-12, equal_nan=True, msg=f"{name} of case {case}"
+                )
+
+
+def test_without_hard_negatives_the_loss_is_the_contrastive_one_and_with_them_more_is_counted() -> None:
+    model, valid = TwoLinearTowers(), torch.tensor(_MASKS[1])
+    image, text, scale, _ = model(*eight_pairs())
+    plain, accuracy = global_contrastive_loss(image, text, scale, valid)
+    found = hard_negative_case(_MASKS[1], _WRONG[2], 0.3, spread=False)
+    torch.testing.assert_close(found["loss"], plain.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found["accuracy"], accuracy, rtol=1e-12, atol=1e-12)
+    assert found["negatives"] == 0
+    assert found["negatives_accuracy"].isnan()
+    # Of images 0, 2, 3 and 6 with some, image 1 and image 5 not being valid.
+    inputs = wrong_captions(_WRONG[0])[0]
+    with torch.no_grad():
+        _, wrong, _, _ = model(eight_pairs()[0], inputs.flatten(0, 1))
+    wins = [
+        all(image[i] @ text[i] > image[i] @ wrong.reshape(8, 2, 4)[i, n] for n in range(_WRONG[0][i]))
+        for i in (0, 2, 3, 6)
+    ]
+    found = hard_negative_case(_MASKS[1], _WRONG[0], 0.3, spread=False)
+    assert found["negatives"] == 6
+    assert found["negatives_accuracy"] == sum(wins) / 4
+    assert 0 < sum(wins) < 4
+
+
 @pytest.fixture
 def make(architecture_file: Callable[[str], Path]) -> Callable[..., ContrastiveFineTuning]:
     """A task with a small random model, the same one each time."""
@@ -192,7 +315,9 @@ def test_objectives_that_cannot_be_trained_are_refused_before_training(
 def training_batch(task: ContrastiveFineTuning, shapes: Path, size: int) -> Batch:
     """A batch as the data module makes it for objectives with targets."""
     labels = Manifest.load(shapes / "train").labels
-    collate = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer, label_names=labels)
+    collate = TrainingCollate(
+        task.encoder.image_transform, task.encoder.tokenizer, label_names=labels, needs=task.batch_needs
+    )
     return collate(records_of(shapes / "train", size))
 
 
@@ -252,7 +377,9 @@ def gradients_of_share(config: str, shapes: str, out: str, spread: bool) -> dict
     task = ContrastiveFineTuning(config, None, objectives=[Softmax(), Sigmoid(), Grounding()]).double()
     rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
     labels = Manifest.load(Path(shapes, "train")).labels
-    collate = TrainingCollate(task.encoder.image_transform, task.encoder.tokenizer, label_names=labels)
+    collate = TrainingCollate(
+        task.encoder.image_transform, task.encoder.tokenizer, label_names=labels, needs=task.batch_needs
+    )
     records, share = records_of(Path(shapes, "train"), 8), 8 // world
     batch = collate(records[rank * share : (rank + 1) * share])
     recorder, processes = Recorder(), join_lightning() if spread else {}

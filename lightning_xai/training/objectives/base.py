@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_xai.data.batch import Batch
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.models.dual_encoder import DualEncoder
 
-__all__ = ["Objective", "Step", "Term"]
+__all__ = ["Objective", "Step", "Term", "zero_with_graph"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Step:
         image: [B, K] unit embeddings, at least float32.
         text: [B, K], likewise.
         scale: the factor on similarities, a scalar (the exponential already taken).
+        extra: by name of an objective, [N, K] unit embeddings of its `extra_tokens`.
     """
 
     encoder: DualEncoder
@@ -37,6 +39,7 @@ class Step:
     image: Tensor
     text: Tensor
     scale: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Objective(ABC):
 
     Attributes:
         name: the term is logged as `train/NAME`, before the weight.
-        needs_targets: whether training batches have to hold phrases, boxes and hard negatives.
+        needs: what training batches have to hold besides images and captions; data without it are refused.
         listens: whether hidden states of the training pass are read, by hooks (`listening`).
         trains_logit_bias: whether the model's `logit_bias` has a gradient; where it has none, it is frozen.
 
@@ -69,7 +72,7 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
-    needs_targets: ClassVar[bool] = False
+    needs: BatchNeeds = BatchNeeds()
     listens: ClassVar[bool] = False
     trains_logit_bias: ClassVar[bool] = False
 
@@ -98,6 +101,25 @@ class Objective(ABC):
         """Around the training pass: keep what its hooks see for the call that follows. By default nothing."""
         return nullcontext()
 
+    def extra_tokens(self, batch: Batch) -> Tensor | None:
+        """Token ids [N, T] of texts that the training pass embeds after the captions, which have T tokens, too.
+
+        One pass embeds all texts, so that it is the same on every process, however many texts each of them has.
+        By default None: no texts.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, step: Step) -> Term:
         """Compute the term."""
+
+
+def zero_with_graph(step: Step) -> Tensor:
+    """A zero, scalar, whose backward pass reaches all that a term of this rank's rows would reach.
+
+    A term adds it where a rank has nothing to learn from: every rank then has a graph, and DistributedDataParallel
+    gets a gradient of every parameter, the logit scale's included. Invalid rows are not part of it.
+    """
+    invalid = ~step.batch.valid[:, None]
+    embedded = step.image.masked_fill(invalid, 0).sum() + step.text.masked_fill(invalid, 0).sum()
+    return 0 * (embedded + step.scale.to(embedded.dtype))

@@ -15,13 +15,14 @@ from torch import Tensor
 from lightning_xai.attribution.pairwise import Captured, capture
 from lightning_xai.attribution.path_integral import integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import reference_image
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.loss import sum_over_ranks
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.models.at_layer import differentiable, refuse_rewriting
 from lightning_xai.models.dual_encoder import DualEncoder
-from lightning_xai.training.objectives.base import Objective, Step, Term
+from lightning_xai.training.objectives.base import Objective, Step, Term, zero_with_graph
 
 __all__ = ["Grounding"]
 
@@ -50,7 +51,7 @@ class Grounding(Objective):
     """
 
     name = "grounding"
-    needs_targets = True
+    needs = BatchNeeds(phrases=True, boxes=True)
     listens = True
 
     def __init__(
@@ -105,9 +106,9 @@ class Grounding(Objective):
             some = total.detach() > 0
             gamma = inside[some] / total[some]
             penalty = -gamma.clamp(min=_LEAST_GAMMA).log() if self.penalty == "log" else 1 - gamma
-            # Every rank has a graph to run backwards, phrases or not.
-            nothing = 0 * (step.image[step.batch.valid].sum() + step.text[step.batch.valid].sum())
-            sums = torch.stack([penalty.sum() + nothing, gamma.detach().sum(), *_counts(some).to(penalty)])
+            sums = torch.stack(
+                [penalty.sum() + zero_with_graph(step), gamma.detach().sum(), *_counts(some).to(penalty)]
+            )
         loss, gammas, count, without = sum_over_ranks(sums)
         count = count.detach()
         logged = {"gamma": gammas.detach() / count, "phrases": count, "phrases_without_positive": without.detach()}
