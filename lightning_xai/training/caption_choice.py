@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.evaluation.method_run import from_first, gather_to_first
-from lightning_xai.models.dual_encoder import DualEncoder
 
 __all__ = ["CaptionChoiceCallback"]
 
