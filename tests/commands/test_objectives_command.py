@@ -65,7 +65,7 @@ def test_settings_that_cannot_be_met_are_refused_in_a_sentence(
 
 
 def test_an_unknown_objective_is_refused_before_any_training(settings: Objectives) -> None:
-    with pytest.raises(ArgumentError, match="variants.gamma"):
+    with pytest.raises(ArgumentError, match=r"variants\.gamma"):
         ObjectivesRun(replace(settings, variants={"base": [], "gamma": [{"class_path": "Gamma"}]}))
 
 

@@ -103,7 +103,7 @@ def test_one_training_has_no_test_of_what_it_logged(tmp_path: Path) -> None:
 def test_a_trial_of_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
     (done,) = write_trials(tmp_path, {"base": BASE})
     assert read_trained_model(tmp_path, done.trial, done.recipe) == done
-    with pytest.raises(ValueError, match="other settings: model.model was 'tiny' and is 'b'"):
+    with pytest.raises(ValueError, match=r"other settings: model\.model was 'tiny' and is 'b'"):
         read_trained_model(tmp_path, done.trial, done.recipe | {"model": {"model": "b"}})
     done.trial.path(tmp_path).write_text("{")
     with pytest.raises(ValueError, match="delete it and run the trial again"):
