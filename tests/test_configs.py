@@ -17,6 +17,8 @@ from lightning_xai.attribution import METHODS
 from lightning_xai.attribution.method_options import choose_methods
 from lightning_xai.cli import build_cli, main
 from lightning_xai.commands.model_choice import ModelChoice
+from lightning_xai.commands.objectives import Objectives
+from lightning_xai.commands.objectives_run import ObjectivesRun
 from lightning_xai.commands.roar import Roar, all_methods
 from lightning_xai.data import ShapesDataModule, ShardDataModule
 from lightning_xai.evaluation import AttributionEvaluation
@@ -29,7 +31,8 @@ from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
 ROOT = Path(__file__).resolve().parents[1]
 ROARS = sorted((ROOT / "configs").glob("roar_*.yaml"))  # of `roar`; all others are of Lightning's verbs
 EVALUATIONS = sorted((ROOT / "configs").glob("eval_*.yaml"))  # of `test`
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(ROARS) - set(EVALUATIONS))
+OBJECTIVES = sorted((ROOT / "configs").glob("objectives_*.yaml"))  # of `objectives`
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(ROARS) - set(EVALUATIONS) - set(OBJECTIVES))
 SHAPES_VIT = ROOT / "configs" / "models" / "shapes_vit.json"
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
 # Name and activation of the models of the feature-pair paper's Tables 1 and 2; the M2IB paper's is openai_vit_b32.
@@ -181,6 +184,21 @@ def test_the_methods_of_a_config_of_roar_can_be_made(path: Path, tmp_path: Path)
     for method, options in all_methods(roar).values():
         (chosen,), _ = choose_methods(encoder, method, options)
         assert chosen.options.items() >= options.items()
+
+
+@pytest.mark.parametrize("path", OBJECTIVES, ids=name_of)
+def test_a_config_of_objectives_can_be_run_and_knows_what_is_trained_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    settings = Objectives(**yaml.safe_load(path.read_text()))
+    trained_on = ObjectivesRun(settings).trained_on
+    assert {name: found for name, found in trained_on.items() if found} == {
+        "hard_negatives": ("val/caption_choice",),
+        "gamma": ("feature_pair",),
+        "gamma_inputs": ("feature_pair_inputs",),
+        "mixture": ("feature_pair_inputs", "val/caption_choice"),
+    }
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name_of)

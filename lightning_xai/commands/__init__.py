@@ -29,6 +29,7 @@ COMMANDS: Registry[Any] = Registry(
         "explain": "lightning_xai.commands.explain:Explain",
         "sanity-check": "lightning_xai.commands.sanity_check:SanityCheck",
         "roar": "lightning_xai.commands.roar:Roar",
+        "objectives": "lightning_xai.commands.objectives:Objectives",
         "report": "lightning_xai.commands.report:Report",
     },
 )

@@ -57,7 +57,7 @@ def build_sections(runs: Sequence[Run], test: OrderTest, min_pairs: int = 10) ->
         Section("heat-maps", "Heat maps", heat_map_blocks(runs, gallery)),
         Section("appendix", "Settings and files", appendix_blocks(runs)),
     ]
-    return _named([section for section in sections if section.blocks]), comparisons
+    return named_sections([section for section in sections if section.blocks]), comparisons
 
 
 def write_report(out: Path, title: str, subtitle: str, sections: Sequence[Section], footer: str) -> Path:
@@ -87,8 +87,8 @@ def write_report(out: Path, title: str, subtitle: str, sections: Sequence[Sectio
     return out / PAGE_NAME
 
 
-def _named(sections: Sequence[Section]) -> list[Section]:
-    """The sections, whose tables and figures have numbers, and unique names that files and links can have."""
+def named_sections(sections: Sequence[Section]) -> list[Section]:
+    """Give tables and figures numbers, and all parts unique names that files and links can have."""
     taken: dict[str, set[str]] = {"table": set(), "figure": set(), "section": set()}
 
     def unique(kind: str, name: str) -> str:

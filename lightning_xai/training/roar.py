@@ -25,7 +25,7 @@ from lightning_xai.results.trials import Retraining
 from lightning_xai.training.contrastive import ContrastiveModule
 from lightning_xai.training.nonfinite import NonFiniteLossError
 
-__all__ = ["RoarRetraining", "retrain"]
+__all__ = ["RoarRetraining", "process_as_before", "retrain"]
 
 _IGNORED = (
     ".*isinstance.treespec, LeafSpec",  # a deprecation of torch, in Lightning's code
@@ -131,7 +131,7 @@ def retrain(
         seed=seed,
         max_fault_fraction=0.0,
     )
-    with _process_as_before():
+    with process_as_before():
         _trainer(next(encoder.parameters()).device, options).fit(module, datamodule=data)
     if len(module.curve) != options.epochs + 1:
         done = len(module.curve) - 1
@@ -157,7 +157,7 @@ def _trainer(device: torch.device, options: Retraining) -> L.Trainer:
 
 
 @contextmanager
-def _process_as_before() -> Iterator[None]:
+def process_as_before() -> Iterator[None]:
     """Restore on leaving what a deterministic trainer sets for the whole process, and keep it quiet inside."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, disabled = torch.backends.cudnn.benchmark, logging.root.manager.disable

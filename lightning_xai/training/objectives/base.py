@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -80,6 +80,15 @@ class Objective(ABC):
         if not 0 < weight < math.inf:
             raise ValueError(f"the weight of the objective {self.name} has to be positive and finite; got {weight}")
         self.weight = weight
+
+    @property
+    def trains_on(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the term itself asks about, so that it says little of what was learned.
+
+        Attribution methods by name, with the options of the maps, and numbers that validation logs by name
+        (`val/caption_choice`), without options. The command `objectives` keeps them apart from other judges.
+        """
+        return {}
 
     def prepare(self, encoder: DualEncoder) -> None:  # noqa: B027 - most objectives have nothing to prepare
         """Check, before training, that the model serves the objective, and give it the parameters that it lacks.

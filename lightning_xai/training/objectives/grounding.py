@@ -5,7 +5,7 @@ Shapes: B rows on this rank, R phrases, H x W the patch grid, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -70,6 +70,12 @@ class Grounding(Objective):
         self._points, self._weights = quadrature("midpoint", steps)
         self.penalty = penalty
         self._captured = Captured()
+
+    @property
+    def trains_on(self) -> Mapping[str, Mapping[str, Any]]:
+        """Feature-pair attribution at the layers."""
+        image, text = self._layers
+        return {"feature_pair": {"image_layer": image, "text_layer": text}}
 
     def prepare(self, encoder: DualEncoder) -> None:
         """Find the layers."""

@@ -5,7 +5,9 @@ Shapes: B rows on this rank, W ranks, K embedding width, N hard negatives of an 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,6 +175,11 @@ class HardNegativeText(Objective):
                 "take ShardDataModule, or make them by TrainingCollate(..., needs=task.batch_needs)"
             )
         return batch.negatives.tokens
+
+    @property
+    def trains_on(self) -> Mapping[str, Mapping[str, Any]]:
+        """The choice between a caption and a slightly wrong one."""
+        return {"val/caption_choice": {}}
 
     def __call__(self, step: Step) -> Term:
         """Compute the loss in nats and the numbers of the class."""

@@ -1,0 +1,201 @@
+"""One process that runs trials of `objectives`: it trains, validates and judges models, one after another."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+from lightning_xai.attribution.method_options import choose_method
+from lightning_xai.commands.outputs import progress_bar
+from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation import AttributionEvaluation
+from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.results.objectives import ObjectiveTrial, TrainedModel, read_trained_model
+from lightning_xai.results.record import method_of
+from lightning_xai.training.contrastive import ContrastiveFineTuning
+from lightning_xai.training.objectives import Objective
+from lightning_xai.training.roar import process_as_before
+
+if TYPE_CHECKING:
+    from lightning_xai.commands.objectives import Objectives
+
+_JUDGE_BATCH = 8
+# A trial is one process wherever it runs, whose only output is its result.
+_TRAINER = {
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "inference_mode": False,
+    "deterministic": "warn",
+}
+_TRAINED_MODEL = {"model", "pretrained", "out", "seeds"}  # options of the judgement that a trial decides
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a trial is made of, made for it alone."""
+
+    model: dict[str, Any]
+    objectives: list[Objective]
+    data: ShardDataModule
+    judged_data: ShardDataModule
+    trainer: dict[str, Any]
+    judge: dict[str, Any]
+
+
+class ObjectivesRun:
+    """Runs trials in this process.
+
+    Args:
+        settings: all settings.
+
+    Raises:
+        ValueError: no such model, or a model, method or objective that does not go with the others.
+        ArgumentError: an option that does not exist, or a value of the wrong type.
+    """
+
+    def __init__(self, settings: Objectives) -> None:
+        self.settings = settings
+        self._parser = _parser(settings)
+        # Options are checked by the signatures that they go to, before anything is trained.
+        names = ("model", "data", "judge", "variants")
+        # A copy, since the parser puts objects into lists that it is given.
+        given = copy.deepcopy({name: getattr(settings, name) for name in names})
+        self._config = self._parser.parse_object({**given, "trainer": copy.deepcopy(_TRAINER | settings.trainer)})
+        self.trained_on = {name: self._trained_on(name) for name in settings.variants}
+
+    def run(self, trials: list[ObjectiveTrial]) -> None:
+        """Run those of the trials that are not done.
+
+        Raises:
+            ValueError: a trial is done, but with other settings.
+        """
+        out = self.settings.out
+        to_do = [trial for trial in trials if read_trained_model(out, trial, self._recipe(trial)) is None]
+        with progress_bar() as bar:
+            task = bar.add_task("trials", total=len(trials), completed=len(trials) - len(to_do))
+            for trial in to_do:
+                bar.update(task, description=str(trial))
+                self._run(trial)
+                bar.advance(task)
+
+    def _run(self, trial: ObjectiveTrial) -> None:
+        parts, out = self._parts(trial), self.settings.out
+        start = time.perf_counter()
+        with _quiet():
+            # Seeded once the objectives are there: they may draw, and variants have to start from the same weights.
+            L.seed_everything(trial.seed, verbose=False)
+            module = ContrastiveFineTuning(**parts.model, objectives=parts.objectives)
+            trainer = L.Trainer(**parts.trainer | {"limit_val_batches": 0})
+            trainer.fit(module.train(), datamodule=parts.data)
+            checkpoint = trial.checkpoint(out)
+            trainer.save_checkpoint(checkpoint, weights_only=True)
+            validation = L.Trainer(**parts.trainer)
+            validation.validate(module, datamodule=parts.data, verbose=False)
+            logged = {name: float(value) for name, value in sorted(validation.callback_metrics.items())}
+            trained = time.perf_counter()
+            judge = AttributionEvaluation(str(checkpoint), None, out=trial.judged(out), **parts.judge)
+            batches = math.ceil(self.settings.images / _JUDGE_BATCH)
+            plain = {name: value for name, value in parts.trainer.items() if name != "callbacks"}
+            L.Trainer(**plain | {"limit_test_batches": batches}).test(judge, datamodule=parts.judged_data)
+        seconds = {"training": trained - start, "judging": time.perf_counter() - trained}
+        TrainedModel(
+            trial=trial,
+            recipe=self._recipe(trial),
+            logged=dict(logged),
+            trained_on=self.trained_on[trial.variant],
+            seconds=seconds,
+        ).save(out)
+
+    def _recipe(self, trial: ObjectiveTrial) -> dict[str, Any]:
+        """Everything that the numbers of a trial depend on, as the settings give it."""
+        settings = self.settings
+        names = ("model", "data", "trainer", "judge", "images", "captions_per_image")
+        return {"objectives": settings.variants[trial.variant], **{name: getattr(settings, name) for name in names}}
+
+    def _parts(self, trial: ObjectiveTrial) -> _Parts:
+        """New objects for a trial: trainers and data modules remember what they did."""
+        made = [self._instance(trial, **change) for change in ({}, self._judged_data())]
+        first = made[0]
+        trainer = first.trainer.as_dict()
+        # Lightning must not act on Slurm's tasks and signals.
+        trainer["plugins"] = [*(trainer["plugins"] or []), LightningEnvironment()]
+        return _Parts(
+            first.model.as_dict(),
+            first.variants[trial.variant],
+            first.data,
+            made[1].data,
+            trainer,
+            first.judge.as_dict(),
+        )
+
+    def _judged_data(self) -> dict[str, Any]:
+        return {"captions_per_image": self.settings.captions_per_image, "eval_batch_size": _JUDGE_BATCH}
+
+    def _instance(self, trial: ObjectiveTrial, **data: Any) -> Namespace:
+        config = self._config.clone()
+        for name, value in {"seed": trial.seed, **data}.items():
+            config.data.init_args[name] = value
+        made: Namespace = self._parser.instantiate_classes(config)
+        return made
+
+    def _trained_on(self, variant: str) -> tuple[str, ...]:
+        """The judging methods and logged numbers that a variant's objectives ask about; also checks that all can run.
+
+        Raises:
+            ValueError: a model that an objective or a method does not suit.
+        """
+        parts = self._parts(ObjectiveTrial(variant, self.settings.seeds[0]))
+        with _quiet():
+            encoder = ContrastiveFineTuning(**parts.model, objectives=parts.objectives).encoder
+        found = []
+        for label, options in (parts.judge["methods"] or {"feature_pair": None}).items():
+            name, own = method_of(label, options)
+            chosen = choose_method(encoder, name, own).options
+            asked = [each.trains_on[name] for each in parts.objectives if name in each.trains_on]
+            if any(_same(encoder, chosen, each) for each in asked):
+                found.append(label)
+        return (*found, *(name for each in parts.objectives for name in each.trains_on if "/" in name))
+
+
+def _same(encoder: DualEncoder, chosen: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a method has the options that an objective asks about; layers may be counted from either end."""
+    at_layer = {"image_layer": encoder.image_at_layer, "text_layer": encoder.text_at_layer}
+
+    def resolved(options: Mapping[str, Any], name: str) -> Any:
+        value = options.get(name)
+        return at_layer[name](value).layer if name in at_layer and value is not None else value
+
+    return all(resolved(chosen, name) == resolved(asked, name) for name in asked)
+
+
+def _parser(settings: Objectives) -> ArgumentParser:
+    """The parser that `fit` and `test` have, with a list of objectives for each variant."""
+    parser = ArgumentParser(prog="lightning_xai objectives", exit_on_error=False)
+    parser.add_class_arguments(ContrastiveFineTuning, "model", skip={"objectives"}, instantiate=False)
+    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_class_arguments(AttributionEvaluation, "judge", skip=set(_TRAINED_MODEL), instantiate=False)
+    parser.add_subclass_arguments(ShardDataModule, "data", required=True)
+    for name in settings.variants:
+        parser.add_argument(f"--variants.{name}", type=list[Objective], required=True)
+    return parser
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave the terminal to the trials' progress: each would print the tables of its judgement."""
+    with process_as_before(), redirect_stdout(io.StringIO()):
+        yield

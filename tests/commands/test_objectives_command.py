@@ -1,0 +1,96 @@
+"""`objectives` through the object that the command line makes, and through the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentError
+
+from lightning_xai.commands.objectives import Objectives
+from lightning_xai.commands.objectives_run import ObjectivesRun
+from lightning_xai.results.objectives import ObjectiveTrial, read_trained_model
+from lightning_xai.results.table import read_result
+
+
+@pytest.fixture
+def settings(architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path) -> Objectives:
+    """Two variants with one seed, of a tiny model on a tiny world."""
+    data = {"train": str(shapes / "train"), "val": str(shapes / "val"), "test": str(shapes / "val")}
+    return Objectives(
+        out=tmp_path / "out",
+        model={"model": str(architecture_file("vit")), "pretrained": None, "initial_lr": 1e-3, "final_lr": 1e-3},
+        data={
+            "class_path": "lightning_xai.data.ShardDataModule",
+            "init_args": {**data, "batch_size": 16, "num_workers": 0, "swap_objects": True},
+        },
+        variants={
+            "base": [{"class_path": "Softmax"}],
+            "gamma": [{"class_path": "Softmax"}, {"class_path": "Grounding"}],
+        },
+        judge={
+            "methods": {"feature_pair": {}, "grad_cam": {}},
+            "metrics": ["grounding"],
+            "examples": 1,
+            "examples_per_class": 0,
+            "failures": 0,
+        },
+        trainer={"accelerator": "cpu", "max_epochs": 1, "callbacks": [{"class_path": "CaptionChoiceCallback"}]},
+        seeds=(3,),
+        images=8,
+        scores=("gamma_mean",),
+        bootstrap_samples=20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "plain"}, r"base has to be one of the variants \(base, gamma\); got 'plain'"),
+        ({"seeds": (1, 1)}, "different numbers"),
+        ({"trial": 2}, r"--trial has to be 0 to 1 \(see --list-trials\); got 2"),
+        ({"trial": 0, "gather": True}, "exclude each other"),
+        ({"gather": True}, "no trial of the base 'base' is done"),
+        ({"variants": {"a-b": []}, "base": "a-b"}, "names of letters, digits and _"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused_in_a_sentence(
+    change: dict[str, Any], message: str, settings: Objectives
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(settings, **change)()
+
+
+def test_an_unknown_objective_is_refused_before_any_training(settings: Objectives) -> None:
+    with pytest.raises(ArgumentError, match=r"variants\.gamma"):
+        ObjectivesRun(replace(settings, variants={"base": [], "gamma": [{"class_path": "Gamma"}]}))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_and_ends_with_a_page(settings: Objectives, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, ran = ObjectivesRun._run, list[str]()
+
+    def recorded(self: ObjectivesRun, trial: ObjectiveTrial) -> None:
+        if len(ran) == 1:
+            ran.append("stop")
+            raise KeyboardInterrupt
+        ran.append(str(trial))
+        run(self, trial)
+
+    monkeypatch.setattr(ObjectivesRun, "_run", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        settings()
+    assert not (settings.out / "report").exists()
+    settings()
+    assert ran == ["base/3", "stop", "gamma/3"]
+    found = read_trained_model(settings.out, ObjectiveTrial("gamma", 3))
+    assert found is not None
+    assert found.trained_on == ("feature_pair",)
+    assert "val/caption_choice" in found.logged
+    assert (settings.out / "report" / "report.html").is_file()
+    record, table = read_result(settings.out / "variants" / "gamma")
+    assert list(record.methods) == ["feature_pair", "grad_cam"]
+    assert set(table.values["seed"]) == {3}
