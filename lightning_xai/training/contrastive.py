@@ -21,6 +21,7 @@ from typing_extensions import Self
 
 from lightning_xai.data.batch import Batch
 from lightning_xai.metrics.retrieval import RetrievalMetric
+from lightning_xai.models.at_layer import batch_statistics
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.loading import load_dual_encoder
 from lightning_xai.models.sharding import (
@@ -470,7 +471,7 @@ def _check_bounds(max_logit_scale: float, chunk_size: int | None) -> None:
 
 
 def _refuse_batch_statistics(encoder: DualEncoder) -> None:
-    found = next((name for name, child in encoder.model.named_modules() if isinstance(child, _BatchNorm)), None)
+    found = batch_statistics(encoder.model)
     if found is not None:
         raise ValueError(
             f"{encoder.name} has batch statistics ({found}), which differ between a chunk and the whole batch, and "

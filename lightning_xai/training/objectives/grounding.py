@@ -6,7 +6,7 @@ Shapes: B rows on this rank, R phrases, H x W the patch grid, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from lightning_xai.data.phrases import Phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.loss import sum_over_ranks
 from lightning_xai.metrics.grounding import measurable, patch_mask
-from lightning_xai.models.at_layer import differentiable, refuse_rewriting
+from lightning_xai.models.at_layer import batch_statistics, constant, differentiable, refuse_rewriting
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.training.objectives.base import Objective, Step, Term
 
@@ -44,9 +44,11 @@ class Grounding(Objective):
         text_layer: likewise of the text tower.
         steps: integration points.
         penalty: `log` for `-log(max(gamma, 0.001))`, `share` for the share of the positive attribution outside the box.
+        towers: which towers the term trains: `both`, or `image` or `text` alone. The attribution and the value of the
+            term are the same for all three; a tower that is not trained by it is a constant.
 
     Raises:
-        ValueError: an option outside its range; in `prepare`: towers without such layers.
+        ValueError: an option outside its range; in `prepare`: towers without such layers, or with batch statistics.
     """
 
     name = "grounding"
@@ -61,18 +63,29 @@ class Grounding(Objective):
         text_layer: int = -1,
         steps: int = 2,
         penalty: Literal["log", "share"] = "log",
+        towers: Literal["both", "image", "text"] = "both",
     ) -> None:
         super().__init__(weight=weight)
         if penalty not in ("log", "share"):
             raise ValueError(f"penalty is log or share; got {penalty!r}")
+        if towers not in ("both", "image", "text"):
+            raise ValueError(f"towers is both, image or text; got {towers!r}")
         self._layers = image_layer, text_layer
         self._points, self._weights = quadrature("midpoint", steps)
         self.penalty = penalty
+        self.towers = towers
         self._captured = Captured()
 
     def prepare(self, encoder: DualEncoder) -> None:
         """Find the layers."""
         refuse_rewriting(encoder)
+        found = batch_statistics(encoder.model)
+        if found is not None:
+            raise ValueError(
+                f"{encoder.name} has batch statistics ({found}): a training pass takes them from its batch, an "
+                "attribution takes their running averages; take a model without BatchNorm, such as a ViT, for the "
+                "objective grounding"
+            )
         self._image, self._text = encoder.image_at_layer(self._layers[0]), encoder.text_at_layer(self._layers[1])
         for tower in (self._image, self._text):
             if tower.block is None:
@@ -115,22 +128,38 @@ class Grounding(Objective):
         return kept, patch_mask(kept.boxes, self._image.grid, size)
 
     def _maps(self, step: Step, phrases: Phrases, image: Tensor, text: Tensor) -> Tensor:
-        """Maps [R, H, W] of phrases, up to a positive factor each, with a graph to all weights."""
+        """Maps [R, H, W] of phrases, up to a positive factor each, with a graph to the weights that are trained."""
         dtype = next(step.encoder.parameters()).dtype
-        rows, tokens = phrases.caption_row, step.batch.tokens[phrases.caption_row]
-        if not len(rows):
+        if not len(phrases):
             return image.new_zeros(0, *self._image.grid, dtype=dtype)
-        image, text = image[phrases.image_row].to(dtype), text[rows].to(dtype)
-        nothing = reference_image(step.encoder, "zeros").to(image)[None]
+        image, text = image[phrases.image_row].to(dtype), text[phrases.caption_row].to(dtype)
+        with constant(step.encoder) if self.towers == "image" else nullcontext():
+            change = self._change(step, phrases, text.detach() if self.towers == "image" else text)
+        with constant(step.encoder) if self.towers == "text" else nullcontext():
+            return self._seen(step, image.detach() if self.towers == "text" else image, change)
+
+    def _change(self, step: Step, phrases: Phrases, hidden: Tensor) -> Tensor:
+        """The change of the captions' embeddings by the tokens of the phrases, [R, 1, K].
+
+        Args:
+            step: of the training.
+            phrases: R of them.
+            hidden: [R, T, D], of their captions.
+        """
+        tokens = step.batch.tokens[phrases.caption_row]
         said_nothing = step.encoder.tokenizer.padding_caption()[None].to(tokens.device)
-        image_path = self._image.path(image, self._image.features_before(nothing))
-        text_path = self._text.path(text, self._text.features_before(said_nothing, text.shape[1]), tokens)
-        span = self._text.on_caption(phrases.span_mask[:, None].to(text), text.shape[1])
-        change = integrated_jvp(text_path, self._points, self._weights, span, create_graph=True)
-        places = self._image.count(image)
-        return self._image.on_grid(
-            integrated_vjp(image_path, self._points, self._weights, change, places, create_graph=True)[:, 0]
-        )
+        reference = self._text.features_before(said_nothing, hidden.shape[1])
+        path = self._text.path(hidden, reference, tokens)
+        span = self._text.on_caption(phrases.span_mask[:, None].to(hidden), hidden.shape[1])
+        return integrated_jvp(path, self._points, self._weights, span, create_graph=True)
+
+    def _seen(self, step: Step, hidden: Tensor, change: Tensor) -> Tensor:
+        """Maps [R, H, W] of what in images `hidden` matches a change [R, 1, K] of the text."""
+        nothing = reference_image(step.encoder, "zeros").to(hidden)[None]
+        path = self._image.path(hidden, self._image.features_before(nothing))
+        places = self._image.count(hidden)
+        maps = integrated_vjp(path, self._points, self._weights, change, places, create_graph=True)
+        return self._image.on_grid(maps[:, 0])
 
 
 def _counts(some: Tensor) -> Tensor:
