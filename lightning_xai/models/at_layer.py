@@ -48,6 +48,7 @@ class TowerAtLayer(ABC):
         grid: rows and columns of the image tokens after the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.
         is_feature_map: whether hidden states are [B, C, H, W], as convolutions make them, not [B, T, D].
+        calls_blocks: whether a path calls blocks, and so runs their hooks; else it reads the last one's weights.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class TowerAtLayer(ABC):
     grid: tuple[int, int] = (0, 0)
     prefix_tokens: int = 0
     is_feature_map: bool = False
+    calls_blocks: bool = True
 
     @abstractmethod
     def features_before(self, inputs: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["gather_parameters", "is_sharded", "mend_optimizer_state", "release_parameters", "shard_encoder"]
+__all__ = [
+    "gather_blocks",
+    "gather_parameters",
+    "is_sharded",
+    "mend_optimizer_state",
+    "release_parameters",
+    "shard_encoder",
+]
 
 
 def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
@@ -86,6 +94,17 @@ def gather_parameters(encoder: DualEncoder) -> None:
             torch.zeros(1, *encoder.image_shape, device=weight.device),
             encoder.tokenizer.encode(["a probe"]).to(weight.device),
         )
+
+
+def gather_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Give every process the parameters of some blocks until the backward pass is through with them.
+
+    For a training step that reads weights after `forward`. Blocks that are not sharded stay as they are.
+    """
+    for block in blocks:
+        unshard: Any = getattr(block, "unshard", None)
+        if unshard is not None:
+            unshard()
 
 
 def release_parameters(encoder: DualEncoder) -> None:

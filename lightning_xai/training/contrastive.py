@@ -173,9 +173,8 @@ class ContrastiveModule(L.LightningModule):
                 f"tensor_parallel_size: 1 and data_parallel_size: {mesh.size()}; got tensor_parallel_size "
                 f"{mesh['tensor_parallel'].size()}"
             )
-        alone = [each.name for each in self.objectives if each.trains_logit_bias or each.listens]
-        if alone:
-            raise ValueError(f"{', '.join(alone)}: no objective for ModelParallelStrategy; take the strategy ddp")
+        for objective in self.objectives:
+            objective.check_sharding()
         if self._compiled:
             raise ValueError("compile does not go with ModelParallelStrategy: set compile to false, or take ddp")
         loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.fit_loop.epoch_loop.val_loop)

@@ -21,6 +21,7 @@ from lightning_xai.loss import sum_over_ranks
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.models.at_layer import batch_statistics, constant, differentiable, refuse_rewriting
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.sharding import gather_blocks
 from lightning_xai.training.objectives.base import Objective, Step, Term
 
 __all__ = ["Grounding"]
@@ -93,6 +94,14 @@ class Grounding(Objective):
                     f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
                 )
 
+    def check_sharding(self) -> None:
+        """Refuse layers whose blocks would be called within derivatives, where FSDP cannot gather parameters."""
+        if self._image.calls_blocks or self._text.calls_blocks:
+            raise ValueError(
+                "the objective grounding goes with ModelParallelStrategy only at the last blocks of open_clip's own "
+                "transformers: leave image_layer and text_layer at -1 and take such a model, or take the strategy ddp"
+            )
+
     @contextmanager
     def listening(self) -> Iterator[Any]:
         """Keep what enters the layers, with its graph."""
@@ -103,17 +112,20 @@ class Grounding(Objective):
     def __call__(self, step: Step) -> Term:
         """Compute the term; a zero with a graph where no phrase of any rank can be measured."""
         captured, self._captured = self._captured, Captured()
+        gather_blocks([*self._image.blocks_on(), *self._text.blocks_on()])
         with differentiable(step.encoder):
             hidden = torch.cat(captured.image), torch.cat(captured.text)
+            references = self._references(step, hidden[1].shape[1])
             phrases, masks = self._measurable(step)
-            maps = self._maps(step, phrases, *hidden)
+            maps = self._maps(step, phrases, hidden, references)
             positive = maps.clamp(min=0)
             total, inside = positive.sum(dim=(1, 2)), (positive * masks).sum(dim=(1, 2))
             some = total.detach() > 0
             gamma = inside[some] / total[some]
             penalty = -gamma.clamp(min=_LEAST_GAMMA).log() if self.penalty == "log" else 1 - gamma
-            # Every rank has a graph to run backwards, phrases or not.
+            # Every rank has a graph to run backwards, phrases or not, and all of it, where parameters are spread.
             nothing = 0 * (step.image[step.batch.valid].sum() + step.text[step.batch.valid].sum())
+            nothing = nothing + 0 * sum(reference.sum() for reference in references)
             sums = torch.stack([penalty.sum() + nothing, gamma.detach().sum(), *_counts(some).to(penalty)])
         loss, gammas, count, without = sum_over_ranks(sums)
         count = count.detach()
@@ -127,38 +139,39 @@ class Grounding(Objective):
         kept = phrases.only((reason == Exclusion.MEASURED).nonzero()[:, 0])
         return kept, patch_mask(kept.boxes, self._image.grid, size)
 
-    def _maps(self, step: Step, phrases: Phrases, image: Tensor, text: Tensor) -> Tensor:
-        """Maps [R, H, W] of phrases, up to a positive factor each, with a graph to the weights that are trained."""
-        dtype = next(step.encoder.parameters()).dtype
-        if not len(phrases):
-            return image.new_zeros(0, *self._image.grid, dtype=dtype)
-        image, text = image[phrases.image_row].to(dtype), text[phrases.caption_row].to(dtype)
-        with constant(step.encoder) if self.towers == "image" else nullcontext():
-            change = self._change(step, phrases, text.detach() if self.towers == "image" else text)
-        with constant(step.encoder) if self.towers == "text" else nullcontext():
-            return self._seen(step, image.detach() if self.towers == "text" else image, change)
+    def _references(self, step: Step, length: int) -> tuple[Tensor, Tensor]:
+        """Hidden states [1, ...] of an image and a caption of `length` tokens that say nothing."""
+        tokens = step.encoder.tokenizer.padding_caption()[None].to(step.batch.tokens.device)
+        with torch.set_grad_enabled(self.towers != "text"):
+            image = self._image.features_before(reference_image(step.encoder, "zeros")[None])
+        with torch.set_grad_enabled(self.towers != "image"):
+            return image, self._text.features_before(tokens, length)
 
-    def _change(self, step: Step, phrases: Phrases, hidden: Tensor) -> Tensor:
-        """The change of the captions' embeddings by the tokens of the phrases, [R, 1, K].
+    def _maps(
+        self, step: Step, phrases: Phrases, hidden: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Maps [R, H, W] of phrases, up to a positive factor each, with a graph to the weights that are trained.
 
         Args:
             step: of the training.
             phrases: R of them.
-            hidden: [R, T, D], of their captions.
+            hidden: what enters the layers, of all images and of all captions.
+            references: what enters them where nothing is shown or said.
         """
-        tokens = step.batch.tokens[phrases.caption_row]
-        said_nothing = step.encoder.tokenizer.padding_caption()[None].to(tokens.device)
-        reference = self._text.features_before(said_nothing, hidden.shape[1])
-        path = self._text.path(hidden, reference, tokens)
-        span = self._text.on_caption(phrases.span_mask[:, None].to(hidden), hidden.shape[1])
-        return integrated_jvp(path, self._points, self._weights, span, create_graph=True)
-
-    def _seen(self, step: Step, hidden: Tensor, change: Tensor) -> Tensor:
-        """Maps [R, H, W] of what in images `hidden` matches a change [R, 1, K] of the text."""
-        nothing = reference_image(step.encoder, "zeros").to(hidden)[None]
-        path = self._image.path(hidden, self._image.features_before(nothing))
-        places = self._image.count(hidden)
-        maps = integrated_vjp(path, self._points, self._weights, change, places, create_graph=True)
+        dtype = references[0].dtype
+        if not len(phrases):
+            return references[0].new_zeros(0, *self._image.grid)
+        rows = phrases.image_row, phrases.caption_row
+        image, text = (states[row].to(dtype) for states, row in zip(hidden, rows, strict=True))
+        with constant(step.encoder) if self.towers == "image" else nullcontext():
+            tokens = step.batch.tokens[phrases.caption_row]
+            path = self._text.path(text.detach() if self.towers == "image" else text, references[1], tokens)
+            span = self._text.on_caption(phrases.span_mask[:, None].to(text), text.shape[1])
+            change = integrated_jvp(path, self._points, self._weights, span, create_graph=True)
+        with constant(step.encoder) if self.towers == "text" else nullcontext():
+            path = self._image.path(image.detach() if self.towers == "text" else image, references[0])
+            places = self._image.count(image)
+            maps = integrated_vjp(path, self._points, self._weights, change, places, create_graph=True)
         return self._image.on_grid(maps[:, 0])
 
 
