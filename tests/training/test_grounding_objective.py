@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_distributed
+from conftest import TEXT, encoder_from
+from distributed import join_lightning, run_distributed
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
-from training_runs import records_of
+from training_runs import Recorder, loader_of, records_of, trainer_in
 
 from lightning_xai.attribution.reference import reference_image
 from lightning_xai.data import Batch, Manifest
@@ -24,6 +27,7 @@ from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.at_layer import differentiable
+from lightning_xai.training import ContrastiveFineTuning
 from lightning_xai.training.objectives import Grounding, Objective, Sigmoid, Softmax, Step
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch")
@@ -73,6 +77,71 @@ def test_the_gradient_through_towers_of_open_clip_is_that_of_differences(
     make_encoder: Callable[..., DualEncoder], name: str, layers: tuple[int, int]
 ) -> None:
     assert_gradient(make_encoder(name, torch.float64), Grounding(image_layer=layers[0], text_layer=layers[1]))
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
+def test_the_gradient_through_towers_of_transformers_is_that_of_differences(tmp_path: Path, name: str) -> None:
+    from small_hugging_face import save_small  # here, so that the processes started below do not import it
+
+    encoder = load_dual_encoder(f"hf:{save_small(name, tmp_path / name)}", None).double().eval()
+    assert_gradient(encoder, Grounding())
+
+
+def test_the_gradient_through_a_tower_of_timm_is_that_of_differences(tmp_path: Path) -> None:
+    """SigLIP's: no CLS, an attention pool, and a text tower without causal mask, read at its last token."""
+    vision = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "linear", "image_size": 32}
+    text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
+    encoder = encoder_from({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}, tmp_path)
+    assert_gradient(encoder, Grounding())
+
+
+def test_batch_statistics_and_unknown_towers_are_refused_before_training(
+    make_encoder: Callable[..., DualEncoder],
+) -> None:
+    with pytest.raises(ValueError, match=r"batch statistics \(visual.bn1\).*take a model without BatchNorm"):
+        Grounding().prepare(make_encoder("resnet"))
+    towers: Any = "left"
+    with pytest.raises(ValueError, match="towers is both, image or text; got 'left'"):
+        Grounding(towers=towers)
+
+
+def test_the_gradients_of_the_two_towers_are_the_halves_of_that_of_both(
+    make_encoder: Callable[..., DualEncoder],
+) -> None:
+    found: dict[str, dict[str, Tensor]] = {}
+    losses = []
+    for towers in ("both", "image", "text"):
+        encoder, objective = make_encoder("vit", torch.float64), Grounding(towers=towers)  # type: ignore[arg-type]
+        objective.prepare(encoder)
+        loss = term(encoder, objective, hand_made(encoder, [(0, [1, 2]), (0, [3]), (1, [1])])).loss
+        found[towers] = gradients(encoder, loss)
+        losses.append(found[towers].pop("loss"))
+        assert all(weight.requires_grad for weight in encoder.parameters())
+    assert losses[0] == losses[1] == losses[2]
+    image = {name for name in found["both"] if name.startswith("model.visual.")}
+    assert found["image"].keys() == image
+    assert found["text"].keys() == found["both"].keys() - image != set()
+    for name, gradient in found["both"].items():
+        half = found["image" if name in image else "text"][name]
+        torch.testing.assert_close(half, gradient, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_phrases_without_positive_attribution_are_counted_and_leave_no_nan(
+    make_encoder: Callable[..., DualEncoder],
+) -> None:
+    """An image tower whose output ignores the image has maps of zeros."""
+    encoder, objective = make_encoder("vit", torch.float64), Grounding()
+    model: Any = encoder.model
+    objective.prepare(encoder)
+    with torch.no_grad():
+        model.visual.proj.zero_()
+        model.visual.proj[:, 0] = model.visual.ln_post.bias
+        model.visual.ln_post.weight.zero_()
+    found = term(encoder, objective, hand_made(encoder, [(0, [1, 2]), (1, [1])]))
+    torch.autograd.backward(found.loss)
+    assert found.loss == 0
+    assert (found.logged["phrases"], found.logged["phrases_without_positive"]) == (0, 2)
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in encoder.parameters())
 
 
 def literal_attribution(tower: Any, inputs: Tensor, reference: Tensor) -> Tensor:
@@ -224,3 +293,44 @@ def test_several_processes_have_the_gradients_of_the_literal_formulas(
         cases = ((make, formula, first) for make, formula in FORMULAS.values() for first in PHRASES_FROM)
         for each, (make, formula, first) in zip(found, cases, strict=True):
             assert_literal(each, formula, config, make, train, first)
+
+
+def step_of_both_strategies(config: str, shapes: str, folder: str) -> list[list[dict[str, Tensor]]]:
+    """Gradients of a step of the Trainer under DDP and FSDP2, by objective and by where phrases begin."""
+    found = []
+    for make, _ in FORMULAS.values():
+        for first in PHRASES_FROM:
+            pair = []
+            for name in ("ddp", "fsdp"):
+                torch.manual_seed(0)
+                objective = make()
+                task = ContrastiveFineTuning(config, None, objectives=[objective]).double()
+                sharded = {"strategy": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), "devices": 2}
+                recorder, batch = Recorder(), share(task.encoder, shapes, first, dist.get_rank(), 2)
+                options: dict[str, Any] = join_lightning() if name == "ddp" else sharded
+                trainer = trainer_in(Path(folder) / name, recorder, precision="64-true", **options)
+                trainer.fit(task, loader_of([batch, batch]))
+                pair.append({key.removeprefix("module."): value for key, value in recorder.gradients[-1].items()})
+            found.append(pair)
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(FSDPModule, "set_reshard_after_forward"), reason="this torch cannot shard an encoder")
+def test_a_sharded_model_has_the_gradients_of_ddp_for_every_objective(
+    architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path
+) -> None:
+    where = str(architecture_file("vit")), str(shapes / "train"), str(tmp_path)
+    for rank in run_distributed(step_of_both_strategies, *where, timeout=300):
+        for plain, sharded in rank:
+            assert plain.keys() == sharded.keys()
+            for name, gradient in plain.items():
+                torch.testing.assert_close(sharded[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_layers_that_sharding_does_not_go_with_are_refused(make_encoder: Callable[..., DualEncoder]) -> None:
+    objective = Grounding(image_layer=0)
+    objective.prepare(make_encoder("vit"))
+    with pytest.raises(ValueError, match="only at the last blocks of open_clip's own transformers"):
+        objective.check_sharding()
