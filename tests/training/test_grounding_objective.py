@@ -88,8 +88,8 @@ def test_the_gradient_through_towers_of_transformers_is_that_of_differences(tmp_
 
 
 def test_the_gradient_through_a_tower_of_timm_is_that_of_differences(tmp_path: Path) -> None:
-    """SigLIP's: no CLS, an attention pool, and a text tower without causal mask, read at its last token."""
-    vision = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "linear", "image_size": 32}
+    """With a text tower like that of SigLIP: without causal mask, read at its last token."""
+    vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
     text = TEXT | {"no_causal_mask": True, "pool_type": "last"}
     encoder = encoder_from({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}, tmp_path)
     assert_gradient(encoder, Grounding())
