@@ -308,7 +308,7 @@ def step_of_both_strategies(config: str, shapes: str, folder: str) -> list[list[
                 sharded = {"strategy": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), "devices": 2}
                 recorder, batch = Recorder(), share(task.encoder, shapes, first, dist.get_rank(), 2)
                 options: dict[str, Any] = join_lightning() if name == "ddp" else sharded
-                trainer = trainer_in(Path(folder) / name, recorder, precision="64-true", **options)
+                trainer = trainer_in(Path(folder) / name, recorder, **options)
                 trainer.fit(task, loader_of([batch, batch]))
                 pair.append({key.removeprefix("module."): value for key, value in recorder.gradients[-1].items()})
             found.append(pair)
