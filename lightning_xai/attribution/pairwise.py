@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,11 +123,11 @@ def capture(image: TowerAtLayer, text: TowerAtLayer, *, graph: bool = False) -> 
                     f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
                 )
 
-            def keep(_: object, inputs: tuple[Tensor, ...], at: TowerAtLayer = tower, to: list[Tensor] = kept) -> None:
-                hidden = at.captured(inputs[0])
+            def keep(_: object, inputs: Any, named: Any, at: TowerAtLayer = tower, to: list[Tensor] = kept) -> None:
+                hidden = at.captured(inputs[0] if inputs else named["hidden_states"])
                 to.append(hidden if graph else hidden.detach())
 
-            handles.append(tower.block.register_forward_pre_hook(keep))
+            handles.append(tower.block.register_forward_pre_hook(keep, with_kwargs=True))
         yield captured
     finally:
         for handle in handles:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
+from torch.nn.modules.batchnorm import _BatchNorm
 
 EmbeddingPath = Callable[[Tensor], Tensor]
 """alpha [B, N, T] -> embeddings [B, N, K], differentiable in alpha, forward and backward."""
@@ -47,6 +48,7 @@ class TowerAtLayer(ABC):
         grid: rows and columns of the image tokens after the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.
         is_feature_map: whether hidden states are [B, C, H, W], as convolutions make them, not [B, T, D].
+        calls_blocks: whether a path calls blocks, and so runs their hooks; else it reads the last one's weights.
     """
 
     layer: int
@@ -55,6 +57,7 @@ class TowerAtLayer(ABC):
     grid: tuple[int, int] = (0, 0)
     prefix_tokens: int = 0
     is_feature_map: bool = False
+    calls_blocks: bool = True
 
     @abstractmethod
     def features_before(self, inputs: Tensor) -> Tensor:
@@ -233,6 +236,29 @@ def differentiable(module: nn.Module) -> Iterator[None]:
                     stack.callback(setattr, child, flag, getattr(child, flag))
                     setattr(child, flag, False)
         yield
+
+
+@contextmanager
+def constant(module: nn.Module) -> Iterator[None]:
+    """Inside, parameters of `module` are constants of what is computed; undone on leaving, also after an exception."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def batch_statistics(module: nn.Module) -> str | None:
+    """The name of the first part of `module` that normalises by the statistics of its batch; None where there is none.
+
+    Example:
+        >>> batch_statistics(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        '1'
+    """
+    return next((name for name, part in module.named_modules() if isinstance(part, _BatchNorm)), None)
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:

@@ -73,14 +73,13 @@ class DualEncoder(ImageEncoder):
     @property
     def logit_scale(self) -> Tensor:
         """The learned logarithm of the factor on cosine similarities, a scalar parameter."""
-        scale: Tensor = self.model.logit_scale
-        if not hasattr(scale, "to_local"):
-            return scale
-        # A DTensor, since the encoder is sharded; every process has all of it.
-        local: Tensor = scale.to_local()
-        if local.requires_grad:
-            local.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
-        return local
+        return _whole(self.model.logit_scale)
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What SigLIP's loss adds to every logit, a parameter of one element; None in a model without."""
+        bias: Tensor | None = getattr(self.model, "logit_bias", None)
+        return None if bias is None else _whole(bias)
 
     @property
     def embedding_width(self) -> int:
@@ -209,6 +208,16 @@ class DualEncoder(ImageEncoder):
                 at_layer()
                 continue
             self._probe(tower)
+
+
+def _whole(scalar: Tensor) -> Tensor:
+    """The parameter as a plain tensor: a DTensor in a sharded encoder, of which every process has all."""
+    if not hasattr(scalar, "to_local"):
+        return scalar
+    local: Tensor = scalar.to_local()
+    if local.requires_grad:
+        local.register_hook(_mean_over_processes)  # type: ignore[no-untyped-call]
+    return local
 
 
 def _mean_over_processes(gradient: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["gather_parameters", "is_sharded", "mend_optimizer_state", "release_parameters", "shard_encoder"]
+__all__ = [
+    "gather_blocks",
+    "gather_parameters",
+    "is_sharded",
+    "mend_optimizer_state",
+    "release_parameters",
+    "shard_encoder",
+]
 
 
 def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
@@ -25,8 +33,8 @@ def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
 
     From then on each process holds its share of every parameter. `forward` puts a block's parameters together when it
     gets there, and lets go of them after it; the backward pass does the same, and averages gradients over processes as
-    DistributedDataParallel does. All other methods need `gather_parameters` first. The logit scale, a scalar, stays
-    whole on every process. Names and shapes in the state dict are as before.
+    DistributedDataParallel does. All other methods need `gather_parameters` first. The logit scale and bias, scalars,
+    stay whole on every process. Names and shapes in the state dict are as before.
 
     Args:
         encoder: changed in place, and moved to the mesh's device, one block at a time.
@@ -47,17 +55,22 @@ def shard_encoder(encoder: DualEncoder, mesh: DeviceMesh) -> None:
             f"torch {torch.__version__} cannot shard an encoder: its fully_shard lacks ignored_params, or its modules "
             "set_reshard_after_forward; install a newer torch, or take strategy ddp"
         )
-    scale = encoder.model.logit_scale
-    # It has no dimension that could be cut, so FSDP leaves it alone; `DualEncoder.logit_scale` averages its gradient.
-    encoder.model.logit_scale = whole = nn.Parameter(
-        distribute_tensor(scale.detach().to(mesh.device_type), mesh, [Replicate()]), requires_grad=scale.requires_grad
-    )
+    whole = set()
+    for name in _scalars(encoder):
+        scalar = getattr(encoder.model, name)
+        # It has no dimension that could be cut, so FSDP leaves it alone; `DualEncoder` averages its gradient.
+        copied = nn.Parameter(
+            distribute_tensor(scalar.detach().to(mesh.device_type), mesh, [Replicate()]),
+            requires_grad=scalar.requires_grad,
+        )
+        setattr(encoder.model, name, copied)
+        whole.add(copied)
     for module in (*encoder.blocks(), encoder):
         module.to(mesh.device_type)
         for tensor in (*module.parameters(), *module.buffers()):
             if not hasattr(tensor, "to_local"):  # neither whole nor a share already
                 dist.broadcast(tensor.detach(), src=0)
-        fully_shard(module, mesh=mesh, ignored_params={whole})
+        fully_shard(module, mesh=mesh, ignored_params=whole)
 
 
 def is_sharded(encoder: DualEncoder) -> bool:
@@ -83,6 +96,17 @@ def gather_parameters(encoder: DualEncoder) -> None:
         )
 
 
+def gather_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Give every process the parameters of some blocks until the backward pass is through with them.
+
+    For a training step that reads weights after `forward`. Blocks that are not sharded stay as they are.
+    """
+    for block in blocks:
+        unshard: Any = getattr(block, "unshard", None)
+        if unshard is not None:
+            unshard()
+
+
 def release_parameters(encoder: DualEncoder) -> None:
     """Undo `gather_parameters`."""
     if not is_sharded(encoder):
@@ -93,7 +117,7 @@ def release_parameters(encoder: DualEncoder) -> None:
 
 
 def mend_optimizer_state(encoder: DualEncoder, optimizer: Optimizer) -> None:
-    """Make what a restored AdamW averages of the logit scale fit its gradient.
+    """Make what a restored AdamW averages of the logit scale and bias fit their gradients.
 
     torch (2.14) restores the averages of a scalar as plain tensors, which do not go with a DTensor's gradient. An
     optimizer that was not restored, and an encoder that is not sharded, stay as they are.
@@ -102,11 +126,17 @@ def mend_optimizer_state(encoder: DualEncoder, optimizer: Optimizer) -> None:
         return
     from torch.distributed.tensor import distribute_tensor
 
-    scale = encoder.model.logit_scale
-    averages = optimizer.state.get(scale, {})
-    for name in averages.keys() & {"exp_avg", "exp_avg_sq"}:
-        if not hasattr(averages[name], "to_local"):
-            averages[name] = distribute_tensor(averages[name].to(scale.device), scale.device_mesh, scale.placements)
+    for scalar in (getattr(encoder.model, name) for name in _scalars(encoder)):
+        averages = optimizer.state.get(scalar, {})
+        for name in averages.keys() & {"exp_avg", "exp_avg_sq"}:
+            if not hasattr(averages[name], "to_local"):
+                average = averages[name].to(scalar.device)
+                averages[name] = distribute_tensor(average, scalar.device_mesh, scalar.placements)
+
+
+def _scalars(encoder: DualEncoder) -> list[str]:
+    """The model's parameters that every process holds, since they have no dimension to cut."""
+    return [name for name in ("logit_scale", "logit_bias") if getattr(encoder.model, name, None) is not None]
 
 
 def _keep_whole(encoder: DualEncoder, keep: bool) -> None:

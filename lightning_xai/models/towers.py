@@ -55,6 +55,7 @@ class VisionTransformerAtLayer(TowerAtLayer):
         reads_cls_only = visual.attn_pool is None and visual.pool_type == "tok"
         last = self._blocks[-1]
         self._pooled = PooledBlock(last, causal=False) if reads_cls_only and PooledBlock.serves(last) else None
+        self.calls_blocks = self._pooled is None or self.block is not last
 
     def blocks_on(self) -> list[nn.Module]:
         """The tower's blocks from this layer on."""
@@ -88,7 +89,7 @@ class VisionTransformerAtLayer(TowerAtLayer):
 
     def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
-        if self._pooled is None or self.layer < len(self._blocks) - 1:
+        if self._pooled is None or self.calls_blocks:
             return super().path(hidden, reference, inputs)
         output = self._pooled.path(hidden, reference, _first(hidden))
         return lambda alpha_BNT: self._head(self._visual.ln_post(output(alpha_BNT)))
@@ -215,6 +216,7 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         self.causal = tower.causal and tower.reads_end
         last = tower.blocks[-1]
         self._pooled = PooledBlock(last, tower.causal) if PooledBlock.serves(last) else None
+        self.calls_blocks = self._pooled is None or self.block is not last
 
     def blocks_on(self) -> list[nn.Module]:
         """The tower's blocks from this layer on."""
@@ -255,7 +257,7 @@ class TextTransformerAtLayer(TextTowerAtLayer):
 
     def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
-        if self._pooled is None or self.layer < len(self._tower.blocks) - 1:
+        if self._pooled is None or self.calls_blocks:
             return super().path(hidden, reference, inputs)
         output = self._pooled.path(hidden, reference, self._pool(inputs))
         return lambda alpha_BNT: self._tower.head(output(alpha_BNT))

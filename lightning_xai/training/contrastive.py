@@ -25,6 +25,7 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.metrics.retrieval import RetrievalMetric
+from lightning_xai.models.at_layer import batch_statistics
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.loading import load_dual_encoder
 from lightning_xai.models.sharding import (
@@ -190,9 +191,8 @@ class ContrastiveModule(L.LightningModule):
                 f"tensor_parallel_size: 1 and data_parallel_size: {mesh.size()}; got tensor_parallel_size "
                 f"{mesh['tensor_parallel'].size()}"
             )
-        alone = [each.name for each in self.objectives if each.trains_logit_bias or each.listens]
-        if alone:
-            raise ValueError(f"{', '.join(alone)}: no objective for ModelParallelStrategy; take the strategy ddp")
+        for objective in self.objectives:
+            objective.check_sharding()
         if self._compiled:
             raise ValueError("compile does not go with ModelParallelStrategy: set compile to false, or take ddp")
         loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.fit_loop.epoch_loop.val_loop)
@@ -510,7 +510,7 @@ def _check_bounds(max_logit_scale: float, chunk_size: int | None) -> None:
 
 
 def _refuse_batch_statistics(encoder: DualEncoder) -> None:
-    found = next((name for name, child in encoder.model.named_modules() if isinstance(child, _BatchNorm)), None)
+    found = batch_statistics(encoder.model)
     if found is not None:
         raise ValueError(
             f"{encoder.name} has batch statistics ({found}), which differ between a chunk and the whole batch, and "

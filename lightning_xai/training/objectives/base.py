@@ -97,6 +97,13 @@ class Objective(ABC):
             ValueError: it does not serve; the message says what would.
         """
 
+    def check_sharding(self) -> None:  # noqa: B027 - what uses embeddings alone goes with every strategy
+        """Check, before training, that the objective goes with parameters that are spread over processes.
+
+        Raises:
+            ValueError: it does not; the message says what would.
+        """
+
     def listening(self) -> AbstractContextManager[object]:
         """Around the training pass: keep what its hooks see for the call that follows. By default nothing."""
         return nullcontext()

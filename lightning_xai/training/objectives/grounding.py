@@ -6,7 +6,7 @@ Shapes: B rows on this rank, R phrases, H x W the patch grid, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,9 @@ from lightning_xai.data.phrases import Phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.loss import sum_over_ranks
 from lightning_xai.metrics.grounding import measurable, patch_mask
-from lightning_xai.models.at_layer import differentiable, refuse_rewriting
+from lightning_xai.models.at_layer import batch_statistics, constant, differentiable, refuse_rewriting
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.sharding import gather_blocks
 from lightning_xai.training.objectives.base import Objective, Step, Term, zero_with_graph
 
 __all__ = ["Grounding"]
@@ -45,9 +46,11 @@ class Grounding(Objective):
         text_layer: likewise of the text tower.
         steps: integration points.
         penalty: `log` for `-log(max(gamma, 0.001))`, `share` for the share of the positive attribution outside the box.
+        towers: which towers the term trains: `both`, or `image` or `text` alone. The attribution and the value of the
+            term are the same for all three; a tower that is not trained by it is a constant.
 
     Raises:
-        ValueError: an option outside its range; in `prepare`: towers without such layers.
+        ValueError: an option outside its range; in `prepare`: towers without such layers, or with batch statistics.
     """
 
     name = "grounding"
@@ -62,13 +65,17 @@ class Grounding(Objective):
         text_layer: int = -1,
         steps: int = 2,
         penalty: Literal["log", "share"] = "log",
+        towers: Literal["both", "image", "text"] = "both",
     ) -> None:
         super().__init__(weight=weight)
         if penalty not in ("log", "share"):
             raise ValueError(f"penalty is log or share; got {penalty!r}")
+        if towers not in ("both", "image", "text"):
+            raise ValueError(f"towers is both, image or text; got {towers!r}")
         self._layers = image_layer, text_layer
         self._points, self._weights = quadrature("midpoint", steps)
         self.penalty = penalty
+        self.towers = towers
         self._captured = Captured()
 
     @property
@@ -80,12 +87,27 @@ class Grounding(Objective):
     def prepare(self, encoder: DualEncoder) -> None:
         """Find the layers."""
         refuse_rewriting(encoder)
+        found = batch_statistics(encoder.model)
+        if found is not None:
+            raise ValueError(
+                f"{encoder.name} has batch statistics ({found}): a training pass takes them from its batch, an "
+                "attribution takes their running averages; take a model without BatchNorm, such as a ViT, for the "
+                "objective grounding"
+            )
         self._image, self._text = encoder.image_at_layer(self._layers[0]), encoder.text_at_layer(self._layers[1])
         for tower in (self._image, self._text):
             if tower.block is None:
                 raise ValueError(
                     f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
                 )
+
+    def check_sharding(self) -> None:
+        """Refuse layers whose blocks would be called within derivatives, where FSDP cannot gather parameters."""
+        if self._image.calls_blocks or self._text.calls_blocks:
+            raise ValueError(
+                "the objective grounding goes with ModelParallelStrategy only at the last blocks of open_clip's own "
+                "transformers: leave image_layer and text_layer at -1 and take such a model, or take the strategy ddp"
+            )
 
     @contextmanager
     def listening(self) -> Iterator[Any]:
@@ -97,18 +119,20 @@ class Grounding(Objective):
     def __call__(self, step: Step) -> Term:
         """Compute the term; a zero with a graph where no phrase of any rank can be measured."""
         captured, self._captured = self._captured, Captured()
+        gather_blocks([*self._image.blocks_on(), *self._text.blocks_on()])
         with differentiable(step.encoder):
             hidden = torch.cat(captured.image), torch.cat(captured.text)
+            references = self._references(step, hidden[1].shape[1])
             phrases, masks = self._measurable(step)
-            maps = self._maps(step, phrases, *hidden)
+            maps = self._maps(step, phrases, hidden, references)
             positive = maps.clamp(min=0)
             total, inside = positive.sum(dim=(1, 2)), (positive * masks).sum(dim=(1, 2))
             some = total.detach() > 0
             gamma = inside[some] / total[some]
             penalty = -gamma.clamp(min=_LEAST_GAMMA).log() if self.penalty == "log" else 1 - gamma
-            sums = torch.stack(
-                [penalty.sum() + zero_with_graph(step), gamma.detach().sum(), *_counts(some).to(penalty)]
-            )
+            # Every rank has a graph to run backwards, phrases or not, and all of it, where parameters are spread.
+            nothing = zero_with_graph(step) + 0 * sum(reference.sum() for reference in references)
+            sums = torch.stack([penalty.sum() + nothing, gamma.detach().sum(), *_counts(some).to(penalty)])
         loss, gammas, count, without = sum_over_ranks(sums)
         count = count.detach()
         logged = {"gamma": gammas.detach() / count, "phrases": count, "phrases_without_positive": without.detach()}
@@ -121,23 +145,40 @@ class Grounding(Objective):
         kept = phrases.only((reason == Exclusion.MEASURED).nonzero()[:, 0])
         return kept, patch_mask(kept.boxes, self._image.grid, size)
 
-    def _maps(self, step: Step, phrases: Phrases, image: Tensor, text: Tensor) -> Tensor:
-        """Maps [R, H, W] of phrases, up to a positive factor each, with a graph to all weights."""
-        dtype = next(step.encoder.parameters()).dtype
-        rows, tokens = phrases.caption_row, step.batch.tokens[phrases.caption_row]
-        if not len(rows):
-            return image.new_zeros(0, *self._image.grid, dtype=dtype)
-        image, text = image[phrases.image_row].to(dtype), text[rows].to(dtype)
-        nothing = reference_image(step.encoder, "zeros").to(image)[None]
-        said_nothing = step.encoder.tokenizer.padding_caption()[None].to(tokens.device)
-        image_path = self._image.path(image, self._image.features_before(nothing))
-        text_path = self._text.path(text, self._text.features_before(said_nothing, text.shape[1]), tokens)
-        span = self._text.on_caption(phrases.span_mask[:, None].to(text), text.shape[1])
-        change = integrated_jvp(text_path, self._points, self._weights, span, create_graph=True)
-        places = self._image.count(image)
-        return self._image.on_grid(
-            integrated_vjp(image_path, self._points, self._weights, change, places, create_graph=True)[:, 0]
-        )
+    def _references(self, step: Step, length: int) -> tuple[Tensor, Tensor]:
+        """Hidden states [1, ...] of an image and a caption of `length` tokens that say nothing."""
+        tokens = step.encoder.tokenizer.padding_caption()[None].to(step.batch.tokens.device)
+        with torch.set_grad_enabled(self.towers != "text"):
+            image = self._image.features_before(reference_image(step.encoder, "zeros")[None])
+        with torch.set_grad_enabled(self.towers != "image"):
+            return image, self._text.features_before(tokens, length)
+
+    def _maps(
+        self, step: Step, phrases: Phrases, hidden: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Maps [R, H, W] of phrases, up to a positive factor each, with a graph to the weights that are trained.
+
+        Args:
+            step: of the training.
+            phrases: R of them.
+            hidden: what enters the layers, of all images and of all captions.
+            references: what enters them where nothing is shown or said.
+        """
+        dtype = references[0].dtype
+        if not len(phrases):
+            return references[0].new_zeros(0, *self._image.grid)
+        rows = phrases.image_row, phrases.caption_row
+        image, text = (states[row].to(dtype) for states, row in zip(hidden, rows, strict=True))
+        with constant(step.encoder) if self.towers == "image" else nullcontext():
+            tokens = step.batch.tokens[phrases.caption_row]
+            path = self._text.path(text.detach() if self.towers == "image" else text, references[1], tokens)
+            span = self._text.on_caption(phrases.span_mask[:, None].to(text), text.shape[1])
+            change = integrated_jvp(path, self._points, self._weights, span, create_graph=True)
+        with constant(step.encoder) if self.towers == "text" else nullcontext():
+            path = self._image.path(image.detach() if self.towers == "text" else image, references[0])
+            places = self._image.count(image)
+            maps = integrated_vjp(path, self._points, self._weights, change, places, create_graph=True)
+        return self._image.on_grid(maps[:, 0])
 
 
 def _counts(some: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class Sigmoid(Objective):
 
     def prepare(self, encoder: DualEncoder) -> None:
         """Give a model of open_clip a bias, if it has none."""
-        if getattr(encoder.model, "logit_bias", None) is not None:
+        if encoder.logit_bias is not None:
             return
         if isinstance(encoder, HuggingFaceEncoder) or "embed_dim" not in encoder.architecture["model_cfg"]:
             raise ValueError(
@@ -129,6 +129,7 @@ class Sigmoid(Objective):
 
     def __call__(self, step: Step) -> Term:
         """Compute the loss in nats and the accuracy in [0, 1]."""
-        bias = step.encoder.model.logit_bias
+        bias = step.encoder.logit_bias
+        assert bias is not None, "prepare has given the model one"
         loss, accuracy = sigmoid_loss(step.image, step.text, step.scale, bias, step.batch.valid)
         return Term(loss, {"accuracy": accuracy, "logit_bias": bias.detach().reshape(())})
