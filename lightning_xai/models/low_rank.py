@@ -51,7 +51,8 @@ class LowRank(nn.Module):
 
 
 def _adapted(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor) -> Tensor:
-    return weight + scaling * (lora_B @ lora_A)
+    # One pass over the matrix: the factor is on the small one.
+    return torch.addmm(weight, scaling * lora_B, lora_A)
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, str]]:
