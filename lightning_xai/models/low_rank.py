@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-__all__ = ["LowRank", "adapt", "matrices", "merged_state"]
+__all__ = ["LowRank", "adapt", "adapter_shapes", "matrices", "merged_state"]
 
 _ORIGINAL = re.compile(r"(?P<module>(?:.*\.)?)parametrizations\.(?P<weight>[^.]+)\.original")
 
@@ -77,6 +77,11 @@ def adapt(model: nn.Module, module: str, weight: str, rank: int, alpha: float) -
     prefix = f"{module}." if module else ""
     inside = f"{prefix}parametrizations.{weight}"
     return dict.fromkeys((f"{inside}.original", f"{inside}.0.lora_A", f"{inside}.0.lora_B"), f"{prefix}{weight}")
+
+
+def adapter_shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of the adapters in a state dict, by name; empty where there are none."""
+    return {name: value.shape for name, value in state.items() if name.endswith((".lora_A", ".lora_B"))}
 
 
 def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

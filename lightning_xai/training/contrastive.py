@@ -23,6 +23,7 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.metrics.retrieval import RetrievalMetric
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.loading import load_dual_encoder
+from lightning_xai.models.low_rank import adapter_shapes
 from lightning_xai.models.sharding import (
     gather_parameters,
     is_sharded,
@@ -406,7 +407,7 @@ class ContrastiveModule(L.LightningModule):
             checkpoint[_EPOCH_BATCHES] = self._epoch_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture; count steps as in the run that is resumed."""
+        """Refuse a checkpoint of another architecture or adapters; count steps as in the run that is resumed."""
         self._restored_batches = float(checkpoint.get(_EPOCH_BATCHES, 0.0))
         self._epoch_batches = self._restored_batches or self._epoch_batches
         found = checkpoint.get(CHECKPOINT_KEY)
@@ -417,6 +418,11 @@ class ContrastiveModule(L.LightningModule):
             raise ValueError(
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
                 f"{_difference(found, own, differs)}set model to what the checkpoint was made with"
+            )
+        if adapter_shapes(checkpoint["state_dict"]) != adapter_shapes(self.state_dict()):
+            raise ValueError(
+                "the checkpoint's low-rank adapters are not those of this run: give lora as the checkpoint was made "
+                "with, or begin with its merged weights as the model (model: FILE.ckpt, pretrained: null)"
             )
 
 
