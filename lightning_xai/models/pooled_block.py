@@ -13,6 +13,7 @@ from open_clip.transformer import Attention, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_xai.models.at_layer import EmbeddingPath, foreign_hooks
 
@@ -102,12 +103,18 @@ class PooledBlock:
         return output
 
 
-def _is_plain_torch(attention: nn.Module) -> bool:
+def _plain_type(module: Any) -> type[nn.Module]:
+    """The module's class; with weights that are parametrized, as by low-rank adapters, the one that it had before."""
+    plain: type[nn.Module] = type_before_parametrizations(module)
+    return plain
+
+
+def _is_plain_torch(attention: Any) -> bool:
     """Return whether this is PyTorch's attention, as open_clip 3 has it, with one projection for all and no extras."""
     return (
-        type(attention) is nn.MultiheadAttention
+        _plain_type(attention) is nn.MultiheadAttention
         # An adapter in its place is passed over by nn.MultiheadAttention, which reads the weights alone.
-        and type(attention.out_proj) is NonDynamicallyQuantizableLinear
+        and _plain_type(attention.out_proj) is NonDynamicallyQuantizableLinear
         and attention.in_proj_weight is not None
         and attention.bias_k is None
         and not attention.add_zero_attn
@@ -119,11 +126,11 @@ def _is_plain_open_clip(attention: Any) -> bool:
     extras = ("logit_scale", "head_scale", "q_proj_weight")
     norms = ("ln_q", "ln_k", "ln_inner")
     return (
-        type(attention) is Attention
+        _plain_type(attention) is Attention
         and getattr(attention, "in_proj_weight", None) is not None
         and not any(getattr(attention, name, None) is not None for name in extras)
         and all(type(getattr(attention, name, None)) is nn.Identity for name in norms)
-        and type(attention.out_proj) is nn.Linear
+        and _plain_type(attention.out_proj) is nn.Linear
     )
 
 

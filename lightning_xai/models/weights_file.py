@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_xai.models.architecture import FOLDER_CONFIG, check_architecture, folder_architecture
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.image_transform import open_clip_preprocessing
+from lightning_xai.models.low_rank import merged_state
 from lightning_xai.models.torchscript import is_torchscript, read_torchscript
 
 __all__ = ["Weights", "read_weights", "save_open_clip", "without_common_prefix"]
@@ -49,7 +50,8 @@ def read_weights(path: Path) -> Weights:
     """Read a state dict without unpickling anything but tensors and plain values.
 
     The file may be one of PyTorch's, a safetensors file or a TorchScript archive, whatever its name. Names may have the
-    prefixes of DistributedDataParallel, torch.compile and Lightning modules.
+    prefixes of DistributedDataParallel, torch.compile and Lightning modules. Low-rank adapters of this project are
+    merged into their weights.
 
     Raises:
         ValueError: the file is missing, broken, or holds other objects.
@@ -85,6 +87,7 @@ def read_weights(path: Path) -> Weights:
             )
     if not state:
         raise ValueError(f"checkpoint {path} holds no weights")
+    state = merged_state(state)
     config = path.parent / FOLDER_CONFIG
     if recorded is not None:
         return Weights(path, state, check_architecture(recorded, path))

@@ -3,6 +3,7 @@ from lightning_xai.training.checkpoint_file import AtomicCheckpointIO
 from lightning_xai.training.contrastive import ContrastiveFineTuning
 from lightning_xai.training.data_faults import DataFaults
 from lightning_xai.training.grounding import GroundingCallback
+from lightning_xai.training.lora import Lora
 from lightning_xai.training.measured_model import MeasuredModel
 from lightning_xai.training.nonfinite import FiniteSteps
 from lightning_xai.training.prediction_writer import PredictionWriter
@@ -17,6 +18,7 @@ __all__ = [
     "DataFaults",
     "FiniteSteps",
     "GroundingCallback",
+    "Lora",
     "MeasuredModel",
     "PredictionWriter",
     "Preflight",

@@ -28,6 +28,7 @@ from lightning_xai.metrics.retrieval import RetrievalMetric
 from lightning_xai.models.at_layer import batch_statistics
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.loading import load_dual_encoder
+from lightning_xai.models.low_rank import adapter_shapes
 from lightning_xai.models.sharding import (
     gather_parameters,
     is_sharded,
@@ -36,8 +37,16 @@ from lightning_xai.models.sharding import (
     shard_encoder,
 )
 from lightning_xai.training.learning_rate import Schedule, learning_rate_factor
+from lightning_xai.training.lora import Lora, add_adapters
 from lightning_xai.training.objectives import Objective, Softmax, Step
-from lightning_xai.training.parameter_groups import Frozen, freeze, parameter_groups, parameter_places
+from lightning_xai.training.parameter_groups import (
+    Frozen,
+    Place,
+    freeze,
+    freeze_embeddings,
+    parameter_groups,
+    parameter_places,
+)
 from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
@@ -73,6 +82,11 @@ class ContrastiveModule(L.LightningModule):
         freeze_image: number of the image tower's first blocks that are not trained, with all that is before them, or
             `all` for the whole tower. Frozen batch statistics stay as they are.
         freeze_text: likewise of the text tower.
+        freeze_text_embeddings: whether the text tower's token embeddings are not trained, nor all else before its first
+            block, such as positions: no gradient, and no averages of the optimizer, for a large vocabulary.
+        lora: low-rank adapters that are trained in place of the towers' weights; see `Lora`. The first blocks that
+            freeze_image and freeze_text leave out get none. Checkpoints hold weights and adapters; a model that is
+            loaded from one has them merged, as `export` does.
         weight_decay: AdamW's weight decay, on all parameters as in the paper.
         decay_norms_and_biases: false: no weight decay of parameters of a single dimension (norms, biases, class tokens,
             the logit scale).
@@ -109,6 +123,8 @@ class ContrastiveModule(L.LightningModule):
         layer_decay: float = 1.0,
         freeze_image: Frozen = 0,
         freeze_text: Frozen = 0,
+        freeze_text_embeddings: bool = False,
+        lora: Lora | None = None,
         weight_decay: float = 1e-4,
         decay_norms_and_biases: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -147,10 +163,13 @@ class ContrastiveModule(L.LightningModule):
         self._epoch_batches = self._restored_batches = 0.0  # of an epoch, when the run was started
         self.chunk_size = chunk_size
         self._compiled = compile
-        # Found now, since the parts of a sharded encoder cannot run on their own.
-        asked = (image_lr_factor, text_lr_factor, layer_decay) != (1, 1, 1) or freeze_image or freeze_text
-        self._places = parameter_places(encoder) if asked else {}
-        freeze(encoder, self._places, {"image": freeze_image, "text": freeze_text})
+        self._places = _choose_parameters(
+            encoder,
+            frozen={"image": freeze_image, "text": freeze_text},
+            text_embeddings_frozen=freeze_text_embeddings,
+            lora=lora,
+            rates_differ=(image_lr_factor, text_lr_factor, layer_decay) != (1, 1, 1),
+        )
         self._keep_frozen_statistics()
         if gradient_checkpointing:
             encoder.checkpoint_blocks()
@@ -428,7 +447,7 @@ class ContrastiveModule(L.LightningModule):
             checkpoint[_EPOCH_BATCHES] = self._epoch_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture; count steps as in the run that is resumed."""
+        """Refuse a checkpoint of another architecture or adapters; count steps as in the run that is resumed."""
         self._restored_batches = float(checkpoint.get(_EPOCH_BATCHES, 0.0))
         self._epoch_batches = self._restored_batches or self._epoch_batches
         found = checkpoint.get(CHECKPOINT_KEY)
@@ -439,6 +458,11 @@ class ContrastiveModule(L.LightningModule):
             raise ValueError(
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
                 f"{_difference(found, own, differs)}set model to what the checkpoint was made with"
+            )
+        if adapter_shapes(checkpoint["state_dict"]) != adapter_shapes(self.state_dict()):
+            raise ValueError(
+                "the checkpoint's low-rank adapters are not those of this run: give lora as the checkpoint was made "
+                "with, or begin with its merged weights as the model (model: FILE.ckpt, pretrained: null)"
             )
 
 
@@ -474,6 +498,25 @@ def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder, *, c
             if name.rpartition(".")[2] == "logit_bias":
                 parameter.requires_grad_(False)
     return chosen
+
+
+def _choose_parameters(
+    encoder: DualEncoder,
+    *,
+    frozen: Mapping[str, Frozen],
+    text_embeddings_frozen: bool,
+    lora: Lora | None,
+    rates_differ: bool,
+) -> dict[str, Place]:
+    """Let the parameters that are not trained need no gradient, and find the places of all where options need them."""
+    if not (rates_differ or any(frozen.values()) or text_embeddings_frozen or lora):
+        return {}
+    # Found now, since the parts of a sharded encoder cannot run on their own.
+    places = parameter_places(encoder)
+    freeze(encoder, places, frozen)
+    if text_embeddings_frozen:
+        freeze_embeddings(encoder, places)
+    return places if lora is None else add_adapters(encoder, lora, places)
 
 
 def _check_rates(initial_lr: float, final_lr: float, schedule: Schedule, warmup_steps: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_xai.models.at_layer import differentiable
 from lightning_xai.models.dual_encoder import DualEncoder
 
-__all__ = ["Frozen", "Place", "freeze", "parameter_groups", "parameter_places"]
+__all__ = ["Frozen", "Place", "freeze", "freeze_embeddings", "parameter_groups", "parameter_places"]
 
 Frozen = int | Literal["all"]
 TOWERS = ("image", "text")
@@ -88,6 +88,22 @@ def freeze(encoder: DualEncoder, places: Mapping[str, Place], frozen: Mapping[st
         for name, place in inside.items():
             if number == "all" or place.depth <= number > 0:
                 encoder.get_parameter(name).requires_grad_(False)
+
+
+def freeze_embeddings(encoder: DualEncoder, places: Mapping[str, Place]) -> None:
+    """Let all that is before the text tower's first block, such as token embeddings and positions, not be trained.
+
+    Raises:
+        ValueError: the text tower is no list of blocks.
+    """
+    before = [name for name, place in places.items() if (place.tower, place.depth) == ("text", 0)]
+    if not before:
+        raise ValueError(
+            f"freeze_text_embeddings: the text tower of {encoder.name} is no list of blocks, so that nothing is known "
+            "to be before them: leave it at false, or freeze the whole tower (freeze_text: all)"
+        )
+    for name in before:
+        encoder.get_parameter(name).requires_grad_(False)
 
 
 def parameter_groups(
