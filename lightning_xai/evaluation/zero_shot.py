@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
@@ -29,8 +29,7 @@ __all__ = ["TOP", "ZeroShot", "ZeroShotResult", "class_names", "prompts", "zero_
 
 TOP = 5
 """An image also counts as found among this many of the most similar classes, where there are more classes."""
-Classes = Literal["imagenet"] | Mapping[str, str] | Path | None
-Templates = Literal["openai", "simple"] | Sequence[str]
+Classes = str | Path | Mapping[str, str] | None
 _TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 _LINES_EVERY = 120.0  # seconds
 Progress = Callable[[str], None]
@@ -72,7 +71,8 @@ class ZeroShot:
     Args:
         folder: a subfolder of images (JPEG, PNG, WebP) for each class, as torchvision's `ImageFolder`.
         classes: the classes' names, see `class_names`.
-        templates: what prompts are made from, see `prompts`.
+        templates: `"openai"` (80 templates of the CLIP paper), `"simple"` (7 of them), or texts with `{}` where the
+            name goes.
         batch_size: images, and about as many prompts, that pass through a tower at a time.
         num_workers: processes of each rank that read images; 0 reads in the main process.
 
@@ -90,7 +90,7 @@ class ZeroShot:
         folder: Path,
         *,
         classes: Classes = None,
-        templates: Templates = "openai",
+        templates: str | Sequence[str] = "openai",
         batch_size: int = 64,
         num_workers: int = 2,
     ) -> None:
@@ -219,18 +219,17 @@ def prompts(name: str, templates: Sequence[Any]) -> list[str]:
     return [template(name) if callable(template) else template.replace("{}", name) for template in templates]
 
 
-def _checked_templates(templates: Templates) -> list[Any]:
-    if isinstance(templates, str):
-        if templates not in _TEMPLATES:
-            raise ValueError(f"templates: expected {', '.join(_TEMPLATES)} or a list of texts; got {templates!r}")
-        return list(_TEMPLATES[templates])
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
+def _checked_templates(templates: str | Sequence[str]) -> list[Any]:
+    given = [templates] if isinstance(templates, str) else list(templates)
+    if len(given) == 1 and given[0] in _TEMPLATES:
+        return list(_TEMPLATES[given[0]])
+    wrong = [template for template in given if "{}" not in template]
+    if wrong or not given:
         raise ValueError(
-            "templates: expected texts with {} where the name of the class goes, such as 'a photo of a {}'; got "
-            f"{wrong[0] if wrong else 'none'!r}"
+            f"templates: expected {', '.join(_TEMPLATES)}, or texts with {{}} where the name of the class goes, such "
+            f"as 'a photo of a {{}}'; got {wrong[0] if wrong else 'none'!r}"
         )
-    return list(templates)
+    return given
 
 
 def zero_shot_classifier(

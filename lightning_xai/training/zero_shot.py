@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_xai.evaluation.zero_shot import ZeroShot, ZeroShotResult
 from lightning_xai.models.dual_encoder import DualEncoder
-from lightning_xai.training.measurement import check_monitors, find_encoder, is_due, is_fitting
+from lightning_xai.training.measurement import check_monitors, find_encoder, is_due
 
 __all__ = ["ZeroShotCallback"]
 
@@ -54,8 +54,8 @@ class ZeroShotCallback(Callback):
         self,
         folder: Path,
         *,
-        classes: Literal["imagenet"] | dict[str, str] | Path | None = None,
-        templates: Literal["openai", "simple"] | list[str] = "openai",
+        classes: dict[str, str] | str | None = None,
+        templates: list[str] | str = "openai",
         every_n_epochs: int = 1,
         batch_size: int = 64,
         num_workers: int = 2,
@@ -106,10 +106,10 @@ class ZeroShotCallback(Callback):
         self._encoder = None
 
     def _tell_of_skipped(self, trainer: L.Trainer, result: ZeroShotResult) -> None:
-        """Name images that could not be read, once a run; their number is logged each time."""
+        """Name images that could not be read, once; their number is logged each time."""
         if not result.skipped or self._told or not trainer.is_global_zero:
             return
-        self._told = is_fitting(trainer)
+        self._told = True
         more = f"\n... and {result.skipped - _SHOWN:,} more" if result.skipped > _SHOWN else ""
         reasons = "\n".join(result.reasons[:_SHOWN])
         whole = result.images + result.skipped

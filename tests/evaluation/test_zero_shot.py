@@ -121,7 +121,7 @@ def test_names_come_from_a_mapping_a_file_or_imagenet(tmp_path: Path) -> None:
         ({"a_1": HTML, "b_1": HTML}, {}, "none of the classes' first images can be read"),
         ({"a_1": jpeg(), "b_1": jpeg()}, {"templates": ["a photo"]}, "texts with {} where .* got 'a photo'"),
         ({"a_1": jpeg(), "b_1": jpeg()}, {"templates": []}, "got 'none'"),
-        ({"a_1": jpeg(), "b_1": jpeg()}, {"templates": "clip"}, "expected openai, simple or a list"),
+        ({"a_1": jpeg(), "b_1": jpeg()}, {"templates": "clip"}, "expected openai, simple, or texts with"),
         ({"a_1": jpeg(), "b_1": jpeg()}, {"batch_size": 0}, "batch_size has to be at least 1"),
     ],
 )
