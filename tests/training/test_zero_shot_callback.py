@@ -39,8 +39,8 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_of(shapes: Path) -> ShardDataModule:
-    folders = {"train": shapes / "train", "val": shapes / "val", "test": shapes / "val"}
-    return ShardDataModule(**folders, batch_size=32, eval_batch_size=20, num_workers=0)
+    train, val = shapes / "train", shapes / "val"
+    return ShardDataModule(train=train, val=val, test=val, batch_size=32, eval_batch_size=20, num_workers=0)
 
 
 def task(architecture_file: Callable[[str], Path]) -> ContrastiveFineTuning:
