@@ -177,8 +177,12 @@ def _run_command(name: str, arguments: list[str]) -> None:
 
 
 def _class_parser() -> type[Any]:
-    """A parser that keeps the lines of a description, and takes a list without a default by its place."""
+    """A parser that keeps the lines of a description, and takes a list without a default by its place.
+
+    An option for a list of numbers takes them one after the other: `--alpha 0 0.5 1`.
+    """
     import inspect
+    from dataclasses import fields
     from typing import get_args, get_type_hints
 
     from docstring_parser import parse
@@ -203,8 +207,14 @@ def _class_parser() -> type[Any]:
             for name in listed:
                 (kind,) = get_args(hints[name])
                 self.add_argument(name, nargs="+", type=kind, help=helps.get(name), metavar=name.removesuffix("s"))
-            added: list[str] = super().add_class_arguments(theclass, *args, skip=listed, **kwargs)
-            return [*listed, *added]
+            numbers = {each.name: each for each in fields(theclass) if each.type == "list[float]"}
+            for name, each in numbers.items():
+                assert callable(each.default_factory), "a list of numbers has a default"
+                self.add_argument(
+                    f"--{name}", nargs="+", type=float, default=each.default_factory(), help=helps.get(name)
+                )
+            added: list[str] = super().add_class_arguments(theclass, *args, skip=listed | {*numbers}, **kwargs)
+            return [*listed, *numbers, *added]
 
     return ClassParser
 

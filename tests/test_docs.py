@@ -77,7 +77,7 @@ def test_commands_are_what_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> 
         if "prepare folder" not in command:  # of the package that a how-to builds: test_plugins.py
             cli.main(shlex.split(command.replace("\\\n", " ")))
     assert {name.split()[0] for name in called} == set(COMMANDS)
-    assert {name.split()[1] for name in called if name.startswith("prepare")} == set(COMMANDS["prepare"]) - {"shapes"}
+    assert {name.split()[1] for name in called if name.startswith("prepare")} == set(COMMANDS["prepare"])
 
 
 def test_files_that_the_pages_name_exist() -> None:

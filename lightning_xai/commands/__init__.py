@@ -26,6 +26,7 @@ COMMANDS: Registry[Any] = Registry(
         "verify": "lightning_xai.commands.verify:Verify",
         "evaluate": "lightning_xai.commands.evaluate:Evaluate",
         "export": "lightning_xai.commands.export:export",
+        "merge": "lightning_xai.commands.merge:Merge",
         "explain": "lightning_xai.commands.explain:Explain",
         "sanity-check": "lightning_xai.commands.sanity_check:SanityCheck",
         "roar": "lightning_xai.commands.roar:Roar",

@@ -75,7 +75,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     from lightning_xai.models import load_clap, load_dual_encoder, load_imagebind, load_sentence_encoder
     from lightning_xai.models.clap import is_clap
 
-    device = _device(choice.device)
+    device = find_device(choice.device)
     _refuse_run(choice.name)
     folder = Path(choice.name.removeprefix("hf:"))
     is_sounds = folder.is_dir() and is_clap(folder)
@@ -104,7 +104,7 @@ def load_model(choice: ModelChoice) -> TwoTowerEncoder:
     return load_dual_encoder(choice.name, choice.pretrained, device, **choice.options).eval()
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
     """The device of that name; without one a GPU where there is one.
 
     Raises:

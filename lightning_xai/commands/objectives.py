@@ -71,7 +71,7 @@ class Objectives:
         "val/text_to_image_recall_at_5",
         "val/image_to_text_recall_at_5",
         "val/caption_choice",
-        "val/zero_shot_top1",
+        "val/zero_shot_accuracy",
     )
     alpha: float = 0.005
     epsilon: float = 0.2

@@ -20,7 +20,9 @@ _COMMON_HELP = """\
 """
 
 
-def prepare_shapes(out: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
+def prepare_shapes(
+    out: Path, train: int | None = None, val: int | None = None, seed: int = 0, class_images: int = 0
+) -> None:
     """Make the embedded world of coloured shapes: images, captions, boxes and phrases.
 
     Args:
@@ -28,6 +30,8 @@ def prepare_shapes(out: Path, train: int | None = None, val: int | None = None, 
         train: number of training images (default: as the demo uses).
         val: number of validation images.
         seed: the same seed gives the same bytes.
+        class_images: also make classes/, with so many images of one object in a folder for each colour and shape, for
+            zero-shot classification.
     """
     from lightning_xai.data import shapes
     from lightning_xai.data.shards import Manifest, describe
@@ -36,6 +40,11 @@ def prepare_shapes(out: Path, train: int | None = None, val: int | None = None, 
     shapes.prepare_shapes(out, *counts, seed)
     for split in ("train", "val"):
         print(describe(Manifest.load(out / split)))  # noqa: T201 - the summary is the command's output
+    if class_images:
+        from lightning_xai.data.shape_classes import prepare_shape_classes
+
+        prepare_shape_classes(out / "classes", class_images, seed)
+        print(f"{out / 'classes'}: {class_images} images in each of 64 classes")  # noqa: T201 - likewise
 
 
 def _command(name: str) -> Callable[..., None]:

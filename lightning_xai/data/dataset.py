@@ -18,13 +18,13 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import chain, islice, pairwise, repeat
 from multiprocessing import forkserver, resource_tracker
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import webdataset as wds
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lightning_xai.data.batch import Batch, EvaluationCollate, Record, TrainingCollate
 from lightning_xai.data.excluded import FaultCounter
@@ -39,10 +39,12 @@ __all__ = [
     "ShardLoader",
     "TrainingDataset",
     "TrainingLoader",
+    "WholeBatchLoader",
     "count_batches",
     "count_passed",
 ]
 
+_T = TypeVar("_T")
 _BLOCK = 4096  # samples that are looked at together where some are passed
 
 
@@ -369,11 +371,30 @@ class EvaluationDataset(_RankDataset):
         return ((-1, None) if index in skipped else next(found) for index in block)
 
 
-class ShardLoader(DataLoader[Batch]):
+class WholeBatchLoader(DataLoader[_T]):
     """A DataLoader of whole batches whose workers survive a signal to the whole job.
 
     `scancel`, preemption and Ctrl-C reach every process. A rank finishes its batch and saves, for which it needs its
     workers; it ends them itself, and that SIGTERM is the one that counts.
+
+    Args:
+        dataset: the batches.
+        **options: of DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[_T], **options: Any) -> None:
+        super().__init__(dataset, **(options | {"batch_size": None, "worker_init_fn": _heed_parent_only}))
+
+    def __iter__(self) -> Iterator[_T]:  # type: ignore[override] # torch names a private class
+        """The batches."""
+        if self.num_workers == 0 or self._iterator is not None:  # no process is started: persistent workers are there
+            return super().__iter__()
+        with _held_signals(self.multiprocessing_context):  # else one could reach a worker that does not ignore it yet
+            return super().__iter__()
+
+
+class ShardLoader(WholeBatchLoader[Batch]):
+    """A loader that counts what could not be used.
 
     Args:
         dataset: the batches.
@@ -382,26 +403,20 @@ class ShardLoader(DataLoader[Batch]):
     """
 
     def __init__(self, dataset: IterableDataset[Batch], *, faults: FaultCounter | None = None, **options: Any) -> None:
-        super().__init__(dataset, **(options | {"batch_size": None, "worker_init_fn": _heed_parent_only}))
+        super().__init__(dataset, **options)
         self.faults = faults
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch names a private class
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # as above
         """The batches."""
         if self.faults is not None:
             self.faults.begin()
-        return self._count_faults(self._started())
+        return self._count_faults(super().__iter__())
 
     def _count_faults(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             if self.faults is not None:
                 self.faults.add(batch.faults, int(batch.valid.sum()) + len(batch.faults))
             yield batch
-
-    def _started(self) -> Iterator[Batch]:
-        if self.num_workers == 0 or self._iterator is not None:  # no process is started: persistent workers are there
-            return super().__iter__()
-        with _held_signals(self.multiprocessing_context):  # else one could reach a worker that does not ignore it yet
-            return super().__iter__()
 
 
 class TrainingLoader(ShardLoader):
@@ -435,7 +450,7 @@ class TrainingLoader(ShardLoader):
             self.faults.begin()
         self.batches.seek(epoch, consumed)
         self._progress = (epoch, consumed)
-        for batch in self._count_faults(self._started()):
+        for batch in self._count_faults(WholeBatchLoader.__iter__(self)):
             consumed += 1
             self._progress = (epoch, consumed)
             yield batch

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.models.architecture import FOLDER_CONFIG, check_architecture, folder_architecture
 from lightning_xai.models.dual_encoder import CHECKPOINT_KEY, DualEncoder
 from lightning_xai.models.image_transform import open_clip_preprocessing
 from lightning_xai.models.low_rank import merged_state
 from lightning_xai.models.torchscript import is_torchscript, read_torchscript
 
-__all__ = ["Weights", "read_weights", "save_open_clip", "without_common_prefix"]
+__all__ = ["Weights", "read_weights", "save_checkpoint", "save_open_clip", "without_common_prefix"]
 
 _STATE_PREFIX = "encoder.model."
 _WRAPPED_IN = ("state_dict", "model_state_dict", "model")
@@ -213,6 +215,20 @@ def save_open_clip(encoder: DualEncoder, path: Path) -> None:
     path.with_suffix(".json").write_text(
         json.dumps(encoder.architecture["model_cfg"], indent=2) + "\n", encoding="utf-8"
     )
+
+
+def save_checkpoint(encoder: DualEncoder, path: Path) -> None:
+    """Write a checkpoint as `fit` does, with weights and architecture alone: to load, to `export`, or to measure.
+
+    Args:
+        encoder: the model.
+        path: a file that ends in `.ckpt`; it is replaced at once.
+    """
+    state = {f"{_STATE_PREFIX}{key}": value.detach().cpu() for key, value in encoder.model.state_dict().items()}
+    # Lightning's own keys, so that its verbs take the file as --ckpt_path.
+    own = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning")}
+    with replaced_at_once(path) as part:
+        torch.save({**own, "state_dict": state, CHECKPOINT_KEY: encoder.architecture}, part)
 
 
 def _save_folder(encoder: DualEncoder, state: dict[str, Tensor], folder: Path) -> None:

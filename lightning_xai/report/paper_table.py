@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -123,8 +123,18 @@ LOGGED_COLUMNS = {
     "loss": Column("loss", better="down"),
     "image_to_text_recall_at_1": Column("i→t R@1", percent=True, digits=1, better="up"),
     "text_to_image_recall_at_1": Column("t→i R@1", percent=True, digits=1, better="up"),
+    "zero_shot_accuracy": Column("zero-shot", percent=True, digits=1, better="up"),
 }
-"""The columns of the most important values that `ContrastiveModule` logs."""
+"""The columns of the most important values that `ContrastiveModule` and callbacks log besides grounding, by name."""
+
+
+def logged_shares(names: Collection[str]) -> dict[str, str]:
+    """The headings of those of `LOGGED_COLUMNS` among some names that are fractions, for curves.
+
+    >>> logged_shares(["loss", "zero_shot_accuracy"])
+    {'zero_shot_accuracy': 'zero-shot'}
+    """
+    return {name: column.name for name, column in LOGGED_COLUMNS.items() if column.percent and name in names}
 
 
 @dataclass(frozen=True)

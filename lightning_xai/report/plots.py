@@ -193,6 +193,7 @@ def curves(
     *,
     scores: Sequence[Score],
     panels: Mapping[str, str] | None = None,
+    others: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draw scores in percent against the epoch, or against the step where some were measured within an epoch.
 
@@ -203,41 +204,50 @@ def curves(
         scores: what to draw, in this order; dashed where a score is no share.
         panels: what ends the names of the scores in rows -> the name of their panel; one panel, without a name, by
             default.
+        others: names of other shares in rows -> their headings; they have a panel below.
 
     Raises:
         ValueError: there are no rows, or one has no `epoch`.
     """
     if not rows or not all(isinstance(row.get("epoch"), int) for row in rows):
         raise ValueError(f"rows: expected at least one, each with an 'epoch'; got {[sorted(row) for row in rows]}")
-    panels = panels or {"": ""}
-    figure = Figure(figsize=(8.0, 4.2 * len(panels)))
+    drawn = [
+        (
+            ", ".join(filter(None, (title, name))),
+            "targets, or mean (dashed) [%]",
+            {f"{score.name}{suffix}": (score.heading, "-" if score.percent else "--") for score in scores},
+        )
+        for suffix, name in ({"": ""} if panels is None else panels).items()
+    ]
+    if others:
+        drawn.append(("What else was measured", "share [%]", {name: (text, "-") for name, text in others.items()}))
+    figure = Figure(figsize=(8.0, 4.2 * len(drawn)))
     place = "step" if any(row.get("batch") for row in rows) else "epoch"
-    every = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axes, (suffix, name) in zip(every, panels.items(), strict=True):
-        _draw_curves(axes, rows, place, suffix, scores)
-        axes.set_title(", ".join(filter(None, (title, name))))
+    every = figure.subplots(len(drawn), squeeze=False)[:, 0]
+    for axes, (heading, unit, lines) in zip(every, drawn, strict=True):
+        _draw_curves(axes, rows, place, lines)
+        axes.set(title=heading, ylabel=unit)
     every[-1].set_xlabel("steps" if place == "step" else "finished epochs")
     return figure
 
 
 def _draw_curves(
-    axes: Any, rows: Sequence[Mapping[str, object]], place: str, suffix: str, scores: Sequence[Score]
+    axes: Any, rows: Sequence[Mapping[str, object]], place: str, lines: Mapping[str, tuple[str, str]]
 ) -> None:
-    names = [place, *(f"{score.name}{suffix}" for score in scores)]
+    """Draw columns of rows, each by its heading and its line style."""
+    names = [place, *lines]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype="float64")
     highest = 0.0
-    for score in scores:
-        known = 100 * frame[f"{score.name}{suffix}"].dropna()
+    for name, (heading, look) in lines.items():
+        known = 100 * frame[name].dropna()
         if known.empty:
             continue
         highest = max(highest, known.max())
-        label = f"{score.heading}   {known.iloc[0]:.1f} → {known.iloc[-1]:.1f} %"
-        style = "-" if score.percent else "--"
-        axes.plot(frame[place], known.reindex(frame.index), style, marker="o", label=label)
+        label = f"{heading}   {known.iloc[0]:.1f} → {known.iloc[-1]:.1f} %"
+        axes.plot(frame[place], known.reindex(frame.index), look, marker="o", label=label)
     shown = frame[place].iloc[evenly(len(rows), 11)]
     axes.set_xticks(shown, [f"{number:g}" if number else state_name({"epoch": 0}) for number in shown])
     axes.set_ylim(0, min(100.0, 10 * math.ceil((highest + 4) / 10)))
-    axes.set_ylabel("targets, or mean (dashed) [%]")
     if axes.lines:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 

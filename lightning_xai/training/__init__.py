@@ -10,6 +10,7 @@ from lightning_xai.training.prediction_writer import PredictionWriter
 from lightning_xai.training.preflight import Preflight
 from lightning_xai.training.progress_log import ProgressLog
 from lightning_xai.training.resume import Resume
+from lightning_xai.training.zero_shot import ZeroShotCallback
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -24,4 +25,5 @@ __all__ = [
     "Preflight",
     "ProgressLog",
     "Resume",
+    "ZeroShotCallback",
 ]

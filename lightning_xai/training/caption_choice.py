@@ -25,7 +25,7 @@ from lightning_xai.evaluation.method_run import from_first, gather_to_first
 from lightning_xai.metrics.caption_choice import Choice, ChoiceScores, choice_scores
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.report.paper_table import Column, PaperTable
-from lightning_xai.training.schedule import is_measured, refuse_monitors
+from lightning_xai.training.measurement import check_monitors, find_encoder, is_due
 
 __all__ = ["CaptionChoiceCallback"]
 
@@ -124,7 +124,7 @@ class CaptionChoiceCallback(Callback):
         """Check all that could fail later, before anything is computed."""
         if stage == "predict":
             return
-        encoder = _encoder_of(pl_module)
+        encoder = find_encoder(pl_module, type(self).__name__)
         for name, data in self._sets.items():
             data.bind(encoder.image_transform, encoder.tokenizer)
             data.setup("validate")
@@ -142,12 +142,12 @@ class CaptionChoiceCallback(Callback):
             names |= {
                 f"{name}_{score}" for name in (*names, *(f"val/{name}" for name in self._sets)) for score in scores
             }
-            refuse_monitors(trainer, names, "CaptionChoiceCallback", self.every_n_epochs)
+            check_monitors(trainer, names, "CaptionChoiceCallback", self.every_n_epochs)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a measurement, in epochs that are measured."""
         whole = trainer.num_sanity_val_steps == math.inf
-        self._due = whole if trainer.sanity_checking else is_measured(trainer, self.every_n_epochs)
+        self._due = whole if trainer.sanity_checking else is_due(trainer, self.every_n_epochs)
         self._pass = ChoicePass() if self._due and self.swaps else None
 
     on_test_epoch_start = on_validation_epoch_start
@@ -172,7 +172,7 @@ class CaptionChoiceCallback(Callback):
         if not self._due:
             return
         self._due, self._measured = False, {}
-        encoder = _encoder_of(pl_module)
+        encoder = find_encoder(pl_module, type(self).__name__)
         # As validation_step runs: captions that are embedded in another precision could not be compared.
         with trainer.precision_plugin.val_step_context(), torch.no_grad():
             if self._pass is not None:
@@ -240,16 +240,6 @@ def _together(choices: list[Choice], excluded: Mapping[str, int]) -> _Measured:
         return _Measured(scores, counts | {"incomplete_pairs": scores.incomplete})
 
     return from_first(counted)
-
-
-def _encoder_of(module: L.LightningModule) -> DualEncoder:
-    encoder = getattr(module, "encoder", None)
-    if not isinstance(encoder, DualEncoder):
-        raise ValueError(
-            f"CaptionChoiceCallback found no encoder in {type(module).__name__}: keep one as `self.encoder`, made by "
-            "lightning_xai.models.load_dual_encoder"
-        )
-    return encoder
 
 
 def _has_wrong_captions(data: ShardDataModule, split: str) -> bool:

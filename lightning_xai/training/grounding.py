@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import Rule, quadrature
@@ -30,8 +30,8 @@ from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
 from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, show, write
 from lightning_xai.training.measured_model import describe_measured
+from lightning_xai.training.measurement import check_monitors, find_encoder, is_due, is_fitting
 from lightning_xai.training.phrase_sample import PhraseSample
-from lightning_xai.training.schedule import is_measured, refuse_monitors
 
 if TYPE_CHECKING:
     from lightning_xai.results.table import ResultTable
@@ -180,6 +180,7 @@ class GroundingCallback(Callback):
     well (the first layers that attribution reaches: a ResNet's is its first stage), where tokens and patches have not
     been mixed yet: `val/gamma_mean_input` and so on. Checkpoint callbacks can monitor each of them (`test/...` in a
     test run). All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
+    What the module and other callbacks log under `val/` stands next to grounding in all tables and curves.
 
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
     record, and `classes.csv` with a line for each class; `step=00000040/` for one within an epoch), `summary.csv`,
@@ -252,6 +253,7 @@ class GroundingCallback(Callback):
         self._readings: tuple[Reading, ...] = ()
         self._pass: GroundingPass | None = None
         self._measured: GroundingPass | None = None
+        self._logged_before: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check all that could fail later, before anything is computed."""
@@ -262,7 +264,7 @@ class GroundingCallback(Callback):
                 "grounding needs gradients in validation and test, which inference mode rules out: "
                 "use Trainer(inference_mode=False), or --trainer.inference_mode=false"
             )
-        self._readings = self._read_at(_find_encoder(pl_module))
+        self._readings = self._read_at(find_encoder(pl_module, type(self).__name__))
         if stage != "fit":
             return
         self._check_monitors(trainer)
@@ -277,7 +279,8 @@ class GroundingCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a measurement, in epochs that are measured."""
-        due = self._first_is_due() if trainer.sanity_checking else is_measured(trainer, self.every_n_epochs)
+        due = self._first_is_due() if trainer.sanity_checking else is_due(trainer, self.every_n_epochs)
+        self._logged_before = dict(trainer.callback_metrics)
         if due:
             assert self._readings, "Lightning calls setup first"
             examples = self.examples if trainer.is_global_zero else 0
@@ -324,11 +327,16 @@ class GroundingCallback(Callback):
             return
         measured, self._measured = self._measured, None
         prefix = f"{measured.split}/"
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+        logged = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            # Lightning keeps what was logged in earlier validations, by callbacks that pass over this one.
+            if name.startswith(prefix) and value is not self._logged_before.get(name)
+        }
         row: Row = _state(trainer) | measured.row
         others = {name.removeprefix(prefix): value for name, value in logged.items()}
         row |= {name: value for name, value in others.items() if name not in {*row, *_SCALARS, *_INPUT_SCALARS}}
-        if _fitting(trainer):
+        if is_fitting(trainer):
             self.history = [old for old in self.history if old["step"] != row["step"]] + [row]
         if trainer.sanity_checking:
             # Lightning keeps what this validation logs to itself.
@@ -336,7 +344,7 @@ class GroundingCallback(Callback):
                 logger.log_metrics(logged, step=trainer.global_step)
         folder = _folder(trainer)
         if trainer.is_global_zero:
-            self._report(trainer, folder, self.history if _fitting(trainer) else [row], measured)
+            self._report(trainer, folder, self.history if is_fitting(trainer) else [row], measured)
 
     on_test_end = on_validation_end
 
@@ -382,7 +390,7 @@ class GroundingCallback(Callback):
             for logger in loggers:
                 name = f"{measured.split}/grounding"
                 logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
-        if not _fitting(trainer):
+        if not is_fitting(trainer):
             show(folder, rows)
 
     def _read_at(self, encoder: DualEncoder) -> tuple[Reading, ...]:
@@ -396,27 +404,15 @@ class GroundingCallback(Callback):
         return last, Reading(label, INPUT, FeaturePairAttribution(encoder, **options), options)
 
     def _check_monitors(self, trainer: L.Trainer) -> None:
-        """Refuse callbacks that look at grounding where it is not measured."""
+        logged = {f"val/{name}" for name in (*_SCALARS, *_INPUT_SCALARS)}
         for callback in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
             monitor = str(getattr(callback, "monitor", None))
-            if monitor in {f"val/{name}" for name in _INPUT_SCALARS} and self.input_phrases == 0:
+            if monitor in logged and monitor.endswith(INPUT) and self.input_phrases == 0:
                 raise ValueError(
                     f"{type(callback).__name__} looks at {monitor}, which is not measured with input_phrases=0: set "
                     "GroundingCallback's input_phrases to how many phrases to read at the inputs"
                 )
-        names = {f"val/{name}" for name in (*_SCALARS, *_INPUT_SCALARS)}
-        refuse_monitors(trainer, names, "GroundingCallback", self.every_n_epochs)
-
-
-def _find_encoder(module: L.LightningModule) -> DualEncoder:
-    candidates = [getattr(module, "encoder", None), *module.modules()]
-    found = next((candidate for candidate in candidates if isinstance(candidate, DualEncoder)), None)
-    if found is None:
-        raise ValueError(
-            f"GroundingCallback found no DualEncoder in {type(module).__name__}: keep one as `self.encoder`, "
-            "made by lightning_xai.models.load_dual_encoder"
-        )
-    return found
+        check_monitors(trainer, logged, type(self).__name__, self.every_n_epochs)
 
 
 def _about(trainer: L.Trainer, split: str, encoder: TwoTowerEncoder) -> dict[str, dict[str, Any]]:
@@ -430,14 +426,10 @@ def _about(trainer: L.Trainer, split: str, encoder: TwoTowerEncoder) -> dict[str
     return {"model": model, "data": described | {"samples": manifest.samples, "split": split}}
 
 
-def _fitting(trainer: L.Trainer) -> bool:
-    return trainer.state.fn == TrainerFn.FITTING
-
-
 def _state(trainer: L.Trainer) -> Row:
     """`epoch`, `step` and, within an epoch, `batch` of a row."""
     step = trainer.global_step
-    if not _fitting(trainer):
+    if not is_fitting(trainer):
         return {"epoch": "test" if trainer.testing else "validate", "step": step}
     if trainer.sanity_checking:
         return {"epoch": trainer.current_epoch, "step": step}

@@ -13,7 +13,7 @@ from rich.console import Console
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
-from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, score_column
+from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, logged_shares, score_column
 from lightning_xai.report.plots import GradedMap, curves, progress_sheet, save_figure
 from lightning_xai.results.record import MethodRecord, ResultRecord, layers_in_words, package_versions, state_name
 
@@ -85,7 +85,8 @@ def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Map
     write_csv(folder / f"summary{suffix}.csv", _lines(rows))
     if training and any(row["targets"] for row in rows):
         panels = {reading.suffix: _named(reading) for reading in _inputs_first(measured.readings)}
-        save_figure(curves(rows, scores=SPEC.scores, panels=panels), folder / "curves.png")
+        others = logged_shares({name for row in rows for name in row})
+        save_figure(curves(rows, scores=SPEC.scores, panels=panels, others=others), folder / "curves.png")
     if not measured.examples:
         return None
     sheet = _progress(rows, measured)

@@ -6,12 +6,11 @@ A step is made of as many batches as are accumulated; the last one of an epoch m
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.trainer.states import TrainerFn
 
 __all__ = [
     "Placement",
@@ -19,9 +18,7 @@ __all__ = [
     "completes_step",
     "ends_training",
     "is_complete",
-    "is_measured",
     "planned_steps",
-    "refuse_monitors",
     "remaining_steps",
     "steps_of_epochs",
     "validates_after",
@@ -107,36 +104,6 @@ def stops_early(trainer: L.Trainer) -> bool:
 def ends_training(trainer: L.Trainer) -> bool:
     """True if the step just made is the last one of this process."""
     return is_complete(trainer) or stops_early(trainer)
-
-
-def is_measured(trainer: L.Trainer, every_n_epochs: int) -> bool:
-    """True if a validation is one of those of each n-th epoch, is the last one, or does not belong to a training."""
-    if trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % every_n_epochs == 0:
-        return True
-    # Where training ends: within an epoch, or after one without a validation.
-    regular = trainer.is_last_batch and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-    return ends_training(trainer) and not regular
-
-
-def refuse_monitors(trainer: L.Trainer, names: Collection[str], owner: str, every_n_epochs: int) -> None:
-    """Refuse callbacks that monitor one of `names` in epochs in which `owner` does not measure it.
-
-    They would compare epochs by numbers that are missing, or are those of an earlier epoch.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for callback in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
-        monitor = str(getattr(callback, "monitor", None))
-        looks_every = getattr(callback, "every_n_epochs", 1)
-        if monitor not in names or not looks_every:
-            continue
-        if math.lcm(looks_every, trainer.check_val_every_n_epoch or 1) % every_n_epochs:
-            raise ValueError(
-                f"{type(callback).__name__} looks at {monitor} every {looks_every} epochs, {owner} measures it every "
-                f"{every_n_epochs}: give both the same every_n_epochs, or set "
-                f"Trainer(check_val_every_n_epoch={every_n_epochs})"
-            )
 
 
 class Placement:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_xai.report.page import Block, Chart
-from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable
+from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, logged_shares
 from lightning_xai.report.plots import curves
 from lightning_xai.report.sections.metrics import score_columns
 from lightning_xai.results.record import layers_in_words
@@ -21,6 +21,7 @@ def training_blocks(runs: Sequence[Run]) -> list[Block]:
         if run.is_training and GROUNDING in run.record.metrics:
             for label, where in reversed(_layers(run).items()):
                 blocks += [_progress_table(run, label, where), *_curves(run, label, where)]
+            blocks += _other_curves(run)
     return blocks
 
 
@@ -46,7 +47,8 @@ def _progress_table(run: Run, label: str, where: str) -> PaperTable:
     return PaperTable(
         f"progress-{run.name}{_ending(label)}",
         ", read at: ".join(filter(None, (f"Grounding while {run.name} learned", where))),
-        "R@1: share of pairs whose partner is found first among all images or captions of the split.",
+        "R@1: share of pairs whose partner is found first among all images or captions of the split. Zero-shot: share "
+        "of images that are most similar to the name of their own class.",
         [*columns, *(LOGGED_COLUMNS[key] for key in logged)],
         rows,
     )
@@ -73,6 +75,22 @@ def _curves(run: Run, label: str, where: str) -> list[Chart]:
     title = ", ".join(filter(None, (title, where)))
     figure = curves(rows, title, scores=scores)
     return [Chart(f"curves-{run.name}{_ending(label)}", title, "Measured on the validation split.", alt, figure)]
+
+
+def _other_curves(run: Run) -> list[Chart]:
+    """What else was logged by epoch: recall, and what other callbacks measure."""
+    rows = [
+        {**each.record.state, **each.record.logged}
+        for each in run.measurements
+        if isinstance(each.record.state.get("epoch"), int)
+    ]
+    shares = logged_shares({name for row in rows for name in row})
+    if not shares:
+        return []
+    title = f"Retrieval and other tasks of {run.name}"
+    alt = f"Curves over {len(rows)} measurements: {', '.join(shares.values())}."
+    figure = curves(rows, title, scores=(), panels={}, others=shares)
+    return [Chart(f"curves-{run.name}-other", title, "Measured in the validations of the run.", alt, figure)]
 
 
 def _ending(label: str) -> str:
