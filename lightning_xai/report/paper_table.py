@@ -124,6 +124,10 @@ LOGGED_COLUMNS = {
     "image_to_text_recall_at_1": Column("i→t R@1", percent=True, digits=1, better="up"),
     "text_to_image_recall_at_1": Column("t→i R@1", percent=True, digits=1, better="up"),
     "zero_shot_accuracy": Column("zero-shot", percent=True, digits=1, better="up"),
+    "caption_choice": Column("caption choice", percent=True, digits=1, better="up"),
+    "caption_choice_sugarcrepe": Column("SugarCrepe", percent=True, digits=1, better="up"),
+    "caption_choice_aro": Column("ARO", percent=True, digits=1, better="up"),
+    "winoground_group": Column("Winoground group", percent=True, digits=1, better="up"),
 }
 """The columns of the most important values that `ContrastiveModule` and callbacks log besides grounding, by name."""
 
