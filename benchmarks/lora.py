@@ -22,7 +22,7 @@ def tasks(model: str) -> dict[str, Any]:
     from lightning_xai.training import ContrastiveFineTuning, Lora
 
     options: dict[str, dict[str, Any]] = {FULL: {}, "freeze_text_embeddings": {"freeze_text_embeddings": True}}
-    options |= {f"lora, targets: {targets}": {"lora": Lora(targets=targets)} for targets in ("attention", "mlp", "all")}  # type: ignore[arg-type]
+    options |= {f"lora, targets: {targets}": {"lora": Lora(targets=targets)} for targets in ("attention", "mlp", "all")}
     return {name: ContrastiveFineTuning(model, None, **chosen) for name, chosen in options.items()}
 
 
