@@ -15,7 +15,7 @@ from typing import Any, get_args
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -396,7 +396,7 @@ class ContrastiveModule(L.LightningModule):
 
     on_test_end = on_predict_end = on_validation_end
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Embed images and all their captions; the numbers are computed at the end of the epoch.
 
         Returns:
