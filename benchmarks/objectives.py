@@ -68,7 +68,7 @@ def training_batches(task: Any, lists: dict[str, list[Any]], train: Path, size: 
     found: list[Any] = []
 
     class Keep(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *ignored: Any) -> int:
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> int:  # type: ignore[override]
             found.append(batch)
             return -1  # no step
 
@@ -85,7 +85,7 @@ def fit(task: Any, data: Any, callback: Any, **options: Any) -> None:
     """Train without files."""
     import lightning as L
 
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         accelerator="cpu", devices=1, enable_checkpointing=False, callbacks=[callback], **quiet, **options
     )

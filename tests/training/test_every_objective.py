@@ -133,7 +133,7 @@ def fit_on(task: ContrastiveFineTuning, folder: Path, out: Path, **options: Any)
 def test_batches_hold_what_objectives_ask_for_and_nothing_else(
     architecture_file: Callable[[str], Path], shapes: Path
 ) -> None:
-    held = {}
+    held: dict[str, tuple[bool, Any]] = {}
     for chosen in (
         [Softmax()],
         [Grounding()],

@@ -22,6 +22,7 @@ from training_runs import Recorder, loader_of, records_of, trainer_in
 from lightning_xai.attribution.reference import reference_image
 from lightning_xai.data import Batch, Manifest
 from lightning_xai.data.batch import TrainingCollate
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import measurable, patch_mask
@@ -111,7 +112,7 @@ def test_the_gradients_of_the_two_towers_are_the_halves_of_that_of_both(
     found: dict[str, dict[str, Tensor]] = {}
     losses = []
     for towers in ("both", "image", "text"):
-        encoder, objective = make_encoder("vit", torch.float64), Grounding(towers=towers)  # type: ignore[arg-type]
+        encoder, objective = make_encoder("vit", torch.float64), Grounding(towers=towers)
         objective.prepare(encoder)
         loss = term(encoder, objective, hand_made(encoder, [(0, [1, 2]), (0, [3]), (1, [1])])).loss
         found[towers] = gradients(encoder, loss)
@@ -152,7 +153,7 @@ def literal_attribution(tower: Any, inputs: Tensor, reference: Tensor) -> Tensor
     total = torch.zeros((), dtype=hidden.dtype)
     for alpha in (0.25, 0.75):
         point = start + alpha * (hidden - start)
-        jacobian = torch.autograd.functional.jacobian(
+        jacobian = torch.autograd.functional.jacobian(  # type: ignore[no-untyped-call]
             lambda x: tower.embed_from(x, *tokens)[0], point, create_graph=True
         )
         total = total + torch.einsum("td,ktd->tk", (hidden - start)[0], jacobian[:, 0]) / 2
@@ -232,7 +233,9 @@ def encoder_of(config: str, objective: Objective) -> DualEncoder:
 def share(encoder: DualEncoder, shapes: str, first: int, rank: int = 0, world: int = 1) -> Batch:
     """This process's part of eight pairs, of which those before `first` have no phrases."""
     labels = Manifest.load(Path(shapes)).labels
-    collate = TrainingCollate(encoder.image_transform, encoder.tokenizer, label_names=labels)
+    collate = TrainingCollate(
+        encoder.image_transform, encoder.tokenizer, label_names=labels, needs=BatchNeeds(phrases=True, boxes=True)
+    )
     each = 8 // world
     batch = collate(records_of(Path(shapes), 8)[rank * each : (rank + 1) * each])
     phrases = batch.phrases.only((batch.phrases.image_row + rank * each >= first).nonzero()[:, 0])

@@ -142,10 +142,10 @@ def kept_bytes(loss: Callable[[], tuple[Tensor, Tensor]]) -> int:
 
 def test_the_sigmoid_loss_keeps_no_more_memory_than_the_softmax() -> None:
     generator, valid = torch.Generator().manual_seed(0), torch.ones(256, dtype=torch.bool)
-    features = [normalize(torch.randn(256, 8, generator=generator), dim=1).requires_grad_() for _ in range(2)]
+    image, text = (normalize(torch.randn(256, 8, generator=generator), dim=1).requires_grad_() for _ in range(2))
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor([-10.0], requires_grad=True)
-    softmax = kept_bytes(lambda: global_contrastive_loss(*features, scale, valid))
-    assert kept_bytes(lambda: sigmoid_loss(*features, scale, bias, valid)) < 0.75 * softmax
+    softmax = kept_bytes(lambda: global_contrastive_loss(image, text, scale, valid))
+    assert kept_bytes(lambda: sigmoid_loss(image, text, scale, bias, valid)) < 0.75 * softmax
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
