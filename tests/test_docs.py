@@ -35,6 +35,8 @@ def test_python_that_is_marked_runs(
     names: dict[str, Any] = {}
     for code in runnable(page):  # the blocks of a page follow each other
         exec(code.replace(PRETRAINED, f'load_dual_encoder("{architecture_file("vit")}")'), names)
+    if page.stem == "fine-tune":
+        assert 0 < names["share"] < 0.2
     if page.stem == "explain":
         assert names["result"].interactions.shape == (1, 16, 4, 4)
         assert names["encoder"].tokenizer.decode(names["tokens"][0][names["span"][0]]).strip() == "dog"

@@ -31,7 +31,8 @@ class Merge:
     logarithm. Alpha 0 and 1 are the two models, bit for bit.
 
     Writes merge.csv (a line for each alpha), merge.png, merge.json (every setting), alpha=0.4.ckpt and so on (which
-    `export`, `explain` and `--ckpt_path` take), and the result folder of each grounding in alpha=0.4/grounding/.
+    `export`, `explain --model.name` and TUNED's `validate --run RUN --ckpt_path` take), and the result folder of each
+    grounding in alpha=0.4/grounding/.
 
     Grounding, recall and zero-shot accuracy of a fine-tuned ViT-B/16:
       python -m lightning_xai merge ViT-B-16 runs/coco --base-pretrained openai --data data/coco/val \

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_xai.data.batch import Batch
     from lightning_xai.data.datamodule import ShapesDataModule, ShardDataModule
     from lightning_xai.data.masks import Mask, encode_mask
+    from lightning_xai.data.needs import BatchNeeds
     from lightning_xai.data.phrases import Phrases
     from lightning_xai.data.sample import RecordError, Region, Sample, WrongCaption
     from lightning_xai.data.shards import Manifest, write_shards
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "BatchNeeds",
     "CaptionTokenizer",
     "Exclusion",
     "ImageTransform",
@@ -37,6 +39,7 @@ __all__ = [
 
 _MODULES = {
     "Batch": "data.batch",
+    "BatchNeeds": "data.needs",
     "CaptionTokenizer": "data.spans",
     "Exclusion": "exclusion",
     "ImageTransform": "models.image_transform",

@@ -103,8 +103,8 @@ class TrainedModel(msgspec.Struct, frozen=True, kw_only=True):
 def plan_objective_trials(variants: Sequence[str], seeds: Sequence[int]) -> list[ObjectiveTrial]:
     """All trials in their order, which gives them their numbers: every variant with the first seed comes first.
 
-    >>> [str(trial) for trial in plan_objective_trials(["base", "gamma"], [0, 1])]
-    ['base/0', 'gamma/0', 'base/1', 'gamma/1']
+    >>> print(*plan_objective_trials(["base", "gamma"], [0, 1]))
+    base/0 gamma/0 base/1 gamma/1
     """
     return [ObjectiveTrial(variant, seed) for seed in seeds for variant in variants]
 
