@@ -120,7 +120,7 @@ def _out_proj_times() -> tuple[str, float]:
         ) from error
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(1, 1)})
     config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["attn"])
-    layer: Any = peft.inject_adapter_in_model(config, model)["attn"]
+    layer: Any = peft.inject_adapter_in_model(config, model).get_submodule("attn")
     projection = layer.base_layer.out_proj
     with torch.no_grad():
         projection.base_layer.weight.zero_()
