@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_xai.models import DualEncoder
+    from lightning_xai.models.peft_folder import PeftAdapter
 
 
-def export(checkpoint: Path, out: Path, ckpt_path: str | None = None) -> None:
+def export(checkpoint: Path, out: Path, ckpt_path: str | None = None, adapter: Path | None = None) -> None:
     """Turn a checkpoint of this project into weights for `open_clip.create_model(name, pretrained=out)`.
 
     Where `fit` began with a folder of transformers (hf:FOLDER), into such a folder, for `from_pretrained(out)`.
@@ -20,8 +21,10 @@ def export(checkpoint: Path, out: Path, ckpt_path: str | None = None) -> None:
             (no suffix), as repositories of open_clip models have it. For a model of transformers a new folder.
         ckpt_path: of a run, which model: best by the metric that it monitors (the default where it has one), last,
             or a file.
+        adapter: of a model that was trained with lora, a new folder for the adapters, which peft loads. The weights in
+            `out` are then those below the adapters; without, adapters are merged into them.
     """
-    from lightning_xai.models import HuggingFaceEncoder, load_dual_encoder, save_hugging_face, save_open_clip
+    from lightning_xai.models import load_dual_encoder
 
     if checkpoint.is_dir() or checkpoint.name == "config.yaml":
         from lightning_xai.training.run_folder import RunFolder
@@ -34,6 +37,39 @@ def export(checkpoint: Path, out: Path, ckpt_path: str | None = None) -> None:
     if checkpoint.suffix != ".ckpt":
         raise ValueError(f"export takes a .ckpt file that fit has written, or a run's folder; got {checkpoint}")
     encoder = load_dual_encoder(str(checkpoint))
+    if adapter is None:
+        _save_model(encoder, out)
+        return
+    if adapter.exists() and (adapter.is_file() or any(adapter.iterdir())):
+        raise ValueError(f"--adapter {adapter} is there already: give a new folder")
+    found = _take_adapters(encoder, checkpoint)
+    _save_model(encoder, out)
+    found.save(adapter)
+    print(  # noqa: T201
+        f"Saved {adapter}. To add the adapters:\nfrom peft import PeftModel\n"
+        f"model = PeftModel.from_pretrained(model, {str(adapter)!r})"
+    )
+    if "peft_version" in found.config:
+        print(f"Their attention is written for peft {found.config['peft_version']}; releases differ.")  # noqa: T201
+
+
+def _take_adapters(encoder: DualEncoder, checkpoint: Path) -> PeftAdapter:
+    """The adapters of a checkpoint, for peft; the encoder's weights become those below them."""
+    from lightning_xai.models.low_rank import without_adapters
+    from lightning_xai.models.peft_folder import PeftAdapter
+    from lightning_xai.models.weights_file import read_weights
+
+    base, adapters = without_adapters(read_weights(checkpoint, merge=False).state)
+    found = PeftAdapter.of(encoder.model, adapters)
+    for name in adapters:
+        encoder.model.get_parameter(name).data.copy_(base[name])
+    return found
+
+
+def _save_model(encoder: DualEncoder, out: Path) -> None:
+    """Write the model, and print how to load it."""
+    from lightning_xai.models import HuggingFaceEncoder, save_hugging_face, save_open_clip
+
     if isinstance(encoder, HuggingFaceEncoder):
         save_hugging_face(encoder, out)
         kind = type(encoder.model).__name__

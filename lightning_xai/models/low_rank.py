@@ -13,14 +13,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-__all__ = ["LowRank", "adapt", "adapter_shapes", "matrices", "merged_state"]
+__all__ = ["Adapter", "LowRank", "adapt", "adapter_shapes", "matrices", "merged_state", "without_adapters"]
 
 _ORIGINAL = re.compile(r"(?P<module>(?:.*\.)?)parametrizations\.(?P<weight>[^.]+)\.original")
+
+
+class Adapter(NamedTuple):
+    """What is added to a weight [out, in]: scaling * lora_B @ lora_A.
+
+    Attributes:
+        lora_A: A [r, in].
+        lora_B: B [out, r].
+        scaling: alpha / r, a scalar.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: Tensor
 
 
 class LowRank(nn.Module):
@@ -96,17 +111,26 @@ def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> sorted(merged_state(layer.state_dict()))
         ['bias', 'weight']
     """
-    merged = dict(state)
+    merged, adapters = without_adapters(state)
+    for name, adapter in adapters.items():
+        merged[name] = _merged(name, merged[name], adapter)
+    return merged
+
+
+def _merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
+    try:
+        return _adapted(weight, *adapter)
+    except RuntimeError as error:
+        raise ValueError(f"the low-rank adapter of {name} does not fit its weight: {error}") from error
+
+
+def without_adapters(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
+    """A state dict of the weights below the adapters, under their plain names, and the adapters by these names."""
+    base, adapters = dict(state), {}
     for found in filter(None, map(_ORIGINAL.fullmatch, state)):
         inside, plain = found[0].removesuffix("original"), f"{found['module']}{found['weight']}"
-        names = [f"{inside}0.{name}" for name in ("lora_A", "lora_B", "scaling")]
-        if not all(name in state for name in names):
-            continue  # another parametrization
-        try:
-            weight = _adapted(state[found[0]], *(state[name] for name in names))
-        except RuntimeError as error:
-            raise ValueError(f"the low-rank adapter of {plain} does not fit its weight: {error}") from error
-        for name in (found[0], *names):
-            del merged[name]
-        merged[plain] = weight
-    return merged
+        names = [f"{inside}0.{name}" for name in Adapter._fields]
+        if all(name in state for name in names):  # else another parametrization
+            base[plain] = base.pop(found[0])
+            adapters[plain] = Adapter(*(base.pop(name) for name in names))
+    return base, adapters

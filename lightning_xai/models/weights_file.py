@@ -48,30 +48,20 @@ class Weights:
     architecture: dict[str, Any] | None
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, *, merge: bool = True) -> Weights:
     """Read a state dict without unpickling anything but tensors and plain values.
 
     The file may be one of PyTorch's, a safetensors file or a TorchScript archive, whatever its name. Names may have the
-    prefixes of DistributedDataParallel, torch.compile and Lightning modules. Low-rank adapters of this project are
-    merged into their weights.
+    prefixes of DistributedDataParallel, torch.compile and Lightning modules.
+
+    Args:
+        path: the file.
+        merge: whether low-rank adapters of this project are merged into their weights.
 
     Raises:
         ValueError: the file is missing, broken, or holds other objects.
     """
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
-    with path.open("rb") as stream:
-        head = stream.read(len(_LFS_POINTER))
-    if head == _LFS_POINTER:
-        raise ValueError(
-            f"checkpoint {path} is a Git LFS pointer, which names the weights only: run `git lfs pull` where it lies"
-        )
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        state, recorded = _read_safetensors(path)
-    elif is_torchscript(path):
-        state, recorded = _read_torchscript(path), None
-    else:
-        state, recorded = _read_pickle(path)
+    state, recorded = _read(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
             f"checkpoint {path} holds no state dict (names and tensors); save the model's state_dict alone"
@@ -89,11 +79,29 @@ def read_weights(path: Path) -> Weights:
             )
     if not state:
         raise ValueError(f"checkpoint {path} holds no weights")
-    state = merged_state(state)
+    if merge:
+        state = merged_state(state)
     config = path.parent / FOLDER_CONFIG
     if recorded is not None:
         return Weights(path, state, check_architecture(recorded, path))
     return Weights(path, state, folder_architecture(path.parent) if config.is_file() else None)
+
+
+def _read(path: Path) -> tuple[Any, Any]:
+    """What a file holds, and the architecture that this project has recorded in it, or None."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    with path.open("rb") as stream:
+        head = stream.read(len(_LFS_POINTER))
+    if head == _LFS_POINTER:
+        raise ValueError(
+            f"checkpoint {path} is a Git LFS pointer, which names the weights only: run `git lfs pull` where it lies"
+        )
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return _read_safetensors(path)
+    if is_torchscript(path):
+        return _read_torchscript(path), None
+    return _read_pickle(path)
 
 
 def _plain_name(name: str) -> str:
