@@ -130,9 +130,11 @@ def _sums(directions: Iterable[Tensor], valid: Tensor, everyone: Tensor, first: 
         first: this rank's first row among all.
     """
     own = torch.arange(first, first + len(valid), device=valid.device)
+    hidden = valid[:, None] & ~everyone  # one matrix for both directions, which the backward pass keeps
     losses, right = [], []
     for logits in directions:
-        logits = hide_columns(logits, ~everyone, valid)
+        # Invalid rows keep finite logits, as in `hide_columns`.
+        logits = logits.masked_fill(hidden, -torch.inf)
         losses.append(cross_entropy(logits, own, reduction="none"))
         right.append(own_is_largest(logits.detach(), own) & valid)
     loss = torch.stack(losses).sum(dim=0).masked_fill(~valid, 0).sum()
