@@ -21,7 +21,7 @@ from training_runs import Recorder, loader_of, records_of, trainer_in
 
 from lightning_xai.attribution.reference import reference_image
 from lightning_xai.data import Batch, Manifest
-from lightning_xai.data.batch import TrainingCollate
+from lightning_xai.data.batch import BatchNeeds, TrainingCollate
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import measurable, patch_mask
@@ -232,7 +232,8 @@ def encoder_of(config: str, objective: Objective) -> DualEncoder:
 def share(encoder: DualEncoder, shapes: str, first: int, rank: int = 0, world: int = 1) -> Batch:
     """This process's part of eight pairs, of which those before `first` have no phrases."""
     labels = Manifest.load(Path(shapes)).labels
-    collate = TrainingCollate(encoder.image_transform, encoder.tokenizer, label_names=labels)
+    needs = BatchNeeds(phrases=True, boxes=True)
+    collate = TrainingCollate(encoder.image_transform, encoder.tokenizer, label_names=labels, needs=needs)
     each = 8 // world
     batch = collate(records_of(Path(shapes), 8)[rank * each : (rank + 1) * each])
     phrases = batch.phrases.only((batch.phrases.image_row + rank * each >= first).nonzero()[:, 0])
