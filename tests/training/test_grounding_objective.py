@@ -21,7 +21,8 @@ from training_runs import Recorder, loader_of, records_of, trainer_in
 
 from lightning_xai.attribution.reference import reference_image
 from lightning_xai.data import Batch, Manifest
-from lightning_xai.data.batch import BatchNeeds, TrainingCollate
+from lightning_xai.data.batch import TrainingCollate
+from lightning_xai.data.needs import BatchNeeds
 from lightning_xai.data.phrases import Phrases
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import measurable, patch_mask
