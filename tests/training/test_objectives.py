@@ -321,8 +321,9 @@ def test_objectives_that_cannot_be_trained_are_refused_before_training(
     for weight in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="weight of the objective softmax has to be positive"):
             Softmax(weight=weight)
-    with pytest.raises(ValueError, match="initial_scale positive"):
-        Sigmoid(initial_scale=-1.0)
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="initial_scale positive"):
+            Sigmoid(initial_scale=scale)
     folder = save_small("CLIPModel", tmp_path / "clip")
     with pytest.raises(ValueError, match="has no logit_bias, which the objective sigmoid trains"):
         ContrastiveFineTuning(f"hf:{folder}", None, objectives=[Sigmoid()])

@@ -105,7 +105,7 @@ def hard_negative_loss(
         loss, *sums = sum_over_ranks(torch.cat([loss[None], counts])).unbind()
         found = [each.detach() for each in sums]
         count = everyone.sum()
-        numbers = {"accuracy": (found[0] + found[1]) / (2 * count), "negatives": usable.sum()}
+        numbers = {"accuracy": (found[0] + found[1]) / (2 * count), "negatives": usable.sum().to(loss.dtype)}
         return loss / (2 * count.clamp(min=1)), numbers | {"negatives_accuracy": found[2] / found[3]}
 
 

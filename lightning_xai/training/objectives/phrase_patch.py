@@ -151,7 +151,7 @@ class PhrasePatch(PatchObjective):
         seen = (phrases.reason != Exclusion.OUTSIDE_CROP).nonzero()[:, 0]
         image_row = phrases.image_row[seen]
         alone = batch.valid.scatter(0, image_row, value=False).nonzero()[:, 0]  # captions without a phrase
-        own_bias = getattr(step.encoder.model, "logit_bias", None)
+        own_bias = step.encoder.logit_bias
         loss, accuracy, _ = phrase_patch_loss(
             self._patches(step.encoder) + zero_with_graph(step),
             torch.cat([said[seen], step.text[alone]]),

@@ -102,7 +102,7 @@ class Sigmoid(Objective):
 
     def __init__(self, *, weight: float = 1.0, initial_bias: float = -10.0, initial_scale: float | None = 10.0) -> None:
         super().__init__(weight=weight)
-        if not math.isfinite(initial_bias) or not 0 < (initial_scale or 1.0) < math.inf:
+        if not math.isfinite(initial_bias) or not 0 < (1.0 if initial_scale is None else initial_scale) < math.inf:
             raise ValueError(
                 "initial_bias has to be finite and initial_scale positive and finite, or null; got "
                 f"{initial_bias} and {initial_scale}"
