@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank of lora has to be at least 1 (lora: null trains without adapters); got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha of lora has to be positive; got {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha of lora has to be positive and finite; got {self.alpha}")
         if isinstance(self.targets, str) and self.targets not in get_args(Preset):
             raise ValueError(
                 f"targets of lora is one of {', '.join(get_args(Preset))}, or a list of names of modules; got "

@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 from captioned_shards import grey_sample
 from distributed import join_lightning, run_distributed
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from training_runs import Recorder, loader_of, records_of, task_of, trainer_in
 
 from lightning_xai import cli
 from lightning_xai.data import Batch, Manifest, RecordError, Region, ShardDataModule, write_shards
 from lightning_xai.data.batch import TrainingCollate
 from lightning_xai.training import ContrastiveFineTuning, objectives
-from lightning_xai.training.objectives import Grounding, HardNegativeText, Objective, Sigmoid, Softmax
+from lightning_xai.training.objectives import Grounding, HardNegativeText, Objective, PhrasePatch, Sigmoid, Softmax
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -118,6 +121,31 @@ def test_several_processes_have_the_gradients_of_one(
     for number, name in enumerate(EVERY):
         for rank in ranks:
             assert_same_steps(rank[number], two_steps(name, *where[:2], str(tmp_path / "alone"), {}, False))
+
+
+def gradients_of_both_strategies(config: str, folder: str, out: str) -> list[dict[str, Tensor]]:
+    """Gradients of a step under DDP and FSDP2, of a model with a logit bias that two objectives read."""
+    sharded = {"strategy": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), "devices": 2}
+    found = []
+    for number, options in enumerate((join_lightning(), sharded)):
+        task, recorder = task_of(config, objectives=[Sigmoid(), PhrasePatch()]).double(), Recorder()
+        trainer = trainer_in(Path(out) / str(number), recorder, **options)
+        trainer.fit(task, loader_of(batches_for(task, folder, dist.get_rank(), 2)))
+        found.append({name.removeprefix("module."): part for name, part in recorder.gradients[0].items()})
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(FSDPModule, "set_reshard_after_forward"), reason="this torch cannot shard an encoder")
+def test_a_sharded_logit_bias_serves_several_objectives(
+    architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path
+) -> None:
+    where = str(architecture_file("vit")), str(shapes / "train"), str(tmp_path)
+    for plain, sharded in run_distributed(gradients_of_both_strategies, *where, timeout=300):
+        assert plain.keys() == sharded.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(sharded[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
 # --- data ---
