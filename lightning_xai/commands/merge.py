@@ -115,7 +115,11 @@ class Merge:
         """Refuse options that cannot work, before anything is loaded."""
         if len(self.models) != 2:
             raise ValueError(f"expected two models, BASE and TUNED; got {', '.join(self.models)}")
-        if not self.alpha or len(set(self.alpha)) < len(self.alpha) or not all(0 <= each <= 1 for each in self.alpha):
+        if (
+            not self.alpha
+            or len({f"{each:g}" for each in self.alpha}) < len(self.alpha)
+            or not all(0 <= each <= 1 for each in self.alpha)
+        ):
             given = " ".join(f"{each:g}" for each in self.alpha)
             raise ValueError(f"--alpha takes numbers from 0 to 1, each once; got {given}")
         if self.base_pretrained is None and ModelChoice(self.models[0]).is_random and not _is_run(self.models[0]):

@@ -126,12 +126,12 @@ class ZeroShot:
             classifier_CK = zero_shot_classifier(encoder, self.names, self.templates, self.batch_size, precision)
             counts, reasons = self._count(encoder, classifier_CK, precision, progress)
         images, broken, hits, hits_top, skipped = _sum_over_ranks(counts.to(classifier_CK.device)).tolist()
-        told = tuple(reason for part in gather_to_first(reasons) for reason in part)
+        all_reasons = tuple(reason for part in gather_to_first(reasons) for reason in part)
         if broken:
             raise ValueError(f"the model's embeddings of {broken} images of {self.data.folder} are not finite")
         if not images:
             raise ValueError(f"{self.data.folder}: none of its {skipped} images can be read; replace the files")
-        return ZeroShotResult(images, hits, hits_top if len(self.names) > TOP else None, skipped, told)
+        return ZeroShotResult(images, hits, hits_top if len(self.names) > TOP else None, skipped, all_reasons)
 
     def _count(
         self, encoder: DualEncoder, classifier_CK: Tensor, precision: Precision, progress: Progress | None

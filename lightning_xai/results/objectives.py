@@ -77,7 +77,7 @@ class ObjectiveTrial(msgspec.Struct, frozen=True):
 
 
 class TrainedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a finished trial, apart from its result folder.
+    """A finished trial: settings, logged numbers and time; its scores are in its result folder.
 
     Attributes:
         trial: the trial.
@@ -216,7 +216,7 @@ class Change:
         method: label of the judging method; empty for what the validation logged of the model itself.
         score: description of the score.
         trained: whether the variant was trained on it, so that it says little of what was learned.
-        base: scores of the base, one for each seed, by ascending seed.
+        base: scores of the base, one for each seed that both have, by ascending seed.
         own: scores of the variant, likewise.
         over: what the order and the effect are about: "5 seeds", or "128 values of 1 seed".
         effect: standardised mean difference, positive where the variant's numbers are larger; None where there are not
@@ -338,7 +338,8 @@ def _change(
     test: Mapping[str, Any],
 ) -> Iterator[Change]:
     """The change of one score; nothing where a side has none."""
-    base, own = (tuple(side[seed] for seed in sorted(side)) for side in sides)
+    seeds_of_both = sorted(sides[0].keys() & sides[1].keys())  # else means of other trainings would be compared
+    base, own = (tuple(side[seed] for seed in seeds_of_both) for side in sides)
     if not base or not own or score.better is None or not np.isfinite([*base, *own]).all():
         return
     fewest = min(len(base), len(own))

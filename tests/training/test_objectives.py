@@ -27,9 +27,9 @@ from lightning_xai.models import load_dual_encoder
 from lightning_xai.training import ContrastiveFineTuning
 from lightning_xai.training.objectives import (
     Grounding,
+    NegativeTexts,
     Sigmoid,
     Softmax,
-    WrongCaptions,
     hard_negative_loss,
     sigmoid_loss,
 )
@@ -207,7 +207,7 @@ def hard_negative_case(mask: list[bool], counts: list[int], margin: float, sprea
     features = torch.full((*known.shape, 4), math.nan, dtype=torch.float64)
     features[known] = text[len(texts) :]
     invalid = ~valid[:, None]
-    wrong = WrongCaptions(features.masked_fill(invalid[..., None], math.nan), known, words, own)
+    wrong = NegativeTexts(features.masked_fill(invalid[..., None], math.nan), known, words, own)
     embedded = image.masked_fill(invalid, math.nan), text[: len(texts)].masked_fill(invalid, math.nan)
     loss, numbers = hard_negative_loss(*embedded, wrong, scale, valid, margin)
     torch.autograd.backward(loss)

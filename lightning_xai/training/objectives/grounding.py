@@ -127,7 +127,8 @@ class Grounding(Objective):
             maps = self._maps(step, phrases, hidden, references)
             positive = maps.clamp(min=0)
             total, inside = positive.sum(dim=(1, 2)), (positive * masks).sum(dim=(1, 2))
-            some = total.detach() > 0
+            # A map that is not a number is no map without positive value: the loss has to say so.
+            some = ~(total.detach() <= torch.finfo(total.dtype).tiny)
             gamma = inside[some] / total[some]
             penalty = -gamma.clamp(min=_LEAST_GAMMA).log() if self.penalty == "log" else 1 - gamma
             # Every rank has a graph to run backwards, phrases or not, and all of it, where parameters are spread.

@@ -28,11 +28,11 @@ from lightning_xai.loss import (
 )
 from lightning_xai.training.objectives.base import Objective, Step, Term
 
-__all__ = ["HardNegativeText", "WrongCaptions", "hard_negative_loss"]
+__all__ = ["HardNegativeText", "NegativeTexts", "hard_negative_loss"]
 
 
 @dataclass(frozen=True)
-class WrongCaptions:
+class NegativeTexts:
     """Up to N hard negatives of each of B images.
 
     Attributes:
@@ -52,7 +52,7 @@ class WrongCaptions:
 def hard_negative_loss(
     image_features: Tensor,
     text_features: Tensor,
-    wrong: WrongCaptions,
+    wrong: NegativeTexts,
     logit_scale: Tensor,
     valid: Tensor,
     margin: float = 0.0,
@@ -189,7 +189,7 @@ class HardNegativeText(Objective):
         # Rows ascend: the place of a negative is how many others of its image come before it.
         where = rows, torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
         measured = negatives.reason == int(Exclusion.MEASURED)
-        wrong = WrongCaptions(
+        wrong = NegativeTexts(
             features=step.text.new_zeros(*size, step.text.shape[1]).index_put(where, step.extra[self.name]),
             known=torch.zeros(size, dtype=torch.bool, device=rows.device).index_put(where, measured),
             texts=rows.new_zeros(size).index_put(where, _numbers(negatives.captions).to(rows.device)),
