@@ -203,14 +203,15 @@ def hard_negative_case(mask: list[bool], counts: list[int], margin: float, sprea
         tensor.chunk(world)[rank] for tensor in (*eight_pairs(), *wrong_captions(counts), torch.tensor(mask))
     )
     model: Any = DistributedDataParallel(TwoLinearTowers()) if spread else TwoLinearTowers()
-    image, text, scale, _ = model(images, torch.cat([texts, inputs[known]]))
+    image, text, scale, bias = model(images, torch.cat([texts, inputs[known]]))
     features = torch.full((*known.shape, 4), math.nan, dtype=torch.float64)
     features[known] = text[len(texts) :]
     invalid = ~valid[:, None]
     wrong = NegativeTexts(features.masked_fill(invalid[..., None], math.nan), known, words, own)
     embedded = image.masked_fill(invalid, math.nan), text[: len(texts)].masked_fill(invalid, math.nan)
     loss, numbers = hard_negative_loss(*embedded, wrong, scale, valid, margin)
-    torch.autograd.backward(loss)
+    # DDP averages no gradient of its bucket while a parameter has none.
+    torch.autograd.backward(loss + 0 * bias.sum())
     module = model.module if spread else model
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **numbers, **gradients}
