@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
-from torch import Tensor, nn
+from linear_towers import LinearTowers, eight_pairs
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,26 +22,6 @@ def unit_features(rows: int, width: int = 8, seed: int = 0) -> tuple[Tensor, Ten
     return normalize(image, dim=1), normalize(text, dim=1)
 
 
-class LinearDualEncoder(nn.Module):
-    """The least that has two towers and a logit scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.image = nn.Parameter(torch.randn(6, 4, generator=generator, dtype=torch.float64))
-        self.text = nn.Parameter(torch.randn(5, 4, generator=generator, dtype=torch.float64))
-        self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return normalize(images @ self.image, dim=1), normalize(texts @ self.text, dim=1), self.log_scale.exp()
-
-
-def batch_of_eight() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    images = torch.randn(8, 6, generator=generator, dtype=torch.float64)
-    return images, torch.randn(8, 5, generator=generator, dtype=torch.float64)
-
-
 def steps_on_own_share(masks: list[Tensor]) -> list[dict[str, Tensor]]:
     """One forward and backward pass under DDP for each mask; each rank sees its share of the batch only."""
     return [step_on_own_share(valid) for valid in masks]
@@ -48,9 +29,9 @@ def steps_on_own_share(masks: list[Tensor]) -> list[dict[str, Tensor]]:
 
 def step_on_own_share(valid: Tensor) -> dict[str, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    images, texts = (tensor.chunk(world)[rank] for tensor in batch_of_eight())
-    model = DistributedDataParallel(LinearDualEncoder())
-    image, text, scale = model(images, texts)
+    images, texts = (tensor.chunk(world)[rank] for tensor in eight_pairs())
+    model = DistributedDataParallel(LinearTowers())
+    image, text, scale, _ = model(images, texts)
     loss, accuracy = global_contrastive_loss(image, text, scale, valid.chunk(world)[rank])
     torch.autograd.backward(loss)
     gradients = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
@@ -197,12 +178,12 @@ def test_several_processes_have_the_loss_and_the_gradients_of_one(world: int) ->
     masks = [torch.tensor(valid) for valid in ([True] * 8, some_invalid, [True] * 4 + [False] * 4)]
     results = run_distributed(steps_on_own_share, masks, world_size=world)
     for ranks, mask in zip(zip(*results, strict=True), masks, strict=True):
-        model = LinearDualEncoder()
-        image, text, scale = model(*batch_of_eight())
+        model = LinearTowers()
+        image, text, scale, _ = model(*eight_pairs())
         loss, accuracy = contrastive_loss(image, text, scale, mask)
         torch.autograd.backward(loss)
         expected = {name: p.grad for name, p in model.named_parameters()}
-        assert set(expected) == {"image", "text", "log_scale"}
+        assert set(expected) == {"image", "text", "log_scale", "bias"}
         for rank in ranks:
             assert torch.equal(rank["loss"], ranks[0]["loss"])
             torch.testing.assert_close(rank["loss"], loss.detach(), rtol=0, atol=1e-12)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import join_lightning, run_distributed
+from linear_towers import LinearTowers
 from small_hugging_face import save_clip
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -47,19 +48,11 @@ _VALID = torch.tensor([True, True, False, True, True, True, True, True])
 _NAMES = ("region", "patch")
 
 
-class PatchTowers(nn.Module):
-    """The least that has patches, texts, a scale and a bias, in float64."""
+class PatchTowers(LinearTowers):
+    """Towers whose images are many patches, of any length."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.image = nn.Parameter(torch.randn(6, 4, generator=generator, dtype=torch.float64))
-        self.text = nn.Parameter(torch.randn(5, 4, generator=generator, dtype=torch.float64))
-        self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-        self.bias = nn.Parameter(torch.tensor([-2.0], dtype=torch.float64))
-
-    def forward(self, images: Tensor, texts: Tensor) -> Any:
-        return images @ self.image, texts @ self.text + 0 * self.bias, self.log_scale.exp(), self.bias
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *self.project(images, texts), self.log_scale.exp(), self.bias
 
 
 def world_of(phrases: list[tuple[int, int]], ranks: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
