@@ -20,7 +20,7 @@ class Objectives:
 
     Every variant is trained from the same weights on the same batches where the seed is the same, and judged by `test`
     with attribution methods and metrics: at layers and by methods that it was trained on, and, what counts, by those
-    that it was not. What the validation logs, recall and what callbacks of the trainer add, stands beside it.
+    that it was not. What the validation logs, recall and what callbacks of the trainer add, stands next to it.
 
     Each training with its judgement is a trial (variant, seed), whose result is a file. A trial that is done is never
     run again: repeat the same command after an interruption, or to add variants and seeds.

@@ -1,4 +1,4 @@
-"""What training batches hold besides images and captions, and whether a data set has it."""
+"""What training batches hold in addition to images and captions, and whether a data set has it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BatchNeeds:
         boxes: phrases are of use only where their object has a box.
         negatives: most hard negatives of an image; 0: none.
         swap_objects: hard negatives are also made from captions, see `lightning_xai.data.object_swaps`.
-        phrase_tokens: phrases, where there are any, are also tokenised as captions of their own (`Phrases.tokens`).
+        phrase_tokens: phrases, where there are any, are also tokenised as separate captions (`Phrases.tokens`).
 
     Example:
         >>> BatchNeeds(phrases=True) | BatchNeeds(negatives=2)

@@ -76,7 +76,7 @@ class Phrases(TensorFields):
         text: the words that name the class, several mentions joined by `", "`; empty where there are none.
         masks: R masks of the boxes' regions, not decoded; an `Exclusion` in place of one that is missing or of another
             size than its image.
-        tokens: `[R, L]` int64, the first mention as a caption of its own, one that says nothing where there is no
+        tokens: `[R, L]` int64, the first mention as a separate caption, one that says nothing where there is no
             mention; None unless `TargetRows` was asked for it.
     """
 
@@ -186,7 +186,7 @@ class TargetRows:
         transform: of the images.
         tokenizer: of the captions.
         labels: the split's classes.
-        phrase_tokens: whether phrases are also tokenised as captions of their own.
+        phrase_tokens: whether phrases are also tokenised as separate captions.
     """
 
     def __init__(

@@ -129,7 +129,7 @@ LOGGED_COLUMNS = {
     "caption_choice_aro": Column("ARO", percent=True, digits=1, better="up"),
     "winoground_group": Column("Winoground group", percent=True, digits=1, better="up"),
 }
-"""The columns of the most important values that `ContrastiveModule` and callbacks log besides grounding, by name."""
+"""Columns of what `ContrastiveModule` and callbacks log in addition to grounding, the most important, by name."""
 
 
 def logged_shares(names: Collection[str]) -> dict[str, str]:

@@ -209,7 +209,7 @@ def join_seeds(folder: Path, done: Sequence[TrainedModel], settings: Mapping[str
 
 @dataclass(frozen=True)
 class Change:
-    """One score of a variant beside that of the base.
+    """One score of a variant and of the base.
 
     Attributes:
         variant: name of the variant.

@@ -178,7 +178,7 @@ class ContrastiveModule(L.LightningModule):
 
     @property
     def batch_needs(self) -> BatchNeeds:
-        """What training batches have to hold besides images and captions; data modules ask."""
+        """What training batches have to hold in addition to images and captions; data modules ask."""
         return reduce(or_, (objective.needs for objective in self.objectives))
 
     def setup(self, stage: str) -> None:

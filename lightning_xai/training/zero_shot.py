@@ -68,7 +68,7 @@ class ZeroShotCallback(Callback):
         self.every_n_epochs = every_n_epochs
         self.result: ZeroShotResult | None = None
         self._encoder: DualEncoder | None = None
-        self._told = False
+        self._warned = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check all that could fail later, before anything is computed."""
@@ -107,9 +107,9 @@ class ZeroShotCallback(Callback):
 
     def _tell_of_skipped(self, trainer: L.Trainer, result: ZeroShotResult) -> None:
         """Name images that could not be read, once; their number is logged each time."""
-        if not result.skipped or self._told or not trainer.is_global_zero:
+        if not result.skipped or self._warned or not trainer.is_global_zero:
             return
-        self._told = True
+        self._warned = True
         more = f"\n... and {result.skipped - _SHOWN:,} more" if result.skipped > _SHOWN else ""
         reasons = "\n".join(result.reasons[:_SHOWN])
         whole = result.images + result.skipped

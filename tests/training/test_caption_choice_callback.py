@@ -176,7 +176,7 @@ def test_scores_are_those_of_open_clip_one_caption_at_a_time(make: Make, world: 
     assert float(lines["pairs", "pairs: group"]["share"]) == expected["pairs_group"]
 
 
-def test_a_training_monitors_them_and_they_stand_beside_grounding(make: Make, world: Path, tmp_path: Path) -> None:
+def test_a_training_monitors_them_and_they_stand_next_to_grounding(make: Make, world: Path, tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val/caption_choice_crepe", mode="max")
     callbacks: list[Callback] = [callback_of(world), GroundingCallback(examples=0), best]
     trainer_in(tmp_path, *callbacks, max_epochs=2).fit(make(), data_of(world))

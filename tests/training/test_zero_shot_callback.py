@@ -1,4 +1,4 @@
-"""Zero-shot accuracy as runs log it: beside grounding, for checkpoints to follow, the same on several processes."""
+"""Zero-shot accuracy as runs log it: next to grounding, for checkpoints to follow, the same on several processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Logged(Callback):
 
 
 @pytest.mark.slow
-def test_accuracy_stands_beside_grounding_and_checkpoints_follow_it(
+def test_accuracy_stands_next_to_grounding_and_checkpoints_follow_it(
     architecture_file: Callable[[str], Path], shapes: Path, classes: Path, tmp_path: Path, capsys: Any
 ) -> None:
     zero_shot = ZeroShotCallback(classes, **OPTIONS)

@@ -63,7 +63,7 @@ class Objective(ABC):
 
     Attributes:
         name: the term is logged as `train/NAME`, before the weight.
-        needs: what training batches have to hold besides images and captions; data without it are refused.
+        needs: what training batches have to hold in addition to images and captions; data without it are refused.
         listens: whether hidden states of the training pass are read, by hooks (`listening`).
         trains_logit_bias: whether the model's `logit_bias` has a gradient; where it has none, it is frozen.
 

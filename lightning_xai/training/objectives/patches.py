@@ -26,7 +26,7 @@ __all__ = ["PatchObjective", "text_numbers", "whole"]
 
 
 class PatchObjective(Objective):
-    """An objective that compares phrases, each a caption of its own, with the patches of the training pass.
+    """An objective that compares phrases, each a separate caption, with the patches of the training pass.
 
     A patch is embedded as if the head read it alone (`TowerAtLayer.embed_each`): by the final norm and the projection,
     or by the way of the values of an attention pool. No image is run twice.
@@ -115,7 +115,7 @@ class PatchObjective(Objective):
     def _tokens(self, phrases: Phrases) -> Tensor:
         if phrases.tokens is None:
             raise ValueError(
-                f"the objective {self.name} needs phrases as captions of their own, which the training batches lack: "
+                f"the objective {self.name} needs phrases as separate captions, which the training batches lack: "
                 "take ShardDataModule, or make them by TrainingCollate(..., needs=task.batch_needs)"
             )
         return phrases.tokens

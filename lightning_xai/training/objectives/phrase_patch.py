@@ -87,7 +87,7 @@ def phrase_patch_loss(
 
 
 def _belonging(image_row: Tensor, texts: Tensor, first: int, images: int) -> tuple[Tensor, Tensor]:
-    """Which of all queries are an image's own, and which have the text of one of its own: [B, G] bool each."""
+    """Which of all queries are an image's own, and which have the text of one of those: [B, G] bool each."""
     columns = torch.arange(first, first + len(image_row), device=texts.device)
     own = torch.zeros(images, len(texts), dtype=torch.bool, device=texts.device)
     own[image_row, columns] = True
@@ -115,7 +115,7 @@ def _gathered(patches: Tensor, queries: Tensor, sharpness: float) -> Tensor:
 class PhrasePatch(PatchObjective):
     """Judge every phrase with every image of the global batch by the patches that it attends to. Needs no boxes.
 
-    See `phrase_patch_loss`. A phrase is embedded as a caption of its own, patches are the training pass's own. Phrases
+    See `phrase_patch_loss`. A phrase is embedded as a separate caption, patches are the training pass's own. Phrases
     are all that the data name in the captions, with a box or without, but for objects that the crop leaves nothing of.
     A caption without such a phrase takes part as a whole, so that data without any regions do as well.
 

@@ -72,7 +72,7 @@ def phrase_region_loss(
 class PhraseRegion(PatchObjective):
     """Match each phrase to the region that it names among those of the global batch, and each region to its phrase.
 
-    See `phrase_region_loss`. A phrase is embedded as a caption of its own, a region as the mean of the embeddings of
+    See `phrase_region_loss`. A phrase is embedded as a separate caption, a region as the mean of the embeddings of
     its box's patches, which are the training pass's own. Similarities are scaled by the model's `logit_scale`. Phrases
     that gamma cannot be measured on, such as those whose box is smaller than a patch, take no part.
 
