@@ -212,6 +212,8 @@ class ContrastiveModule(L.LightningModule):
             )
         for objective in self.objectives:
             objective.check_sharding()
+        if adapter_shapes(self.encoder.state_dict()):
+            raise ValueError("lora does not go with ModelParallelStrategy: set lora to null, or take ddp")
         if self._compiled:
             raise ValueError("compile does not go with ModelParallelStrategy: set compile to false, or take ddp")
         loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.fit_loop.epoch_loop.val_loop)
@@ -459,7 +461,9 @@ class ContrastiveModule(L.LightningModule):
                 f"the checkpoint holds {name}, this run trains a {self.encoder.architecture['name']}: "
                 f"{_difference(found, own, differs)}set model to what the checkpoint was made with"
             )
-        if adapter_shapes(checkpoint["state_dict"]) != adapter_shapes(self.state_dict()):
+        # ModelParallelStrategy, which adapters do not go with, has loaded the weights itself and passes none on.
+        weights = checkpoint.get("state_dict")
+        if weights is not None and adapter_shapes(weights) != adapter_shapes(self.state_dict()):
             raise ValueError(
                 "the checkpoint's low-rank adapters are not those of this run: give lora as the checkpoint was made "
                 "with, or begin with its merged weights as the model (model: FILE.ckpt, pretrained: null)"

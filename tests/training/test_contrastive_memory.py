@@ -22,7 +22,7 @@ from training_runs import Recorder, loader_of, records_of, task_of, trainer_in
 from lightning_xai.data import Batch, RecordError, ShardDataModule
 from lightning_xai.data.batch import TrainingCollate
 from lightning_xai.models import UnsupportedTowerError, load_dual_encoder
-from lightning_xai.training import ContrastiveFineTuning, GroundingCallback
+from lightning_xai.training import ContrastiveFineTuning, GroundingCallback, Lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -367,6 +367,7 @@ def refuse_on_this_rank(config: str, shards: str, folder: str) -> list[str]:
     for options, strategy, inference_mode in (
         ({}, fsdp(2), False),
         ({"compile": True}, fsdp(), False),
+        ({"lora": Lora()}, fsdp(), False),
         ({}, fsdp(), True),
     ):
         task = task_of(config, **options)
@@ -383,7 +384,8 @@ def refuse_on_this_rank(config: str, shards: str, folder: str) -> list[str]:
 @needs_recent_torch
 def test_what_sharding_does_not_go_with_is_refused_before_training(where: tuple[str, str, str]) -> None:
     for messages in run_distributed(refuse_on_this_rank, *where):
-        tensor_parallel, compiled, inference_mode = messages
+        tensor_parallel, compiled, adapted, inference_mode = messages
         assert "tensor_parallel_size: 1 and data_parallel_size: 2; got tensor_parallel_size 2" in tensor_parallel
         assert "set compile to false" in compiled
+        assert "set lora to null" in adapted
         assert "set inference_mode=False" in inference_mode
