@@ -22,7 +22,15 @@ from lightning_xai import cli
 from lightning_xai.data import Batch, Manifest, RecordError, Region, ShardDataModule, write_shards
 from lightning_xai.data.batch import TrainingCollate
 from lightning_xai.training import ContrastiveFineTuning, objectives
-from lightning_xai.training.objectives import Grounding, HardNegativeText, Objective, PhrasePatch, Sigmoid, Softmax
+from lightning_xai.training.objectives import (
+    Grounding,
+    HardNegativeText,
+    Objective,
+    PhrasePatch,
+    PhraseRegion,
+    Sigmoid,
+    Softmax,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -123,29 +131,38 @@ def test_several_processes_have_the_gradients_of_one(
             assert_same_steps(rank[number], two_steps(name, *where[:2], str(tmp_path / "alone"), {}, False))
 
 
-def gradients_of_both_strategies(config: str, folder: str, out: str) -> list[dict[str, Tensor]]:
-    """Gradients of a step under DDP and FSDP2, of a model with a logit bias that two objectives read."""
-    sharded = {"strategy": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), "devices": 2}
-    found = []
-    for number, options in enumerate((join_lightning(), sharded)):
-        task, recorder = task_of(config, objectives=[Sigmoid(), PhrasePatch()]).double(), Recorder()
-        trainer = trainer_in(Path(out) / str(number), recorder, **options)
-        trainer.fit(task, loader_of(batches_for(task, folder, dist.get_rank(), 2)))
-        found.append({name.removeprefix("module."): part for name, part in recorder.gradients[0].items()})
+def two_objectives(number: int) -> list[Objective]:
+    """The logit bias is read by two; `PhrasePatch` and `PhraseRegion` listen to the last block."""
+    return [[Sigmoid(), PhrasePatch()], [HardNegativeText(swap_objects=True), PhraseRegion()]][number]
+
+
+def gradients_of_both_strategies(config: str, folder: str, out: str) -> list[list[dict[str, Tensor]]]:
+    """Gradients of a step under DDP and FSDP2, of all objectives but `Grounding`."""
+    found: list[list[dict[str, Tensor]]] = []
+    for number in (0, 1):
+        sharded = {"strategy": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), "devices": 2}
+        found.append([])
+        for name, options in {"ddp": join_lightning(), "fsdp": sharded}.items():
+            task, recorder = task_of(config, objectives=two_objectives(number)).double(), Recorder()
+            trainer = trainer_in(Path(out, f"{name}{number}"), recorder, **options)
+            trainer.fit(task, loader_of(batches_for(task, folder, dist.get_rank(), 2)))
+            parts = recorder.gradients[0].items()
+            found[-1].append({name.removeprefix("module."): part for name, part in parts})
     return found
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(FSDPModule, "set_reshard_after_forward"), reason="this torch cannot shard an encoder")
-def test_a_sharded_logit_bias_serves_several_objectives(
+def test_a_sharded_model_has_the_gradients_of_one_that_is_not(
     architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path
 ) -> None:
     where = str(architecture_file("vit")), str(shapes / "train"), str(tmp_path)
-    for plain, sharded in run_distributed(gradients_of_both_strategies, *where, timeout=300):
-        assert plain.keys() == sharded.keys()
-        for name, gradient in plain.items():
-            torch.testing.assert_close(sharded[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    for of_all_lists in run_distributed(gradients_of_both_strategies, *where, timeout=300):
+        for plain, sharded in of_all_lists:
+            assert plain.keys() == sharded.keys()
+            for name, gradient in plain.items():
+                torch.testing.assert_close(sharded[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
 # --- data ---
