@@ -11,20 +11,19 @@ import numpy.typing as npt
 from PIL import Image
 
 from lightning_xai.atomic_file import replaced_at_once, write_json
-from lightning_xai.data.shapes import COLORS, SHAPES, draw_shape, phrase
+from lightning_xai.data.shapes import COLORS, GRID, SHAPE_SIZES, SHAPES, draw_shape, phrase
 
 __all__ = ["prepare_shape_classes"]
 
 _SETTINGS = "settings.json"
-_SIZE, _SMALLEST, _LARGEST = 64, 14, 26  # pixels: of an image, and of the shapes, as in the world's images
-_ANGLES = (-12.0, 0.0, 12.0)
+_SIZE = 64  # pixels of an image's side, as in the world's images
 _NOISE, _GREY = 5.0, (90.0, 140.0)
 
 
 def prepare_shape_classes(out: Path, images: int = 8, seed: int = 0) -> None:
-    """Write a folder for each of the 64 pairs of a colour and a shape, such as `red_ring`, with images of one object.
+    """Write a folder for each of the 32 pairs of a colour and a shape, such as `red_ring`, with images of one object.
 
-    Size, angle and place of the object differ between the images of a class; the ground is grey with noise. Folders
+    Size and place of the object differ between the images of a class; the ground is grey with noise. Folders
     that are there with the same numbers stay as they are.
 
     Args:
@@ -37,7 +36,7 @@ def prepare_shape_classes(out: Path, images: int = 8, seed: int = 0) -> None:
     """
     if images < 1 or seed < 0:
         raise ValueError(f"expected at least 1 image for each class and a seed from 0; got {images} and {seed}")
-    settings = {"classes": "shapes (version 1)", "images": images, "seed": seed}
+    settings = {"classes": "shapes (version 2)", "images": images, "seed": seed}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         record = out / _SETTINGS
         if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != settings:
@@ -55,9 +54,9 @@ def prepare_shape_classes(out: Path, images: int = 8, seed: int = 0) -> None:
 
 def _paint(rng: np.random.Generator, color: int, shape: int) -> npt.NDArray[np.uint8]:
     """[h, w, 3] of one object on a grey ground."""
-    mask = draw_shape(SHAPES[shape], int(rng.integers(_SMALLEST, _LARGEST, endpoint=True)), float(rng.choice(_ANGLES)))
+    mask = draw_shape(SHAPES[shape], int(rng.choice(SHAPE_SIZES)))
     image = np.full((_SIZE, _SIZE, 3), rng.uniform(*_GREY))
-    y, x = (int(rng.integers(_SIZE - side, endpoint=True)) for side in mask.shape)
+    y, x = (GRID * int(rng.integers((_SIZE - side) // GRID, endpoint=True)) for side in mask.shape)
     patch = image[y : y + mask.shape[0], x : x + mask.shape[1]]
     patch += mask[:, :, None] * (np.array(list(COLORS.values())[color]) - patch)
     image += _NOISE * rng.standard_normal((_SIZE, _SIZE, 1))

@@ -91,6 +91,8 @@ class ContrastiveModule(L.LightningModule):
         decay_norms_and_biases: false: no weight decay of parameters of a single dimension (norms, biases, class tokens,
             the logit scale).
         betas: AdamW's running averages.
+        fused: run AdamW's update in one kernel, the same up to rounding; on the CPU several times as fast. Mixed
+            precision cannot clip gradients with it.
         max_logit_scale: the learned factor on similarities is kept between 1 and this.
         recall_at: k of the validation's recall.
         val_group_size: images that are each other's negatives in the validation loss.
@@ -128,6 +130,7 @@ class ContrastiveModule(L.LightningModule):
         weight_decay: float = 1e-4,
         decay_norms_and_biases: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
+        fused: bool = False,
         max_logit_scale: float = 100.0,
         recall_at: Sequence[int] = (1, 5, 10),
         val_group_size: int = 64,
@@ -155,6 +158,7 @@ class ContrastiveModule(L.LightningModule):
         self.weight_decay = weight_decay
         self.decay_norms_and_biases = decay_norms_and_biases
         self.betas = betas
+        self.fused = fused
         self.max_logit_scale = max_logit_scale
         self.retrieval = RetrievalMetric(ks=recall_at, group_size=val_group_size)
         self._batch_started = 0.0
@@ -263,7 +267,7 @@ class ContrastiveModule(L.LightningModule):
             layer_decay=self.layer_decay,
             decay_norms_and_biases=self.decay_norms_and_biases,
         )
-        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, betas=self.betas)
+        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, betas=self.betas, fused=self.fused or None)
         steps = planned_steps(self.trainer)
         if not math.isfinite(steps) and self.schedule != "constant":
             raise ValueError(

@@ -67,11 +67,12 @@ def test_every_sample_keeps_the_contract(samples: list[Sample]) -> None:
             assert y >= 0
             assert x + width <= 64
             assert y + height <= 64
-            assert 8 <= min(width, height) <= max(width, height) <= 27
+            assert 14 <= min(width, height) <= max(width, height) <= 25
+            assert x % 8 == y % 8 == 0
 
 
 def test_two_captions_name_the_same_two_objects_and_no_other(samples: list[Sample]) -> None:
-    phrases = {phrase((color, shape)) for color in range(8) for shape in range(8)}
+    phrases = {phrase((color, shape)) for color in range(4) for shape in range(8)}
     for sample in samples:
         first, second = named(sample)
         assert set(first.spans) == set(second.spans) == {0, 1}
@@ -92,7 +93,7 @@ def test_all_orders_and_templates_occur(samples: list[Sample]) -> None:
             order = sorted(texts, key=caption.index) == texts
             skeleton = caption
             for text in texts:
-                skeleton = skeleton.replace(f"an {text}", "{}").replace(f"a {text}", "{}")
+                skeleton = skeleton.replace(f"a {text}", "{}")
             skeletons[f"{skeleton} {order}"] += 1
     assert len(skeletons) == 2 * len(TEMPLATES)
     assert {skeleton.rsplit(" ", 1)[0] for skeleton in skeletons} == set(TEMPLATES)
@@ -124,7 +125,7 @@ def test_boxes_are_tight_around_the_pixels(samples: list[Sample]) -> None:
         for region in named(sample):
             color = phrase_of(sample, region).split()[0]
             assert region.box is not None
-            if color not in ("red", "yellow", "blue", "orange", "cyan"):
+            if color == "green":
                 continue
             x, y, width, height = (int(value) for value in region.box)
             others = [other.box for other in sample.regions if other is not region and other.box is not None]
@@ -150,8 +151,8 @@ def _gap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def test_a_drawn_shape_is_tight_soft_and_of_the_asked_size() -> None:
-    for shape, angle, size in product(SHAPES, (-12.0, 0.0, 12.0), range(14, 27)):
-        mask = draw_shape(shape, size, angle)
+    for shape, size in product(SHAPES, range(10, 49)):
+        mask = draw_shape(shape, size)
         assert size - 1 <= max(mask.shape) <= size + 1
         for border in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):
             assert border.max() >= 1 / 8
@@ -164,9 +165,9 @@ def test_a_drawn_shape_is_tight_soft_and_of_the_asked_size() -> None:
 def test_the_eight_shapes_differ_at_the_smallest_size() -> None:
     masks = []
     for shape in SHAPES:
-        padded = np.zeros((16, 16), dtype=np.float32)
-        mask = draw_shape(shape, 14)
-        top, left = (16 - mask.shape[0]) // 2, (16 - mask.shape[1]) // 2
+        padded = np.zeros((12, 12), dtype=np.float32)
+        mask = draw_shape(shape, 10)  # in an image of 32 pixels
+        top, left = (12 - mask.shape[0]) // 2, (12 - mask.shape[1]) // 2
         padded[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
         masks.append(padded)
     for i, first in enumerate(masks):
@@ -198,8 +199,8 @@ def test_distractors_are_named_nowhere_and_repeat_a_named_shape_in_a_tenth(sampl
     for sample in samples:
         shapes = {region.label for region in named(sample)}
         repeats += any(region.label in shapes for region in sample.regions if not region.spans)
-    assert set(numbers) == {2, 3, 4}
-    assert min(numbers.values()) > COUNT / 5
+    assert set(numbers) == {2, 3}
+    assert min(numbers.values()) > COUNT / 3
     assert 0.05 < repeats / COUNT < 0.15
 
 
@@ -217,10 +218,8 @@ def test_no_caption_and_no_image_is_shared_between_splits() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_nameable_pairs_are_dealt_out_completely_and_only_once(seed: int) -> None:
     dealt = [frozenset(pair) for split in SPLITS for pair in split_pairs(split, seed)]
-    assert len(dealt) == len(set(dealt)) == 1568
-    for split in SPLITS:
-        things = Counter(thing for pair in split_pairs(split, seed) for thing in pair)
-        assert len(things) == 64  # every object is named in every split
+    assert len(dealt) == len(set(dealt)) == 336
+    assert len({thing for pair in split_pairs("train", seed) for thing in pair}) == 32  # every object is learned
 
 
 def test_another_seed_deals_and_draws_otherwise() -> None:
