@@ -23,7 +23,7 @@ TEMPLATES = ["a picture of a {}", "we see a {}"]
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 64 classes of shapes, with 2 images each."""
+    """The 32 classes of shapes, with 2 images each."""
     folder = tmp_path_factory.mktemp("classes") / "shapes"
     prepare_shape_classes(folder, 2)
     return folder

@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {"templates": ["a picture of a {}"], "num_workers": 0,
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 64 classes of shapes, with 2 images each, one of which is broken."""
+    """The 32 classes of shapes, with 2 images each, one of which is broken."""
     folder = tmp_path_factory.mktemp("classes") / "shapes"
     prepare_shape_classes(folder, 2)
     (folder / "red_ring" / "001.png").write_bytes(HTML)
