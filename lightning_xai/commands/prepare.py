@@ -44,7 +44,7 @@ def prepare_shapes(
         from lightning_xai.data.shape_classes import prepare_shape_classes
 
         prepare_shape_classes(out / "classes", class_images, seed)
-        print(f"{out / 'classes'}: {class_images} images in each of 64 classes")  # noqa: T201 - likewise
+        print(f"{out / 'classes'}: {class_images} images in each of 32 classes")  # noqa: T201 - likewise
 
 
 def _command(name: str) -> Callable[..., None]:

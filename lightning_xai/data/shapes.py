@@ -6,8 +6,8 @@ distractor, which no caption names and whose color neither named object has. Mos
 every tenth image it repeats a named shape, so that "several instances of a class" occurs.
 
 The world is made to be learned in minutes from scratch: few colors, so that telling shapes apart pays off early; shapes
-that stand upright, three patches wide; and corners on the grid of the demo model's patches, so that few patches lie half
-in a box. Of worlds with eight colors, or shapes anywhere, such a model learns the colors alone.
+that stand upright, up to three patches wide; and corners on the grid of the demo model's patches, so that few patches
+lie half in a box. Of worlds with eight colors, or shapes anywhere, such a model learns the colors alone.
 
 A region's label is the shape, its box the tight box of the whole drawn shape (boxes overlap by less than a tenth), its
 mask the pixels of which it covers at least half and no other shape over it does, and its spans are the phrase of color
@@ -273,8 +273,9 @@ def _others(rng: np.random.Generator, taken: _Ints, choices: int) -> _Ints:
 def _place(rng: np.random.Generator, extents: _Ints, wanted: _Bools, image_size: int) -> tuple[_Ints, _Bools]:
     """Find places with little overlap: corners [n, 3, 2] and which objects found one [n, 3].
 
-    Each object in turn takes the place, of some random ones and the four corners of the image, all on the grid, where it
-    covers least of those before it. Thanks to the corners the second named object always fits; a distractor that does not is dropped.
+    Each object in turn takes the place, of some random ones and the four corners of the image, all on the grid, where
+    it covers least of those before it. Thanks to the corners the second named object always fits; a distractor that
+    does not is dropped.
     """
     n = len(extents)
     corners = np.zeros((n, _OBJECTS, 2), dtype=np.int64)
