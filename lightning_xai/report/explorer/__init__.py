@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from lightning_xai.report.explorer.items import ExplorerCaption, ExplorerItem, ExplorerReading
-from lightning_xai.report.explorer.page import Mode, component, explorer_frame, explorer_page, script_digest
+from lightning_xai.report.explorer.page import (
+    Mode,
+    component,
+    explorer_frame,
+    explorer_page,
+    script,
+    script_digest,
+    style,
+)
 
 __all__ = [
     "ExplorerCaption",
@@ -13,5 +21,7 @@ __all__ = [
     "component",
     "explorer_frame",
     "explorer_page",
+    "script",
     "script_digest",
+    "style",
 ]

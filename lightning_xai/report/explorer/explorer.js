@@ -184,6 +184,8 @@ class Explorer {
     if (!this.readings.has(record)) this.readings.set(record, new Reading(record));
     return this.readings.get(record);
   }
+  /** The places of the phrase that is asked about. */
+  get marked() { return this.caption.tokens.flatMap((token, place) => (token.marked ? [place] : [])); }
   get chosenWords() { return this.overWord === null ? this.state.words : [this.overWord]; }
   get chosenRegion() { return this.overRegion ?? this.state.region; }
 
@@ -275,8 +277,7 @@ class Explorer {
     Object.assign(this.state, { words: [], region: null });
     this.overWord = this.overRegion = this.anchor = this.cursor = this.corner = null;
     if (cleared) return;
-    const { tokens } = this.caption;
-    if (this.reading.pairs) this.state.words = tokens.map((_, place) => place).filter((place) => tokens[place].marked);
+    if (this.reading.pairs) this.state.words = this.marked;
     if (this.reading.pairs && this.item.asksBox) {
       const [x0, y0, x1, y1] = this.item.box;
       this.state.region = this.regionOf(...this.inFrame(x0, y0), ...this.inFrame(x1, y1));
@@ -372,7 +373,8 @@ class Explorer {
   say() {
     const { reading, map, values } = this, words = this.chosenWords, region = this.chosenRegion;
     const apart = !reading.pairs;
-    const subject = words.length && !apart ? quoted(this.phraseOf(words)) : "the whole caption";
+    const phrase = reading.text === null ? this.marked : apart ? [] : words;
+    const subject = phrase.length ? quoted(this.phraseOf(phrase)) : "the whole caption";
     let text = `Map of ${subject}, sum ${number(total(map))}`;
     if (region !== null) {
       let sum = 0;
@@ -394,11 +396,16 @@ class Explorer {
     if (reading.error !== null) numbers.push(`completeness error ${number(reading.error)}`);
     numbers.push(`${reading.rows} \u00d7 ${reading.columns} patches`, this.data.mode === "time" ? "" : this.item.label);
     this.find(".numbers").textContent = numbers.filter(Boolean).join(" \u00b7 ");
-    this.find(".panel .hint").textContent = apart
-      ? "This method rates words and patches separately: pointing shows numbers, and changes neither map nor words."
-      : "Point at a word, or drag across several. Point at the photo, click a patch, or draw a box. Escape resets.";
+    this.find(".panel .hint").textContent = this.hint;
     clearTimeout(this.timer);
     this.timer = setTimeout(() => { this.find(".live").textContent = this.spoken(subject, region); }, 150);
+  }
+
+  get hint() {
+    const { text, pairs } = this.reading;
+    if (pairs) return "Point at a word, or drag across several. Point at the photo, click a patch, or draw a box. Escape resets.";
+    if (text) return "This method rates words and patches separately: pointing shows numbers, and changes neither map nor words.";
+    return "Only this map is known. Point at the photo, click a patch, or draw a box to see its numbers.";
   }
 
   /** What a screen reader says: the strongest patches of the map, and the strongest words. */
