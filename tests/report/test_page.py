@@ -126,7 +126,10 @@ def test_every_picture_loads_without_complaint_and_the_page_never_scrolls_sidewa
     assert page.title().startswith("Title <script>")
     page.evaluate("for (const fold of document.querySelectorAll('details')) fold.open = true")
     decoded = page.evaluate(
-        "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth > 1, () => false)))"
+        """Promise.all([...document.images].map(image => {
+             image.loading = 'eager';
+             return image.decode().then(() => image.naturalWidth > 1, () => false);
+           }))"""
     )
     assert decoded
     assert all(decoded)

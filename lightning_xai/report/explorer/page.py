@@ -30,7 +30,7 @@ Mode = Literal["single", "strip", "time"]
 _STEPS = 32767
 _SMALL_PHOTO = 128 * 128  # pixels up to which a photo is kept as it is
 _FEW = 8  # items that are shown with all their pixels
-_LONGEST_OF_MANY = 640
+_LONGEST_OF_MANY = 512
 
 
 def explorer_page(items: Sequence[ExplorerItem], *, title: str, mode: Mode | None = None) -> str:
