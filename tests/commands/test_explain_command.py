@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -109,6 +110,13 @@ def arrays_of(folder: Path) -> dict[str, NDArray[Any]]:
 def record_of(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((folder / "explanation.json").read_text(encoding="utf-8"))
     return record
+
+
+def page_of(path: Path) -> dict[str, Any]:
+    """What an explorer's page shows."""
+    (found,) = re.findall('<script type="application/json">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL)
+    data: dict[str, Any] = json.loads(found)
+    return data
 
 
 def loaded(model: Sequence[str]) -> DualEncoder:
@@ -313,6 +321,31 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
         explained("--method", "unsupported")
 
 
+def test_the_page_shows_the_values_of_the_arrays(explained: Explained, tmp_path: Path) -> None:
+    for given in (("--span", "blue ring"), ("--box", "24,12.5,24,24", "--against", "a <b>dog</b>")):
+        arrays, record = explained(*given)
+        (item,) = page_of(tmp_path / "out" / "explanation.html")["items"]
+        own, *others = item["captions"]
+        x0, y0, x1, y1 = item["frame"]  # of 48 x 64 pixels the model sees all columns and 32 of 42 rows
+        assert (x0, x1, y0 + y1) == pytest.approx((0, 1, 1), abs=0.02)
+        assert y0 == pytest.approx(5 / 42, abs=0.01)
+        assert [token["text"] for token in own["tokens"] if token["marked"]] == (["blue", "ring"] if not others else [])
+        assert item["asksBox"] == ("--box" in given)
+        assert [other["text"] for other in others] == record.get("against", [])
+        for reading, name in zip(own["readings"], (INPUTS, LAST), strict=True):
+            found = of(arrays, name)
+            pairs = np.frombuffer(base64.b64decode(reading["pairs"]), "<i2").reshape(-1, *reading["grid"])
+            np.testing.assert_allclose(pairs * reading["step"], found["interactions"][1:8], atol=reading["step"])
+            image = np.frombuffer(base64.b64decode(reading["image"]), "<f4").reshape(reading["grid"])
+            np.testing.assert_array_equal(image, found["image"])
+            text = np.frombuffer(base64.b64decode(reading["text"]), "<f4")
+            np.testing.assert_array_equal(text, found["text"][1:8])
+            assert reading["similarity"] == pytest.approx(found["similarity"].item())
+            assert reading["error"] == pytest.approx(found["completeness_error"].item())
+        for other in others:
+            assert other["readings"][1]["similarity"] == pytest.approx(arrays[f"{LAST}against_similarity"][0].item())
+
+
 # --- one caption rather than another ---
 
 
@@ -505,6 +538,9 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
         "summary.csv",
     ]
     assert (out / "0005-second" / "explanation.png").is_file()
+    page = page_of(out / "explanations.html")
+    assert [item["key"] for item in page["items"]] == ["picture.png", "second.jpg"]
+    assert page["mode"] == "strip"
 
 
 def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], tmp_path: Path) -> None:
