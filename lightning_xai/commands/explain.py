@@ -17,8 +17,9 @@ from lightning_xai.commands.outputs import PICTURE, describe, write_all
 class Explain:
     """Draw which patches of an image and which words of a caption make their similarity.
 
-    Red is for the similarity, blue against it. Writes a picture (explanation.png), every number (attribution.npz) and
-    every setting (explanation.json, which also says what the arrays are).
+    Red is for the similarity, blue against it. Writes a picture (explanation.png), a page to point at words and patches
+    (explanation.html), every number (attribution.npz) and every setting (explanation.json, which also says what the
+    arrays are).
 
     A phrase on the image:
       python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"

@@ -1,4 +1,6 @@
-"""Heat maps of an evaluation's examples as sheets: methods or runs side by side, the worst, and those of some classes.
+"""Heat maps of an evaluation's examples: methods or runs side by side, the worst, and those of some classes.
+
+Each selection is a sheet, for its file, and items of an explorer, for the page.
 
 Pictures are read once each. Examples that cannot be drawn are counted, never shown as something else.
 """
@@ -6,6 +8,7 @@ Pictures are read once each. Examples that cannot be drawn are counted, never sh
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +18,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.plots import Example, GradedMap, heat_fault, progress_sheet, scaled
+from lightning_xai.report.explanation import Token
+from lightning_xai.report.explorer import ExplorerCaption, ExplorerItem, ExplorerReading
+from lightning_xai.report.plots import Example, GradedMap, Scale, heat_fault, progress_sheet, scaled
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
 
@@ -29,6 +34,20 @@ class _Drawable(NamedTuple):
     example: Example
     graded: GradedMap
     record: ExampleRecord
+    heat: NDArray[np.floating]
+    scale: Scale
+
+
+class SideBySide(NamedTuple):
+    """Examples with their heat maps by several methods, or of several runs.
+
+    Attributes:
+        figure: a row for each example, a column for each method or run.
+        items: the same examples, with a reading for each method or run.
+    """
+
+    figure: Figure
+    items: tuple[ExplorerItem, ...]
 
 
 class Gallery:
@@ -60,7 +79,7 @@ class Gallery:
         *,
         labels: Collection[str] | None = None,
         most: int = 6,
-    ) -> tuple[Figure, int] | None:
+    ) -> SideBySide | None:
         """One row for each example that all columns have, one column for each method or run.
 
         Args:
@@ -71,7 +90,7 @@ class Gallery:
             most: at most so many examples, the first ones.
 
         Returns:
-            The sheet and the number of its rows; None where the columns share no example.
+            The sheet and its rows; None where the columns share no example.
         """
         found = [self._drawable.get(where, {}) for where in columns.values()]
         shared = [found[0][key] for key in found[0] if all(key in other for other in found)] if found else []
@@ -83,14 +102,18 @@ class Gallery:
         rows = rows[:most]
         maps = [[other[_key(each.record)].graded for each in rows] for other in found]
         examples = [each.example for each in rows]
-        return progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176), len(rows)
+        sheet = progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176)
+        shown = [{name: other[_key(each.record)] for name, other in zip(columns, found, strict=True)} for each in rows]
+        return SideBySide(sheet, tuple(map(_item, shown)))
 
     def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
         try:
             image = self._image(run.folder / record.image)
             heat = _checked_heat(record)
-            if not run.record.methods[label].signed and heat_fault(heat) is None:
-                heat = scaled(heat, "range")  # a map that is nowhere zero would be red all over
+            signed = run.record.methods[label].signed
+            drawn = heat
+            if not signed and heat_fault(heat) is None:
+                drawn = scaled(heat, "range")  # a map that is nowhere zero would be red all over
             box = record.box
             if not all(map(math.isfinite, box)):
                 raise ValueError(f"the box {box} is not finite")
@@ -101,7 +124,8 @@ class Gallery:
         spans = tuple((max(start, 0), min(end, length)) for start, end in record.spans if start < min(end, length))
         example = Example(image, record.phrase, record.caption, spans, box, record.key)
         gamma = math.nan if record.gamma is None else record.gamma
-        return _Drawable(example, GradedMap(heat, gamma, record.hit), record)
+        graded = GradedMap(drawn, gamma, record.hit)
+        return _Drawable(example, graded, record, heat, "signed" if signed else "range")
 
     def _image(self, path: Path) -> NDArray[np.float32]:
         if path not in self._images:
@@ -110,6 +134,23 @@ class Gallery:
                     raise ValueError(f"the picture has {picture.width} x {picture.height} pixels, which is too many")
                 self._images[path] = np.asarray(picture.convert("RGB"), dtype=np.float32) / np.float32(255)
         return self._images[path]
+
+
+def _item(columns: Mapping[str, _Drawable]) -> ExplorerItem:
+    """An example as the explorer shows it, with a reading for each column."""
+    first = next(iter(columns.values()))
+    example, record = first.example, first.record
+    tokens = [
+        Token(word.group(), marked=any(start < word.end() and word.start() < end for start, end in example.spans))
+        for word in re.finditer(r"\S+", example.caption)
+    ]
+    readings = [
+        ExplorerReading(name, "", None, each.heat, None, None, scale=each.scale, note=each.graded.words)
+        for name, each in columns.items()
+    ]
+    photo = (255 * np.clip(example.image, 0, 1)).round().astype(np.uint8)
+    caption = ExplorerCaption(example.caption, tokens, readings)
+    return ExplorerItem(record.key, photo, [caption], box=example.box, label=record.label)
 
 
 def _key(record: ExampleRecord) -> Key:

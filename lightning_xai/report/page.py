@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from lightning_xai.report import explorer
+from lightning_xai.report.explorer import ExplorerItem
 from lightning_xai.report.figures import follows_reader, svg_text
 from lightning_xai.report.paper_table import PaperTable
 from lightning_xai.report.plots import rasterize
@@ -92,6 +94,11 @@ class Chart:
         return rasterize(self.figure)
 
     @property
+    def explorer(self) -> Markup | None:
+        """What is shown in place of the figure, which is then folded below it; None: the figure."""
+        return None
+
+    @property
     def url(self) -> str:
         """The figure, in the colours of the reader's mode."""
         return _data_url("image/svg+xml", follows_reader(self.svg).encode())
@@ -99,9 +106,19 @@ class Chart:
 
 @dataclass(frozen=True)
 class HeatMaps(Chart):
-    """A sheet of heat maps, shown as pixels, which are sharp on dense screens too."""
+    """A sheet of heat maps, shown as pixels, which are sharp on dense screens too.
 
+    Attributes:
+        items: what the sheet shows, for an explorer.
+    """
+
+    items: tuple[ExplorerItem, ...] = ()
     look = "sheet"
+
+    @property
+    def explorer(self) -> Markup | None:
+        """The items in an explorer."""
+        return explorer.component(self.items, "strip") if self.items else None
 
     @property
     def url(self) -> str:
@@ -167,9 +184,10 @@ def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) ->
         subtitle=subtitle,
         sections=sections,
         footer=footer,
-        style=Markup(style),  # noqa: S704
+        style=Markup(style) + explorer.style(),  # noqa: S704
         script=Markup(script),  # noqa: S704
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        explorer=explorer,
         kind=lambda block: type(block).__name__,
     )
 

@@ -138,6 +138,16 @@ class GradedMap:
     gamma: float | None = None
     hit: bool = False
 
+    @property
+    def words(self) -> str:
+        """Its grade in words; empty where it was not graded."""
+        if self.gamma is None:
+            return ""
+        if heat_fault(self.heat):
+            return "no γ"
+        gamma = f"γ = {self.gamma:.2f}" if math.isfinite(self.gamma) else "no γ: nothing positive"
+        return f"{gamma}   {'✓ hit' if self.hit else '✗ miss'}"
+
 
 def progress_sheet(
     examples: Sequence[Example],
@@ -348,13 +358,10 @@ def _graded_panel(sheet: Sheet, example: Example, graded: GradedMap, at: Point, 
     y = panel(sheet, example, at, side, graded.heat, marked=graded.gamma is not None)
     if graded.gamma is None:
         return y
-    words = f"γ = {graded.gamma:.2f}" if math.isfinite(graded.gamma) else "no γ: nothing positive"
     look: dict[str, Any] = {"color": _HIT if graded.hit else _MISS, "weight": "bold"}
     if heat_fault(graded.heat):
-        words, look = "no γ", {"color": "0.25"}
-    else:
-        words += "   ✓ hit" if graded.hit else "   ✗ miss"
-    sheet.text(words, (at[0], y + 6), **look)
+        look = {"color": "0.25"}
+    sheet.text(graded.words, (at[0], y + 6), **look)
     return y + 6 + LINE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -111,6 +112,13 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
+def page_of(path: Path) -> dict[str, Any]:
+    """What an explorer's page shows."""
+    (found,) = re.findall('<script type="application/json">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL)
+    data: dict[str, Any] = json.loads(found)
+    return data
+
+
 def loaded(model: Sequence[str]) -> DualEncoder:
     return load_dual_encoder(model[1], model[3]).eval()
 
@@ -165,7 +173,12 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
         np.testing.assert_array_equal(found["shown_text"], found["text"])
     assert Image.open(out / "explanation.png").size[0] > 800
     assert f"Saved {out / 'explanation.png'}" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "explanation.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "attribution.npz",
+        "explanation.html",
+        "explanation.json",
+        "explanation.png",
+    ]
 
 
 def test_layers_that_are_given_are_the_only_ones_and_no_layer_0_means_the_first(
@@ -306,6 +319,31 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
     assert "Skipped unsupported: this tower has no attention" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="saliency serves it; other methods: similarity_grad_cam, saliency, rise"):
         explained("--method", "unsupported")
+
+
+def test_the_page_shows_the_values_of_the_arrays(explained: Explained, tmp_path: Path) -> None:
+    for given in (("--span", "blue ring"), ("--box", "24,12.5,24,24", "--against", "a <b>dog</b>")):
+        arrays, record = explained(*given)
+        (item,) = page_of(tmp_path / "out" / "explanation.html")["items"]
+        own, *others = item["captions"]
+        x0, y0, x1, y1 = item["frame"]  # of 48 x 64 pixels the model sees all columns and 32 of 42 rows
+        assert (x0, x1, y0 + y1) == pytest.approx((0, 1, 1), abs=0.02)
+        assert y0 == pytest.approx(5 / 42, abs=0.01)
+        assert [token["text"] for token in own["tokens"] if token["marked"]] == (["blue", "ring"] if not others else [])
+        assert item["asksBox"] == ("--box" in given)
+        assert [other["text"] for other in others] == record.get("against", [])
+        for reading, name in zip(own["readings"], (INPUTS, LAST), strict=True):
+            found = of(arrays, name)
+            pairs = np.frombuffer(base64.b64decode(reading["pairs"]), "<i2").reshape(-1, *reading["grid"])
+            np.testing.assert_allclose(pairs * reading["step"], found["interactions"][1:8], atol=reading["step"])
+            image = np.frombuffer(base64.b64decode(reading["image"]), "<f4").reshape(reading["grid"])
+            np.testing.assert_array_equal(image, found["image"])
+            text = np.frombuffer(base64.b64decode(reading["text"]), "<f4")
+            np.testing.assert_array_equal(text, found["text"][1:8])
+            assert reading["similarity"] == pytest.approx(found["similarity"].item())
+            assert reading["error"] == pytest.approx(found["completeness_error"].item())
+        for other in others:
+            assert other["readings"][1]["similarity"] == pytest.approx(arrays[f"{LAST}against_similarity"][0].item())
 
 
 # --- one caption rather than another ---
@@ -493,8 +531,16 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
     for name, values in alone.items():
         np.testing.assert_allclose(listed[name], values, rtol=1e-4, atol=1e-6)
     assert float(rows[0]["similarity"]) == pytest.approx(float(alone[f"{LAST}similarity"]), abs=1e-5)
-    assert sorted(path.name for path in out.iterdir()) == ["0000-picture", "0005-second", "summary.csv"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "0000-picture",
+        "0005-second",
+        "explanations.html",
+        "summary.csv",
+    ]
     assert (out / "0005-second" / "explanation.png").is_file()
+    page = page_of(out / "explanations.html")
+    assert [item["key"] for item in page["items"]] == ["picture.png", "second.jpg"]
+    assert page["mode"] == "strip"
 
 
 def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], tmp_path: Path) -> None:
@@ -504,7 +550,12 @@ def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], 
         picture(folder / f"{i}.png", i)
     (folder / "notes.txt").write_text("no image")
     explain("--image", folder, "--caption", CAPTION, *model, "--out", tmp_path / "one")
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["0000-0", "0001-1", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "0000-0",
+        "0001-1",
+        "explanations.html",
+        "summary.csv",
+    ]
     (tmp_path / "captions.csv").write_text("\ufeffimage,caption\n1.png,a cat\n1.png,a dog\n", encoding="utf-8")
     explain("--image", folder, "--captions", tmp_path / "captions.csv", *model, "--out", tmp_path / "two")
     records = [record_of(tmp_path / "two" / name) for name in ("0000-1", "0001-1")]

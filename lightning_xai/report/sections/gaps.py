@@ -155,6 +155,6 @@ def _changed_examples(
     if found is None:
         yield Note(f"{title}: the runs share no example of {names}.", missing=True)
         return
-    sheet, rows = found
-    alt = f"Heat maps of {rows} phrases of the classes {names} in both runs."
-    yield HeatMaps(f"examples-{what}-{after.name}", title, "Fixed examples of these classes.", alt, sheet)
+    alt = f"Heat maps of {len(found.items)} phrases of the classes {names} in both runs."
+    note = "Fixed examples of these classes."
+    yield HeatMaps(f"examples-{what}-{after.name}", title, note, alt, found.figure, items=found.items)

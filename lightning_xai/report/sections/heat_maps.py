@@ -36,8 +36,10 @@ def _fixed(gallery: Gallery, run: Run) -> Iterator[Block]:
     found = gallery.side_by_side(columns, "fixed", f"{run.name}: fixed examples")
     if found is not None:
         note = "The first phrases of the split, whatever the model. Maps without a sign go from their lowest value."
-        alt = f"Heat maps of {found[1]} phrases by {', '.join(columns)}."
-        yield HeatMaps(f"fixed-{run.name}", f"Heat maps of {run.name} by method", note, alt, found[0])
+        alt = f"Heat maps of {len(found.items)} phrases by {', '.join(columns)}."
+        yield HeatMaps(
+            f"fixed-{run.name}", f"Heat maps of {run.name} by method", note, alt, found.figure, items=found.items
+        )
 
 
 def _fixed_of_runs(gallery: Gallery, runs: Sequence[Run]) -> Iterator[Block]:
@@ -48,8 +50,15 @@ def _fixed_of_runs(gallery: Gallery, runs: Sequence[Run]) -> Iterator[Block]:
         found = gallery.side_by_side(columns, "fixed", "The same phrases in each run") if others else None
         if found is not None:
             title = f"The same phrases in each run ({first.shown_label} on {first.data})"
-            alt = f"Heat maps of {found[1]} phrases in {', '.join(columns)}."
-            yield HeatMaps(f"fixed-runs-{first.data}", title, "The first phrases of the split.", alt, found[0])
+            alt = f"Heat maps of {len(found.items)} phrases in {', '.join(columns)}."
+            yield HeatMaps(
+                f"fixed-runs-{first.data}",
+                title,
+                "The first phrases of the split.",
+                alt,
+                found.figure,
+                items=found.items,
+            )
 
 
 def _failures(gallery: Gallery, run: Run) -> Iterator[Block]:
@@ -60,8 +69,10 @@ def _failures(gallery: Gallery, run: Run) -> Iterator[Block]:
         title = f"Lowest γ in {run.name} by {shown}"
         found = gallery.side_by_side({shown: (run.name, label)}, "failure", title, most=_MOST_FAILURES)
         if found is not None:
-            alt = f"{found[1]} phrases with the lowest γ, with their heat maps."
-            sheet = HeatMaps(f"failures-{run.name}-{label}", title, "Each of another image.", alt, found[0])
+            alt = f"{len(found.items)} phrases with the lowest γ, with their heat maps."
+            sheet = HeatMaps(
+                f"failures-{run.name}-{label}", title, "Each of another image.", alt, found.figure, items=found.items
+            )
             yield Folded(f"Failures of {shown} ({run.name})", (sheet,)) if place else sheet
 
 
