@@ -226,10 +226,7 @@ def parse_json(data: bytes, kind: type[_T], version: int) -> _T:
 
 
 def read_image(data: bytes, origin: str) -> Image.Image:
-    """Decode an image file to upright 8-bit RGB.
-
-    EXIF orientation is applied, greyscale, palette and CMYK files are converted, 16-bit files are scaled to 8 bits
-    (PIL alone would clip them), and transparency is laid over white.
+    """Decode an image file to upright 8-bit RGB; see `upright`.
 
     Raises:
         RecordError: the bytes are no image that can be decoded; the message names `origin`.
@@ -237,21 +234,30 @@ def read_image(data: bytes, origin: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
             opened.load()
-            # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
-            turn = UPRIGHT.get(exif_orientation(opened))
-            image: Image.Image = opened if turn is None else opened.transpose(turn)
-            if image.mode.startswith("I"):
-                image = image.point(lambda value: value / 257.0).convert("L")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return upright(opened)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         # Pillow would name the buffer that the bytes lie in.
         reason = "no JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else error
         raise RecordError(
             f"{origin}: the image does not decode ({reason}); replace the file or drop the record", kind=CORRUPT_IMAGE
         ) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a decoded image into upright 8-bit RGB.
+
+    EXIF orientation is applied, greyscale, palette and CMYK images are converted, 16-bit images are scaled to 8 bits
+    (PIL alone would clip them), and transparency is laid over white.
+    """
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
+    turn = UPRIGHT.get(exif_orientation(image))
+    image = image if turn is None else image.transpose(turn)
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 257.0).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def decode_image(sample: Sample) -> Image.Image:
