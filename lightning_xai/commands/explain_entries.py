@@ -149,12 +149,15 @@ class Explained:
             described |= {prefix + key: ARRAYS[key] + at for key in each.arrays}
         return arrays, described
 
+    def record(self) -> dict[str, Any]:
+        """Every setting, and what the arrays are."""
+        methods = {each.label: each.record for each in self.explanations}
+        found = {"methods": methods, "not_served": self.missing | self.failed, "arrays": self.arrays()[1]}
+        return {**self.settings, **self.prepared.record, **found}
+
     def write(self, folder: Path) -> str:
         """Write arrays, record and picture; returns the line that says so."""
-        arrays, described = self.arrays()
-        methods = {each.label: each.record for each in self.explanations}
-        record = {"methods": methods, "not_served": self.missing | self.failed, "arrays": described}
-        return write_all(folder, arrays, {**self.settings, **self.prepared.record, **record}, self.picture())
+        return write_all(folder, self.arrays()[0], self.record(), self.picture())
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the summary of a list: one for each method."""
@@ -347,21 +350,8 @@ class ListWriter:
         """
         rows = self._rows
         write_csv(self.out / "summary.csv", rows, _SUMMARY)
-        of_method = {True: ", {method}", False: ""}  # what was skipped: one method's explanation, or the entry
-        reasons = [
-            f"  {row['name']}{of_method['method' in row].format(**row)}: {row['skipped']}"
-            for row in rows
-            if "skipped" in row
-        ]
-        skipped = len(reasons)
-        if skipped > _MOST_REASONS:
-            reasons[_MOST_REASONS:] = [f"  and {skipped - _MOST_REASONS} more"]
-        saved = len({row["name"] for row in rows if "skipped" not in row})
-        if not saved:
-            raise ValueError("\n".join([f"none of the {self._entries} entries can be used:", *reasons]))
-        lines = [f"Saved explanations of {saved} of {self._entries} entries in {self.out}"]
-        if skipped:
-            lines += [f"Skipped {skipped}:", *reasons]
+        saved, skipped = usable(rows, self._entries)
+        lines = [f"Saved explanations of {saved} of {self._entries} entries in {self.out}", *skipped]
         if self._cropped:
             lines.append(
                 f"The model's crop hides more than a fifth of {len(self._cropped)} photos; --fit letterbox shows all"
@@ -370,3 +360,31 @@ class ListWriter:
         if faulty:
             lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
         return "\n".join([*lines, f"Saved {self.out / 'summary.csv'}"])
+
+
+def usable(rows: Sequence[Mapping[str, Any]], entries: int) -> tuple[int, list[str]]:
+    """Count what can be used of a list.
+
+    Args:
+        rows: of the summary.
+        entries: length of the list.
+
+    Returns:
+        The entries with an explanation, and lines that say what was skipped and why; no line where nothing was.
+
+    Raises:
+        ValueError: not one entry can be used.
+    """
+    of_method = {True: ", {method}", False: ""}  # what was skipped: one method's explanation, or the entry
+    reasons = [
+        f"  {row['name']}{of_method['method' in row].format(**row)}: {row['skipped']}"
+        for row in rows
+        if "skipped" in row
+    ]
+    skipped = len(reasons)
+    if skipped > _MOST_REASONS:
+        reasons[_MOST_REASONS:] = [f"  and {skipped - _MOST_REASONS} more"]
+    found = len({row["name"] for row in rows if "skipped" not in row})
+    if not found:
+        raise ValueError("\n".join([f"none of the {entries} entries can be used:", *reasons]))
+    return found, [f"Skipped {skipped}:", *reasons] if skipped else []

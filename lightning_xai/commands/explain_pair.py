@@ -228,10 +228,10 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry, read: PreparedEntry | 
 
 def _photo(entry: Entry) -> NDArray[np.uint8]:
     """A photo's pixels, reduced to what pictures need."""
-    from lightning_xai.data.sample import read_image
+    from lightning_xai.data.sample import read_image, upright
 
     source = entry.source
-    image = read_image(source.read_bytes(), str(source)) if isinstance(source, Path) else source.copy()
+    image = read_image(source.read_bytes(), str(source)) if isinstance(source, Path) else upright(source, "image")
     image.thumbnail((LONGEST, LONGEST))
     return np.asarray(image, dtype=np.uint8)
 

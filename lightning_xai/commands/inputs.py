@@ -42,7 +42,7 @@ class Entry:
         span: a phrase of the caption.
         box: `"x,y,width,height"` in pixels of the upright image file.
         against: captions that the caption is compared with.
-        pixels: the image itself, upright RGB, where it is not to be read from its file.
+        pixels: the image itself, where it is not to be read from its file.
     """
 
     name: str
@@ -241,7 +241,7 @@ def _read_list(path: Path) -> list[dict[str, str]]:
 
 
 def read_input(encoder: TwoTowerEncoder, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
-    """Read what a model sees of a file or of an upright RGB image, on its device, and its (width, height) in pixels.
+    """Read what a model sees of a file or of an image, on its device, and its (width, height) in pixels.
 
     Images are JPEG, PNG or WebP files; no other format is ever looked into. A model of sounds reads sound files.
 

@@ -83,7 +83,7 @@ class TwoTowerEncoder(nn.Module, ABC):
         """One input [channels, height, width] from a file, and the (width, height) in which its boxes are given.
 
         Args:
-            source: the file, or for encoders of images an upright RGB image.
+            source: the file, or for encoders of images an image.
 
         Raises:
             OSError: the file cannot be read.

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_xai.data.sample import read_image
+from lightning_xai.data.sample import read_image, upright
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.image_transform import ImageTransform
 from lightning_xai.photo import PhotoGeometry
@@ -37,7 +37,7 @@ class ImageEncoder(TwoTowerEncoder):
 
     def read(self, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """An image or a JPEG, PNG or WebP file, upright, transformed: [3, height, width]; and its (width, height)."""
-        image = read_image(source.read_bytes(), str(source)) if isinstance(source, Path) else source
+        image = read_image(source.read_bytes(), str(source)) if isinstance(source, Path) else upright(source, "image")
         return self.image_transform(image), image.size
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
