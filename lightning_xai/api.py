@@ -447,9 +447,9 @@ def _entries(
         for each in (path, captions):
             if each is not None and not Path(each).exists():
                 raise ValueError(f"{each} does not exist")
-        others = [against] if isinstance(against, str) else list(against)
+        rather_than = [against] if isinstance(against, str) else list(against)
         file = None if captions is None else Path(captions)
-        return read_entries(path, caption, file, span, _box(box), others), is_list(path)
+        return read_entries(path, caption, file, span, _box(box), rather_than), is_list(path)
     if captions is not None:
         raise ValueError("captions is a CSV list for a folder of images; give caption a list of texts")
     many = isinstance(image, (list, tuple)), isinstance(caption, (list, tuple))
@@ -464,12 +464,12 @@ def _entries(
     of_each = isinstance(box, (list, tuple)) and any(each is None or not np.isscalar(each) for each in box)
     boxes = [_box(each) for each in _each(box, of_each, count, "boxes")]
     several = not isinstance(against, str) and any(not isinstance(each, str) for each in against)
-    others = [
+    others: list[tuple[str, ...]] = [
         (each,) if isinstance(each, str) else tuple(each or ()) for each in _each(against, several, count, "against")
     ]
     return [
-        Entry(f"{i:04d}-{path.stem}" if any(many) else path.stem, path, text, of_span, of_box, rather_than, pixels)
-        for i, ((path, pixels), text, of_span, of_box, rather_than) in enumerate(
+        Entry(f"{i:04d}-{path.stem}" if any(many) else path.stem, path, text, of_span, of_box, other, pixels)
+        for i, ((path, pixels), text, of_span, of_box, other) in enumerate(
             zip(pictures, texts, spans, boxes, others, strict=True)
         )
     ], any(many)
