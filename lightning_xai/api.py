@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_xai.commands.explain_entries import Asked, Explained, Explainer, ListWriter, Skipped, usable
+from lightning_xai.commands.explain_entries import (
+    MOST_ITEMS,
+    Asked,
+    Explained,
+    Explainer,
+    ListWriter,
+    Skipped,
+    usable,
+)
 from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import sums_of
+from lightning_xai.report.explorer import explorer_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,6 +291,10 @@ class Result:
         methods = " and ".join(self.methods) if len(self.methods) <= 2 else f"{len(self.methods)} methods"
         return f"<Result: {self.image}, {caption!r}, {methods}, similarity {self.similarity:.3f}>"
 
+    def _repr_html_(self) -> str:
+        """The explorer, in a frame."""
+        return explorer_frame([self._explained.item()], title=f"Explorer: {self.caption}")
+
     @property
     def _prepared(self) -> PreparedEntry:
         return self._explained.prepared
@@ -351,6 +364,11 @@ class Results(Sequence[Result]):
         for place, table in zip(self.places, tables, strict=True):
             table.insert(0, "item", place)
         return pd.concat(tables, ignore_index=True)
+
+    def _repr_html_(self) -> str:
+        """The explorer of the first 200 of them, in a frame."""
+        items = [result._explained.item(small=True) for result in self._results[:MOST_ITEMS]]
+        return explorer_frame(items, title=f"Explorer: {len(items)} images", mode="strip")
 
     def __repr__(self) -> str:
         """The results, one to a line."""

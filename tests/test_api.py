@@ -138,6 +138,7 @@ def test_a_list_keeps_its_order_and_names_what_cannot_be_used(
     assert same(results[0], lx.explain(photo, CAPTION, model=encoder, span="ring"))
     assert same(results[1], lx.explain(photo, "a dog", model=encoder))
     assert {*results.to_frame()["item"]} == {0, 2}
+    assert results._repr_html_().startswith("<iframe")
     out = results.save(tmp_path / "out")
     assert {"0000-image", "0002-photo", "summary.csv"} <= {path.name for path in out.iterdir()}
     assert [result.caption for result in lx.explain(photo, ["a dog", "a cat"], model=encoder)] == ["a dog", "a cat"]
@@ -146,8 +147,10 @@ def test_a_list_keeps_its_order_and_names_what_cannot_be_used(
 
 
 def test_the_picture_shows_itself_in_a_notebook(encoder: DualEncoder, photo: Path) -> None:
-    figure: Any = lx.explain(photo, CAPTION, model=encoder, method="saliency").plot()
+    result = lx.explain(photo, "a <b>dog</b>", model=encoder, method="saliency")
+    figure: Any = result.plot()
     assert figure._repr_png_().startswith(b"\x89PNG")
+    assert re.match(r'<iframe [^<>]* srcdoc="[^"<>]*"></iframe>$', result._repr_html_()), "nothing leaves the frame"
 
 
 def test_a_model_in_training_is_explained_as_it_evaluates_and_left_in_training(

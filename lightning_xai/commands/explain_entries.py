@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_xai.commands.explain_explorer import explorer_item
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError, load_model
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import describe, numpy_of, write_all, write_csv
+from lightning_xai.commands.outputs import PAGE_OF_MANY, describe, numpy_of, write_all, write_csv, write_page
 from lightning_xai.registry import PluginError
+from lightning_xai.report.explorer import ExplorerItem, explorer_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +35,8 @@ _SUMMARY = (
     "skipped",
 )  # fmt: skip
 _MOST_REASONS = 5
+MOST_ITEMS = 200
+"""Entries on the page of a list, which a browser has to hold."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,14 @@ class Explained:
         return {**self.settings, **self.prepared.record, **found}
 
     def write(self, folder: Path) -> str:
-        """Write arrays, record and picture; returns the line that says so."""
-        return write_all(folder, self.arrays()[0], self.record(), self.picture())
+        """Write arrays, record, picture and explorer; returns the line that says so."""
+        item = self.item()
+        page = explorer_page([item], title=f"{item.key}: {self.prepared.entry.caption}")
+        return write_all(folder, self.arrays()[0], self.record(), self.picture(), page)
+
+    def item(self, *, small: bool = False) -> ExplorerItem:
+        """The entry as the explorer shows it; `small` reduces the photo, for a page of many."""
+        return explorer_item(self.prepared, self.explanations, small=small)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the summary of a list: one for each method."""
@@ -320,7 +330,7 @@ class Explainer:
 
 
 class ListWriter:
-    """Write the explanations of a list as they come, each in its own folder, and `summary.csv`.
+    """Write the explanations of a list as they come, each in its own folder, then `summary.csv` and a page of all.
 
     Args:
         out: folder to write to.
@@ -330,6 +340,7 @@ class ListWriter:
         self.out = out
         self._rows: list[dict[str, Any]] = []
         self._cropped: set[Path] = set()
+        self._items: list[ExplorerItem] = []
         self._entries = 0
 
     def add(self, found: Explained | Skipped) -> None:
@@ -341,9 +352,11 @@ class ListWriter:
             self._cropped.update({entry.image} if found.prepared.hidden else ())
             if found.explanations:
                 found.write(self.out / entry.name)
+                if len(self._items) < MOST_ITEMS:
+                    self._items.append(found.item(small=True))
 
     def close(self) -> str:
-        """Write the summary; returns the lines that say what was saved and what was skipped.
+        """Write the summary and the page; returns the lines that say what was saved and what was skipped.
 
         Raises:
             ValueError: not one entry can be used.
@@ -359,7 +372,11 @@ class ListWriter:
         faulty = sum(bool(row.get("fault")) for row in rows)
         if faulty:
             lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
-        return "\n".join([*lines, f"Saved {self.out / 'summary.csv'}"])
+        title = f"{len(self._items)} images"
+        write_page(self.out / PAGE_OF_MANY, explorer_page(self._items, title=title, mode="strip"))
+        if len(self._items) < saved:
+            lines.append(f"{PAGE_OF_MANY} shows the first {len(self._items)} of them")
+        return "\n".join([*lines, f"Saved {self.out / 'summary.csv'} and the explorer {PAGE_OF_MANY}"])
 
 
 def usable(rows: Sequence[Mapping[str, Any]], entries: int) -> tuple[int, list[str]]:
