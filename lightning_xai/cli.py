@@ -16,10 +16,12 @@ from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_xai.commands import COMMANDS, summary
+from lightning_xai.shipped import shipped
 
 if TYPE_CHECKING:
     # Loading torch takes seconds, which a help text or a mistyped command is not worth.
@@ -44,7 +46,9 @@ Data, explanations and reports:
 {commands}
 
 Start here (3 minutes on a laptop, no download):
-  python -m lightning_xai fit --config configs/demo.yaml
+  python -m lightning_xai demo
+
+The package brings the configurations of its repository: fit --config configs/demo.yaml works from any folder.
 
 `python -m lightning_xai COMMAND --help` lists the options of a command; `fit --print_config` all settings as YAML.
 """
@@ -52,7 +56,11 @@ Start here (3 minutes on a laptop, no download):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; `python -m lightning_xai --help` lists them."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = _with_shipped_configs(sys.argv[1:] if args is None else args)
+    if args is None:
+        sys.argv[1:] = arguments  # Lightning reads them there, and starts the other processes of a group with them
+    else:
+        args = arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:13} {summary(name).removesuffix('.')}" for name in COMMANDS)
         print(_OVERVIEW.format(commands=commands))  # noqa: T201
@@ -79,6 +87,19 @@ def main(args: Sequence[str] | None = None) -> None:
         _refuse(arguments, error)
     except Exception as error:
         _give_up(arguments[0], error)
+
+
+def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which `--config configs/NAME.yaml` is the package's own file where there is no other."""
+    found: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if equals and option == "--config":
+            argument = f"--config={shipped(Path(value))}"
+        elif found and found[-1] in ("--config", "-c"):
+            argument = str(shipped(Path(argument)))
+        found.append(argument)
+    return found
 
 
 @contextmanager

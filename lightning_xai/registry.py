@@ -9,6 +9,7 @@ adds entries through Python's entry points:
 
 from __future__ import annotations
 
+import inspect
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -98,6 +99,13 @@ class Registry(Mapping[str, T]):
     def __contains__(self, name: object) -> bool:
         return name in self._builtin or name in self._plugins
 
+    def __repr__(self) -> str:
+        """Each name on its line; of the built-in entries with the first sentence of what they are."""
+        told = {name: _sentence(self[name]) for name in self._builtin} | {
+            name: self.origin(name) for name in self._plugins
+        }
+        return "\n".join([f"{self.kind}s:", *(f"  {name:22} {text}".rstrip() for name, text in told.items())])
+
     def origin(self, name: str) -> str:
         """The package that an entry comes from, with its version where it is known: "my_package 1.2"."""
         return BUILTIN if name in self._builtin else _package(self._plugins[name])
@@ -113,6 +121,11 @@ class Registry(Mapping[str, T]):
         except ValueError as error:
             raise PluginError(f"{where}: {error}") from error
         return entry
+
+
+def _sentence(entry: object) -> str:
+    """The first line of an entry's docstring, without the full stop."""
+    return (inspect.getdoc(entry) or "").partition("\n")[0].removesuffix(".")
 
 
 def _package(point: EntryPoint) -> str:

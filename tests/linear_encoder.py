@@ -10,6 +10,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lightning_xai.data.spans import CaptionTokenizer
@@ -75,7 +76,7 @@ class LinearEncoder(TwoTowerEncoder):
     def _maker(self) -> str:
         return "this file"
 
-    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+    def read(self, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         raise AssertionError("no test reads a file")
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_xai import cli
 from lightning_xai.attribution import METHODS
 from lightning_xai.commands import COMMANDS
 
-PRETRAINED = 'load_dual_encoder("ViT-B-16", pretrained="openai")'
+PRETRAINED = re.compile(r'(load_dual_encoder|lx\.load)\("ViT-B-16", pretrained="openai"\)')
 
 
 def runnable(page: Path) -> list[str]:
@@ -34,7 +34,7 @@ def test_python_that_is_marked_runs(
         Image.effect_noise(size, 64).convert("RGB").save(picture)
     names: dict[str, Any] = {}
     for code in runnable(page):  # the blocks of a page follow each other
-        exec(code.replace(PRETRAINED, f'load_dual_encoder("{architecture_file("vit")}")'), names)
+        exec(PRETRAINED.sub(rf'\1("{architecture_file("vit")}")', code), names)
     if page.stem == "fine-tune":
         assert 0 < names["share"] < 0.2
     if page.stem == "explain":
@@ -98,7 +98,7 @@ def test_links_of_readme_and_contributing_lead_to_files() -> None:
 
 def test_ci_finds_each_of_its_blocks_once() -> None:
     marked = [block.comment.removeprefix("ci:") for block in blocks(TEXT) if block.comment.startswith("ci:")]
-    assert sorted(marked) == ["demo", "docs", "evaluate", "lint", "rest", "test"]
+    assert sorted(marked) == ["demo", "docs", "evaluate", "lint", "rest", "test", "wheel"]
 
 
 def test_the_table_of_methods_is_complete() -> None:

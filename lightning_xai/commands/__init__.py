@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "summary"]
 COMMANDS: Registry[Any] = Registry(
     "command",
     {
+        "demo": "lightning_xai.commands.demo:Demo",
         "prepare": "lightning_xai.commands.prepare:SOURCES",
         "verify": "lightning_xai.commands.verify:Verify",
         "evaluate": "lightning_xai.commands.evaluate:Evaluate",

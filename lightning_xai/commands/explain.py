@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_xai.commands.explain_entries import Explainer
+from lightning_xai.commands.explain_entries import Asked, Explainer, ListWriter
 from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
 from lightning_xai.commands.intra_modal import COMPARED_ARRAYS, compare_captions, compare_images, write_pairs
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import PICTURE, describe, write_all
+from lightning_xai.commands.outputs import PICTURE, describe, progress_bar, write_all
 
 
 @dataclass
@@ -82,42 +82,44 @@ class Explain:
             ValueError: settings that exclude each other, or input that cannot be used (in a list such entries are
                 skipped, counted and named instead).
         """
-        from lightning_xai.attribution.base import unsupported_target
-        from lightning_xai.attribution.method_options import at_inputs_too, choose_methods
-
         if self.fit is not None:
             self.model = replace(self.model, fit=self.fit)
         self._check()
-        entries = [] if self._compares else self._entries()
-        target = self._target(entries)
-        encoder = load_model(self.model)
-        if self.image is not None:
-            encoder = encoder.reading(self.image if self._compares else entries[0].image)
-        chosen, missing = choose_methods(encoder, self.method, self.options)
-        if target is not None:
-            missing |= {
-                each.name: str(unsupported_target(each.name, target.kind))
-                for each in chosen
-                if not each.method.serves(target.kind)
-            }
-            chosen = [each for each in chosen if each.name not in missing]
-        settings = describe(asdict(self), self.model, encoder)
+        of_list = self.image is not None and is_list(self.image)
+        asked = Asked(self.method, self.options, self.target, self.target_options, self.batch_size, of_list)
         if self._compares:
-            self._compare(encoder, chosen[0], settings)
+            asked.check()
+            self._compare()
             return
-        for name, reason in missing.items():
+        entries = self._entries()
+        explainer = Explainer.of(self.model, asked, entries, asdict(self))
+        for name, reason in explainer.missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
-        chosen = [reading for each in chosen for reading in at_inputs_too(each, self.options)]
-        explainer = Explainer(self.out, encoder, chosen, missing, settings, target=target)
-        if self.image is not None and is_list(self.image):
-            explainer.explain_list(entries, self.batch_size)
-        else:
-            explainer.explain_one(entries[0])
+        with progress_bar() as bar:
+            task = bar.add_task("explaining", total=len(entries) * len(explainer.chosen))
 
-    def _compare(self, encoder: Any, chosen: Any, settings: dict[str, Any]) -> None:
+            def advance(label: str, count: int) -> None:
+                bar.update(task, advance=count, description=label or None)
+
+            if of_list:
+                writer = ListWriter(self.out)
+                for found in explainer.explain_each(entries, advance):
+                    writer.add(found)
+                said = writer.close()
+            else:
+                explained = explainer.explain_one(entries[0], advance)
+                skipped = [f"Skipped {name}: {reason}" for name, reason in explained.failed.items()]
+                said = "\n".join(filter(None, [*skipped, explained.write(self.out), explained.prepared.hidden]))
+        print(said)  # noqa: T201
+
+    def _compare(self) -> None:
         """Compare two images or two captions, and write what `write_all` writes."""
         from lightning_xai.attribution.method_options import choose_method
 
+        encoder = load_model(self.model)
+        if self.image is not None:
+            encoder = encoder.reading(self.image)
+        chosen: Any = choose_method(encoder, self.method, self.options)
         if self.image is not None and self.other_image is not None:
             reads_other = encoder.reading(self.other_image)
             by = None
@@ -131,7 +133,7 @@ class Explain:
         scores = {name: arrays[name].item() for name in ("similarity", "completeness_error") if name in arrays}
         methods: dict[str, Any] = {chosen.name: {"options": chosen.options, **scores}}
         described = {name: what for name, what in COMPARED_ARRAYS.items() if name in arrays}
-        record = {**settings, **record, "methods": methods, "arrays": described}
+        record = {**describe(asdict(self), self.model, encoder), **record, "methods": methods, "arrays": described}
         print(write_all(self.out, arrays, record, sheet))  # noqa: T201
         if pairs:
             print(write_pairs(self.out, pairs))  # noqa: T201
@@ -147,7 +149,6 @@ class Explain:
 
         spans, boxes = self.span is not None, self.box is not None
         conflicts = {
-            "--span asks about words, --box about a part of the image: give one of them": spans and boxes,
             "--other-image compares images, --other-caption captions: give one of them": (
                 self.other_image is not None and self.other_caption is not None
             ),
@@ -171,15 +172,11 @@ class Explain:
             "--against compares captions of an image: leave out --other-image and --other-caption": (
                 bool(self.against) and self._compares
             ),
-            "--span asks about a phrase within its caption, --against about whole captions: give one of them": (
-                bool(self.against) and spans
-            ),
             f"--out has to be a folder, but {self.out} is a file": self.out.is_file(),
             f"{self.out / PICTURE} is the image to explain, and would be replaced: choose another --out": any(
                 path is not None and path.resolve() == (self.out / PICTURE).resolve()
                 for path in (self.image, self.other_image)
             ),
-            f"--batch-size has to be at least 1; got {self.batch_size}": self.batch_size < 1,
         }
         for message, wrong in conflicts.items():
             if wrong:
@@ -187,34 +184,12 @@ class Explain:
         for path in (self.image, self.captions, self.other_image):
             if path is not None and not path.exists():
                 raise ValueError(f"{path} does not exist")
-        for option in ("span", "box", "other_image", "other_caption"):
+        for option, flag in {"other_image": "compares_images", "other_caption": "intra_modal"}.items():
             given = None if getattr(self, option) is None else f"--{option.replace('_', '-')}"
-            flag = {"other_image": "compares_images", "other_caption": "intra_modal"}.get(option, "pairwise")
             check_method(self.method, **{flag: given})
-
-    def _target(self, entries: list[Entry]) -> Any:
-        """What is explained of captions that are compared, a `ChosenTarget`; None where there are none.
-
-        Raises:
-            ValueError: no such target or option, nothing to compare, or a method that does not explain the target.
-        """
-        from lightning_xai.attribution.target_options import check_serves, choose_target
-
-        if not any(entry.against for entry in entries):
-            if self.target is not None or self.target_options:
-                raise ValueError("--target is of captions that are compared: give --against TEXT")
-            return None
-        target = choose_target(self.target or "contrast", self.target_options)
-        check_serves(self.method, target)
-        return target
 
     def _entries(self) -> list[Entry]:
         """Entries to explain, image by image."""
-        from lightning_xai.attribution.method_options import check_method
-
         if self.image is None:
             raise ValueError("give an image (--image FILE, a folder, or a CSV list)")
-        entries = read_entries(self.image, self.caption, self.captions, self.span, self.box, self.against)
-        if any(entry.span or entry.box for entry in entries):
-            check_method(self.method, pairwise="a list with spans or boxes")
-        return entries
+        return read_entries(self.image, self.caption, self.captions, self.span, self.box, self.against)

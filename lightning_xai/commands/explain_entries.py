@@ -1,24 +1,31 @@
-"""Explain one entry after the other by every chosen method, and count the entries that cannot be used."""
+"""Explain entries by every chosen method, one after the other, and write what was found.
+
+The command and the Python interface (`lightning_xai.explain`) both run what stands here.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import Progress
 
 from lightning_xai.commands.explain_explorer import explorer_item
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
-from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.outputs import PAGE_OF_MANY, numpy_of, progress_bar, write_all, write_csv, write_page
+from lightning_xai.commands.inputs import Entry, InputError, load_model
+from lightning_xai.commands.model_choice import ModelChoice
+from lightning_xai.commands.outputs import PAGE_OF_MANY, describe, numpy_of, write_all, write_csv, write_page
 from lightning_xai.registry import PluginError
 from lightning_xai.report.explorer import ExplorerItem, explorer_page
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.figure import Figure
+
     from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.attribution.target_options import ChosenTarget
     from lightning_xai.models.encoder import TwoTowerEncoder
@@ -28,15 +35,161 @@ _SUMMARY = (
     "skipped",
 )  # fmt: skip
 _MOST_REASONS = 5
-_MOST_ITEMS = 200  # of the page of a list, which a browser has to hold
+MOST_ITEMS = 200
+"""Entries on the page of a list, which a browser has to hold."""
 
 
 @dataclass(frozen=True)
-class _Explained:
-    """An entry's explanations, and why methods have none of it."""
+class Asked:
+    """What is asked of every entry, whatever the model.
 
+    Attributes:
+        method: name of the attribution method; `"all"` for all that serve the model.
+        options: of the method.
+        target: what is explained of captions that are compared; None: contrast.
+        target_options: of the target.
+        batch_size: entries of a list that are explained at a time.
+        of_list: whether the entries are a list, of which what cannot be used is skipped.
+    """
+
+    method: str = "feature_pair"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: str | None = None
+    target_options: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+    of_list: bool = False
+
+    def check(self, entries: Sequence[Entry] = ()) -> ChosenTarget | None:
+        """Find what cannot be asked: before the model is loaded, which takes a while.
+
+        Returns:
+            What is explained of captions that are compared; None where there are none.
+
+        Raises:
+            ValueError: no such method, target or option, nothing to compare, or a method without what is asked of it.
+        """
+        from lightning_xai.attribution.method_options import check_method
+        from lightning_xai.attribution.target_options import check_serves, choose_target
+
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size has to be at least 1; got {self.batch_size}")
+        check_method(self.method)
+        for entry in () if self.of_list else entries:
+            if entry.span is not None and entry.box is not None:
+                raise ValueError("--span asks about words, --box about a part of the image: give one of them")
+            if entry.span is not None and entry.against:
+                raise ValueError(
+                    "--span asks about a phrase within its caption, --against about whole captions: give one of them"
+                )
+            for option in ("span", "box"):
+                check_method(self.method, pairwise=None if getattr(entry, option) is None else f"--{option}")
+        if self.of_list and any(entry.span or entry.box for entry in entries):
+            check_method(self.method, pairwise="a list with spans or boxes")
+        if not any(entry.against for entry in entries):
+            if self.target is not None or self.target_options:
+                raise ValueError("--target is of captions that are compared: give --against TEXT")
+            return None
+        target = choose_target(self.target or "contrast", self.target_options)
+        check_serves(self.method, target)
+        return target
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An entry, its explanations by the methods, and why methods have none of it.
+
+    Attributes:
+        prepared: the entry as the model sees it.
+        explanations: one of each method, or of each pair of layers that it is read at.
+        failed: the label of a method -> why it cannot explain this entry.
+        missing: methods that do not serve the model, and why.
+        settings: what every record says of command and model.
+    """
+
+    prepared: PreparedEntry
     explanations: list[Explanation] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def about(self, span: str | None = None, box: str | None = None) -> Explained:
+        """The same explanations asked about another phrase or box, or about neither; no method runs again.
+
+        Raises:
+            InputError: the caption lacks the phrase, or the box is of no use.
+            ValueError: the method has no token-patch attributions.
+        """
+        from lightning_xai.attribution.method_options import check_method
+
+        for each in self.explanations:
+            for option, given in (("--span", span), ("--box", box)):
+                check_method(each.chosen.name, pairwise=None if given is None else option)
+        encoder = self.explanations[0].chosen.method.encoder
+        prepared = prepare_entry(encoder, replace(self.prepared.entry, span=span, box=box), self.prepared)
+        return replace(self, prepared=prepared, explanations=[each.about(prepared) for each in self.explanations])
+
+    def picture(self) -> Figure:
+        """Draw the explanations."""
+        return sheet(self.prepared, self.explanations, self.missing | self.failed)
+
+    def arrays(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Every array by its name in the file, and what each of them is."""
+        prepared = self.prepared
+        several = len(self.explanations) + len(self.missing | self.failed) > 1
+        arrays: dict[str, Any] = {"tokens": numpy_of(prepared.tokens)}
+        if prepared.geometry is not None:
+            arrays["geometry"] = np.array([*prepared.geometry.scale, *prepared.geometry.offset])
+        if prepared.positions:
+            arrays["span_mask"] = np.isin(np.arange(len(prepared.tokens)), prepared.positions)
+        if prepared.against:
+            arrays["against_tokens"] = np.stack([numpy_of(each.tokens) for each in prepared.against])
+        described = {key: ARRAYS[key] for key in arrays}
+        for each in self.explanations:
+            prefix, at = (
+                f"{each.label}/" if several else "",
+                f", at {each.saliency.where}" if each.saliency.where else "",
+            )
+            arrays |= {prefix + key: values for key, values in each.arrays.items()}
+            described |= {prefix + key: ARRAYS[key] + at for key in each.arrays}
+        return arrays, described
+
+    def record(self) -> dict[str, Any]:
+        """Every setting, and what the arrays are."""
+        methods = {each.label: each.record for each in self.explanations}
+        found = {"methods": methods, "not_served": self.missing | self.failed, "arrays": self.arrays()[1]}
+        return {**self.settings, **self.prepared.record, **found}
+
+    def write(self, folder: Path) -> str:
+        """Write arrays, record, picture and explorer; returns the line that says so."""
+        item = self.item()
+        page = explorer_page([item], title=f"{item.key}: {self.prepared.entry.caption}")
+        return write_all(folder, self.arrays()[0], self.record(), self.picture(), page)
+
+    def item(self, *, small: bool = False) -> ExplorerItem:
+        """The entry as the explorer shows it; `small` reduces the photo, for a page of many."""
+        return explorer_item(self.prepared, self.explanations, small=small)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the summary of a list: one for each method."""
+        entry = self.prepared.entry.row()
+        rows = [entry | {"method": name, "skipped": reason} for name, reason in self.failed.items()]
+        for each in self.explanations:
+            faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
+            row = entry | {"method": each.label, "fault": "; ".join(faults)}
+            rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
+        return rows
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An entry of a list that cannot be used, and why."""
+
+    entry: Entry
+    reason: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The row of the summary of a list."""
+        return [self.entry.row() | {"skipped": self.reason}]
 
 
 def _explained_by(
@@ -58,150 +211,197 @@ class Explainer:
     """A model and the methods that explain it.
 
     Attributes:
-        out: folder to write to.
         encoder: the model.
         chosen: the methods.
         missing: methods that do not serve the model, and why.
         settings: what every record says of command and model.
         target: what is explained of entries with captions to compare with.
-        cropped: photos of a list of which the model's crop hides more than a fifth.
-        items: entries of a list, as its page shows them.
+        batch_size: entries of a list that are explained at a time.
     """
 
-    out: Path
     encoder: TwoTowerEncoder
     chosen: list[ChosenMethod]
     missing: dict[str, str]
     settings: dict[str, Any]
     target: ChosenTarget | None = None
-    cropped: set[Path] = field(default_factory=set)
-    items: list[ExplorerItem] = field(default_factory=list)
+    batch_size: int = 8
 
-    def explain_one(self, entry: Entry) -> None:
-        """Explain a single entry, straight into the folder.
+    @classmethod
+    def of(
+        cls,
+        model: ModelChoice | TwoTowerEncoder,
+        asked: Asked,
+        entries: Sequence[Entry],
+        command: Mapping[str, Any],
+    ) -> Explainer:
+        """Load the model, unless it is loaded, and build the methods that are asked for.
+
+        Args:
+            model: the model.
+            asked: of every entry.
+            entries: what will be explained.
+            command: settings, as the record has them.
+
+        Raises:
+            ValueError: what was asked cannot be answered, or the model cannot be loaded.
+        """
+        from lightning_xai.attribution.base import unsupported_target
+        from lightning_xai.attribution.method_options import at_inputs_too, choose_methods
+
+        target = asked.check(entries)
+        encoder = load_model(model) if isinstance(model, ModelChoice) else model
+        encoder = encoder.reading(entries[0].image)
+        chosen, missing = choose_methods(encoder, asked.method, asked.options)
+        if target is not None:
+            missing |= {
+                each.name: str(unsupported_target(each.name, target.kind))
+                for each in chosen
+                if not each.method.serves(target.kind)
+            }
+            chosen = [each for each in chosen if each.name not in missing]
+        settings = describe(command, model if isinstance(model, ModelChoice) else None, encoder)
+        readings = [reading for each in chosen for reading in at_inputs_too(each, asked.options)]
+        return cls(encoder, readings, missing, settings, target, asked.batch_size)
+
+    def explain_one(self, entry: Entry, advance: Callable[[str, int], None] = lambda label, count: None) -> Explained:
+        """Explain a single entry.
+
+        Args:
+            entry: the entry.
+            advance: is told of each method that starts, with 0, and when it is done, with the number of entries.
 
         Raises:
             InputError: it cannot be used.
             ValueError: no method can explain it.
         """
-        prepared = prepare_entry(self.encoder, entry)
-        with progress_bar() as bar:
-            bar.add_task("explaining", total=len(self.chosen))
-            (explained,) = self._explain([prepared], bar)
+        (explained,) = self._explain([prepare_entry(self.encoder, entry)], advance)
         if not explained.explanations:
             raise ValueError("; ".join(explained.failed.values()))
-        for name, reason in explained.failed.items():
-            print(f"Skipped {name}: {reason}")  # noqa: T201
-        item = explorer_item(prepared, explained.explanations)
-        page = explorer_page([item], title=f"{item.key}: {entry.caption}")
-        said = self._write(self.out, prepared, explained, page)
-        print("\n".join(filter(None, [said, prepared.hidden])))  # noqa: T201
+        return explained
 
-    def explain_list(self, entries: Sequence[Entry], batch_size: int) -> None:
-        """Explain a list, each entry in its own folder, and write `summary.csv` and a page of all.
+    def explain_each(
+        self, entries: Sequence[Entry], advance: Callable[[str, int], None] = lambda label, count: None
+    ) -> Iterator[Explained | Skipped]:
+        """Explain a list, in its order; what cannot be used comes back with the reason.
 
-        Raises:
-            ValueError: not one entry can be used.
+        Args:
+            entries: the list.
+            advance: as for `explain_one`.
         """
         from lightning_xai.attribution import ConstantMapWarning
 
-        rows: list[dict[str, Any]] = []
-        self.cropped.clear()
-        self.items.clear()
-        with progress_bar() as bar, warnings.catch_warnings():
-            # It would name places in a batch; the summary names images.
-            warnings.simplefilter("ignore", ConstantMapWarning)
-            bar.add_task("explaining", total=len(entries) * len(self.chosen))
-            for start in range(0, len(entries), batch_size):
-                rows += self._explain_batch(entries[start : start + batch_size], bar)
-        write_csv(self.out / "summary.csv", rows, _SUMMARY)
-        of_method = {True: ", {method}", False: ""}  # what was skipped: one method's explanation, or the entry
-        reasons = [
-            f"  {row['name']}{of_method['method' in row].format(**row)}: {row['skipped']}"
-            for row in rows
-            if "skipped" in row
-        ]
-        skipped = len(reasons)
-        if skipped > _MOST_REASONS:
-            reasons[_MOST_REASONS:] = [f"  and {skipped - _MOST_REASONS} more"]
-        saved = len({row["name"] for row in rows if "skipped" not in row})
-        if not saved:
-            raise ValueError("\n".join([f"none of the {len(entries)} entries can be used:", *reasons]))
-        lines = [f"Saved explanations of {saved} of {len(entries)} entries in {self.out}"]
-        if skipped:
-            lines += [f"Skipped {skipped}:", *reasons]
-        if self.cropped:
-            lines.append(
-                f"The model's crop hides more than a fifth of {len(self.cropped)} photos; --fit letterbox shows all"
-            )
-        faulty = sum(bool(row.get("fault")) for row in rows)
-        if faulty:
-            lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
-        title = f"{len(self.items)} images"
-        write_page(self.out / PAGE_OF_MANY, explorer_page(self.items, title=title, mode="strip"))
-        if len(self.items) < saved:
-            lines.append(f"{PAGE_OF_MANY} shows the first {len(self.items)} of them")
-        print("\n".join([*lines, f"Saved {self.out / 'summary.csv'} and the explorer {PAGE_OF_MANY}"]))  # noqa: T201
+        for start in range(0, len(entries), self.batch_size):
+            batch = entries[start : start + self.batch_size]
+            with warnings.catch_warnings():
+                # It would name places in a batch; the summary names images.
+                warnings.simplefilter("ignore", ConstantMapWarning)
+                found = self._explain_batch(batch, advance)
+            yield from found
 
-    def _explain_batch(self, entries: Sequence[Entry], bar: Progress) -> list[dict[str, Any]]:
-        """Rows of the summary: one for each method of an entry, or one that says why it was skipped."""
-        rows: list[dict[str, Any]] = []
+    def _explain_batch(
+        self, entries: Sequence[Entry], advance: Callable[[str, int], None]
+    ) -> list[Explained | Skipped]:
+        skipped: dict[int, str] = {}
         batch = []
-        for entry in entries:
+        for place, entry in enumerate(entries):
             try:
                 batch.append(prepare_entry(self.encoder, entry))
-                self.cropped.update({entry.image} if batch[-1].hidden else ())
             except InputError as error:  # noqa: PERF203 - decoding an image takes far longer
-                rows.append(entry.row() | {"skipped": str(error)})
-                bar.advance(bar.task_ids[0], len(self.chosen))
-        for prepared, explained in zip(batch, self._explain(batch, bar), strict=True):
-            if explained.explanations:
-                self._write(self.out / prepared.entry.name, prepared, explained)
-                if len(self.items) < _MOST_ITEMS:
-                    self.items.append(explorer_item(prepared, explained.explanations, small=True))
-            rows += [
-                prepared.entry.row() | {"method": name, "skipped": reason} for name, reason in explained.failed.items()
-            ]
-            for each in explained.explanations:
-                faults = [f"{name}: {fault}" for name, fault in each.record["fault"].items() if fault is not None]
-                row = prepared.entry.row() | {"method": each.label, "fault": "; ".join(faults)}
-                rows.append(row | {name: each.record[name] for name in ("similarity", "completeness_error")})
-        return sorted(rows, key=lambda row: str(row["name"]))
+                skipped[place] = str(error)
+                advance("", len(self.chosen))
+        explained = iter(self._explain(batch, advance))
+        return [
+            Skipped(entry, skipped[place]) if place in skipped else next(explained)
+            for place, entry in enumerate(entries)
+        ]
 
-    def _explain(self, batch: Sequence[PreparedEntry], bar: Progress) -> list[_Explained]:
+    def _explain(self, batch: Sequence[PreparedEntry], advance: Callable[[str, int], None]) -> list[Explained]:
         """Explanations by every method of each entry; what one entry does to a method is no loss of the others."""
-        found = [_Explained() for _ in batch]
+        found = [Explained(prepared, missing=self.missing, settings=self.settings) for prepared in batch]
         for chosen in self.chosen if batch else ():
-            bar.update(bar.task_ids[0], description=chosen.label)
+            advance(chosen.label, 0)
             for each, given in zip(found, _explained_by(chosen, batch, self.target), strict=True):
                 if isinstance(given, Explanation):
                     each.explanations.append(given)
                 else:
                     each.failed[chosen.label] = str(given)
-            bar.advance(bar.task_ids[0], len(batch))
+            advance(chosen.label, len(batch))
         return found
 
-    def _write(self, folder: Path, prepared: PreparedEntry, explained: _Explained, page: str | None = None) -> str:
-        """Write arrays, record, picture and page of an entry, and say so."""
-        explanations, missing = explained.explanations, self.missing | explained.failed
-        several = len(explanations) + len(missing) > 1
-        arrays = {"tokens": numpy_of(prepared.tokens)}
-        if prepared.geometry is not None:
-            arrays["geometry"] = np.array([*prepared.geometry.scale, *prepared.geometry.offset])
-        if prepared.positions:
-            arrays["span_mask"] = np.isin(np.arange(len(prepared.tokens)), prepared.positions)
-        described = {key: ARRAYS[key] for key in arrays}
-        for each in explanations:
-            prefix, at = (
-                f"{each.label}/" if several else "",
-                f", at {each.saliency.where}" if each.saliency.where else "",
+
+class ListWriter:
+    """Write the explanations of a list as they come, each in its own folder, then `summary.csv` and a page of all.
+
+    Args:
+        out: folder to write to.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._rows: list[dict[str, Any]] = []
+        self._cropped: set[Path] = set()
+        self._items: list[ExplorerItem] = []
+        self._entries = 0
+
+    def add(self, found: Explained | Skipped) -> None:
+        """Write one entry, unless it was skipped, and keep its rows of the summary."""
+        self._entries += 1
+        self._rows += found.rows()
+        if isinstance(found, Explained):
+            entry = found.prepared.entry
+            self._cropped.update({entry.image} if found.prepared.hidden else ())
+            if found.explanations:
+                found.write(self.out / entry.name)
+                if len(self._items) < MOST_ITEMS:
+                    self._items.append(found.item(small=True))
+
+    def close(self) -> str:
+        """Write the summary and the page; returns the lines that say what was saved and what was skipped.
+
+        Raises:
+            ValueError: not one entry can be used.
+        """
+        rows = self._rows
+        write_csv(self.out / "summary.csv", rows, _SUMMARY)
+        saved, skipped = usable(rows, self._entries)
+        lines = [f"Saved explanations of {saved} of {self._entries} entries in {self.out}", *skipped]
+        if self._cropped:
+            lines.append(
+                f"The model's crop hides more than a fifth of {len(self._cropped)} photos; --fit letterbox shows all"
             )
-            arrays |= {prefix + key: values for key, values in each.arrays.items()}
-            described |= {prefix + key: ARRAYS[key] + at for key in each.arrays}
-        methods = {each.label: each.record for each in explanations}
-        if prepared.against:
-            arrays["against_tokens"] = np.stack([numpy_of(each.tokens) for each in prepared.against])
-            described["against_tokens"] = ARRAYS["against_tokens"]
-        record = {"methods": methods, "not_served": missing, "arrays": described}
-        picture = sheet(prepared, explanations, missing)
-        return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture, page)
+        faulty = sum(bool(row.get("fault")) for row in rows)
+        if faulty:
+            lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
+        title = f"{len(self._items)} images"
+        write_page(self.out / PAGE_OF_MANY, explorer_page(self._items, title=title, mode="strip"))
+        if len(self._items) < saved:
+            lines.append(f"{PAGE_OF_MANY} shows the first {len(self._items)} of them")
+        return "\n".join([*lines, f"Saved {self.out / 'summary.csv'} and the explorer {PAGE_OF_MANY}"])
+
+
+def usable(rows: Sequence[Mapping[str, Any]], entries: int) -> tuple[int, list[str]]:
+    """Count what can be used of a list.
+
+    Args:
+        rows: of the summary.
+        entries: length of the list.
+
+    Returns:
+        The entries with an explanation, and lines that say what was skipped and why; no line where nothing was.
+
+    Raises:
+        ValueError: not one entry can be used.
+    """
+    of_method = {True: ", {method}", False: ""}  # what was skipped: one method's explanation, or the entry
+    reasons = [
+        f"  {row['name']}{of_method['method' in row].format(**row)}: {row['skipped']}"
+        for row in rows
+        if "skipped" in row
+    ]
+    skipped = len(reasons)
+    if skipped > _MOST_REASONS:
+        reasons[_MOST_REASONS:] = [f"  and {skipped - _MOST_REASONS} more"]
+    found = len({row["name"] for row in rows if "skipped" not in row})
+    if not found:
+        raise ValueError("\n".join([f"none of the {entries} entries can be used:", *reasons]))
+    return found, [f"Skipped {skipped}:", *reasons] if skipped else []

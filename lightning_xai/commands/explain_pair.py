@@ -60,6 +60,7 @@ ARRAYS = {
 `<method>/image`, or `<method>,<image layer>,<text layer>/image`, and so on."""
 _RESULT = ("image", "text", "interactions", "prefix", "similarity", "completeness_error", "explained")
 _OF_OTHERS = ("similarity", "text", "interactions", "prefix")
+_SHOWN = ("shown_image", "on_photo", "box_mask", "shown_text", "shown_against")  # they follow from phrase and box
 _LEAST_HEARD = 0.8  # share of a sound below which the picture says so
 _INCOMPLETE = 0.05  # share of the similarity from which the picture mentions the completeness error
 
@@ -105,6 +106,7 @@ class PreparedEntry:
     Attributes:
         entry: image, caption and the part of either that is asked about.
         pixels: [3, height, width].
+        size: (width, height) of the file.
         tokens: [L] token ids.
         content: positions of the caption's own tokens, without marks and padding; bytes of one character together.
         shown: these tokens as the picture shows them.
@@ -119,6 +121,7 @@ class PreparedEntry:
 
     entry: Entry
     pixels: Tensor
+    size: tuple[int, int]
     tokens: Tensor
     content: list[list[int]]
     shown: list[Token]
@@ -147,16 +150,30 @@ class Explanation:
         saliency: as it is drawn: values of the patches and of the caption's own tokens.
         arrays: as `ARRAYS` names them.
         record: of the method, as the file has it.
+        chosen: the method.
+        target: what it explains of captions that are compared.
     """
 
     label: str
     saliency: Saliency
     arrays: dict[str, NDArray[Any]]
     record: dict[str, Any]
+    chosen: ChosenMethod
+    target: ChosenTarget | None = None
+
+    def about(self, prepared: PreparedEntry) -> Explanation:
+        """What the same attribution says of the same image and caption with another phrase or box; nothing is run."""
+        given = {name: values for name, values in self.arrays.items() if name not in _SHOWN}
+        return _explanation(self.chosen, self.target, given, prepared)
 
 
-def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
+def prepare_entry(encoder: TwoTowerEncoder, entry: Entry, read: PreparedEntry | None = None) -> PreparedEntry:
     """Read an entry's image, and find its phrase and box.
+
+    Args:
+        encoder: reads it.
+        entry: image, caption, and what is asked about them.
+        read: the same image and caption with another phrase or box: the image is not read again.
 
     Raises:
         InputError: the image does not decode, the caption is empty or lacks the phrase, the box is of no use.
@@ -169,14 +186,17 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
         )
     if not entry.caption.strip():
         raise InputError(f"the caption of {entry.image} is empty")
-    pixels, size = read_input(encoder, entry.image)
+    pixels, size = read_input(encoder, entry.source) if read is None else (read.pixels, read.size)
     spans, positions = span_positions(encoder.tokenizer, entry.caption, entry.span)
     box = transformed_box(encoder, entry.box, size)
     tokens = encoder.tokenizer.encode([entry.caption])[0].to(pixels.device)
     content, shown = shown_tokens(encoder.tokenizer, entry.caption, tokens, positions)
     strings = encoder.tokenizer.token_strings(tokens)
     geometry = encoder.geometry(size)
-    photo = _photo(entry.image) if geometry else _levels(encoder.pictures(pixels[None])[0])
+    if read is not None:
+        photo = read.photo
+    else:
+        photo = _photo(entry) if geometry else _levels(encoder.pictures(pixels[None])[0])
     record: dict[str, Any] = {
         "image": str(entry.image),
         "image_size": list(size),
@@ -200,17 +220,18 @@ def prepare_entry(encoder: TwoTowerEncoder, entry: Entry) -> PreparedEntry:
     if against:
         record["against"] = list(entry.against)
     prepared = PreparedEntry(
-        entry, pixels, tokens, content, shown, spans, positions, box, geometry, photo, record, against
+        entry, pixels, size, tokens, content, shown, spans, positions, box, geometry, photo, record, against
     )
     record["hidden"] = prepared.hidden
     return prepared
 
 
-def _photo(path: Path) -> NDArray[np.uint8]:
+def _photo(entry: Entry) -> NDArray[np.uint8]:
     """A photo's pixels, reduced to what pictures need."""
-    from lightning_xai.data.sample import read_image
+    from lightning_xai.data.sample import read_image, upright
 
-    image = read_image(path.read_bytes(), str(path))
+    source = entry.source
+    image = read_image(source.read_bytes(), str(source)) if isinstance(source, Path) else upright(source, "image")
     image.thumbnail((LONGEST, LONGEST))
     return np.asarray(image, dtype=np.uint8)
 
@@ -238,36 +259,41 @@ def explain_batch(
         torch.stack([each.pixels for each in prepared]), torch.stack([each.tokens for each in prepared]), asked
     )
     for row, each in enumerate(prepared):
-        arrays = _arrays(result, row, each)
-        saliency = Saliency(
-            chosen.name,
-            arrays["shown_image"],
-            sums_of(arrays["shown_text"], each.content),
-            similarity=arrays["similarity"].item(),
-            scale=_scale(chosen.method.has_zero, arrays),
-            completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
-            where=chosen.where,
-            others=_others(each, arrays),
-        )
-        maps = {"image": saliency.image, "text": saliency.text}
-        record = {
-            "options": chosen.options,
-            "layers": None if chosen.layers is None else dict(zip(("image", "text"), chosen.layers, strict=True)),
-            "where": chosen.where,
-            "similarity": saliency.similarity,
-            "completeness_error": saliency.completeness_error,
-            "scale": saliency.scale,
-            "patches": list(arrays["image"].shape),
-            "range": {name: [float(values.min()), float(values.max())] for name, values in maps.items()},
-            "fault": {name: heat_fault(values) for name, values in maps.items()},
-            "on_padding": _on_padding(each.geometry, saliency.image),
-        }
-        if each.against and target is not None:
-            record["target"] = {"name": target.name, "options": target.options, "value": arrays["explained"].item()}
-            record["against"] = [
-                {"caption": other.caption, "similarity": other.similarity} for other in saliency.others
-            ]
-        yield Explanation(chosen.label, saliency, arrays, record)
+        yield _explanation(chosen, target, _given(result, row, each), each)
+
+
+def _explanation(
+    chosen: ChosenMethod, target: ChosenTarget | None, given: dict[str, NDArray[Any]], prepared: PreparedEntry
+) -> Explanation:
+    """Put together the explanation of an entry, from what the method has returned of it."""
+    arrays = given | _shown(given, prepared)
+    saliency = Saliency(
+        chosen.name,
+        arrays["shown_image"],
+        sums_of(arrays["shown_text"], prepared.content),
+        similarity=arrays["similarity"].item(),
+        scale=_scale(chosen.method.has_zero, arrays),
+        completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
+        where=chosen.where,
+        others=_others(prepared, arrays),
+    )
+    maps = {"image": saliency.image, "text": saliency.text}
+    record = {
+        "options": chosen.options,
+        "layers": None if chosen.layers is None else dict(zip(("image", "text"), chosen.layers, strict=True)),
+        "where": chosen.where,
+        "similarity": saliency.similarity,
+        "completeness_error": saliency.completeness_error,
+        "scale": saliency.scale,
+        "patches": list(arrays["image"].shape),
+        "range": {name: [float(values.min()), float(values.max())] for name, values in maps.items()},
+        "fault": {name: heat_fault(values) for name, values in maps.items()},
+        "on_padding": _on_padding(prepared.geometry, saliency.image),
+    }
+    if prepared.against and target is not None:
+        record["target"] = {"name": target.name, "options": target.options, "value": arrays["explained"].item()}
+        record["against"] = [{"caption": other.caption, "similarity": other.similarity} for other in saliency.others]
+    return Explanation(chosen.label, saliency, arrays, record, chosen, target)
 
 
 def _on_padding(geometry: PhotoGeometry | None, heat: NDArray[Any]) -> dict[str, float] | None:
@@ -305,24 +331,31 @@ def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
     return "signed" if min(parts) < 0 else "positive"
 
 
-def _arrays(result: Attribution, row: int, prepared: PreparedEntry) -> dict[str, NDArray[Any]]:
+def _given(result: Attribution, row: int, prepared: PreparedEntry) -> dict[str, NDArray[Any]]:
+    """What a method has returned of one entry of a batch, as `ARRAYS` names it."""
     found = {name: getattr(result, name) for name in _RESULT}
     arrays = {name: numpy_of(values[row]) for name, values in found.items() if values is not None}
-    arrays["shown_image"], arrays["shown_text"] = arrays["image"], arrays["text"]
-    if prepared.positions:
-        arrays["shown_image"] = arrays["interactions"][prepared.positions].sum(axis=0)
-    if prepared.geometry is not None:
-        arrays["on_photo"] = on_photo(arrays["shown_image"], prepared.geometry)
     if prepared.against and result.others is not None:
         count = len(prepared.against)  # other entries of the batch may have more
         of_others = {f"against_{name}": getattr(result.others, name) for name in _OF_OTHERS}
         arrays |= {name: numpy_of(values[row, :count]) for name, values in of_others.items() if values is not None}
-        arrays["shown_against"] = arrays["against_text"]
+    return arrays
+
+
+def _shown(given: Mapping[str, NDArray[Any]], prepared: PreparedEntry) -> dict[str, NDArray[Any]]:
+    """The arrays of the picture, which follow from those of the method: they are about the phrase or the box."""
+    arrays = {"shown_image": given["image"], "shown_text": given["text"]}
+    if prepared.positions:
+        arrays["shown_image"] = given["interactions"][prepared.positions].sum(axis=0)
+    if prepared.geometry is not None:
+        arrays["on_photo"] = on_photo(arrays["shown_image"], prepared.geometry)
+    if "against_text" in given:
+        arrays["shown_against"] = given["against_text"]
     if prepared.box_xyxy is not None:
-        arrays["box_mask"] = box_mask(prepared.box_xyxy, arrays["image"], prepared.pixels)
-        arrays["shown_text"] = (arrays["interactions"] * arrays["box_mask"]).sum(axis=(1, 2))
-        if "against_interactions" in arrays:
-            arrays["shown_against"] = (arrays["against_interactions"] * arrays["box_mask"]).sum(axis=(2, 3))
+        arrays["box_mask"] = box_mask(prepared.box_xyxy, given["image"], prepared.pixels)
+        arrays["shown_text"] = (given["interactions"] * arrays["box_mask"]).sum(axis=(1, 2))
+        if "against_interactions" in given:
+            arrays["shown_against"] = (given["against_interactions"] * arrays["box_mask"]).sum(axis=(2, 3))
     return arrays
 
 

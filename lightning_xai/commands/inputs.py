@@ -6,7 +6,7 @@ import csv
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from lightning_xai.commands.model_choice import IMAGEBIND, SENTENCES, ModelChoic
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
     from lightning_xai.data import CaptionTokenizer
@@ -36,11 +37,12 @@ class Entry:
 
     Attributes:
         name: names what is written for it.
-        image: the image file.
+        image: the image file, or what names an image that was given as pixels.
         caption: the text.
         span: a phrase of the caption.
         box: `"x,y,width,height"` in pixels of the upright image file.
         against: captions that the caption is compared with.
+        pixels: the image itself, where it is not to be read from its file.
     """
 
     name: str
@@ -49,10 +51,17 @@ class Entry:
     span: str | None = None
     box: str | None = None
     against: tuple[str, ...] = ()
+    pixels: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def source(self) -> Path | Image.Image:
+        """Where the pixels come from: `pixels`, or the file."""
+        return self.image if self.pixels is None else self.pixels
 
     def row(self) -> dict[str, Any]:
         """The entry as a row of a table."""
-        return asdict(self) | {"against": f" {_BETWEEN} ".join(self.against)}
+        shown = {name: getattr(self, name) for name in ("name", "image", "caption", "span", "box")}
+        return shown | {"against": f" {_BETWEEN} ".join(self.against)}
 
 
 def _refuse_run(name: str) -> None:
@@ -231,8 +240,8 @@ def _read_list(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_input(encoder: TwoTowerEncoder, path: Path) -> tuple[Tensor, tuple[int, int]]:
-    """Read what a model sees of a file, on its device, and the file's (width, height) in pixels.
+def read_input(encoder: TwoTowerEncoder, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    """Read what a model sees of a file or of an image, on its device, and its (width, height) in pixels.
 
     Images are JPEG, PNG or WebP files; no other format is ever looked into. A model of sounds reads sound files.
 
@@ -240,9 +249,9 @@ def read_input(encoder: TwoTowerEncoder, path: Path) -> tuple[Tensor, tuple[int,
         InputError: there is no such file, or it does not decode.
     """
     try:
-        pixels, size = encoder.read(path)
+        pixels, size = encoder.read(source)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        raise InputError(f"{source} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise InputError(str(error)) from error
     return pixels.to(next(encoder.parameters())), size

@@ -78,14 +78,20 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[s
         writer.writerows(rows)
 
 
-def describe(command: Mapping[str, Any], choice: ModelChoice, encoder: TwoTowerEncoder) -> dict[str, Any]:
-    """Describe the command's settings, the model, and versions of what computes attributions, as in every record."""
+def describe(command: Mapping[str, Any], choice: ModelChoice | None, encoder: TwoTowerEncoder) -> dict[str, Any]:
+    """Describe the command's settings, the model, and versions of what computes attributions, as in every record.
+
+    Args:
+        command: the settings.
+        choice: how the model was chosen; None: it was loaded before.
+        encoder: the model.
+    """
     return {
         "command": {key: value for key, value in command.items() if value is not None},
         "model": {
-            "name": choice.name,
-            "pretrained": choice.pretrained,
-            "random_weights_seed": choice.seed if choice.is_random else None,
+            "name": choice.name if choice else encoder.name,
+            "pretrained": choice.pretrained if choice else None,
+            "random_weights_seed": choice.seed if choice and choice.is_random else None,
             "device": str(next(encoder.parameters()).device),
             "architecture": encoder.name,
             "image_size": list(encoder.image_shape[1:]) if encoder.has_image_tower else None,

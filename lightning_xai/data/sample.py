@@ -14,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -226,32 +227,52 @@ def parse_json(data: bytes, kind: type[_T], version: int) -> _T:
 
 
 def read_image(data: bytes, origin: str) -> Image.Image:
-    """Decode an image file to upright 8-bit RGB.
-
-    EXIF orientation is applied, greyscale, palette and CMYK files are converted, 16-bit files are scaled to 8 bits
-    (PIL alone would clip them), and transparency is laid over white.
+    """Decode an image file to upright 8-bit RGB; see `upright`.
 
     Raises:
         RecordError: the bytes are no image that can be decoded; the message names `origin`.
     """
+    with _decoding(origin), Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
+        return _upright(opened)
+
+
+def upright(image: Image.Image, origin: str) -> Image.Image:
+    """Turn an image into upright 8-bit RGB.
+
+    EXIF orientation is applied, greyscale, palette and CMYK images are converted, 16-bit images are scaled to 8 bits
+    (PIL alone would clip them), and transparency is laid over white.
+
+    Raises:
+        RecordError: its pixels, which PIL reads when they are first needed, cannot be decoded.
+    """
+    with _decoding(origin):
+        return _upright(image)
+
+
+@contextmanager
+def _decoding(origin: str) -> Iterator[None]:
+    """Raise a RecordError that names the image where it does not decode."""
     try:
-        with Image.open(io.BytesIO(data), formats=_DECODERS) as opened:
-            opened.load()
-            # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
-            turn = UPRIGHT.get(exif_orientation(opened))
-            image: Image.Image = opened if turn is None else opened.transpose(turn)
-            if image.mode.startswith("I"):
-                image = image.point(lambda value: value / 257.0).convert("L")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        yield
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         # Pillow would name the buffer that the bytes lie in.
         reason = "no JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else error
         raise RecordError(
             f"{origin}: the image does not decode ({reason}); replace the file or drop the record", kind=CORRUPT_IMAGE
         ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
+    turn = UPRIGHT.get(exif_orientation(image))
+    image = image if turn is None else image.transpose(turn)
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 257.0).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def decode_image(sample: Sample) -> Image.Image:

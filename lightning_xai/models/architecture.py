@@ -18,6 +18,7 @@ import open_clip
 from open_clip.transform import PreprocessCfg
 
 from lightning_xai.model_options import PIXEL_OPTIONS, ModelOptions
+from lightning_xai.shipped import shipped
 
 __all__ = [
     "FOLDER_CONFIG",
@@ -76,7 +77,7 @@ def architecture_from_json(path: Path) -> dict[str, Any]:
         ValueError: the file cannot be read, is broken, or lacks a part.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(shipped(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"model config {path} cannot be read ({error.strerror}); give the path of a JSON file"

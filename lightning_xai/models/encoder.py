@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, pad
 
@@ -78,12 +79,15 @@ class TwoTowerEncoder(nn.Module, ABC):
         return torch.zeros(self.image_shape)
 
     @abstractmethod
-    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+    def read(self, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """One input [channels, height, width] from a file, and the (width, height) in which its boxes are given.
+
+        Args:
+            source: the file, or for encoders of images an image.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it does not decode.
+            ValueError: it does not decode, or is of a kind that the model does not take.
         """
 
     def reading(self, path: Path) -> TwoTowerEncoder:

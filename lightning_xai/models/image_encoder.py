@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lightning_xai.data.sample import read_image
+from lightning_xai.data.sample import read_image, upright
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.models.image_transform import ImageTransform
 from lightning_xai.photo import PhotoGeometry
@@ -34,9 +35,9 @@ class ImageEncoder(TwoTowerEncoder):
         black = -torch.tensor(self.image_transform.mean) / torch.tensor(self.image_transform.std)
         return black[:, None, None].expand(self.image_shape)
 
-    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
-        """A JPEG, PNG or WebP file, upright, transformed: [3, height, width]; and its own (width, height)."""
-        image = read_image(path.read_bytes(), str(path))
+    def read(self, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """An image or a JPEG, PNG or WebP file, upright, transformed: [3, height, width]; and its (width, height)."""
+        image = read_image(source.read_bytes(), str(source)) if isinstance(source, Path) else upright(source, "image")
         return self.image_transform(image), image.size
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lightning_xai.data.spans import CaptionTokenizer
@@ -120,7 +121,7 @@ class SentenceEncoder(TwoTowerEncoder):
         """Raise an UnsupportedTowerError."""
         self._without_images()
 
-    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+    def read(self, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """Raise an UnsupportedTowerError."""
         self._without_images()
 

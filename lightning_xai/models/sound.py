@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from PIL import Image
 from torch import Tensor
 
 from lightning_xai.models.encoder import TwoTowerEncoder
@@ -69,9 +70,11 @@ class SoundEncoder(TwoTowerEncoder):
         """Silence: zeros would be a loud noise."""
         return self.black_image()
 
-    def read(self, path: Path) -> tuple[Tensor, tuple[int, int]]:
+    def read(self, source: Path | Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """The spectrogram [C, F, T] of a sound file, and (width, height): frames of all of the sound, and mel bands."""
-        samples = read_sound(path, self.sampling_rate)
+        if not isinstance(source, Path):
+            raise ValueError(f"{self.name} is a model of sounds: give the path of a sound file, not an image")
+        samples = read_sound(source, self.sampling_rate)
         _, bands, frames = self.image_shape
         whole = round(frames * max(1.0, len(samples) / self._samples))
         return self.spectrogram(samples, self.sampling_rate), (whole, bands)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
+from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
@@ -52,6 +53,15 @@ def style() -> Iterator[None]:
         yield
 
 
+class SheetFigure(Figure):
+    """A figure that notebooks show, although pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        self.savefig(file, format="png", dpi=self.dpi)
+        return file.getvalue()
+
+
 class Sheet:
     """A figure in pixels counted from the top left corner, filled from the top down.
 
@@ -66,7 +76,7 @@ class Sheet:
 
     def __init__(self, width: int, title: str, subtitle: str = "") -> None:
         self.width, self.height, self.top = width, 0, 64 if subtitle else 44
-        self.figure = Figure(figsize=(width / DPI, 1), dpi=DPI, facecolor="white")
+        self.figure = SheetFigure(figsize=(width / DPI, 1), dpi=DPI, facecolor="white")
         FigureCanvasAgg(self.figure)
         # One pair of axes for all pictures and texts: axes are slow to make and to draw.
         self._axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(1, 0))
