@@ -1,6 +1,7 @@
 """Examples of a method's heat maps, as `METHOD/examples.json` in a result folder; their images are in `examples/`.
 
-Nothing here needs torch.
+All measurements of a training show the same few, whose images are in `RUN/grounding/examples/`, once. Nothing here
+needs torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         why: the reasons to show it: `"fixed"` (the first ones of the split, whatever the model), `"class"` (the first
             ones of each class) and `"failure"` (lowest gamma).
-        image: file name below the result folder.
+        image: file name below the result folder; of a training, below `RUN/grounding`.
         key: the sample's key.
         caption: the whole caption.
         phrase: the words that are explained.
