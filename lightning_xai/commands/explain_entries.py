@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.progress import Progress
 
+from lightning_xai.commands.explain_explorer import explorer_item
 from lightning_xai.commands.explain_pair import ARRAYS, Explanation, PreparedEntry, explain_batch, prepare_entry, sheet
 from lightning_xai.commands.inputs import Entry, InputError
-from lightning_xai.commands.outputs import numpy_of, progress_bar, write_all, write_csv
+from lightning_xai.commands.outputs import PAGE_OF_MANY, numpy_of, progress_bar, write_all, write_csv, write_page
 from lightning_xai.registry import PluginError
+from lightning_xai.report.explorer import ExplorerItem, explorer_page
 
 if TYPE_CHECKING:
     from lightning_xai.attribution.method_options import ChosenMethod
@@ -26,6 +28,7 @@ _SUMMARY = (
     "skipped",
 )  # fmt: skip
 _MOST_REASONS = 5
+_MOST_ITEMS = 200  # of the page of a list, which a browser has to hold
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Explainer:
         settings: what every record says of command and model.
         target: what is explained of entries with captions to compare with.
         cropped: photos of a list of which the model's crop hides more than a fifth.
+        items: entries of a list, as its page shows them.
     """
 
     out: Path
@@ -71,6 +75,7 @@ class Explainer:
     settings: dict[str, Any]
     target: ChosenTarget | None = None
     cropped: set[Path] = field(default_factory=set)
+    items: list[ExplorerItem] = field(default_factory=list)
 
     def explain_one(self, entry: Entry) -> None:
         """Explain a single entry, straight into the folder.
@@ -87,10 +92,13 @@ class Explainer:
             raise ValueError("; ".join(explained.failed.values()))
         for name, reason in explained.failed.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
-        print("\n".join(filter(None, [self._write(self.out, prepared, explained), prepared.hidden])))  # noqa: T201
+        item = explorer_item(prepared, explained.explanations)
+        page = explorer_page([item], title=f"{item.key}: {entry.caption}")
+        said = self._write(self.out, prepared, explained, page)
+        print("\n".join(filter(None, [said, prepared.hidden])))  # noqa: T201
 
     def explain_list(self, entries: Sequence[Entry], batch_size: int) -> None:
-        """Explain a list, each entry in its own folder, and write `summary.csv`.
+        """Explain a list, each entry in its own folder, and write `summary.csv` and a page of all.
 
         Raises:
             ValueError: not one entry can be used.
@@ -99,6 +107,7 @@ class Explainer:
 
         rows: list[dict[str, Any]] = []
         self.cropped.clear()
+        self.items.clear()
         with progress_bar() as bar, warnings.catch_warnings():
             # It would name places in a batch; the summary names images.
             warnings.simplefilter("ignore", ConstantMapWarning)
@@ -128,7 +137,11 @@ class Explainer:
         faulty = sum(bool(row.get("fault")) for row in rows)
         if faulty:
             lines.append(f"Constant maps in {faulty} rows of the summary, see its column fault")
-        print("\n".join([*lines, f"Saved {self.out / 'summary.csv'}"]))  # noqa: T201
+        title = f"{len(self.items)} images"
+        write_page(self.out / PAGE_OF_MANY, explorer_page(self.items, title=title, mode="strip"))
+        if len(self.items) < saved:
+            lines.append(f"{PAGE_OF_MANY} shows the first {len(self.items)} of them")
+        print("\n".join([*lines, f"Saved {self.out / 'summary.csv'} and the explorer {PAGE_OF_MANY}"]))  # noqa: T201
 
     def _explain_batch(self, entries: Sequence[Entry], bar: Progress) -> list[dict[str, Any]]:
         """Rows of the summary: one for each method of an entry, or one that says why it was skipped."""
@@ -144,6 +157,8 @@ class Explainer:
         for prepared, explained in zip(batch, self._explain(batch, bar), strict=True):
             if explained.explanations:
                 self._write(self.out / prepared.entry.name, prepared, explained)
+                if len(self.items) < _MOST_ITEMS:
+                    self.items.append(explorer_item(prepared, explained.explanations, small=True))
             rows += [
                 prepared.entry.row() | {"method": name, "skipped": reason} for name, reason in explained.failed.items()
             ]
@@ -166,8 +181,8 @@ class Explainer:
             bar.advance(bar.task_ids[0], len(batch))
         return found
 
-    def _write(self, folder: Path, prepared: PreparedEntry, explained: _Explained) -> str:
-        """Write arrays, record and picture of an entry, and say so."""
+    def _write(self, folder: Path, prepared: PreparedEntry, explained: _Explained, page: str | None = None) -> str:
+        """Write arrays, record, picture and page of an entry, and say so."""
         explanations, missing = explained.explanations, self.missing | explained.failed
         several = len(explanations) + len(missing) > 1
         arrays = {"tokens": numpy_of(prepared.tokens)}
@@ -189,4 +204,4 @@ class Explainer:
             described["against_tokens"] = ARRAYS["against_tokens"]
         record = {"methods": methods, "not_served": missing, "arrays": described}
         picture = sheet(prepared, explanations, missing)
-        return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture)
+        return write_all(folder, arrays, {**self.settings, **prepared.record, **record}, picture, page)

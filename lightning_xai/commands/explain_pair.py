@@ -336,6 +336,19 @@ def box_mask(box_xyxy: Box, heat: NDArray[Any], pixels: Tensor) -> NDArray[Any]:
     return numpy_of(patch_mask(torch.tensor([box_xyxy]), heat.shape, (height, width))[0])
 
 
+def frame_and_box(prepared: PreparedEntry) -> tuple[Box | None, Box | None]:
+    """What the model sees of an entry's photo, and the box that is asked about: (x0, y0, x1, y1) in pixels of it."""
+    geometry, box = prepared.geometry, prepared.entry.box
+    if geometry is None:
+        return None, prepared.box_xyxy
+    reduced = prepared.photo.shape[1] / geometry.photo[0]
+    x0, y0, x1, y1 = (reduced * edge for edge in geometry.frame_xyxy)
+    if box is None:
+        return (x0, y0, x1, y1), None
+    x, y, width, height = (reduced * edge for edge in parse_box(box))
+    return (x0, y0, x1, y1), (x, y, x + width, y + height)
+
+
 def sheet(
     prepared: PreparedEntry,
     explanations: Sequence[Explanation],
@@ -343,14 +356,7 @@ def sheet(
 ) -> Figure:
     """Draw an entry's explanations; `missing` are methods that do not serve the model, and why."""
     entry = prepared.entry
-    box, frame, geometry = prepared.box_xyxy, None, prepared.geometry
-    if geometry is not None:
-        reduced = prepared.photo.shape[1] / geometry.photo[0]
-        x0, y0, x1, y1 = (reduced * edge for edge in geometry.frame_xyxy)
-        frame = x0, y0, x1, y1
-        if entry.box is not None:
-            x, y, width, height = (reduced * edge for edge in parse_box(entry.box))
-            box = x, y, x + width, y + height
+    frame, box = frame_and_box(prepared)
     example = Example(
         prepared.photo / np.float32(255), entry.span or "", entry.caption, tuple(prepared.spans), box, frame=frame
     )

@@ -27,19 +27,43 @@ if TYPE_CHECKING:
     from lightning_xai.models.encoder import TwoTowerEncoder
 
 PICTURE = "explanation.png"  # never named after the image, which it would replace in the same folder
+PAGE = "explanation.html"
+PAGE_OF_MANY = "explanations.html"
 _NEAR = 8  # characters that a tokenizer's cleaning may have dropped between two tokens
 
 
-def write_all(folder: Path, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any], sheet: Figure) -> str:
+def write_all(
+    folder: Path, arrays: Mapping[str, NDArray[Any]], record: Mapping[str, Any], sheet: Figure, page: str | None = None
+) -> str:
     """Write arrays (none of which needs pickle), record and picture of an explanation; returns the line that says so.
 
     A reader sees each file whole, or the one before it.
+
+    Args:
+        folder: where to.
+        arrays: by their names in the file.
+        record: of everything else.
+        sheet: the picture.
+        page: the explorer; without one, that of an earlier explanation is removed.
     """
     with replaced_at_once(folder / "attribution.npz") as part:
         np.savez_compressed(part, **arrays)  # type: ignore[arg-type]  # numpy's stub reads names as its own options
     write_json(folder / "explanation.json", record)
     save_figure(sheet, folder / PICTURE)
-    return f"Saved {folder / PICTURE}, with all numbers in attribution.npz and all settings in explanation.json"
+    if page is None:
+        (folder / PAGE).unlink(missing_ok=True)
+    else:
+        write_page(folder / PAGE, page)
+    explorer = "" if page is None else f" and the explorer {PAGE}"
+    return (
+        f"Saved {folder / PICTURE}{explorer}, with all numbers in attribution.npz and all settings in explanation.json"
+    )
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page of HTML."""
+    with replaced_at_once(path) as part:
+        part.write_text(page, encoding="utf-8", newline="")
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -165,7 +165,12 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
         np.testing.assert_array_equal(found["shown_text"], found["text"])
     assert Image.open(out / "explanation.png").size[0] > 800
     assert f"Saved {out / 'explanation.png'}" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["attribution.npz", "explanation.json", "explanation.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "attribution.npz",
+        "explanation.html",
+        "explanation.json",
+        "explanation.png",
+    ]
 
 
 def test_layers_that_are_given_are_the_only_ones_and_no_layer_0_means_the_first(
@@ -493,7 +498,12 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
     for name, values in alone.items():
         np.testing.assert_allclose(listed[name], values, rtol=1e-4, atol=1e-6)
     assert float(rows[0]["similarity"]) == pytest.approx(float(alone[f"{LAST}similarity"]), abs=1e-5)
-    assert sorted(path.name for path in out.iterdir()) == ["0000-picture", "0005-second", "summary.csv"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "0000-picture",
+        "0005-second",
+        "explanations.html",
+        "summary.csv",
+    ]
     assert (out / "0005-second" / "explanation.png").is_file()
 
 
@@ -504,7 +514,12 @@ def test_a_folder_takes_one_caption_for_all_or_a_list_of_them(model: list[str], 
         picture(folder / f"{i}.png", i)
     (folder / "notes.txt").write_text("no image")
     explain("--image", folder, "--caption", CAPTION, *model, "--out", tmp_path / "one")
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["0000-0", "0001-1", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "0000-0",
+        "0001-1",
+        "explanations.html",
+        "summary.csv",
+    ]
     (tmp_path / "captions.csv").write_text("\ufeffimage,caption\n1.png,a cat\n1.png,a dog\n", encoding="utf-8")
     explain("--image", folder, "--captions", tmp_path / "captions.csv", *model, "--out", tmp_path / "two")
     records = [record_of(tmp_path / "two" / name) for name in ("0000-1", "0001-1")]
