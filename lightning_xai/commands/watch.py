@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -28,14 +29,12 @@ def watch(run: Path, port: int = 6016, host: str = "127.0.0.1", token: str | Non
     from lightning_xai.results.progress import find_run
 
     folder = find_run(run)
-    with WatchServer(folder, host, port, token) as server:
+    with suppress(KeyboardInterrupt), WatchServer(folder, host, port, token) as server:
         server.run.progress()  # a run of another version is refused here, not on the page
         server.view.explorer()  # what takes longest at the first time is ready when the page asks for it
         print(f"Watching {folder} at {server.url} (Ctrl-C ends it)", flush=True)  # noqa: T201
         if open:
             # Some browsers keep their caller until they end.
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print(f"\nStopped watching {folder}; a run that trains goes on.")  # noqa: T201
+        server.serve_forever()
+    print(f"\nStopped watching {folder}; a run that trains goes on.")  # noqa: T201
