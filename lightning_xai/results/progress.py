@@ -93,12 +93,7 @@ class FollowedFolder:
 
     def signature(self, name: str) -> tuple[int, ...]:
         """What changes when a file does; empty where there is none."""
-        path = self.file(name)
-        try:
-            found = None if path is None else path.stat()
-        except OSError:
-            return ()
-        return () if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
+        return _signature(self.file(name))
 
     def read(self, name: str, parse: Callable[[Path], T]) -> T | None:
         """A file's content; None where there is no such file.
@@ -106,7 +101,8 @@ class FollowedFolder:
         Raises:
             ResultError: it is too large; and what `parse` raises.
         """
-        path, signature = self.file(name), self.signature(name)
+        path = self.file(name)
+        signature = _signature(path)
         if path is None or not signature:
             return None
         if signature[1] > _LARGEST:
@@ -119,6 +115,14 @@ class FollowedFolder:
         while len(self._parsed) > _MOST_PARSED:
             del self._parsed[next(iter(self._parsed))]
         return content
+
+
+def _signature(path: Path | None) -> tuple[int, ...]:
+    try:
+        found = None if path is None else path.stat()
+    except OSError:  # deleted meanwhile
+        return ()
+    return () if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 class RunState(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -95,13 +95,13 @@ class RunView:
             return _NOTHING, str(error)
 
     def _page(self, progress: Progress, fault: str) -> bytes:
-        data = self._data(progress, fault)
-        data["table"]["rows"] = data["table"]["rows"][-_STILL_ROWS:]
         pictures = {
             name: what
             for name, what in (("curves.png", "Curves of the scores"), ("progress.png", "Heat maps of the examples"))
             if self._run.folder.file(f"grounding/{name}") is not None
         }
+        last = replace(progress, measured=progress.measured[-_STILL_ROWS:])
+        data = self._data(last, fault) | {"status": _status(progress)}
         return _environment().get_template("page.html.j2").render(data=data, pictures=pictures).encode(errors="replace")
 
     def _data(self, progress: Progress, fault: str) -> dict[str, Any]:
@@ -113,7 +113,6 @@ class RunView:
             "status": _status(progress),
             "fault": fault or None,
             "notes": [] if progress.state is None else [*progress.state.changes, *progress.state.longer],
-            "finished": progress.state is not None and progress.state.finished,
             "written": progress.written,
             "table": {
                 "columns": [{"group": c.group, "heading": c.heading, "numeric": c.numeric} for c in columns],
@@ -142,25 +141,23 @@ class RunView:
         return explorer_page(items, title="The fixed examples", mode="time").encode()
 
     def _items(self, progress: Progress) -> Iterator[ExplorerItem]:
-        """An item for each example and measurement that has the same examples as the last one."""
-        last = progress.measured[-1] if progress.measured else None
-        asked = {} if last is None else {_key(each): each for each in _first(self._run.examples(last))}
-        for key, example in asked.items():
-            for measured in _thinned(progress.measured):
-                found = self._run.examples(measured)
-                readings = [
-                    _reading(label, record, progress.record)
-                    for label, records in reversed(found.items())
-                    for record in records
-                    if _key(record) == key
-                ]
+        """An item for each measurement and example, of those that the last measurement has, too."""
+        last = self._run.examples(progress.measured[-1]) if progress.measured else {}
+        asked = {_key(each) for each in _first(last)}
+        for measured in _thinned(progress.measured):
+            found: dict[tuple[str, str, str], dict[str, ExampleRecord]] = {}
+            for label, records in reversed(self._run.examples(measured).items()):  # inputs first
+                for each in records:
+                    found.setdefault(_key(each), {})[label] = each
+            for key, by_label in found.items():
+                example = next(iter(by_label.values()))
                 photo = self._run.folder.read(f"grounding/{example.image}", _photo)
-                if readings and photo is not None:
-                    caption = ExplorerCaption(example.caption, _tokens(example), readings)
+                if key in asked and photo is not None:
+                    readings = [_reading(label, each, progress.record) for label, each in by_label.items()]
                     yield ExplorerItem(
                         key=example.key,
                         photo=photo,
-                        captions=[caption],
+                        captions=[ExplorerCaption(example.caption, _tokens(example), readings)],
                         box=example.box,
                         label=measured.state,
                         group=f"{example.key}: {example.phrase}",
