@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import pytest
@@ -16,6 +17,9 @@ from captioned_shards import make_shards
 from lightning_xai.data import CaptionTokenizer
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.models import DualEncoder, load_dual_encoder
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Many short tests run best without threads that wait for each other, most of all where something else runs as well.
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -158,3 +162,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """23 small captioned images in 1 shard."""
     return make_shards(tmp_path_factory.mktemp("shards") / "s23", 23, per_shard=100)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """The installed Chromium; none is downloaded."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium is installed")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()

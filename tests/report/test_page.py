@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from browser_pages import opened, serious
 from result_folders import SKILLS, put_examples, rewrite, write_evaluation, write_grid, write_roar, write_training
 
 from lightning_xai.report.build import build_sections, write_report
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 HOSTILE = "<script>document.title = 'broken into'</script><img src=x onerror=alert(1)>"
 LONG = "word" * 60
-CHROMIUM = shutil.which("chromium")
 
 
 def put_hostile_text(folder: Path) -> None:
@@ -117,28 +115,6 @@ def test_headings_are_in_order_ids_are_unique_and_links_lead_somewhere(path: Pat
     assert {"overview", "metric-grounding", "training", "metric-roar", "significance", "gaps", "heat-maps"} <= targets
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-def opened(browser: Browser, path: Path, *, width: int = 1280, dark: bool = False) -> tuple[Page, list[str]]:
-    """The page in a window of its own, and what the browser complains of."""
-    shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
-    complaints: list[str] = []
-    shown.on("console", lambda message: complaints.append(message.text))
-    shown.on("pageerror", lambda error: complaints.append(str(error)))
-    shown.on("request", lambda request: complaints.append(f"asks for {request.url[:50]}"))
-    shown.goto(path.as_uri())
-    return shown, complaints
-
-
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
 def test_every_picture_loads_without_complaint_and_the_page_never_scrolls_sideways(
     browser: Browser, path: Path, width: int, dark: bool
@@ -154,7 +130,7 @@ def test_every_picture_loads_without_complaint_and_the_page_never_scrolls_sidewa
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
-    assert not [each for each in complaints if not each.startswith(("asks for data:", "asks for file:"))]
+    assert not serious(complaints)
 
 
 def rows_of(page: Page, table: str) -> list[list[Any]]:

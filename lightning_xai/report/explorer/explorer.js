@@ -164,7 +164,7 @@ class Explorer {
     this.readings = new Map();
     this.state = { item: 0, caption: 0, reading: 0, sign: "both", words: [], region: null };
     this.listen();
-    root.classList.add("live");
+    root.classList.add("active");
     this.find(".view").hidden = false;
     this.items.forEach((still, place) => {
       still.tabIndex = place ? -1 : 0;
