@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from lightning_xai.atomic_file import read_json
-from lightning_xai.results.examples import EXAMPLES_NAME, ExampleRecord, read_examples
+from lightning_xai.results.examples import EXAMPLES_NAME, WORDS_NAME, ExampleRecord, read_examples, read_words
 from lightning_xai.results.record import RESULT_NAME, ResultError, ResultRecord, read_record, state_name
 
 __all__ = [
     "RUN_NAME",
     "RUN_VERSION",
+    "Example",
     "FollowedFolder",
     "FollowedRun",
     "Measured",
@@ -163,6 +166,19 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Example:
+    """An example of a measurement.
+
+    Attributes:
+        record: its phrase and the map of that.
+        words: [n, H, W], the maps of all words of its caption; None where they were not kept.
+    """
+
+    record: ExampleRecord
+    words: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
 class Progress:
     """What a run has measured so far.
 
@@ -211,17 +227,20 @@ class FollowedRun:
         self._last = (seen, Progress(state, measured, columns, record, written))
         return self._last[1]
 
-    def examples(self, measured: Measured) -> dict[str, list[ExampleRecord]]:
+    def examples(self, measured: Measured) -> dict[str, list[Example]]:
         """Label of a reading -> the fixed examples of a measurement; empty where none were kept.
 
         Raises:
             ResultError: a file is broken, or of another version.
         """
         record = self.folder.read(f"{measured.folder}/{RESULT_NAME}", _read_record)
-        labels = () if record is None else record.methods
-        names = {label: f"{measured.folder}/{label}/{EXAMPLES_NAME}" for label in labels}
-        found = {label: self.folder.read(name, _read_examples) or [] for label, name in names.items()}
-        return {label: examples for label, examples in found.items() if examples}
+        found: dict[str, list[Example]] = {}
+        for label in () if record is None else record.methods:
+            records = self.folder.read(f"{measured.folder}/{label}/{EXAMPLES_NAME}", _read_examples) or []
+            words = self.folder.read(f"{measured.folder}/{label}/{WORDS_NAME}", _read_words) or {}
+            if records:
+                found[label] = [Example(each, words.get(place)) for place, each in enumerate(records)]
+        return found
 
 
 def _read_state(path: Path) -> RunState:
@@ -243,6 +262,10 @@ def _read_record(path: Path) -> ResultRecord:
 
 def _read_examples(path: Path) -> list[ExampleRecord]:
     return read_examples(path.parent)
+
+
+def _read_words(path: Path) -> dict[int, NDArray[np.float32]]:
+    return read_words(path.parent)
 
 
 def _read_summary(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:

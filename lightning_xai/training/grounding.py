@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
@@ -24,6 +25,7 @@ from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.examples import example_of
 from lightning_xai.evaluation.method_run import join_rows
 from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, in_digits, maps_of, measure_batch, places_of
+from lightning_xai.evaluation.word_maps import word_maps
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.at_layer import first_layer
@@ -58,6 +60,7 @@ class GroundingPass:
         label_names: the split's classes; None before the first batch.
         examples: what to draw of `row["examples"]`.
         records: label of a reading -> the same examples with their maps, to keep as files.
+        words: label of a reading -> place of an example -> the maps of its caption's words, [n, H, W].
         split: `"val"` or `"test"`; as all that follows after `finish`.
         row: `targets`, gamma and rho over all ranks, and `examples`.
         table: the long table of all ranks, on the first one; elsewhere None.
@@ -80,6 +83,7 @@ class GroundingPass:
         self.label_names: tuple[str, ...] | None = None
         self.examples: list[Example] = []
         self.records: dict[str, list[ExampleRecord]] = {reading.label: [] for reading in readings}
+        self.words: dict[str, dict[int, NDArray[np.float32]]] = {reading.label: {} for reading in readings}
         self._targets: list[dict[str, Any]] = []
         self._values: list[tuple[Any, ...]] = []
         self._drawn: dict[str, list[Any]] = {"keys": []}
@@ -168,6 +172,17 @@ class GroundingPass:
                     self._drawn[f"{name}{reading.suffix}"].append(value)
                 _, record = example_of(target, values["gamma"], values["rho"] == 1, in_digits(heat))
                 self.records[reading.label].append(msgspec.structs.replace(record, why=("fixed",)))
+            self._map_words(few, target)
+
+    def _map_words(self, batch: Batch, target: Mapping[str, Any]) -> None:
+        """Keep the maps of the words of the last example's caption, where its words are whole tokens."""
+        image = int((batch.index == target["index"]).nonzero()[0])
+        own = (batch.caption_image == image) & (batch.caption_index == target["caption_index"])
+        tokens = batch.tokens[own.nonzero()[0, 0]]
+        for reading in self.readings:
+            found = word_maps(reading.attribution, batch.images[image], tokens, target["caption"])
+            if found is not None:
+                self.words[reading.label][len(self.records[reading.label]) - 1] = found.numpy()
 
     def _draw_example(self, batch: Batch, target: Mapping[str, Any]) -> None:
         image = (batch.index == target["index"]).nonzero()[0]
@@ -190,10 +205,10 @@ class GroundingCallback(Callback):
     What the module and other callbacks log under `val/` stands next to grounding in all tables and curves.
 
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
-    record, `classes.csv` with a line for each class, and the maps of a few fixed examples as `METHOD/examples.json`,
-    whose pictures are in `examples/`; `step=00000040/` for one within an epoch), `summary.csv`, `curves.png`, and
-    `progress.png`, on which the heat maps of the examples change from epoch to epoch. `watch` shows them all while the
-    run goes on.
+    record, `classes.csv` with a line for each class, and the maps of a few fixed examples, `METHOD/examples.json` and
+    `words.safetensors`, whose pictures are in `examples/`; `step=00000040/` for one within an epoch), `summary.csv`,
+    `curves.png`, and `progress.png`, on which the heat maps of the examples change from epoch to epoch. `watch` shows
+    them all while the run goes on.
     `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on.
 
     Args:

@@ -17,7 +17,7 @@ from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, logged_shares, score_column
 from lightning_xai.report.plots import GradedMap, curves, progress_sheet, save_figure
-from lightning_xai.results.examples import write_examples
+from lightning_xai.results.examples import write_examples, write_words
 from lightning_xai.results.record import MethodRecord, ResultRecord, layers_in_words, package_versions, state_name
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def _write_examples(folder: Path, here: Path, measured: GroundingPass) -> None:
     """Write the examples' maps into the measurement's own folder, and their pictures once for all measurements."""
     for label, records in measured.records.items():
         write_examples(here / label, records)
+        write_words(here / label, measured.words[label])
     for record, example in zip(next(iter(measured.records.values())), measured.examples, strict=True):
         # Always written again: an earlier run in this folder may have been of a model that sees another size.
         with replaced_at_once(folder / record.image) as part:

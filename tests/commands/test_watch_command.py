@@ -25,7 +25,7 @@ from result_folders import write_evaluation, write_state
 
 from lightning_xai.cli import main
 from lightning_xai.report.watch import WatchServer
-from lightning_xai.results.examples import ExampleRecord, write_examples
+from lightning_xai.results.examples import ExampleRecord, words_of, write_examples, write_words
 from lightning_xai.results.table import write_csv
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def measure(run: Path, skills: list[float], caption: str = "a ring and a heart")
                 heat=tuple(map(tuple, heat.tolist())),
             )
             write_examples(folder / "feature_pair", [example])
+            shape = (len(words_of(caption)), 4, 4)
+            write_words(folder / "feature_pair", {0: np.random.default_rng(epoch).normal(size=shape).astype("f4")})
     (run / "grounding" / "examples").mkdir(exist_ok=True)
     for name in ("examples/one.jpg", "curves.png", "progress.png"):
         Image.new("RGB", (32, 32), (90, 160, 90)).save(run / "grounding" / name)
@@ -405,7 +407,9 @@ def test_the_page_shows_table_and_curves_moves_the_slider_and_follows_the_run(br
         assert label.inner_text() == "epoch 2"
         slider.press("Home")
         assert label.inner_text() == "before"
-        assert HOSTILE in frame.locator("body").inner_text()
+        shown = frame.locator(".words [role=option]")
+        assert shown.all_inner_texts()[:3] == ["a", "ring", "and"]
+        assert "".join(shown.all_inner_texts()[3:]) == HOSTILE.replace(" ", "")
         measure(run, [0.2, 0.4, 0.7, 0.8], caption=f"a ring and {HOSTILE}")
         page.wait_for_selector("#table tbody tr:nth-child(4)")
         assert points(page) == 4

@@ -20,8 +20,8 @@ from PIL import Image
 from lightning_xai.report.explanation import Token
 from lightning_xai.report.explorer import ExplorerCaption, ExplorerItem, ExplorerReading, explorer_page
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, score_column
-from lightning_xai.results.examples import ExampleRecord
-from lightning_xai.results.progress import FollowedRun, Measured, Progress
+from lightning_xai.results.examples import words_of
+from lightning_xai.results.progress import Example, FollowedRun, Measured, Progress
 from lightning_xai.results.record import ResultError, ResultRecord, Score, layers_in_words
 from lightning_xai.results.runs import GROUNDING
 
@@ -143,24 +143,23 @@ class RunView:
     def _items(self, progress: Progress) -> Iterator[ExplorerItem]:
         """An item for each measurement and example, of those that the last measurement has, too."""
         last = self._run.examples(progress.measured[-1]) if progress.measured else {}
-        asked = {_key(each) for each in _first(last)}
+        asked = {_key(each) for each in next(iter(last.values()), ())}
         for measured in _thinned(progress.measured):
-            found: dict[tuple[str, str, str], dict[str, ExampleRecord]] = {}
-            for label, records in reversed(self._run.examples(measured).items()):  # inputs first
-                for each in records:
+            found: dict[tuple[str, str, str], dict[str, Example]] = {}
+            for label, examples in reversed(self._run.examples(measured).items()):  # inputs first
+                for each in examples:
                     found.setdefault(_key(each), {})[label] = each
             for key, by_label in found.items():
-                example = next(iter(by_label.values()))
-                photo = self._run.folder.read(f"grounding/{example.image}", _photo)
+                record = next(iter(by_label.values())).record
+                photo = self._run.folder.read(f"grounding/{record.image}", _photo)
                 if key in asked and photo is not None:
-                    readings = [_reading(label, each, progress.record) for label, each in by_label.items()]
                     yield ExplorerItem(
-                        key=example.key,
+                        key=record.key,
                         photo=photo,
-                        captions=[ExplorerCaption(example.caption, _tokens(example), readings)],
-                        box=example.box,
+                        captions=[_caption(by_label, progress.record)],
+                        box=record.box,
                         label=measured.state,
-                        group=f"{example.key}: {example.phrase}",
+                        group=f"{record.key}: {record.phrase}",
                     )
 
 
@@ -287,40 +286,46 @@ def _thinned(measured: Sequence[Measured]) -> list[Measured]:
     return shown if not shown or shown[-1] is measured[-1] else [*shown, measured[-1]]
 
 
-def _first(found: Mapping[str, Sequence[ExampleRecord]]) -> Sequence[ExampleRecord]:
-    return next(iter(found.values()), ())
+def _key(example: Example) -> tuple[str, str, str]:
+    return example.record.key, example.record.caption, example.record.phrase
 
 
-def _key(record: ExampleRecord) -> tuple[str, str, str]:
-    return record.key, record.caption, record.phrase
+def _caption(by_label: Mapping[str, Example], record: ResultRecord | None) -> ExplorerCaption:
+    """A caption with its words, or the phrase alone where only its map was kept."""
+    first = next(iter(by_label.values())).record
+    whole = all(each.words is not None for each in by_label.values())
+    text, spans = (first.caption, first.spans) if whole else (first.phrase, ((0, len(first.phrase)),))
+    tokens = [
+        Token(text[start:end], marked=any(start < other_end and other < end for other, other_end in spans))
+        for start, end in words_of(text)
+    ]
+    readings = [_reading(label, each, record, len(tokens) if whole else 0) for label, each in by_label.items()]
+    return ExplorerCaption(text, tokens, readings)
 
 
-def _reading(label: str, example: ExampleRecord, record: ResultRecord | None) -> ExplorerReading:
-    """A map as the explorer takes it; the callback keeps maps of phrases, no interactions."""
-    widths = {len(row) for row in example.heat}
-    if len(widths) != 1 or not 0 < max(widths) <= _LARGEST_MAP or len(example.heat) > _LARGEST_MAP:
-        raise ResultError(f"the map of {example.key}, {label}, has rows of {sorted(widths)} values; let the run go on")
+def _reading(label: str, example: Example, record: ResultRecord | None, words: int) -> ExplorerReading:
+    """A map as the explorer takes it, with those of so many words."""
+    known = example.record
+    sizes = {len(row) for row in known.heat}
+    if len(sizes) != 1 or not 0 < max(sizes) <= _LARGEST_MAP or len(known.heat) > _LARGEST_MAP:
+        raise ResultError(f"the map of {known.key}, {label}, has rows of {sorted(sizes)} values; let the run go on")
+    image = np.array(known.heat, dtype=np.float32)
+    pairs = example.words if words else None
+    if pairs is not None and pairs.shape != (words, *image.shape):
+        raise ResultError(f"the maps of the words of {known.key}, {label}, are {pairs.shape}; let the run go on")
     method = record.methods.get(label) if record is not None else None
-    gamma = "no γ" if example.gamma is None else f"γ = {example.gamma:.3f}"
-    hit = "inside" if example.hit else "outside of"
+    gamma = "no γ" if known.gamma is None else f"γ = {known.gamma:.3f}"
+    hit = "inside" if known.hit else "outside of"
     return ExplorerReading(
         method=method.name if method is not None else label,
         where=layers_in_words(method.options) if method is not None else "",
-        tokens_by_patches=None,
-        image=np.array(example.heat, dtype=np.float32),
-        text=None,
+        tokens_by_patches=pairs,
+        image=image if pairs is None else pairs.sum(axis=0),
+        text=None if pairs is None else pairs.sum(axis=(1, 2)),
         similarity=None,
         scale="signed",
-        note=f"“{example.phrase}”: {gamma}, the largest entry is {hit} the box",
+        note=f"“{known.phrase}”: {gamma}, the largest entry is {hit} the box",
     )
-
-
-def _tokens(example: ExampleRecord) -> list[Token]:
-    """The words of a caption, those of the phrase marked."""
-    return [
-        Token(word.group(), marked=any(word.start() < end and start < word.end() for start, end in example.spans))
-        for word in re.finditer(r"\S+", example.caption)
-    ]
 
 
 def _photo(path: Path) -> NDArray[np.uint8]:
