@@ -33,6 +33,7 @@ COMMANDS: Registry[Any] = Registry(
         "roar": "lightning_xai.commands.roar:Roar",
         "objectives": "lightning_xai.commands.objectives:Objectives",
         "report": "lightning_xai.commands.report:Report",
+        "watch": "lightning_xai.commands.watch:watch",
     },
 )
 

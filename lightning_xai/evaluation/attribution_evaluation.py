@@ -8,7 +8,6 @@ where it was, with any number of processes.
 from __future__ import annotations
 
 import inspect
-import io
 import math
 import time
 import warnings
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 
 from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.attribution.base import ConstantMapWarning
@@ -31,7 +29,7 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.collages import POOL, Collages
 from lightning_xai.evaluation.embeddings import Embeddings
-from lightning_xai.evaluation.examples import Place, choose_examples
+from lightning_xai.evaluation.examples import Place, choose_examples, jpeg_of
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
 from lightning_xai.evaluation.rows import clock, measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AttributionEvaluation"]
 
-_QUALITY = 92
 _COST = "seconds_per_pair"  # of the model's own forward pass; with a label, of a method on top of it
 _LAYERS = {"image_layer", "text_layer"}
 _COMPARED = ("grounding", "agreement")  # what a referee is for
@@ -514,7 +511,4 @@ def _jpeg(encoder: TwoTowerEncoder, batch: Batch, index: int) -> bytes:
     """The picture of a sample of a batch as the model saw it."""
     row = (batch.index == index).nonzero()[0]
     picture = encoder.pictures(batch.images[row].float().cpu())[0].permute(1, 2, 0)
-    buffer = io.BytesIO()
-    levels = (picture * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
-    Image.fromarray(levels.numpy()).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
-    return buffer.getvalue()
+    return jpeg_of(picture.numpy())

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from lightning_xai.evaluation.rows import BOX_COLUMNS, places_of
 from lightning_xai.results.examples import ExampleRecord
 
-__all__ = ["Place", "choose_examples", "example_of"]
+__all__ = ["Place", "choose_examples", "example_of", "jpeg_of"]
+
+_QUALITY = 92
 
 Place = tuple[int, int, str]
 """Index of a sample in its split, which of its captions, and the class that a phrase of it names."""
@@ -67,6 +73,14 @@ def choose_examples(
         for place in of_image.values():
             reasons[place] = (*reasons.get(place, ()), why)
     return {place: msgspec.structs.replace(at[place], why=reasons[place]) for place in sorted(reasons)}
+
+
+def jpeg_of(picture: NDArray[np.floating]) -> bytes:
+    """A picture as the model saw it, [h, w, 3] in [0, 1], as a JPEG file."""
+    buffer = io.BytesIO()
+    levels = (picture * 255).round().clip(0, 255).astype(np.uint8)
+    Image.fromarray(levels).save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
+    return buffer.getvalue()
 
 
 def _worst_first(candidate: tuple[Place, ExampleRecord]) -> tuple[float, Place]:

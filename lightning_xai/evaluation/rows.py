@@ -58,6 +58,7 @@ __all__ = [
     "ValueRow",
     "Wanted",
     "clock",
+    "in_digits",
     "maps_of",
     "measure_batch",
     "places_of",
@@ -273,8 +274,7 @@ class BatchRows:
             number = None if math.isnan(value) else value
             records[index_of[name]]["values"].append((name, metric, number, excluded))
         for target, heat in self.phrases if heats else ():
-            digits = [[float(f"{value:.{_HEAT_DIGITS}g}") for value in line] for line in heat.tolist()]
-            records[target["index"]]["heats"][target["target"]] = digits
+            records[target["index"]]["heats"][target["target"]] = in_digits(heat)
         return records
 
 
@@ -321,6 +321,15 @@ def measure_batch(
     targets = [row for group in groups.values() for row in group.rows]
     shown = measuring.measured_phrases(groups["phrase"]) if "phrase" in groups else []
     return BatchRows(targets, values, shown, measuring.seconds)
+
+
+def in_digits(heat: Tensor) -> list[list[float]]:
+    """A map [H, W] as plain values to keep on disk, of four digits.
+
+    >>> in_digits(torch.tensor([[0.123456, -2.0]]))
+    [[0.1235, -2.0]]
+    """
+    return [[float(f"{value:.{_HEAT_DIGITS}g}") for value in line] for line in heat.tolist()]
 
 
 def clock(device: torch.device) -> float:

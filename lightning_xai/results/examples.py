@@ -1,21 +1,37 @@
 """Examples of a method's heat maps, as `METHOD/examples.json` in a result folder; their images are in `examples/`.
 
-Nothing here needs torch.
+Of a training, `METHOD/words.safetensors` has the maps of all words of the examples' captions. All its measurements show
+the same few examples, whose images are in `RUN/grounding/examples/`, once. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from lightning_xai.atomic_file import write_json
-from lightning_xai.results.record import VERSION, read_file
+from lightning_xai.atomic_file import replaced_at_once, write_json
+from lightning_xai.results.record import VERSION, ResultError, read_file
 
-__all__ = ["EXAMPLES_NAME", "ExampleRecord", "read_examples", "write_examples"]
+__all__ = [
+    "EXAMPLES_NAME",
+    "WORDS_NAME",
+    "ExampleRecord",
+    "read_examples",
+    "read_words",
+    "words_of",
+    "write_examples",
+    "write_words",
+]
 
 EXAMPLES_NAME = "examples.json"
+WORDS_NAME = "words.safetensors"
 
 
 class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +40,7 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         why: the reasons to show it: `"fixed"` (the first ones of the split, whatever the model), `"class"` (the first
             ones of each class) and `"failure"` (lowest gamma).
-        image: file name below the result folder.
+        image: file name below the result folder; of a training, below `RUN/grounding`.
         key: the sample's key.
         caption: the whole caption.
         phrase: the words that are explained.
@@ -71,3 +87,33 @@ def read_examples(folder: Path) -> list[ExampleRecord]:
     """
     path = folder / EXAMPLES_NAME
     return read_file(path, _File).examples if path.is_file() else []
+
+
+def words_of(caption: str) -> list[tuple[int, int]]:
+    """The characters `(start, end)` of what stands between spaces in a caption.
+
+    >>> words_of("a red dog")
+    [(0, 1), (2, 5), (6, 9)]
+    """
+    return [word.span() for word in re.finditer(r"\S+", caption)]
+
+
+def write_words(folder: Path, maps: Mapping[int, NDArray[np.float32]]) -> None:
+    """Write `folder/words.safetensors`: the maps [n, H, W] of the words of examples, by their places in the file."""
+    with replaced_at_once(folder / WORDS_NAME) as part:
+        save_file({str(place): np.ascontiguousarray(found) for place, found in maps.items()}, part)
+
+
+def read_words(folder: Path) -> dict[int, NDArray[np.float32]]:
+    """Read `folder/words.safetensors`; nothing where there is no such file.
+
+    Raises:
+        ResultError: the file is broken.
+    """
+    path = folder / WORDS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        return {int(name): np.asarray(found, dtype=np.float32) for name, found in load_file(path).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ResultError(f"{path} cannot be read ({error}); run it again, or delete it") from error

@@ -10,24 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+import msgspec
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import Rule, quadrature
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation.examples import example_of
 from lightning_xai.evaluation.method_run import join_rows
-from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, maps_of, measure_batch, places_of
+from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, in_digits, maps_of, measure_batch, places_of
+from lightning_xai.evaluation.word_maps import word_maps
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.at_layer import first_layer
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.report.plots import Example, rasterize
+from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, show, write
 from lightning_xai.training.measured_model import describe_measured
 from lightning_xai.training.measurement import check_monitors, find_encoder, is_due, is_fitting
@@ -54,6 +59,8 @@ class GroundingPass:
     Attributes:
         label_names: the split's classes; None before the first batch.
         examples: what to draw of `row["examples"]`.
+        records: label of a reading -> the same examples with their maps, to keep as files.
+        words: label of a reading -> place of an example -> the maps of its caption's words, [n, H, W].
         split: `"val"` or `"test"`; as all that follows after `finish`.
         row: `targets`, gamma and rho over all ranks, and `examples`.
         table: the long table of all ranks, on the first one; elsewhere None.
@@ -75,6 +82,8 @@ class GroundingPass:
         self._most_drawn = examples
         self.label_names: tuple[str, ...] | None = None
         self.examples: list[Example] = []
+        self.records: dict[str, list[ExampleRecord]] = {reading.label: [] for reading in readings}
+        self.words: dict[str, dict[int, NDArray[np.float32]]] = {reading.label: {} for reading in readings}
         self._targets: list[dict[str, Any]] = []
         self._values: list[tuple[Any, ...]] = []
         self._drawn: dict[str, list[Any]] = {"keys": []}
@@ -161,6 +170,19 @@ class GroundingPass:
                 drawn_now = {"heats": heat.float().clone(), "gammas": values["gamma"], "hits": values["rho"] == 1}
                 for name, value in drawn_now.items():
                     self._drawn[f"{name}{reading.suffix}"].append(value)
+                _, record = example_of(target, values["gamma"], values["rho"] == 1, in_digits(heat))
+                self.records[reading.label].append(msgspec.structs.replace(record, why=("fixed",)))
+            self._map_words(few, target)
+
+    def _map_words(self, batch: Batch, target: Mapping[str, Any]) -> None:
+        """Keep the maps of the words of the last example's caption, where its words are whole tokens."""
+        image = int((batch.index == target["index"]).nonzero()[0])
+        own = (batch.caption_image == image) & (batch.caption_index == target["caption_index"])
+        tokens = batch.tokens[own.nonzero()[0, 0]]
+        for reading in self.readings:
+            found = word_maps(reading.attribution, batch.images[image], tokens, target["caption"])
+            if found is not None:
+                self.words[reading.label][len(self.records[reading.label]) - 1] = found.numpy()
 
     def _draw_example(self, batch: Batch, target: Mapping[str, Any]) -> None:
         image = (batch.index == target["index"]).nonzero()[0]
@@ -183,8 +205,10 @@ class GroundingCallback(Callback):
     What the module and other callbacks log under `val/` stands next to grounding in all tables and curves.
 
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
-    record, and `classes.csv` with a line for each class; `step=00000040/` for one within an epoch), `summary.csv`,
-    `curves.png`, and `progress.png`, on which the heat maps of a few fixed examples change from epoch to epoch.
+    record, `classes.csv` with a line for each class, and the maps of a few fixed examples, `METHOD/examples.json` and
+    `words.safetensors`, whose pictures are in `examples/`; `step=00000040/` for one within an epoch), `summary.csv`,
+    `curves.png`, and `progress.png`, on which the heat maps of the examples change from epoch to epoch. `watch` shows
+    them all while the run goes on.
     `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on.
 
     Args:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
+from lightning_xai.evaluation.examples import jpeg_of
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, logged_shares, score_column
 from lightning_xai.report.plots import GradedMap, curves, progress_sheet, save_figure
+from lightning_xai.results.examples import write_examples, write_words
 from lightning_xai.results.record import MethodRecord, ResultRecord, layers_in_words, package_versions, state_name
 
 if TYPE_CHECKING:
@@ -82,6 +85,9 @@ def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Map
     assert measured.table is not None, "the first rank holds the table"
     write_csv(here / "classes.csv", _classes(measured))
     write_result(here, _record(last, measured.readings, about), measured.table)
+    if training and measured.examples:
+        _write_examples(folder, here, measured)
+    # Last of the data: who follows the run takes a line of the summary for a measurement that is there.
     write_csv(folder / f"summary{suffix}.csv", _lines(rows))
     if training and any(row["targets"] for row in rows):
         panels = {reading.suffix: _named(reading) for reading in _inputs_first(measured.readings)}
@@ -122,6 +128,17 @@ def _epochs(rows: Sequence[Row], suffix: str) -> PaperTable:
     layers = rows[-1].get(f"layers{suffix}")
     where = f", {'inputs' if suffix else 'layers'} ({layers})" if layers else ""
     return PaperTable(f"grounding{suffix}", f"Grounding per epoch{where}", "", heads, cells)
+
+
+def _write_examples(folder: Path, here: Path, measured: GroundingPass) -> None:
+    """Write the examples' maps into the measurement's own folder, and their pictures once for all measurements."""
+    for label, records in measured.records.items():
+        write_examples(here / label, records)
+        write_words(here / label, measured.words[label])
+    for record, example in zip(next(iter(measured.records.values())), measured.examples, strict=True):
+        # Always written again: an earlier run in this folder may have been of a model that sees another size.
+        with replaced_at_once(folder / record.image) as part:
+            part.write_bytes(jpeg_of(example.image))
 
 
 def _inputs_first(readings: Sequence[Reading]) -> Sequence[Reading]:

@@ -18,13 +18,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from lightning_xai.atomic_file import as_read, put_in_place, read_json, write_json
+from lightning_xai.results.progress import RUN_NAME, RUN_VERSION
 from lightning_xai.results.record import settings_that_differ
 from lightning_xai.training.checkpoint_file import damage
 
 __all__ = ["RunFolder", "RunFolderError", "RunModel", "RunRecord", "run_of"]
 
-RECORD_NAME = "run.json"
-RECORD_VERSION = 1
 CHECKPOINT_KEY = "run"
 """Key of a checkpoint that says which run it belongs to."""
 
@@ -177,11 +176,11 @@ class RunFolder:
         Raises:
             RunFolderError: `run.json` is broken.
         """
-        path = self.path / RECORD_NAME
+        path = self.path / RUN_NAME
         try:
             record = read_json(path, RunRecord)
-            if record.version != RECORD_VERSION:
-                raise ValueError(f"version {record.version}, expected {RECORD_VERSION}")
+            if record.version != RUN_VERSION:
+                raise ValueError(f"version {record.version}, expected {RUN_VERSION}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -192,7 +191,7 @@ class RunFolder:
 
     def begin(self, settings: Mapping[str, Any]) -> RunRecord:
         """Record a new run; needs the lock. Checkpoints of an earlier run in this folder are foreign from now on."""
-        record = RunRecord(uuid.uuid4().hex, _plain(settings), finished=False, version=RECORD_VERSION)
+        record = RunRecord(uuid.uuid4().hex, _plain(settings), finished=False, version=RUN_VERSION)
         self._write(record)
         return record
 
@@ -266,7 +265,7 @@ class RunFolder:
         record = self.read()
         if record is None:
             raise RunFolderError(
-                f"{self.path} holds no training run ({RECORD_NAME} is missing), so no model of it can be taken: name "
+                f"{self.path} holds no training run ({RUN_NAME} is missing), so no model of it can be taken: name "
                 "the folder of one, or omit --run to take the model as the config gives it"
             )
         if choice not in (None, "best", "last"):
@@ -409,7 +408,7 @@ class RunFolder:
             path.unlink()
 
     def _write(self, record: RunRecord) -> None:
-        path = self.path / RECORD_NAME
+        path = self.path / RUN_NAME
         try:
             write_json(path, msgspec.to_builtins(record), durable=True)
         except OSError as error:
@@ -426,7 +425,7 @@ def _more(was: Any, now: Any) -> bool:
 def run_of(path: Path) -> RunFolder | None:
     """The run that a path names: its folder, or the config.yaml in it; None if there is none."""
     folder = path.parent if path.name == "config.yaml" else path
-    return RunFolder(folder) if (folder / RECORD_NAME).is_file() else None
+    return RunFolder(folder) if (folder / RUN_NAME).is_file() else None
 
 
 def _content(path: Path) -> dict[str, Any]:

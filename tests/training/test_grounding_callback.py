@@ -31,6 +31,7 @@ from lightning_xai.data.sample import read_image
 from lightning_xai.data.shapes import prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.models import DualEncoder, load_dual_encoder
+from lightning_xai.results.examples import read_examples, read_words, words_of
 from lightning_xai.results.predictions import read_part
 from lightning_xai.results.record import read_record
 from lightning_xai.results.table import read_result
@@ -432,6 +433,30 @@ def test_the_pictures_are_valid_and_show_the_same_examples_in_every_epoch(run: R
     heats = [row["examples"]["heats"] for row in run.callback.history]
     assert all(heat.shape == (4, 4) for epoch in heats for heat in epoch)
     assert not torch.equal(heats[0][0], heats[-1][0])
+
+
+def test_the_examples_of_each_measurement_are_kept_as_files_and_their_pictures_once(run: Run) -> None:
+    folder = run.folder / "grounding"
+    for row in run.callback.history:
+        for label, ending in (("feature_pair", ""), (INPUTS["vit"], "_input")):
+            records = read_examples(folder / f"epoch={row['epoch']:03d}" / label)
+            words = read_words(folder / f"epoch={row['epoch']:03d}" / label)
+            assert [f"{record.key}: {record.phrase}" for record in records] == row["examples"]["keys"]
+            for record, heat, gamma in zip(
+                records, *(row["examples"][f"{name}{ending}"] for name in ("heats", "gammas")), strict=True
+            ):
+                assert record.gamma == pytest.approx(gamma)
+                assert np.array(record.heat) == pytest.approx(heat.numpy(), rel=1e-3)
+                with Image.open(folder / record.image) as picture:
+                    assert picture.size == (32, 32)
+            # The map of a phrase is the sum of those of its words.
+            for place, (record, heat) in enumerate(zip(records, row["examples"][f"heats{ending}"], strict=True)):
+                spans = words_of(record.caption)
+                assert len(words[place]) == len(spans)
+                own = [any(start < b and a < end for a, b in record.spans) for start, end in spans]
+                total = words[place][own].sum(axis=0)
+                assert total == pytest.approx(heat.numpy(), rel=1e-3, abs=1e-3 * float(heat.abs().max()))
+    assert len(list(folder.rglob("*.jpg"))) == 2
 
 
 def test_tensorboard_has_scalars_and_pictures_from_step_zero_on(run: Run) -> None:

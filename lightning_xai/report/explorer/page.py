@@ -86,7 +86,11 @@ def component(items: Sequence[ExplorerItem], mode: Mode | None = None) -> Markup
     if not items or (mode == "single" and len(items) > 1):
         raise ValueError(f"an explorer in the mode {mode!r} cannot show {len(items)} items; give one, or another mode")
     longest = math.inf if len(items) <= _FEW else _LONGEST_OF_MANY
-    urls = [_photo_url(item.photo, longest) for item in items]
+    # A photo is encoded once, however many items show it.
+    encoded = {
+        id(photo): _photo_url(photo, longest) for photo in {id(item.photo): item.photo for item in items}.values()
+    }
+    urls = [encoded[id(item.photo)] for item in items]
     last = {item.series: place for place, item in enumerate(items)}
     with_stills = sorted(last.values()) if mode == "time" else range(len(items))
     # Photos stand in the stills already; only others are given again.
