@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.report.plots import Example, GradedMap, heat_fault, progress_sheet, scaled
+from lightning_xai.report.plots import Example, GradedMap, graded_picture, heat_fault, progress_sheet, scaled
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
 
@@ -84,6 +84,14 @@ class Gallery:
         maps = [[other[_key(each.record)].graded for each in rows] for other in found]
         examples = [each.example for each in rows]
         return progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176), len(rows)
+
+    def pictures(self) -> dict[tuple[str, str, str, str], NDArray[np.uint8]]:
+        """Each example of one run: label of the method, key, caption, phrase -> its heat map on it, [H, W, 3]."""
+        return {
+            (label, record.key, record.caption, record.phrase): graded_picture(example, graded)
+            for (_, label), found in self._drawable.items()
+            for example, graded, record in found.values()
+        }
 
     def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
         try:

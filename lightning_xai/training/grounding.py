@@ -13,13 +13,13 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import Rule, quadrature
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
+from lightning_xai.evaluation.logged_pictures import log_pictures
 from lightning_xai.evaluation.method_run import join_rows
 from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, maps_of, measure_batch, places_of
 from lightning_xai.metrics.grounding import SPEC
@@ -27,8 +27,8 @@ from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.at_layer import first_layer
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.report.plots import Example, rasterize
-from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, show, write
+from lightning_xai.report.plots import Example
+from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, for_loggers, show, write
 from lightning_xai.training.measured_model import describe_measured
 from lightning_xai.training.measurement import check_monitors, find_encoder, is_due, is_fitting
 from lightning_xai.training.phrase_sample import PhraseSample
@@ -185,7 +185,9 @@ class GroundingCallback(Callback):
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
     record, and `classes.csv` with a line for each class; `step=00000040/` for one within an epoch), `summary.csv`,
     `curves.png`, and `progress.png`, on which the heat maps of a few fixed examples change from epoch to epoch.
-    `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on.
+    `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on. Each logger of
+    the trainer gets the pictures as `val/grounding` and `val/grounding_curves`, and tables of the phrases (with the
+    heat maps of the examples) and the classes, `val/grounding_pairs` and `val/grounding_classes`, see `log_pictures`.
 
     Args:
         image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
@@ -383,13 +385,8 @@ class GroundingCallback(Callback):
     def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: GroundingPass) -> None:
         about = _about(trainer, measured.split, self._readings[0].attribution.encoder)
         about["settings"] = {name: getattr(self, name) for name in ("input_phrases", "input_seed")}
-        sheet = write(folder, rows, measured, about)
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if sheet is not None and loggers:
-            picture = rasterize(sheet)
-            for logger in loggers:
-                name = f"{measured.split}/grounding"
-                logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+        pictures = write(folder, rows, measured, about)
+        log_pictures(trainer, for_loggers(folder, rows[-1], measured, pictures))
         if not is_fitting(trainer):
             show(folder, rows)
 

@@ -57,12 +57,21 @@ def placed_loggers(configured: Any, folder: Path, version: str | None) -> Any:
         if issubclass(kind, (TensorBoardLogger, CSVLogger)):
             own |= {name: value for name, value in {"name": "", "version": version}.items() if name in names}
         elif _known(kind) == "MLFlowLogger":
-            # Its default, a store of files, is refused by recent releases of mlflow.
-            own = {} if given.get("tracking_uri") else {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').resolve()}"}
+            own = {} if given.get("tracking_uri") else _own_mlflow(folder)
+            own |= {name: given[name] for name in own if given.get(name)}
         elif _known(kind) == "CometLogger":
             own = {"offline_directory": str(folder)}
         placed.append({**one, "init_args": {**given, **own}})
     return placed
+
+
+def _own_mlflow(folder: Path) -> dict[str, str | None]:
+    """MLflow's options for a store in a folder."""
+    # Its default, a store of files, is refused by recent releases; its artifacts would be in the working directory.
+    return {
+        "tracking_uri": f"sqlite:///{(folder / 'mlflow.db').resolve()}",
+        "artifact_location": (folder / "mlflow").resolve().as_uri(),
+    }
 
 
 def logger_ids(loggers: Iterable[Logger]) -> dict[str, dict[str, str]]:

@@ -32,7 +32,10 @@ def test_a_logger_writes_into_the_runs_folder_by_whatever_name_it_takes_one(tmp_
         configured(WithoutFolder, prefix="p"),
         configured(LOGGERS + "CometLogger", online=False),
         configured(LOGGERS + "MLFlowLogger", tracking_uri="https://host"),
+        configured(LOGGERS + "MLFlowLogger"),
+        configured(LOGGERS + "MLFlowLogger", artifact_location="s3://mine"),
     ]
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
     placed = [one["init_args"] for one in placed_loggers(loggers, tmp_path, "")]
     assert placed == [
         {"save_dir": str(tmp_path), "name": "", "version": ""},
@@ -40,6 +43,8 @@ def test_a_logger_writes_into_the_runs_folder_by_whatever_name_it_takes_one(tmp_
         {"prefix": "p"},
         {"online": False, "offline_directory": str(tmp_path)},
         {"tracking_uri": "https://host"},
+        {"tracking_uri": database, "artifact_location": (tmp_path / "mlflow").as_uri()},
+        {"tracking_uri": database, "artifact_location": "s3://mine"},
     ]
     assert placed_loggers(False, tmp_path, "") is False
     assert [has_own_folder(one) for one in (None, *loggers[:3], WithoutFolder())] == [True, True, False, False, False]
