@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,13 +201,14 @@ def _comet(logger: Any, item: Item, step: int) -> None:
     for row, pixels in item.pictures.items():
         experiment.log_image(pixels, name=f"{name}/{row}", step=step)
     rows = item.cells(lambda row, _: f"{name}/{row}")
-    experiment.log_table(f"{name}/step={step:08d}.csv", tabular_data=rows, headers=True)
+    # Of a frame it would write the index, too, and of no value "nan".
+    cells = rows.where(rows.notna(), "").to_numpy().tolist()
+    experiment.log_table(f"{name}/step={step:08d}.csv", tabular_data=cells, headers=list(rows.columns))
 
 
 def _litlogger(logger: Any, item: Item, step: int) -> None:
-    from litlogger import File
-
-    logger.experiment[_prefixed(logger, item)].append(File(str(item.path)), step=step)
+    file = import_module("litlogger").File(str(item.path))
+    logger.experiment[_prefixed(logger, item)].append(file, step=step)
 
 
 def _csv(logger: Any, item: Item, step: int) -> None:
@@ -250,7 +252,7 @@ _TABLE_METHODS = ("log_table", "log_artifact", "log_file", "add_text", "log_text
 def _by_common_methods(logger: Any, item: Item, step: int) -> None:
     """By the first method of the logger or its client all of whose parameters are known; else as a file by its name."""
     name = _prefixed(logger, item)
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     methods = _PICTURE_METHODS if isinstance(item, Picture) else _TABLE_METHODS
     for owner in (logger, experiment):
         for method in (getattr(owner, each, None) for each in methods):

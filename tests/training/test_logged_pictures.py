@@ -77,8 +77,8 @@ class Foreign(WithoutFolder):
 
 
 def data_of(shapes: Path) -> ShardDataModule:
-    folders = {"train": shapes / "train", "val": shapes / "val", "test": shapes / "val"}
-    return ShardDataModule(**folders, batch_size=32, eval_batch_size=20, num_workers=0)
+    options: dict[str, Any] = {"batch_size": 32, "eval_batch_size": 20, "num_workers": 0}
+    return ShardDataModule(train=shapes / "train", val=shapes / "val", test=shapes / "val", **options)
 
 
 def fit(folder: Path, shapes: Path, architecture: Path, loggers: list[Any]) -> None:
@@ -153,6 +153,7 @@ def wandb_records(folder: Path) -> Iterator[Any]:
     """The records of an offline run, as `wandb sync` reads them: a log of LevelDB's form, 7 bytes of head before it."""
     from wandb.proto import wandb_internal_pb2
 
+    kinds: Any = wandb_internal_pb2
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
     content, place, record = path.read_bytes(), 7, b""
     while place + 7 <= len(content):
@@ -163,7 +164,7 @@ def wandb_records(folder: Path) -> Iterator[Any]:
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(record)
+            yield kinds.Record.FromString(record)
             record = b""
 
 
@@ -257,14 +258,13 @@ def test_comet_has_pictures_and_tables(
     with zipfile.ZipFile(path) as archive:
         messages = [json.loads(line) for line in archive.read("messages.json").decode().splitlines()]
         uploads = [each["payload"] for each in messages if each["type"] == "file_upload"]
-        sent = [each for each in uploads if each["upload_type"] in ("visualization", "dataframe")]
-        named = {
-            each["additional_params"].get("figName") or each["additional_params"]["fileName"]: each for each in sent
-        }
+        about = [(each["additional_params"], each["file_path"]) for each in uploads]
+        named = {told.get("figName") or told.get("fileName"): path for told, path in about}
+        named = {name: path for name, path in named.items() if name and name.startswith("val/")}
         pictures = ["val/grounding", *(f"val/grounding_pairs/{row}" for row in range(4))]
         assert list(named) == [*pictures, *(f"{name}/step=00000000.csv" for name in TABLES)]
-        assert all(drawn(archive.read(named[name]["file_path"])) > 20 for name in pictures)
-        table = archive.read(named[f"{TABLES[0]}/step=00000000.csv"]["file_path"]).decode()
+        assert all(drawn(archive.read(named[name])) > 20 for name in pictures)
+        table = archive.read(named[f"{TABLES[0]}/step=00000000.csv"]).decode()
     lines = list(csv.DictReader(table.splitlines()))
     assert list(lines[0]) == COLUMNS
     assert [line["heat_map"] for line in lines if line["heat_map"]] == pictures[1:]
