@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
@@ -320,6 +321,13 @@ class GroundingCallback(Callback):
                 value = self._measured.row[f"{name.removeprefix('grounding_')}{reading.suffix}"]
                 whole = f"{self._measured.split}/{name}{reading.suffix}"
                 pl_module.log(whole, float(value), prog_bar=name == "rho")
+            if not self._measured.row[f"targets{reading.suffix}"]:
+                why = self._measured.row[f"excluded{reading.suffix}"]
+                rank_zero_warn(
+                    f"{self._measured.split}: gamma and rho at layers {reading.layers} have no value, as no phrase "
+                    f"could be measured ({', '.join(f'{n} {name}' for name, n in why.items()) or 'there is none'}); a "
+                    "checkpoint or early stopping that monitors them takes this for the worst"
+                )
 
     on_test_epoch_end = on_validation_epoch_end
 

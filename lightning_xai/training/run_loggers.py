@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -138,6 +139,8 @@ def keep_rows(folder: Path, checkpoint: Path | None) -> None:
 def outlast(loggers: Iterable[Logger], stopping: Callable[[], bool]) -> None:
     """Let a run that is `stopping` save and end in order where a logger fails; before that, an error is an error.
 
+    Numbers that are NaN are not logged, since nothing was measured, such as the mean gamma of no phrase; a loss is.
+
     `scancel` and the like signal all processes of a job, W&B's service among them, which then ends at once: what is
     logged until the run has saved does not reach it.
     """
@@ -146,9 +149,17 @@ def outlast(loggers: Iterable[Logger], stopping: Callable[[], bool]) -> None:
         logger.log_metrics = partial(_log, partial(kind.log_metrics, logger), kind.__name__, stopping)  # type: ignore[method-assign]
 
 
-def _log(log_metrics: Callable[..., None], name: str, stopping: Callable[[], bool], *args: Any, **kwargs: Any) -> None:
+def _log(
+    log_metrics: Callable[..., None],
+    name: str,
+    stopping: Callable[[], bool],
+    metrics: Mapping[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    measured = {key: value for key, value in metrics.items() if key.endswith("loss") or not _is_nan(value)}
     try:
-        log_metrics(*args, **kwargs)
+        log_metrics(measured, *args, **kwargs)
     except Exception as error:
         deadline = time.monotonic() + _LATER
         while not stopping() and time.monotonic() < deadline:
@@ -156,6 +167,10 @@ def _log(log_metrics: Callable[..., None], name: str, stopping: Callable[[], boo
         if not stopping():
             raise
         rank_zero_warn(f"{name} was ended before the run ({type(error).__name__}) and lacks the last rows")
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def drop_idle_options(loggers: Iterable[Logger]) -> None:
