@@ -68,9 +68,8 @@ def training_batches(task: Any, lists: dict[str, list[Any]], train: Path, size: 
     found: list[Any] = []
 
     class Keep(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> int:  # type: ignore[override]
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             found.append(batch)
-            return -1  # no step
 
     # Data modules ask for what batches have to hold.
     task.objectives = tuple(objective for chosen in lists.values() for objective in chosen)

@@ -101,10 +101,16 @@ class Merge:
             if data is not None or zero_shot is not None:
                 print(f"\nalpha = {alpha:g}", flush=True)  # noqa: T201 - measuring may take long
                 rows.append({"alpha": alpha, **_measured(tuned, self.out / path.stem, data, zero_shot, self, device)})
+                self._write_rows(rows)  # so that what was measured is there if the next one fails
         if rows:
             self._write(rows)
         if self.save == "best":
             best = max(rows, key=lambda row: _number(row.get(str(self.best_by))))
+            if _number(best.get(str(self.best_by))) == -math.inf:
+                raise ValueError(
+                    f"no alpha is the best by {self.best_by}, which could be measured at none of them: look at "
+                    f"{self.out / 'merge.csv'}, and choose by another number or data that it can be measured on"
+                )
             tuned.model.load_state_dict(interpolated(first, last, best["alpha"]))
             save_checkpoint(tuned, self.out / f"alpha={best['alpha']:g}.ckpt")
             print(f"Best by {self.best_by}: alpha = {best['alpha']:g}")  # noqa: T201
@@ -163,6 +169,9 @@ class Merge:
             data.setup("validate")  # refuses what is no folder of shards
         return zero_shot, data
 
+    def _write_rows(self, rows: list[dict[str, float]]) -> None:
+        write_csv(self.out / "merge.csv", rows, list(dict.fromkeys(name for row in rows for name in row)))
+
     def _write(self, rows: list[dict[str, float]]) -> None:
         from rich.markup import escape
 
@@ -171,7 +180,6 @@ class Merge:
         from lightning_xai.report.plots import save_figure
         from lightning_xai.report.terminal import wide_console
 
-        write_csv(self.out / "merge.csv", rows, list(dict.fromkeys(name for row in rows for name in row)))
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
         write_json(self.out / "merge.json", {"command": settings, "versions": package_versions(), "rows": rows})
         save_figure(merge_figure(rows, SPEC.scores, _PLACES), self.out / "merge.png")

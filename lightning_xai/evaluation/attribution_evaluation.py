@@ -29,7 +29,9 @@ from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.collages import POOL, Collages
 from lightning_xai.evaluation.embeddings import Embeddings
+from lightning_xai.evaluation.evaluation_pictures import for_loggers
 from lightning_xai.evaluation.examples import Place, choose_examples, jpeg_of
+from lightning_xai.evaluation.logged_pictures import log_pictures
 from lightning_xai.evaluation.method_run import MethodRun, from_first, gather_to_first, join_rows
 from lightning_xai.evaluation.rows import clock, measure_batch
 from lightning_xai.metrics.registry import METRICS, ChosenMetric, choose_metrics
@@ -55,7 +57,8 @@ class AttributionEvaluation(L.LightningModule):
     For each method and item: gamma and rho (feature-pair paper, 4.2), signs of the attributions to other objects (4.3)
     and delta of hard negatives (4.4), these two for signed methods only; confidence drop and increase of image and text
     and localization (M2IB paper, 4.3 and 4.4); and the metrics of installed plug-ins. Logs `test/METHOD/SCORE`, writes
-    the result folder `out` that `report` reads, and prints a table for each metric.
+    the result folder `out` that `report` reads, and prints a table for each metric. Each logger of the trainer gets the
+    heat maps of the examples, the scores and the phrases, as `test/heat_maps/fixed`, `test/scores` and so on.
 
     Items that are there already from an earlier run that was interrupted are read from `out`, not computed again.
 
@@ -160,6 +163,7 @@ class AttributionEvaluation(L.LightningModule):
         self._runs: list[MethodRun] = []
         self._collages: Collages | None = None
         self._pictures: dict[str, bytes] = {}
+        self._examples: dict[str, list[ExampleRecord]] = {}
         self._broken = self._pairs = 0
         self._costs: list[tuple[str, float, int]] = []
         self._started = 0.0
@@ -205,7 +209,7 @@ class AttributionEvaluation(L.LightningModule):
             self._add(label, metrics, settings)
         # A process that comes late would take what others have just written for an earlier run's.
         self.trainer.strategy.barrier()
-        self._pictures = {}
+        self._pictures, self._examples = {}, {}
         self._broken = self._pairs = 0
         self._costs = []
         self._started = time.perf_counter()
@@ -259,6 +263,7 @@ class AttributionEvaluation(L.LightningModule):
         if self.table is not None:
             self.result = self._record(runs, *zip(*totals, strict=True))
             self._write(self.result, self.table)
+            log_pictures(self.trainer, for_loggers(self.out, self.result, self.table, self._examples))
         there = {name for (_, _, name), (_, count) in found.items() if count}
         measured = {name for name, spec in metrics.items() if there & {score.name for score in spec.scores}}
         missing = [name for name in self.asked_for if name not in measured]
@@ -399,8 +404,9 @@ class AttributionEvaluation(L.LightningModule):
         """Choose from what each rank has kept, write `METHOD/examples.json`, and return the names of the pictures."""
         names: set[str] = set()
         for label, parts in kept.items():
-            chosen = choose_examples((item for part in parts for item in part.items()), *self.shown).values()
-            write_examples(self.out / label, list(chosen))
+            chosen = list(choose_examples((item for part in parts for item in part.items()), *self.shown).values())
+            write_examples(self.out / label, chosen)
+            self._examples[label] = chosen
             names |= {record.image for record in chosen}
         return names
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from lightning_xai.report.explanation import Token
 from lightning_xai.report.explorer import ExplorerCaption, ExplorerItem, ExplorerReading
-from lightning_xai.report.plots import Example, GradedMap, Scale, heat_fault, progress_sheet, scaled
+from lightning_xai.report.plots import Example, GradedMap, Scale, graded_picture, heat_fault, progress_sheet, scaled
 from lightning_xai.results.examples import ExampleRecord
 from lightning_xai.results.runs import Run
 
@@ -105,6 +105,14 @@ class Gallery:
         sheet = progress_sheet(examples, maps, list(columns), title, columns=len(columns) + 1, side=176)
         shown = [{name: other[_key(each.record)] for name, other in zip(columns, found, strict=True)} for each in rows]
         return SideBySide(sheet, tuple(map(_item, shown)))
+
+    def pictures(self) -> dict[tuple[str, str, str, str], NDArray[np.uint8]]:
+        """Each example of one run: label of the method, key, caption, phrase -> its heat map on it, [H, W, 3]."""
+        return {
+            (label, record.key, record.caption, record.phrase): graded_picture(example, graded)
+            for (_, label), found in self._drawable.items()
+            for example, graded, record in found.values()
+        }
 
     def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
         try:

@@ -196,6 +196,20 @@ def progress_sheet(
     return sheet.figure
 
 
+def graded_picture(example: Example, graded: GradedMap, side: int = 256) -> NDArray[np.uint8]:
+    """Draw an example's heat map over its image, with its box and the map's largest entry, as uint8 [H, W, 3].
+
+    Args:
+        example: the image.
+        graded: the map.
+        side: pixels of the picture's longer side.
+    """
+    height, width = example.image.shape[:2]
+    sheet = Sheet(max(1, round(side * width / max(height, width))), "")
+    left = -((side - sheet.width) // 2)  # a panel is in the middle of a square
+    return rasterize(sheet.close(panel(sheet, example, (left, 0), side, graded.heat, marked=True)))
+
+
 @style()
 def curves(
     rows: Sequence[Mapping[str, object]],

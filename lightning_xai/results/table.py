@@ -28,6 +28,7 @@ __all__ = [
     "VALUE_COLUMNS",
     "ResultTable",
     "exclusions",
+    "phrase_table",
     "read_csv",
     "read_result",
     "score_table",
@@ -141,6 +142,27 @@ def summary_table(frame: pd.DataFrame, scores: Sequence[Score], by: Sequence[str
     excluded = reasons.pivot(index=by, columns="excluded", values="count").reindex(targets.index).fillna(0)
     found = [targets, values.reindex(targets.index), excluded.astype("int64").add_prefix("excluded_")]
     return pd.concat(found, axis="columns").reset_index()
+
+
+def phrase_table(table: ResultTable, values: Sequence[str]) -> pd.DataFrame:
+    """Phrases and what was measured of them: a line for each method, seed and phrase, in the order of the long table.
+
+    Args:
+        table: the long table.
+        values: the metrics of the long table that make a column each, such as gamma and rho.
+
+    Returns:
+        The columns `method`, `seed`, `key`, `caption`, `phrase`, `label` and `values`, NaN where one was not measured;
+        phrases of which none was measured are left out.
+    """
+    about = ["method", "seed", "key", "caption", "phrase", "label"]
+    frame = table.frame
+    frame = frame[frame["metric"].isin(list(values)) & (frame["excluded"] == "")]
+    if frame.empty:
+        return pd.DataFrame(columns=[*about, *values])
+    lines = frame.groupby(["method", "seed", "target"], sort=False)[about].first()
+    measured = frame.pivot(index=["method", "seed", "target"], columns="metric", values="value")
+    return lines.join(measured.reindex(columns=list(values))).reset_index(drop=True)
 
 
 def exclusions(frame: pd.DataFrame, by: Sequence[str] = ("method", "metric")) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -21,11 +21,15 @@ from lightning_xai.data.dataset import ShardLoader
 from lightning_xai.data.sample import Sample
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.evaluation.caption_choice import ChoicePass
+from lightning_xai.evaluation.logged_pictures import LoggedTable, log_pictures
 from lightning_xai.evaluation.method_run import from_first, gather_to_first
 from lightning_xai.metrics.caption_choice import Choice, ChoiceScores, choice_scores
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.report.paper_table import Column, PaperTable
 from lightning_xai.training.measurement import check_monitors, find_encoder, is_due
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["CaptionChoiceCallback"]
 
@@ -76,7 +80,8 @@ class CaptionChoiceCallback(Callback):
     not be asked about) and, where there are several kinds, `..._macro` (the mean over kinds). Of a set of pairs, as
     Winoground, `val/NAME_text`, `val/NAME_image` and `val/NAME_group`, see `pair_choice`. Checkpoint callbacks can
     monitor each of them (`test/...` in a test run); they stand in the table of `GroundingCallback`. The numbers are the
-    same on any number of processes. All kinds are in the run's folder, in `caption_choice/step=00000040.csv` and so on.
+    same on any number of processes. All kinds are in the run's folder, in `caption_choice/step=00000040.csv` and so on,
+    and each logger gets that table as `val/caption_choice_kinds`.
 
     Args:
         shards: name -> folder of shards that `prepare sugarcrepe`, `aro`, `winoground` or `hnc` made.
@@ -194,13 +199,16 @@ class CaptionChoiceCallback(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the scores of all kinds."""
-        if not self._measured:
+        if not self._due or not self._measured:
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "caption_choice"  # on all ranks: they agree on it
         fitting = trainer.state.fn == TrainerFn.FITTING
         if trainer.is_global_zero:
             state = f"step={trainer.global_step:08d}" if fitting else "test" if trainer.testing else "validate"
-            _write(folder / f"{state}.csv", self._measured)
+            path = folder / f"{state}.csv"
+            lines = _write(path, self._measured)
+            split = "test" if trainer.testing else "val"
+            log_pictures(trainer, [LoggedTable(f"{split}/caption_choice_kinds", path, lines)])
             if not fitting:
                 _show(self._measured)
         if not fitting:
@@ -261,14 +269,17 @@ def _refuse_without_wrong_captions(data: ShardDataModule, split: str) -> None:
     )
 
 
-def _write(path: Path, measured: Mapping[str, _Measured]) -> None:
+def _write(path: Path, measured: Mapping[str, _Measured]) -> pd.DataFrame:
+    """Write and return a line for each kind of wrong captions."""
     import pandas as pd
 
     from lightning_xai.results.table import write_csv
 
     lines = [line for name, each in measured.items() for line in each.lines(name)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(path, pd.DataFrame(lines, columns=["shards", "kind", "targets", "share"]))
+    frame = pd.DataFrame(lines, columns=["shards", "kind", "targets", "share"])
+    write_csv(path, frame)
+    return frame
 
 
 def _show(measured: Mapping[str, _Measured]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -51,6 +52,7 @@ from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
 
+_PHRASELESS = 10  # batches without a phrase before an objective that needs some is warned of
 _EPOCH_BATCHES = "lightning_xai_epoch_batches"  # key of checkpoints
 
 
@@ -165,6 +167,7 @@ class ContrastiveModule(L.LightningModule):
         self._last_step: float | None = None
         self._steps = 0.0  # of the whole run
         self._epoch_batches = self._restored_batches = 0.0  # of an epoch, when the run was started
+        self._phraseless = 0  # batches so far, none of which had a phrase
         self.chunk_size = chunk_size
         self._compiled = compile
         self._places = _choose_parameters(
@@ -336,6 +339,7 @@ class ContrastiveModule(L.LightningModule):
                 "a batch of one pair has no negatives, so that loss and gradient are zero: raise --data.batch_size "
                 "(with chunk_size, pairs that do not fit into memory at once still are one batch)"
             )
+        self._note_phrases(batch)
         step = self._embed(batch)
         # For the message about a loss that is not finite.
         finite = step.image.detach().isfinite() & step.text.detach().isfinite()
@@ -357,6 +361,23 @@ class ContrastiveModule(L.LightningModule):
         if self._last_step is not None:
             self.log("train/samples_per_second", len(batch.images) * self.trainer.world_size / self._last_step)
         return loss
+
+    def _note_phrases(self, batch: Batch | None) -> None:
+        """Warn once where an objective needs phrases and a loader of the user's own gives none; None: an epoch ends."""
+        asking = [objective.name for objective in self.objectives if objective.needs.phrases]
+        if not asking or self._phraseless < 0:
+            return
+        if batch is not None and len(batch.phrases):
+            self._phraseless = -1
+            return
+        self._phraseless += batch is not None
+        if self._phraseless == _PHRASELESS or (batch is None and self._phraseless):
+            rank_zero_warn(
+                f"none of the first {self._phraseless} training batches has a phrase, so that the objective "
+                f"{' and '.join(asking)} trains nothing: take ShardDataModule, or make batches by "
+                "TrainingCollate(..., needs=task.batch_needs) of data with phrases and boxes"
+            )
+            self._phraseless = -1
 
     def _embed(self, batch: Batch) -> Step:
         """One pass of both towers through all that the objectives need."""
@@ -380,6 +401,7 @@ class ContrastiveModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Stop the clock: validation does not count as training time."""
         self._batch_started = 0.0
+        self._note_phrases(None)
 
     def on_validation_start(self) -> None:
         """Stop the clock where validation interrupts an epoch, and evaluate the same model on all ranks."""

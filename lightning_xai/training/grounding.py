@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from lightning_xai.attribution.path_integral import Rule, quadrature
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.examples import example_of
+from lightning_xai.evaluation.logged_pictures import log_pictures
 from lightning_xai.evaluation.method_run import join_rows
 from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, in_digits, maps_of, measure_batch, places_of
 from lightning_xai.evaluation.word_maps import word_maps
@@ -31,9 +32,9 @@ from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.at_layer import first_layer
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.encoder import TwoTowerEncoder
-from lightning_xai.report.plots import Example, rasterize
+from lightning_xai.report.plots import Example
 from lightning_xai.results.examples import ExampleRecord
-from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, show, write
+from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Reading, Row, for_loggers, show, write
 from lightning_xai.training.measured_model import describe_measured
 from lightning_xai.training.measurement import check_monitors, find_encoder, is_due, is_fitting
 from lightning_xai.training.phrase_sample import PhraseSample
@@ -209,7 +210,9 @@ class GroundingCallback(Callback):
     `words.safetensors`, whose pictures are in `examples/`; `step=00000040/` for one within an epoch), `summary.csv`,
     `curves.png`, and `progress.png`, on which the heat maps of the examples change from epoch to epoch. `watch` shows
     them all while the run goes on.
-    `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on.
+    `trainer.validate` and `trainer.test` write `validate/` and `test/`, `summary-test.csv` and so on. Each logger of
+    the trainer gets the pictures as `val/grounding` and `val/grounding_curves`, and tables of the phrases (with the
+    heat maps of the examples) and the classes, `val/grounding_pairs` and `val/grounding_classes`, see `log_pictures`.
 
     Args:
         image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
@@ -342,6 +345,13 @@ class GroundingCallback(Callback):
                 value = self._measured.row[f"{name.removeprefix('grounding_')}{reading.suffix}"]
                 whole = f"{self._measured.split}/{name}{reading.suffix}"
                 pl_module.log(whole, float(value), prog_bar=name == "rho")
+            if not self._measured.row[f"targets{reading.suffix}"]:
+                why = self._measured.row[f"excluded{reading.suffix}"]
+                rank_zero_warn(
+                    f"{self._measured.split}: gamma and rho at layers {reading.layers} have no value, as no phrase "
+                    f"could be measured ({', '.join(f'{n} {name}' for name, n in why.items()) or 'there is none'}); a "
+                    "checkpoint or early stopping that monitors them takes this for the worst"
+                )
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -407,13 +417,8 @@ class GroundingCallback(Callback):
     def _report(self, trainer: L.Trainer, folder: Path, rows: list[Row], measured: GroundingPass) -> None:
         about = _about(trainer, measured.split, self._readings[0].attribution.encoder)
         about["settings"] = {name: getattr(self, name) for name in ("input_phrases", "input_seed")}
-        sheet = write(folder, rows, measured, about)
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if sheet is not None and loggers:
-            picture = rasterize(sheet)
-            for logger in loggers:
-                name = f"{measured.split}/grounding"
-                logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+        pictures = write(folder, rows, measured, about)
+        log_pictures(trainer, for_loggers(folder, rows[-1], measured, pictures))
         if not is_fitting(trainer):
             show(folder, rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,18 @@ from rich.console import Console
 from lightning_xai.atomic_file import replaced_at_once
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.evaluation.examples import jpeg_of
+from lightning_xai.evaluation.logged_pictures import LoggedTable, Picture, logged_pairs
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, PaperTable, logged_shares, score_column
-from lightning_xai.report.plots import GradedMap, curves, progress_sheet, save_figure
+from lightning_xai.report.plots import GradedMap, curves, graded_picture, progress_sheet, save_figure
 from lightning_xai.results.examples import write_examples, write_words
 from lightning_xai.results.record import MethodRecord, ResultRecord, layers_in_words, package_versions, state_name
 
 if TYPE_CHECKING:
     from lightning_xai.training.grounding import GroundingPass
 
-__all__ = ["INPUT", "LOGGED", "METHOD", "Reading", "Row", "show", "write"]
+__all__ = ["INPUT", "LOGGED", "METHOD", "Reading", "Row", "for_loggers", "show", "write"]
 
 METHOD = "feature_pair"
 INPUT = "_input"
@@ -61,7 +62,7 @@ class Reading:
         return f"{self.attribution.image.layer},{self.attribution.text.layer}"
 
 
-def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Mapping[str, Any]) -> Figure | None:
+def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Mapping[str, Any]) -> dict[str, Path]:
     """Write the result folder of the last of `rows`, which is `measured`, and tables and pictures of all rows together.
 
     A validation or test outside of training has files with its own names, so that it leaves those of the training as
@@ -74,7 +75,7 @@ def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Map
         about: `model`, `data` and `settings` of the record.
 
     Returns:
-        The sheet of heat maps, or None where nothing could be measured.
+        The pictures that there are: `grounding_curves` (of a training), `grounding` (the sheet of heat maps).
     """
     from lightning_xai.results.table import write_csv, write_result
 
@@ -89,15 +90,41 @@ def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Map
         _write_examples(folder, here, measured)
     # Last of the data: who follows the run takes a line of the summary for a measurement that is there.
     write_csv(folder / f"summary{suffix}.csv", _lines(rows))
+    pictures = {}
     if training and any(row["targets"] for row in rows):
         panels = {reading.suffix: _named(reading) for reading in _inputs_first(measured.readings)}
         others = logged_shares({name for row in rows for name in row})
-        save_figure(curves(rows, scores=SPEC.scores, panels=panels, others=others), folder / "curves.png")
-    if not measured.examples:
-        return None
-    sheet = _progress(rows, measured)
-    save_figure(sheet, folder / f"progress{suffix}.png")
-    return sheet
+        pictures["grounding_curves"] = folder / "curves.png"
+        save_figure(curves(rows, scores=SPEC.scores, panels=panels, others=others), pictures["grounding_curves"])
+    if measured.examples:
+        pictures["grounding"] = folder / f"progress{suffix}.png"
+        save_figure(_progress(rows, measured), pictures["grounding"])
+    return pictures
+
+
+def for_loggers(
+    folder: Path, last: Row, measured: GroundingPass, pictures: Mapping[str, Path]
+) -> Iterator[Picture | LoggedTable]:
+    """Yield what a measurement has for loggers: `pictures`, and tables of its phrases and classes.
+
+    Args:
+        folder: of the run's grounding.
+        last: the measurement, `measured`.
+        measured: what it was measured from.
+        pictures: as `write` returns them.
+    """
+    here, split = folder / _folder_name(last), measured.split
+    yield from (Picture(f"{split}/{name}", path) for name, path in pictures.items())
+    assert measured.table is not None, "the first rank holds the table"
+    maps = {
+        (reading.label, example.key, example.caption, example.phrase): graded_picture(
+            example, _graded(last["examples"], place, reading.suffix)
+        )
+        for reading in measured.readings
+        for place, example in enumerate(measured.examples)
+    }
+    yield logged_pairs(f"{split}/grounding_pairs", here / "values.csv", measured.table, maps)
+    yield LoggedTable(f"{split}/grounding_classes", here / "classes.csv", _classes(measured))
 
 
 def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,12 +58,21 @@ def placed_loggers(configured: Any, folder: Path, version: str | None) -> Any:
         if issubclass(kind, (TensorBoardLogger, CSVLogger)):
             own |= {name: value for name, value in {"name": "", "version": version}.items() if name in names}
         elif _known(kind) == "MLFlowLogger":
-            # Its default, a store of files, is refused by recent releases of mlflow.
-            own = {} if given.get("tracking_uri") else {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').resolve()}"}
+            own = {} if given.get("tracking_uri") else _own_mlflow(folder)
+            own |= {name: given[name] for name in own if given.get(name)}
         elif _known(kind) == "CometLogger":
             own = {"offline_directory": str(folder)}
         placed.append({**one, "init_args": {**given, **own}})
     return placed
+
+
+def _own_mlflow(folder: Path) -> dict[str, str | None]:
+    """MLflow's options for a store in a folder."""
+    # Its default, a store of files, is refused by recent releases; its artifacts would be in the working directory.
+    return {
+        "tracking_uri": f"sqlite:///{(folder / 'mlflow.db').resolve()}",
+        "artifact_location": (folder / "mlflow").resolve().as_uri(),
+    }
 
 
 def logger_ids(loggers: Iterable[Logger]) -> dict[str, dict[str, str]]:
@@ -129,6 +139,8 @@ def keep_rows(folder: Path, checkpoint: Path | None) -> None:
 def outlast(loggers: Iterable[Logger], stopping: Callable[[], bool]) -> None:
     """Let a run that is `stopping` save and end in order where a logger fails; before that, an error is an error.
 
+    Numbers that are NaN are not logged, since nothing was measured, such as the mean gamma of no phrase; a loss is.
+
     `scancel` and the like signal all processes of a job, W&B's service among them, which then ends at once: what is
     logged until the run has saved does not reach it.
     """
@@ -137,9 +149,17 @@ def outlast(loggers: Iterable[Logger], stopping: Callable[[], bool]) -> None:
         logger.log_metrics = partial(_log, partial(kind.log_metrics, logger), kind.__name__, stopping)  # type: ignore[method-assign]
 
 
-def _log(log_metrics: Callable[..., None], name: str, stopping: Callable[[], bool], *args: Any, **kwargs: Any) -> None:
+def _log(
+    log_metrics: Callable[..., None],
+    name: str,
+    stopping: Callable[[], bool],
+    metrics: Mapping[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    measured = {key: value for key, value in metrics.items() if key.endswith("loss") or not _is_nan(value)}
     try:
-        log_metrics(*args, **kwargs)
+        log_metrics(measured, *args, **kwargs)
     except Exception as error:
         deadline = time.monotonic() + _LATER
         while not stopping() and time.monotonic() < deadline:
@@ -147,6 +167,10 @@ def _log(log_metrics: Callable[..., None], name: str, stopping: Callable[[], boo
         if not stopping():
             raise
         rank_zero_warn(f"{name} was ended before the run ({type(error).__name__}) and lacks the last rows")
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def drop_idle_options(loggers: Iterable[Logger]) -> None:

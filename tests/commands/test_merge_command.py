@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 import torch
 
 from lightning_xai import cli
+from lightning_xai.commands import merge
 from lightning_xai.data.shape_classes import prepare_shape_classes
 from lightning_xai.evaluation.zero_shot import ZeroShot
+from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.models import load_dual_encoder
 from lightning_xai.models.interpolation import interpolated
 from lightning_xai.models.weights_file import save_checkpoint
+from lightning_xai.report.merging import merge_figure
+from lightning_xai.report.paper_table import LOGGED_COLUMNS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
 
@@ -95,6 +100,35 @@ def test_zero_shot_accuracy_along_the_way_is_that_of_the_saved_weights(
     assert f"Best by zero_shot_accuracy: {saved.stem.replace('=', ' = ')}" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "merge.json").read_text())["command"]["alpha"] == [0, 0.5, 1]
     assert (tmp_path / "out" / "merge.png").stat().st_size > 10_000
+
+
+def test_what_was_measured_is_there_when_the_next_alpha_fails_and_a_best_that_has_no_value_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "classes"
+    prepare_shape_classes(images, 1)
+    found = [{"zero_shot_accuracy": math.nan, "zero_shot_images": 0.0}]
+    monkeypatch.setattr(merge, "_measured", lambda *_: found.pop() if found else 1 / 0)
+    options = ["--images", images, "--num-workers", 0, "--alpha", 0, 1, "--save", "best"]
+    options += ["--best-by", "zero_shot_accuracy"]
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["merge", *map(str, [*pair, "--out", tmp_path / "out", *options])])
+    assert [row["alpha"] for row in rows_of(tmp_path / "out" / "merge.csv")] == ["0.0"]
+    monkeypatch.setattr(merge, "_measured", lambda *_: {"zero_shot_accuracy": math.nan})
+    message = refusal(*pair, "--out", tmp_path / "out", *options)
+    assert "no alpha is the best by zero_shot_accuracy, which could be measured at none of them" in message
+
+
+def test_no_two_scores_share_a_colour() -> None:
+    row = {f"{score.name}{end}": 0.5 for score in SPEC.scores for end in ("", "_input")} | dict.fromkeys(
+        LOGGED_COLUMNS, 0.5
+    )
+    figure = merge_figure([row | {"alpha": 0.0}, row | {"alpha": 1.0}], SPEC.scores, {"_input": "inputs", "": "last"})
+    colours: dict[Any, set[str]] = {}
+    for line in figure.axes[0].lines:
+        colours.setdefault(line.get_color(), set()).add(str(line.get_label()).partition(", ")[0])
+    assert len(colours) >= 10
+    assert all(len(names) == 1 for names in colours.values())
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_phrases_without_positive_attribution_are_counted_and_leave_no_nan(
     found = term(encoder, objective, hand_made(encoder, [(0, [1, 2]), (1, [1])]))
     torch.autograd.backward(found.loss)
     assert found.loss == 0
-    assert (found.logged["phrases"], found.logged["phrases_without_positive"]) == (0, 2)
+    assert (found.logged["grounding_phrases"], found.logged["grounding_without_positive"]) == (0, 2)
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in encoder.parameters())
 
 

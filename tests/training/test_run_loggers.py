@@ -13,6 +13,7 @@ from lightning_xai.training.run_loggers import (
     continue_loggers,
     has_own_folder,
     logger_ids,
+    outlast,
     placed_loggers,
     restore_versions,
 )
@@ -32,7 +33,10 @@ def test_a_logger_writes_into_the_runs_folder_by_whatever_name_it_takes_one(tmp_
         configured(WithoutFolder, prefix="p"),
         configured(LOGGERS + "CometLogger", online=False),
         configured(LOGGERS + "MLFlowLogger", tracking_uri="https://host"),
+        configured(LOGGERS + "MLFlowLogger"),
+        configured(LOGGERS + "MLFlowLogger", artifact_location="s3://mine"),
     ]
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
     placed = [one["init_args"] for one in placed_loggers(loggers, tmp_path, "")]
     assert placed == [
         {"save_dir": str(tmp_path), "name": "", "version": ""},
@@ -40,6 +44,8 @@ def test_a_logger_writes_into_the_runs_folder_by_whatever_name_it_takes_one(tmp_
         {"prefix": "p"},
         {"online": False, "offline_directory": str(tmp_path)},
         {"tracking_uri": "https://host"},
+        {"tracking_uri": database, "artifact_location": (tmp_path / "mlflow").as_uri()},
+        {"tracking_uri": database, "artifact_location": "s3://mine"},
     ]
     assert placed_loggers(False, tmp_path, "") is False
     assert [has_own_folder(one) for one in (None, *loggers[:3], WithoutFolder())] == [True, True, False, False, False]
@@ -78,6 +84,15 @@ def test_an_id_that_the_config_gives_stays_and_each_logger_has_its_own() -> None
     continued = continue_loggers(config, ids)
     assert [one["init_args"]["experiment_key"] for one in continued] == ["mine", "second"]
     assert continue_loggers(False, ids) is False
+
+
+def test_what_was_not_measured_is_not_logged_but_a_loss_is(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    outlast([logger], lambda: False)
+    nan = float("nan")
+    logger.log_metrics(metrics={"train/grounding_gamma": nan, "train/loss": nan, "train/accuracy": 0.5}, step=3)
+    logger.save()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,train/accuracy,train/loss", "3,0.5,nan"]
 
 
 def test_an_experiment_of_litlogger_is_known_by_name_and_version(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class Grounding(Objective):
     the training pass itself. Phrases that cannot be measured, by the rules of gamma, take no part; neither do those
     without any positive attribution, which are counted.
 
-    Also logs `train/gamma`, the mean over phrases, `train/phrases`, their number, and `train/phrases_without_positive`.
+    Also logs, of the global batch, `train/grounding_gamma`, the mean over phrases, `train/grounding_phrases`, their
+    number, and `train/grounding_without_positive`.
 
     Args:
         weight: factor on the term in the loss.
@@ -136,8 +137,8 @@ class Grounding(Objective):
             sums = torch.stack([penalty.sum() + nothing, gamma.detach().sum(), *_counts(some).to(penalty)])
         loss, gammas, count, without = sum_over_ranks(sums)
         count = count.detach()
-        logged = {"gamma": gammas.detach() / count, "phrases": count, "phrases_without_positive": without.detach()}
-        return Term(loss / count.clamp(min=1), logged)
+        numbers = {"gamma": gammas.detach() / count, "phrases": count, "without_positive": without.detach()}
+        return Term(loss / count.clamp(min=1), {f"{self.name}_{name}": value for name, value in numbers.items()})
 
     def _measurable(self, step: Step) -> tuple[Phrases, Tensor]:
         """The phrases of the batch that gamma is measured on, and the patches of their boxes [R, H, W]."""

@@ -133,10 +133,11 @@ class HardNegativeText(Objective):
     `hard_negative_loss`. The term holds CLIP's two directions, so that it takes the place of `Softmax`; a step with it
     embeds at most 1 + `per_image` times as many texts.
 
-    Also logs `train/accuracy`, as `Softmax` does, `train/negatives`, the number of wrong captions in the global batch,
-    `train/negatives_accuracy`, the share of images whose caption is more similar than each of their own wrong ones, and
-    `train/negatives_excluded`, the number of wrong captions that take no part: those whose wrong words are cut off at
-    the end of the context, or no whole tokens, and those about an object that the crop hides.
+    Also logs `train/accuracy`, as `Softmax` does, and of the global batch `train/hard_negative_text_negatives`, the
+    number of wrong captions, `train/hard_negative_text_accuracy`, the share of images whose caption is more similar
+    than each of their own wrong ones, and `train/hard_negative_text_excluded`, the number of wrong captions that take
+    no part: those whose wrong words are cut off at the end of the context, or no whole tokens, and those about an
+    object that the crop hides.
 
     Args:
         weight: factor on the term in the loss.
@@ -197,7 +198,9 @@ class HardNegativeText(Objective):
         )
         loss, numbers = hard_negative_loss(step.image, step.text, wrong, step.scale, step.batch.valid, self.margin)
         excluded = sum_over_ranks((~measured).sum()[None].to(loss.dtype)).detach()[0]
-        return Term(loss, numbers | {"negatives_excluded": excluded})
+        own = {"negatives": numbers["negatives"], "accuracy": numbers["negatives_accuracy"], "excluded": excluded}
+        named = {f"{self.name}_{name}": value for name, value in own.items()}
+        return Term(loss, {"accuracy": numbers["accuracy"]} | named)
 
 
 def _numbers(texts: list[str]) -> Tensor:

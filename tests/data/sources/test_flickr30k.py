@@ -356,7 +356,7 @@ def test_its_phrases_train_a_model_and_its_coarse_classes_give_no_hard_negatives
     data = ShardDataModule(train=world.folder / "out", batch_size=2, num_workers=0)
     task, recorder = task_of(architecture_file("vit"), objectives=[Grounding()]), Recorder()
     trainer_in(tmp_path / "run", recorder).fit(task, data)
-    assert recorder.logged[0]["train/phrases"] > 0
+    assert recorder.logged[0]["train/grounding_phrases"] > 0
     task = task_of(architecture_file("vit"), objectives=[HardNegativeText(swap_objects=True)])
     with pytest.raises(ValueError, match="Flickr30k's entities have too coarse classes"):
         trainer_in(tmp_path / "refused").fit(task, data)

@@ -384,5 +384,5 @@ def test_its_hard_negatives_train_a_model(
     trainer_in(tmp_path / "run", recorder).fit(task, data)
     (logged,) = recorder.logged
     assert logged["train/negatives"] >= 3
-    assert logged["train/phrases"] > 0
+    assert logged["train/grounding_phrases"] > 0
     assert logged["train/loss"] > 0
