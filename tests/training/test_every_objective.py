@@ -265,10 +265,13 @@ def test_an_unknown_objective_is_refused_in_one_sentence(
 ) -> None:
     model = ["--model=ContrastiveFineTuning", f"--model.model={architecture_file('vit')}", "--model.pretrained=null"]
     data = ["--data=ShardDataModule", f"--data.train={shapes / 'train'}"]
-    with pytest.raises(SystemExit):
-        cli.main(["fit", *model, *data, "--model.objectives+=lightning_xai.training.objectives.HardNegative"])
-    message = "--model.objectives: module 'lightning_xai.training.objectives' has no attribute 'HardNegative'"
-    assert message in capsys.readouterr().err
+    for name, message in (
+        ("lightning_xai.training.objectives.HardNegative", "module 'lightning_xai.training.objectives' has no attrib"),
+        ("Groundng", "there is no class Groundng (did you mean Grounding?): give the name of one"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["fit", *model, *data, f"--model.objectives+={name}"])
+        assert f"--model.objectives: {message}" in capsys.readouterr().err
 
 
 def test_a_run_whose_images_are_mostly_without_hard_negatives_stays_finite(
