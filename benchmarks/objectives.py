@@ -171,7 +171,7 @@ def prepare(coco: Path, out: Path) -> Path:
     """COCO's training images as shards."""
     from lightning_xai import cli
 
-    files = {"images": coco / "train2017"}
+    files = {"images": coco / "train2017", "split": "train2017"}
     files |= {kind: coco / f"annotations/{kind}_train2017.json" for kind in ("captions", "instances")}
     cli.main(["prepare", "coco", *(f"--{name}={path}" for name, path in files.items()), f"--out={out}"])
     return out

@@ -328,8 +328,19 @@ def _sentence(message: str) -> str:
     given = re.search(r"^  Given value: (.*)", rest, re.MULTILINE | re.DOTALL)
     if kinds and given:
         rest = f"expected {' or '.join(kinds)}; got {given[1]}"
+    unknown = re.search(r"dot import path string: (\w+)", rest)
+    rest = _no_such_class(unknown[1]) if unknown else rest
     rest = re.sub(r"^Expected a (.*)\. Got value: ", r"expected \1; got ", " ".join(rest.split()))
     return option + rest
+
+
+def _no_such_class(name: str) -> str:
+    """What to write in place of a bare name that no loaded class has."""
+    loaded = [module for key, module in sorted(sys.modules.items()) if key.startswith("lightning_xai.")]
+    public = {each for module in loaded for each in getattr(module, "__all__", ())}
+    near = get_close_matches(name, sorted(public), n=1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    return f"there is no class {name}{guess}: give the name of one that is loaded, or an import path as package.Class"
 
 
 def _lost_process(error: BaseException) -> str | None:
