@@ -159,8 +159,10 @@ def check_method(
         ("intra_modal", "compares_images"): (compares_images, "a method that compares two images"),
     }
     for flags, (option, what) in needs.items():
+        if option is None or (name != ALL and any(getattr(METHODS[name], flag) for flag in flags)):
+            continue
         able = [each for each, method in METHODS.items() if any(getattr(method, flag) for flag in flags)]
-        if option is not None and name not in able:
+        if name not in able:
             raise ValueError(f"{option} needs {what} ({', '.join(able)}); got --method {name}")
 
 

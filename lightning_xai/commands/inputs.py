@@ -66,9 +66,11 @@ class Entry:
 
 def _refuse_run(name: str) -> None:
     """Raise a ValueError that names the best model of a run, where its folder was given: the file says which it was."""
+    if not Path(name).is_dir():
+        return  # no need for what trains, which takes seconds to import
     from lightning_xai.training.run_folder import run_of
 
-    run = run_of(Path(name)) if Path(name).is_dir() else None
+    run = run_of(Path(name))
     if run is not None:
         raise ValueError(f"{name} is the folder of a run; give the model itself, --model.name={run.model().path}")
 

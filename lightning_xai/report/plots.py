@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
@@ -259,6 +258,8 @@ def _draw_curves(
     axes: Any, rows: Sequence[Mapping[str, object]], place: str, lines: Mapping[str, tuple[str, str]]
 ) -> None:
     """Draw columns of rows, each by its heading and its line style."""
+    import pandas as pd  # explanations are drawn without it
+
     names = [place, *lines]
     frame = pd.DataFrame([[row.get(name) for name in names] for row in rows], columns=names, dtype="float64")
     highest = 0.0
