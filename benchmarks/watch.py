@@ -27,13 +27,14 @@ from kept_table import keep
 from PIL import Image
 
 from lightning_xai.metrics.grounding import SPEC
-from lightning_xai.results.examples import ExampleRecord, write_examples
+from lightning_xai.results.examples import ExampleRecord, words_of, write_examples, write_words
 from lightning_xai.results.record import MethodRecord, ResultRecord, write_record
 from lightning_xai.results.table import write_csv
 
 PATHS = {"page": "/", "table and curves": "/run.json", "explorer": "/explorer"}
 ROUNDS = 9
 EXAMPLES, PATCHES, PIXELS = 6, 14, 224
+CAPTION = "a dog lies on a red mat next to a sleeping cat"
 METHODS = {
     label: MethodRecord(name="feature_pair", options={"image_layer": layer, "text_layer": layer}, signed=True)
     for label, layer in (("feature_pair", -1), ("feature_pair,0,0", 0))
@@ -68,6 +69,8 @@ def add(run: Path, lines: list[dict[str, Any]], place: int, draw: np.random.Gene
     )
     for label in METHODS:
         write_examples(folder / label, [example(number, draw) for number in range(EXAMPLES)])
+        shape = (EXAMPLES, len(words_of(CAPTION)), PATCHES, PATCHES)
+        write_words(folder / label, dict(enumerate(draw.normal(size=shape).astype(np.float32))))
     write_record(folder, record)
     names = ("gamma_mean", "gamma_above_50", "gamma_above_80", "rho")
     recalls = [f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
@@ -86,7 +89,7 @@ def example(number: int, draw: np.random.Generator) -> ExampleRecord:
         why=("fixed",),
         image=f"examples/{number}.jpg",
         key=f"{number:012d}",
-        caption="a dog lies on a red mat next to a sleeping cat",
+        caption=CAPTION,
         phrase="a dog",
         spans=((0, 5),),
         label="dog",

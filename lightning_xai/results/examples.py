@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from lightning_xai.atomic_file import replaced_at_once, write_json
 from lightning_xai.results.record import VERSION, ResultError, read_file
@@ -101,7 +101,7 @@ def words_of(caption: str) -> list[tuple[int, int]]:
 def write_words(folder: Path, maps: Mapping[int, NDArray[np.float32]]) -> None:
     """Write `folder/words.safetensors`: the maps [n, H, W] of the words of examples, by their places in the file."""
     with replaced_at_once(folder / WORDS_NAME) as part:
-        save_file({str(place): np.ascontiguousarray(found) for place, found in maps.items()}, part)
+        part.write_bytes(save({str(place): np.ascontiguousarray(found) for place, found in maps.items()}))
 
 
 def read_words(folder: Path) -> dict[int, NDArray[np.float32]]:

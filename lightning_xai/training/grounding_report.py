@@ -85,9 +85,9 @@ def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Map
     here = folder / _folder_name(last)
     assert measured.table is not None, "the first rank holds the table"
     write_csv(here / "classes.csv", _classes(measured))
-    write_result(here, _record(last, measured.readings, about), measured.table)
     if training and measured.examples:
         _write_examples(folder, here, measured)
+    write_result(here, _record(last, measured.readings, about), measured.table)
     # Last of the data: who follows the run takes a line of the summary for a measurement that is there.
     write_csv(folder / f"summary{suffix}.csv", _lines(rows))
     pictures = {}

@@ -32,7 +32,7 @@ _INPUT = "_input"
 _EXCLUDED = "excluded_"
 _SHARE = re.compile(r"recall_at_\d+|accuracy")
 _NO_CURVE = re.compile(rf"epoch|step|targets({_INPUT})?|layers({_INPUT})?|broken_records|{_EXCLUDED}\w+")
-_MOST_SHOWN = 40  # measurements on the slider
+_MOST_SHOWN = 24  # measurements on the slider
 _LARGEST_PICTURE = 4096 * 4096  # pixels
 _LARGEST_MAP = 512
 _STILL_ROWS = 20  # of the table for readers without a script
@@ -277,7 +277,7 @@ def _excluded(progress: Progress) -> list[dict[str, Any]]:
 
 
 def _thinned(measured: Sequence[Measured]) -> list[Measured]:
-    """At most about forty measurements, with the first and the last one.
+    """At most 25 measurements, with the first and the last one.
 
     The step between them doubles as they become more, so that those shown before are among those shown now.
     """
