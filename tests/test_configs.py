@@ -120,6 +120,17 @@ def check_memory_of_a_large_model(cli: Any) -> None:
     assert cli.model.encoder.model.transformer.grad_checkpointing
 
 
+def test_the_grounded_demo_differs_from_the_demo_in_objectives_and_its_name_alone() -> None:
+    demo, grounded = (
+        yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in ("demo", "demo_grounded")
+    )
+    objectives = grounded["model"]["init_args"].pop("objectives")
+    assert [each["class_path"].rsplit(".", 1)[1] for each in objectives] == ["Softmax", "Grounding"]
+    assert grounded["trainer"]["logger"]["init_args"].pop("name") == "demo_grounded"
+    assert demo["trainer"]["logger"]["init_args"].pop("name") == "demo"
+    assert grounded == demo
+
+
 @pytest.mark.parametrize("path", EVALUATIONS, ids=name_of)
 def test_a_config_of_an_evaluation_makes_its_module_methods_and_data(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,7 +64,7 @@ def test_accuracy_is_that_of_a_loop_with_open_clip_and_torchvision(
         order = logits.argsort(descending=True).tolist()
         hits += order[0] == label
         hits_top += label in order[:5]
-    assert 0 < hits < hits_top < 128
+    assert 0 < hits < hits_top < 64
     found = ZeroShot(classes, templates=TEMPLATES, batch_size=50, num_workers=0).measure(encoder)
     assert (found.images, found.hits, found.hits_top, found.skipped) == (64, hits, hits_top, 0)
 

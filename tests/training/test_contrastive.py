@@ -156,6 +156,17 @@ def test_the_optimizer_is_adamw_with_its_weight_decay_on_every_parameter(
     assert {id(p) for p in group["params"]} == {id(p) for p in task.encoder.model.parameters()}
 
 
+def test_fused_updates_train_the_same_model_up_to_rounding(make: Make, shapes: Path, tmp_path: Path) -> None:
+    losses = []
+    for fused in (False, True):
+        task, recorder = make(fused=fused, initial_lr=1e-3, final_lr=1e-3, weight_decay=0.2), Recorder()
+        trainer_in(tmp_path, recorder).fit(task, batches_of(task, shapes / "train", 4, 4))
+        assert bool(recorder.optimizer.param_groups[0]["fused"]) is fused
+        losses.append([logged["train/loss"] for logged in recorder.logged])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert min(losses[0]) < 0.99 * losses[0][0], "the updates have to matter"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
