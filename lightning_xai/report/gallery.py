@@ -109,9 +109,9 @@ class Gallery:
     def pictures(self) -> dict[tuple[str, str, str, str], NDArray[np.uint8]]:
         """Each example of one run: label of the method, key, caption, phrase -> its heat map on it, [H, W, 3]."""
         return {
-            (label, record.key, record.caption, record.phrase): graded_picture(example, graded)
+            (label, each.record.key, each.record.caption, each.record.phrase): graded_picture(each.example, each.graded)
             for (_, label), found in self._drawable.items()
-            for example, graded, record in found.values()
+            for each in found.values()
         }
 
     def _draw(self, run: Run, label: str, record: ExampleRecord) -> _Drawable | None:
