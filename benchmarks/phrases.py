@@ -23,7 +23,7 @@ from attribution import CAPTION, peak_gigabytes
 from kept_table import keep
 
 MODELS = {  # images at a time, and layers (image, text): the inputs, in between, the last blocks
-    "configs/models/shapes_vit.json": (32, ((0, 0), (1, 0), (2, 1))),
+    "configs/models/shapes_vit.json": (32, ((0, 0), (1, 0), (1, 1))),
     "ViT-B-32": (2, ((0, 0), (6, 6), (11, 11))),
 }
 PHRASES = (1, 2, 5)
