@@ -207,8 +207,7 @@ def test_a_config_of_objectives_can_be_run_and_knows_what_is_trained_on(
     assert {name: found for name, found in trained_on.items() if found} == {
         "hard_negatives": ("val/caption_choice",),
         "gamma": ("feature_pair",),
-        "gamma_inputs": ("feature_pair_inputs",),
-        "mixture": ("feature_pair_inputs", "val/caption_choice"),
+        "mixture": ("feature_pair", "val/caption_choice"),
     }
 
 

@@ -372,17 +372,6 @@ def test_the_command_takes_a_parent_loads_no_torch_and_ends_in_order(run: Path) 
     assert sorted(run.rglob("*")) == before
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 def points(page: Page) -> int:
     return page.locator("#curves figure").first.locator("circle.line-0").count()
 
