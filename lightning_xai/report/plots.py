@@ -92,15 +92,21 @@ def heat_fault(heat: Heat) -> str | None:
 def scaled(values: Heat, scale: Scale) -> Heat:
     """Heat as strengths of colour: in [-1, 1] for signed ones, [0, 1] for others; 0 where all of them are equal.
 
+    A single value is of full strength; of none where it is zero, or where it would be compared with others.
+
     >>> values = np.array([-1.0, 0.0, 2.0])
     >>> [scaled(values, "signed").tolist(), scaled(values, "range").round(2).tolist()]
     [[-0.5, 0.0, 1.0], [0.0, 0.33, 1.0]]
+    >>> [scaled(np.array([2.0]), "signed").tolist(), scaled(np.array([2.0]), "range").tolist()]
+    [[1.0], [0.0]]
     """
     values = np.asarray(values, dtype=np.float64)
     if not values.size or heat_fault(values) is not None:
         return np.zeros_like(values)
     low, high = limits(values, scale)
     zero = low if scale == "range" else 0.0
+    if high == zero:
+        return np.zeros_like(values)
     return np.asarray(np.clip((values - zero) / (high - zero), -1, 1))
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
 ROWS, COLUMNS = 3, 4
+SCALES: tuple[Scale, ...] = ("positive", "range")
 WORDS = ("two", "dogs", "on", "a", "skate", "board")
 HOSTILE = (
     "</script><script>document.title='broken'</script>",
@@ -219,6 +220,32 @@ def test_a_drawn_box_lights_the_words_of_the_patches_that_it_covers(shown: Show)
     assert page.locator(".region").is_visible()
 
 
+def test_a_box_where_the_model_sees_nothing_lights_no_words(shown: Show) -> None:
+    page, values = shown(item(frame=(40.0, 0.0, 160.0, 150.0))), pairs()
+    page.mouse.move(*patch_at(page, 0, -0.7))
+    page.mouse.down()
+    page.mouse.move(*patch_at(page, 2, -1.2), steps=3)
+    page.mouse.up()
+    assert page.locator(".region").is_hidden()
+    assert_words(page, values.sum(axis=(1, 2)) - 0.1)
+
+
+@pytest.mark.parametrize("edge", [75.0 - 1e-5, 75.0 + 1e-5])
+def test_an_edge_in_the_middle_of_a_patch_moves_up_however_it_is_rounded(shown: Show, edge: float) -> None:
+    page = shown(item(box=(edge, 0.0, 200.0, 150.0), asks_box=True))
+    assert_words(page, pairs()[:, :, 2:].sum(axis=(1, 2)))
+
+
+def test_the_only_word_has_no_colour_where_words_are_compared_with_each_other(shown: Show) -> None:
+    image = np.arange(12.0).reshape(ROWS, COLUMNS)
+    readings = [ExplorerReading(scale, "", None, image, np.array([0.3]), 0.2, scale=scale) for scale in SCALES]
+    photo = np.zeros((150, 200, 3), dtype=np.uint8)
+    page = shown(ExplorerItem("k", photo, [ExplorerCaption("dog", tokens(words=["dog"]), readings)]))
+    assert_words(page, np.array([0.3]))
+    page.select_option("select.method", label="range")
+    np.testing.assert_array_equal(opacities(page), [0.0])
+
+
 def test_keys_go_through_words_and_patches_and_shift_extends(shown: Show) -> None:
     page, values = shown(item()), pairs()
     page.keyboard.press("Tab")
@@ -233,6 +260,8 @@ def test_keys_go_through_words_and_patches_and_shift_extends(shown: Show) -> Non
     assert value_of(page, "state.words") == [2, 3]
     assert_drawn(page, values[2:4].sum(axis=0))
     page.keyboard.press("End")
+    assert value_of(page, "state.words") == [5]
+    page.keyboard.press("Alt+ArrowLeft")  # the browser's
     assert value_of(page, "state.words") == [5]
     page.keyboard.press("Escape")
     assert value_of(page, "state.words") == []
@@ -298,6 +327,7 @@ def test_what_was_asked_is_chosen_at_first(shown: Show) -> None:
 def test_a_map_that_says_nothing_is_named_and_has_no_colour(shown: Show, value: float, words: str) -> None:
     page = shown(item([reading(np.full((len(WORDS), ROWS, COLUMNS), value))]))
     assert page.locator(".fault").inner_text() == words
+    assert "NaN" not in page.locator(".panel").inner_text()
     assert not canvas(page).any()
     assert not opacities(page).any()
 
@@ -404,6 +434,7 @@ def test_a_page_of_the_largest_models_is_small() -> None:
         (lambda: ExplorerCaption("a", tokens(), []), "at least one"),
         (lambda: ExplorerCaption("a", tokens()[:2], [reading(pairs())]), "each of 2 tokens"),
         (lambda: ExplorerItem("k", np.zeros((2, 2), dtype=np.uint8), []), "expected \\[height, width, 3\\]"),
+        (lambda: item(asks_box=True), "no box to ask about"),
         (lambda: explorer_page([], title="t"), "cannot show 0 items"),
         (lambda: explorer_page([item(), item()], title="t", mode="single"), "cannot show 2 items"),
     ],

@@ -2,6 +2,7 @@
 // Its data are JSON inside of its element; all text goes through textContent.
 
 const STEPS = 448; // pixels of a map's longer side, about
+const ROUNDING = 1e-5; // patches; an edge in the middle of a patch moves up, as in Python, whatever its last digits
 
 const decode = (text, Kind) => {
   const raw = atob(text);
@@ -40,6 +41,7 @@ const scaled = (values, scale, sign = "both") => {
   if (!values.length || faultOf(values) !== null) return strengths;
   const [low, high] = limitsOf(values, scale);
   const zero = scale === "range" ? low : 0;
+  if (high === zero) return strengths; // a single value has nothing to be compared with
   const least = sign === "positive" ? 0 : -1, most = sign === "negative" ? 0 : 1;
   for (let i = 0; i < values.length; i++) {
     strengths[i] = Math.min(most, Math.max(least, (values[i] - zero) / (high - zero)));
@@ -50,13 +52,13 @@ const scaled = (values, scale, sign = "both") => {
 /** Rows or columns that edges cover, as shares of the grid: to the nearest edges, but one at least. */
 const covered = (from, to, count) => {
   const [start, end] = [from, to].map((edge) => Math.min(Math.max(edge, 0), 1) * count);
-  const first = Math.floor(start + 0.5), last = Math.floor(end + 0.5);
+  const first = Math.floor(start + 0.5 + ROUNDING), last = Math.floor(end + 0.5 + ROUNDING);
   if (last > first) return [first, last];
-  const middle = Math.min(Math.floor((start + end) / 2), count - 1);
+  const middle = Math.min(Math.floor((start + end) / 2 + ROUNDING), count - 1);
   return [middle, middle + 1];
 };
 
-const number = (value) => (value === null ? "?" : `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toPrecision(3)}`);
+const number = (value) => (!Number.isFinite(value) ? "?" : `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toPrecision(3)}`);
 const quoted = (text) => `\u201c${text}\u201d`;
 
 /** What one method says of an image and a caption. */
@@ -290,9 +292,11 @@ class Explorer {
     return [(x - x0) / (x1 - x0), (y - y0) / (y1 - y0)];
   }
 
+  /** The patches of a box, given in shares of what the model sees; null where it sees nothing of it. */
   regionOf(x0, y0, x1, y1) {
     const { rows, columns } = this.reading;
     const edges = [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
+    if (edges[0] >= 1 || edges[1] >= 1 || edges[2] <= 0 || edges[3] <= 0) return null;
     return { edges, rows: covered(edges[1], edges[3], rows), columns: covered(edges[0], edges[2], columns) };
   }
 
@@ -479,7 +483,7 @@ class Explorer {
     this.list.addEventListener("keydown", (event) => {
       const from = Number(event.target.dataset.place), last = this.chips.length - 1;
       const to = { ArrowRight: from + 1, ArrowDown: from + 1, ArrowLeft: from - 1, ArrowUp: from - 1, Home: 0, End: last, Enter: from, " ": from }[event.key];
-      if (to === undefined || Number.isNaN(from)) return;
+      if (to === undefined || Number.isNaN(from) || isShortcut(event)) return;
       event.preventDefault();
       const next = Math.min(Math.max(to, 0), last);
       if (!event.shiftKey || this.anchor === null) this.anchor = event.shiftKey ? from : next;
@@ -545,7 +549,7 @@ class Explorer {
     });
     this.stage.addEventListener("keydown", (event) => {
       const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
-      if (step === undefined) return;
+      if (step === undefined || isShortcut(event)) return;
       event.preventDefault();
       const { rows, columns } = this.reading;
       const [row, column] = this.cursor ?? [-step[0], -step[1]];
@@ -603,7 +607,7 @@ class Explorer {
     stills.addEventListener("keydown", (event) => {
       const shown = this.items.filter((still) => !still.hidden), from = shown.indexOf(document.activeElement);
       const to = { ArrowRight: from + 1, ArrowLeft: from - 1, Home: 0, End: shown.length - 1 }[event.key];
-      if (to === undefined || !shown[to]) return;
+      if (to === undefined || !shown[to] || isShortcut(event)) return;
       event.preventDefault();
       choose(shown[to]);
       shown[to].focus();
@@ -623,6 +627,9 @@ class Explorer {
     });
   }
 }
+
+/** Whether keys belong to the browser, as Alt and an arrow do. */
+const isShortcut = (event) => event.altKey || event.ctrlKey || event.metaKey;
 
 const make = (tag, text = "") => Object.assign(document.createElement(tag), { textContent: text });
 

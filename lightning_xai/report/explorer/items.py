@@ -106,7 +106,7 @@ class ExplorerItem:
         group: items of one group share a slider in the mode `"time"`; by default those with the same key.
 
     Raises:
-        ValueError: no such photo, or no caption.
+        ValueError: no such photo, no caption, or no box to ask about.
     """
 
     key: str
@@ -124,6 +124,8 @@ class ExplorerItem:
             raise ValueError(f"photo: expected [height, width, 3] of uint8, got the shape {shape} of {kind}")
         if not self.captions:
             raise ValueError("captions: expected at least one, got none")
+        if self.asks_box and self.box is None:
+            raise ValueError("asks_box: there is no box to ask about; give one")
 
     @property
     def series(self) -> str:
