@@ -115,5 +115,5 @@ def read_words(folder: Path) -> dict[int, NDArray[np.float32]]:
         return {}
     try:
         return {int(name): np.asarray(found, dtype=np.float32) for name, found in load_file(path).items()}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:  # numpy lacks types
         raise ResultError(f"{path} cannot be read ({error}); run it again, or delete it") from error

@@ -22,6 +22,7 @@ from lightning_xai.results.examples import EXAMPLES_NAME, WORDS_NAME, ExampleRec
 from lightning_xai.results.record import RESULT_NAME, ResultError, ResultRecord, read_record, state_name
 
 __all__ = [
+    "LARGEST",
     "RUN_NAME",
     "RUN_VERSION",
     "Example",
@@ -37,7 +38,8 @@ RUN_NAME = "run.json"
 RUN_VERSION = 1
 SUMMARY = "grounding/summary.csv"
 _MARKS = (RUN_NAME, "config.yaml", "hparams.yaml", "lock.owner")
-_LARGEST = 2**26  # bytes of a file
+LARGEST = 2**26
+"""Bytes of a file that is read whole; those of a run have fewer."""
 _MOST_PARSED = 512  # files that are kept in memory
 _NAMES = 5  # of runs in a message
 
@@ -106,10 +108,11 @@ class FollowedFolder:
         """
         path = self.file(name)
         signature = _signature(path)
-        if path is None or not signature:
+        # A link to another name: parsers that take the folder would read the file of the first one there.
+        if path is None or not signature or path.name != name.rpartition("/")[2]:
             return None
-        if signature[1] > _LARGEST:
-            raise ResultError(f"{path} has more than {_LARGEST:,} bytes, which no file of a run has; check the folder")
+        if signature[1] > LARGEST:
+            raise ResultError(f"{path} has more than {LARGEST:,} bytes, which no file of a run has; check the folder")
         key = (path, parse.__qualname__)
         kept = self._parsed.pop(key, None)
         # Taken before reading: a file that is replaced meanwhile is read again.
@@ -281,6 +284,8 @@ def _read_summary(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
                 "folder, to write it in the new format"
             )
         by_step = {int(line["step"]): line for line in lines}
+        for line in lines:
+            int(line.get("epoch") or 0)
     except (OSError, ValueError, KeyError, csv.Error) as error:
         if isinstance(error, ResultError):
             raise

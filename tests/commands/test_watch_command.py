@@ -20,8 +20,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from result_folders import write_evaluation, write_state
+from safetensors.torch import save_file
 
 from lightning_xai.cli import main
 from lightning_xai.report.watch import WatchServer
@@ -173,6 +175,41 @@ def test_a_file_that_breaks_meanwhile_is_named_and_the_server_goes_on(run: Path)
         assert data_of(server)["fault"] is None
 
 
+@pytest.mark.parametrize("epoch", ["1.5", "last"])
+def test_an_epoch_that_is_no_number_is_named(run: Path, epoch: str) -> None:
+    summary = run / "grounding" / "summary.csv"
+    summary.write_text(summary.read_text().replace("\n2,", f"\n{epoch},"))
+    with served(run) as server:
+        assert "summary.csv: no table of measurements" in data_of(server)["fault"]
+        assert ask(server, "/").status == 200
+
+
+def test_maps_of_a_type_that_numpy_lacks_are_named(run: Path) -> None:
+    words = run / "grounding" / "epoch=002" / "feature_pair" / "words.safetensors"
+    save_file({"0": torch.zeros(5, 4, 4, dtype=torch.bfloat16)}, words)
+    with served(run) as server:
+        assert b"words.safetensors cannot be read" in ask(server, "/explorer").body
+        assert data_of(server)["fault"] is None
+
+
+def test_what_fails_unforeseen_is_answered_and_the_server_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(run) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.view, "data", lambda: 1 / 0)
+            answer = ask(server)
+        assert (answer.status, b"ZeroDivisionError" in answer.body) == (500, True)
+        assert ask(server).status == 200
+
+
+def test_pictures_that_come_after_the_summary_are_shown(run: Path) -> None:
+    picture = run / "grounding" / "curves.png"
+    later = picture.rename(run / "later.png")
+    with served(run) as server:
+        assert b"curves.png" not in ask(server, "/").body
+        later.rename(picture)
+        assert b"curves.png" in ask(server, "/").body
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -227,6 +264,39 @@ def test_a_measurement_whose_folder_leads_outside_is_not_read(run: Path, tmp_pat
     (run / "grounding" / "epoch=002").symlink_to(tmp_path / "other" / "grounding" / "epoch=002")
     with served(run) as server:
         assert b"secret" not in ask(server, "/explorer").body
+
+
+def test_a_link_within_the_folder_to_one_that_leads_outside_is_not_followed(run: Path) -> None:
+    examples = run / "grounding" / "epoch=002" / "feature_pair" / "examples.json"
+    secret = run.parent / "secret.json"
+    secret.write_text(examples.read_text().replace("ring", "SECRET"))
+    (run / "near").mkdir()
+    (run / "near" / "examples.json").symlink_to(secret)
+    (run / "near" / "other.json").write_text("{}")
+    examples.unlink()
+    examples.symlink_to(run / "near" / "other.json")
+    with served(run) as server:
+        assert b"SECRET" not in ask(server, "/explorer").body
+
+
+def test_a_photo_of_a_kind_that_starts_programs_is_not_opened(run: Path) -> None:
+    photo = run / "grounding" / "examples" / "one.jpg"
+    Image.new("RGB", (32, 32)).save(photo, "EPS")
+    with served(run) as server:
+        assert b"one.jpg is no picture (cannot identify" in ask(server, "/explorer").body
+
+
+def test_a_file_that_is_too_large_is_not_read_into_memory(run: Path) -> None:
+    with (run / "grounding" / "huge.csv").open("wb") as file:
+        file.truncate(2**40)
+    with served(run) as server:
+        assert ask(server, "/files/grounding/huge.csv").status == 404
+
+
+def test_a_request_below_no_length_is_answered_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_xai.report.watch.server._Handler.timeout", 60)  # the client waits for half of that
+    with served(run) as server:
+        assert ask(server, "/", "POST", Content_Length="-1").status == 405
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "ODD"])

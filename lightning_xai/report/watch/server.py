@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from lightning_xai.report.explorer.page import script_digest
 from lightning_xai.report.watch.view import RunView, own_file
-from lightning_xai.results.progress import FollowedRun
+from lightning_xai.results.progress import LARGEST, FollowedRun
 
 __all__ = ["WatchServer"]
 
@@ -121,9 +121,14 @@ class _Handler(BaseHTTPRequestHandler):
         if (why := self._forbidden(target.query)) is not None:
             self._answer(HTTPStatus.FORBIDDEN, why)
             return
-        found = self._content(path)
+        try:
+            found = self._content(path)
+        except Exception as error:  # of a file that nobody expected: this client hears of it, others go on
+            reason = f"{type(error).__name__}: {error}"
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"The run's folder cannot be shown ({reason}); check it.")
+            return
         if found is None:
-            self._answer(HTTPStatus.NOT_FOUND, "There is no such file; the page is at /.")
+            self._answer(HTTPStatus.NOT_FOUND, "There is no such file, or it is too large; the page is at /.")
             return
         tag = f'"{hashlib.sha256(found.body).hexdigest()[:32]}"'
         known = _matches(self.headers.get("If-None-Match"), tag)
@@ -139,7 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse_method(self) -> None:
         with suppress(ValueError, OSError):
-            self.rfile.read(min(int(self.headers.get("Content-Length", 0)), _LONGEST_BODY))
+            # Below zero it would be read without an end.
+            self.rfile.read(max(0, min(int(self.headers.get("Content-Length", 0)), _LONGEST_BODY)))
         text = "This page only shows a run, and answers GET and HEAD."
         self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text, Allow="GET, HEAD")
 
@@ -178,7 +184,9 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         file = self.server.run.folder.file("/".join(parts[1:]))
         try:
-            return None if file is None or file.suffix != suffix else _Content(file.read_bytes(), _KINDS[suffix])
+            if file is None or file.suffix != suffix or file.stat().st_size > LARGEST:
+                return None
+            return _Content(file.read_bytes(), _KINDS[suffix])
         except OSError:  # replaced, or not to be read
             return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -35,6 +35,7 @@ _NO_CURVE = re.compile(rf"epoch|step|targets({_INPUT})?|layers({_INPUT})?|broken
 _MOST_SHOWN = 24  # measurements on the slider
 _LARGEST_PICTURE = 4096 * 4096  # pixels
 _LARGEST_MAP = 512
+_PICTURES = {"curves.png": "Curves of the scores", "progress.png": "Heat maps of the examples"}
 _STILL_ROWS = 20  # of the table for readers without a script
 
 
@@ -62,7 +63,9 @@ class RunView:
     def page(self) -> bytes:
         """The page as HTML, which holds what a reader without a script needs, too."""
         progress, fault = self._progress()
-        return self._kept("page", (progress, fault), lambda: self._page(progress, fault))
+        pictures = {name: what for name, what in _PICTURES.items() if self._run.folder.file(f"grounding/{name}")}
+        # A measurement's pictures come after its line of the summary.
+        return self._kept("page", (progress, fault, *pictures), lambda: self._page(progress, fault, pictures))
 
     def data(self) -> bytes:
         """What the page's script asks for again and again, as JSON.
@@ -79,11 +82,11 @@ class RunView:
         progress, fault = self._progress()
         return self._kept("explorer", (progress, fault), lambda: self._explorer(progress, fault))
 
-    def _kept(self, part: str, key: tuple[Progress, str], make: Any) -> bytes:
+    def _kept(self, part: str, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
         before = self._made.get(part)
-        if before is not None and before[0][0] is key[0] and before[0][1] == key[1]:
+        if before is not None and before[0][0] is key[0] and before[0][1:] == key[1:]:
             return before[1]
-        made: bytes = make()
+        made = make()
         self._made[part] = (key, made)
         return made
 
@@ -94,12 +97,7 @@ class RunView:
         except (ResultError, OSError) as error:
             return _NOTHING, str(error)
 
-    def _page(self, progress: Progress, fault: str) -> bytes:
-        pictures = {
-            name: what
-            for name, what in (("curves.png", "Curves of the scores"), ("progress.png", "Heat maps of the examples"))
-            if self._run.folder.file(f"grounding/{name}") is not None
-        }
+    def _page(self, progress: Progress, fault: str, pictures: Mapping[str, str]) -> bytes:
         last = replace(progress, measured=progress.measured[-_STILL_ROWS:])
         data = self._data(last, fault) | {"status": _status(progress)}
         return _environment().get_template("page.html.j2").render(data=data, pictures=pictures).encode(errors="replace")
@@ -330,9 +328,9 @@ def _reading(label: str, example: Example, record: ResultRecord | None, words: i
 
 def _photo(path: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:  # others start programs, such as Ghostscript
             if picture.width * picture.height > _LARGEST_PICTURE:
-                raise ResultError(f"{path} has {picture.width} x {picture.height} pixels, which is too many")
+                raise ValueError(f"it has {picture.width} x {picture.height} pixels, which is too many")
             return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ResultError(f"{path} is no picture ({error}); the next measurement writes it again") from error
