@@ -24,7 +24,7 @@ from lightning_xai.commands.explain_entries import (
 )
 from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
 from lightning_xai.commands.model_choice import ModelChoice
-from lightning_xai.commands.outputs import sums_of
+from lightning_xai.commands.outputs import PICTURE, sums_of
 from lightning_xai.report.explorer import explorer_frame
 
 if TYPE_CHECKING:
@@ -260,9 +260,11 @@ class Result:
             The folder.
 
         Raises:
-            ValueError: it is a file.
+            ValueError: it is a file, or holds the image under the name of the picture.
         """
         folder = _folder(folder)
+        if self._prepared.entry.image.resolve() == (folder / PICTURE).resolve():
+            raise ValueError(f"{folder / PICTURE} is the image itself, and would be replaced: choose another folder")
         self._explained.write(folder)
         return folder
 
@@ -432,7 +434,7 @@ def _command(entries: Sequence[Entry], asked: Asked, fit: str | None) -> dict[st
 def _folder(folder: str | Path) -> Path:
     path = Path(folder)
     if path.is_file():
-        raise ValueError(f"--out has to be a folder, but {path} is a file")
+        raise ValueError(f"results are saved in a folder, but {path} is a file: choose another")
     return path
 
 
@@ -460,14 +462,18 @@ def _entries(
     image: Any, caption: Any, captions: str | Path | None, span: Any, box: Any, against: Any
 ) -> tuple[list[Entry], bool]:
     """The entries to explain, and whether they are a list."""
-    if isinstance(image, (str, Path)) and not isinstance(caption, (list, tuple)):
+    against = () if against is None else against
+    if isinstance(image, (str, Path)):
         path = Path(image)
         for each in (path, captions):
             if each is not None and not Path(each).exists():
                 raise ValueError(f"{each} does not exist")
-        rather_than = [against] if isinstance(against, str) else list(against)
-        file = None if captions is None else Path(captions)
-        return read_entries(path, caption, file, span, _box(box), rather_than), is_list(path)
+        if is_list(path):
+            if not isinstance(caption, (str, type(None))):
+                raise ValueError(f"{path} stands for many images: give one caption for them all, or a list of images")
+            rather_than = [against] if isinstance(against, str) else list(against)
+            file = None if captions is None else Path(captions)
+            return read_entries(path, caption, file, span, _box(box), rather_than), True
     if captions is not None:
         raise ValueError("captions is a CSV list for a folder of images; give caption a list of texts")
     many = isinstance(image, (list, tuple)), isinstance(caption, (list, tuple))
@@ -479,11 +485,12 @@ def _entries(
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("give a caption: a text, or a list with one for each image")
     spans = _each(span, isinstance(span, (list, tuple)), count, "spans")
-    of_each = isinstance(box, (list, tuple)) and any(each is None or not np.isscalar(each) for each in box)
-    boxes = [_box(each) for each in _each(box, of_each, count, "boxes")]
-    several = not isinstance(against, str) and any(not isinstance(each, str) for each in against)
-    others: list[tuple[str, ...]] = [
-        (each,) if isinstance(each, str) else tuple(each or ()) for each in _each(against, several, count, "against")
+    if not all(isinstance(each, (str, type(None))) for each in spans):
+        raise ValueError("a span is a phrase of the caption, as text; for lists one, or one for each")
+    boxes = [_box(each) for each in _each(box, _are_boxes(box), count, "boxes")]
+    of_each = not isinstance(against, str) and any(not isinstance(each, str) for each in against)
+    others = [
+        (each,) if isinstance(each, str) else tuple(each or ()) for each in _each(against, of_each, count, "against")
     ]
     return [
         Entry(f"{i:04d}-{path.stem}" if any(many) else path.stem, path, text, of_span, of_box, other, pixels)
@@ -501,9 +508,20 @@ def _each(value: Any, many: bool, count: int, what: str) -> list[Any]:
     return values * count if len(values) == 1 else values
 
 
+def _are_boxes(box: Any) -> bool:
+    """True for several boxes, False for the four numbers of one."""
+    if isinstance(box, (list, tuple)):
+        return any(each is None or isinstance(each, str) or np.ndim(each) > 0 for each in box)
+    return getattr(box, "ndim", 1) > 1
+
+
 def _box(box: Any) -> str | None:
-    """A box as the command line takes it."""
-    return box if box is None or isinstance(box, str) else ",".join(str(each) for each in box)
+    """A box as the command line takes it, from numbers of any library."""
+    if box is None or isinstance(box, str):
+        return box
+    if not hasattr(box, "__iter__"):
+        raise ValueError(f"a box is (x, y, width, height) in pixels of the image; got {box!r}")
+    return ",".join(str(each.item() if hasattr(each, "item") else each) for each in box)
 
 
 def _picture(image: Any) -> tuple[Path, Image.Image | None]:
@@ -521,6 +539,8 @@ def _picture(image: Any) -> tuple[Path, Image.Image | None]:
     if not hasattr(image, "__array__"):
         raise ValueError(f"an image is a path, a PIL image or an array [height, width, 3]; got {type(image).__name__}")
     pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if pixels.ndim > 3:
+        raise ValueError(f"an array is one image, [height, width, 3]; got the shape {list(pixels.shape)}: give a list")
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in _CHANNELS) or not pixels.size:
         raise ValueError(
             f"an array is [height, width, 3], channels last; got the shape {list(pixels.shape)}: transpose it"

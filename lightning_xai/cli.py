@@ -93,11 +93,11 @@ def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:
     """Arguments in which `--config configs/NAME.yaml` is the package's own file where there is no other."""
     found: list[str] = []
     for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if equals and option == "--config":
-            argument = f"--config={shipped(Path(value))}"
-        elif found and found[-1] in ("--config", "-c"):
-            argument = str(shipped(Path(argument)))
+        option, _, value = argument.rpartition("=")
+        follows = not option and bool(found) and found[-1] in ("--config", "-c")
+        # Other values stay as they are: an address, or YAML itself, is no path.
+        if value.startswith("configs/") and (option == "--config" or follows):
+            argument = argument.removesuffix(value) + str(shipped(Path(value)))
         found.append(argument)
     return found
 

@@ -20,6 +20,6 @@ def shipped(path: Path) -> Path:
     Returns:
         The path of the package's own file where only that exists, the path as it was otherwise.
     """
-    if path.exists() or path.is_absolute() or path.parts[:1] != ("configs",) or ".." in path.parts:
+    if path.parts[:1] != ("configs",) or ".." in path.parts or path.exists():
         return path
     return next((root / path for root in _ROOTS if (root / path).is_file()), path)

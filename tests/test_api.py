@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,33 @@ def test_phrases_and_boxes_are_read_off_without_running_the_method_again(
     assert [*span.to_frame()["token"].unique()] == ["blue", "ring"]
 
 
+def test_lists_of_one_and_numbers_of_any_library_are_taken(encoder: DualEncoder, photo: Path) -> None:
+    span = lx.explain(photo, CAPTION, model=encoder, span=["blue ring"], against=None)
+    assert same(span, lx.explain(photo, CAPTION, model=encoder, span="blue ring"))
+    box = [24.0, 12.5, 24.0, 24.0]
+    given = lx.explain(photo, CAPTION, model=encoder, box=box)
+    for other in (np.array(box), torch.tensor(box), tuple(torch.tensor(box)), [box]):
+        assert same(lx.explain(photo, CAPTION, model=encoder, box=other), given)
+    both = lx.explain([photo, photo], CAPTION, model=encoder, box=np.array([box, box]), against=[["a dog"], None])
+    assert [len(result.record.get("against", ())) for result in both] == [1, 0]
+    np.testing.assert_allclose(both[1].words[LAST], given.words[LAST], atol=1e-6)
+
+
+def test_the_image_itself_is_not_replaced(encoder: DualEncoder, photo: Path) -> None:
+    image = photo.rename(photo.with_name("explanation.png"))
+    with pytest.raises(ValueError, match="is the image itself, and would be replaced"):
+        lx.explain(image, CAPTION, model=encoder, method="saliency").save(image.parent)
+
+
+def test_a_phrase_against_the_similarity_has_a_scale_with_a_sign(encoder: DualEncoder, photo: Path) -> None:
+    result = lx.explain(photo, CAPTION, model=encoder)
+    explanation = result._explained.explanations[0]
+    given = explanation.arrays | {name: np.abs(explanation.arrays[name]) for name in ("image", "text")}
+    assert explanation.arrays["interactions"].min() < 0 <= min(given["image"].min(), given["text"].min())
+    asked = replace(explanation, arrays=given).about(result._prepared)
+    assert asked.saliency.scale == "signed"
+
+
 def test_a_table_has_a_line_for_each_number(encoder: DualEncoder, photo: Path) -> None:
     pairs = lx.explain(photo, CAPTION, model=encoder, against="a dog").to_frame()
     assert pairs.groupby(["method", "caption"]).size().to_dict()[LAST, CAPTION] == 7 * 16
@@ -183,6 +211,10 @@ def test_a_model_in_training_is_explained_as_it_evaluates_and_left_in_training(
         ({"image": []}, "the list is empty"),
         ({"image": 3}, "an image is a path, a PIL image or an array [height, width, 3]; got int"),
         ({"image": "gone.png"}, "gone.png does not exist"),
+        ({"image": np.zeros((2, 9, 9, 3), np.uint8)}, "got the shape [2, 9, 9, 3]: give a list"),
+        ({"span": 3}, "a span is a phrase of the caption, as text"),
+        ({"box": 3}, "a box is (x, y, width, height) in pixels of the image; got 3"),
+        ({"image": ".", "caption": ["a", "b"]}, ". stands for many images: give one caption for them all"),
         ({"image": np.zeros((3, 9, 9), np.uint8)}, "channels last; got the shape [3, 9, 9]"),
         ({"image": np.full((9, 9, 3), 255.0)}, "floats has values in [0, 1]; got 255 to 255"),
         ({"image": np.full((9, 9, 3), np.nan)}, "floats has values in [0, 1]; got nan to nan"),

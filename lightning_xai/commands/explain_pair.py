@@ -327,7 +327,9 @@ def _others(prepared: PreparedEntry, arrays: Mapping[str, NDArray[Any]]) -> tupl
 def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
     if not has_zero:
         return "range"
-    parts = [arrays[name].min() for name in ("image", "text", "against_text") if name in arrays]
+    # Sums of all patches or tokens may be positive where those of a phrase or a box are not.
+    names = ("image", "text", "interactions", "against_text", "against_interactions")
+    parts = [arrays[name].min() for name in names if name in arrays]
     return "signed" if min(parts) < 0 else "positive"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_xai.cli import main
+from lightning_xai.cli import _with_shipped_configs, main
 from lightning_xai.commands.demo import Demo
 from lightning_xai.shipped import shipped
 
@@ -35,6 +35,14 @@ def test_fit_takes_a_config_of_the_package_by_its_name(
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--config=configs/demo.yaml", "--print_config"])
     assert "configs/models/shapes_vit.json" in capsys.readouterr().out
+
+
+def test_only_names_of_configs_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    others = ["--config=s3://bucket/a.yaml", "--config", "{a: b//c}" + 300 * "d", "-c", "./e.yaml", "configs/demo.yaml"]
+    assert _with_shipped_configs(others) == others
+    found = _with_shipped_configs(["--config=configs/demo.yaml", "--config", "configs/demo.yaml"])
+    assert found == [f"--config={ROOT}/configs/demo.yaml", "--config", f"{ROOT}/configs/demo.yaml"]
 
 
 @pytest.mark.parametrize(
