@@ -280,6 +280,7 @@ def _offered(item: Item, name: str, step: int) -> dict[str, Callable[[], Any]]:
     values: dict[str, Callable[[], Any]] = dict.fromkeys(("step", "global_step", "iteration"), lambda: step)
     values |= dict.fromkeys(("name", "key", "tag", "image_name", "figure_name", "table_name", "title"), lambda: name)
     values |= dict.fromkeys(("path", "file_path", "local_path", "local_file", "artifact"), lambda: str(item.path))
+    values["artifact_path"] = lambda: f"{name}/step={step:08d}"  # a folder: files of all steps have the same name
     if isinstance(item, Picture):
         pixels = item.pixels
         values |= dict.fromkeys(("image", "image_data", "img", "img_tensor"), lambda: pixels)

@@ -350,7 +350,8 @@ class GroundingCallback(Callback):
                 rank_zero_warn(
                     f"{self._measured.split}: gamma and rho at layers {reading.layers} have no value, as no phrase "
                     f"could be measured ({', '.join(f'{n} {name}' for name, n in why.items()) or 'there is none'}); a "
-                    "checkpoint or early stopping that monitors them takes this for the worst"
+                    "checkpoint that monitors them takes this for the worst, and early stopping ends the run unless "
+                    "its check_finite is false"
                 )
 
     on_test_epoch_end = on_validation_epoch_end

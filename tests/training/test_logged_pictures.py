@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from training_runs import task_of
 
 from lightning_xai.data import ShardDataModule
 from lightning_xai.evaluation import AttributionEvaluation
-from lightning_xai.evaluation.logged_pictures import HEAT_MAP, logged_pairs
+from lightning_xai.evaluation.logged_pictures import HEAT_MAP, Picture, log_pictures, logged_pairs
 from lightning_xai.results.table import ResultTable
 from lightning_xai.training import GroundingCallback
 
@@ -230,6 +231,23 @@ def test_a_logger_of_another_project_takes_what_its_methods_take_by_name(run: Ru
     assert all(shape[2] == 3 for _, _, shape in client.images)
     assert sorted(client.files) == [f"mine-{name}/step={step:08d}" for name in sorted(TABLES) for step in (0, 2)]
     assert all(Path(path).is_file() for path in client.files.values())
+
+
+def test_a_client_that_takes_files_into_folders_keeps_those_of_all_steps(tmp_path: Path) -> None:
+    stored = []
+
+    class Store:
+        def log_artifact(self, local_path: str, artifact_path: str | None = None) -> None:
+            stored.append(f"{artifact_path}/{Path(local_path).name}")
+
+    loop = SimpleNamespace(_batches_that_stepped=0)
+    fitting = SimpleNamespace(epoch_loop=loop)
+    trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[Store()], fit_loop=fitting)
+    Image.new("RGB", (4, 4)).save(tmp_path / "progress.png")
+    for step in (0, 2):
+        loop._batches_that_stepped = step
+        log_pictures(trainer, [Picture(PICTURES[1], tmp_path / "progress.png")])
+    assert stored == [f"val/grounding/step={step:08d}/progress.png" for step in (0, 2)]
 
 
 def test_a_logger_that_fails_or_takes_nothing_is_warned_of_once_and_the_run_goes_on(run: Run) -> None:
