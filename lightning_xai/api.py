@@ -104,8 +104,8 @@ def explain(  # noqa: PLR0913 - the options of the command
     method: str = "feature_pair",
     options: Mapping[str, Any] | None = None,
     span: str | Sequence[str | None] | None = None,
-    box: str | Sequence[Any] | None = None,
-    against: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    box: Any = None,  # numbers of any library
+    against: str | Sequence[str | Sequence[str] | None] | None = (),
     target: str | None = None,
     target_options: Mapping[str, Any] | None = None,
     fit: str | None = None,

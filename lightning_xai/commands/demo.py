@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 _CONFIG = Path("configs/demo.yaml")
 _MODEL = Path("configs/models/shapes_vit.json")
 _MOST_VALIDATION = 512
+_DONE = "demo.json"  # written last: the settings of a demo that is whole
 _COLUMNS = ("image", "caption", "span")
 
 
@@ -49,6 +51,7 @@ class Demo:
         Raises:
             ValueError: an option outside its range, or `out` is a file.
         """
+        from lightning_xai.atomic_file import write_json
         from lightning_xai.commands.outputs import PAGE_OF_MANY
 
         started = time.monotonic()
@@ -58,12 +61,14 @@ class Demo:
                 raise ValueError(f"--{name} has to be at least 1; got {value}")
         if self.out.is_file():
             raise ValueError(f"--out has to be a folder, but {self.out} is a file")
-        page = (self.out / "explained" / PAGE_OF_MANY).resolve()
-        if page.is_file() and self.epochs is None and self.images is None:
+        page, done = (self.out / "explained" / PAGE_OF_MANY).resolve(), self.out / _DONE
+        settings = {"epochs": self.epochs, "images": self.images, "photos": self.photos}
+        if page.is_file() and done.is_file() and json.loads(done.read_text(encoding="utf-8")) == settings:
             print(f"The demo is there already; --out ANOTHER_FOLDER makes a new one.\nOpen {page}")  # noqa: T201
             return
         self._train()
         self._explain(self._draw())
+        write_json(done, settings)
         seconds = time.monotonic() - started
         print(f"First picture after {seconds:.0f} s, with one command.\nOpen {page}")  # noqa: T201
 

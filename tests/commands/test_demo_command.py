@@ -80,11 +80,15 @@ def test_the_demo_trains_explains_and_names_the_page_and_a_rerun_says_it_is_ther
         assert run.returncode == 0, run.stderr
         return run.stdout.splitlines()
 
-    said = demo("--epochs=1", "--images=128", "--photos=2")
+    small = ("--epochs=1", "--images=128")
+    said = demo(*small, "--photos=2")
     page = tmp_path / "out" / "explained" / "explanations.html"
     assert said[-1] == f"Open {page.resolve()}"
     assert said[-2].startswith("First picture after ")
     assert len([*page.parent.glob("*/explanation.html")]) == 2
-    assert demo() == [
+    assert demo(*small, "--photos=2") == [
         "The demo is there already; --out ANOTHER_FOLDER makes a new one.", f"Open {page.resolve()}",
     ]  # fmt: skip
+    # Other settings are no reason to train again, but to explain again.
+    assert demo(*small, "--photos=3")[-1] == f"Open {page.resolve()}"
+    assert len([*page.parent.glob("*/explanation.html")]) == 3
