@@ -100,9 +100,10 @@ class Demo:
         from lightning_xai.data.shapes import TRAIN_SAMPLES
 
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        epochs = settings["trainer"]["max_epochs"]
+        epochs: int = settings["trainer"]["max_epochs"]
+        warmup: int = settings["model"]["init_args"]["warmup_steps"]
         share = (self.epochs or epochs) * (self.images or TRAIN_SAMPLES) / (epochs * TRAIN_SAMPLES)
-        return round(settings["model"]["init_args"]["warmup_steps"] * min(share, 1))
+        return round(warmup * min(share, 1))
 
     def _draw(self) -> Path:
         """Write photos of the validation's world, none of whose pairs of objects was trained on, and a list of them."""
