@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there, and so torch.
 
 _CONFIG = Path("configs/demo.yaml")
@@ -91,10 +93,22 @@ class Demo:
         if self.images is not None:
             options["data.init_args.train_samples"] = self.images
             options["data.init_args.val_samples"] = min(self.images, _MOST_VALIDATION)
+        if self.epochs is not None or self.images is not None:
+            options["model.init_args.warmup_steps"] = self._warmup(shipped(_CONFIG))
         command = [sys.executable, "-m", "lightning_xai", "fit"]
         done = subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=False)  # noqa: S603 - our own command
         if done.returncode:
             sys.exit(done.returncode)
+
+    def _warmup(self, config: Path) -> int:
+        """Steps of warm-up: of a shorter training the same share, as all of the config's may be more than it has."""
+        from lightning_xai.data.shapes import TRAIN_SAMPLES
+
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        epochs: int = settings["trainer"]["max_epochs"]
+        warmup: int = settings["model"]["init_args"]["warmup_steps"]
+        share = (self.epochs or epochs) * (self.images or TRAIN_SAMPLES) / (epochs * TRAIN_SAMPLES)
+        return round(warmup * min(share, 1))
 
     def _draw(self) -> Path:
         """Write photos of the validation's world, none of whose pairs of objects was trained on, and a list of them."""

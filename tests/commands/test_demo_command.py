@@ -72,6 +72,25 @@ def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path: Path, mon
     assert stopped.value.code == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"), [({}, None), ({"epochs": 1}, 12), ({"images": 640}, 3), ({"epochs": 9}, 60)]
+)
+def test_a_shorter_training_warms_up_for_the_same_share_of_its_steps(
+    options: dict[str, int], steps: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr("lightning_xai.commands.demo.subprocess.run", run)
+    with pytest.raises(SystemExit):
+        Demo(out=tmp_path / "demo", **options)()
+    given = [each.partition("warmup_steps=")[2] for each in commands[0] if "warmup_steps" in each]
+    assert given == ([] if steps is None else [str(steps)])
+
+
 @pytest.mark.slow
 def test_the_demo_trains_explains_and_names_the_page_and_a_rerun_says_it_is_there(tmp_path: Path) -> None:
     def demo(*options: str) -> list[str]:
