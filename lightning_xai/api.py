@@ -6,7 +6,7 @@ It runs the same code as `python -m lightning_xai explain`, and errors are the s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -104,8 +104,8 @@ def explain(  # noqa: PLR0913 - the options of the command
     method: str = "feature_pair",
     options: Mapping[str, Any] | None = None,
     span: str | Sequence[str | None] | None = None,
-    box: Any = None,  # numbers of any library
-    against: str | Sequence[str | Sequence[str] | None] | None = (),
+    box: str | Iterable[Any] | None = None,
+    against: str | Sequence[str] | Sequence[Sequence[str] | None] | None = (),
     target: str | None = None,
     target_options: Mapping[str, Any] | None = None,
     fit: str | None = None,
