@@ -96,9 +96,13 @@ class Demo:
         if self.epochs is not None or self.images is not None:
             options["model.init_args.warmup_steps"] = self._warmup(shipped(_CONFIG))
         command = [sys.executable, "-m", "lightning_xai", "fit"]
-        done = subprocess.run([*command, *(f"--{name}={value}" for name, value in options.items())], check=False)  # noqa: S603 - our own command
-        if done.returncode:
-            sys.exit(done.returncode)
+        fit = subprocess.Popen([*command, *(f"--{name}={value}" for name, value in options.items())])  # noqa: S603 - our own command
+        try:
+            status = fit.wait()
+        except KeyboardInterrupt:  # which it gets as well, and saves its state before it ends
+            status = fit.wait()
+        if status:
+            sys.exit(status)
 
     def _warmup(self, config: Path) -> int:
         """Steps of warm-up: of a shorter training the same share, as all of the config's may be more than it has."""

@@ -65,8 +65,8 @@ def test_settings_of_no_use_are_told_before_anything_is_written(
 
 
 def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed: subprocess.CompletedProcess[str] = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr("lightning_xai.commands.demo.subprocess.run", lambda *_, **__: failed)
+    failing = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr("lightning_xai.commands.demo.subprocess.Popen", lambda *_, **__: failing)
     with pytest.raises(SystemExit) as stopped:
         Demo(out=tmp_path / "demo")()
     assert stopped.value.code == 3
