@@ -1,24 +1,32 @@
-"""Low-rank adapters as a folder that `peft.PeftModel.from_pretrained(model, FOLDER)` loads."""
+"""Low-rank adapters as a folder that `peft.PeftModel.from_pretrained(model, FOLDER)` loads, written and read."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_xai.atomic_file import read_json
 from lightning_xai.models.low_rank import Adapter
 
 __all__ = ["PeftAdapter"]
 
 _PREFIX = "base_model.model."
 """In front of the names of modules in peft's files."""
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_OTHER_SUMS = (
+    *("use_dora", "use_rslora", "use_bdlora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *("lora_bias", "layer_replication", "alora_invocation_tokens", "trainable_token_indices"),
+)
+"""Options of peft by which an adapter is something else than W + (alpha / r) B A of each target."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,72 @@ class PeftAdapter:
         config["target_modules"] = "|".join(map(re.escape, targets))
         return cls(config, tensors)
 
+    @classmethod
+    def load(cls, folder: Path) -> PeftAdapter:
+        """Read both files; nothing is unpickled.
+
+        Raises:
+            ValueError: a file is missing or broken, or the adapter is none of plain LoRA.
+        """
+        try:
+            config = read_json(folder / _CONFIG, dict[str, Any])
+            tensors = load_file(folder / _TENSORS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder} is no folder of a peft adapter with {_CONFIG} and {_TENSORS} ({error}): give one that "
+                "`export --adapter` or peft's save_pretrained has written"
+            ) from error
+        kind = config.get("peft_type")
+        others = [name for name in _OTHER_SUMS if config.get(name)]
+        if kind != "LORA" or others or config.get("bias", "none") != "none":
+            what = f"peft_type {kind}" if kind != "LORA" else ", ".join(others) or f"bias {config['bias']}"
+            raise ValueError(f"{folder} has an adapter with {what}: only plain LoRA can be a start here")
+        return cls(config, tensors)
+
+    def factors(self, model: nn.Module, weights: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """A [r, in] and B [out, r] of these weights of a model, by their names.
+
+        Raises:
+            ValueError: a weight has no adapter, or another weight has one that is not zero.
+            ImportError: peft is not installed, by whose release the adapters of nn.MultiheadAttention go.
+        """
+        left = dict(self.tensors)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in weights:
+            target, inside = _place(model, name)
+            keys = [f"{_PREFIX}{inside}.{factor}.weight" for factor in ("lora_A", "lora_B")]
+            if not left.keys() >= set(keys):
+                targets = self.config.get("target_modules")
+                raise ValueError(
+                    f"the adapter has nothing for {name}: give lora the targets and towers of its target_modules, "
+                    f"{targets!r}"
+                )
+            lora_A, lora_B = (left.pop(key) for key in keys)
+            found[name] = lora_A, lora_B * (1.0 if inside == target else self._times())
+        more = sorted(key for key, value in left.items() if "lora_A" not in key and bool(value.any()))
+        if more:
+            raise ValueError(
+                f"the adapter has {len(more)} matrices that lora leaves out, such as "
+                f"{more[0].removeprefix(_PREFIX)}: give lora targets and towers that name them, too"
+            )
+        return found
+
+    def _times(self) -> float:
+        """How many times the release that the adapter is of adds that of an output projection of attention."""
+        release, times = _out_proj_times()
+        own = self.config.get("peft_version", release)
+        if own != release:
+            raise ValueError(
+                f"the adapter is of peft {own}, and {release} is installed, which may add adapters of attention "
+                f"otherwise: pip install peft=={own}"
+            )
+        return times
+
     def save(self, folder: Path) -> None:
         """Write both files into a new folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        save_file(dict(self.tensors), folder / _TENSORS, metadata={"format": "pt"})
+        (folder / _CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
 
 
 def _place(model: nn.Module, weight: str) -> tuple[str, str]:

@@ -176,7 +176,7 @@ class CaptionChoiceCallback(Callback):
         """Embed the wrong captions, and log how many are less similar than the true ones."""
         if not self._due:
             return
-        self._due, self._measured = False, {}
+        self._measured = {}
         encoder = find_encoder(pl_module, type(self).__name__)
         # As validation_step runs: captions that are embedded in another precision could not be compared.
         with trainer.precision_plugin.val_step_context(), torch.no_grad():

@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_xai.models.dual_encoder import DualEncoder
 from lightning_xai.models.low_rank import adapt, matrices
+from lightning_xai.models.peft_folder import PeftAdapter
 from lightning_xai.training.parameter_groups import TOWERS, Place
 
 __all__ = ["Lora", "add_adapters"]
@@ -35,6 +37,8 @@ class Lora:
             `resblocks.11`, with `*` and `?` as in a shell, and is not confined to blocks.
         towers: which are adapted: both, image or text.
         norms: whether the weights and biases of an adapted tower's norms learn, too.
+        init: folder of a peft adapter to begin with, of the same rank, alpha and targets, as `export --adapter` and
+            peft's `save_pretrained` write it (safetensors alone); null: B begins with zeros.
     """
 
     rank: int = 8
@@ -42,6 +46,7 @@ class Lora:
     targets: Preset | Sequence[str] = "attention"
     towers: Towers = "both"
     norms: bool = False
+    init: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -69,7 +74,8 @@ def add_adapters(encoder: DualEncoder, lora: Lora, places: Mapping[str, Place]) 
         The places of the parameters as they are named now; an adapter's is that of its weight.
 
     Raises:
-        ValueError: a target that names no matrix, or frozen ones alone; the message lists what there is.
+        ValueError: a target that names no matrix, or frozen ones alone; the message lists what there is. Or an adapter
+            to begin with that is broken, or of another rank, alpha or targets.
     """
     available: dict[str, list[_Matrix]] = {tower: [] for tower in TOWERS if lora.towers in ("both", tower)}
     for module, weight in matrices(encoder):
@@ -84,8 +90,35 @@ def add_adapters(encoder: DualEncoder, lora: Lora, places: Mapping[str, Place]) 
     former: dict[str, str] = {}
     for each in chosen:
         former |= adapt(encoder, each.module, each.weight, lora.rank, lora.alpha)
+    if lora.init is not None:
+        _begin_with(Path(lora.init), encoder, lora, chosen)
     kept = {name: place for name, place in places.items() if name not in former.values()}
     return kept | {name: places[old] for name, old in former.items()}
+
+
+def _begin_with(folder: Path, encoder: DualEncoder, lora: Lora, chosen: Sequence[_Matrix]) -> None:
+    """Give the new adapters of an encoder the values of a peft adapter."""
+    adapter = PeftAdapter.load(folder)
+    rank, alpha = adapter.config.get("r"), adapter.config.get("lora_alpha")
+    # Checkpoints hold alpha / rank in the precision of the weights.
+    if rank != lora.rank or not isinstance(alpha, (int, float)) or not math.isclose(alpha, lora.alpha, rel_tol=4e-3):
+        raise ValueError(
+            f"lora: the adapter {folder} has rank {rank} and alpha {alpha}: give lora the same; got {lora.rank} and "
+            f"{lora.alpha:g}"
+        )
+    parts = {f"{each.module}.{each.weight}".removeprefix("model."): each for each in chosen}
+    try:
+        found = adapter.factors(encoder.model, parts)
+        for name, (lora_A, lora_B) in found.items():
+            own = encoder.get_submodule(f"{parts[name].module}.parametrizations.{parts[name].weight}.0")
+            for factor, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+                place = own.get_parameter(factor)
+                if place.shape != value.shape:
+                    raise ValueError(f"{factor} of {name} is {list(value.shape)}, expected {list(place.shape)}")
+                place.data.copy_(value)
+            own.get_buffer("scaling").fill_(alpha / rank)
+    except ValueError as error:
+        raise ValueError(f"lora: {folder} does not fit {encoder.name}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def test_peft_adds_exported_adapters_to_an_open_clip_model_and_gets_the_embeddin
     assert (below[1] - expected[1]).abs().max() > 1e-2, "the adapters are not part of the weights"
     encoder.model = peft.PeftModel.from_pretrained(encoder.model, folder).eval()
     assert_same(embeddings(encoder), expected)
+    encoder.model.save_pretrained(tmp_path / "by_peft")
+    for start in (folder, tmp_path / "by_peft"):
+        begun = replace(lora, init=str(start))
+        task = ContrastiveFineTuning(str(architecture_file("vit")), str(out), lora=begun).eval()
+        for one, other in zip(embeddings(task.encoder), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     encoder.model = encoder.model.merge_and_unload()
     assert_same(embeddings(encoder), expected)
     adapted = set(json.loads((folder / "adapter_config.json").read_text())["target_modules"].split("|"))
@@ -106,3 +113,45 @@ def test_what_peft_cannot_hold_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["run.ckpt"]
     with pytest.raises(ValueError, match=r"--adapter .* is there already: give a new folder"):
         export(tmp_path / "run.ckpt", tmp_path / "base.pt", adapter=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lora", "config", "message"),
+    [
+        ({"rank": 3}, {}, r"adapter has rank 2 and alpha 6(\.0)?: give lora the same; got 3 and 6"),
+        (
+            {"targets": "all"},
+            {},
+            "nothing for .*mlp.c_fc.weight: give lora the targets and towers of its target_modules",
+        ),
+        (
+            {"towers": "text"},
+            {},
+            "matrices that lora leaves out, such as visual.*: give lora targets and towers that na",
+        ),
+        ({}, {"use_dora": True}, "has an adapter with use_dora: only plain LoRA can be a start here"),
+        ({}, {"peft_type": "IA3"}, "has an adapter with peft_type IA3"),
+        ({}, {"peft_version": "0.1"}, r"the adapter is of peft 0\.1, and .* is installed"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_no_start(
+    lora: dict[str, Any], config: dict[str, Any], message: str, architecture_file: ArchitectureFile, tmp_path: Path
+) -> None:
+    model, own = str(architecture_file("vit")), Lora(rank=2, alpha=6)
+    trained_checkpoint(model, tmp_path / "run.ckpt", own)
+    export(tmp_path / "run.ckpt", tmp_path / "base.pt", adapter=tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(ValueError, match=message) as raised:
+        ContrastiveFineTuning(model, None, lora=replace(own, init=str(tmp_path / "adapter"), **lora))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pickled_or_broken_adapter_is_not_read(architecture_file: ArchitectureFile, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    torch.save({}, tmp_path / "adapter_model.bin")
+    for content in (None, b"no tensors"):
+        if content is not None:
+            (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="is no folder of a peft adapter with adapter_config"):
+            ContrastiveFineTuning(str(architecture_file("vit")), None, lora=Lora(init=str(tmp_path)))
