@@ -64,9 +64,21 @@ def test_settings_of_no_use_are_told_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def fails_instead(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that `demo` starts, in place of each of which a process ends with status 3."""
+    commands: list[list[str]] = []
+    start = subprocess.Popen
+
+    def started(command: list[str]) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return start([sys.executable, "-c", "raise SystemExit(3)"])
+
+    monkeypatch.setattr("lightning_xai.commands.demo.subprocess.Popen", started)
+    return commands
+
+
 def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    monkeypatch.setattr("lightning_xai.commands.demo.subprocess.Popen", lambda *_, **__: failing)
+    fails_instead(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         Demo(out=tmp_path / "demo")()
     assert stopped.value.code == 3
@@ -78,13 +90,7 @@ def test_a_training_that_fails_ends_the_demo_with_its_status(tmp_path: Path, mon
 def test_a_shorter_training_warms_up_for_the_same_share_of_its_steps(
     options: dict[str, int], steps: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands: list[list[str]] = []
-
-    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 3)
-
-    monkeypatch.setattr("lightning_xai.commands.demo.subprocess.run", run)
+    commands = fails_instead(monkeypatch)
     with pytest.raises(SystemExit):
         Demo(out=tmp_path / "demo", **options)()
     given = [each.partition("warmup_steps=")[2] for each in commands[0] if "warmup_steps" in each]
