@@ -419,7 +419,9 @@ def test_a_mistake_is_named_without_a_traceback(run: Path, tmp_path: Path) -> No
 
 def test_the_command_takes_a_parent_loads_no_torch_and_ends_in_order(run: Path) -> None:
     code = (
-        "import sys; from lightning_xai.cli import main; main(sys.argv[1:]);"
+        # A shell's background jobs, as a test run may be one, ignore Ctrl-C.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from lightning_xai.cli import main; main(sys.argv[1:]);"
         "print('heavy:', *({'torch', 'lightning', 'open_clip', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -435,7 +437,10 @@ def test_the_command_takes_a_parent_loads_no_torch_and_ends_in_order(run: Path) 
         line = process.stdout.readline()
         assert line.startswith(f"Watching {run} at http://127.0.0.1:")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (0, "")
     assert out.split("\n")[-2] == "heavy:"
     assert "Stopped watching" in out

@@ -285,7 +285,7 @@ def test_a_run_whose_images_are_mostly_without_hard_negatives_stays_finite(
     write_shards(samples, tmp_path / "data", name="few", progress=False)
     task = task_of(architecture_file("vit"), objectives=[HardNegativeText(swap_objects=True)])
     logged = fit_on(task, tmp_path / "data", tmp_path / "run", batch_size=2)
-    counts = [row["train/negatives"] for row in logged]
+    counts = [row["train/hard_negative_text_negatives"] for row in logged]
     assert min(counts) == 0
     assert sum(counts) in (1, 2)  # one sample sits out
     assert all(torch.tensor(row["train/loss"]).isfinite() for row in logged)

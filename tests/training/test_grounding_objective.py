@@ -64,7 +64,7 @@ def assert_gradient(encoder: DualEncoder, objective: Grounding) -> None:
     """Compare the gradient of the term by every parameter with differences, each along a random direction."""
     objective.prepare(encoder)
     batch = hand_made(encoder, [(0, [1, 2]), (0, [3]), (0, [4, 5]), (1, [1]), (1, [1, 2])])
-    assert term(encoder, objective, batch).logged["phrases"] > 1
+    assert term(encoder, objective, batch).logged["grounding_phrases"] > 1
     used = [weight for weight in encoder.parameters() if weight.requires_grad]
     # gradcheck moves the parameters in place, so that the model itself need not be a function of them.
     assert torch.autograd.gradcheck(

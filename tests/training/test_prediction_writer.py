@@ -31,10 +31,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore
 
 @pytest.fixture(scope="module")
 def samples(shapes: Path) -> list[Sample]:
-    """Eleven images, one of which does not decode, with captions in other scripts than Latin."""
+    """Eleven images, one of which does not decode, with captions in other scripts than Latin and a small object."""
     manifest = Manifest.load(shapes / "val")
     found = [sample for _, sample in read_samples(shapes / "val", manifest, [0], 0, 11) if isinstance(sample, Sample)]
     found[4] = replace(found[4], image=found[4].image[:-60])
+    small, *others = found[5].regions
+    found[5] = replace(found[5], regions=(replace(small, box=(8.0, 8.0, 6.0, 6.0), mask=None), *others))
     found[6] = replace(found[6], captions=(*found[6].captions, "ein blauer Stern – 青い星"))
     return found
 

@@ -383,6 +383,6 @@ def test_its_hard_negatives_train_a_model(
     recorder, data = Recorder(), ShardDataModule(train=world.folder / "out", batch_size=4, num_workers=0)
     trainer_in(tmp_path / "run", recorder).fit(task, data)
     (logged,) = recorder.logged
-    assert logged["train/negatives"] >= 3
+    assert logged["train/hard_negative_text_negatives"] >= 3
     assert logged["train/grounding_phrases"] > 0
     assert logged["train/loss"] > 0
