@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,10 @@ def test_new_adapters_leave_the_weights_as_they_are_bit_for_bit(
     for name, weight in plain.encoder.named_parameters():
         module, _, own = name.rpartition(".")
         assert torch.equal(weight, getattr(adapted.encoder.get_submodule(module), own)), name
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(plain.encoder(images, tokens), adapted.encoder(images, tokens), **close)
+    assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    assert_close(plain.encoder(images, tokens), adapted.encoder(images, tokens))
     with torch.no_grad():  # torch's attention takes another way
-        torch.testing.assert_close(
-            plain.eval().encoder(images, tokens), adapted.eval().encoder(images, tokens), **close
-        )
+        assert_close(plain.eval().encoder(images, tokens), adapted.eval().encoder(images, tokens))
     assert weights_fingerprint(plain.encoder.model) == weights_fingerprint(adapted.encoder.model)
 
 
@@ -97,8 +96,8 @@ def test_all_that_reads_an_adapted_model_sees_the_merged_one(
         for field, value in expected.items():
             if isinstance(value, torch.Tensor):
                 # The bottleneck is learned, step by step, from weights that differ in their last bits.
-                exact = {"rtol": 1e-2, "atol": 1e-3} if method in ("m2ib", "nib") else {"rtol": 1e-5, "atol": 1e-6}
-                torch.testing.assert_close(found[field], value, **exact, msg=f"{method} {field}")
+                rtol, atol = (1e-2, 1e-3) if method in ("m2ib", "nib") else (1e-5, 1e-6)
+                torch.testing.assert_close(found[field], value, rtol=rtol, atol=atol, msg=f"{method} {field}")
                 compared += 1
     assert compared > 4
 
