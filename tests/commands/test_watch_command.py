@@ -72,6 +72,7 @@ def measure(run: Path, skills: list[float], caption: str = "a ring and a heart")
     lines = [
         {"epoch": epoch, "step": 10 * epoch, "targets": 8, "gamma_mean": skill, "rho": skill, "layers": "11,11"}
         | {"loss": 3 - skill, "zero_shot_accuracy": skill, "excluded_not_mentioned": 2, "excluded_no_box": 0}
+        | {"caption_choice": skill, "caption_choice_targets": 8.0}
         for epoch, skill in enumerate(skills)
     ]
     write_csv(run / "grounding" / "summary.csv", pd.DataFrame(lines))
@@ -131,10 +132,11 @@ def test_the_table_the_curves_and_what_was_left_out_are_those_of_the_summary(run
     assert [(row["after"], row["step"]) for row in rows] == [("before", "0"), ("epoch 1", "10"), ("epoch 2", "20")]
     assert [row["ρ [%] ↑"] for row in rows] == ["20.0", "40.0", "70.0"]
     assert {"loss ↓", "zero-shot [%] ↑", "targets", "not mentioned", "no box"} <= set(headings)
+    assert [row["caption choice targets"] for row in rows] == ["8", "8", "8"]
     lines = {line["name"]: line["values"] for panel in data["panels"] for line in panel["lines"]}
     assert lines["γ mean"] == [20, 40, 70]
     assert lines["loss"] == [2.8, 2.6, 2.3]
-    assert [panel["steps"] for panel in data["panels"]] == [[0, 10, 20]] * 3
+    assert [panel["steps"] for panel in data["panels"]] == [[0, 10, 20]] * 3, "counts have no curve"
     assert data["excluded"] == [{"where": "last blocks (11,11)", "measured": 8, "reasons": [["not mentioned", 2]]}]
     assert "3 measurements, the last: epoch 2, step 20" in data["status"]
 

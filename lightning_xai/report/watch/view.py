@@ -31,7 +31,8 @@ _INPUT = "_input"
 """Ends the names of what was read at the inputs."""
 _EXCLUDED = "excluded_"
 _SHARE = re.compile(r"recall_at_\d+|accuracy")
-_NO_CURVE = re.compile(rf"epoch|step|targets({_INPUT})?|layers({_INPUT})?|broken_records|{_EXCLUDED}\w+")
+_COUNT = re.compile(rf"(\w+_)?(targets|excluded|skipped|images|broken_records)({_INPUT})?|{_EXCLUDED}\w+")
+_NO_CURVE = re.compile(rf"epoch|step|layers({_INPUT})?|{_COUNT.pattern}")
 _MOST_SHOWN = 24  # measurements on the slider
 _LARGEST_PICTURE = 4096 * 4096  # pixels
 _LARGEST_MAP = 512
@@ -188,7 +189,7 @@ def _other_column(name: str, progress: Progress) -> Column:
         words = name.removeprefix(_EXCLUDED).removesuffix(suffix).replace("_", " ")
         return Column(words, f"excluded, {_where(progress, suffix)}", digits=0)
     share = _SHARE.search(name) is not None
-    whole = name == "broken_records"
+    whole = _COUNT.fullmatch(name) is not None
     return Column(name.replace("_", " "), percent=share, digits=1 if share else 0 if whole else 4)
 
 

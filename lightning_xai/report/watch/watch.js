@@ -65,11 +65,13 @@ const panel = ({ title, unit, steps, lines }) => {
   }
   for (const step of ticks(first, last, 5)) {
     const place = LEFT + ((step - first) / (last - first)) * (width - LEFT - RIGHT);
-    svg.append(drawn("text", { x: place, y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, step.toLocaleString("en")));
+    const anchor = place > width - 2 * RIGHT - 12 ? "end" : "middle"; // nothing is drawn beyond the edge
+    svg.append(drawn("text", { x: place, y: HEIGHT - BOTTOM + 16, "text-anchor": anchor }, step.toLocaleString("en")));
   }
   svg.append(drawn("text", { x: width - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, "steps"));
   const legend = made("ul", { class: "legend" });
-  const looks = lines.map((line, i) => `line-${i % COLOURS}${line.dashed ? " dashed" : ""}`);
+  // Where colours come again, dashes tell the lines apart.
+  const looks = lines.map((line, i) => `line-${i % COLOURS}${line.dashed || i >= COLOURS ? " dashed" : ""}`);
   lines.forEach((line, i) => {
     svg.append(drawn("path", { class: looks[i], d: path(line, x, y) }));
     line.values.forEach((value, j) => {
