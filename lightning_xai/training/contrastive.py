@@ -149,7 +149,8 @@ class ContrastiveModule(L.LightningModule):
         _check_bounds(max_logit_scale, chunk_size)
         if gradient_checkpointing or chunk_size is not None:
             _refuse_batch_statistics(encoder)
-        self.objectives = _prepared(objectives, encoder, compiled=compile)
+        frozen = {"image": freeze_image, "text": freeze_text}
+        self.objectives = _prepared(objectives, encoder, frozen, compiled=compile)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
@@ -159,8 +160,7 @@ class ContrastiveModule(L.LightningModule):
         self.layer_decay = layer_decay
         self.weight_decay = weight_decay
         self.decay_norms_and_biases = decay_norms_and_biases
-        self.betas = betas
-        self.fused = fused
+        self.betas, self.fused = betas, fused
         self.max_logit_scale = max_logit_scale
         self.retrieval = RetrievalMetric(ks=recall_at, group_size=val_group_size)
         self._batch_started = 0.0
@@ -172,7 +172,7 @@ class ContrastiveModule(L.LightningModule):
         self._compiled = compile
         self._places = _choose_parameters(
             encoder,
-            frozen={"image": freeze_image, "text": freeze_text},
+            frozen=frozen,
             text_embeddings_frozen=freeze_text_embeddings,
             lora=lora,
             rates_differ=(image_lr_factor, text_lr_factor, layer_decay) != (1, 1, 1),
@@ -510,7 +510,9 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
     )
 
 
-def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder, *, compiled: bool) -> tuple[Objective, ...]:
+def _prepared(
+    objectives: Sequence[Objective] | None, encoder: DualEncoder, frozen: Mapping[str, Frozen], *, compiled: bool
+) -> tuple[Objective, ...]:
     """The objectives, and the encoder made ready for them."""
     chosen = (Softmax(),) if objectives is None else tuple(objectives)
     names = [objective.name for objective in chosen]
@@ -521,6 +523,11 @@ def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder, *, c
     if compiled and any(objective.listens for objective in chosen):
         raise ValueError(f"compile passes over the hooks of {', '.join(names)}: set compile to false")
     for objective in chosen:
+        if frozen.get(objective.towers) == "all":
+            raise ValueError(
+                f"the objective {objective.name} trains the {objective.towers} tower alone, and freeze_"
+                f"{objective.towers} is all: give it other towers, or leave it out"
+            )
         objective.prepare(encoder)
     if not any(objective.trains_logit_bias for objective in chosen):
         for name, parameter in encoder.named_parameters():

@@ -106,6 +106,13 @@ def test_batch_statistics_and_unknown_towers_are_refused_before_training(
         Grounding(towers=towers)
 
 
+def test_a_term_of_a_frozen_tower_alone_is_refused(architecture_file: Callable[[str], Path]) -> None:
+    path = str(architecture_file("vit"))
+    with pytest.raises(ValueError, match="grounding trains the image tower alone, and freeze_image is all"):
+        ContrastiveFineTuning(path, None, objectives=[Softmax(), Grounding(towers="image")], freeze_image="all")
+    ContrastiveFineTuning(path, None, objectives=[Softmax(), Grounding(towers="text")], freeze_image="all")
+
+
 def test_the_gradients_of_the_two_towers_are_the_halves_of_that_of_both(
     make_encoder: Callable[..., DualEncoder],
 ) -> None:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -66,6 +66,7 @@ class Objective(ABC):
         needs: what training batches have to hold in addition to images and captions; data without it are refused.
         listens: whether hidden states of the training pass are read, by hooks (`listening`).
         trains_logit_bias: whether the model's `logit_bias` has a gradient; where it has none, it is frozen.
+        towers: which towers the term trains: `both`, or `image` or `text` alone.
 
     Raises:
         ValueError: `weight` is not a positive, finite number.
@@ -75,6 +76,7 @@ class Objective(ABC):
     needs: BatchNeeds = BatchNeeds()
     listens: ClassVar[bool] = False
     trains_logit_bias: ClassVar[bool] = False
+    towers: Literal["both", "image", "text"] = "both"
 
     def __init__(self, *, weight: float = 1.0) -> None:
         if not 0 < weight < math.inf:
