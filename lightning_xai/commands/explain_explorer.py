@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_xai.commands.explain_pair import Explanation, PreparedEntry, frame_and_box
+from lightning_xai.commands.explain_pair import Explanation, PreparedEntry, frame_and_box, not_shown
 from lightning_xai.commands.outputs import sums_of
 from lightning_xai.report.explorer import ExplorerCaption, ExplorerItem, ExplorerReading
 
@@ -60,17 +60,20 @@ def _times(edges: Frame | None, factor: float) -> Frame | None:
 def _own(prepared: PreparedEntry, explanation: Explanation) -> ExplorerReading:
     """What a method says of the caption."""
     arrays, saliency = explanation.arrays, explanation.saliency
-    target = explanation.record.get("target")
+    target, text = explanation.record.get("target"), sums_of(arrays["text"], prepared.content)
+    notes = [] if target is None else [f"{target['name']} {target['value']:+.3f}"]
+    if "interactions" in arrays:  # why the sum of the map is not that of the words
+        notes.append(not_shown(arrays, arrays["text"].sum() - text.sum()).rstrip("."))
     return ExplorerReading(
         saliency.method,
         saliency.where,
         sums_of(arrays["interactions"], prepared.content) if "interactions" in arrays else None,
         arrays["image"],
-        sums_of(arrays["text"], prepared.content),
+        text,
         saliency.similarity,
         saliency.completeness_error,
         saliency.scale,
-        note="" if target is None else f"{target['name']} {target['value']:+.3f}",
+        note=" \u00b7 ".join(notes),
     )
 
 

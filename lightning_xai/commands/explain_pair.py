@@ -448,6 +448,13 @@ def _notes(prepared: PreparedEntry, explanations: Sequence[Explanation]) -> list
     return notes + [note for each in explanations for note in _reading_notes(each, several=len(explanations) > 1)]
 
 
+def not_shown(arrays: Mapping[str, NDArray[Any]], marks: float) -> str:
+    """What token-patch attributions give to no word or no patch, `marks` of it to start and end of the text."""
+    prefix = arrays["prefix"]
+    outside = f", and {prefix.sum():+.2g} of the image's CLS or registers" if prefix.any() else ""
+    return f"Not shown: marks of start and end of the text, {marks:+.2g} together{outside}."
+
+
 def _reading_notes(explanation: Explanation, *, several: bool) -> list[str]:
     """What one reading's maps leave out; with its layers, where there are several."""
     notes, arrays, saliency = [], explanation.arrays, explanation.saliency
@@ -463,9 +470,6 @@ def _reading_notes(explanation: Explanation, *, several: bool) -> list[str]:
             f"{padding['share_of_positive']:.0%} of all positive attribution."
         )
     if "interactions" in arrays:
-        marks = arrays["shown_text"].sum() - saliency.text.sum()
-        prefix = arrays["prefix"]
-        outside = f", and {prefix.sum():+.2g} of the image's CLS or registers" if prefix.any() else ""
-        notes.append(f"Not shown: marks of start and end of the text, {marks:+.2g} together{outside}.")
+        notes.append(not_shown(arrays, arrays["shown_text"].sum() - saliency.text.sum()))
     where = saliency.where[:1].upper() + saliency.where[1:]
     return [f"{where}: {note[:1].lower()}{note[1:]}" for note in notes] if several else notes

@@ -342,6 +342,8 @@ def test_the_page_shows_the_values_of_the_arrays(explained: Explained, tmp_path:
             np.testing.assert_array_equal(text, found["text"][1:8])
             assert reading["similarity"] == pytest.approx(found["similarity"].item())
             assert reading["error"] == pytest.approx(found["completeness_error"].item())
+            marks = found["text"][[0, *range(8, len(found["text"]))]].sum()
+            assert f"marks of start and end of the text, {marks:+.2g} together" in reading["note"]
         for other in others:
             assert other["readings"][1]["similarity"] == pytest.approx(arrays[f"{LAST}against_similarity"][0].item())
 
