@@ -3,9 +3,9 @@
     python benchmarks/watch.py            # about a minute
 
 The folder is made: two readings of six examples of 14 x 14 patches, with pictures of 224 x 224 pixels, and numbers for
-all that `fit` logs on COCO. The server is a process of its own. "Changed" is the first question after a measurement
-was added, when the answer is made anew; CPU is what the server's process took for it (Linux), which does not depend on
-what else the machine does.
+all that `fit` logs on COCO. The server is a separate process. "Changed" is the first question after a measurement
+was added, when the answer is computed again; CPU is what the server's process took for it (Linux), which does not
+depend on what else the machine does.
 """
 
 from __future__ import annotations

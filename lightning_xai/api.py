@@ -341,7 +341,7 @@ class Results(Sequence[Result]):
         return len(self._results)
 
     def save(self, folder: str | Path) -> Path:
-        """Write each result into a folder of its own, and summary.csv, as `python -m lightning_xai explain` does.
+        """Write each result into its own folder, and summary.csv, as `python -m lightning_xai explain` does.
 
         Args:
             folder: to write to.

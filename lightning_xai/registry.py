@@ -101,10 +101,10 @@ class Registry(Mapping[str, T]):
 
     def __repr__(self) -> str:
         """Each name on its line; of the built-in entries with the first sentence of what they are."""
-        told = {name: _sentence(self[name]) for name in self._builtin} | {
+        described = {name: _sentence(self[name]) for name in self._builtin} | {
             name: self.origin(name) for name in self._plugins
         }
-        return "\n".join([f"{self.kind}s:", *(f"  {name:22} {text}".rstrip() for name, text in told.items())])
+        return "\n".join([f"{self.kind}s:", *(f"  {name:22} {text}".rstrip() for name, text in described.items())])
 
     def origin(self, name: str) -> str:
         """The package that an entry comes from, with its version where it is known: "my_package 1.2"."""

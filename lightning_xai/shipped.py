@@ -7,7 +7,7 @@ from pathlib import Path
 __all__ = ["shipped"]
 
 _PACKAGE = Path(__file__).resolve().parent
-# In a wheel they lie in the package; in a clone beside it.
+# In a wheel they lie in the package; in a clone next to it.
 _ROOTS = (_PACKAGE, _PACKAGE.parent)
 
 

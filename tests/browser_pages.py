@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def opened(
     browser: Browser, path: Path, *, width: int = 1280, dark: bool = False, **options: Any
 ) -> tuple[Page, list[str]]:
-    """The page in a window of its own, and what the browser complains of.
+    """The page in its own window, and what the browser complains of.
 
     Args:
         browser: the Chromium.

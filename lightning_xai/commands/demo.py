@@ -75,7 +75,7 @@ class Demo:
         print(f"First picture after {seconds:.0f} s, with one command.\nOpen {page}")  # noqa: T201
 
     def _train(self) -> None:
-        """Run `fit` in a process of its own, which makes the data, goes on where it was stopped, and may be stopped.
+        """Run `fit` in a separate process, which makes the data and resumes where it was stopped.
 
         Raises:
             SystemExit: it failed, with its status; it has said why.

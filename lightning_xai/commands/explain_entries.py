@@ -268,7 +268,7 @@ class Explainer:
 
         Args:
             entry: the entry.
-            advance: is told of each method that starts, with 0, and when it is done, with the number of entries.
+            advance: called with a method's name and 0 when it starts, and the number of entries when it is done.
 
         Raises:
             InputError: it cannot be used.

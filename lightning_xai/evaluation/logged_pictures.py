@@ -122,7 +122,7 @@ def log_pictures(trainer: L.Trainer, items: Iterable[Item]) -> None:
     """Hand pictures and tables to each logger of a trainer, at the step of the numbers that it logs now.
 
     A logger that takes none, or fails to, is warned of once, and the run goes on. Only the first process hands over;
-    `items` are not made where nobody takes them.
+    `items` are not made where no logger takes them.
 
     Args:
         trainer: of the run.

@@ -100,7 +100,7 @@ class Reading {
   }
 }
 
-/** A map on a canvas: linear between patches' centres, and no pixel anew for each of them but its colour. */
+/** A map on a canvas: linear between patches' centres; where each pixel lies is computed once, its colour at each map. */
 class Heat {
   constructor(canvas, colours) {
     this.canvas = canvas;

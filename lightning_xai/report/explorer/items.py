@@ -102,7 +102,7 @@ class ExplorerItem:
             the whole photo.
         box: `(x0, y0, x1, y1)` that is asked about, or that an object has, in pixels of `photo`; None without one.
         asks_box: whether the words are coloured by the box at first; else it is only drawn.
-        label: what distinguishes the item from others of its group, such as `"epoch 3"`; shown beside it.
+        label: what distinguishes the item from others of its group, such as `"epoch 3"`; shown next to it.
         group: items of one group share a slider in the mode `"time"`; by default those with the same key.
 
     Raises:

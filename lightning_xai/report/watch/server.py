@@ -50,7 +50,7 @@ class WatchServer(ThreadingHTTPServer):
     """The server of one run's live page; `serve_forever` answers until `shutdown`.
 
     On the loopback interface everyone on this machine may read, and requests have to name it as their host, so that no
-    site can reach it by a name of its own. Bound to any other address, each request needs the token.
+    site can reach it by its own name. Bound to any other address, each request needs the token.
 
     Args:
         run: folder of the run, see `find_run`.
@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             found = self._content(path)
-        except Exception as error:  # of a file that nobody expected: this client hears of it, others go on
+        except Exception as error:  # of an unexpected file: this client gets the message, others go on
             reason = f"{type(error).__name__}: {error}"
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"The run's folder cannot be shown ({reason}); check it.")
             return
