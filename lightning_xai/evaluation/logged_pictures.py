@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,8 +121,8 @@ def logged_pairs(
 def log_pictures(trainer: L.Trainer, items: Iterable[Item]) -> None:
     """Hand pictures and tables to each logger of a trainer, at the step of the numbers that it logs now.
 
-    A logger that takes none, or fails to, is warned of once, and the run goes on. Only the first process hands over;
-    `items` are not made where no logger takes them.
+    A logger that takes none, or fails to, is warned of once, and so is an item that cannot be made, which those after it
+    go without, too; the run goes on. Only the first process hands over; `items` are not made where no logger takes them.
 
     Args:
         trainer: of the run.
@@ -133,9 +133,21 @@ def log_pictures(trainer: L.Trainer, items: Iterable[Item]) -> None:
         return
     # The step that Lightning itself gives to the numbers of an evaluation.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    for item in items:
+    for item in _made(trainer, items):
         for logger in loggers:
             _hand_over(logger, item, step)
+
+
+def _made(trainer: L.Trainer, items: Iterable[Item]) -> Iterator[Item]:
+    """The items up to the first one that cannot be made, such as a picture that is drawn from a file that is gone."""
+    try:
+        yield from items
+    except Exception as error:  # of matplotlib, pandas, a disk: of any type; the consumer's own errors do not come here
+        if _is_first_failure(trainer):
+            rank_zero_warn(
+                f"Pictures and tables for the loggers could not be made ({_in_a_line(error)}); the run goes on, its "
+                "numbers are logged and its files written. Further such failures are not warned of"
+            )
 
 
 def _hand_over(logger: Any, item: Item, step: int) -> None:
@@ -146,15 +158,24 @@ def _hand_over(logger: Any, item: Item, step: int) -> None:
 
 
 def _warn_once(logger: Any, item: Item, error: Exception) -> None:
-    if getattr(logger, _FAILED, None) is True:
-        return
+    if _is_first_failure(logger):
+        rank_zero_warn(
+            f"{type(logger).__name__} did not take {item.name} ({_in_a_line(error)}); the run goes on, look at "
+            f"{item.path}. Further pictures and tables that it does not take are not warned of"
+        )
+
+
+def _is_first_failure(owner: Any) -> bool:
+    """True once for each logger or trainer."""
+    if getattr(owner, _FAILED, None) is True:
+        return False
     with suppress(AttributeError):  # of a logger with slots
-        setattr(logger, _FAILED, True)
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    rank_zero_warn(
-        f"{type(logger).__name__} did not take {item.name} ({reason}); the run goes on, look at {item.path}. Further "
-        "pictures and tables that it does not take are not warned of"
-    )
+        setattr(owner, _FAILED, True)
+    return True
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # --- how the loggers of Lightning take a picture or a table: one function for each, and its line in `_WAYS` ---

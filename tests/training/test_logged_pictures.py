@@ -250,6 +250,23 @@ def test_a_client_that_takes_files_into_folders_keeps_those_of_all_steps(tmp_pat
     assert stored == [f"val/grounding/step={step:08d}/progress.png" for step in (0, 2)]
 
 
+def test_a_picture_that_cannot_be_drawn_is_warned_of_once_and_the_run_goes_on(
+    shapes: Path, architecture_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undrawable(*_: Any) -> None:
+        raise OSError("no font\nand a second line")
+
+    monkeypatch.setattr("lightning_xai.training.grounding_report.graded_picture", undrawable)
+    with pytest.warns(UserWarning, match="could not be made") as warned:
+        fit(tmp_path, shapes, architecture_file("vit"), [CSVLogger(tmp_path, name="", version="")])
+    told = [str(each.message) for each in warned if "could not be made" in str(each.message)]
+    assert len(told) == 1
+    assert "could not be made (OSError: no font); the run goes on" in told[0]
+    with (tmp_path / "pictures.csv").open(newline="", encoding="utf-8") as file:
+        assert [line["name"] for line in csv.DictReader(file)] == [*PICTURES, *PICTURES]  # those that came before it
+    assert (tmp_path / "grounding" / "epoch=001" / "values.csv").is_file()
+
+
 def test_a_logger_that_fails_or_takes_nothing_is_warned_of_once_and_the_run_goes_on(run: Run) -> None:
     assert len(run.warned) == 2
     failing, without = run.warned
