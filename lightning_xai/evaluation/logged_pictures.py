@@ -121,8 +121,8 @@ def logged_pairs(
 def log_pictures(trainer: L.Trainer, items: Iterable[Item]) -> None:
     """Hand pictures and tables to each logger of a trainer, at the step of the numbers that it logs now.
 
-    A logger that takes none, or fails to, is warned of once, and so is an item that cannot be made, which those after it
-    go without, too; the run goes on. Only the first process hands over; `items` are not made where no logger takes them.
+    A logger that takes none, or fails to, is warned of once, and so is an item that cannot be made, with which the
+    items of this step end; the run goes on. Only the first process hands over; no logger: no items are made.
 
     Args:
         trainer: of the run.

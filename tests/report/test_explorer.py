@@ -287,6 +287,35 @@ def test_a_finger_taps_a_word_and_a_patch(shown: Show) -> None:
     assert_words(page, values[:, 1, 2])
 
 
+def drag_finger(page: Page, *points: tuple[float, float]) -> None:
+    """Put a finger on the first point and drag it through the others, as a screen reports it to the browser."""
+    session = page.context.new_cdp_session(page)
+    kinds = ["touchStart"] + ["touchMove"] * (len(points) - 1)
+    for kind, (x, y) in zip(kinds, points, strict=True):
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+    session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    session.detach()
+
+
+def middle(element: Locator) -> tuple[float, float]:
+    box = element.bounding_box()
+    assert box is not None
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def test_a_finger_drags_across_words_and_draws_a_box(shown: Show) -> None:
+    page, values = shown(item(), has_touch=True, is_mobile=True, width=360), pairs()
+    drag_finger(page, *(middle(chip(page, place)) for place in (1, 2, 3)))
+    assert value_of(page, "state.words") == [1, 2, 3]
+    assert_drawn(page, values[1:4].sum(axis=0))
+    # Upwards, which elsewhere scrolls the page.
+    before = page.evaluate("scrollY")
+    drag_finger(page, *(patch_at(page, *point) for point in ((2.3, 2.3), (1.5, 1.2), (0.7, 0.2))))
+    assert page.evaluate("scrollY") == before
+    assert_words(page, values[:, 1:3, 1:3].sum(axis=(1, 2)))
+    assert page.locator(".region").is_visible()
+
+
 def test_signs_and_opacity_are_chosen(shown: Show) -> None:
     page, whole = shown(item()), pairs().sum(axis=0) + 0.1
     page.select_option("select.sign", "positive")
