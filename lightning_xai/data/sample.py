@@ -20,6 +20,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lightning_xai.data.excluded import BROKEN_RECORD, CORRUPT_IMAGE, UNPAIRED_MEMBER
@@ -239,14 +240,18 @@ def read_image(data: bytes, origin: str) -> Image.Image:
 def upright(image: Image.Image, origin: str) -> Image.Image:
     """Turn an image into upright 8-bit RGB.
 
-    EXIF orientation is applied, greyscale, palette and CMYK images are converted, 16-bit images are scaled to 8 bits
-    (PIL alone would clip them), and transparency is laid over white.
+    EXIF orientation is applied, greyscale, palette and CMYK images are converted, images of 16 bits or of floats in
+    [0, 1] are scaled to 8 bits (PIL alone would clip them), and transparency is laid over white.
 
     Raises:
-        RecordError: its pixels, which PIL reads when they are first needed, cannot be decoded.
+        RecordError: its pixels, which PIL reads when they are first needed, cannot be decoded, or leave these ranges.
     """
     with _decoding(origin):
         return _upright(image)
+
+
+class _RangeError(ValueError):
+    """Pixels of which nothing says which values are black and white; the message is a sentence for the reader."""
 
 
 @contextmanager
@@ -254,6 +259,8 @@ def _decoding(origin: str) -> Iterator[None]:
     """Raise a RecordError that names the image where it does not decode."""
     try:
         yield
+    except _RangeError as error:
+        raise RecordError(f"{origin}: {error}", kind=CORRUPT_IMAGE) from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         # Pillow would name the buffer that the bytes lie in.
         reason = "no JPEG, PNG or WebP file" if isinstance(error, UnidentifiedImageError) else error
@@ -267,12 +274,28 @@ def _upright(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
     turn = UPRIGHT.get(exif_orientation(image))
     image = image if turn is None else image.transpose(turn)
-    if image.mode.startswith("I"):
-        image = image.point(lambda value: value / 257.0).convert("L")
+    if image.mode.startswith(("I", "F")):
+        image = _of_8_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """A greyscale image of 16 bits (0 to 65535), or of floats in [0, 1], scaled to 8 bits.
+
+    Raises:
+        _RangeError: a value is outside of these.
+    """
+    values, floats = np.asarray(image), image.mode == "F"
+    white = 1 if floats else 65535
+    if values.size and not (values.min() >= 0 and values.max() <= white):  # NaN is neither
+        raise _RangeError(
+            f"an image of PIL's mode {image.mode!r} has values in [0, {white}]; got {values.min():g} to "
+            f"{values.max():g}: scale them, or convert the image to 8 bits"
+        )
+    return Image.fromarray(((values * 255).round() if floats else values // 257).astype(np.uint8))
 
 
 def decode_image(sample: Sample) -> Image.Image:

@@ -21,6 +21,7 @@ from lightning_xai.data.sample import (
     exif_orientation,
     image_extension,
     read_image,
+    upright,
 )
 
 ORIENTATION = 0x0112
@@ -216,6 +217,23 @@ def test_16_bit_images_are_scaled_not_clipped() -> None:
     assert (pixels(data)[..., 0] == pixels(data)[..., 2]).all()
 
 
+def test_images_of_other_depths_are_scaled_as_they_are_or_refused_in_a_sentence() -> None:
+    deep = np.array([[0, 257, 32768, 65535]])
+    expected = [0, 1, 127, 255]
+    big_endian = Image.frombytes("I;16B", (4, 1), deep.astype(">u2").tobytes())
+    for image in (Image.fromarray(deep.astype(np.uint16)), Image.fromarray(deep.astype(np.int32)), big_endian):
+        assert np.asarray(upright(image, "x"))[0, :, 1].tolist() == expected, image.mode
+    floats = Image.fromarray((np.array([[0, 1, 127, 255]]) / 255).astype(np.float32))
+    assert np.asarray(upright(floats, "x"))[0, :, 1].tolist() == expected
+    for values, message in (
+        (np.array([[-1, 5]], np.int32), r"x: an image of PIL's mode 'I' has values in \[0, 65535\]; got -1 to 5"),
+        (np.array([[0, 200]], np.float32), r"x: an image of PIL's mode 'F' has values in \[0, 1\]; got 0 to 200"),
+        (np.array([[0, np.nan]], np.float32), "got nan to nan: scale them, or convert the image to 8 bits"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            upright(Image.fromarray(values), "x")
+
+
 def test_transparency_is_laid_over_white() -> None:
     rgba = np.zeros((1, 3, 4), dtype=np.uint8)
     rgba[0, :, 3] = (0, 51, 255)
@@ -226,22 +244,22 @@ def test_transparency_is_laid_over_white() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
-    upright = gradient()
+    seen = gradient()
     # What a camera held that way stores, as the EXIF standard words it: row 0 and column 0 of the file are these sides.
     stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: upright.transpose(1, 0, 2)[::-1],
-        7: upright[::-1, ::-1].transpose(1, 0, 2),
-        8: upright.transpose(1, 0, 2)[:, ::-1],
+        1: seen,
+        2: seen[:, ::-1],
+        3: seen[::-1, ::-1],
+        4: seen[::-1],
+        5: seen.transpose(1, 0, 2),
+        6: seen.transpose(1, 0, 2)[::-1],
+        7: seen[::-1, ::-1].transpose(1, 0, 2),
+        8: seen.transpose(1, 0, 2)[:, ::-1],
     }[orientation]
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     data = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
-    assert (pixels(data) == upright).all()
+    assert (pixels(data) == seen).all()
     with Image.open(io.BytesIO(data)) as opened:
         assert exif_orientation(opened) == orientation
 
