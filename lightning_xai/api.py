@@ -228,8 +228,13 @@ class Result:
             phrase: whole words of the caption, in any case; every place where it stands counts.
 
         Raises:
-            ValueError: the caption lacks it, or the method has no token-patch attributions.
+            ValueError: the caption lacks it, it is no text, or the method has no token-patch attributions.
         """
+        if not isinstance(phrase, str):
+            raise ValueError(
+                f"a span is one phrase of the caption, as text; got {phrase!r}: ask for each phrase by itself, such as "
+                "[result.span(phrase) for phrase in phrases]"
+            )
         return Result(self._explained.about(span=phrase))
 
     def box(self, x: float, y: float, width: float, height: float) -> Result:

@@ -102,6 +102,9 @@ def test_phrases_and_boxes_are_read_off_without_running_the_method_again(
     monkeypatch.setattr("lightning_xai.attribution.AttributionMethod.attribute", None)
     monkeypatch.setattr(encoder, "read", None)
     span, box = whole.span("blue ring"), whole.box(24, 12.5, 24, 24)
+    several: Any = ["blue ring"]
+    with pytest.raises(ValueError, match="a span is one phrase of the caption, as text"):
+        whole.span(several)
     assert same(span, asked["span"])
     assert same(box, asked["box"])
     assert same(span.box(24, 12.5, 24, 24), box)
