@@ -169,8 +169,8 @@ def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) ->
     >>> "&lt;b&gt;" in text, "1 &lt; 2" in text, "<b>" in text
     (True, True, False)
     """
-    style, script = (
-        files("lightning_xai.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
+    base, style, script = (
+        files("lightning_xai.report").joinpath(name).read_text("utf-8") for name in ("base.css", "page.css", "page.js")
     )
     environment = Environment(
         loader=PackageLoader("lightning_xai", "report"),
@@ -184,7 +184,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section], footer: str) ->
         subtitle=subtitle,
         sections=sections,
         footer=footer,
-        style=Markup(style) + explorer.style(),  # noqa: S704
+        style=Markup(base + style) + explorer.style(),  # noqa: S704
         script=Markup(script),  # noqa: S704
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         explorer=explorer,
