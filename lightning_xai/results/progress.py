@@ -28,6 +28,7 @@ __all__ = [
     "Example",
     "FollowedFolder",
     "FollowedRun",
+    "Loss",
     "Measured",
     "Progress",
     "RunState",
@@ -37,6 +38,10 @@ __all__ = [
 RUN_NAME = "run.json"
 RUN_VERSION = 1
 SUMMARY = "grounding/summary.csv"
+LOGGED = "metrics.csv"
+"""What a CSVLogger logs; the parts of earlier starts are `metrics-1.csv` and so on."""
+_LOSSES = ("train/loss", "train/loss_step", "train_loss", "train_loss_step")
+_MOST_POINTS = 400  # of the curve of the loss
 _MARKS = (RUN_NAME, "config.yaml", "hparams.yaml", "lock.owner")
 LARGEST = 2**26
 """Bytes of a file that is read whole; those of a run have fewer."""
@@ -200,6 +205,21 @@ class Progress:
     written: float | None = None
 
 
+@dataclass(frozen=True)
+class Loss:
+    """The training loss by step, as a CSVLogger has kept it.
+
+    Attributes:
+        steps: optimizer steps taken, of the last value that a point is the mean of.
+        values: a point for each, at most 400.
+        values_each: logged values that a point is the mean of; the last point may have fewer.
+    """
+
+    steps: Sequence[int] = ()
+    values: Sequence[float] = ()
+    values_each: int = 1
+
+
 class FollowedRun:
     """A training's folder, to be asked again and again.
 
@@ -229,6 +249,22 @@ class FollowedRun:
         written = seen[0][0] / 1e9 if seen[0] else None
         self._last = (seen, Progress(state, measured, columns, record, written))
         return self._last[1]
+
+    def loss(self) -> Loss:
+        """The training loss so far; without a point where no CSVLogger has logged it into the folder.
+
+        Raises:
+            ResultError: a file is too large.
+        """
+        earlier = [path.name for path in self.folder.root.glob("metrics-*.csv") if path.stem[8:].isdecimal()]
+        found: dict[int, float] = {}
+        for name in (*sorted(earlier, key=lambda name: int(name[8:-4])), LOGGED):
+            found |= self.folder.read(name, _read_losses) or {}  # a step that came again counts once
+        logged = sorted(found.items())
+        each = max(1, math.ceil(len(logged) / _MOST_POINTS))
+        parts = [logged[start : start + each] for start in range(0, len(logged), each)]
+        means = [sum(value for _, value in part) / len(part) for part in parts]
+        return Loss([part[-1][0] for part in parts], means, each)
 
     def examples(self, measured: Measured) -> dict[str, list[Example]]:
         """Label of a reading -> the fixed examples of a measurement; empty where none were kept.
@@ -293,6 +329,22 @@ def _read_summary(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
     for line in lines:
         line.pop(None, None)  # cells without a column
     return names, [by_step[step] for step in sorted(by_step)]
+
+
+def _read_losses(path: Path) -> dict[int, float]:
+    """Steps taken -> the loss; rows that are being written, or have none, are left out."""
+    found: dict[int, float] = {}
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            reader = csv.DictReader(file, restval="")
+            name = next((each for each in _LOSSES if each in (reader.fieldnames or ())), None)
+            for line in reader if name is not None else ():
+                value, step = _number(line[name or ""]), line.get("step", "")
+                if isinstance(value, float) and step.isdecimal():
+                    found[int(step) + 1] = value  # a row's step is the last one taken, from 0
+    except (OSError, csv.Error):
+        return {}
+    return found
 
 
 def _measured(line: Mapping[str, str], folders: set[str]) -> Measured:

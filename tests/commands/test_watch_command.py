@@ -157,6 +157,24 @@ def test_a_run_is_followed_and_unchanged_data_are_not_sent_again(run: Path) -> N
         assert [row[:2] for row in data_of(server)["table"]["rows"]] == [["before", "0"], ["epoch 1", "10"]]
 
 
+def test_the_training_loss_of_a_csvlogger_is_drawn_with_that_of_earlier_starts(run: Path) -> None:
+    (run / "metrics-1.csv").write_text("epoch,step,train/loss\n0,0,9.0\n0,1,8.0\n")
+    (run / "metrics.csv").write_text("epoch,step,val/loss,train/loss\n0,1,,7.0\n0,1,3.0,\n0,2,,6.0\n1,3")
+    with served(run) as server:
+        (panel,) = (each for each in data_of(server)["panels"] if each["title"] == "training loss")
+        assert (panel["steps"], panel["lines"][0]["values"]) == ([1, 2, 3], [9.0, 7.0, 6.0])
+        lines = [f"{step},{1000 - step}" for step in range(1000)]  # more than are drawn
+        (run / "metrics.csv").write_text("\n".join(["step,train/loss", *lines]))
+        (panel,) = (each for each in data_of(server)["panels"] if each["title"] == "training loss")
+        assert panel["lines"][0]["name"] == "train/loss, means of 3 values"
+        assert (panel["steps"][:2], panel["lines"][0]["values"][:2]) == ([3, 6], [999.0, 996.0])
+        assert (panel["steps"][-1], panel["lines"][0]["values"][-1], len(panel["steps"])) == (1000, 1.0, 334)
+        (run / "metrics.csv").write_bytes(b"\xff\x00step,train/loss\n1,")
+        data = data_of(server)
+        assert data["fault"] is None
+        assert len(data["table"]["rows"]) == 3
+
+
 def test_a_run_without_measurements_is_followed_from_its_start_on(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"id": "1", "settings": {}, "finished": false, "version": 1}')
     with served(tmp_path) as server:

@@ -21,7 +21,7 @@ from lightning_xai.report.explanation import Token
 from lightning_xai.report.explorer import ExplorerCaption, ExplorerItem, ExplorerReading, explorer_page
 from lightning_xai.report.paper_table import LOGGED_COLUMNS, Column, score_column
 from lightning_xai.results.examples import words_of
-from lightning_xai.results.progress import Example, FollowedRun, Measured, Progress
+from lightning_xai.results.progress import Example, FollowedRun, Loss, Measured, Progress
 from lightning_xai.results.record import ResultError, ResultRecord, Score, layers_in_words
 from lightning_xai.results.runs import GROUNDING
 
@@ -76,7 +76,8 @@ class RunView:
         the explorer does, or null.
         """
         progress, fault = self._progress()
-        return self._kept("data", (progress, fault), lambda: _as_json(self._data(progress, fault)))
+        loss = self._loss()
+        return self._kept("data", (progress, fault, loss), lambda: _as_json(self._data(progress, fault, loss)))
 
     def explorer(self) -> bytes:
         """The fixed examples in an explorer whose slider goes through the measurements, as HTML."""
@@ -98,12 +99,19 @@ class RunView:
         except (ResultError, OSError) as error:
             return _NOTHING, str(error)
 
+    def _loss(self) -> Loss:
+        """The training loss; without a point where it cannot be read, which the measured curves do not suffer from."""
+        try:
+            return self._run.loss()
+        except (ResultError, OSError):
+            return Loss()
+
     def _page(self, progress: Progress, fault: str, pictures: Mapping[str, str]) -> bytes:
         last = replace(progress, measured=progress.measured[-_STILL_ROWS:])
-        data = self._data(last, fault) | {"status": _status(progress)}
+        data = self._data(last, fault, Loss()) | {"status": _status(progress)}
         return _environment().get_template("page.html.j2").render(data=data, pictures=pictures).encode(errors="replace")
 
-    def _data(self, progress: Progress, fault: str) -> dict[str, Any]:
+    def _data(self, progress: Progress, fault: str, loss: Loss) -> dict[str, Any]:
         shown = _columns(progress)
         rows = [[each.state, f"{each.step:,}", *(_cell(each, one) for one in shown)] for each in progress.measured]
         columns = [Column("after", numeric=False), Column("step"), *(one.column for one in shown)]
@@ -117,7 +125,7 @@ class RunView:
                 "columns": [{"group": c.group, "heading": c.heading, "numeric": c.numeric} for c in columns],
                 "rows": rows,
             },
-            "panels": list(_panels(progress, shown)),
+            "panels": [*_panels(progress, shown), *_loss_panel(loss)],
             "excluded": _excluded(progress),
             "examples": self._version(progress),
         }
@@ -247,6 +255,15 @@ def _line(progress: Progress, shown: _Shown, factor: float, dashed: Collection[s
     return {"name": shown.column.name, "dashed": shown.key.removesuffix(_INPUT) in dashed, "values": values}
 
 
+def _loss_panel(loss: Loss) -> Iterator[dict[str, Any]]:
+    """The curve of the training loss, over its own steps; none without a point."""
+    if loss.steps:
+        means = "" if loss.values_each == 1 else f", means of {loss.values_each} values"
+        values = [float(f"{value:.5g}") for value in loss.values]
+        line = {"name": f"train/loss{means}", "dashed": False, "values": values}
+        yield {"title": "training loss", "unit": "", "steps": list(loss.steps), "lines": [line]}
+
+
 def _excluded(progress: Progress) -> list[dict[str, Any]]:
     """What the last measurement left out, by place and reason."""
     found: list[dict[str, Any]] = []
@@ -358,5 +375,7 @@ def _environment() -> Environment:
 
 @cache
 def own_file(name: str) -> bytes:
-    """A file of the page that the package holds."""
-    return files("lightning_xai.report.watch").joinpath(name).read_bytes()
+    """A file of the page that the package holds; the style begins with what all pages share."""
+    report = files("lightning_xai.report")
+    shared = report.joinpath("base.css").read_bytes() if name.endswith(".css") else b""
+    return shared + report.joinpath("watch", name).read_bytes()
