@@ -230,6 +230,7 @@ class FollowedRun:
     def __init__(self, root: Path) -> None:
         self.folder = FollowedFolder(root)
         self._last: tuple[Any, Progress] = (None, Progress())
+        self._last_loss: tuple[Any, Loss] = (None, Loss())
 
     def progress(self) -> Progress:
         """What has been measured so far; the same object as long as nothing changes.
@@ -251,20 +252,22 @@ class FollowedRun:
         return self._last[1]
 
     def loss(self) -> Loss:
-        """The training loss so far; without a point where no CSVLogger has logged it into the folder.
+        """The training loss so far, the same object as long as nothing changes.
+
+        It has no point where no CSVLogger has logged it into the folder.
 
         Raises:
             ResultError: a file is too large.
         """
         earlier = [path.name for path in self.folder.root.glob("metrics-*.csv") if path.stem[8:].isdecimal()]
-        found: dict[int, float] = {}
-        for name in (*sorted(earlier, key=lambda name: int(name[8:-4])), LOGGED):
-            found |= self.folder.read(name, _read_losses) or {}  # a step that came again counts once
-        logged = sorted(found.items())
-        each = max(1, math.ceil(len(logged) / _MOST_POINTS))
-        parts = [logged[start : start + each] for start in range(0, len(logged), each)]
-        means = [sum(value for _, value in part) / len(part) for part in parts]
-        return Loss([part[-1][0] for part in parts], means, each)
+        names = [*sorted(earlier, key=lambda name: int(name[8:-4])), LOGGED]
+        seen = [(name, self.folder.signature(name)) for name in names]
+        if self._last_loss[0] != seen:
+            found: dict[int, float] = {}
+            for name in names:
+                found |= self.folder.read(name, _read_losses) or {}  # a step that came again counts once
+            self._last_loss = (seen, _thinned(sorted(found.items())))
+        return self._last_loss[1]
 
     def examples(self, measured: Measured) -> dict[str, list[Example]]:
         """Label of a reading -> the fixed examples of a measurement; empty where none were kept.
@@ -345,6 +348,14 @@ def _read_losses(path: Path) -> dict[int, float]:
     except (OSError, csv.Error):
         return {}
     return found
+
+
+def _thinned(logged: Sequence[tuple[int, float]]) -> Loss:
+    """Means of as many values as leave 400 points."""
+    each = max(1, math.ceil(len(logged) / _MOST_POINTS))
+    parts = [logged[start : start + each] for start in range(0, len(logged), each)]
+    means = [sum(value for _, value in part) / len(part) for part in parts]
+    return Loss([part[-1][0] for part in parts], means, each)
 
 
 def _measured(line: Mapping[str, str], folders: set[str]) -> Measured:
