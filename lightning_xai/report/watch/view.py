@@ -378,4 +378,4 @@ def own_file(name: str) -> bytes:
     """A file of the page that the package holds; the style begins with what all pages share."""
     report = files("lightning_xai.report")
     shared = report.joinpath("base.css").read_bytes() if name.endswith(".css") else b""
-    return shared + report.joinpath("watch", name).read_bytes()
+    return shared + report.joinpath("watch").joinpath(name).read_bytes()
