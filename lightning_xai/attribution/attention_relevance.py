@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightning_xai.attribution.attention import AttentionReplaced, recording
+from lightning_xai.attribution.attention import AttentionReplaced, recording, refuse_head
 from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
 from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
@@ -56,6 +56,9 @@ class AttentionRelevance(OneTowerMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         image, text = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
+        for name, first in (("image", image), ("text", text)):
+            if not first.is_feature_map:  # which are refused for what they are
+                refuse_head(first, name)
         self.grid = image.grid
         self._image = _Tower("image", image, encoder.image_at_layer(-1))
         self._text = _Tower("text", text, encoder.text_at_layer(-1))
