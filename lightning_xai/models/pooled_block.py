@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_xai.models.at_layer import EmbeddingPath, foreign_hooks
+from lightning_xai.models.token_pool import NormedPath
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,19 @@ class PooledBlock:
     def path(self, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> the block's output at the pooled position [B, N, D]."""
         attention, norm = self.block.attn, self.block.ln_1
-        delta_BTD = hidden_BTD - reference_BTD
-        start, slope = (x - x.mean(dim=2, keepdim=True) for x in (reference_BTD.expand_as(delta_BTD), delta_BTD))
-        mean_squares = [(a * b).mean(dim=2).unsqueeze(1) for a, b in ((start, start), (start, slope), (slope, slope))]
-        project = _Projection(attention, norm)
-        rows = torch.arange(len(delta_BTD), device=delta_BTD.device)
-        query_start_BD, query_slope_BD = (project.query(x[rows, pool_B]) for x in (start, slope))
-        # One reference serves the whole batch: project it once.
-        shared_start = start[:1] if len(reference_BTD) == 1 else start
-        key_start, value_start = (x.expand(len(start), -1, -1, -1) for x in project.key_value(shared_start))
-        key_slope, value_slope = project.key_value(slope)
-        hidden_start_BD, hidden_slope_BD = reference_BTD.expand_as(delta_BTD)[rows, pool_B], delta_BTD[rows, pool_B]
-        positions_T = torch.arange(delta_BTD.shape[1], device=delta_BTD.device)
+        tokens, batch = NormedPath(hidden_BTD, reference_BTD, norm), len(hidden_BTD)
+        project, rows = _Projection(attention, norm), torch.arange(batch, device=hidden_BTD.device)
+        query_start_BD, query_slope_BD = (project.query(x[rows, pool_B]) for x in (tokens.starts, tokens.slope))
+        # One reference serves the whole batch: it is projected once.
+        key_start, value_start = (x.expand(batch, -1, -1, -1) for x in project.key_value(tokens.start))
+        key_slope, value_slope = project.key_value(tokens.slope)
+        hidden_start_BD = reference_BTD.expand_as(hidden_BTD)[rows, pool_B]
+        hidden_slope_BD = hidden_BTD[rows, pool_B] - hidden_start_BD
+        positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         hidden_from_query_BT = (positions_T > pool_B[:, None]) if self.causal else None
 
         def output(alpha_BNT: Tensor) -> Tensor:
-            square = mean_squares[0] + alpha_BNT * (2 * mean_squares[1] + alpha_BNT * mean_squares[2])
-            inverse_std_BNT = torch.rsqrt(square + norm.eps)
+            inverse_std_BNT = tokens.inverse_std(alpha_BNT)
             at_query = pool_B[:, None, None].expand(-1, alpha_BNT.shape[1], 1)
             alpha_query_BN1, inverse_std_query_BN1 = (x.gather(2, at_query) for x in (alpha_BNT, inverse_std_BNT))
             query = (query_start_BD[:, None] + alpha_query_BN1 * query_slope_BD[:, None]) * inverse_std_query_BN1

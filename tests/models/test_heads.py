@@ -1,0 +1,150 @@
+"""Heads that pool tokens: what is read along a path without making any token is what the tower's own head makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXT, randomised
+from timm.models import register_model
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_xai.attribution.path_integral import integrated_vjp, quadrature
+from lightning_xai.models import DualEncoder, load_dual_encoder
+from lightning_xai.models.at_layer import TowerAtLayer, differentiable
+
+SIZE = (64, 96)
+VIT: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+TIMM: dict[str, Callable[..., nn.Module]] = {
+    "head_siglip": partial(VisionTransformer, **VIT, class_token=False, global_pool="map"),
+    # As the perception encoders of timm: CLS, rotary positions, and a pool that is given all tokens.
+    "head_eva": partial(Eva, **VIT, use_rot_pos_emb=True, attn_pool_num_heads=4, global_pool="map"),
+    "head_registers": partial(VisionTransformer, **VIT, class_token=False, reg_tokens=2, global_pool="map"),
+    "head_pool_of_all": partial(VisionTransformer, **VIT, reg_tokens=2, pool_include_prefix=True, global_pool="map"),
+    "head_average": partial(VisionTransformer, **VIT, fc_norm=False, global_pool="avg"),
+    "head_average_first": partial(VisionTransformer, **VIT, class_token=False, fc_norm=True, global_pool="avg"),
+}
+
+
+def _register(name: str, make: Callable[..., nn.Module]) -> None:
+    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
+        model: Any = make(
+            **{key: value for key, value in options.items() if not key.startswith(("pretrained", "cache"))}
+        )
+        model.default_cfg = {}
+        built: nn.Module = model
+        return built
+
+    entry.__name__ = name
+    register_model(entry)
+
+
+for _name, _make in TIMM.items():
+    _register(_name, _make)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A tower, and what its path at the head may cost: forward and backward, in forward passes of the tower."""
+
+    vision_cfg: dict[str, Any]
+    width: int = 12
+    cost: float = 0.1
+
+
+def timm_tower(name: str, pool: str, proj: str = "linear") -> dict[str, Any]:
+    return {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": list(SIZE)}
+
+
+OWN = {"image_size": list(SIZE), "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
+COCA = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4}
+KINDS = {
+    "siglip": Kind(timm_tower("head_siglip", "map", "none"), width=16),
+    "perception_encoder": Kind(timm_tower("head_eva", "map")),
+    "registers_the_pool_is_not_given": Kind(timm_tower("head_registers", "map", "mlp")),
+    "registers_the_pool_is_given": Kind(timm_tower("head_pool_of_all", "map")),
+    "average": Kind(timm_tower("head_average", "avg")),
+    "average_before_the_norm": Kind(timm_tower("head_average_first", "avg")),
+    "coca": Kind(OWN | COCA),
+    "coca_of_one_width": Kind(OWN | COCA | {"width": 12, "head_width": 6}),
+    "own_average": Kind(OWN | {"pool_type": "avg"}),
+    "own_average_before_the_norm": Kind(OWN | {"pool_type": "avg", "final_ln_after_pool": True}),
+    "resnet": Kind({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
+    """Encoders in float64 that the tests of this file share, so they must not change them."""
+    return cache(lambda name: build(name, tmp_path_factory.mktemp(name)))
+
+
+def build(name: str, folder: Path) -> DualEncoder:
+    kind, path = KINDS[name], folder / "model.json"
+    text = TEXT | {"width": 16, "heads": 2, "layers": 1}
+    path.write_text(json.dumps({"embed_dim": kind.width, "vision_cfg": kind.vision_cfg, "text_cfg": text}))
+    torch.manual_seed(0)
+    encoder = load_dual_encoder(path)
+    with torch.no_grad():
+        for weight in encoder.model.visual.parameters():
+            if weight.ndim > 1:  # so that attention is not the same for all tokens
+                weight.normal_(std=1.5 * weight[0].numel() ** -0.5)
+    return randomised(encoder).double().eval()
+
+
+def at_head(encoder: DualEncoder) -> TowerAtLayer:
+    tower = encoder.image_at_layer(encoder.image_at_layer().layers.stop)
+    assert tower.layer == tower.reading_layer
+    return tower
+
+
+def states(encoder: DualEncoder, tower: TowerAtLayer, references: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of two images, a reference of each or of both, and three points of the path for each token."""
+    generator = torch.Generator().manual_seed(1)
+    height, width = encoder.image_transform.size
+    with torch.no_grad():
+        hidden = tower.features_before(torch.randn(2, 3, height, width, generator=generator).double())
+        reference = tower.features_before(torch.randn(references, 3, height, width, generator=generator).double())
+    return hidden, reference, torch.rand(2, 3, tower.count(hidden), generator=generator).double()
+
+
+def generic(tower: TowerAtLayer, hidden: Tensor, reference: Tensor) -> Callable[[Tensor], Tensor]:
+    """The path by the tower's own head, at each point."""
+    return TowerAtLayer.path(tower, hidden, reference)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("references", [1, 2])
+@pytest.mark.parametrize("name", KINDS)
+def test_values_and_both_derivatives_are_those_of_the_towers_own_head(
+    name: str, references: int, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    tower = at_head(encoder)
+    hidden, reference, alpha = states(encoder, tower, references)
+    with differentiable(encoder):
+        path, own = tower.path(hidden, reference), generic(tower, hidden, reference)
+        tangent = torch.randn(alpha.shape, generator=torch.Generator().manual_seed(2)).double()
+        values, along = torch.func.jvp(path, (alpha,), (tangent,))
+        own_values, own_along = torch.func.jvp(own, (alpha,), (tangent,))
+        assert_close(values, own_values)
+        assert_close(along, own_along)
+        assert own_along.abs().max() > 1e-3
+        cotangent = torch.randn(values.shape, generator=torch.Generator().manual_seed(3)).double()
+        leaf = alpha.requires_grad_()
+        (back,) = torch.autograd.grad(path(leaf), leaf, cotangent)
+        (own_back,) = torch.autograd.grad(own(leaf), leaf, cotangent)
+        assert_close(back, own_back)
