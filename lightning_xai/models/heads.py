@@ -16,10 +16,9 @@ from timm.layers.norm import LayerNorm as TimmLayerNorm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_xai.models.at_layer import foreign_hooks
+from lightning_xai.models.pooled_block import is_plain, is_plain_attention
 from lightning_xai.models.token_pool import LatentPool, MeanPool, MeanQueryPool, PoolWeights, TokenPool
 
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, TimmLayerNorm)
@@ -30,7 +29,7 @@ def timm_pool(visual: TimmModel) -> TokenPool | None:
     trunk: Any = visual.trunk
     if type(trunk) not in (TimmVisionTransformer, Eva):
         return None
-    pool, norm = trunk.attn_pool, trunk.norm
+    pool, norm = getattr(trunk, "attn_pool", None), trunk.norm
     after = (trunk.fc_norm, trunk.head_drop, trunk.head, visual.head)
     if not _is_norm(norm) or _hooked(norm, *after):
         return None
@@ -83,7 +82,12 @@ def open_clip_pool(visual: VisionTransformer) -> TokenPool | None:
     # Of several queries the first alone is read.
     if getattr(visual, "attn_pool_contrastive", None) is not None or visual.pool_type != "tok":
         return None
-    if type(pool) is not AttentionalPooler or not _is_attention(pool.attn) or not _is_norm(pool.ln_k) or _hooked(pool):
+    if (
+        type(pool) is not AttentionalPooler
+        or not is_plain_attention(pool.attn)
+        or not _is_norm(pool.ln_k)
+        or _hooked(pool)
+    ):
         return None
     return LatentPool(_norm(pool.ln_k), 0, lambda: PoolWeights.of(pool.attn, pool.ln_q(pool.query[0])), finish)
 
@@ -94,29 +98,18 @@ def resnet_pool(visual: ModifiedResNet) -> TokenPool | None:
     names = ("q_proj", "k_proj", "v_proj", "c_proj")
     if type(pool) is not AttentionPool2d or _hooked(pool):
         return None
-    return MeanQueryPool(pool) if all(_is_plain(getattr(pool, name), nn.Linear) for name in names) else None
+    return MeanQueryPool(pool) if all(is_plain(getattr(pool, name), nn.Linear) for name in names) else None
 
 
 def _is_latent(pool: Any) -> bool:
     return (
-        _is_plain(pool, AttentionPoolLatent)
+        is_plain(pool, AttentionPoolLatent)
         and pool.latent_len == 1
         and pool.pool in ("token", "avg")
         and pool.pos_embed is None
         and type(pool.k_norm) is nn.Identity
-        and _is_plain(pool.kv, nn.Linear)
+        and is_plain(pool.kv, nn.Linear)
         and not _hooked(pool)
-    )
-
-
-def _is_attention(attention: Any) -> bool:
-    """Return whether this is PyTorch's attention without extras."""
-    return (
-        _is_plain(attention, nn.MultiheadAttention)
-        # An adapter in its place is passed over by nn.MultiheadAttention, which reads the weights alone.
-        and _is_plain(attention.out_proj, NonDynamicallyQuantizableLinear)
-        and attention.bias_k is None
-        and not attention.add_zero_attn
     )
 
 
@@ -129,11 +122,6 @@ def _is_norm(norm: Any) -> bool:
 
 def _norm(norm: nn.Module) -> nn.LayerNorm | None:
     return norm if isinstance(norm, nn.LayerNorm) else None
-
-
-def _is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Return whether a part is of just this class, its weights parametrized, as by low-rank adapters, or not."""
-    return type_before_parametrizations(module) is kind
 
 
 def _hooked(*modules: nn.Module) -> bool:

@@ -39,7 +39,8 @@ class PooledBlock:
         return (
             type(block) is ResidualAttentionBlock
             and not hasattr(block, "ln_1_kv")
-            and (_is_plain_torch(attention) or _is_plain_open_clip(attention))
+            and is_plain_attention(attention)
+            and attention.in_proj_weight is not None
             and not any(foreign_hooks(part) for part in block.modules())
         )
 
@@ -100,34 +101,35 @@ class PooledBlock:
         return output
 
 
-def _plain_type(module: Any) -> type[nn.Module]:
-    """The module's class; with weights that are parametrized, as by low-rank adapters, the one that it had before."""
+def is_plain_attention(attention: Any) -> bool:
+    """Return whether this is PyTorch's attention, as open_clip 3 has it, or that of open_clip 4, without extras."""
+    return _is_plain_torch(attention) or _is_plain_open_clip(attention)
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Return whether a module is of just this class, its weights parametrized, as by low-rank adapters, or not."""
     plain: type[nn.Module] = type_before_parametrizations(module)
-    return plain
+    return plain is kind
 
 
 def _is_plain_torch(attention: Any) -> bool:
-    """Return whether this is PyTorch's attention, as open_clip 3 has it, with one projection for all and no extras."""
     return (
-        _plain_type(attention) is nn.MultiheadAttention
+        is_plain(attention, nn.MultiheadAttention)
         # An adapter in its place is passed over by nn.MultiheadAttention, which reads the weights alone.
-        and _plain_type(attention.out_proj) is NonDynamicallyQuantizableLinear
-        and attention.in_proj_weight is not None
+        and is_plain(attention.out_proj, NonDynamicallyQuantizableLinear)
         and attention.bias_k is None
         and not attention.add_zero_attn
     )
 
 
 def _is_plain_open_clip(attention: Any) -> bool:
-    """Return whether this is open_clip 4's attention, with parameters of PyTorch's names, and without extras."""
-    extras = ("logit_scale", "head_scale", "q_proj_weight")
-    norms = ("ln_q", "ln_k", "ln_inner")
+    # Its parameters have PyTorch's names.
     return (
-        _plain_type(attention) is Attention
-        and getattr(attention, "in_proj_weight", None) is not None
-        and not any(getattr(attention, name, None) is not None for name in extras)
-        and all(type(getattr(attention, name, None)) is nn.Identity for name in norms)
-        and _plain_type(attention.out_proj) is nn.Linear
+        is_plain(attention, Attention)
+        and hasattr(attention, "in_proj_weight")
+        and all(getattr(attention, name, None) is None for name in ("logit_scale", "head_scale"))
+        and all(type(getattr(attention, name, None)) is nn.Identity for name in ("ln_q", "ln_k", "ln_inner"))
+        and is_plain(attention.out_proj, nn.Linear)
     )
 
 

@@ -1,4 +1,4 @@
-"""Heads that pool tokens: what is read along a path without making any token is what the tower's own head makes of it."""
+"""Heads that pool tokens, read along a path without making any token: against the tower's own head at each point."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_xai.attribution.path_integral import integrated_vjp, quadrature
 from lightning_xai.models import DualEncoder, load_dual_encoder
-from lightning_xai.models.at_layer import TowerAtLayer, differentiable
+from lightning_xai.models.at_layer import TowerAtLayer, constant, differentiable
 
 SIZE = (64, 96)
 VIT: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -55,11 +55,11 @@ for _name, _make in TIMM.items():
 
 @dataclass(frozen=True)
 class Kind:
-    """A tower, and what its path at the head may cost: forward and backward, in forward passes of the tower."""
+    """A tower, the width of its embeddings, and the forward passes that three points of its path may cost."""
 
     vision_cfg: dict[str, Any]
     width: int = 12
-    cost: float = 0.1
+    cost: float = 0.05
 
 
 def timm_tower(name: str, pool: str, proj: str = "linear") -> dict[str, Any]:
@@ -73,13 +73,13 @@ KINDS = {
     "perception_encoder": Kind(timm_tower("head_eva", "map")),
     "registers_the_pool_is_not_given": Kind(timm_tower("head_registers", "map", "mlp")),
     "registers_the_pool_is_given": Kind(timm_tower("head_pool_of_all", "map")),
-    "average": Kind(timm_tower("head_average", "avg")),
-    "average_before_the_norm": Kind(timm_tower("head_average_first", "avg")),
+    "average": Kind(timm_tower("head_average", "avg"), cost=0.01),
+    "average_before_the_norm": Kind(timm_tower("head_average_first", "avg"), cost=0.01),
     "coca": Kind(OWN | COCA),
     "coca_of_one_width": Kind(OWN | COCA | {"width": 12, "head_width": 6}),
-    "own_average": Kind(OWN | {"pool_type": "avg"}),
-    "own_average_before_the_norm": Kind(OWN | {"pool_type": "avg", "final_ln_after_pool": True}),
-    "resnet": Kind({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}),
+    "own_average": Kind(OWN | {"pool_type": "avg"}, cost=0.01),
+    "own_average_before_the_norm": Kind(OWN | {"pool_type": "avg", "final_ln_after_pool": True}, cost=0.01),
+    "resnet": Kind({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64}, cost=0.3),
 }
 
 
@@ -127,6 +127,11 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
 
 
+def derivative(path: Callable[[Tensor], Tensor], alpha: Tensor, tangent: Tensor) -> Tensor:
+    along: Tensor = torch.func.jvp(path, (alpha,), (tangent,))[1]
+    return along
+
+
 @pytest.mark.parametrize("references", [1, 2])
 @pytest.mark.parametrize("name", KINDS)
 def test_values_and_both_derivatives_are_those_of_the_towers_own_head(
@@ -135,16 +140,122 @@ def test_values_and_both_derivatives_are_those_of_the_towers_own_head(
     encoder = encoder_of(name)
     tower = at_head(encoder)
     hidden, reference, alpha = states(encoder, tower, references)
+    assert not tower.calls_blocks
     with differentiable(encoder):
         path, own = tower.path(hidden, reference), generic(tower, hidden, reference)
         tangent = torch.randn(alpha.shape, generator=torch.Generator().manual_seed(2)).double()
-        values, along = torch.func.jvp(path, (alpha,), (tangent,))
-        own_values, own_along = torch.func.jvp(own, (alpha,), (tangent,))
-        assert_close(values, own_values)
+        along, own_along = derivative(path, alpha, tangent), derivative(own, alpha, tangent)
         assert_close(along, own_along)
         assert own_along.abs().max() > 1e-3
-        cotangent = torch.randn(values.shape, generator=torch.Generator().manual_seed(3)).double()
         leaf = alpha.requires_grad_()
-        (back,) = torch.autograd.grad(path(leaf), leaf, cotangent)
-        (own_back,) = torch.autograd.grad(own(leaf), leaf, cotangent)
+        values, own_values = path(leaf), own(leaf)
+        assert_close(values, own_values)
+        cotangent = torch.randn(values.shape, generator=torch.Generator().manual_seed(3)).double()
+        (back,) = torch.autograd.grad(values, leaf, cotangent)
+        (own_back,) = torch.autograd.grad(own_values, leaf, cotangent)
         assert_close(back, own_back)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_by_the_weights_are_those_of_the_towers_own_head(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    tower = at_head(encoder)
+    hidden, reference, _ = states(encoder, tower)
+    points, weights = quadrature("midpoint", 2)
+    cotangent = torch.randn(2, 1, encoder.embedding_width, generator=torch.Generator().manual_seed(3)).double()
+    trained = dict(encoder.model.visual.named_parameters())
+    found = []
+    with differentiable(encoder):
+        for path in (tower.path(hidden, reference), generic(tower, hidden, reference)):
+            matrix = integrated_vjp(path, points, weights, cotangent, tower.count(hidden), create_graph=True)
+            gradients = torch.autograd.grad(matrix.square().sum(), list(trained.values()), allow_unused=True)
+            found.append(
+                [torch.zeros_like(w) if g is None else g for w, g in zip(trained.values(), gradients, strict=True)]
+            )
+    size = max(float(gradient.abs().max()) for gradient in found[1])
+    for parameter, gradient, own in zip(trained, *found, strict=True):
+        torch.testing.assert_close(gradient, own, rtol=1e-9, atol=1e-12 * size, msg=parameter)
+
+
+class Doubled(nn.Module):
+    """A parametrization, as low-rank adapters are."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_weights_are_those_that_the_head_has_when_a_path_is_made(tmp_path: Path) -> None:
+    encoder = build("siglip", tmp_path)
+    tower = at_head(encoder)
+    pool: Any = encoder.model.visual.trunk.attn_pool
+    hidden, reference, alpha = states(encoder, tower)
+    register_parametrization(pool.kv, "weight", Doubled())
+    before = encoder.encode_image(torch.ones(1, 3, *SIZE).double())
+    for at in (tower, at_head(encoder)):
+        assert not at.calls_blocks
+        with differentiable(encoder), torch.no_grad():
+            assert_close(at.path(hidden, reference)(alpha), generic(at, hidden, reference)(alpha))
+    with torch.no_grad():
+        pool.latent.mul_(3)
+    assert (encoder.encode_image(torch.ones(1, 3, *SIZE).double()) - before).abs().max() > 1e-3
+    with differentiable(encoder), torch.no_grad():
+        assert_close(tower.path(hidden, reference)(alpha), generic(tower, hidden, reference)(alpha))
+
+
+def _more_queries(pool: Any) -> None:
+    pool.latent_len, pool.latent = 2, nn.Parameter(torch.cat([pool.latent.detach()] * 2, dim=1))
+
+
+def _positions(pool: Any) -> None:
+    pool.pos_embed = nn.Parameter(torch.randn(96, 16).double())
+
+
+def _normed_keys(pool: Any) -> None:
+    pool.k_norm = nn.LayerNorm(8).double()
+
+
+def _another_norm(pool: Any) -> None:
+    pool.kv = nn.Sequential(nn.LayerNorm(16), pool.kv).double()
+
+
+def _hook(pool: Any) -> None:
+    pool.kv.register_forward_hook(lambda _, __, output: output.tanh())
+
+
+@pytest.mark.parametrize("change", [_more_queries, _positions, _normed_keys, _another_norm, _hook])
+def test_a_head_with_anything_else_in_it_is_run_as_it_is(change: Callable[[Any], None], tmp_path: Path) -> None:
+    encoder = build("siglip", tmp_path)
+    change(encoder.model.visual.trunk.attn_pool)
+    tower = at_head(encoder)
+    assert tower.calls_blocks
+    with torch.no_grad():
+        images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(4)).double()
+        hidden = tower.features_before(images)
+        ends = tower.path(hidden, torch.zeros_like(hidden))(torch.ones(1, 1, 96).double())
+        assert_close(ends[:, 0], encoder.model.visual(images))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_path_there_and_back_costs_a_fraction_of_a_forward_pass(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    tower = at_head(encoder)
+    hidden, reference, _ = states(encoder, tower)
+    cotangents = torch.ones(1, 1, encoder.embedding_width).double()
+
+    def read() -> None:
+        path = tower.path(hidden[:1], reference)
+        integrated_vjp(path, *quadrature("midpoint", 3), cotangents, tower.count(hidden))
+
+    with differentiable(encoder), constant(encoder):
+        own = flops(lambda: encoder.model.visual(torch.zeros(1, *encoder.image_shape).double()))
+        assert flops(read) < KINDS[name].cost * own
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
