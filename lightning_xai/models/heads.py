@@ -1,4 +1,4 @@
-"""The heads of open_clip's and timm's image towers that are pools of tokens known exactly, weight by weight.
+"""The heads of image towers of open_clip, timm and transformers that are pools of tokens, known weight by weight.
 
 A head is served only where each of its parts is of just the class that is written here, without anybody's hooks; any
 other head is run as it is.
@@ -21,6 +21,10 @@ from lightning_xai.models.at_layer import foreign_hooks
 from lightning_xai.models.pooled_block import is_plain, is_plain_attention
 from lightning_xai.models.token_pool import LatentPool, MeanPool, MeanQueryPool, PoolWeights, TokenPool
 
+_SIGLIP_POOLS = (
+    ("transformers.models.siglip.modeling_siglip", "SiglipMultiheadAttentionPoolingHead"),
+    ("transformers.models.siglip2.modeling_siglip2", "Siglip2MultiheadAttentionPoolingHead"),
+)
 _LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, TimmLayerNorm)
 
 
@@ -99,6 +103,25 @@ def resnet_pool(visual: ModifiedResNet) -> TokenPool | None:
     if type(pool) is not AttentionPool2d or _hooked(pool):
         return None
     return MeanQueryPool(pool) if all(is_plain(getattr(pool, name), nn.Linear) for name in names) else None
+
+
+def siglip_pool(vision: Any) -> TokenPool | None:
+    """The pool in which the image tower of a SigLIP of transformers ends; None of any other tower."""
+    norm: Any = getattr(vision, "post_layernorm", None)
+    pool: Any = getattr(vision, "head", None)
+    # By name, since transformers need not be installed.
+    kind = type(pool).__module__, type(pool).__name__
+    if kind not in _SIGLIP_POOLS or type(norm) is not nn.LayerNorm or _hooked(norm, pool):
+        return None
+    if not _is_norm(norm) or not is_plain_attention(pool.attention):
+        return None
+
+    def finish(context: Tensor) -> Tensor:
+        read = pool.attention.out_proj(context)
+        embedding: Tensor = read + pool.mlp(pool.layernorm(read))
+        return embedding
+
+    return LatentPool(norm, 0, lambda: PoolWeights.of(pool.attention, pool.probe[0, 0]), finish)
 
 
 def _is_latent(pool: Any) -> bool:

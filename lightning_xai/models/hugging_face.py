@@ -20,6 +20,7 @@ from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
 from lightning_xai.models.block_list import BlockList, ImageBlocksAtLayer, TextBlocksAtLayer
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.heads import siglip_pool
 from lightning_xai.models.processor_transform import ProcessorTransform
 
 __all__ = ["HuggingFaceEncoder", "HuggingFaceText", "transformers_maker"]
@@ -202,7 +203,8 @@ class HuggingFaceEncoder(DualEncoder):
             for pixels, step in zip(size, (patch, patch) if isinstance(patch, int) else patch, strict=True)
         )
         blocks = replace(blocks, prefix=self._image_tokens - rows * columns)
-        return ImageBlocksAtLayer(tower, blocks, self.image_shape, layer, (rows, columns))
+        pool = siglip_pool(self.model.vision_model)
+        return ImageBlocksAtLayer(tower, blocks, self.image_shape, layer, (rows, columns), pool)
 
     def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
         return self._text_tower.at_layer(layer)
