@@ -129,7 +129,7 @@ class _Tower(Generic[_At]):
         attentions: list[Tensor] = []
         # What attends after the last block is a pool. A last block that is not called as a whole has none after it.
         in_blocks: list[int] = []
-        assert self._last.block is not None, "only feature maps have a head without a module"
+        assert self._last.block is not None, "this is a block"
         handle = self._last.block.register_forward_hook(lambda *_: in_blocks.append(len(attentions)))
         try:
             with AttentionReplaced(recording(attentions)):

@@ -39,7 +39,10 @@ class NormedPath:
         self._norm = norm
         if norm is not None:
             self.start, self.slope = (x - x.mean(dim=2, keepdim=True) for x in (self.start, self.slope))
-            factors = ((self.start, self.start), (self.start, self.slope), (self.slope, self.slope))
+            # Half precision would lose what is left of large squares that cancel.
+            wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
+            start, slope = self.start.to(wide), self.slope.to(wide)
+            factors = ((start, start), (start, slope), (slope, slope))
             self._mean_squares = [(a * b).mean(dim=2).unsqueeze(1) for a, b in factors]
 
     @property
@@ -52,7 +55,8 @@ class NormedPath:
         if self._norm is None:
             return torch.ones_like(alpha_BNT)
         start, mixed, slope = self._mean_squares
-        return torch.rsqrt(start + alpha_BNT * (2 * mixed + alpha_BNT * slope) + self._norm.eps)
+        inverse_BNT = torch.rsqrt(start + alpha_BNT * (2 * mixed + alpha_BNT * slope) + self._norm.eps)
+        return inverse_BNT.to(alpha_BNT.dtype)
 
     def weighted(self, weights_BNhT: Tensor, alpha_BNT: Tensor) -> Tensor:
         """Sums of all tokens `start + alpha * slope` with weights: [B, N, h, D]."""
