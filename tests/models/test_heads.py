@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEXT, randomised
+from equation_10 import Side, equation_10
 from timm.models import register_model
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import integrated_vjp, quadrature
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.at_layer import TowerAtLayer, constant, differentiable
@@ -177,6 +179,32 @@ def test_gradients_by_the_weights_are_those_of_the_towers_own_head(
     size = max(float(gradient.abs().max()) for gradient in found[1])
     for parameter, gradient, own in zip(trained, *found, strict=True):
         torch.testing.assert_close(gradient, own, rtol=1e-9, atol=1e-12 * size, msg=parameter)
+
+
+# The module that hidden states enter after the last block.
+ENTRANCES = {"siglip": "trunk.norm", "perception_encoder": "trunk.norm", "coca": "attn_pool", "resnet": "attnpool"}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_attributions_at_the_head_agree_with_equation_10_taken_literally(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder, model = encoder_of(name), encoder_of(name).model
+    height, width = encoder.image_transform.size
+    images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(5)).double()
+    tokens, empty = encoder.tokenizer.encode(["a red dog"]), torch.zeros(1, 16, dtype=torch.long)
+    empty[0, 0], empty[0, 2] = 49406, 49407
+    tower = at_head(encoder)
+    entrance = model.visual.get_submodule(ENTRANCES[name])
+    result = FeaturePairAttribution(encoder, tower.layer, steps=2, rule="right").attribute(images, tokens)
+    expected = equation_10(
+        Side(model.transformer.resblocks[-1], model.encode_text, tokens, empty),
+        Side(entrance, model.encode_image, images, torch.zeros_like(images), 1 if tower.is_feature_map else -1),
+        steps=2,
+    )
+    own = result.interactions[0].flatten(1)
+    torch.testing.assert_close(own, expected[:, tower.prefix_tokens :], rtol=1e-8, atol=1e-12)
+    assert own.abs().max() > 1e-4
 
 
 class Doubled(nn.Module):
