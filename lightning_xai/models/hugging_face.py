@@ -20,6 +20,7 @@ from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
 from lightning_xai.models.block_list import BlockList, ImageBlocksAtLayer, TextBlocksAtLayer
 from lightning_xai.models.dual_encoder import DualEncoder
+from lightning_xai.models.heads import siglip_pool
 from lightning_xai.models.processor_transform import ProcessorTransform
 
 __all__ = ["HuggingFaceEncoder", "HuggingFaceText", "transformers_maker"]
@@ -45,12 +46,20 @@ class HuggingFaceText:
         config: its configuration.
         padding_id: the token that fills up short captions.
         embed: token ids [B, T] and a mask of what is no padding, where the tower takes one -> embeddings [B, K].
+        pools: whether embeddings are made of several tokens, instead of one position.
     """
 
     def __init__(
-        self, tower: nn.Module, config: Any, padding_id: int, embed: Callable[[Tensor, Tensor | None], Tensor]
+        self,
+        tower: nn.Module,
+        config: Any,
+        padding_id: int,
+        embed: Callable[[Tensor, Tensor | None], Tensor],
+        *,
+        pools: bool = False,
     ) -> None:
         self._tower, self._config, self._padding_id, self._embed = tower, config, padding_id, embed
+        self._pools = pools
         self._causal, self._unmasked = (config.model_type in kinds for kinds in (_CAUSAL, _UNMASKED))
 
     def visible(self, tokens_BL: Tensor) -> Tensor:
@@ -80,10 +89,16 @@ class HuggingFaceText:
         return self._embed(tokens_BL, self.visible(tokens_BL).long() if masked else None)
 
     def at_layer(self, layer: int) -> TextTowerAtLayer:
-        """The tower at the input of a block."""
+        """The tower at the input of a block; of its head where tokens are pooled."""
         blocks = _block_list(self._tower, "text")
         return TextBlocksAtLayer(
-            self.encode, blocks, layer, self.visible, trims=not self._unmasked, causal=self._causal
+            self.encode,
+            blocks,
+            layer,
+            self.visible,
+            trims=not self._unmasked,
+            causal=self._causal,
+            pools=self._pools,
         )
 
 
@@ -188,7 +203,8 @@ class HuggingFaceEncoder(DualEncoder):
             for pixels, step in zip(size, (patch, patch) if isinstance(patch, int) else patch, strict=True)
         )
         blocks = replace(blocks, prefix=self._image_tokens - rows * columns)
-        return ImageBlocksAtLayer(tower, blocks, self.image_shape, layer, (rows, columns))
+        pool = siglip_pool(self.model.vision_model)
+        return ImageBlocksAtLayer(tower, blocks, self.image_shape, layer, (rows, columns), pool)
 
     def _text_at_layer(self, layer: int) -> TextTowerAtLayer:
         return self._text_tower.at_layer(layer)

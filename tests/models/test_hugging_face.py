@@ -7,7 +7,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from lightning_xai.models import (
     load_dual_encoder,
     save_hugging_face,
 )
+from lightning_xai.models.at_layer import TowerAtLayer, differentiable
 from lightning_xai.models.processor_transform import ProcessorTransform
 from lightning_xai.models.sharding import shard_encoder
 from lightning_xai.training.contrastive import ContrastiveModule
@@ -242,6 +243,24 @@ def test_attributions_sum_to_the_change_of_similarity_and_agree_with_equation_10
     own = result.interactions[0].flatten(1)
     torch.testing.assert_close(own, expected[:, image.prefix_tokens :], rtol=1e-4, atol=1e-9)
     assert own.abs().max() > 1e-5
+
+
+@every_model
+def test_a_head_that_pools_is_the_reading_layer_and_read_as_its_own_head_reads(kind: str, encoder_of: Encoders) -> None:
+    encoder = encoder_of(kind)
+    images, _ = pairs(encoder)
+    last = encoder.image_at_layer()
+    pools = kind.startswith("Siglip")
+    assert last.reading_layer == last.layer + (pools or last.is_feature_map)
+    assert encoder.text_at_layer().reading_layer == 2
+    tower = encoder.image_at_layer(last.layers.stop)
+    assert tower.calls_blocks is not pools
+    with differentiable(encoder), torch.no_grad():
+        hidden = tower.features_before(images)
+        reference = torch.randn(hidden[:1].shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+        alpha = torch.rand(len(hidden), 2, tower.count(hidden), generator=torch.Generator().manual_seed(1)).to(hidden)
+        read, own = (path(hidden, reference)(alpha) for path in (tower.path, partial(TowerAtLayer.path, tower)))
+    assert_same(read, own)
 
 
 @every_model

@@ -123,6 +123,30 @@ def test_features_are_the_layers_own_input_and_embed_to_the_encoders_output(
 
 
 @pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_a_tower_that_averages_tokens_reads_at_its_head(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
+    encoder = encoder_of(name)
+    tokens, text, last = encoder.tokenizer.encode(CAPTIONS), encoder.model.text, encoder.text_at_layer()
+    # The blocks of T5 cannot be left out, since the first one makes what all of them use.
+    if TOWERS[name][2] != "mean_pooler" or name == "mt5":
+        assert last.reading_layer == last.layer
+        with pytest.raises(ValueError, match=f"text tower has layers 0 to {last.layer} .*got layer {last.layer + 1}$"):
+            encoder.text_at_layer(last.layer + 1)
+        return
+    assert last.reading_layer == last.layer + 1
+    head, kept = encoder.text_at_layer(last.reading_layer), list[Tensor]()
+    handle = head.listen(kept.append)
+    expected = text(tokens)
+    handle.remove()
+    text(tokens)
+    assert len(kept) == 1
+    hidden = head.features_before(tokens)
+    seen = (tokens != 1)[:, : hidden.shape[1]]
+    assert_same(hidden[seen], kept[0][:, : hidden.shape[1]][seen])
+    assert_same(head.embed_from(hidden, tokens), expected)
+
+
+@pytest.mark.parametrize("name", TOWERS)
 def test_visible_tokens_are_those_that_the_embedding_changes_with(
     name: str, encoder_of: Callable[[str], DualEncoder]
 ) -> None:

@@ -13,6 +13,7 @@ from conftest import ARCHITECTURES, TEXT, encoder_from
 from equation_10 import Side, assert_same, block_input, equation_10, replacing
 from inputs import CAPTIONS, random_pairs
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_xai.attribution import FeaturePairAttribution
 from lightning_xai.models import DualEncoder, UnsupportedTowerError
@@ -198,7 +199,7 @@ def test_text_without_positions_to_read_says_what_is_missing(encoder_of: Callabl
 @pytest.mark.parametrize(
     ("name", "accepted", "refused", "range_shown"),
     [
-        ("vit", {0: 0, 2: 2, -1: 2, -3: 0}, [3, -4], "layers 0 to 2"),
+        ("vit", {0: 0, 2: 2, 3: 3, -1: 2, -3: 0}, [4, -4], "layers 0 to 2"),
         ("resnet", {1: 1, 4: 4, 5: 5, -1: 4, -4: 1}, [0, 6, -5], "layers 1 to 4"),
     ],
 )
@@ -217,6 +218,41 @@ def test_layers_count_as_open_clip_counts_and_from_the_end(
             encoder.image_at_layer(layer)
     with pytest.raises(ValueError, match=r"text tower has layers 0 to 2 \(or -3 to -1\); got layer 3"):
         encoder.text_at_layer(3)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_reading_layer_is_the_last_block_but_where_patches_are_pooled(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder, vision = encoder_of(name), ALL[name]["vision_cfg"]
+    pools = isinstance(vision["layers"], list) or vision.get("attentional_pool") or vision.get("pool_type") == "avg"
+    for layer in encoder.image_at_layer().layers:
+        image = encoder.image_at_layer(layer)
+        assert image.reading_layer == image.layers[-1] + bool(pools)
+    text = encoder.text_at_layer()
+    assert text.reading_layer == text.layers[-1]
+
+
+@pytest.mark.parametrize("name", ["vit", "siglips_text", "text_read_at_its_end_without_causal_mask"])
+def test_a_point_of_the_path_to_a_texts_one_position_costs_a_fraction_of_a_pass(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    encoder = encoder_of(name)
+    tokens = encoder.tokenizer.encode(["a dog"])
+    tower, whole = encoder.text_at_layer(), encoder.text_at_layer(0)
+    with differentiable(encoder), torch.no_grad():
+        hidden = tower.features_before(tokens)
+        alpha = torch.ones(1, 3, hidden.shape[1]).double()
+        path = tower.path(hidden, torch.zeros_like(hidden), tokens)
+        point = flops(lambda: path(alpha)) / 3
+        tower_pass = flops(lambda: whole.embed_from(whole.features_before(tokens, hidden.shape[1]), tokens))
+    assert point < 0.1 * tower_pass
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("name", ALL)
