@@ -34,7 +34,7 @@ from lightning_xai.attribution.pairwise import (
     References,
     capture,
 )
-from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
+from lightning_xai.attribution.path_integral import Rule, embeddings_at, integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.attribution.score import Question
 from lightning_xai.attribution.targets import SIMILARITY, Target
@@ -51,20 +51,30 @@ class FeaturePairs(InteractionAttribution):
 
 @dataclass(frozen=True)
 class _Side:
-    """One input of each pair: its path from the reference, and its embedding at the path's end."""
+    """One input of each pair: its path from the reference, and the embeddings at the path's ends."""
 
     path: EmbeddingPath
     embedding_BK: Tensor
     tokens: int
+    reference_BK: Tensor | None = None
 
     @classmethod
     def of(
-        cls, tower: TowerAtLayer, hidden: Tensor, reference: Tensor, inputs: Tensor | None, dtype: torch.dtype
+        cls,
+        tower: TowerAtLayer,
+        hidden: Tensor,
+        reference: Tensor,
+        inputs: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        with_reference: bool = False,
     ) -> _Side:
         hidden, reference = as_constant(hidden).to(dtype), as_constant(reference).to(dtype)
         # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
         path, tokens = tower.path(hidden, reference, inputs), tower.count(hidden)
-        return cls(path, embedding_at(path, 1.0, len(hidden), tokens, hidden), tokens)
+        ends = (1.0, 0.0) if with_reference else (1.0,)
+        embedding_BK, *others = embeddings_at(path, ends, len(hidden), tokens, hidden).unbind(dim=1)
+        return cls(path, embedding_BK, tokens, *others)
 
     @property
     def norm(self) -> Tensor:
@@ -77,9 +87,9 @@ class _Side:
         return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
 
     def change(self) -> Tensor:
-        """Difference of the embedding from the reference's [B, K]."""
-        batch = len(self.embedding_BK)
-        return self.embedding_BK - embedding_at(self.path, 0.0, batch, self.tokens, self.embedding_BK)
+        """Difference of the embedding from the reference's [B, K], of a side that was made with its reference."""
+        assert self.reference_BK is not None
+        return self.embedding_BK - self.reference_BK
 
 
 class FeaturePairAttribution(PairwiseMethod):
@@ -211,7 +221,8 @@ class FeaturePairAttribution(PairwiseMethod):
         self._check_image_pair(images, others, by)
 
         def side(method: FeaturePairAttribution, batch: Tensor, reference: Tensor) -> _Side:
-            return _Side.of(method.image, method.image_states(batch), reference, None, method._dtype)
+            hidden = method.image_states(batch)
+            return _Side.of(method.image, hidden, reference, None, method._dtype, with_reference=True)
 
         with differentiable(self.encoder), differentiable(by.encoder):
             reference, other_reference = self._image_reference_states(), by._image_reference_states()
@@ -237,7 +248,8 @@ class FeaturePairAttribution(PairwiseMethod):
 
         def side(rows: slice, batch: Tensor) -> _Side:
             hidden = self.text_states(batch[rows])
-            return _Side.of(self.text, hidden, reference[:, : hidden.shape[1]], batch[rows], self._dtype)
+            start = reference[:, : hidden.shape[1]]
+            return _Side.of(self.text, hidden, start, batch[rows], self._dtype, with_reference=True)
 
         def compare(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             matrix_BTT, similarity, error = self._compare(side(rows, tokens), side(rows, others))
@@ -330,12 +342,18 @@ class FeaturePairAttribution(PairwiseMethod):
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
-    def _text_side(self, states: HiddenStates, references: References, captions: Tensor | slice) -> _Side:
+    def _text_side(
+        self, states: HiddenStates, references: References, captions: Tensor | slice, *, with_reference: bool = False
+    ) -> _Side:
         hidden, tokens = states.text[captions], states.tokens[captions]
-        return _Side.of(self.text, hidden, references.text[:, : hidden.shape[1]], tokens, self._dtype)
+        start = references.text[:, : hidden.shape[1]]
+        return _Side.of(self.text, hidden, start, tokens, self._dtype, with_reference=with_reference)
 
-    def _image_side(self, states: HiddenStates, references: References, images: Tensor | slice) -> _Side:
-        return _Side.of(self.image, states.image[images], references.image, None, self._dtype)
+    def _image_side(
+        self, states: HiddenStates, references: References, images: Tensor | slice, *, with_reference: bool = False
+    ) -> _Side:
+        hidden = states.image[images]
+        return _Side.of(self.image, hidden, references.image, None, self._dtype, with_reference=with_reference)
 
     def _matrix(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> Tensor:
         """Attributions of each selection of the rows' tokens to all tokens of the columns [B, S, P]."""
@@ -380,7 +398,8 @@ class FeaturePairAttribution(PairwiseMethod):
 
     def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
         matrix_BTP, similarity, error = self._compare(
-            self._text_side(states, references, slice(None)), self._image_side(states, references, slice(None))
+            self._text_side(states, references, slice(None), with_reference=True),
+            self._image_side(states, references, slice(None), with_reference=True),
         )
         tokens, prefix = states.tokens, self.image.prefix_tokens
         matrix_BPL = self.text.on_caption(matrix_BTP.mT, tokens.shape[1]) * self.text.visible(tokens)[:, None]
