@@ -6,13 +6,12 @@ Shape suffixes: B batch, S directions or cotangents, N points, T tokens, K embed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from lightning_xai.models.at_layer import EmbeddingPath
@@ -85,6 +84,64 @@ class _PlainLayerNorm(TorchFunctionMode):
         return (_layer_norm if function is layer_norm else function)(*args, **(kwargs or {}))
 
 
+class _Linear(torch.autograd.Function):
+    """`linear` whose derivative along a direction leaves the weights out, which do not move.
+
+    PyTorch's own also multiplies the input by a matrix of zeros, and of an input with gaps in memory it multiplies row
+    by row, each with a copy of the weights.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x.contiguous(), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *ignored: Any) -> Tensor:
+        return linear(x.contiguous(), *ctx.saved_tensors)
+
+
+class _ConstantWeights(TorchFunctionMode):
+    """Inside, derivatives along a direction cost a second pass through linear layers, and not a third."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is linear and not kwargs:
+            result: Tensor = _Linear.apply(*args, *(None,) * (3 - len(args)))
+            return result
+        if function is multi_head_attention_forward and _is_plain(args, kwargs):
+            with self:
+                return _self_attention(args[0], args[4], args[5:7], args[11:13], kwargs["attn_mask"]), None
+        return function(*args, **kwargs)
+
+
+def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether `nn.MultiheadAttention` asks for self-attention without extras, as blocks of a tower do."""
+    mask, known = kwargs.get("attn_mask"), {"training", "attn_mask", "average_attn_weights", "is_causal"}
+    return (
+        len(args) == 13
+        and args[0] is args[1] is args[2]
+        and args[0].ndim == 3
+        and all(extra is None for extra in args[7:9])
+        and not args[9]
+        and (mask.ndim == 2 if mask is not None else not kwargs.get("is_causal"))
+        and not any(value is not None and value is not False for name, value in kwargs.items() if name not in known)
+    )
+
+
+def _self_attention(x_TBD: Tensor, heads: int, project: Any, project_out: Any, mask_TT: Tensor | None) -> Tensor:
+    query, key, value = (
+        part.unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for part in linear(x_TBD, *project).chunk(3, dim=2)
+    )
+    context_BhTe = scaled_dot_product_attention(query, key, value, attn_mask=mask_TT)
+    return linear(context_BhTe.permute(2, 0, 1, 3).flatten(2), *project_out)
+
+
 def _layer_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
@@ -117,7 +174,7 @@ def integrated_jvp(
     Returns:
         [B, S, K]
     """
-    with _PlainLayerNorm() if create_graph else nullcontext():
+    with _PlainLayerNorm() if create_graph else _ConstantWeights():
         return _integrated_jvp(path, points_N, weights_N, directions_BST)
 
 
