@@ -51,11 +51,15 @@ class FeaturePairs(InteractionAttribution):
 
 @dataclass(frozen=True)
 class _Side:
-    """One input of each pair: its path from the reference, and the embeddings at the path's ends."""
+    """One input of each pair: its path from the reference, and the embeddings at the path's ends.
+
+    `moving_T` are the tokens that differ from the reference's in any pair. At the inputs of the towers, the token that
+    starts a caption and padding do not, and have no part in any attribution.
+    """
 
     path: EmbeddingPath
     embedding_BK: Tensor
-    tokens: int
+    moving_T: Tensor
     reference_BK: Tensor | None = None
 
     @classmethod
@@ -74,7 +78,13 @@ class _Side:
         path, tokens = tower.path(hidden, reference, inputs), tower.count(hidden)
         ends = (1.0, 0.0) if with_reference else (1.0,)
         embedding_BK, *others = embeddings_at(path, ends, len(hidden), tokens, hidden).unbind(dim=1)
-        return cls(path, embedding_BK, tokens, *others)
+        moving = (hidden != reference).any(dim=1 if tower.is_feature_map else 2)
+        return cls(path, embedding_BK, moving.flatten(1).any(dim=0), *others)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.moving_T)
 
     @property
     def norm(self) -> Tensor:
@@ -82,9 +92,10 @@ class _Side:
         norms: Tensor = self.embedding_BK.norm(dim=1)
         return norms[:, None, None]
 
-    def every_token(self) -> Tensor:
-        """[B, T, T]: each token alone as a selection."""
-        return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
+    def moving_tokens(self) -> Tensor:
+        """[B, S, T]: each token that moves, alone, as a selection."""
+        every_TT = torch.eye(self.tokens).to(self.embedding_BK)
+        return every_TT[self.moving_T].expand(len(self.embedding_BK), -1, -1)
 
     def change(self) -> Tensor:
         """Difference of the embedding from the reference's [B, K], of a side that was made with its reference."""
@@ -389,7 +400,9 @@ class FeaturePairAttribution(PairwiseMethod):
 
     def _compare(self, rows: _Side, columns: _Side) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs of tokens [B, T, P], the similarity [B] and the completeness error [B]."""
-        matrix_BTP = self._matrix(rows, columns, rows.every_token())
+        matrix_BTP = rows.embedding_BK.new_zeros(len(rows.embedding_BK), rows.tokens, columns.tokens)
+        if rows.moving_T.any():
+            matrix_BTP[:, rows.moving_T] = self._matrix(rows, columns, rows.moving_tokens())
         norms: Tensor = (rows.norm * columns.norm)[:, 0, 0]
         similarity = (rows.embedding_BK * columns.embedding_BK).sum(dim=1) / norms
         # f(a,b) - f(r,b) - f(a,r) + f(r,r) of Eq. 2, factored.
