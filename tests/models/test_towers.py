@@ -198,7 +198,7 @@ def test_text_without_positions_to_read_says_what_is_missing(encoder_of: Callabl
 @pytest.mark.parametrize(
     ("name", "accepted", "refused", "range_shown"),
     [
-        ("vit", {0: 0, 2: 2, -1: 2, -3: 0}, [3, -4], "layers 0 to 2"),
+        ("vit", {0: 0, 2: 2, 3: 3, -1: 2, -3: 0}, [4, -4], "layers 0 to 2"),
         ("resnet", {1: 1, 4: 4, 5: 5, -1: 4, -4: 1}, [0, 6, -5], "layers 1 to 4"),
     ],
 )
