@@ -1,4 +1,4 @@
-"""Measures what attributions at the inputs of both towers (layers 0, 0) cost, beside exCLIP's; prints and keeps a table.
+"""Measures what attributions at the inputs of both towers (layers 0, 0) cost beside exCLIP; prints and keeps a table.
 
     python benchmarks/at_inputs.py                  # about three minutes of one core
     python benchmarks/at_inputs.py --only ViT-B-32
@@ -152,9 +152,16 @@ def in_own_process(name: str) -> dict[str, float]:
 
 
 HEADS = (
-    "model | points | phrase [passes] | by operations | full interactions [passes] | by operations | "
-    "memory: before, phrase, full [GB] | exCLIP [passes] | exCLIP's matrices [GB]"
-).split(" | ")
+    "model",
+    "points",
+    "phrase [passes]",
+    "by operations",
+    "full interactions [passes]",
+    "by operations",
+    "memory: before, phrase, full [GB]",
+    "exCLIP [passes]",
+    "exCLIP's matrices [GB]",
+)
 
 
 def line(name: str, points: int, found: dict[str, float]) -> str:
@@ -177,8 +184,8 @@ def main() -> None:
         print(json.dumps(measure(options.measure, MODELS[options.measure])))
         return
     lines = [
-        f"Forward passes (image and caption) that a phrase and the full interactions of a caption of {TOKENS} tokens cost "
-        "at the inputs, midpoint rule; exCLIP's full interactions (it has no other) by formula, with "
+        "Forward passes (image and caption) that a phrase costs at the inputs, and the full interactions of a caption of "
+        f"{TOKENS} tokens, midpoint rule; beside them exCLIP's full interactions (it has no other) by formula, with "
         f"{EXCLIP_POINTS} points.",
         "",
         "| " + " | ".join(HEADS) + " |",

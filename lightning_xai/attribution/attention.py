@@ -463,8 +463,8 @@ def refuse_head(first: TowerAtLayer, name: str) -> None:
     """Raise a ValueError where a method that starts at a block was given the number of the head."""
     if first.layer not in first.layers:
         raise ValueError(
-            f"start_layer is a block, of which the {name} tower has {first.layers[0]} to {first.layers[-1]}; layer "
-            f"{first.layer} is its head"
+            f"start_layer is a block: the {name} tower has layers {first.layers[0]} to {first.layers[-1]}; got "
+            f"{first.layer}, its head"
         )
 
 

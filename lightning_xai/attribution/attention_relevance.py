@@ -55,10 +55,10 @@ class AttentionRelevance(OneTowerMethod):
         self, encoder: TwoTowerEncoder, *, start_layer: int = -1, internal_batch_size: int | None = None
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        image, text = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
-        for name, first in (("image", image), ("text", text)):
-            if not first.is_feature_map:  # which are refused for what they are
-                refuse_head(first, name)
+        image = encoder.image_at_layer(start_layer)
+        refuse_head(image, "image")
+        text = encoder.text_at_layer(start_layer)
+        refuse_head(text, "text")
         self.grid = image.grid
         self._image = _Tower("image", image, encoder.image_at_layer(-1))
         self._text = _Tower("text", text, encoder.text_at_layer(-1))

@@ -16,8 +16,8 @@ L tokens as given, T tokens run, P image tokens, K embedding width, H x W the pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.base import InteractionAttribution, check_batch, check_finite
+from lightning_xai.attribution.caption_rows import CaptionRows
 from lightning_xai.attribution.pairwise import (
     Captured,
     HiddenStates,
@@ -92,10 +93,9 @@ class _Side:
         norms: Tensor = self.embedding_BK.norm(dim=1)
         return norms[:, None, None]
 
-    def moving_tokens(self) -> Tensor:
-        """[B, S, T]: each token that moves, alone, as a selection."""
-        every_TT = torch.eye(self.tokens).to(self.embedding_BK)
-        return every_TT[self.moving_T].expand(len(self.embedding_BK), -1, -1)
+    def every_token(self) -> Tensor:
+        """[B, T, T]: each token alone as a selection."""
+        return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
 
     def change(self) -> Tensor:
         """Difference of the embedding from the reference's [B, K], of a side that was made with its reference."""
@@ -163,10 +163,8 @@ class FeaturePairAttribution(PairwiseMethod):
         tokens, results, own = question.tokens, list[FeaturePairs](), []
         references = self.references(tokens.shape[1])
         for rows in self._chunks(len(images)):
-            # At a head there is no block to listen to.
-            with nullcontext(Captured()) if self.image.block is None else self.capturing() as captured:
+            with self.capturing() as captured:
                 own.append(self.encoder.own_similarity(images[rows], tokens[rows]))
-            captured.text.clear()  # the model's own pass runs all of the padding
             states = self.hidden_states(images[rows], tokens[rows], captured)
             if question.is_similarity:
                 results.append(self.attribute_states(states, references))
@@ -237,10 +235,11 @@ class FeaturePairAttribution(PairwiseMethod):
 
         with differentiable(self.encoder), differentiable(by.encoder):
             reference, other_reference = self._image_reference_states(), by._image_reference_states()
-            parts = [
-                self._compare(side(self, images[rows], reference), side(by, others[rows], other_reference))
-                for rows in self._chunks(len(images))
-            ]
+            parts = []
+            for rows in self._chunks(len(images)):
+                first = side(self, images[rows], reference)
+                second = side(by, others[rows], other_reference)
+                parts.append(self._compare(first, second, first.every_token()))
         matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         first_last = by.image.on_grid(matrix_BPP).movedim(1, -1)
         interactions = self.image.on_grid(first_last).movedim((1, 2), (3, 4))
@@ -263,16 +262,20 @@ class FeaturePairAttribution(PairwiseMethod):
             return _Side.of(self.text, hidden, start, batch[rows], self._dtype, with_reference=True)
 
         def compare(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            matrix_BTT, similarity, error = self._compare(side(rows, tokens), side(rows, others))
-            matrix_BTL = self.text.on_caption(matrix_BTT, length)
-            return self.text.on_caption(matrix_BTL.mT, length).mT, similarity, error
+            first, second = side(rows, tokens), side(rows, others)
+            firsts, seconds = self._rows(tokens[rows], first), self._rows(others[rows], second)
+            selections_BST, others_BST = firsts.selections(first.embedding_BK), seconds.selections(first.embedding_BK)
+            matrix_BST, similarity, error = self._compare(first, second, selections_BST)
+            # The second caption's padding shares its sum as the first one's does.
+            matrix_BTS = firsts.spread(matrix_BST @ others_BST.mT)
+            matrix_BTL = self.text.on_caption(seconds.spread(matrix_BTS.mT), length)
+            return self.text.on_caption(matrix_BTL.mT, length), similarity, error
 
         length = tokens.shape[1]
         with differentiable(self.encoder):
             reference = self._text_reference_states(length)
             parts = [compare(rows) for rows in self._chunks(len(tokens))]
         matrix_BLL, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
-        matrix_BLL = matrix_BLL * self.text.visible(tokens)[:, :, None] * self.text.visible(others)[:, None]
         check_finite(matrix_BLL, "attribution", self.label)
         return IntraModalAttribution(matrix_BLL, similarity, error)
 
@@ -292,6 +295,11 @@ class FeaturePairAttribution(PairwiseMethod):
     def capturing(self) -> AbstractContextManager[Captured]:
         """Inside, keep what enters the layers that are attributed to, in the model's own forward passes."""
         return capture(self.image, self.text)
+
+    def hidden_states(self, images: Tensor, tokens: Tensor, captured: Captured | None = None) -> HiddenStates:
+        """As for every pairwise method; of captions only the tokens that are needed, where a model's pass ran more."""
+        states = super().hidden_states(images, tokens, captured)
+        return replace(states, text=states.text[:, : self.text.needed(tokens)])
 
     @torch.no_grad()
     def image_states(self, images: Tensor) -> Tensor:
@@ -366,10 +374,6 @@ class FeaturePairAttribution(PairwiseMethod):
         hidden = states.image[images]
         return _Side.of(self.image, hidden, references.image, None, self._dtype, with_reference=with_reference)
 
-    def _matrix(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> Tensor:
-        """Attributions of each selection of the rows' tokens to all tokens of the columns [B, S, P]."""
-        return self._columns(columns, self._changes(rows, selections_BST))
-
     @torch.no_grad()
     def _changes(self, side: _Side, selections_BST: Tensor) -> Tensor:
         """Change of the unit embedding by each selection of tokens [B, S, K]; the norm counts as a constant."""
@@ -398,24 +402,29 @@ class FeaturePairAttribution(PairwiseMethod):
             parts.append((rows_GS, self.image.on_grid(self._columns(side, changes_RK[rows_GS]))))
         return _put_back(parts)
 
-    def _compare(self, rows: _Side, columns: _Side) -> tuple[Tensor, Tensor, Tensor]:
-        """All pairs of tokens [B, T, P], the similarity [B] and the completeness error [B]."""
-        matrix_BTP = rows.embedding_BK.new_zeros(len(rows.embedding_BK), rows.tokens, columns.tokens)
-        if rows.moving_T.any():
-            matrix_BTP[:, rows.moving_T] = self._matrix(rows, columns, rows.moving_tokens())
+    def _rows(self, tokens: Tensor, side: _Side) -> CaptionRows:
+        """The selections of each caption's tokens."""
+        return CaptionRows.of(self.text, self.encoder.tokenizer, tokens, side.tokens)
+
+    def _compare(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All pairs of selections and tokens [B, S, P], the similarity [B] and the completeness error [B]."""
+        matrix_BSP = selections_BST.new_zeros(*selections_BST.shape[:2], columns.tokens)
+        moving_S = (selections_BST[:, :, rows.moving_T] != 0).any(dim=2).any(dim=0)
+        if moving_S.any():
+            matrix_BSP[:, moving_S] = self._columns(columns, self._changes(rows, selections_BST[:, moving_S]))
         norms: Tensor = (rows.norm * columns.norm)[:, 0, 0]
         similarity = (rows.embedding_BK * columns.embedding_BK).sum(dim=1) / norms
         # f(a,b) - f(r,b) - f(a,r) + f(r,r) of Eq. 2, factored.
         expected = (rows.change() * columns.change()).sum(dim=1) / norms
-        return matrix_BTP, similarity, matrix_BTP.sum(dim=(1, 2)) - expected
+        return matrix_BSP, similarity, matrix_BSP.sum(dim=(1, 2)) - expected
 
     def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
-        matrix_BTP, similarity, error = self._compare(
-            self._text_side(states, references, slice(None), with_reference=True),
-            self._image_side(states, references, slice(None), with_reference=True),
-        )
-        tokens, prefix = states.tokens, self.image.prefix_tokens
-        matrix_BPL = self.text.on_caption(matrix_BTP.mT, tokens.shape[1]) * self.text.visible(tokens)[:, None]
+        every, tokens, prefix = slice(None), states.tokens, self.image.prefix_tokens
+        text = self._text_side(states, references, every, with_reference=True)
+        image = self._image_side(states, references, every, with_reference=True)
+        rows = self._rows(tokens, text)
+        matrix_BSP, similarity, error = self._compare(text, image, rows.selections(text.embedding_BK))
+        matrix_BPL = self.text.on_caption(rows.spread(matrix_BSP).mT, tokens.shape[1])
         interactions = self.image.on_grid(matrix_BPL.mT)
         return FeaturePairs(
             image=interactions.sum(dim=1),

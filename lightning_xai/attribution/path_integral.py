@@ -239,7 +239,7 @@ def integrated_vjp(
         )
         return gradient.sum(dim=-2).unsqueeze(0) if single else gradient.sum(dim=-2)
 
-    chunks = cotangents_BSK.transpose(0, 1).split(_at_a_time(*alpha_BNT.shape))
+    chunks = torch.split(cotangents_BSK.transpose(0, 1), _at_a_time(*alpha_BNT.shape))
     rows_SBT = torch.cat([back(chunk, last=chunk is chunks[-1]) for chunk in chunks])
     return rows_SBT.transpose(0, 1)
 

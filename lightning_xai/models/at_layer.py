@@ -178,6 +178,10 @@ class TextTowerAtLayer(TowerAtLayer):
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or as many as the longest caption needs."""
 
+    def needed(self, tokens: Tensor) -> int | None:
+        """How many of the first hidden states suffice for a batch of captions [B, L]; None: all that a pass makes."""
+        return None
+
     @abstractmethod
     def visible(self, tokens: Tensor) -> Tensor:
         """The tokens that an embedding can depend on, [B, L] bool: not those after the end, nor masked padding."""

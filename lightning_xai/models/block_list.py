@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_xai.models.at_layer import (
+    EmbeddingPath,
     TextTowerAtLayer,
     TowerAtLayer,
     UnsupportedTowerError,
@@ -26,6 +27,7 @@ from lightning_xai.models.at_layer import (
     positions_read,
     resolve_layer,
 )
+from lightning_xai.models.token_pool import TokenPool
 
 
 class _ReachedError(Exception):
@@ -145,6 +147,7 @@ class ImageBlocksAtLayer(TowerAtLayer):
         shape: (channels, height, width) of its images in pixels.
         layer: the block's number, from 0; one more than the last block's is the head.
         grid: rows and columns of its tokens after the prefix; None for feature maps, which show theirs.
+        pool: what the tower ends in, where that is known.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class ImageBlocksAtLayer(TowerAtLayer):
         shape: tuple[int, int, int],
         layer: int,
         grid: tuple[int, int] | None,
+        pool: TokenPool | None = None,
     ) -> None:
         self._tower = tower
         self._list = blocks
@@ -162,6 +166,9 @@ class ImageBlocksAtLayer(TowerAtLayer):
         self.layers = range(len(blocks.blocks))
         self.block = blocks.blocks[self.layer] if self.layer in self.layers else None
         self.last_block = blocks.blocks[-1]
+        self._ends_in_pool = pool is not None
+        self._pool = pool if self.block is None else None
+        self.calls_blocks = self._pool is None
         self.is_feature_map = grid is None
         if grid is None:
             with torch.no_grad(), evaluating(tower):
@@ -180,7 +187,7 @@ class ImageBlocksAtLayer(TowerAtLayer):
     def reading_layer(self) -> int:
         """The last block where at most one patch is read of its output, such as CLS alone; else the head."""
         last, head = self.layers[-1], self.layers[-1] + 1
-        if self.is_feature_map:
+        if self.is_feature_map or self._ends_in_pool:
             return head
         with torch.no_grad(), evaluating(self._tower):
             # Blocks of tokens pass on as many as they take, so that the first one's input shows the shape.
@@ -212,6 +219,10 @@ class ImageBlocksAtLayer(TowerAtLayer):
     def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """What the last block passes on -> embeddings [B, K]."""
         return self._embed(hidden, len(self._list.blocks))
+
+    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
+        """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
+        return super().path(hidden, reference) if self._pool is None else self._pool.path(hidden, reference)
 
     def _embed(self, hidden: Tensor, layer: int) -> Tensor:
         with self._list.entered(layer, hidden):
@@ -264,10 +275,13 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         """The tokens that an embedding can depend on."""
         return self._visible(tokens)
 
+    def needed(self, tokens: Tensor) -> int | None:
+        """As many as the longest caption has, where padding can be cut off."""
+        return int(self._visible(tokens).any(dim=0).nonzero().max()) + 1 if self._trims else None
+
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
-        if length is None and self._trims:
-            length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
+        length = self.needed(inputs) if length is None else length
         return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))
 
     def blocks_on(self) -> list[nn.Module]:
