@@ -84,7 +84,7 @@ def measure(name: str, points: int) -> dict[str, float]:
     }
     for what, run in runs.items():
         found[f"{what}, operations"] = flops(encoder, run) / found["pass"]
-        ratios = [cpu_seconds(run) / cpu_seconds(forward) for _ in range(ROUNDS if what == "phrase" else 1)]
+        ratios = [cpu_seconds(run) / cpu_seconds(forward) for _ in range(ROUNDS)]
         found |= {what: statistics.median(ratios), f"{what}, peak": peak_gigabytes()}
     return found | exclip_cost(name, tokens=TOKENS)
 
@@ -184,7 +184,7 @@ def main() -> None:
         print(json.dumps(measure(options.measure, MODELS[options.measure])))
         return
     lines = [
-        "Forward passes (image and caption) that a phrase costs at the inputs, and the full interactions of a caption of "
+        "Forward passes (image and caption) that a phrase at the inputs costs, and full interactions of a caption of "
         f"{TOKENS} tokens, midpoint rule; beside them exCLIP's full interactions (it has no other) by formula, with "
         f"{EXCLIP_POINTS} points.",
         "",

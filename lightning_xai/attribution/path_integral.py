@@ -84,11 +84,42 @@ class _PlainLayerNorm(TorchFunctionMode):
         return (_layer_norm if function is layer_norm else function)(*args, **(kwargs or {}))
 
 
+class _ContiguousTokens(TorchFunctionMode):
+    """Inside, linear layers are given tokens that lie one after another in memory.
+
+    `nn.MultiheadAttention` puts the axis of tokens first. PyTorch would then multiply token by token, each by a copy of
+    the weights of its own, wherever weights are frozen or derivatives along a direction are taken.
+    """
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The linear layer."""
+        return linear(x.contiguous(), weight, bias)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is linear and not kwargs:
+            return self.linear(*args)
+        if function is multi_head_attention_forward and _is_plain(args, kwargs):
+            with self:
+                return _self_attention(args[0], args[4], args[5:7], args[11:13], kwargs["attn_mask"]), None
+        return function(*args, **kwargs)
+
+
+class _ConstantWeights(_ContiguousTokens):
+    """Inside, derivatives along a direction cost a second pass through linear layers, and not a third."""
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The linear layer."""
+        result: Tensor = _Linear.apply(x, weight, bias)
+        return result
+
+
 class _Linear(torch.autograd.Function):
     """`linear` whose derivative along a direction leaves the weights out, which do not move.
 
-    PyTorch's own also multiplies the input by a matrix of zeros, and of an input with gaps in memory it multiplies row
-    by row, each with a copy of the weights.
+    PyTorch's own also multiplies the input by a matrix of zeros.
     """
 
     generate_vmap_rule = True
@@ -104,20 +135,6 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *ignored: Any) -> Tensor:
         return linear(x.contiguous(), *ctx.saved_tensors)
-
-
-class _ConstantWeights(TorchFunctionMode):
-    """Inside, derivatives along a direction cost a second pass through linear layers, and not a third."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is linear and not kwargs:
-            result: Tensor = _Linear.apply(*args, *(None,) * (3 - len(args)))
-            return result
-        if function is multi_head_attention_forward and _is_plain(args, kwargs):
-            with self:
-                return _self_attention(args[0], args[4], args[5:7], args[11:13], kwargs["attn_mask"]), None
-        return function(*args, **kwargs)
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -224,7 +241,8 @@ def integrated_vjp(
         [B, S, T]
     """
     alpha_BNT = _points(points_N, len(cotangents_BSK), tokens, cotangents_BSK).detach().requires_grad_()
-    integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
+    with _ContiguousTokens():
+        integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
 
     def back(cotangents_SBK: Tensor, *, last: bool) -> Tensor:
         # A single one goes without vmap, under which fewer operations can be differentiated again.
@@ -248,4 +266,5 @@ def integrated_vjp(
 def embeddings_at(path: EmbeddingPath, alphas: Sequence[float], batch: int, tokens: int, like: Tensor) -> Tensor:
     """The embeddings at A points of the path in one pass, [B, A, K]: 1 is the input, 0 the reference."""
     alpha_A = torch.tensor(alphas, dtype=like.dtype, device=like.device)
-    return path(alpha_A[None, :, None].expand(batch, -1, tokens))
+    with _ContiguousTokens():
+        return path(alpha_A[None, :, None].expand(batch, -1, tokens))
