@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from lightning_xai.attribution.pairwise import (
     capture,
 )
 from lightning_xai.attribution.path_integral import Rule, embeddings_at, integrated_jvp, integrated_vjp, quadrature
+from lightning_xai.attribution.presets import Preset, preset_setting
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.attribution.score import Question
 from lightning_xai.attribution.targets import SIMILARITY, Target
@@ -109,48 +110,72 @@ class FeaturePairAttribution(PairwiseMethod):
     Args:
         encoder: the dual encoder to explain, or a sentence encoder, for `attribute_texts` alone.
         image_layer: the image tower's layer whose input is attributed to, counted as open_clip counts its blocks
-            (-1: the last; a ResNet's stages are 1 to 4).
+            (-1: the last; a ResNet's stages are 1 to 4; one more than the last is the head). None: the preset's.
         text_layer: likewise for the text tower.
-        steps: integration points N.
-        rule: quadrature; the default is the paper's Riemann sum. Others need fewer steps for the same completeness.
+        steps: integration points N; None: the preset's.
+        rule: quadrature; None: the preset's. The midpoint rule needs fewer steps than the paper's for the same
+            completeness.
+        preset: what holds for layers, steps and rule that you leave out. `"paper"`: the input of both last blocks and
+            the right Riemann sum of 10 steps. `"fast"`: the layers that the embeddings are read from (the last block
+            where one token is read, the head where tokens are pooled) and 4 midpoints. `"inputs"`: the inputs of both
+            towers and 3 midpoints.
         image_reference: `"zeros"` (zero after normalisation, as the authors' package has it), `"black"` (black pixels,
             as the paper writes), `"features"` (zero hidden states), or an image [3, H, W] as the encoder takes it.
         text_reference: `"padding"` (BOS, one padding token, EOT, padding), `"features"`, or token ids [L].
         internal_batch_size: pairs computed at a time, None for all; bounds memory, changes no number.
 
     Raises:
-        ValueError: a layer that does not exist, fewer steps than the rule needs, an unsupported tower.
+        UnsupportedTowerError: an unsupported tower; `"inputs"` of a tower whose layers begin later.
+        ValueError: a layer or preset that does not exist, fewer steps than the rule needs.
     """
 
     signed = True
     intra_modal = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         encoder: TwoTowerEncoder,
-        image_layer: int = -1,
-        text_layer: int = -1,
-        steps: int = 10,
+        image_layer: int | None = None,
+        text_layer: int | None = None,
+        steps: int | None = None,
         *,
-        rule: Rule = "right",
+        rule: Rule | None = None,
+        preset: Preset = "paper",
         image_reference: ImageReference | Literal["features"] | Tensor = "zeros",
         text_reference: Literal["padding", "features"] | Tensor = "padding",
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         refuse_rewriting(encoder)
+        chosen = preset_setting(preset)
+        self.preset = preset
+        self.rule, self.steps = chosen.points(rule, steps)
         self._image_layer = image_layer
-        self.text = encoder.text_at_layer(text_layer)
+        self._text_layer = chosen.layer(encoder.text_at_layer()) if text_layer is None else text_layer
+        self.text = encoder.text_at_layer(self._text_layer)
+        self._points, self._weights = (as_constant(numbers) for numbers in quadrature(self.rule, self.steps))
         if encoder.has_image_tower:
             self.grid = self.image.grid
-        self._points, self._weights = (as_constant(numbers) for numbers in quadrature(rule, steps))
         self._image_reference = image_reference
         self._text_reference = text_reference
+
+    @property
+    def resolved_options(self) -> dict[str, Any]:
+        """The options that the preset holds for, with the values that are used."""
+        layers = {"image_layer": self.image_layer, "text_layer": self._text_layer}
+        return layers | {"steps": self.steps, "rule": self.rule, "preset": self.preset}
+
+    @cached_property
+    def image_layer(self) -> int:
+        """The image layer that was given, or that the preset takes; -1 where there is no image tower."""
+        if self._image_layer is not None:
+            return self._image_layer
+        return preset_setting(self.preset).layer(self.encoder.image_at_layer()) if self.encoder.has_image_tower else -1
 
     @cached_property
     def image(self) -> TowerAtLayer:
         """The image tower at its layer."""
-        return self.encoder.image_at_layer(self._image_layer)
+        return self.encoder.image_at_layer(self.image_layer)
 
     def attribute(self, images: Tensor, tokens: Tensor, target: Target = SIMILARITY) -> FeaturePairs:
         """All pairs of tokens and patches; see `AttributionMethod.attribute`."""
@@ -484,10 +509,16 @@ class SimilarityGradCAM(FeaturePairAttribution):
             image_layer,
             _before_the_last(encoder.text_at_layer()) if text_layer is None else text_layer,
             steps=1,
+            rule="right",
             image_reference="features",
             text_reference="features",
             internal_batch_size=internal_batch_size,
         )
+
+    @property
+    def resolved_options(self) -> dict[str, Any]:
+        """None: there are no presets of this method."""
+        return {}
 
 
 def _before_the_last(last: TowerAtLayer) -> int:

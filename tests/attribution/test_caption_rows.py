@@ -44,7 +44,8 @@ def test_a_token_has_the_map_of_its_span_and_all_padding_together_its_own(encode
         shared = interactions[row, padding[row]]
         torch.testing.assert_close(shared.sum(dim=0), maps, rtol=1e-9, atol=1e-13)
         torch.testing.assert_close(shared, shared[:1].expand_as(shared), rtol=0, atol=0)
-        assert maps.abs().max() > 1e-6
+        # At the input a caption's padding is the reference's own, so that nothing changes there.
+        assert (maps.abs().max() > 1e-6) == (layer != 0)
 
 
 @pytest.mark.parametrize("layer", [0, -1])
