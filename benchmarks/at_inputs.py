@@ -1,11 +1,11 @@
 """Measures what attributions at the inputs of both towers (layers 0, 0) cost beside exCLIP; prints and keeps a table.
 
-    python benchmarks/at_inputs.py                  # about three minutes of one core
+    python benchmarks/at_inputs.py                  # about six minutes of one core
     python benchmarks/at_inputs.py --only ViT-B-32
 
 Random weights, float32, one image and a caption of 12 tokens (start and end included), on one thread. A pass is the
-model as it stands, of that image and that caption at the context length. Costs are given on top of nothing: the
-embeddings by which attributions are divided are computed anew. Each model is measured in a separate process; seconds
+model as it stands, of that image and that caption at the context length. Costs are those of `span_maps_of` and
+`attribute_states`, which compute the embeddings that attributions are divided by anew: one pass of them is that. Each model is measured in a separate process; seconds
 are those of the CPU, in turn with the pass, and operations are counted by torch.utils.flop_counter (matrix products
 alone). SigLIP is built with CLIP's tokenizer, since its own has to be downloaded; that changes nothing of the cost.
 
@@ -33,7 +33,8 @@ from kept_table import keep
 
 CAPTION = "a brown dog is lying on a red mat outside"
 TOKENS = 12
-MODELS = {"ViT-B-32": 3, "ViT-B-16": 3, "ViT-B-16-SigLIP2": 2}  # name -> integration points
+MODELS = ("ViT-B-32", "ViT-B-16", "ViT-B-16-SigLIP2")
+POINTS = (2, 3)
 EXCLIP_POINTS = 10
 ROUNDS = 3
 
@@ -143,9 +144,9 @@ def exclip_on_a_tiny_model() -> tuple[float, float]:
     return counted, (EXCLIP_POINTS + 1) * (1 + 16) * flops(encoder, forward) + product
 
 
-def in_own_process(name: str) -> dict[str, float]:
+def in_own_process(name: str, points: int) -> dict[str, float]:
     """Measure one model in a fresh process."""
-    command = [sys.executable, __file__, "--measure", name]
+    command = [sys.executable, __file__, "--measure", name, "--points", str(points)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, float] = json.loads(output.strip().splitlines()[-1])
     return result
@@ -178,10 +179,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=MODELS, help="measure one model, and keep nothing")
     parser.add_argument("--measure", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--points", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.measure:
-        print(json.dumps(measure(options.measure, MODELS[options.measure])))
+        print(json.dumps(measure(options.measure, options.points)))
         return
     lines = [
         "Forward passes (image and caption) that a phrase at the inputs costs, and full interactions of a caption of "
@@ -192,8 +194,9 @@ def main() -> None:
         "|---" * len(HEADS) + "|",
     ]
     for name in [options.only] if options.only else MODELS:
-        lines.append(line(name, MODELS[name], in_own_process(name)))
-        print(lines[-1], file=sys.stderr, flush=True)
+        for points in POINTS:
+            lines.append(line(name, points, in_own_process(name, points)))
+            print(lines[-1], file=sys.stderr, flush=True)
     counted, expected = exclip_on_a_tiny_model()
     lines += ["", f"On a tiny model exCLIP's operations are {counted / expected:.3f} times what the formula gives."]
     print(lines[-1], file=sys.stderr, flush=True)
