@@ -5,9 +5,10 @@
 
 Random weights, float32, one image and a caption of 12 tokens (start and end included), on one thread. A pass is the
 model as it stands, of that image and that caption at the context length. Costs are those of `span_maps_of` and
-`attribute_states`, which compute the embeddings that attributions are divided by anew: one pass of them is that. Each model is measured in a separate process; seconds
-are those of the CPU, in turn with the pass, and operations are counted by torch.utils.flop_counter (matrix products
-alone). SigLIP is built with CLIP's tokenizer, since its own has to be downloaded; that changes nothing of the cost.
+`attribute_states`; about one pass of them is for the embeddings by whose norms attributions are divided. Each row is
+measured in a separate process; seconds are those of the CPU, in turn with the pass, and operations are counted by
+torch.utils.flop_counter (matrix products alone). SigLIP is built with CLIP's tokenizer, since its own has to be
+downloaded; that changes nothing of the cost.
 
 exCLIP differentiates each of K embedding dimensions in a backward pass through N + 1 points, of all tokens, and then
 multiplies two Jacobians into a matrix of S D_text x P D_image. Its cost follows from that, and the formula is checked

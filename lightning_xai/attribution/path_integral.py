@@ -153,7 +153,7 @@ def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _self_attention(x_TBD: Tensor, heads: int, project: Any, project_out: Any, mask_TT: Tensor | None) -> Tensor:
     query, key, value = (
-        part.unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for part in linear(x_TBD, *project).chunk(3, dim=2)
+        part.reshape(*part.shape[:2], heads, -1).permute(1, 2, 0, 3) for part in linear(x_TBD, *project).chunk(3, dim=2)
     )
     context_BhTe = scaled_dot_product_attention(query, key, value, attn_mask=mask_TT)
     return linear(context_BhTe.permute(2, 0, 1, 3).flatten(2), *project_out)
