@@ -4,8 +4,8 @@
     python benchmarks/at_inputs.py --only ViT-B-32
 
 Random weights, float32, one image and a caption of 12 tokens (start and end included), on one thread. A pass is the
-model as it stands, of that image and that caption at the context length. Costs are those of `span_maps_of` and
-`attribute_states`; about one pass of them is for the embeddings by whose norms attributions are divided. Each row is
+model as it stands, of that image and that caption at the context length. Costs are those of `span_maps_of`
+and `attribute_states` on top of the model's own pass of the image, which has given its embedding. Each row is
 measured in a separate process; seconds are those of the CPU, in turn with the pass, and operations are counted by
 torch.utils.flop_counter (matrix products alone). SigLIP is built with CLIP's tokenizer, since its own has to be
 downloaded; that changes nothing of the cost.
@@ -73,7 +73,9 @@ def measure(name: str, points: int) -> dict[str, float]:
     span = torch.zeros_like(tokens, dtype=torch.bool)
     span[:, 2:4] = True
     with torch.no_grad():
-        states, references = method.hidden_states(images, tokens), method.references(tokens.shape[1])
+        with method.capturing() as captured:
+            encoder.encode_image(images)
+        states, references = method.hidden_states(images, tokens, captured), method.references(tokens.shape[1])
 
     def forward() -> None:
         with torch.no_grad():

@@ -74,14 +74,17 @@ class _Side:
         dtype: torch.dtype,
         *,
         with_reference: bool = False,
+        embedding_BK: Tensor | None = None,
     ) -> _Side:
         hidden, reference = as_constant(hidden).to(dtype), as_constant(reference).to(dtype)
         # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
         path, tokens = tower.path(hidden, reference, inputs), tower.count(hidden)
+        moving_T = (hidden != reference).any(dim=1 if tower.is_feature_map else 2).flatten(1).any(dim=0)
+        if embedding_BK is not None and embedding_BK.dtype == dtype:
+            return cls(path, embedding_BK, moving_T)
         ends = (1.0, 0.0) if with_reference else (1.0,)
         embedding_BK, *others = embeddings_at(path, ends, len(hidden), tokens, hidden).unbind(dim=1)
-        moving = (hidden != reference).any(dim=1 if tower.is_feature_map else 2)
-        return cls(path, embedding_BK, moving.flatten(1).any(dim=0), *others)
+        return cls(path, embedding_BK, moving_T, *others)
 
     @property
     def tokens(self) -> int:
@@ -393,12 +396,6 @@ class FeaturePairAttribution(PairwiseMethod):
         start = references.text[:, : hidden.shape[1]]
         return _Side.of(self.text, hidden, start, tokens, self._dtype, with_reference=with_reference)
 
-    def _image_side(
-        self, states: HiddenStates, references: References, images: Tensor | slice, *, with_reference: bool = False
-    ) -> _Side:
-        hidden = states.image[images]
-        return _Side.of(self.image, hidden, references.image, None, self._dtype, with_reference=with_reference)
-
     @torch.no_grad()
     def _changes(self, side: _Side, selections_BST: Tensor) -> Tensor:
         """Change of the unit embedding by each selection of tokens [B, S, K]; the norm counts as a constant."""
@@ -423,7 +420,9 @@ class FeaturePairAttribution(PairwiseMethod):
         """What each patch of an image adds to the product with a change of a caption's embedding [R, H, W]."""
         parts = []
         for images_G, rows_GS in _by_owner(images_R):
-            side = self._image_side(states, references, images_G)
+            own = None if states.image_embeddings is None else states.image_embeddings[images_G]
+            hidden = states.image[images_G]
+            side = _Side.of(self.image, hidden, references.image, None, self._dtype, embedding_BK=own)
             parts.append((rows_GS, self.image.on_grid(self._columns(side, changes_RK[rows_GS]))))
         return _put_back(parts)
 
@@ -446,7 +445,7 @@ class FeaturePairAttribution(PairwiseMethod):
     def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
         every, tokens, prefix = slice(None), states.tokens, self.image.prefix_tokens
         text = self._text_side(states, references, every, with_reference=True)
-        image = self._image_side(states, references, every, with_reference=True)
+        image = _Side.of(self.image, states.image, references.image, None, self._dtype, with_reference=True)
         rows = self._rows(tokens, text)
         matrix_BSP, similarity, error = self._compare(text, image, rows.selections(text.embedding_BK))
         matrix_BPL = self.text.on_caption(rows.spread(matrix_BSP).mT, tokens.shape[1])

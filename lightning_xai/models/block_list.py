@@ -159,7 +159,7 @@ class ImageBlocksAtLayer(TowerAtLayer):
         grid: tuple[int, int] | None,
         pool: TokenPool | None = None,
     ) -> None:
-        self._tower = tower
+        self._tower = self.whole = tower
         self._list = blocks
         self._shape = shape
         self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=True)

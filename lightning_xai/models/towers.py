@@ -47,7 +47,7 @@ class VisionTransformerAtLayer(TowerAtLayer):
     prefix_tokens = 1
 
     def __init__(self, visual: VisionTransformer, layer: int) -> None:
-        self._visual = visual
+        self._visual = self.whole = visual
         self._blocks = visual.transformer.resblocks
         self.layer = resolve_layer(layer, 0, len(self._blocks), "image", head=True)
         self.layers = range(len(self._blocks))
@@ -120,7 +120,7 @@ class ModifiedResNetAtLayer(TowerAtLayer):
     is_feature_map = True
 
     def __init__(self, visual: ModifiedResNet, layer: int) -> None:
-        self._visual = visual
+        self._visual = self.whole = visual
         self.layer = resolve_layer(layer, 1, 4, "image", head=True)
         self._stages = [getattr(visual, f"layer{stage}") for stage in range(1, 5)]
         self.block = [*self._stages, visual.attnpool][self.layer - 1]

@@ -67,6 +67,21 @@ def test_a_phrase_costs_two_passes_a_point_and_one_for_the_norm(case: Any) -> No
     assert counted <= MARGIN * (2 * POINTS + 1) * sum(passes(case))
 
 
+def test_a_phrase_after_the_models_own_pass_of_the_image_runs_its_tower_at_the_points_alone(case: Any) -> None:
+    encoder, method, images, tokens = case
+    references, row = method.references(), torch.arange(1)
+    span = torch.zeros_like(tokens, dtype=torch.bool)
+    span[:, 2:4] = True
+    with method.capturing() as captured, torch.no_grad():
+        encoder.encode_image(images)
+    states, alone = method.hidden_states(images, tokens, captured), method.hidden_states(images, tokens)
+    counted = operations(encoder, lambda: method.span_maps_of(states, row, row, span, references))
+    image, text = passes(case)
+    assert counted <= MARGIN * (2 * POINTS * (image + text) + text)
+    maps = method.span_maps_of(states, row, row, span, references)
+    torch.testing.assert_close(maps, method.span_maps_of(alone, row, row, span, references), rtol=1e-12, atol=1e-15)
+
+
 def test_full_interactions_cost_a_pass_a_point_for_each_token_that_differs_from_the_reference(case: Any) -> None:
     encoder, method, images, tokens = case
     states, references = method.hidden_states(images, tokens), method.references()
