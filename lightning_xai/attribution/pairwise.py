@@ -65,18 +65,24 @@ class HiddenStates:
         image: [B, ...], as `PairwiseMethod.image_states` returns it.
         text: [B, ...], as `PairwiseMethod.text_states` returns it.
         tokens: [B, L], the captions' token ids.
+        image_embeddings: [B, K], not normalised, where the pass that made `image` went on to them.
     """
 
     image: Tensor
     text: Tensor
     tokens: Tensor
+    image_embeddings: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> HiddenStates:
-        return HiddenStates(self.image[rows], self.text[rows], self.tokens[rows])
+        return HiddenStates(self.image[rows], self.text[rows], self.tokens[rows], self._embeddings_of(rows))
+
+    def _embeddings_of(self, images: slice | Tensor) -> Tensor | None:
+        return None if self.image_embeddings is None else self.image_embeddings[images]
 
     def pairs(self, images: Tensor, captions: Tensor) -> HiddenStates:
         """The states of pairs, given the rows [N] of their images and of their captions."""
-        return HiddenStates(self.image[images], self.text[captions], self.tokens[captions])
+        embeddings = self._embeddings_of(images)
+        return HiddenStates(self.image[images], self.text[captions], self.tokens[captions], embeddings)
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,12 @@ class Captured:
     Attributes:
         image: those of the image tower.
         text: those of the text tower.
+        image_embeddings: what the image tower gave in the end, not normalised.
     """
 
     image: list[Tensor] = field(default_factory=list)
     text: list[Tensor] = field(default_factory=list)
+    image_embeddings: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def only(kept: list[Tensor], count: int) -> Tensor | None:
@@ -119,6 +127,13 @@ def capture(image: TowerAtLayer, text: TowerAtLayer, *, graph: bool = False) -> 
                 to.append(hidden if graph else hidden.detach())
 
             handles.append(tower.listen(keep))
+        if image.whole is not None and not graph:
+
+            def keep_embedding(_: object, inputs: object, output: object) -> None:
+                if isinstance(output, Tensor):
+                    captured.image_embeddings.append(output.detach())
+
+            handles.append(image.whole.register_forward_hook(keep_embedding))
         yield captured
     finally:
         for handle in handles:
@@ -252,10 +267,12 @@ class PairwiseMethod(AttributionMethod):
         """States of images [B, 3, H, W] and captions [C, L]: captured where one pass was just these, else computed."""
         captured = captured or Captured()
         image, text = Captured.only(captured.image, len(images)), Captured.only(captured.text, len(tokens))
+        embeddings = None if image is None else Captured.only(captured.image_embeddings, len(images))
         return HiddenStates(
             self.image_states(images) if image is None else image,
             self.text_states(tokens) if text is None else text,
             tokens,
+            embeddings,
         )
 
     def image_states(self, images: Tensor) -> Tensor:

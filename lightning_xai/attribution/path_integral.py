@@ -6,18 +6,19 @@ Shape suffixes: B batch, S directions or cotangents, N points, T tokens, K embed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from lightning_xai.models.at_layer import EmbeddingPath
 
-_DIRECTIONS_AT_A_TIME = 16
+_TOKENS_AT_A_TIME = 8192
+"""Bound on directions or cotangents that are taken together, in tokens of all inputs and points: each direction keeps
+its own numbers for every token. At a width of 768 a block's hidden layer then takes 100 MB."""
 
 Rule = Literal["right", "left", "midpoint", "trapezoid", "gauss_legendre"]
 
@@ -62,6 +63,11 @@ def quadrature(rule: Rule, steps: int) -> tuple[Tensor, Tensor]:
     raise ValueError(f"unknown quadrature rule {rule!r}; known: right, left, midpoint, trapezoid, gauss_legendre")
 
 
+def _at_a_time(batch: int, points: int, tokens: int) -> int:
+    """How many directions or cotangents fit into memory together, at least one."""
+    return max(1, _TOKENS_AT_A_TIME // (batch * points * tokens))
+
+
 def _points(points_N: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
     # Cloned: forward-mode derivatives refuse memory that several elements share.
     return points_N.to(like)[None, :, None].expand(batch, -1, tokens).clone()
@@ -76,6 +82,81 @@ class _PlainLayerNorm(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_layer_norm if function is layer_norm else function)(*args, **(kwargs or {}))
+
+
+class _ContiguousTokens(TorchFunctionMode):
+    """Inside, linear layers are given tokens that lie one after another in memory.
+
+    `nn.MultiheadAttention` puts the axis of tokens first. PyTorch would then multiply token by token, each by a copy of
+    the weights of its own, wherever weights are frozen or derivatives along a direction are taken.
+    """
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The linear layer."""
+        return linear(x.contiguous(), weight, bias)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is linear and not kwargs:
+            return self.linear(*args)
+        if function is multi_head_attention_forward and _is_plain(args, kwargs):
+            with self:
+                return _self_attention(args[0], args[4], args[5:7], args[11:13], kwargs["attn_mask"]), None
+        return function(*args, **kwargs)
+
+
+class _ConstantWeights(_ContiguousTokens):
+    """Inside, derivatives along a direction cost a second pass through linear layers, and not a third."""
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The linear layer."""
+        result: Tensor = _Linear.apply(x, weight, bias)
+        return result
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` whose derivative along a direction leaves the weights out, which do not move.
+
+    PyTorch's own also multiplies the input by a matrix of zeros.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x.contiguous(), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *ignored: Any) -> Tensor:
+        return linear(x.contiguous(), *ctx.saved_tensors)
+
+
+def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether `nn.MultiheadAttention` asks for self-attention without extras, as blocks of a tower do."""
+    mask, known = kwargs.get("attn_mask"), {"training", "attn_mask", "average_attn_weights", "is_causal"}
+    return (
+        len(args) == 13
+        and args[0] is args[1] is args[2]
+        and args[0].ndim == 3
+        and all(extra is None for extra in args[7:9])
+        and not args[9]
+        and (mask.ndim == 2 if mask is not None else not kwargs.get("is_causal"))
+        and not any(value is not None and value is not False for name, value in kwargs.items() if name not in known)
+    )
+
+
+def _self_attention(x_TBD: Tensor, heads: int, project: Any, project_out: Any, mask_TT: Tensor | None) -> Tensor:
+    query, key, value = (
+        part.reshape(*part.shape[:2], heads, -1).permute(1, 2, 0, 3) for part in linear(x_TBD, *project).chunk(3, dim=2)
+    )
+    context_BhTe = scaled_dot_product_attention(query, key, value, attn_mask=mask_TT)
+    return linear(context_BhTe.permute(2, 0, 1, 3).flatten(2), *project_out)
 
 
 def _layer_norm(
@@ -110,7 +191,7 @@ def integrated_jvp(
     Returns:
         [B, S, K]
     """
-    with _PlainLayerNorm() if create_graph else nullcontext():
+    with _PlainLayerNorm() if create_graph else _ConstantWeights():
         return _integrated_jvp(path, points_N, weights_N, directions_BST)
 
 
@@ -126,9 +207,10 @@ def _integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, di
 
     if directions_BST.shape[1] == 1:
         return along(directions_BST[:, 0]).unsqueeze(1)
-    # In chunks, or many directions (the patches of an image) would all keep their own copy of the rest of the tower.
+    # Directions of a chunk share the pass along the path.
     # Some towers draw random numbers (for dropping layers) that evaluation does not use; vmap has to know.
-    every = torch.func.vmap(along, in_dims=1, out_dims=1, randomness="same", chunk_size=_DIRECTIONS_AT_A_TIME)
+    chunk = _at_a_time(*alpha_BNT.shape)
+    every = torch.func.vmap(along, in_dims=1, out_dims=1, randomness="same", chunk_size=chunk)
     directional_BSK: Tensor = every(directions_BST)
     return directional_BSK
 
@@ -144,7 +226,8 @@ def integrated_vjp(
 ) -> Tensor:
     """The integrated Jacobian's other side: what each token's change along the path adds to the products with `u`.
 
-    This is `(x - r)_T . J_T^T u`, one vector-Jacobian product a cotangent; all share the forward pass.
+    This is `(x - r)_T . J_T^T u`, a vector-Jacobian product each. All share the forward pass, and go back through it as
+    many together as memory allows, so that weights are read once for all of them.
 
     Args:
         path: alpha [B, N, T] -> embeddings [B, N, K].
@@ -158,18 +241,30 @@ def integrated_vjp(
         [B, S, T]
     """
     alpha_BNT = _points(points_N, len(cotangents_BSK), tokens, cotangents_BSK).detach().requires_grad_()
-    integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
-    last = cotangents_BSK.shape[1] - 1
-    rows = [
-        torch.autograd.grad(
-            integral_BK, alpha_BNT, cotangent_BK, retain_graph=create_graph or row != last, create_graph=create_graph
-        )[0].sum(dim=1)
-        for row, cotangent_BK in enumerate(cotangents_BSK.unbind(dim=1))
-    ]
-    return torch.stack(rows, dim=1)
+    with _ContiguousTokens():
+        integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
+
+    def back(cotangents_SBK: Tensor, *, last: bool) -> Tensor:
+        # A single one goes without vmap, under which fewer operations can be differentiated again.
+        single = len(cotangents_SBK) == 1
+        (gradient,) = torch.autograd.grad(
+            integral_BK,
+            alpha_BNT,
+            cotangents_SBK[0] if single else cotangents_SBK,
+            retain_graph=create_graph or not last,
+            create_graph=create_graph,
+            is_grads_batched=not single,
+        )
+        return gradient.sum(dim=-2).unsqueeze(0) if single else gradient.sum(dim=-2)
+
+    chunks = torch.split(cotangents_BSK.transpose(0, 1), _at_a_time(*alpha_BNT.shape))
+    rows_SBT = torch.cat([back(chunk, last=chunk is chunks[-1]) for chunk in chunks])
+    return rows_SBT.transpose(0, 1)
 
 
 @torch.no_grad()
-def embedding_at(path: EmbeddingPath, alpha: float, batch: int, tokens: int, like: Tensor) -> Tensor:
-    """The embedding at one point of the path [B, K]: 1 is the input, 0 the reference."""
-    return path(torch.full((batch, 1, tokens), alpha, dtype=like.dtype, device=like.device))[:, 0]
+def embeddings_at(path: EmbeddingPath, alphas: Sequence[float], batch: int, tokens: int, like: Tensor) -> Tensor:
+    """The embeddings at A points of the path in one pass, [B, A, K]: 1 is the input, 0 the reference."""
+    alpha_A = torch.tensor(alphas, dtype=like.dtype, device=like.device)
+    with _ContiguousTokens():
+        return path(alpha_A[None, :, None].expand(batch, -1, tokens))

@@ -46,6 +46,7 @@ class TowerAtLayer(ABC):
         layer: the block's number, counted as open_clip counts them; one more than the last block's is the head.
         layers: the numbers of all of the tower's blocks.
         block: the block whose input the hidden states are; None for a head that is not one module.
+        whole: the module whose output the embeddings are, not normalised; None where no module's is.
         last_block: the last of the tower's blocks, whose output enters the head.
         grid: rows and columns of the image tokens after the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.
@@ -56,6 +57,7 @@ class TowerAtLayer(ABC):
     layer: int
     layers: range
     block: nn.Module | None
+    whole: nn.Module | None = None
     last_block: nn.Module
     grid: tuple[int, int] = (0, 0)
     prefix_tokens: int = 0
@@ -177,6 +179,10 @@ class TextTowerAtLayer(TowerAtLayer):
     @abstractmethod
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or as many as the longest caption needs."""
+
+    def needed(self, tokens: Tensor) -> int | None:
+        """How many of the first hidden states suffice for a batch of captions [B, L]; None: all that a pass makes."""
+        return None
 
     @abstractmethod
     def visible(self, tokens: Tensor) -> Tensor:

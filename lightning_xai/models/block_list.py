@@ -159,7 +159,7 @@ class ImageBlocksAtLayer(TowerAtLayer):
         grid: tuple[int, int] | None,
         pool: TokenPool | None = None,
     ) -> None:
-        self._tower = tower
+        self._tower = self.whole = tower
         self._list = blocks
         self._shape = shape
         self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=True)
@@ -275,10 +275,13 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         """The tokens that an embedding can depend on."""
         return self._visible(tokens)
 
+    def needed(self, tokens: Tensor) -> int | None:
+        """As many as the longest caption has, where padding can be cut off."""
+        return int(self._visible(tokens).any(dim=0).nonzero().max()) + 1 if self._trims else None
+
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
-        if length is None and self._trims:
-            length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
+        length = self.needed(inputs) if length is None else length
         return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))
 
     def blocks_on(self) -> list[nn.Module]:

@@ -47,7 +47,7 @@ class VisionTransformerAtLayer(TowerAtLayer):
     prefix_tokens = 1
 
     def __init__(self, visual: VisionTransformer, layer: int) -> None:
-        self._visual = visual
+        self._visual = self.whole = visual
         self._blocks = visual.transformer.resblocks
         self.layer = resolve_layer(layer, 0, len(self._blocks), "image", head=True)
         self.layers = range(len(self._blocks))
@@ -120,7 +120,7 @@ class ModifiedResNetAtLayer(TowerAtLayer):
     is_feature_map = True
 
     def __init__(self, visual: ModifiedResNet, layer: int) -> None:
-        self._visual = visual
+        self._visual = self.whole = visual
         self.layer = resolve_layer(layer, 1, 4, "image", head=True)
         self._stages = [getattr(visual, f"layer{stage}") for stage in range(1, 5)]
         self.block = [*self._stages, visual.attnpool][self.layer - 1]
@@ -188,9 +188,13 @@ class TextTower:
             return tokens_BL.eq(self._eos_id).int().argmax(dim=1)
         return torch.full_like(tokens_BL[:, 0], 0 if self._pool_type == "first" else tokens_BL.shape[1] - 1)
 
+    def needed(self, tokens_BL: Tensor) -> int | None:
+        """Under the causal mask the number of tokens up to where the last embedding of the batch is read, else None."""
+        return int(self.pool_positions(tokens_BL).max()) + 1 if self.causal else None
+
     def trim(self, tokens_BL: Tensor) -> Tensor:
-        """The tokens [B, T] of [B, L] that are needed: up to where the last embedding of the batch is read."""
-        return tokens_BL[:, : int(self.pool_positions(tokens_BL).max()) + 1] if self.causal else tokens_BL
+        """The tokens [B, T] of [B, L] that are needed."""
+        return tokens_BL[:, : self.needed(tokens_BL)]
 
     def embed(self, tokens_BL: Tensor, length: int | None = None) -> Tensor:
         """Token and position embeddings [B, T, D] of the first `length` tokens, or of those that are needed."""
@@ -246,6 +250,10 @@ class TextTransformerAtLayer(TextTowerAtLayer):
             return torch.ones_like(tokens, dtype=torch.bool)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return positions <= self._tower.pool_positions(tokens)[:, None]
+
+    def needed(self, tokens: Tensor) -> int | None:
+        """Under the causal mask as many as the longest caption has."""
+        return self._tower.needed(tokens)
 
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
