@@ -48,6 +48,7 @@ from lightning_xai.training.parameter_groups import (
     parameter_groups,
     parameter_places,
 )
+from lightning_xai.training.run_loggers import log_measured
 from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
@@ -189,11 +190,12 @@ class ContrastiveModule(L.LightningModule):
         return reduce(or_, (objective.needs for objective in self.objectives))
 
     def setup(self, stage: str) -> None:
-        """Refuse to train on data that lack what an objective needs.
+        """Refuse to train on data that lack what an objective needs, and log no number that was not measured.
 
         Raises:
             ValueError: none of the data's first samples has it.
         """
+        log_measured(self.trainer.loggers)
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(data, ShardDataModule):
             return
