@@ -517,10 +517,17 @@ def _prepared(
 ) -> tuple[Objective, ...]:
     """The objectives, and the encoder made ready for them."""
     chosen = (Softmax(),) if objectives is None else tuple(objectives)
+    for objective in chosen:
+        if not isinstance(objective, Objective):
+            raise ValueError(
+                f"objectives are objects, such as [Softmax(), Grounding()] of lightning_xai.training.objectives; got "
+                f"{objective!r}"
+            )
     names = [objective.name for objective in chosen]
     if not chosen or len(set(names)) < len(names):
         raise ValueError(
-            f"objectives has to name at least one objective, and each once; got {', '.join(names) or '[]'}"
+            f"objectives has to name at least one objective, and each once; got {', '.join(names) or '[]'} (a second "
+            "Grounding takes another name, such as Grounding(name='grounding_inputs', image_layer=0, text_layer=0))"
         )
     if compiled and any(objective.listens for objective in chosen):
         raise ValueError(f"compile passes over the hooks of {', '.join(names)}: set compile to false")
