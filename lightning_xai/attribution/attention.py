@@ -325,7 +325,9 @@ class AttendedTower:
             if self.at.block is None:
                 raise self.unsupported("passes on feature maps, without self-attention over one sequence of tokens")
         else:
-            self._blocks = take(start_layer).blocks_on()
+            first = take(start_layer)
+            refuse_head(first, name)
+            self._blocks = first.blocks_on()
         self.pools = False
         probe = next(encoder.parameters())
         with differentiable(encoder), torch.no_grad():
@@ -455,6 +457,15 @@ class AttentionMethod(OneTowerMethod):
 @torch.no_grad()
 def _input(batch: Tensor, seen: TowerPass) -> Input:
     return Input(batch, seen.embed(seen.output), seen)
+
+
+def refuse_head(first: TowerAtLayer, name: str) -> None:
+    """Raise a ValueError where a method that starts at a block was given the number of the head."""
+    if first.layer not in first.layers:
+        raise ValueError(
+            f"start_layer is a block: the {name} tower has layers {first.layers[0]} to {first.layers[-1]}; got "
+            f"{first.layer}, its head"
+        )
 
 
 def both(layers: int | tuple[int, int]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightning_xai.attribution.attention import AttentionReplaced, recording
+from lightning_xai.attribution.attention import AttentionReplaced, recording, refuse_head
 from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
 from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TowerAtLayer, UnsupportedTowerError, differentiable
@@ -55,7 +55,10 @@ class AttentionRelevance(OneTowerMethod):
         self, encoder: TwoTowerEncoder, *, start_layer: int = -1, internal_batch_size: int | None = None
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        image, text = encoder.image_at_layer(start_layer), encoder.text_at_layer(start_layer)
+        image = encoder.image_at_layer(start_layer)
+        refuse_head(image, "image")
+        text = encoder.text_at_layer(start_layer)
+        refuse_head(text, "text")
         self.grid = image.grid
         self._image = _Tower("image", image, encoder.image_at_layer(-1))
         self._text = _Tower("text", text, encoder.text_at_layer(-1))

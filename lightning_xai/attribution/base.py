@@ -206,6 +206,11 @@ class AttributionMethod(ABC):
         """The class's name, as messages give it; for a method of another package also the package and its entry."""
         return f"{type(self).__name__} ({self.origin})" if self.origin else type(self).__name__
 
+    @property
+    def resolved_options(self) -> dict[str, Any]:
+        """Options that were left to the method, with the values it took; records of results hold these."""
+        return {}
+
     @cached_property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of image maps."""

@@ -16,16 +16,17 @@ L tokens as given, T tokens run, P image tokens, K embedding width, H x W the pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_xai.attribution.base import InteractionAttribution, check_batch, check_finite
+from lightning_xai.attribution.caption_rows import CaptionRows
 from lightning_xai.attribution.pairwise import (
     Captured,
     HiddenStates,
@@ -34,7 +35,8 @@ from lightning_xai.attribution.pairwise import (
     References,
     capture,
 )
-from lightning_xai.attribution.path_integral import Rule, embedding_at, integrated_jvp, integrated_vjp, quadrature
+from lightning_xai.attribution.path_integral import Rule, embeddings_at, integrated_jvp, integrated_vjp, quadrature
+from lightning_xai.attribution.presets import Preset, preset_setting
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.attribution.score import Question
 from lightning_xai.attribution.targets import SIMILARITY, Target
@@ -51,20 +53,30 @@ class FeaturePairs(InteractionAttribution):
 
 @dataclass(frozen=True)
 class _Side:
-    """One input of each pair: its path from the reference, and its embedding at the path's end."""
+    """One input of each pair: its path from the reference, and the embeddings at the path's ends."""
 
     path: EmbeddingPath
     embedding_BK: Tensor
     tokens: int
+    reference_BK: Tensor | None = None
 
     @classmethod
     def of(
-        cls, tower: TowerAtLayer, hidden: Tensor, reference: Tensor, inputs: Tensor | None, dtype: torch.dtype
+        cls,
+        tower: TowerAtLayer,
+        hidden: Tensor,
+        reference: Tensor,
+        inputs: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        with_reference: bool = False,
     ) -> _Side:
         hidden, reference = as_constant(hidden).to(dtype), as_constant(reference).to(dtype)
         # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
         path, tokens = tower.path(hidden, reference, inputs), tower.count(hidden)
-        return cls(path, embedding_at(path, 1.0, len(hidden), tokens, hidden), tokens)
+        ends = (1.0, 0.0) if with_reference else (1.0,)
+        embedding_BK, *others = embeddings_at(path, ends, len(hidden), tokens, hidden).unbind(dim=1)
+        return cls(path, embedding_BK, tokens, *others)
 
     @property
     def norm(self) -> Tensor:
@@ -77,9 +89,9 @@ class _Side:
         return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
 
     def change(self) -> Tensor:
-        """Difference of the embedding from the reference's [B, K]."""
-        batch = len(self.embedding_BK)
-        return self.embedding_BK - embedding_at(self.path, 0.0, batch, self.tokens, self.embedding_BK)
+        """Difference of the embedding from the reference's [B, K], of a side that was made with its reference."""
+        assert self.reference_BK is not None
+        return self.embedding_BK - self.reference_BK
 
 
 class FeaturePairAttribution(PairwiseMethod):
@@ -88,48 +100,72 @@ class FeaturePairAttribution(PairwiseMethod):
     Args:
         encoder: the dual encoder to explain, or a sentence encoder, for `attribute_texts` alone.
         image_layer: the image tower's layer whose input is attributed to, counted as open_clip counts its blocks
-            (-1: the last; a ResNet's stages are 1 to 4).
+            (-1: the last; a ResNet's stages are 1 to 4; one more than the last is the head). None: the preset's.
         text_layer: likewise for the text tower.
-        steps: integration points N.
-        rule: quadrature; the default is the paper's Riemann sum. Others need fewer steps for the same completeness.
+        steps: integration points N; None: the preset's.
+        rule: quadrature; None: the preset's. The midpoint rule needs fewer steps than the paper's for the same
+            completeness.
+        preset: what holds for layers, steps and rule that you leave out. `"paper"`: the input of both last blocks and
+            the right Riemann sum of 10 steps. `"fast"`: the layers that the embeddings are read from (the last block
+            where one token is read, the head where tokens are pooled) and 4 midpoints. `"inputs"`: the inputs of both
+            towers and 3 midpoints.
         image_reference: `"zeros"` (zero after normalisation, as the authors' package has it), `"black"` (black pixels,
             as the paper writes), `"features"` (zero hidden states), or an image [3, H, W] as the encoder takes it.
         text_reference: `"padding"` (BOS, one padding token, EOT, padding), `"features"`, or token ids [L].
         internal_batch_size: pairs computed at a time, None for all; bounds memory, changes no number.
 
     Raises:
-        ValueError: a layer that does not exist, fewer steps than the rule needs, an unsupported tower.
+        UnsupportedTowerError: an unsupported tower; `"inputs"` of a tower whose layers begin later.
+        ValueError: a layer or preset that does not exist, fewer steps than the rule needs.
     """
 
     signed = True
     intra_modal = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         encoder: TwoTowerEncoder,
-        image_layer: int = -1,
-        text_layer: int = -1,
-        steps: int = 10,
+        image_layer: int | None = None,
+        text_layer: int | None = None,
+        steps: int | None = None,
         *,
-        rule: Rule = "right",
+        rule: Rule | None = None,
+        preset: Preset = "paper",
         image_reference: ImageReference | Literal["features"] | Tensor = "zeros",
         text_reference: Literal["padding", "features"] | Tensor = "padding",
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         refuse_rewriting(encoder)
+        chosen = preset_setting(preset)
+        self.preset = preset
+        self.rule, self.steps = chosen.points(rule, steps)
         self._image_layer = image_layer
-        self.text = encoder.text_at_layer(text_layer)
+        self._text_layer = chosen.layer(encoder.text_at_layer()) if text_layer is None else text_layer
+        self.text = encoder.text_at_layer(self._text_layer)
+        self._points, self._weights = (as_constant(numbers) for numbers in quadrature(self.rule, self.steps))
         if encoder.has_image_tower:
             self.grid = self.image.grid
-        self._points, self._weights = (as_constant(numbers) for numbers in quadrature(rule, steps))
         self._image_reference = image_reference
         self._text_reference = text_reference
+
+    @property
+    def resolved_options(self) -> dict[str, Any]:
+        """The options that the preset holds for, with the values that are used."""
+        layers = {"image_layer": self.image_layer, "text_layer": self._text_layer}
+        return layers | {"steps": self.steps, "rule": self.rule, "preset": self.preset}
+
+    @cached_property
+    def image_layer(self) -> int:
+        """The image layer that was given, or that the preset takes; -1 where there is no image tower."""
+        if self._image_layer is not None:
+            return self._image_layer
+        return preset_setting(self.preset).layer(self.encoder.image_at_layer()) if self.encoder.has_image_tower else -1
 
     @cached_property
     def image(self) -> TowerAtLayer:
         """The image tower at its layer."""
-        return self.encoder.image_at_layer(self._image_layer)
+        return self.encoder.image_at_layer(self.image_layer)
 
     def attribute(self, images: Tensor, tokens: Tensor, target: Target = SIMILARITY) -> FeaturePairs:
         """All pairs of tokens and patches; see `AttributionMethod.attribute`."""
@@ -142,10 +178,8 @@ class FeaturePairAttribution(PairwiseMethod):
         tokens, results, own = question.tokens, list[FeaturePairs](), []
         references = self.references(tokens.shape[1])
         for rows in self._chunks(len(images)):
-            # At a head there is no block to listen to.
-            with nullcontext(Captured()) if self.image.block is None else self.capturing() as captured:
+            with self.capturing() as captured:
                 own.append(self.encoder.own_similarity(images[rows], tokens[rows]))
-            captured.text.clear()  # the model's own pass runs all of the padding
             states = self.hidden_states(images[rows], tokens[rows], captured)
             if question.is_similarity:
                 results.append(self.attribute_states(states, references))
@@ -211,14 +245,16 @@ class FeaturePairAttribution(PairwiseMethod):
         self._check_image_pair(images, others, by)
 
         def side(method: FeaturePairAttribution, batch: Tensor, reference: Tensor) -> _Side:
-            return _Side.of(method.image, method.image_states(batch), reference, None, method._dtype)
+            hidden = method.image_states(batch)
+            return _Side.of(method.image, hidden, reference, None, method._dtype, with_reference=True)
 
         with differentiable(self.encoder), differentiable(by.encoder):
             reference, other_reference = self._image_reference_states(), by._image_reference_states()
-            parts = [
-                self._compare(side(self, images[rows], reference), side(by, others[rows], other_reference))
-                for rows in self._chunks(len(images))
-            ]
+            parts = []
+            for rows in self._chunks(len(images)):
+                first = side(self, images[rows], reference)
+                second = side(by, others[rows], other_reference)
+                parts.append(self._compare(first, second, first.every_token()))
         matrix_BPP, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
         first_last = by.image.on_grid(matrix_BPP).movedim(1, -1)
         interactions = self.image.on_grid(first_last).movedim((1, 2), (3, 4))
@@ -237,19 +273,24 @@ class FeaturePairAttribution(PairwiseMethod):
 
         def side(rows: slice, batch: Tensor) -> _Side:
             hidden = self.text_states(batch[rows])
-            return _Side.of(self.text, hidden, reference[:, : hidden.shape[1]], batch[rows], self._dtype)
+            start = reference[:, : hidden.shape[1]]
+            return _Side.of(self.text, hidden, start, batch[rows], self._dtype, with_reference=True)
 
         def compare(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            matrix_BTT, similarity, error = self._compare(side(rows, tokens), side(rows, others))
-            matrix_BTL = self.text.on_caption(matrix_BTT, length)
-            return self.text.on_caption(matrix_BTL.mT, length).mT, similarity, error
+            first, second = side(rows, tokens), side(rows, others)
+            firsts, seconds = self._rows(tokens[rows], first), self._rows(others[rows], second)
+            selections_BST, others_BST = firsts.selections(first.embedding_BK), seconds.selections(first.embedding_BK)
+            matrix_BST, similarity, error = self._compare(first, second, selections_BST)
+            # The second caption's padding shares its sum as the first one's does.
+            matrix_BTS = firsts.spread(matrix_BST @ others_BST.mT)
+            matrix_BTL = self.text.on_caption(seconds.spread(matrix_BTS.mT), length)
+            return self.text.on_caption(matrix_BTL.mT, length), similarity, error
 
         length = tokens.shape[1]
         with differentiable(self.encoder):
             reference = self._text_reference_states(length)
             parts = [compare(rows) for rows in self._chunks(len(tokens))]
         matrix_BLL, similarity, error = (torch.cat(part) for part in zip(*parts, strict=True))
-        matrix_BLL = matrix_BLL * self.text.visible(tokens)[:, :, None] * self.text.visible(others)[:, None]
         check_finite(matrix_BLL, "attribution", self.label)
         return IntraModalAttribution(matrix_BLL, similarity, error)
 
@@ -269,6 +310,11 @@ class FeaturePairAttribution(PairwiseMethod):
     def capturing(self) -> AbstractContextManager[Captured]:
         """Inside, keep what enters the layers that are attributed to, in the model's own forward passes."""
         return capture(self.image, self.text)
+
+    def hidden_states(self, images: Tensor, tokens: Tensor, captured: Captured | None = None) -> HiddenStates:
+        """As for every pairwise method; of captions only the tokens that are needed, where a model's pass ran more."""
+        states = super().hidden_states(images, tokens, captured)
+        return replace(states, text=states.text[:, : self.text.needed(tokens)])
 
     @torch.no_grad()
     def image_states(self, images: Tensor) -> Tensor:
@@ -330,16 +376,18 @@ class FeaturePairAttribution(PairwiseMethod):
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
-    def _text_side(self, states: HiddenStates, references: References, captions: Tensor | slice) -> _Side:
+    def _text_side(
+        self, states: HiddenStates, references: References, captions: Tensor | slice, *, with_reference: bool = False
+    ) -> _Side:
         hidden, tokens = states.text[captions], states.tokens[captions]
-        return _Side.of(self.text, hidden, references.text[:, : hidden.shape[1]], tokens, self._dtype)
+        start = references.text[:, : hidden.shape[1]]
+        return _Side.of(self.text, hidden, start, tokens, self._dtype, with_reference=with_reference)
 
-    def _image_side(self, states: HiddenStates, references: References, images: Tensor | slice) -> _Side:
-        return _Side.of(self.image, states.image[images], references.image, None, self._dtype)
-
-    def _matrix(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> Tensor:
-        """Attributions of each selection of the rows' tokens to all tokens of the columns [B, S, P]."""
-        return self._columns(columns, self._changes(rows, selections_BST))
+    def _image_side(
+        self, states: HiddenStates, references: References, images: Tensor | slice, *, with_reference: bool = False
+    ) -> _Side:
+        hidden = states.image[images]
+        return _Side.of(self.image, hidden, references.image, None, self._dtype, with_reference=with_reference)
 
     @torch.no_grad()
     def _changes(self, side: _Side, selections_BST: Tensor) -> Tensor:
@@ -369,21 +417,26 @@ class FeaturePairAttribution(PairwiseMethod):
             parts.append((rows_GS, self.image.on_grid(self._columns(side, changes_RK[rows_GS]))))
         return _put_back(parts)
 
-    def _compare(self, rows: _Side, columns: _Side) -> tuple[Tensor, Tensor, Tensor]:
-        """All pairs of tokens [B, T, P], the similarity [B] and the completeness error [B]."""
-        matrix_BTP = self._matrix(rows, columns, rows.every_token())
+    def _rows(self, tokens: Tensor, side: _Side) -> CaptionRows:
+        """The selections of each caption's tokens."""
+        return CaptionRows.of(self.text, self.encoder.tokenizer, tokens, side.tokens)
+
+    def _compare(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All pairs of selections and tokens [B, S, P], the similarity [B] and the completeness error [B]."""
+        matrix_BSP = self._columns(columns, self._changes(rows, selections_BST))
         norms: Tensor = (rows.norm * columns.norm)[:, 0, 0]
         similarity = (rows.embedding_BK * columns.embedding_BK).sum(dim=1) / norms
         # f(a,b) - f(r,b) - f(a,r) + f(r,r) of Eq. 2, factored.
         expected = (rows.change() * columns.change()).sum(dim=1) / norms
-        return matrix_BTP, similarity, matrix_BTP.sum(dim=(1, 2)) - expected
+        return matrix_BSP, similarity, matrix_BSP.sum(dim=(1, 2)) - expected
 
     def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
-        matrix_BTP, similarity, error = self._compare(
-            self._text_side(states, references, slice(None)), self._image_side(states, references, slice(None))
-        )
-        tokens, prefix = states.tokens, self.image.prefix_tokens
-        matrix_BPL = self.text.on_caption(matrix_BTP.mT, tokens.shape[1]) * self.text.visible(tokens)[:, None]
+        every, tokens, prefix = slice(None), states.tokens, self.image.prefix_tokens
+        text = self._text_side(states, references, every, with_reference=True)
+        image = self._image_side(states, references, every, with_reference=True)
+        rows = self._rows(tokens, text)
+        matrix_BSP, similarity, error = self._compare(text, image, rows.selections(text.embedding_BK))
+        matrix_BPL = self.text.on_caption(rows.spread(matrix_BSP).mT, tokens.shape[1])
         interactions = self.image.on_grid(matrix_BPL.mT)
         return FeaturePairs(
             image=interactions.sum(dim=1),
@@ -443,10 +496,16 @@ class SimilarityGradCAM(FeaturePairAttribution):
             image_layer,
             _before_the_last(encoder.text_at_layer()) if text_layer is None else text_layer,
             steps=1,
+            rule="right",
             image_reference="features",
             text_reference="features",
             internal_batch_size=internal_batch_size,
         )
+
+    @property
+    def resolved_options(self) -> dict[str, Any]:
+        """None: there are no presets of this method."""
+        return {}
 
 
 def _before_the_last(last: TowerAtLayer) -> int:

@@ -6,7 +6,6 @@ Shape suffixes: B pairs, T tokens run, L tokens as given, D hidden width (channe
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from captum.attr import LayerGradCam
@@ -82,9 +81,8 @@ class GradCAM(OneTowerMethod):
 
 def _image_at_the_end(encoder: TwoTowerEncoder) -> TowerAtLayer:
     last = encoder.image_at_layer()
-    with suppress(ValueError):  # only feature maps have a layer after the last block
-        return encoder.image_at_layer(last.layer + 1)
-    return last
+    # Of tokens after the last block only what the head reads has a gradient.
+    return encoder.image_at_layer(last.layer + 1) if last.is_feature_map else last
 
 
 def _grad_cam(features: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:

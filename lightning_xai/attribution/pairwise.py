@@ -12,7 +12,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,23 +110,15 @@ def capture(image: TowerAtLayer, text: TowerAtLayer, *, graph: bool = False) -> 
         >>> with capture(image, text) as captured:  # doctest: +SKIP
         ...     model(images, tokens)
         >>> hidden = Captured.only(captured.image, len(images))  # doctest: +SKIP
-
-    Raises:
-        ValueError: the layer is the head, which has no block.
     """
     captured, handles = Captured(), []
     try:
         for tower, kept in ((image, captured.image), (text, captured.text)):
-            if tower.block is None:
-                raise ValueError(
-                    f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
-                )
 
-            def keep(_: object, inputs: Any, named: Any, at: TowerAtLayer = tower, to: list[Tensor] = kept) -> None:
-                hidden = at.captured(inputs[0] if inputs else named["hidden_states"])
+            def keep(hidden: Tensor, to: list[Tensor] = kept) -> None:
                 to.append(hidden if graph else hidden.detach())
 
-            handles.append(tower.block.register_forward_pre_hook(keep, with_kwargs=True))
+            handles.append(tower.listen(keep))
         yield captured
     finally:
         for handle in handles:

@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_xai.models.at_layer import EmbeddingPath
 
-_DIRECTIONS_AT_A_TIME = 16
+_TOKENS_AT_A_TIME = 8192
+"""Bound on directions or cotangents that are taken together, in tokens of all inputs and points: each direction keeps
+its own numbers for every token. At a width of 768 a block's hidden layer then takes 100 MB."""
 
 Rule = Literal["right", "left", "midpoint", "trapezoid", "gauss_legendre"]
 
@@ -60,6 +62,11 @@ def quadrature(rule: Rule, steps: int) -> tuple[Tensor, Tensor]:
         nodes, node_weights = np.polynomial.legendre.leggauss(steps)
         return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(node_weights / 2)
     raise ValueError(f"unknown quadrature rule {rule!r}; known: right, left, midpoint, trapezoid, gauss_legendre")
+
+
+def _at_a_time(batch: int, points: int, tokens: int) -> int:
+    """How many directions or cotangents fit into memory together, at least one."""
+    return max(1, _TOKENS_AT_A_TIME // (batch * points * tokens))
 
 
 def _points(points_N: Tensor, batch: int, tokens: int, like: Tensor) -> Tensor:
@@ -126,9 +133,10 @@ def _integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, di
 
     if directions_BST.shape[1] == 1:
         return along(directions_BST[:, 0]).unsqueeze(1)
-    # In chunks, or many directions (the patches of an image) would all keep their own copy of the rest of the tower.
+    # Directions of a chunk share the pass along the path.
     # Some towers draw random numbers (for dropping layers) that evaluation does not use; vmap has to know.
-    every = torch.func.vmap(along, in_dims=1, out_dims=1, randomness="same", chunk_size=_DIRECTIONS_AT_A_TIME)
+    chunk = _at_a_time(*alpha_BNT.shape)
+    every = torch.func.vmap(along, in_dims=1, out_dims=1, randomness="same", chunk_size=chunk)
     directional_BSK: Tensor = every(directions_BST)
     return directional_BSK
 
@@ -144,7 +152,8 @@ def integrated_vjp(
 ) -> Tensor:
     """The integrated Jacobian's other side: what each token's change along the path adds to the products with `u`.
 
-    This is `(x - r)_T . J_T^T u`, one vector-Jacobian product a cotangent; all share the forward pass.
+    This is `(x - r)_T . J_T^T u`, a vector-Jacobian product each. All share the forward pass, and go back through it as
+    many together as memory allows, so that weights are read once for all of them.
 
     Args:
         path: alpha [B, N, T] -> embeddings [B, N, K].
@@ -159,17 +168,27 @@ def integrated_vjp(
     """
     alpha_BNT = _points(points_N, len(cotangents_BSK), tokens, cotangents_BSK).detach().requires_grad_()
     integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
-    last = cotangents_BSK.shape[1] - 1
-    rows = [
-        torch.autograd.grad(
-            integral_BK, alpha_BNT, cotangent_BK, retain_graph=create_graph or row != last, create_graph=create_graph
-        )[0].sum(dim=1)
-        for row, cotangent_BK in enumerate(cotangents_BSK.unbind(dim=1))
-    ]
-    return torch.stack(rows, dim=1)
+
+    def back(cotangents_SBK: Tensor, *, last: bool) -> Tensor:
+        # A single one goes without vmap, under which fewer operations can be differentiated again.
+        single = len(cotangents_SBK) == 1
+        (gradient,) = torch.autograd.grad(
+            integral_BK,
+            alpha_BNT,
+            cotangents_SBK[0] if single else cotangents_SBK,
+            retain_graph=create_graph or not last,
+            create_graph=create_graph,
+            is_grads_batched=not single,
+        )
+        return gradient.sum(dim=-2).unsqueeze(0) if single else gradient.sum(dim=-2)
+
+    chunks = torch.split(cotangents_BSK.transpose(0, 1), _at_a_time(*alpha_BNT.shape))
+    rows_SBT = torch.cat([back(chunk, last=chunk is chunks[-1]) for chunk in chunks])
+    return rows_SBT.transpose(0, 1)
 
 
 @torch.no_grad()
-def embedding_at(path: EmbeddingPath, alpha: float, batch: int, tokens: int, like: Tensor) -> Tensor:
-    """The embedding at one point of the path [B, K]: 1 is the input, 0 the reference."""
-    return path(torch.full((batch, 1, tokens), alpha, dtype=like.dtype, device=like.device))[:, 0]
+def embeddings_at(path: EmbeddingPath, alphas: Sequence[float], batch: int, tokens: int, like: Tensor) -> Tensor:
+    """The embeddings at A points of the path in one pass, [B, A, K]: 1 is the input, 0 the reference."""
+    alpha_A = torch.tensor(alphas, dtype=like.dtype, device=like.device)
+    return path(alpha_A[None, :, None].expand(batch, -1, tokens))

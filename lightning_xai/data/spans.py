@@ -199,6 +199,22 @@ class CaptionTokenizer:
         own = (positions >= self._first).expand_as(tokens)
         return own & ((tokens == end_id) & own).cumsum(dim=1).eq(0)
 
+    def padding_mask(self, tokens: Tensor) -> Tensor:
+        """The mask of what fills up captions after their end in ids [B, L]: bool [B, L].
+
+        Example:
+            >>> import open_clip
+            >>> tokenizer = CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))
+            >>> tokenizer.padding_mask(tokenizer.encode(["a cat"]))[0, :6].tolist()  # start, a, cat, end
+            [False, False, False, False, True, True]
+        """
+        over = ~self.content_mask(tokens)
+        over[:, : self._first] = False
+        if self._end_id is not None:  # the first mark of the end is the caption's own
+            over[:, 1:] &= over[:, :-1].clone()
+            over[:, : self._first + 1] = False
+        return over & (tokens == self.padding_id)
+
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """The text of token ids [T], without tokens that mark start and end, and without padding after the end.
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 EmbeddingPath = Callable[[Tensor], Tensor]
 """alpha [B, N, T] -> embeddings [B, N, K], differentiable in alpha, forward and backward."""
@@ -45,6 +46,7 @@ class TowerAtLayer(ABC):
         layer: the block's number, counted as open_clip counts them; one more than the last block's is the head.
         layers: the numbers of all of the tower's blocks.
         block: the block whose input the hidden states are; None for a head that is not one module.
+        last_block: the last of the tower's blocks, whose output enters the head.
         grid: rows and columns of the image tokens after the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.
         is_feature_map: whether hidden states are [B, C, H, W], as convolutions make them, not [B, T, D].
@@ -54,14 +56,41 @@ class TowerAtLayer(ABC):
     layer: int
     layers: range
     block: nn.Module | None
+    last_block: nn.Module
     grid: tuple[int, int] = (0, 0)
     prefix_tokens: int = 0
     is_feature_map: bool = False
     calls_blocks: bool = True
 
+    @property
+    def reading_layer(self) -> int:
+        """The last layer at which tokens are still apart: after it, one position or a pool of them is read.
+
+        The last block where the head reads one position of its output, such as CLS or the end of a text; the head where
+        it pools tokens, by attention or by an average.
+        """
+        return self.layers[-1] + self.is_feature_map
+
     @abstractmethod
     def features_before(self, inputs: Tensor) -> Tensor:
         """Hidden states at the block's input: [B, T, D], or [B, C, H, W] for feature maps."""
+
+    def listen(self, keep: Callable[[Tensor], object]) -> RemovableHandle:
+        """Hand the hidden states of the model's own forward passes to `keep`, in the form of `features_before`.
+
+        Returns:
+            What removes the hook.
+        """
+
+        def entered(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            keep(self.captured(inputs[0] if inputs else named["hidden_states"]))
+
+        def left(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            keep(self.captured(output[0] if isinstance(output, tuple) else output))
+
+        if self.block is None:  # the head, which is entered by what the last block passes on
+            return self.last_block.register_forward_hook(left)
+        return self.block.register_forward_pre_hook(entered, with_kwargs=True)
 
     def blocks_on(self) -> list[nn.Module]:
         """The tower's blocks from this layer on; none of a tower of feature maps."""
@@ -148,6 +177,10 @@ class TextTowerAtLayer(TowerAtLayer):
     @abstractmethod
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or as many as the longest caption needs."""
+
+    def needed(self, tokens: Tensor) -> int | None:
+        """How many of the first hidden states suffice for a batch of captions [B, L]; None: all that a pass makes."""
+        return None
 
     @abstractmethod
     def visible(self, tokens: Tensor) -> Tensor:
@@ -249,6 +282,21 @@ def constant(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def positions_read(module: nn.Module, embed: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """The tokens that embeddings of `hidden` [1, T, D] depend on: bool [T].
+
+    Args:
+        module: what `embed` runs.
+        embed: hidden states -> embeddings [1, K].
+        hidden: any numbers.
+    """
+    with differentiable(module):
+        leaf = as_constant(hidden).requires_grad_()
+        # One number is enough; their sum may be constant after a layer norm.
+        (gradient,) = torch.autograd.grad(embed(leaf)[0, 0], leaf)
+    return gradient[0].ne(0).any(dim=1)
 
 
 def batch_statistics(module: nn.Module) -> str | None:

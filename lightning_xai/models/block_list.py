@@ -12,18 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_xai.models.at_layer import (
+    EmbeddingPath,
     TextTowerAtLayer,
     TowerAtLayer,
     UnsupportedTowerError,
     evaluating,
+    positions_read,
     resolve_layer,
 )
+from lightning_xai.models.token_pool import TokenPool
 
 
 class _ReachedError(Exception):
@@ -94,8 +98,8 @@ class BlockList:
         def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             raise _ReachedError(arguments[0] if arguments else keywords["hidden_states"])
 
-        def stop_after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            raise _ReachedError(output)
+        def stop_after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            raise _ReachedError(output[0] if isinstance(output, tuple) else output)
 
         blocks = self.blocks
         if layer == len(blocks):
@@ -135,16 +139,15 @@ class BlockList:
 
 
 class ImageBlocksAtLayer(TowerAtLayer):
-    """An image tower that is a list of blocks (timm's ViT, SigLIP, ConvNeXt, Swin...), at the input of one.
-
-    Feature maps can also be taken after the last block, at the input of the head.
+    """An image tower that is a list of blocks (timm's ViT, SigLIP, ConvNeXt, Swin...), at the input of one or the head.
 
     Args:
         tower: the tower; images go in, embeddings come out.
         blocks: where its blocks are.
         shape: (channels, height, width) of its images in pixels.
-        layer: the block's number, from 0.
+        layer: the block's number, from 0; one more than the last block's is the head.
         grid: rows and columns of its tokens after the prefix; None for feature maps, which show theirs.
+        pool: what the tower ends in, where that is known.
     """
 
     def __init__(
@@ -154,13 +157,18 @@ class ImageBlocksAtLayer(TowerAtLayer):
         shape: tuple[int, int, int],
         layer: int,
         grid: tuple[int, int] | None,
+        pool: TokenPool | None = None,
     ) -> None:
         self._tower = tower
         self._list = blocks
         self._shape = shape
-        self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=grid is None)
+        self.layer = resolve_layer(layer, 0, len(blocks.blocks), "image", head=True)
         self.layers = range(len(blocks.blocks))
-        self.block = blocks.blocks[self.layer] if self.layer < len(blocks.blocks) else None
+        self.block = blocks.blocks[self.layer] if self.layer in self.layers else None
+        self.last_block = blocks.blocks[-1]
+        self._ends_in_pool = pool is not None
+        self._pool = pool if self.block is None else None
+        self.calls_blocks = self._pool is None
         self.is_feature_map = grid is None
         if grid is None:
             with torch.no_grad(), evaluating(tower):
@@ -174,6 +182,19 @@ class ImageBlocksAtLayer(TowerAtLayer):
             grid = (hidden.shape[2], hidden.shape[3])
         self.grid = grid
         self.prefix_tokens = blocks.prefix
+
+    @cached_property
+    def reading_layer(self) -> int:
+        """The last block where at most one patch is read of its output, such as CLS alone; else the head."""
+        last, head = self.layers[-1], self.layers[-1] + 1
+        if self.is_feature_map or self._ends_in_pool:
+            return head
+        with torch.no_grad(), evaluating(self._tower):
+            # Blocks of tokens pass on as many as they take, so that the first one's input shows the shape.
+            hidden = self._list.reach(0, lambda: self._tower(self._blank(next(self._tower.parameters()))))
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+        read = positions_read(self._tower, self.embed_after, noise)
+        return head if read[self.prefix_tokens :].sum() > 1 else last
 
     def _blank(self, like: Tensor) -> Tensor:
         # One image is enough to get to the block, whatever the number of hidden states that go on from there.
@@ -199,6 +220,10 @@ class ImageBlocksAtLayer(TowerAtLayer):
         """What the last block passes on -> embeddings [B, K]."""
         return self._embed(hidden, len(self._list.blocks))
 
+    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
+        """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
+        return super().path(hidden, reference) if self._pool is None else self._pool.path(hidden, reference)
+
     def _embed(self, hidden: Tensor, layer: int) -> Tensor:
         with self._list.entered(layer, hidden):
             embedding: Tensor = self._tower(self._blank(hidden))
@@ -215,6 +240,7 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         visible: tokens [B, L] -> which of them the embedding can depend on, bool [B, L].
         trims: whether the tower takes captions of any length, so that padding of the whole batch can be cut off.
         causal: as of `TextTowerAtLayer`.
+        pools: whether the head pools tokens, instead of reading one position.
     """
 
     def __init__(
@@ -226,24 +252,36 @@ class TextBlocksAtLayer(TextTowerAtLayer):
         *,
         trims: bool = True,
         causal: bool = False,
+        pools: bool = False,
     ) -> None:
         self._encode = encode
         self.causal = causal
         self._list = blocks
         self._visible = visible
         self._trims = trims
-        self.layer = resolve_layer(layer, 0, len(blocks.blocks), "text")
+        # Blocks that pass on more than hidden states cannot be left out.
+        self._pools = pools and not blocks.chained
+        self.layer = resolve_layer(layer, 0, len(blocks.blocks), "text", head=self._pools)
         self.layers = range(len(blocks.blocks))
-        self.block = blocks.blocks[self.layer]
+        self.block = blocks.blocks[self.layer] if self.layer in self.layers else None
+        self.last_block = blocks.blocks[-1]
+
+    @property
+    def reading_layer(self) -> int:
+        """The head where it pools tokens and can be run alone, else the last block."""
+        return self.layers[-1] + self._pools
 
     def visible(self, tokens: Tensor) -> Tensor:
         """The tokens that an embedding can depend on."""
         return self._visible(tokens)
 
+    def needed(self, tokens: Tensor) -> int | None:
+        """As many as the longest caption has, where padding can be cut off."""
+        return int(self._visible(tokens).any(dim=0).nonzero().max()) + 1 if self._trims else None
+
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
-        if length is None and self._trims:
-            length = int(self._visible(inputs).any(dim=0).nonzero().max()) + 1
+        length = self.needed(inputs) if length is None else length
         return self._list.reach(self.layer, lambda: self._encode(inputs[:, :length]))
 
     def blocks_on(self) -> list[nn.Module]:

@@ -131,6 +131,7 @@ class ClapAudioAtLayer(TowerAtLayer):
         self.layers = range(len(self._stages))
         self.layer = resolve_layer(layer, 0, len(self._stages), "image", head=True)
         self.block = self._stages[self.layer] if self.layer in self.layers else None
+        self.last_block = self._stages[-1]
         self._strips = int(encoder.freq_ratio)
         # The last stage does not merge tokens, so that the head's are as many.
         side, _ = encoder.input_resolutions[min(self.layer, self.layers[-1])]

@@ -45,12 +45,20 @@ class HuggingFaceText:
         config: its configuration.
         padding_id: the token that fills up short captions.
         embed: token ids [B, T] and a mask of what is no padding, where the tower takes one -> embeddings [B, K].
+        pools: whether embeddings are made of several tokens, instead of one position.
     """
 
     def __init__(
-        self, tower: nn.Module, config: Any, padding_id: int, embed: Callable[[Tensor, Tensor | None], Tensor]
+        self,
+        tower: nn.Module,
+        config: Any,
+        padding_id: int,
+        embed: Callable[[Tensor, Tensor | None], Tensor],
+        *,
+        pools: bool = False,
     ) -> None:
         self._tower, self._config, self._padding_id, self._embed = tower, config, padding_id, embed
+        self._pools = pools
         self._causal, self._unmasked = (config.model_type in kinds for kinds in (_CAUSAL, _UNMASKED))
 
     def visible(self, tokens_BL: Tensor) -> Tensor:
@@ -80,10 +88,16 @@ class HuggingFaceText:
         return self._embed(tokens_BL, self.visible(tokens_BL).long() if masked else None)
 
     def at_layer(self, layer: int) -> TextTowerAtLayer:
-        """The tower at the input of a block."""
+        """The tower at the input of a block; of its head where tokens are pooled."""
         blocks = _block_list(self._tower, "text")
         return TextBlocksAtLayer(
-            self.encode, blocks, layer, self.visible, trims=not self._unmasked, causal=self._causal
+            self.encode,
+            blocks,
+            layer,
+            self.visible,
+            trims=not self._unmasked,
+            causal=self._causal,
+            pools=self._pools,
         )
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_xai.models.at_layer import EmbeddingPath, foreign_hooks
+from lightning_xai.models.token_pool import NormedPath
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class PooledBlock:
         return (
             type(block) is ResidualAttentionBlock
             and not hasattr(block, "ln_1_kv")
-            and (_is_plain_torch(attention) or _is_plain_open_clip(attention))
+            and is_plain_attention(attention)
+            and attention.in_proj_weight is not None
             and not any(foreign_hooks(part) for part in block.modules())
         )
 
@@ -64,23 +66,19 @@ class PooledBlock:
     def path(self, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> the block's output at the pooled position [B, N, D]."""
         attention, norm = self.block.attn, self.block.ln_1
-        delta_BTD = hidden_BTD - reference_BTD
-        start, slope = (x - x.mean(dim=2, keepdim=True) for x in (reference_BTD.expand_as(delta_BTD), delta_BTD))
-        mean_squares = [(a * b).mean(dim=2).unsqueeze(1) for a, b in ((start, start), (start, slope), (slope, slope))]
-        project = _Projection(attention, norm)
-        rows = torch.arange(len(delta_BTD), device=delta_BTD.device)
-        query_start_BD, query_slope_BD = (project.query(x[rows, pool_B]) for x in (start, slope))
-        # One reference serves the whole batch: project it once.
-        shared_start = start[:1] if len(reference_BTD) == 1 else start
-        key_start, value_start = (x.expand(len(start), -1, -1, -1) for x in project.key_value(shared_start))
-        key_slope, value_slope = project.key_value(slope)
-        hidden_start_BD, hidden_slope_BD = reference_BTD.expand_as(delta_BTD)[rows, pool_B], delta_BTD[rows, pool_B]
-        positions_T = torch.arange(delta_BTD.shape[1], device=delta_BTD.device)
+        tokens, batch = NormedPath(hidden_BTD, reference_BTD, norm), len(hidden_BTD)
+        project, rows = _Projection(attention, norm), torch.arange(batch, device=hidden_BTD.device)
+        query_start_BD, query_slope_BD = (project.query(x[rows, pool_B]) for x in (tokens.starts, tokens.slope))
+        # One reference serves the whole batch: it is projected once.
+        key_start, value_start = (x.expand(batch, -1, -1, -1) for x in project.key_value(tokens.start))
+        key_slope, value_slope = project.key_value(tokens.slope)
+        hidden_start_BD = reference_BTD.expand_as(hidden_BTD)[rows, pool_B]
+        hidden_slope_BD = hidden_BTD[rows, pool_B] - hidden_start_BD
+        positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         hidden_from_query_BT = (positions_T > pool_B[:, None]) if self.causal else None
 
         def output(alpha_BNT: Tensor) -> Tensor:
-            square = mean_squares[0] + alpha_BNT * (2 * mean_squares[1] + alpha_BNT * mean_squares[2])
-            inverse_std_BNT = torch.rsqrt(square + norm.eps)
+            inverse_std_BNT = tokens.inverse_std(alpha_BNT)
             at_query = pool_B[:, None, None].expand(-1, alpha_BNT.shape[1], 1)
             alpha_query_BN1, inverse_std_query_BN1 = (x.gather(2, at_query) for x in (alpha_BNT, inverse_std_BNT))
             query = (query_start_BD[:, None] + alpha_query_BN1 * query_slope_BD[:, None]) * inverse_std_query_BN1
@@ -103,34 +101,35 @@ class PooledBlock:
         return output
 
 
-def _plain_type(module: Any) -> type[nn.Module]:
-    """The module's class; with weights that are parametrized, as by low-rank adapters, the one that it had before."""
+def is_plain_attention(attention: Any) -> bool:
+    """Return whether this is PyTorch's attention, as open_clip 3 has it, or that of open_clip 4, without extras."""
+    return _is_plain_torch(attention) or _is_plain_open_clip(attention)
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Return whether a module is of just this class, its weights parametrized, as by low-rank adapters, or not."""
     plain: type[nn.Module] = type_before_parametrizations(module)
-    return plain
+    return plain is kind
 
 
 def _is_plain_torch(attention: Any) -> bool:
-    """Return whether this is PyTorch's attention, as open_clip 3 has it, with one projection for all and no extras."""
     return (
-        _plain_type(attention) is nn.MultiheadAttention
+        is_plain(attention, nn.MultiheadAttention)
         # An adapter in its place is passed over by nn.MultiheadAttention, which reads the weights alone.
-        and _plain_type(attention.out_proj) is NonDynamicallyQuantizableLinear
-        and attention.in_proj_weight is not None
+        and is_plain(attention.out_proj, NonDynamicallyQuantizableLinear)
         and attention.bias_k is None
         and not attention.add_zero_attn
     )
 
 
 def _is_plain_open_clip(attention: Any) -> bool:
-    """Return whether this is open_clip 4's attention, with parameters of PyTorch's names, and without extras."""
-    extras = ("logit_scale", "head_scale", "q_proj_weight")
-    norms = ("ln_q", "ln_k", "ln_inner")
+    # Its parameters have PyTorch's names.
     return (
-        _plain_type(attention) is Attention
-        and getattr(attention, "in_proj_weight", None) is not None
-        and not any(getattr(attention, name, None) is not None for name in extras)
-        and all(type(getattr(attention, name, None)) is nn.Identity for name in norms)
-        and _plain_type(attention.out_proj) is nn.Linear
+        is_plain(attention, Attention)
+        and hasattr(attention, "in_proj_weight")
+        and all(getattr(attention, name, None) is None for name in ("logit_scale", "head_scale"))
+        and all(type(getattr(attention, name, None)) is nn.Identity for name in ("ln_q", "ln_k", "ln_inner"))
+        and is_plain(attention.out_proj, nn.Linear)
     )
 
 

@@ -72,7 +72,9 @@ class SentenceEncoder(TwoTowerEncoder):
         self.pooling = tuple(pooling)
         self.layers = layers
         self.tokenizer = tokenizer
-        self._text_tower = HuggingFaceText(transformer, transformer.config, tokenizer.padding_id, self._embed)
+        self._text_tower = HuggingFaceText(
+            transformer, transformer.config, tokenizer.padding_id, self._embed, pools=self.pooling != ("cls",)
+        )
         self.text_at_layer()
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from open_clip.hf_model import HFTextEncoder
+from open_clip.hf_model import HFTextEncoder, MaxPooler, MeanPooler
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -24,6 +24,7 @@ from lightning_xai.models.at_layer import (
     resolve_layer,
 )
 from lightning_xai.models.block_list import BlockList, ImageBlocksAtLayer, TextBlocksAtLayer
+from lightning_xai.models.heads import open_clip_pool, resnet_pool, timm_pool
 from lightning_xai.models.pooled_block import PooledBlock
 
 
@@ -41,21 +42,29 @@ def batch_first(transformer: nn.Module) -> bool:
 
 
 class VisionTransformerAtLayer(TowerAtLayer):
-    """open_clip's VisionTransformer at the input of a block; tokens are CLS and the patches."""
+    """open_clip's VisionTransformer at the input of a block, or of the head; tokens are CLS and the patches."""
 
     prefix_tokens = 1
 
     def __init__(self, visual: VisionTransformer, layer: int) -> None:
         self._visual = visual
         self._blocks = visual.transformer.resblocks
-        self.layer = resolve_layer(layer, 0, len(self._blocks), "image")
+        self.layer = resolve_layer(layer, 0, len(self._blocks), "image", head=True)
         self.layers = range(len(self._blocks))
-        self.block = self._blocks[self.layer]
+        self._at_head = self.layer not in self.layers
+        self.block = None if self._at_head else self._blocks[self.layer]
+        self.last_block = self._blocks[-1]
         self.grid = tuple(visual.grid_size)
-        reads_cls_only = visual.attn_pool is None and visual.pool_type == "tok"
-        last = self._blocks[-1]
-        self._pooled = PooledBlock(last, causal=False) if reads_cls_only and PooledBlock.serves(last) else None
-        self.calls_blocks = self._pooled is None or self.block is not last
+        self._reads_cls = visual.attn_pool is None and visual.pool_type == "tok"
+        pooled = self._reads_cls and not self._at_head and PooledBlock.serves(self.last_block)
+        self._pooled = PooledBlock(self.last_block, causal=False) if pooled else None
+        self._pool = open_clip_pool(visual) if self._at_head else None
+        self.calls_blocks = self._pool is None and (self._pooled is None or self.block is not self.last_block)
+
+    @property
+    def reading_layer(self) -> int:
+        """The last block where CLS alone is read, else the head."""
+        return self.layers[-1] + (not self._reads_cls)
 
     def blocks_on(self) -> list[nn.Module]:
         """The tower's blocks from this layer on."""
@@ -89,6 +98,8 @@ class VisionTransformerAtLayer(TowerAtLayer):
 
     def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
+        if self._pool is not None:
+            return self._pool.path(hidden, reference)
         if self._pooled is None or self.calls_blocks:
             return super().path(hidden, reference, inputs)
         output = self._pooled.path(hidden, reference, _first(hidden))
@@ -113,6 +124,9 @@ class ModifiedResNetAtLayer(TowerAtLayer):
         self.layer = resolve_layer(layer, 1, 4, "image", head=True)
         self._stages = [getattr(visual, f"layer{stage}") for stage in range(1, 5)]
         self.block = [*self._stages, visual.attnpool][self.layer - 1]
+        self.last_block = self._stages[-1]
+        self._pool = resnet_pool(visual) if self.layer not in self.layers else None
+        self.calls_blocks = self._pool is None
         # The three strided convolutions and pools before stage 1 divide by 4, stages 2 to 4 by 2 each.
         stride = 4 * 2 ** max(0, self.layer - 2)
         size = visual.image_size
@@ -136,6 +150,10 @@ class ModifiedResNetAtLayer(TowerAtLayer):
         """What the last stage passes on [B, C, H, W] -> embeddings [B, K]."""
         embedding: Tensor = self._visual.attnpool(hidden)
         return embedding
+
+    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
+        """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
+        return super().path(hidden, reference) if self._pool is None else self._pool.path(hidden, reference)
 
 
 class TextTower:
@@ -170,9 +188,13 @@ class TextTower:
             return tokens_BL.eq(self._eos_id).int().argmax(dim=1)
         return torch.full_like(tokens_BL[:, 0], 0 if self._pool_type == "first" else tokens_BL.shape[1] - 1)
 
+    def needed(self, tokens_BL: Tensor) -> int | None:
+        """Under the causal mask the number of tokens up to where the last embedding of the batch is read, else None."""
+        return int(self.pool_positions(tokens_BL).max()) + 1 if self.causal else None
+
     def trim(self, tokens_BL: Tensor) -> Tensor:
-        """The tokens [B, T] of [B, L] that are needed: up to where the last embedding of the batch is read."""
-        return tokens_BL[:, : int(self.pool_positions(tokens_BL).max()) + 1] if self.causal else tokens_BL
+        """The tokens [B, T] of [B, L] that are needed."""
+        return tokens_BL[:, : self.needed(tokens_BL)]
 
     def embed(self, tokens_BL: Tensor, length: int | None = None) -> Tensor:
         """Token and position embeddings [B, T, D] of the first `length` tokens, or of those that are needed."""
@@ -213,10 +235,10 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         self.layer = resolve_layer(layer, 0, len(tower.blocks), "text")
         self.layers = range(len(tower.blocks))
         self.block = tower.blocks[self.layer]
+        self.last_block = tower.blocks[-1]
         self.causal = tower.causal and tower.reads_end
-        last = tower.blocks[-1]
-        self._pooled = PooledBlock(last, tower.causal) if PooledBlock.serves(last) else None
-        self.calls_blocks = self._pooled is None or self.block is not last
+        self._pooled = PooledBlock(self.last_block, tower.causal) if PooledBlock.serves(self.last_block) else None
+        self.calls_blocks = self._pooled is None or self.block is not self.last_block
 
     def blocks_on(self) -> list[nn.Module]:
         """The tower's blocks from this layer on."""
@@ -228,6 +250,10 @@ class TextTransformerAtLayer(TextTowerAtLayer):
             return torch.ones_like(tokens, dtype=torch.bool)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return positions <= self._tower.pool_positions(tokens)[:, None]
+
+    def needed(self, tokens: Tensor) -> int | None:
+        """Under the causal mask as many as the longest caption has."""
+        return self._tower.needed(tokens)
 
     def features_before(self, inputs: Tensor, length: int | None = None) -> Tensor:
         """Token ids [B, L] -> hidden states [B, T, D]; T is `length`, or what the longest caption needs."""
@@ -340,7 +366,7 @@ def _timm_at_layer(visual: TimmModel, layer: int) -> ImageBlocksAtLayer:
                 prefix=int(getattr(trunk, "num_prefix_tokens", 0)),
             )
             grid = None if is_map else _timm_grid(trunk, visual.image_size)
-            return ImageBlocksAtLayer(visual, blocks, (3, *visual.image_size), layer, grid)
+            return ImageBlocksAtLayer(visual, blocks, (3, *visual.image_size), layer, grid, timm_pool(visual))
     raise UnsupportedTowerError(
         f"a timm tower of type {type(trunk).__name__} is not supported: it has no list of blocks, stages or layers, as "
         "timm's VisionTransformer, ConvNeXt and SwinTransformer have"
@@ -405,4 +431,10 @@ def _hugging_face_at_layer(text: HFTextEncoder, layer: int) -> TextBlocksAtLayer
 
     # Only T5's stack calls its list so.
     blocks = BlockList(stack, name, chained=name == "block")
-    return TextBlocksAtLayer(encode, blocks, layer, lambda tokens: tokens != text.config.pad_token_id)
+    return TextBlocksAtLayer(
+        encode,
+        blocks,
+        layer,
+        lambda tokens: tokens != text.config.pad_token_id,
+        pools=isinstance(text.pooler, (MeanPooler, MaxPooler)),
+    )

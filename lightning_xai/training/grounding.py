@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_xai.attribution.feature_pair import FeaturePairAttribution
 from lightning_xai.attribution.path_integral import Rule, quadrature
+from lightning_xai.attribution.presets import Preset, preset_setting
 from lightning_xai.data.batch import Batch
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation.examples import example_of
@@ -215,16 +216,18 @@ class GroundingCallback(Callback):
     heat maps of the examples) and the classes, `val/grounding_pairs` and `val/grounding_classes`, see `log_pictures`.
 
     Args:
-        image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`.
+        image_layer: layer of the image tower to attribute to, see `FeaturePairAttribution`. None: the preset's, as for
+            the next three.
         text_layer: layer of the text tower.
         steps: integration steps.
         rule: quadrature rule.
+        preset: `paper`, `fast` or `inputs`, see `FeaturePairAttribution`.
         image_reference: the uninformative image.
         input_phrases: how many phrases are read at the inputs; 0: none, None: all. They are the same ones in each
             measurement, on any number of processes and in batches of any size: whole images in a random order, until
             there are so many phrases. Until the end of an evaluation, the images wait in memory.
-        input_steps: integration steps at the inputs.
-        input_rule: quadrature rule there.
+        input_steps: integration steps at the inputs; None: those of the preset `inputs`.
+        input_rule: quadrature rule there, likewise.
         input_seed: of the random order.
         every_n_epochs: measure in the validations of each n-th epoch, before training, and where training ends in an
             epoch that would have no validation there.
@@ -243,14 +246,15 @@ class GroundingCallback(Callback):
     def __init__(  # noqa: PLR0913 - the signature is the configuration
         self,
         *,
-        image_layer: int = -1,
-        text_layer: int = -1,
-        steps: int = 10,
-        rule: Rule = "right",
+        image_layer: int | None = None,
+        text_layer: int | None = None,
+        steps: int | None = None,
+        rule: Rule | None = None,
+        preset: Preset = "paper",
         image_reference: Literal["zeros", "black"] = "zeros",
         input_phrases: int | None = 500,
-        input_steps: int = 3,
-        input_rule: Rule = "midpoint",
+        input_steps: int | None = None,
+        input_rule: Rule | None = None,
         input_seed: int = 0,
         every_n_epochs: int = 1,
         before_training: bool = True,
@@ -266,10 +270,12 @@ class GroundingCallback(Callback):
             "text_layer": text_layer,
             "steps": steps,
             "rule": rule,
+            "preset": preset,
             "image_reference": image_reference,
         }
-        self._input_options = self._options | {"steps": input_steps, "rule": input_rule}
-        quadrature(rule, steps), quadrature(input_rule, input_steps)  # refuse at once what they refuse
+        self._input_options = self._options | {"steps": input_steps, "rule": input_rule, "preset": "inputs"}
+        for options in (self._options, self._input_options):
+            quadrature(*preset_setting(options["preset"]).points(options["rule"], options["steps"]))  # refused at once
         self.input_phrases = input_phrases
         self.input_seed = input_seed
         self.every_n_epochs = every_n_epochs
@@ -425,13 +431,15 @@ class GroundingCallback(Callback):
 
     def _read_at(self, encoder: DualEncoder) -> tuple[Reading, ...]:
         """Where to read; the layers of the inputs are the first that attribution reaches in both towers."""
-        last = Reading(METHOD, "", FeaturePairAttribution(encoder, **self._options), self._options)
+        attribution = FeaturePairAttribution(encoder, **self._options)
+        last = Reading(METHOD, "", attribution, self._options | attribution.resolved_options)
         if self.input_phrases == 0:
             return (last,)
         image, text = first_layer(encoder.image_at_layer), first_layer(encoder.text_at_layer)
         options = self._input_options | {"image_layer": image, "text_layer": text}
         label = f"{METHOD},{image},{text}"
-        return last, Reading(label, INPUT, FeaturePairAttribution(encoder, **options), options)
+        inputs = FeaturePairAttribution(encoder, **options)
+        return last, Reading(label, INPUT, inputs, options | inputs.resolved_options)
 
     def _check_monitors(self, trainer: L.Trainer) -> None:
         logged = {f"val/{name}" for name in (*_SCALARS, *_INPUT_SCALARS)}

@@ -330,8 +330,14 @@ def test_attention_that_is_computed_by_other_means_is_refused(tmp_path: Path) ->
 
 
 def test_a_layer_that_does_not_exist_is_an_error_in_words(encoder_of: Callable[[str], DualEncoder]) -> None:
-    with pytest.raises(ValueError, match="image tower has layers 0 to 2"):
-        AttentionRelevance(encoder_of("cls"), start_layer=3)
+    with pytest.raises(ValueError, match=r"image tower has layers 0 to 2 .*got layer 4"):
+        AttentionRelevance(encoder_of("cls"), start_layer=4)
+
+
+@pytest.mark.parametrize("name", ["attention_relevance", "grad_eclip", "legrad", "rollout"])
+def test_the_head_is_no_block_to_start_at(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
+    with pytest.raises(ValueError, match="start_layer is a block: the image tower has layers 0 to 2; got 3, its head"):
+        choose_method(encoder_of("cls"), name, {"start_layer": 3})
 
 
 def test_attention_written_out_is_pytorchs_own() -> None:

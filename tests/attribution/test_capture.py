@@ -101,12 +101,15 @@ def test_the_hooks_are_removed_also_after_an_exception(
     assert hooks(encoder) == 0
 
 
-def test_the_head_has_no_block_and_no_hook_stays(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder()
-    image, text = encoder.image_at_layer(), encoder.text_at_layer()
-    text.layer, text.block = 3, None
-    with pytest.raises(ValueError, match="layer 3 is the head, which has no block to listen to"), capture(image, text):
-        pass
+def test_what_enters_the_head_is_kept_too(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder(dtype=torch.float64)
+    images, tokens = images_for(encoder), encoder.tokenizer.encode(CAPTIONS)
+    image = encoder.image_at_layer(encoder.image_at_layer().layers.stop)
+    with capture(image, encoder.text_at_layer()) as captured:
+        encoder.encode_image(images)
+        encoder.encode_text(tokens)
+    assert len(captured.image) == 1
+    torch.testing.assert_close(captured.image[0], image.features_before(images).detach(), rtol=1e-10, atol=1e-12)
     assert hooks(encoder) == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import encoder_from
-from equation_10 import Side, block_input, replacing
+from equation_10 import Side, block_input, replacing, sharing_padding
 from inputs import CAPTIONS, random_pairs
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ def test_agrees_with_equation_10_taken_literally(
     )
     blocks = (image_block, model.transformer.resblocks[text_layer])
     for row in range(len(images)):
-        expected = literal(encoder, images[row], tokens[row], blocks, steps=3)
+        expected = sharing_padding(literal(encoder, images[row], tokens[row], blocks, steps=3), tokens[row])
         prefix = expected.shape[1] - result.interactions[row].flatten(1).shape[1]
         torch.testing.assert_close(result.interactions[row].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(result.prefix[row], expected[:, :prefix].sum(dim=1), rtol=1e-8, atol=1e-12)
@@ -319,7 +319,7 @@ def test_an_encoder_in_training_mode_is_explained_as_in_evaluation(make_encoder:
 
 def test_what_does_not_exist_is_an_error_at_once(make_encoder: MakeEncoder) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("vit", {"image_layer": 3}, "image tower has layers 0 to 2 .*got layer 3"),
+        ("vit", {"image_layer": 4}, "image tower has layers 0 to 2 .*and 3, the head; got layer 4"),
         ("vit", {"text_layer": -4}, "text tower has layers 0 to 2 .*got layer -4"),
         ("resnet", {"image_layer": 0}, "layers 1 to 4"),
         ("vit", {"steps": 0}, "steps=0"),

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.path_integral import Rule, integrated_jvp, integrated_vjp, quadrature
+from lightning_xai.attribution import path_integral
+from lightning_xai.attribution.path_integral import (
+    Rule,
+    embeddings_at,
+    integrated_jvp,
+    integrated_vjp,
+    quadrature,
+)
 
 RULES: tuple[Rule, ...] = ("right", "left", "midpoint", "trapezoid", "gauss_legendre")
 
@@ -49,7 +56,11 @@ def test_an_unknown_rule_is_an_error_that_lists_the_rules() -> None:
         quadrature("simpson", 4)  # type: ignore[arg-type]  # what a config file could hold
 
 
-def test_both_products_agree_with_full_jacobians() -> None:
+@pytest.mark.parametrize("tokens_at_a_time", [1, 60, 8192])
+def test_both_products_agree_with_full_jacobians_however_much_is_taken_together(
+    monkeypatch: pytest.MonkeyPatch, tokens_at_a_time: int
+) -> None:
+    monkeypatch.setattr(path_integral, "_TOKENS_AT_A_TIME", tokens_at_a_time)  # of the 24 of a direction
     torch.manual_seed(0)
     batch, points_n, tokens, width = 2, 4, 3, 5
     weight = torch.randn(tokens, width, dtype=torch.float64)
@@ -70,3 +81,20 @@ def test_both_products_agree_with_full_jacobians() -> None:
     torch.testing.assert_close(integrated_jvp(path, points, weights, directions), expected_jvp)
     torch.testing.assert_close(integrated_jvp(path, points, weights, directions[:, :1]), expected_jvp[:, :1])
     torch.testing.assert_close(integrated_vjp(path, points, weights, cotangents, tokens), expected_vjp)
+
+
+def test_directions_and_cotangents_share_the_pass_along_the_path() -> None:
+    calls = []
+
+    def path(alpha: Tensor) -> Tensor:
+        calls.append(len(alpha))
+        return torch.sin(alpha)
+
+    points, weights = quadrature("midpoint", 4)
+    integrated_jvp(path, points, weights, torch.randn(2, 6, 3))
+    integrated_vjp(path, points, weights, torch.randn(2, 6, 3), 3)
+    torch.testing.assert_close(
+        embeddings_at(path, (1.0, 0.0), 2, 3, points),
+        torch.tensor([1.0, 0.0]).double().sin()[None, :, None].expand(2, -1, 3),
+    )
+    assert calls == [2, 2, 2]

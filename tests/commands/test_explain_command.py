@@ -589,7 +589,7 @@ BAD: dict[str, dict[str, str]] = {
         "--options.stepz=9": "feature_pair has no option stepz; it has image_layer, text_layer, steps",
         "--options.steps=many": "--options of feature_pair: \"steps\": Expected a <class 'int'>. Got value: many",
         "--options.steps=0": "needs at least 1 integration step(s); got steps=0",
-        "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1); got layer 7",
+        "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1), and 3, the head; got layer 7",
         "--method=all --options.stepz=9": "no method has the option stepz",
         "--method=all --options.rise=9": "--options.rise holds options of the method rise; got 9",
     },

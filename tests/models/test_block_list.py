@@ -103,8 +103,9 @@ class Tower:
     """What is expected of a tower: its blocks' place, and for each layer the grid, by name and from timm's papers.
 
     Attributes:
-        grids: rows and columns at each layer.
-        maps: whether it passes on feature maps, which have a layer after the last block, too.
+        grids: rows and columns at each layer, the last of which is the head.
+        maps: whether it passes on feature maps.
+        pools: whether the head pools patches, instead of reading CLS.
         prefix: tokens before the grid.
         width_axis: the axis of a block's input that is no place.
         smooth: whether quadrature converges fast.
@@ -118,10 +119,11 @@ class Tower:
     width_axis: int = -1
     smooth: bool = True
     embed_dim: int = 6
+    pools: bool = True
 
     @property
     def depth(self) -> int:
-        return len(self.grids) - self.maps
+        return len(self.grids) - 1
 
 
 def timm_tower(name: str, pool: str = "", proj: str = "linear", size: tuple[int, int] = SIZE) -> dict[str, Any]:
@@ -129,15 +131,15 @@ def timm_tower(name: str, pool: str = "", proj: str = "linear", size: tuple[int,
 
 
 TOWERS = {
-    "vit": Tower(timm_tower("small_vit"), "blocks", [(4, 6)] * 2, prefix=1),
-    "vit_registers": Tower(timm_tower("small_vit_registers"), "blocks", [(4, 6)] * 2, prefix=4),
-    "vit_average": Tower(timm_tower("small_vit_average", "avg", "mlp"), "blocks", [(4, 6)] * 2),
-    "siglip": Tower(timm_tower("small_siglip", "map", "none"), "blocks", [(4, 6)] * 2, embed_dim=16),
-    "hybrid": Tower(timm_tower("small_hybrid"), "blocks", [(4, 6)] * 2, prefix=1),
-    "eva": Tower(timm_tower("small_eva"), "blocks", [(4, 6)] * 2, prefix=3),
-    "naflex": Tower(timm_tower("small_naflex", "map", "none"), "blocks", [(4, 6)] * 2, embed_dim=16),
-    "naflex_average": Tower(timm_tower("small_naflex_average", "avg"), "blocks", [(4, 6)] * 2, prefix=2),
-    "naflex_factors": Tower(timm_tower("small_naflex_factors", "token"), "blocks", [(4, 6)] * 2, prefix=1),
+    "vit": Tower(timm_tower("small_vit"), "blocks", [(4, 6)] * 3, prefix=1, pools=False),
+    "vit_registers": Tower(timm_tower("small_vit_registers"), "blocks", [(4, 6)] * 3, prefix=4, pools=False),
+    "vit_average": Tower(timm_tower("small_vit_average", "avg", "mlp"), "blocks", [(4, 6)] * 3),
+    "siglip": Tower(timm_tower("small_siglip", "map", "none"), "blocks", [(4, 6)] * 3, embed_dim=16),
+    "hybrid": Tower(timm_tower("small_hybrid"), "blocks", [(4, 6)] * 3, prefix=1, pools=False),
+    "eva": Tower(timm_tower("small_eva"), "blocks", [(4, 6)] * 3, prefix=3),
+    "naflex": Tower(timm_tower("small_naflex", "map", "none"), "blocks", [(4, 6)] * 3, embed_dim=16),
+    "naflex_average": Tower(timm_tower("small_naflex_average", "avg"), "blocks", [(4, 6)] * 3, prefix=2),
+    "naflex_factors": Tower(timm_tower("small_naflex_factors", "token"), "blocks", [(4, 6)] * 3, prefix=1, pools=False),
     "swin": Tower(timm_tower("small_swin", "avg"), "layers", [(8, 12), (8, 12), (4, 6)], maps=True),
     "convnext": Tower(
         timm_tower("test_convnext", size=(32, 64)),
@@ -224,6 +226,15 @@ def test_layers_count_from_the_end_too_and_stop_there(encoder_of: Callable[[str]
                 encoder.image_at_layer(layer)
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_reading_layer_is_the_last_block_or_a_head_that_pools(
+    name: str, encoder_of: Callable[[str], DualEncoder]
+) -> None:
+    tower, depth = TOWERS[name], TOWERS[name].depth
+    for layer in (0, depth - 1, depth):
+        assert encoder_of(name).image_at_layer(layer).reading_layer == (depth if tower.pools else depth - 1)
+
+
 @pytest.mark.parametrize("name", [name for name, tower in TOWERS.items() if not tower.maps])
 @torch.no_grad()
 def test_the_grid_runs_from_left_to_right_and_top_to_bottom(
@@ -301,7 +312,7 @@ def test_attributions_agree_with_equation_10_taken_literally(
 def test_attributions_sum_to_the_change_of_similarity(name: str, encoder_of: Callable[[str], DualEncoder]) -> None:
     encoder = encoder_of(name)
     images, tokens = images_of(encoder), encoder.tokenizer.encode(["a red dog", "cats"])
-    for layer in (-1, TOWERS[name].depth) if TOWERS[name].maps else (-1,):
+    for layer in (-1, TOWERS[name].depth) if TOWERS[name].pools else (-1,):
         attribution = FeaturePairAttribution(encoder, layer, steps=24, rule="gauss_legendre")
         result = attribution.attribute(images, tokens)
         # ReLUs and their like leave kinks, on which quadrature converges slowly.

@@ -108,8 +108,8 @@ def test_towers_have_every_block_as_a_layer(kind: str, encoders: dict[str, Encod
         assert read.shape[:2] == (2, 9), "what comes after the end of the longest caption is not run"
         assert_same(text.embed_from(read, tokens), encoder.encode_text(tokens))
         assert text.visible(tokens).sum(dim=1).tolist() == [6, 9]
-    with pytest.raises(ValueError, match=r"layers 0 to 2 .*got layer 3"):
-        encoder.image_at_layer(3)
+    with pytest.raises(ValueError, match=r"layers 0 to 2 .*got layer 4"):
+        encoder.image_at_layer(4)
 
 
 @torch.no_grad()
