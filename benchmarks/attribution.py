@@ -69,21 +69,35 @@ def measure_ours(model: str, device: str) -> dict[str, float]:
     from lightning_xai.attribution import FeaturePairAttribution
 
     encoder, images, tokens = _inputs(model, device)
-    attribution = FeaturePairAttribution(encoder)
+    with torch.no_grad():
+        seconds = {name: median_seconds(run) for name, run in runs_of(FeaturePairAttribution(encoder), images, tokens)}
+    return {name: value / BATCH for name, value in seconds.items()} | {"peak": peak_gigabytes()}
+
+
+FORWARD, SPAN, SPAN_IN_ALL, FULL = (
+    "forward pass",
+    "span map on top of a forward pass",
+    "span map, forward pass included",
+    "full tensor, forward pass included",
+)
+
+
+def runs_of(attribution: Any, images: Any, tokens: Any) -> list[tuple[str, Callable[[], Any]]]:
+    """What is timed of a batch of pairs, by name."""
+    import torch
+
+    model = attribution.encoder.model
     span = torch.zeros_like(tokens, dtype=torch.bool)
     span[:, 2:4] = True
-    rows = torch.arange(BATCH, device=device)
-    with torch.no_grad():
-        states, references = attribution.hidden_states(images, tokens), attribution.references()
+    rows = torch.arange(len(images), device=images.device)
+    states, references = attribution.hidden_states(images, tokens), attribution.references()
+    return [
         # What a user runs without this package: both towers of open_clip, text at its full context length.
-        forward = median_seconds(lambda: (encoder.model.encode_image(images), encoder.model.encode_text(tokens)))
-    runs = {
-        "span map on top of a forward pass": lambda: attribution.span_maps_of(states, rows, rows, span, references),
-        "span map, forward pass included": lambda: attribution.span_map(images, tokens, span),
-        "full tensor, forward pass included": lambda: attribution.attribute(images, tokens),
-    }
-    seconds = {"forward pass": forward} | {name: median_seconds(run) for name, run in runs.items()}
-    return {name: value / BATCH for name, value in seconds.items()} | {"peak": peak_gigabytes()}
+        (FORWARD, lambda: (model.encode_image(images), model.encode_text(tokens))),
+        (SPAN, lambda: attribution.span_maps_of(states, rows, rows, span, references)),
+        (SPAN_IN_ALL, lambda: attribution.span_map(images, tokens, span)),
+        (FULL, lambda: attribution.attribute(images, tokens)),
+    ]
 
 
 def measure_exclip(model: str, device: str) -> dict[str, float]:
@@ -104,8 +118,19 @@ def measure_exclip(model: str, device: str) -> dict[str, float]:
     return {"pair": seconds, "difference": float((ours - theirs).norm() / theirs.norm()), "peak": peak}
 
 
-def measure_callback(model: str, device: str) -> dict[str, float]:
-    """Seconds of a validation epoch with and without GroundingCallback, in turn, on shapes drawn at full size."""
+def measure_callback(
+    model: str, device: str, *, images: int = 128, side: int | None = None, batch_size: int = 16, workers: int = 1
+) -> dict[str, float]:
+    """Seconds of a validation epoch with and without GroundingCallback, in turn, on drawn shapes.
+
+    Args:
+        model: open_clip's name, or the path of a config.
+        device: cpu or cuda.
+        images: with two captions each.
+        side: pixels of a side that they are drawn at, at least 32; by default those that the model takes.
+        batch_size: images at a time.
+        workers: processes that read.
+    """
     import lightning as L
     from lightning.pytorch.callbacks import Callback
 
@@ -134,13 +159,14 @@ def measure_callback(model: str, device: str) -> dict[str, float]:
             enable_progress_bar=False,
             default_root_dir=folder,
         )
-        trainer.validate(module, ShardDataModule(val=folder / "val", eval_batch_size=16, num_workers=1), verbose=False)
+        data = ShardDataModule(val=folder / "val", eval_batch_size=batch_size, num_workers=workers)
+        trainer.validate(module, data, verbose=False)
         return Clock.seconds
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = module.encoder.image_transform.size[0]
-        write_shards(read_shapes("val", 128, 0, size), folder / "val", name="bench", excluded=Counter(), progress=False)
+        drawn = read_shapes("val", images, 0, side or module.encoder.image_transform.size[0])
+        write_shards(drawn, folder / "val", name="bench", excluded=Counter(), progress=False)
         epoch(folder, [])
         rounds = [(epoch(folder, []), epoch(folder, [GroundingCallback(input_phrases=0)])) for _ in range(3)]
     plain, measured = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))

@@ -73,11 +73,12 @@ class Setting:
     workers: int
     steps: int
     learning_rates: tuple[float, float] = (1e-7, 1e-5)
+    warm: int = WARM
 
     @property
     def total(self) -> int:
         """Steps of one contestant in a round, those before the clock starts included."""
-        return WARM + self.steps
+        return self.warm + self.steps
 
     def now(self) -> Spent:
         """What was spent since some moment in the past, once all that was asked of the device is done."""
@@ -105,8 +106,14 @@ def data_module(setting: Setting) -> Any:
     return ShardDataModule(train=setting.train, batch_size=setting.batch_size, num_workers=setting.workers)
 
 
-def fit(module: Any, setting: Setting) -> Measured:
-    """Train through the Trainer, with its progress bar and TensorBoard, as a user does."""
+def fit(module: Any, setting: Setting, batches: list[Any] | None = None) -> Measured:
+    """Train through the Trainer, with its progress bar and TensorBoard, as a user does.
+
+    Args:
+        module: the task.
+        setting: what it trains on.
+        batches: taken in place of the shards' own, in turn.
+    """
     import lightning as L
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.profilers import SimpleProfiler
@@ -115,7 +122,7 @@ def fit(module: Any, setting: Setting) -> Measured:
 
     class Clock(Callback):
         def on_train_batch_end(self, *arguments: Any) -> None:
-            if arguments[-1] == WARM - 1:
+            if arguments[-1] == setting.warm - 1:
                 self.begin = setting.now()
             elif arguments[-1] == setting.total - 1:
                 measured.spent = setting.now() - self.begin
@@ -134,19 +141,25 @@ def fit(module: Any, setting: Setting) -> Measured:
         enable_model_summary=False,
     )
     begin = resource.getrusage(resource.RUSAGE_CHILDREN)
-    trainer.fit(module, data_module(setting))
+    if batches is None:
+        trainer.fit(module, data_module(setting))
+    else:
+        from torch.utils.data import DataLoader
+
+        turns = [batches[number % len(batches)] for number in range(setting.total)]
+        trainer.fit(module, DataLoader(turns, batch_size=None))  # type: ignore[arg-type] # any sequence is a data set
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     measured.reading_cpu = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
     recorded = profiler.recorded_durations
-    waits = recorded["[_TrainingEpochLoop].train_dataloader_next"][WARM : setting.total]
+    waits = recorded["[_TrainingEpochLoop].train_dataloader_next"][setting.warm : setting.total]
     measured.waiting = sum(waits) / measured.spent.seconds
     hooks = (times for name, times in recorded.items() if name.startswith("[Callback]") and "train_batch_" in name)
-    measured.callbacks = sum(sum(times[WARM : setting.total]) for times in hooks) / measured.spent.seconds
+    measured.callbacks = sum(sum(times[setting.warm : setting.total]) for times in hooks) / measured.spent.seconds
     return measured
 
 
 def plain_loop(encoder: Any, setting: Setting, batches: Iterable[Any], encode_text: Callable[[Any], Any]) -> Spent:
-    """The loop that a reader would write; what its steps behind the first `WARM` took."""
+    """The loop that a reader would write; what its steps behind the first `setting.warm` took."""
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
@@ -169,7 +182,7 @@ def plain_loop(encoder: Any, setting: Setting, batches: Iterable[Any], encode_te
         rate.step()
         with torch.no_grad():
             encoder.logit_scale.clamp_(0.0, math.log(100.0))
-        if number == WARM - 1:
+        if number == setting.warm - 1:
             begin = setting.now()
     return setting.now() - begin
 
@@ -224,15 +237,19 @@ class Contest:
 
     def flops(self) -> float:
         """Floating-point operations of one forward and backward pass over a batch, text cut."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        batch = self.batches[-1].to(self.setting.device)
         self.encoder.to(self.setting.device)
-        with FlopCounterMode(display=False) as counter:
-            image, text = self.encoder.encode_image(batch.images), self.encoder.encode_text(batch.tokens)
-            (image @ text.T).sum().backward()  # type: ignore[no-untyped-call]
-        self.encoder.zero_grad()
-        return float(counter.get_total_flops())
+        return step_flops(self.encoder, self.batches[-1].to(self.setting.device))
+
+
+def step_flops(encoder: Any, batch: Any) -> float:
+    """Floating-point operations of one forward and backward pass over a batch, text cut."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        image, text = encoder.encode_image(batch.images), encoder.encode_text(batch.tokens)
+        (image @ text.T).sum().backward()
+    encoder.zero_grad()
+    return float(counter.get_total_flops())
 
 
 def rates_table(contest: Contest, rounds: list[dict[str, Spent]]) -> list[str]:
@@ -258,7 +275,7 @@ def rates_table(contest: Contest, rounds: list[dict[str, Spent]]) -> list[str]:
 def details(contest: Contest, rounds: list[dict[str, Spent]]) -> list[str]:
     """What the rates were measured on, and where the rest of our step goes."""
     setting, batches = contest.setting, contest.batches
-    lengths = [int((batch.tokens != 0).sum(dim=1).max()) for batch in batches[WARM:]]
+    lengths = [int((batch.tokens != 0).sum(dim=1).max()) for batch in batches[setting.warm :]]
     waits, callbacks, cpu = (
         statistics.median(getattr(measured, name) for measured in contest.ours)
         for name in ("waiting", "callbacks", "reading_cpu")

@@ -109,8 +109,8 @@ def at_inputs_too(chosen: ChosenMethod, given: Mapping[str, Any]) -> list[Chosen
     """A method that integrates between layers of both towers, read at their inputs and where it was chosen.
 
     At the inputs, or the first layers that the towers have, by 10 midpoints unless you chose others: with as many
-    points their completeness error there is a seventh of the paper's rule's (0.002 and 0.013 at a similarity of 0.65, the
-    demo's model at 10 points), at the same cost.
+    points their completeness error there is a seventh of the paper's rule's (0.002 and 0.013 at a similarity of 0.65,
+    the demo's model at 10 points), at the same cost.
 
     Args:
         chosen: the method.

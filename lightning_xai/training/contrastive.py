@@ -48,6 +48,7 @@ from lightning_xai.training.parameter_groups import (
     parameter_groups,
     parameter_places,
 )
+from lightning_xai.training.run_loggers import log_measured
 from lightning_xai.training.schedule import planned_steps
 
 __all__ = ["ContrastiveFineTuning", "ContrastiveModule"]
@@ -189,11 +190,12 @@ class ContrastiveModule(L.LightningModule):
         return reduce(or_, (objective.needs for objective in self.objectives))
 
     def setup(self, stage: str) -> None:
-        """Refuse to train on data that lack what an objective needs.
+        """Refuse to train on data that lack what an objective needs, and log no number that was not measured.
 
         Raises:
             ValueError: none of the data's first samples has it.
         """
+        log_measured(self.trainer.loggers)
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(data, ShardDataModule):
             return
@@ -515,10 +517,17 @@ def _prepared(
 ) -> tuple[Objective, ...]:
     """The objectives, and the encoder made ready for them."""
     chosen = (Softmax(),) if objectives is None else tuple(objectives)
+    for objective in chosen:
+        if not isinstance(objective, Objective):
+            raise ValueError(
+                f"objectives are objects, such as [Softmax(), Grounding()] of lightning_xai.training.objectives; got "
+                f"{objective!r}"
+            )
     names = [objective.name for objective in chosen]
     if not chosen or len(set(names)) < len(names):
         raise ValueError(
-            f"objectives has to name at least one objective, and each once; got {', '.join(names) or '[]'}"
+            f"objectives has to name at least one objective, and each once; got {', '.join(names) or '[]'} (a second "
+            "Grounding takes another name, such as Grounding(name='grounding_inputs', image_layer=0, text_layer=0))"
         )
     if compiled and any(objective.listens for objective in chosen):
         raise ValueError(f"compile passes over the hooks of {', '.join(names)}: set compile to false")

@@ -30,7 +30,7 @@ from lightning_xai.data.sample import stable_hash
 from lightning_xai.training.elastic import go_on_elastically
 from lightning_xai.training.preflight import slurm_job
 from lightning_xai.training.run_folder import CHECKPOINT_KEY, RunFolder, RunFolderError, RunRecord
-from lightning_xai.training.run_loggers import logger_ids, outlast
+from lightning_xai.training.run_loggers import log_measured, logger_ids, outlast
 from lightning_xai.training.schedule import (
     Placement,
     accumulated,
@@ -125,6 +125,7 @@ class Resume(Checkpoint):
         self._pending = self._stopping = None
         self._interrupted = self._complete = False
         outlast(trainer.loggers, lambda: bool(self._received))
+        log_measured(trainer.loggers)
         if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
             # Ranks agree on stopping by numbers in the host's memory, so that no step has to wait for its device.
             self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))

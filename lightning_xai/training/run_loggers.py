@@ -24,6 +24,7 @@ __all__ = [
     "drop_idle_options",
     "has_own_folder",
     "keep_rows",
+    "log_measured",
     "logger_ids",
     "outlast",
     "placed_loggers",
@@ -139,8 +140,6 @@ def keep_rows(folder: Path, checkpoint: Path | None) -> None:
 def outlast(loggers: Iterable[Logger], stopping: Callable[[], bool]) -> None:
     """Let a run that is `stopping` save and end in order where a logger fails; before that, an error is an error.
 
-    Numbers that are NaN are not logged, since nothing was measured, such as the mean gamma of no phrase; a loss is.
-
     `scancel` and the like signal all processes of a job, W&B's service among them, which then ends at once: what is
     logged until the run has saved does not reach it.
     """
@@ -157,9 +156,8 @@ def _log(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    measured = {key: value for key, value in metrics.items() if key.endswith("loss") or not _is_nan(value)}
     try:
-        log_metrics(measured, *args, **kwargs)
+        log_metrics(metrics, *args, **kwargs)
     except Exception as error:
         deadline = time.monotonic() + _LATER
         while not stopping() and time.monotonic() < deadline:
@@ -167,6 +165,21 @@ def _log(
         if not stopping():
             raise
         rank_zero_warn(f"{name} was ended before the run ({type(error).__name__}) and lacks the last rows")
+
+
+def log_measured(loggers: Iterable[Logger]) -> None:
+    """Keep numbers that are NaN from loggers: nothing was measured, such as the mean gamma of no phrase.
+
+    A loss is logged whatever it is.
+    """
+    for logger in loggers:
+        if getattr(logger.log_metrics, "func", None) is not _log_measured:  # a trainer may run twice
+            logger.log_metrics = partial(_log_measured, logger.log_metrics)  # type: ignore[method-assign]
+
+
+def _log_measured(log_metrics: Callable[..., None], metrics: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    measured = {key: value for key, value in metrics.items() if key.endswith("loss") or not _is_nan(value)}
+    log_metrics(measured, *args, **kwargs)
 
 
 def _is_nan(value: Any) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import join_lightning, run_distributed
+from lightning.pytorch.loggers import CSVLogger
 from linear_towers import LinearTowers, eight_pairs
 from small_hugging_face import save_small
 from torch import Tensor
@@ -309,6 +310,8 @@ def test_objectives_that_cannot_be_trained_are_refused_before_training(
     for objectives in ([], [Softmax(), Softmax(weight=2.0)]):
         with pytest.raises(ValueError, match="at least one objective, and each once"):
             make(objectives=objectives)
+    with pytest.raises(ValueError, match=r"objectives are objects, such as \[Softmax\(\), .*; got 'Softmax'"):
+        make(objectives=["Softmax"])
 
 
 # --- grounding ---
@@ -371,6 +374,42 @@ def test_the_grounding_term_and_its_gradient_are_those_of_measured_gamma(
     assert analytic == pytest.approx(slope, rel=1e-4)
     unused = {"encoder.model.logit_scale"}
     assert {name for name, _ in task.named_parameters()} - recorder.gradients[0].keys() <= unused
+
+
+def test_two_grounding_terms_at_different_layers_are_added_and_logged_by_their_names(
+    make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path
+) -> None:
+    at_inputs: dict[str, Any] = {"name": "grounding_inputs", "image_layer": 0, "text_layer": 0}
+    lists = ([Grounding()], [Grounding(**at_inputs)], [Grounding(weight=0.5), Grounding(weight=2.0, **at_inputs)])
+    logged, gradients = [], []
+    for number, objectives in enumerate(lists):
+        task, recorder = make(objectives=objectives), Recorder()
+        trainer_in(tmp_path / str(number), recorder).fit(task, loader_of([training_batch(task, shapes, 4)]))
+        logged.append(recorder.logged[0])
+        gradients.append(recorder.gradients[0])
+    last, inputs, both = logged
+    for name in ("", "_gamma", "_phrases"):
+        assert both[f"train/grounding{name}"] == pytest.approx(last[f"train/grounding{name}"], rel=1e-5)
+        assert both[f"train/grounding_inputs{name}"] == pytest.approx(inputs[f"train/grounding_inputs{name}"], rel=1e-5)
+    assert last["train/grounding"] != pytest.approx(inputs["train/grounding_inputs"], rel=1e-2)
+    # Alone they have the weight 0.3.
+    for name, gradient in gradients[2].items():
+        expected = 0.5 / 0.3 * gradients[0][name] + 2.0 / 0.3 * gradients[1][name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="a second Grounding takes another name"):
+        make(objectives=[Grounding(), Grounding(image_layer=0)])
+
+
+def test_a_plain_trainer_logs_no_gamma_where_no_phrase_was_measured(
+    make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path
+) -> None:
+    task, logger = make(objectives=[Softmax(), Grounding()]), CSVLogger(tmp_path, name="", version="")
+    batch = training_batch(task, shapes, 4)
+    bare = replace(batch, phrases=batch.phrases.only(torch.tensor([], dtype=torch.int64)))
+    trainer_in(tmp_path, logger=logger).fit(task, loader_of([bare]))
+    header, row = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert "train/grounding_gamma" not in header
+    assert dict(zip(header.split(","), row.split(","), strict=True))["train/grounding_phrases"] == "0.0"
 
 
 def gradients_of_share(config: str, shapes: str, out: str, spread: bool) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogg
 from lightning_xai.training.run_loggers import (
     continue_loggers,
     has_own_folder,
+    log_measured,
     logger_ids,
     outlast,
     placed_loggers,
@@ -86,9 +87,14 @@ def test_an_id_that_the_config_gives_stays_and_each_logger_has_its_own() -> None
     assert continue_loggers(False, ids) is False
 
 
-def test_what_was_not_measured_is_not_logged_but_a_loss_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resuming", [False, True])
+def test_what_was_not_measured_is_not_logged_but_a_loss_is(tmp_path: Path, resuming: bool) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    outlast([logger], lambda: False)
+    log_measured([logger])
+    if resuming:
+        outlast([logger], lambda: False)
+    for _ in range(2):  # by the run, and by the module
+        log_measured([logger])
     nan = float("nan")
     logger.log_metrics(metrics={"train/grounding_gamma": nan, "train/loss": nan, "train/accuracy": 0.5}, step=3)
     logger.save()

@@ -72,7 +72,7 @@ class Objective(ABC):
         ValueError: `weight` is not a positive, finite number.
     """
 
-    name: ClassVar[str]
+    name: str
     needs: BatchNeeds = BatchNeeds()
     listens: ClassVar[bool] = False
     trains_logit_bias: ClassVar[bool] = False

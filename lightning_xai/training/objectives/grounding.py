@@ -38,8 +38,8 @@ class Grounding(Objective):
     the training pass itself. Phrases that cannot be measured, by the rules of gamma, take no part; neither do those
     without any positive attribution, which are counted.
 
-    Also logs, of the global batch, `train/grounding_gamma`, the mean over phrases, `train/grounding_phrases`, their
-    number, and `train/grounding_without_positive`.
+    Also logs, of the global batch, `train/NAME_gamma`, the mean over phrases, `train/NAME_phrases`, their number, and
+    `train/NAME_without_positive`.
 
     Args:
         weight: factor on the term in the loss.
@@ -49,6 +49,7 @@ class Grounding(Objective):
         penalty: `log` for `-log(max(gamma, 0.001))`, `share` for the share of the positive attribution outside the box.
         towers: which towers the term trains: `both`, or `image` or `text` alone. The attribution and the value of the
             term are the same for all three; a tower that is not trained by it is a constant.
+        name: of the term, as it is logged; a second term at other layers takes another one.
 
     Raises:
         ValueError: an option outside its range; in `prepare`: towers without such layers, or with batch statistics.
@@ -67,7 +68,9 @@ class Grounding(Objective):
         steps: int = 2,
         penalty: Literal["log", "share"] = "log",
         towers: Literal["both", "image", "text"] = "both",
+        name: str = "grounding",
     ) -> None:
+        self.name = name
         super().__init__(weight=weight)
         if penalty not in ("log", "share"):
             raise ValueError(f"penalty is log or share; got {penalty!r}")
