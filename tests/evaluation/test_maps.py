@@ -241,6 +241,29 @@ def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other
         assert_spans_agree(found, method, current, wanted)
 
 
+def test_words_of_a_caption_are_mapped_from_the_batchs_own_pass_and_those_after_its_end_are_zero(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    method = FeaturePairAttribution(encoder, steps=2)
+    long = " ".join(["a red dog on a mat"] * encoder.tokenizer.context_length)
+    batch = replace(batch, tokens=torch.cat([batch.tokens[:-1], encoder.tokenizer.encode([long])]))
+    maps, image, caption = maps_of(method, 64), 1, len(batch.tokens) - 1
+    states = made(maps, batch, everything(batch, captions=False)).states
+    sizes = stems_run(method, monkeypatch)
+    found = maps.word_maps(states, image, caption, long)
+    assert sizes == {"image": [], "text": []}
+    assert found is not None
+    seen = int(found.flatten(1).any(dim=1).sum())
+    assert 0 < seen < len(found) == len(long.split())
+    assert not found[seen:].any()
+    for word in (0, 2, seen - 1):
+        span = torch.zeros(1, batch.tokens.shape[1], dtype=torch.bool)
+        span[0, 1 + word] = True  # each word is a token, the first of which starts the caption
+        alone = method.span_map(batch.images[[image]], batch.tokens[[caption]], span)[0]
+        torch.testing.assert_close(found[word].double(), alone, rtol=1e-5, atol=1e-8)
+
+
 def hooks_in(module: nn.Module) -> int:
     return sum(len(child._forward_pre_hooks) + len(child._forward_hooks) for child in module.modules())
 
