@@ -253,11 +253,29 @@ class _PairwiseMaps(MethodMaps):
 
     def _of_spans(self, batch: Batch, states: HiddenStates, images: Tensor, captions: Tensor, masks: Tensor) -> Tensor:
         """Maps of spans, given the rows of their images and captions in the states, and their masks."""
+        parts = list(self._spans_together(images))
         maps = (
             self.method.span_maps_of(states, images[rows], captions[rows], masks[rows], self._references)
-            for rows in self.chunks(len(masks))
+            for rows in parts
         )
-        return torch.cat([self._nothing(batch)[0], *maps])
+        in_parts = torch.cat([self._nothing(batch)[0], *maps])
+        return in_parts[torch.argsort(torch.cat([images[:0], *parts]))]
+
+    def _spans_together(self, images: Tensor) -> Iterator[Tensor]:
+        """Rows of at most `batch_size` spans, where they fit all those of an image, which share its path."""
+        order = torch.argsort(images, stable=True)
+        _, counts = torch.unique_consecutive(images[order], return_counts=True)
+        start = stop = 0
+        for count in counts.tolist():
+            if stop > start and stop + count > start + self.batch_size:
+                yield order[start:stop]
+                start = stop
+            stop += count
+            while stop > start + self.batch_size:
+                yield order[start : start + self.batch_size]
+                start += self.batch_size
+        if stop > start:
+            yield order[start:stop]
 
 
 def maps_of(method: AttributionMethod, batch_size: int) -> MethodMaps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -239,6 +240,29 @@ def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other
         found = made(maps, current, wanted)
         assert sizes["image"] in ([1], [])  # the reference, once
         assert_spans_agree(found, method, current, wanted)
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_spans_of_one_image_are_asked_about_together_where_they_fit(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch, captions=False)
+    asked: list[list[int]] = []
+    plain = method.span_maps_of
+
+    def recorded(states: Any, images: Tensor, *rest: Any) -> Tensor:
+        asked.append(images.tolist())
+        return plain(states, images, *rest)
+
+    monkeypatch.setattr(method, "span_maps_of", recorded)
+    made(maps_of(method, size), batch, replace(wanted, negatives=wanted.negatives[:0]))
+    of_image = Counter(batch.phrases.image_row[wanted.phrases].tolist())
+    assert Counter(image for images in asked for image in images) == of_image
+    assert max(of_image.values()) == 3
+    assert max(map(len, asked)) == min(size, len(wanted.phrases))
+    for image, count in of_image.items():
+        assert sum(image in images for images in asked) == (1 if size >= count else count)
 
 
 def test_words_of_a_caption_are_mapped_from_the_batchs_own_pass_and_those_after_its_end_are_zero(
