@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +41,8 @@ from lightning_xai.training.measurement import check_monitors, find_encoder, is_
 from lightning_xai.training.phrase_sample import PhraseSample
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lightning_xai.results.table import ResultTable
 
 __all__ = ["GroundingCallback"]
@@ -138,6 +141,23 @@ class GroundingPass:
             own |= {"excluded": self._excluded(reading), "layers": reading.layers}
             self.row |= {f"{name}{reading.suffix}": value for name, value in own.items()}
         self.row["examples"] = self._drawn
+
+    @cached_property
+    def classes(self) -> pd.DataFrame:
+        """A line for each class of the split, in the split's order, and columns for each reading; on the first rank."""
+        import pandas as pd
+
+        from lightning_xai.results.table import summary_table
+
+        assert self.table is not None, "the first rank holds the table"
+        frame, parts = self.table.frame, []
+        for reading in self.readings:
+            own = frame[frame["method"] == reading.label]
+            classes = summary_table(own, SPEC.scores, ["label"]).set_index("label").reindex(self.label_names)
+            counts = [column for column in classes.columns if column == "targets" or column.startswith("excluded_")]
+            classes[counts] = classes[counts].fillna(0).astype("int64")
+            parts.append(classes.assign(layers=reading.layers).add_suffix(reading.suffix))
+        return pd.concat(parts, axis="columns").rename_axis("label").reset_index()
 
     def _excluded(self, reading: Reading) -> dict[str, int]:
         """How many phrases were not measured, by reason; on the first rank."""
