@@ -167,6 +167,7 @@ class AttributionEvaluation(L.LightningModule):
         self._broken = self._pairs = 0
         self._costs: list[tuple[str, float, int]] = []
         self._started = 0.0
+        self._fingerprint = ""
 
     def setup(self, stage: str) -> None:
         """Check what could fail later, before anything is computed."""
@@ -191,8 +192,9 @@ class AttributionEvaluation(L.LightningModule):
         """Build the methods, and take up what an earlier run has computed."""
         data = self._data()
         manifest = data.manifest("test")
+        self._fingerprint = weights_fingerprint(self.encoder)
         settings = {
-            "weights": weights_fingerprint(self.encoder),
+            "weights": self._fingerprint,
             # The same weights are another function with another activation, and see other images.
             "architecture": self.encoder.architecture["model_cfg"],
             "preprocessing": self.encoder.architecture["preprocess_cfg"],
@@ -367,7 +369,7 @@ class AttributionEvaluation(L.LightningModule):
                 "architecture": self.encoder.name,
                 "preprocessing": self.encoder.preprocessing,
                 "parameters": sum(parameter.numel() for parameter in self.encoder.parameters()),
-                "fingerprint": weights_fingerprint(self.encoder),
+                "fingerprint": self._fingerprint,
             },
             data={
                 "name": manifest.name,

@@ -33,6 +33,7 @@ from lightning_xai.data.phrase_finder import find_phrases
 from lightning_xai.data.sample import stable_hash
 from lightning_xai.evaluation.collages import Collages
 from lightning_xai.evaluation.embeddings import Embeddings
+from lightning_xai.evaluation.word_maps import word_maps
 from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.base import (
     CaptionTargets,
@@ -98,6 +99,7 @@ class BatchMaps:
         image: [C, H, W], of each caption's image; none (C = 0) where not wanted.
         text: [C, L], of each caption's tokens; none where not wanted.
         attribution: of all captions, whose maps `image` and `text` are; None where there are none.
+        states: of the batch, that the maps were made of; None of methods that make them of inputs.
     """
 
     phrases: Tensor
@@ -106,6 +108,7 @@ class BatchMaps:
     image: Tensor
     text: Tensor
     attribution: Attribution | None = None
+    states: HiddenStates | None = None
 
 
 class MethodMaps:
@@ -138,6 +141,20 @@ class MethodMaps:
         sizes = [len(wanted.phrases), len(wanted.negatives), len(wanted.negatives)]
         own, true, replacements = torch.split(self._of_words(batch, asked), sizes)
         return BatchMaps(own, true, replacements, image, text, attribution)
+
+    def word_maps(self, states: HiddenStates | None, image: int, caption: int, text: str) -> Tensor | None:
+        """Map each word of a caption within it; see `word_maps`.
+
+        Args:
+            states: of a batch, as `maps` returned them.
+            image: row of the image.
+            caption: row of the caption.
+            text: the caption.
+
+        Returns:
+            [n, H, W] float32 on the CPU; None of methods that explain no word within its caption.
+        """
+        return None
 
     def _of_words(self, batch: Batch, asked: list[tuple[int, str]]) -> Tensor:
         """A map for each image and words; the same question is answered once."""
@@ -216,7 +233,12 @@ class _PairwiseMaps(MethodMaps):
             images, masks = (part[wanted.negatives] for part in (negatives.image_row, negatives.mask))
             replacements = self._of_spans(batch, wrong, images, every, masks)
         own, true = torch.split(maps, [len(wanted.phrases), len(maps) - len(wanted.phrases)])
-        return BatchMaps(own, true, replacements, image, text, attribution)
+        return BatchMaps(own, true, replacements, image, text, attribution, states)
+
+    def word_maps(self, states: HiddenStates | None, image: int, caption: int, text: str) -> Tensor | None:
+        assert states is not None, "maps of the batch were made"
+        rows = torch.tensor([[image], [caption]], device=states.tokens.device)
+        return word_maps(self.method, states.pairs(*rows), self._references, text)
 
     def _of_captions(self, batch: Batch, states: HiddenStates) -> tuple[Tensor, Tensor, InteractionAttribution | None]:
         """Maps of all captions and their images, and the attribution that they are part of."""
@@ -231,11 +253,29 @@ class _PairwiseMaps(MethodMaps):
 
     def _of_spans(self, batch: Batch, states: HiddenStates, images: Tensor, captions: Tensor, masks: Tensor) -> Tensor:
         """Maps of spans, given the rows of their images and captions in the states, and their masks."""
+        parts = list(self._spans_together(images))
         maps = (
             self.method.span_maps_of(states, images[rows], captions[rows], masks[rows], self._references)
-            for rows in self.chunks(len(masks))
+            for rows in parts
         )
-        return torch.cat([self._nothing(batch)[0], *maps])
+        in_parts = torch.cat([self._nothing(batch)[0], *maps])
+        return in_parts[torch.argsort(torch.cat([images[:0], *parts]))]
+
+    def _spans_together(self, images: Tensor) -> Iterator[Tensor]:
+        """Rows of at most `batch_size` spans, where they fit all those of an image, which share its path."""
+        order = torch.argsort(images, stable=True)
+        _, counts = torch.unique_consecutive(images[order], return_counts=True)
+        start = stop = 0
+        for count in counts.tolist():
+            if stop > start and stop + count > start + self.batch_size:
+                yield order[start:stop]
+                start = stop
+            stop += count
+            while stop > start + self.batch_size:
+                yield order[start : start + self.batch_size]
+                start += self.batch_size
+        if stop > start:
+            yield order[start:stop]
 
 
 def maps_of(method: AttributionMethod, batch_size: int) -> MethodMaps:
@@ -252,12 +292,14 @@ class BatchRows:
         values: what was measured on them.
         phrases: the phrases that were measured: their targets and maps [H, W] on the CPU.
         seconds: that the attribution took, the model's own forward pass and the metrics left out.
+        states: as for `BatchMaps`.
     """
 
     targets: list[dict[str, Any]]
     values: list[ValueRow]
     phrases: list[tuple[dict[str, Any], Tensor]]
     seconds: float
+    states: HiddenStates | None = None
 
     @property
     def phrase_maps(self) -> dict[str, Tensor]:
@@ -320,7 +362,7 @@ def measure_batch(
     values = [row for metric in metrics for row in _value_rows(groups[metric.spec.kind], metric)]
     targets = [row for group in groups.values() for row in group.rows]
     shown = measuring.measured_phrases(groups["phrase"]) if "phrase" in groups else []
-    return BatchRows(targets, values, shown, measuring.seconds)
+    return BatchRows(targets, values, shown, measuring.seconds, measuring.maps.states)
 
 
 def in_digits(heat: Tensor) -> list[list[float]]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.pairwise import PairwiseMethod
+from lightning_xai.attribution.pairwise import HiddenStates, PairwiseMethod, References
 from lightning_xai.data.spans import SpanAlignmentError, SpanCutOffError
 from lightning_xai.results.examples import words_of
 
 __all__ = ["word_maps"]
 
 
-def word_maps(method: PairwiseMethod, image: Tensor, tokens: Tensor, caption: str) -> Tensor | None:
+def word_maps(method: PairwiseMethod, states: HiddenStates, references: References, caption: str) -> Tensor | None:
     """Map each word of a caption, as `words_of` finds them, within its caption.
 
     Args:
         method: whose interactions are summed up over the tokens of a word.
-        image: [3, height, width], as the encoder takes it.
-        tokens: [L], the caption's.
+        states: of one image and the caption, as a forward pass has made them.
+        references: of the method.
         caption: the text.
 
     Returns:
@@ -27,7 +27,7 @@ def word_maps(method: PairwiseMethod, image: Tensor, tokens: Tensor, caption: st
     """
     masks = []
     for span in words_of(caption):
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        mask = torch.zeros_like(states.tokens[0], dtype=torch.bool)
         try:
             mask[method.encoder.tokenizer.token_span(caption, span)] = True
         except SpanCutOffError:
@@ -35,6 +35,9 @@ def word_maps(method: PairwiseMethod, image: Tensor, tokens: Tensor, caption: st
         except SpanAlignmentError:
             return None
         masks.append(mask)
-    states = method.hidden_states(image[None], tokens[None])
-    row = torch.zeros(len(masks), dtype=torch.int64, device=tokens.device)
-    return method.span_maps_of(states, row, row, torch.stack(masks), method.references()).float().cpu()
+    every = torch.stack(masks)
+    seen = every.any(dim=1)
+    row = torch.zeros(int(seen.sum()), dtype=torch.int64, device=every.device)
+    maps = torch.zeros(len(every), *method.grid)
+    maps[seen.cpu()] = method.span_maps_of(states, row, row, every[seen], references).float().cpu()
+    return maps

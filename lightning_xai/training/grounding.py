@@ -6,6 +6,8 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +29,6 @@ from lightning_xai.evaluation.examples import example_of
 from lightning_xai.evaluation.logged_pictures import log_pictures
 from lightning_xai.evaluation.method_run import join_rows
 from lightning_xai.evaluation.rows import BOX_COLUMNS, BatchRows, in_digits, maps_of, measure_batch, places_of
-from lightning_xai.evaluation.word_maps import word_maps
 from lightning_xai.metrics.grounding import SPEC
 from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models.at_layer import first_layer
@@ -41,6 +42,8 @@ from lightning_xai.training.measurement import check_monitors, find_encoder, is_
 from lightning_xai.training.phrase_sample import PhraseSample
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lightning_xai.results.table import ResultTable
 
 __all__ = ["GroundingCallback"]
@@ -140,6 +143,23 @@ class GroundingPass:
             self.row |= {f"{name}{reading.suffix}": value for name, value in own.items()}
         self.row["examples"] = self._drawn
 
+    @cached_property
+    def classes(self) -> pd.DataFrame:
+        """A line for each class of the split, in the split's order, and columns for each reading; on the first rank."""
+        import pandas as pd
+
+        from lightning_xai.results.table import summary_table
+
+        assert self.table is not None, "the first rank holds the table"
+        frame, parts = self.table.frame, []
+        for reading in self.readings:
+            own = frame[frame["method"] == reading.label]
+            classes = summary_table(own, SPEC.scores, ["label"]).set_index("label").reindex(self.label_names)
+            counts = [column for column in classes.columns if column == "targets" or column.startswith("excluded_")]
+            classes[counts] = classes[counts].fillna(0).astype("int64")
+            parts.append(classes.assign(layers=reading.layers).add_suffix(reading.suffix))
+        return pd.concat(parts, axis="columns").rename_axis("label").reset_index()
+
     def _excluded(self, reading: Reading) -> dict[str, int]:
         """How many phrases were not measured, by reason; on the first rank."""
         if self.table is None:
@@ -161,30 +181,36 @@ class GroundingPass:
                 new[target["index"]] = target
         if not new:
             return
-        images = [row for row, index in enumerate(batch.index.tolist()) if index in new]
-        few = batch.only(torch.tensor(images, device=batch.index.device))
-        read = [rows, *(measure_batch(few, maps, [self._metric]) for maps in self._maps[1:])]
+        parts = [(batch, rows)]
+        if len(self.readings) > 1:
+            few = _first_phrases(batch, rows, {index: target["ordinal"] for index, target in new.items()})
+            parts += [(few, measure_batch(few, maps, [self._metric])) for maps in self._maps[1:]]
         for target in new.values():
             self._draw_example(batch, target)
-            for reading, found in zip(self.readings, read, strict=True):
-                values = {metric: value for name, metric, value, _ in found.values if name == target["target"]}
-                heat = next(heat for other, heat in found.phrases if other["target"] == target["target"])
-                drawn_now = {"heats": heat.float().clone(), "gammas": values["gamma"], "hits": values["rho"] == 1}
-                for name, value in drawn_now.items():
-                    self._drawn[f"{name}{reading.suffix}"].append(value)
-                _, record = example_of(target, values["gamma"], values["rho"] == 1, in_digits(heat))
-                self.records[reading.label].append(msgspec.structs.replace(record, why=("fixed",)))
-            self._map_words(few, target)
+            for number, (part, found) in enumerate(parts):
+                self._draw_map(number, target, found)
+                self._map_words(number, part, found, target)
 
-    def _map_words(self, batch: Batch, target: Mapping[str, Any]) -> None:
+    def _draw_map(self, number: int, target: Mapping[str, Any], rows: BatchRows) -> None:
+        """Keep the map of an example at one of the readings."""
+        reading = self.readings[number]
+        values = {metric: value for name, metric, value, _ in rows.values if name == target["target"]}
+        heat = rows.phrase_maps[target["target"]]
+        drawn = {"heats": heat.float().clone(), "gammas": values["gamma"], "hits": values["rho"] == 1}
+        for name, value in drawn.items():
+            self._drawn[f"{name}{reading.suffix}"].append(value)
+        _, record = example_of(target, values["gamma"], values["rho"] == 1, in_digits(heat))
+        self.records[reading.label].append(msgspec.structs.replace(record, why=("fixed",)))
+
+    def _map_words(self, number: int, batch: Batch, rows: BatchRows, target: Mapping[str, Any]) -> None:
         """Keep the maps of the words of the last example's caption, where its words are whole tokens."""
+        label = self.readings[number].label
         image = int((batch.index == target["index"]).nonzero()[0])
         own = (batch.caption_image == image) & (batch.caption_index == target["caption_index"])
-        tokens = batch.tokens[own.nonzero()[0, 0]]
-        for reading in self.readings:
-            found = word_maps(reading.attribution, batch.images[image], tokens, target["caption"])
-            if found is not None:
-                self.words[reading.label][len(self.records[reading.label]) - 1] = found.numpy()
+        caption = int(own.nonzero()[0, 0])
+        found = self._maps[number].word_maps(rows.states, image, caption, target["caption"])
+        if found is not None:
+            self.words[label][len(self.records[label]) - 1] = found.numpy()
 
     def _draw_example(self, batch: Batch, target: Mapping[str, Any]) -> None:
         image = (batch.index == target["index"]).nonzero()[0]
@@ -451,6 +477,20 @@ class GroundingCallback(Callback):
                     "GroundingCallback's input_phrases to how many phrases to read at the inputs"
                 )
         check_monitors(trainer, logged, type(self).__name__, self.every_n_epochs)
+
+
+def _first_phrases(batch: Batch, rows: BatchRows, last: Mapping[int, int]) -> Batch:
+    """Some images of a batch, with the phrases up to the one that is drawn of each.
+
+    Args:
+        batch: the batch.
+        rows: measured on it.
+        last: index of an image -> the number of its last phrase.
+    """
+    images = [row for row, index in enumerate(batch.index.tolist()) if index in last]
+    few = batch.only(torch.tensor(images, device=batch.index.device))
+    kept = [target["ordinal"] <= last[target["index"]] for target in rows.targets if target["index"] in last]
+    return replace(few, phrases=few.phrases.only(torch.tensor(kept, device=few.index.device).nonzero()[:, 0]))
 
 
 def _about(trainer: L.Trainer, split: str, encoder: TwoTowerEncoder) -> dict[str, dict[str, Any]]:

@@ -84,7 +84,7 @@ def write(folder: Path, rows: Sequence[Row], measured: GroundingPass, about: Map
     suffix = "" if training else f"-{last['epoch']}"
     here = folder / _folder_name(last)
     assert measured.table is not None, "the first rank holds the table"
-    write_csv(here / "classes.csv", _classes(measured))
+    write_csv(here / "classes.csv", measured.classes)
     if training and measured.examples:
         _write_examples(folder, here, measured)
     write_result(here, _record(last, measured.readings, about), measured.table)
@@ -124,7 +124,7 @@ def for_loggers(
         for place, example in enumerate(measured.examples)
     }
     yield logged_pairs(f"{split}/grounding_pairs", here / "values.csv", measured.table, maps)
-    yield LoggedTable(f"{split}/grounding_classes", here / "classes.csv", _classes(measured))
+    yield LoggedTable(f"{split}/grounding_classes", here / "classes.csv", measured.classes)
 
 
 def show(folder: Path, rows: Sequence[Row], console: Console | None = None) -> None:
@@ -175,23 +175,6 @@ def _inputs_first(readings: Sequence[Reading]) -> Sequence[Reading]:
 def _named(reading: Reading) -> str:
     """Where it was read, for pictures."""
     return f"{layers_in_words(reading.options)} ({reading.layers})"
-
-
-def _classes(measured: GroundingPass) -> Any:
-    """A frame with a line for each class of the split, in the split's order, and columns for each reading."""
-    import pandas as pd
-
-    from lightning_xai.results.table import summary_table
-
-    assert measured.table is not None, "the first rank holds the table"
-    frame, parts = measured.table.frame, []
-    for reading in measured.readings:
-        own = frame[frame["method"] == reading.label]
-        classes = summary_table(own, SPEC.scores, ["label"]).set_index("label").reindex(measured.label_names)
-        counts = [column for column in classes.columns if column == "targets" or column.startswith("excluded_")]
-        classes[counts] = classes[counts].fillna(0).astype("int64")
-        parts.append(classes.assign(layers=reading.layers).add_suffix(reading.suffix))
-    return pd.concat(parts, axis="columns").rename_axis("label").reset_index()
 
 
 def _folder_name(row: Row) -> str:

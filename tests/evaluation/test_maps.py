@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import encoder_from
 from evaluation_batches import evaluation_batch
+from photo_shards import write_captioned_photo_shards
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_xai.attribution import (
     AttributionMethod,
@@ -21,13 +26,20 @@ from lightning_xai.attribution import (
     SimilarityGradCAM,
 )
 from lightning_xai.data.batch import Batch
+from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.data.phrases import Phrases
-from lightning_xai.evaluation.rows import BatchMaps, MethodMaps, Wanted, maps_of
+from lightning_xai.evaluation.rows import BatchMaps, BatchRows, MethodMaps, Wanted, maps_of, measure_batch
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.metrics.registry import choose_metric
 from lightning_xai.models import DualEncoder
 
 MakeEncoder = Callable[..., DualEncoder]
 ENCODERS = pytest.mark.parametrize("name", ["vit", "resnet"])
+DEEP = {  # as many blocks and tokens as ViT-B-32 has
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 64, "head_width": 16, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 40, "heads": 4, "layers": 12},
+}
 CASES = pytest.mark.parametrize(
     ("name", "batch_size", "captions"),
     [("vit", 2, True), ("vit", 64, False), ("resnet", 2, False), ("resnet", 64, True)],
@@ -239,6 +251,78 @@ def test_what_passed_before_the_batch_is_forgotten_and_batches_follow_each_other
         found = made(maps, current, wanted)
         assert sizes["image"] in ([1], [])  # the reference, once
         assert_spans_agree(found, method, current, wanted)
+
+
+def test_the_phrases_of_five_captions_an_image_cost_a_seventh_of_the_forward_pass_at_most(tmp_path: Path) -> None:
+    write_captioned_photo_shards(tmp_path / "photos", 20)
+    encoder = encoder_from(DEEP, tmp_path, torch.float32)
+    data = ShardDataModule(val=tmp_path / "photos", eval_batch_size=20, num_workers=0)
+    data.bind(encoder.image_transform, encoder.tokenizer)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    assert isinstance(batch, Batch)
+    metric = choose_metric("grounding", {})
+
+    def flops(run: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return int(counter.get_total_flops())
+
+    def measured(maps: MethodMaps) -> BatchRows:
+        with maps.forward_pass():
+            forward(encoder, batch.images, batch.tokens)
+        return measure_batch(batch, maps, [metric])
+
+    plain = flops(lambda: forward(encoder, batch.images, batch.tokens))
+    maps = maps_of(FeaturePairAttribution(encoder), 128)
+    assert len(measured(maps).phrases) >= 4 * len(batch.images)  # and the references, once in all
+    assert plain < flops(lambda: measured(maps)) < 1.15 * plain
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_spans_of_one_image_are_asked_about_together_where_they_fit(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    method, wanted = FeaturePairAttribution(encoder, steps=2), everything(batch, captions=False)
+    asked: list[list[int]] = []
+    plain = method.span_maps_of
+
+    def recorded(states: Any, images: Tensor, *rest: Any) -> Tensor:
+        asked.append(images.tolist())
+        return plain(states, images, *rest)
+
+    monkeypatch.setattr(method, "span_maps_of", recorded)
+    made(maps_of(method, size), batch, replace(wanted, negatives=wanted.negatives[:0]))
+    of_image = Counter(batch.phrases.image_row[wanted.phrases].tolist())
+    assert Counter(image for images in asked for image in images) == of_image
+    assert max(of_image.values()) == 3
+    assert max(map(len, asked)) == min(size, len(wanted.phrases))
+    for image, count in of_image.items():
+        assert sum(image in images for images in asked) == (1 if size >= count else count)
+
+
+def test_words_of_a_caption_are_mapped_from_the_batchs_own_pass_and_those_after_its_end_are_zero(
+    make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, batch = encoder_and_batch(make_encoder, "vit")
+    method = FeaturePairAttribution(encoder, steps=2)
+    long = " ".join(["a red dog on a mat"] * encoder.tokenizer.context_length)
+    batch = replace(batch, tokens=torch.cat([batch.tokens[:-1], encoder.tokenizer.encode([long])]))
+    maps, image, caption = maps_of(method, 64), 1, len(batch.tokens) - 1
+    states = made(maps, batch, everything(batch, captions=False)).states
+    sizes = stems_run(method, monkeypatch)
+    found = maps.word_maps(states, image, caption, long)
+    assert sizes == {"image": [], "text": []}
+    assert found is not None
+    seen = int(found.flatten(1).any(dim=1).sum())
+    assert 0 < seen < len(found) == len(long.split())
+    assert not found[seen:].any()
+    for word in (0, 2, seen - 1):
+        span = torch.zeros(1, batch.tokens.shape[1], dtype=torch.bool)
+        span[0, 1 + word] = True  # each word is a token, the first of which starts the caption
+        alone = method.span_map(batch.images[[image]], batch.tokens[[caption]], span)[0]
+        torch.testing.assert_close(found[word].double(), alone, rtol=1e-5, atol=1e-8)
 
 
 def hooks_in(module: nn.Module) -> int:

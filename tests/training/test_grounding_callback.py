@@ -282,8 +282,9 @@ def test_each_batch_runs_through_the_towers_once_and_the_references_once_in_all(
     captions: list[int] = []
     model.visual.conv1.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
     model.token_embedding.register_forward_pre_hook(lambda _, inputs: captions.append(len(inputs[0])))
-    callback = GroundingCallback(examples=0, input_phrases=0)
+    callback = GroundingCallback(examples=4, input_phrases=0)
     trainer_in(tmp_path, callback).validate(task, data_of(world), verbose=False)
+    assert len(list((tmp_path / "grounding").rglob("progress-validate.png"))) == 1
     # 13 images in batches of 5, and the reference; towers are compared with a model that got hooks, two passes more.
     assert Counter(images) == Counter([5, 5, 3]) + Counter([1]) + Counter([1, 1])
     each = len(samples_of(world / "val")[0].captions)
