@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 from lightning_xai.models.image_transform import ImageTransform
 
 __all__ = ["ProcessorTransform"]
