@@ -30,11 +30,12 @@ def write_photo_shards(folder: Path, images: int, seed: int = 0) -> Manifest:
 
     The images are smooth structures under the grain of a camera, so that decoding them costs what a photograph costs.
     """
-    samples = _photos(images, seed)
+    samples = draw_photos(images, seed)
     return write_shards(samples, folder, name="photos", excluded=Counter(), progress=False)
 
 
-def _photos(images: int, seed: int) -> Iterator[Sample]:
+def draw_photos(images: int, seed: int) -> Iterator[Sample]:
+    """Draw the samples of `write_photo_shards`."""
     chance = random.Random(seed)
     files = [_jpeg(np.random.default_rng((seed, variant))) for variant in range(min(images, _VARIANTS))]
     lengths = list(CAPTION_TOKENS)
