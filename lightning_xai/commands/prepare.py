@@ -68,6 +68,7 @@ def _command(name: str) -> Callable[..., None]:
     ) -> None:
         from lightning_xai.data.shards import describe, write_shards
 
+        photo_size = _photo_size(short_side, jpeg_quality)
         split, excluded = options.get("split"), Counter[str]()
         manifest = write_shards(
             _checked(read(**options, excluded=excluded), name),
@@ -76,7 +77,7 @@ def _command(name: str) -> Callable[..., None]:
             samples_per_shard=samples_per_shard,
             excluded=excluded,
             overwrite=overwrite,
-            photo_size=_photo_size(short_side, jpeg_quality),
+            photo_size=photo_size,
         )
         print(describe(manifest))  # noqa: T201 - the summary is the command's output
 

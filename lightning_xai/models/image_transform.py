@@ -39,8 +39,8 @@ class ImageTransform:
             into the target, the rest is filled), `"letterbox"` (likewise, filled with the mean colour, which is zero
             after normalisation; open_clip lacks it) or `"squash"` (the aspect ratio is given up).
         fill_color: value 0 to 255, or one for each channel, of what `"longest"` fills.
-        resizer: `"pillow"`, as open_clip, or `"torch"`, which takes a third of the time: about one value in 400 differs
-            by one grey level of 255, very few by two.
+        resizer: `"pillow"`, as open_clip, or `"torch"`, which takes a third of the time: of a photo's values about one
+            in 300 differs by one grey level of 255, very few by two.
 
     Raises:
         ValueError: an option that open_clip does not have.
