@@ -20,7 +20,7 @@ _COMMON_HELP = """\
     overwrite: replace a folder of shards that is there already.
     short_side: store photos resized, so that their shorter side has so many pixels (288 for models of 224), and boxes
         and masks along. Smaller photos stay as they are. By default files go in as they are.
-    jpeg_quality: of photos that are resized, 1 to 100 (default: 95).
+    jpeg_quality: of photos that are resized, 1 to 100 (default: 90).
 """
 
 

@@ -20,7 +20,7 @@ from lightning_xai.data.sample import RecordError, Region, Sample, decode_image,
 
 __all__ = ["JPEG_QUALITY", "PhotoSize", "shrink", "shrink_all"]
 
-JPEG_QUALITY = 95
+JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PhotoSize:
 
     Attributes:
         short_side: pixels of a photo's shorter side, at most. Photos are only ever made smaller.
-        jpeg_quality: 1 to 100, of the JPEG files that resized photos become, with colour at half the resolution.
+        jpeg_quality: 1 to 100, of the JPEG files that resized photos become; their colour keeps its resolution.
 
     Raises:
         ValueError: an option outside its range.
@@ -68,8 +68,9 @@ def shrink(sample: Sample, photo_size: PhotoSize) -> Sample:
         return sample
     resized = decode_image(sample).resize(size, Image.Resampling.BICUBIC)
     file = io.BytesIO()
-    # Half the resolution for colour, as cameras store it, decodes a quarter faster; better tables cost readers nothing.
-    resized.save(file, "JPEG", quality=photo_size.jpeg_quality, subsampling="4:2:0", optimize=True)
+    # Colour at half the resolution decodes faster, but took a trained model's embeddings of shapes from a cosine of
+    # 0.998 with the original's to 0.949.
+    resized.save(file, "JPEG", quality=photo_size.jpeg_quality, subsampling="4:4:4", optimize=True)
     regions = tuple(_shrink_region(region, sample.size, size) for region in sample.regions)
     return replace(sample, image=file.getvalue(), size=size, regions=regions)
 
