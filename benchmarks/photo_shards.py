@@ -37,7 +37,7 @@ def write_photo_shards(folder: Path, images: int, seed: int = 0) -> Manifest:
 
     The images are smooth structures under the grain of a camera, so that decoding them costs what a photograph costs.
     """
-    samples = _photos(images, seed)
+    samples = draw_photos(images, seed)
     return write_shards(samples, folder, name="photos", excluded=Counter(), progress=False)
 
 
@@ -49,7 +49,7 @@ def write_captioned_photo_shards(folder: Path, images: int, seed: int = 0) -> Ma
 
 def _captioned_photos(images: int, seed: int) -> Iterator[Sample]:
     chance = random.Random(seed)
-    for sample in _photos(images, seed):
+    for sample in draw_photos(images, seed):
         (phrases,) = chance.choices(list(PHRASES), cum_weights=list(accumulate(PHRASES.values())))
         captions, regions = [], []
         for number in range(CAPTIONS):
@@ -70,7 +70,8 @@ def _words(chance: random.Random) -> int:
     return tokens - 2
 
 
-def _photos(images: int, seed: int) -> Iterator[Sample]:
+def draw_photos(images: int, seed: int) -> Iterator[Sample]:
+    """Draw the samples of `write_photo_shards`."""
     chance = random.Random(seed)
     files = [_jpeg(np.random.default_rng((seed, variant))) for variant in range(min(images, _VARIANTS))]
     for number in range(images):

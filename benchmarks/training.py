@@ -4,6 +4,7 @@
     python benchmarks/training.py --threads 1     # where a core is left for the worker, as beside a GPU
     python benchmarks/training.py --train DIR     # on prepared shards, instead of synthetic photographs
     python benchmarks/training.py --device cuda   # ViT-B-16 in bf16-mixed, 256 pairs a step, with FLOP utilisation
+    python benchmarks/training.py --peer DIR      # against open_clip's own training command, see below
 
 Random weights. All contestants train the same model on the same batches with the same optimizer, schedule and bound on
 the logit scale (a test shows that they end with the same model). Each round runs every one of them for some steps,
@@ -14,6 +15,11 @@ process that trains, workers not counted, is less so. The plain loops differ in 
 * batches that lie in memory, text cut at the batch's last end-of-text token: what the model itself costs;
 * the batches of the same DataLoader with as many workers: on a CPU, decoding takes from the cores that train;
 * batches that lie in memory, text at its full 77 tokens, as open_clip's own training runs it.
+
+`--peer DIR` times `fit` against `python -m open_clip_train.main` in place of these, on the same shards with a loader
+each, as many workers, and AdamW. DIR holds the webdataset that it needs: `pip install --no-deps --target DIR
+webdataset==0.2.86`. It runs text at 77 tokens and crops photos at random (its workers' time, which is not the
+trainer's); its own log gives the time of a step.
 
 The data wait is the share of our own steps that the trainer waits for the next batch. On CUDA, model FLOP utilisation
 is the floating-point operations of one forward and backward pass (counted by torch.utils.flop_counter: matrix products,
@@ -30,14 +36,15 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kept_table import keep
-from photo_shards import write_photo_shards
+from open_clip_training import OpenClipTraining, peer_options, write_shared_shards
+from photo_shards import draw_photos, write_photo_shards
 from scaling_formulas import GPUS
 
 WARM = 3  # steps before the clock starts: a worker is two batches ahead, which would hide how fast it is
@@ -47,6 +54,7 @@ OURS, PLAIN, LOADED, PADDED = (
     "plain loop, batches of the same DataLoader",
     "plain loop, batches in memory, text of 77 tokens",
 )
+FUSED, PEER = "lightning_xai, with `fused: true`", "open_clip's own command, `open_clip_train`"
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Setting:
     batch_size: int
     workers: int
     steps: int
+    peer: Path | None = None
     learning_rates: tuple[float, float] = (1e-7, 1e-5)
     warm: int = WARM
 
@@ -208,6 +217,8 @@ class Contest:
             LOADED: lambda: self._plain(self._loader(), self.encoder.encode_text),
             PADDED: lambda: self._plain(self.batches, self.encoder.model.encode_text),
         }
+        if setting.peer is not None:
+            self.runs = {OURS: self._fit, FUSED: lambda: self._fit(fused=True), PEER: self._peer}
 
     def _loader(self) -> Iterable[Any]:
         """The batches of epoch 0, the very ones that a fit begins with."""
@@ -216,7 +227,19 @@ class Contest:
         data.setup("fit")
         return islice(data.train_dataloader(), self.setting.total)
 
-    def _fit(self) -> Spent:
+    def _peer(self) -> Spent:
+        import torch
+
+        setting = self.setting
+        assert setting.peer is not None
+        options = peer_options(
+            setting.model, setting.device, setting.precision, setting.batch_size, setting.workers, setting.total
+        )
+        command = OpenClipTraining(setting.train, setting.peer, options)
+        return Spent(*command.run(setting.folder, torch.get_num_threads(), WARM))
+
+    def _fit(self, fused: bool = False) -> Spent:
+        self.module.fused = fused
         self.ours.append(fit(self.module, self.setting))
         return self.ours[-1].spent
 
@@ -344,8 +367,18 @@ def measure(setting: Setting, rounds: int, peak: float | None) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print, and keep the table under benchmarks/results."""
+def read_some(folder: Path, count: int) -> Iterator[Any]:
+    """The first samples of prepared shards."""
+    from lightning_xai.data import Manifest
+    from lightning_xai.data.shard_reader import read_samples
+
+    manifest = Manifest.load(folder)
+    for _, sample in read_samples(folder, manifest, range(len(manifest.shards)), 0, min(count, manifest.samples)):
+        yield sample
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", help="an open_clip name or a model config; ViT-B-32, on CUDA ViT-B-16")
@@ -359,37 +392,62 @@ def main() -> None:
     parser.add_argument(
         "--peak-tflops", type=float, help="the device's dense peak; by default as benchmarks/scaling.py"
     )
+    parser.add_argument(
+        "--peer", type=Path, help="a folder with webdataset 0.2.86; runs open_clip's own command in turn"
+    )
     options = parser.parse_args()
+    options.cuda = options.device == "cuda"
+    options.steps = options.steps or (30 if options.cuda else 4)
+    options.batch_size = options.batch_size or (256 if options.cuda else 16)
+    options.workers = options.workers or (12 if options.cuda else 1)
+    return options
+
+
+def write_train(options: argparse.Namespace, folder: Path) -> Path:
+    """The folder of the shards to train on, which are written where they are not given."""
+    # More than a round takes, so that workers are as busy in its last step as in its first.
+    images = (WARM + options.steps + 4) * options.batch_size
+    train = folder / "train"
+    if options.peer is not None:
+        samples = draw_photos(images, 0) if options.train is None else read_some(options.train, images)
+        write_shared_shards(train, samples, -(-images // options.workers))
+    elif options.train is not None:
+        return options.train  # type: ignore[no-any-return]
+    else:
+        write_photo_shards(train, images)
+    return train
+
+
+def main() -> None:
+    """Measure, print, and keep the table under benchmarks/results."""
+    options = read_arguments()
     warnings.filterwarnings("ignore")
     import torch
 
-    cuda = options.device == "cuda"
+    cuda = options.cuda
     if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is there, so nothing was measured")
+        raise SystemExit("--device cuda: no CUDA device is there, so nothing was measured")
     if options.threads:
         torch.set_num_threads(options.threads)
-    steps = options.steps or (30 if cuda else 4)
-    batch_size = options.batch_size or (256 if cuda else 16)
     peak = 1e12 * options.peak_tflops if options.peak_tflops else None
     if cuda and peak is None:
         peak = peak_of(torch.cuda.get_device_name())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if options.train is None:
-            # More than a round takes, so that workers are as busy in its last step as in its first.
-            write_photo_shards(folder / "train", (WARM + steps + 4) * batch_size)
         setting = Setting(
             model=options.model or ("ViT-B-16" if cuda else "ViT-B-32"),
             device=options.device,
             precision=options.precision or ("bf16-mixed" if cuda else "32-true"),
-            train=options.train or folder / "train",
+            train=write_train(options, folder),
             folder=folder,
-            batch_size=batch_size,
-            workers=options.workers or (12 if cuda else 1),
-            steps=steps,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            steps=options.steps,
+            peer=options.peer,
         )
         measured = measure(setting, options.rounds, peak)
-    name = f"training-threads={options.threads}" if options.threads else "training"
+    name = "training" if options.peer is None else "training-peer"
+    name += f"-threads={options.threads}" if options.threads else ""
     keep(name, "Fine-tuning", options.device, measured, setting.model)
 
 

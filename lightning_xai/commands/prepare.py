@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_xai.data.photo_size import PhotoSize
     from lightning_xai.data.sample import Sample
 
 __all__ = ["SOURCES"]
@@ -17,6 +18,9 @@ _COMMON_HELP = """\
     out: folder to make.
     samples_per_shard: images in a shard.
     overwrite: replace a folder of shards that is there already.
+    short_side: store photos resized, so that their shorter side has so many pixels (288 for models of 224), and boxes
+        and masks along. Smaller photos stay as they are. By default files go in as they are.
+    jpeg_quality: of photos that are resized, 1 to 100 (default: 90).
 """
 
 
@@ -53,9 +57,18 @@ def _command(name: str) -> Callable[..., None]:
 
     read = sources.SOURCES[name]
 
-    def prepare(*, out: Path, samples_per_shard: int = 1000, overwrite: bool = False, **options: Any) -> None:
+    def prepare(
+        *,
+        out: Path,
+        samples_per_shard: int = 1000,
+        overwrite: bool = False,
+        short_side: int | None = None,
+        jpeg_quality: int | None = None,
+        **options: Any,
+    ) -> None:
         from lightning_xai.data.shards import describe, write_shards
 
+        photo_size = _photo_size(short_side, jpeg_quality)
         split, excluded = options.get("split"), Counter[str]()
         manifest = write_shards(
             _checked(read(**options, excluded=excluded), name),
@@ -64,6 +77,7 @@ def _command(name: str) -> Callable[..., None]:
             samples_per_shard=samples_per_shard,
             excluded=excluded,
             overwrite=overwrite,
+            photo_size=photo_size,
         )
         print(describe(manifest))  # noqa: T201 - the summary is the command's output
 
@@ -79,6 +93,16 @@ def _command(name: str) -> Callable[..., None]:
     prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     prepare.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return prepare
+
+
+def _photo_size(short_side: int | None, jpeg_quality: int | None) -> PhotoSize | None:
+    from lightning_xai.data.photo_size import JPEG_QUALITY, PhotoSize
+
+    if short_side is None:
+        if jpeg_quality is not None:
+            raise ValueError("jpeg_quality is of photos that are resized; give short_side, too")
+        return None
+    return PhotoSize(short_side, JPEG_QUALITY if jpeg_quality is None else jpeg_quality)
 
 
 def _checked(samples: Iterable[Sample], name: str) -> Iterator[Sample]:

@@ -91,6 +91,8 @@ def _verify(place: str, options: Verify, workers: int) -> tuple[int, int, str]:
             bar.advance(task, report.entry.samples)
     if not options.quick:
         verification.compare()
+    if manifest.photos is not None:
+        print(f"{store}: {manifest.photos}")  # noqa: T201 - this is what was asked
     counts = verification.counts
     wrong = ""
     if counts:

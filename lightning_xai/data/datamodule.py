@@ -34,7 +34,7 @@ from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ResizedPhotos, refuse_faults
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.data.verification import find_wrong_checksums
 from lightning_xai.results.record import settings_that_differ
@@ -256,11 +256,12 @@ class ShardDataModule(LightningDataModule):
         """Batches with one caption per image, in another order in each epoch.
 
         Raises:
-            ValueError: the split is not given, no model is known, or there is less than one batch for each rank.
+            ValueError: the split is not given, no model is known or it takes larger images than photos are stored as,
+                or there is less than one batch for each rank.
         """
         module = None if self.trainer is None else self.trainer.lightning_module
         collate = TrainingCollate(
-            *self._encoding(),
+            *self._encoding("train"),
             self.seed,
             self.captions_per_image,
             label_names=self.manifest("train").labels,
@@ -310,7 +311,7 @@ class ShardDataModule(LightningDataModule):
                 skipped = set(range(wanted[0], wanted[-1])) - set(wanted)
                 records += read_samples(store, manifest, [number], wanted[0], wanted[-1] + 1, skipped)
             begin += entry.samples
-        return EvaluationCollate(*self._encoding(), manifest.labels, self.captions_per_image)(records)
+        return EvaluationCollate(*self._encoding(split), manifest.labels, self.captions_per_image)(records)
 
     def find_missing(self, needs: BatchNeeds) -> str:
         """Return what training batches have to hold and the training data lack; see `lightning_xai.data.needs`."""
@@ -435,7 +436,7 @@ class ShardDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: str, passed: NDArray[np.bool_] | None = None) -> ShardLoader:
         labels = self.manifest(split).labels
-        collate = EvaluationCollate(*self._encoding(), labels, self.captions_per_image, self.swap_objects)
+        collate = EvaluationCollate(*self._encoding(split), labels, self.captions_per_image, self.swap_objects)
         rank, world_size = self._place()
         dataset = EvaluationDataset(
             *self._shards(split),
@@ -493,6 +494,8 @@ class ShardDataModule(LightningDataModule):
                 f"{split}: {manifest.samples:,} samples in {len(shards)} shards ({dataset.store}); {len(dataset):,} "
                 f"batches of {dataset.batch_size} on each of {world_size} ranks, {workers} workers each"
             )
+            if manifest.photos is not None:
+                line += f"; {manifest.photos}"
             if split == "train":
                 line += f"; {manifest.samples - read:,} samples sit out each epoch, others each time"
             rank_zero_info(line)
@@ -508,7 +511,20 @@ class ShardDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    def _encoding(self) -> tuple[Transform, CaptionTokenizer]:
+    def _encoding(self, split: str) -> tuple[Transform, CaptionTokenizer]:
+        """Transform and tokenizer for a split's photos.
+
+        Raises:
+            ValueError: no model is known, or it takes larger images than the photos are stored as.
+        """
+        transform, tokenizer = self._model_encoding()
+        photos = self.manifest(split).photos
+        if photos is None:
+            return transform, tokenizer
+        # Pixels that differ by a grey level are not what counts where photos were resized before.
+        return _fitting(transform, photos, f"{split}={self._store(split)}"), tokenizer
+
+    def _model_encoding(self) -> tuple[Transform, CaptionTokenizer]:
         if self._bound is not None:
             return self._bound
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -596,6 +612,18 @@ class ShapesDataModule(ShardDataModule):
             ShardError: `root` holds shards with other settings, corrupt ones, or something else.
         """
         prepare_shapes(self.root, self.train_samples, self.val_samples, self.data_seed)
+
+
+def _fitting(transform: Transform, photos: ResizedPhotos, where: str) -> Transform:
+    """The transform that reads resized photos; larger images than they are stored as are refused."""
+    side = photos.short_side
+    needed = round(side * max(transform.geometry((side, side)).scale))
+    if needed > side:
+        raise ValueError(
+            f"{where} holds photos resized to a short side of {side} pixels, and the model's images are resized to "
+            f"{needed}: prepare the data with --short_side {needed} or more, or without it"
+        )
+    return transform.with_resizer("torch")
 
 
 def _as_now(plan: dict[str, Any]) -> dict[str, Any]:

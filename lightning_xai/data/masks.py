@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Mask", "MaskError", "decode_mask", "encode_mask", "mask_runs"]
+__all__ = ["Mask", "MaskError", "decode_mask", "encode_mask", "mask_runs", "resize_mask"]
 
 _FIRST, _LAST = ord("0"), ord("0") + 63
 _VALUE, _SIGN, _MORE = 0x1F, 0x10, 0x20  # of a character's six bits
@@ -91,3 +91,14 @@ def decode_mask(mask: Mask) -> NDArray[np.bool_]:
     runs = mask_runs(mask)
     pixels: NDArray[np.bool_] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(mask.size[::-1]).T
     return pixels
+
+
+def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """The mask of an image that is resized to (height, width): each pixel takes the one under its centre.
+
+    Raises:
+        MaskError: see `mask_runs`.
+    """
+    # In whole numbers: a centre that falls between two pixels takes the one to the right or below.
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.size, strict=True))
+    return encode_mask(decode_mask(mask)[np.ix_(rows, columns)])

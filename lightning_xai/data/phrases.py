@@ -17,6 +17,7 @@ from lightning_xai.data.masks import Mask
 from lightning_xai.data.sample import HardNegative, Region, Sample, Span
 from lightning_xai.data.spans import CaptionTokenizer, SpanAlignmentError, SpanCutOffError
 from lightning_xai.exclusion import Exclusion
+from lightning_xai.photo import PhotoGeometry
 
 _T = TypeVar("_T", bound="TensorFields")
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
@@ -37,6 +38,12 @@ class Transform(Protocol):
 
     def mask(self, mask: Mask) -> Tensor:
         """A mask as `[height, width]` bool of the transformed image; a `MaskError` where it does not decode."""
+
+    def geometry(self, size: tuple[int, int]) -> PhotoGeometry:
+        """Where the transformed image lies on an image of (width, height) pixels."""
+
+    def with_resizer(self, resizer: str) -> Transform:
+        """The same transform, which resizes with `"pillow"` or `"torch"`."""
 
 
 @dataclass

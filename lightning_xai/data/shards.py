@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -28,7 +28,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from webdataset.writer import TarWriter
 
-from lightning_xai.data.excluded import BROKEN_RECORD, MISSING_SHARD, WRONG_SIZE, Fault
+from lightning_xai.data.excluded import MISSING_SHARD, WRONG_SIZE, Fault
+from lightning_xai.data.photo_size import PhotoSize, shrink_all
 from lightning_xai.data.sample import RecordError, Sample, encode_sample, is_text, parse_json
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
 
@@ -83,6 +84,25 @@ class ShardEntry:
             )
 
 
+@dataclass(frozen=True)
+class ResizedPhotos:
+    """The photos of a set that was prepared with a short side.
+
+    Attributes:
+        short_side: pixels of the shorter side of every photo but the smaller ones.
+        jpeg_quality: of the JPEG files that the resized ones are.
+        smaller: photos whose shorter side is below it; they are stored as the source has them.
+    """
+
+    short_side: Annotated[int, msgspec.Meta(ge=1)]
+    jpeg_quality: Annotated[int, msgspec.Meta(ge=1, le=100)]
+    smaller: _Count = 0
+
+    def __str__(self) -> str:
+        kept = f"; {self.smaller:,} smaller ones as they were" if self.smaller else ""
+        return f"photos resized to a short side of {self.short_side} pixels, JPEG quality {self.jpeg_quality}{kept}"
+
+
 class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     """The content of a folder of shards.
 
@@ -93,6 +113,7 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
         excluded: reason -> records of the source that were not written.
         captions: number of captions over all samples.
         masks: number of regions with a mask over all samples.
+        photos: how photos were resized; None: they are as the source has them.
         version: version of the manifest's own schema.
 
     Raises:
@@ -105,6 +126,7 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     excluded: Mapping[str, _Count]
     captions: _Count
     masks: _Count = 0
+    photos: ResizedPhotos | None = None
     version: int = MANIFEST_VERSION
 
     def __post_init__(self) -> None:
@@ -172,8 +194,10 @@ class Manifest(msgspec.Struct, frozen=True, rename={"excluded": _EXCLUDED_KEY}):
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json`; the same manifest gives the same bytes."""
         record = msgspec.to_builtins(self) | {"samples": self.samples}
-        if not self.masks:
-            del record["masks"]  # so that shards without them keep their manifest's bytes
+        # Shards without masks and resized photos keep their manifest's bytes.
+        for name in ("masks", "photos"):
+            if not record[name]:
+                del record[name]
         text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -231,6 +255,8 @@ def describe(manifest: Manifest) -> str:
         ("shards", f"{len(manifest.shards):,}"),
     ]
     lines = [manifest.name, *(f"  {title:<8}{value:>11}" for title, value in rows), f"  {'bytes':<8}{size:>12}"]
+    if manifest.photos is not None:
+        lines.append(f"  {manifest.photos}")
     lines.append(f"  {'excluded':<8}{sum(manifest.excluded.values()):>11,}")
     width = max(map(len, manifest.excluded), default=0)
     ranked = sorted(manifest.excluded.items(), key=lambda item: (-item[1], item[0]))
@@ -238,7 +264,7 @@ def describe(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def write_shards(
+def write_shards(  # noqa: PLR0913 - what `prepare` and its sources decide
     samples: Iterable[Sample],
     out: Path,
     *,
@@ -248,6 +274,7 @@ def write_shards(
     progress: bool = True,
     overwrite: bool = False,
     total: int | None = None,
+    photo_size: PhotoSize | None = None,
 ) -> Manifest:
     """Write samples as shards and a manifest into the folder `out`, all or nothing.
 
@@ -255,15 +282,17 @@ def write_shards(
     leaves no half-made `out`.
 
     Args:
-        samples: the data set in its order; one sample is held at a time.
+        samples: the data set in its order; one sample is held at a time, or with `photo_size` a few for each core.
         out: folder to make; missing parents are made as well.
         name: the data set and split, for people.
         samples_per_shard: size of all shards but the last.
         excluded: reason -> count, filled by the source while it is iterated. A sample that breaks the contract (a
-            `RecordError` of `encode_sample`) is added to it as `"broken record"` and logged, and the rest goes on.
+            `RecordError` of `encode_sample`) is added to it as `"broken record"` and logged, and the rest goes on; so
+            is, as `"corrupt image"`, a photo that cannot be decoded to be resized.
         progress: show a progress bar on stderr.
         overwrite: replace a folder that already holds shards. Any other folder that is not empty is never touched.
         total: expected number of samples, for the progress bar's remaining time.
+        photo_size: make photos smaller, see `lightning_xai.data.photo_size`; None: their files go in as they are.
 
     Raises:
         ShardsExistError: `out` is there and not empty.
@@ -277,14 +306,12 @@ def write_shards(
     excluded = Counter() if excluded is None else excluded
     unfinished = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
     unfinished.mkdir(parents=True)
-    captions: dict[str, int] = {}
-    labels: set[str] = set()
-    masks: Counter[str] = Counter()
+    content = _Content()
     shards: list[ShardEntry] = []
     try:
         with progress_bar(progress) as bar:
             tracked = bar.track(samples, total=total, description=escape(name))
-            records = _encoded(tracked, excluded, captions, labels, masks)
+            records = _encoded(tracked if photo_size is None else shrink_all(tracked, photo_size), excluded, content)
             for first in records:
                 group = chain([first], islice(records, samples_per_shard - 1))
                 shards.append(_write_shard(unfinished / f"shard-{len(shards):06d}.tar", group))
@@ -293,10 +320,11 @@ def write_shards(
         manifest = Manifest(
             name=name,
             shards=tuple(shards),
-            labels=tuple(sorted(labels)),
+            labels=tuple(sorted(content.labels)),
             excluded={reason: count for reason, count in sorted(excluded.items()) if count},
-            captions=sum(captions.values()),
-            masks=masks.total(),
+            captions=content.captions,
+            masks=content.masks,
+            photos=content.resized(photo_size),
         )
         manifest.save(unfinished)
         _publish(unfinished, out, overwrite)
@@ -328,34 +356,51 @@ def _write_shard(path: Path, records: Iterable[tuple[str, Mapping[str, bytes]]])
         return ShardEntry(path.name, samples, size, hash_rest(file))
 
 
-def _encoded(
-    samples: Iterable[Sample],
-    excluded: Counter[str],
-    captions: dict[str, int],
-    labels: set[str],
-    masks: Counter[str],
-) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-    """Key and members of each sample that keeps the contract; the others are counted, and the first logged.
+@dataclass
+class _Content:
+    """Sums over the samples that were written."""
 
-    `captions` takes the number of captions by key, `labels` those of the regions, `masks` how many regions of a label
-    have one.
-    """
+    keys: set[str] = field(default_factory=set)
+    captions: int = 0
+    labels: set[str] = field(default_factory=set)
+    masks: int = 0
+    short_sides: Counter[int] = field(default_factory=Counter)
+
+    def add(self, sample: Sample) -> None:
+        self.keys.add(sample.key)
+        self.captions += len(sample.captions)
+        self.labels.update(region.label for region in sample.regions)
+        self.masks += sum(region.mask is not None for region in sample.regions)
+        self.short_sides[min(sample.size)] += 1
+
+    def resized(self, photo_size: PhotoSize | None) -> ResizedPhotos | None:
+        if photo_size is None:
+            return None
+        smaller = sum(count for side, count in self.short_sides.items() if side < photo_size.short_side)
+        return ResizedPhotos(photo_size.short_side, photo_size.jpeg_quality, smaller)
+
+
+def _encoded(
+    samples: Iterable[Sample | RecordError], excluded: Counter[str], content: _Content
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """Key and members of each sample that keeps the contract; the others are counted, and the first logged."""
+    logged = 0
     for sample in samples:
         try:
+            if isinstance(sample, RecordError):
+                raise sample
             members = encode_sample(sample)
         except RecordError as error:
-            excluded[BROKEN_RECORD] += 1
-            if excluded[BROKEN_RECORD] <= _LOGGED_RECORDS:
+            excluded[error.kind] += 1
+            if (logged := logged + 1) <= _LOGGED_RECORDS:
                 _log.warning("excluded: %s", error)
             continue
-        if sample.key in captions:
+        if sample.key in content.keys:
             raise ShardError(
                 f"key {sample.key!r} comes twice (now from {sample.source or 'an unnamed source'}); keys have to "
                 "be unique in a data set: remove the duplicate from the source or make its keys distinct"
             )
-        captions[sample.key] = len(sample.captions)
-        labels.update(region.label for region in sample.regions)
-        masks.update(region.label for region in sample.regions if region.mask is not None)
+        content.add(sample)
         yield sample.key, members
 
 

@@ -45,6 +45,7 @@ class ShardReport:
         faults: what is wrong, and how often; lost records are one fault.
         captions: of its usable samples.
         labels: of its usable samples' regions.
+        short_sides: pixels of the shorter side of its usable photos -> how many.
         keys: hashes of the keys of all its records, in order, [N] bytes.
     """
 
@@ -52,6 +53,7 @@ class ShardReport:
     faults: list[tuple[Fault, int]] = field(default_factory=list)
     captions: int = 0
     labels: set[str] = field(default_factory=set)
+    short_sides: Counter[int] = field(default_factory=Counter)
     keys: NDArray[np.bytes_] = field(default_factory=lambda: np.empty(0, dtype=f"S{_KEY_BYTES}"))
 
 
@@ -74,6 +76,7 @@ class Verification:
         self._manifest = manifest
         self._captions = 0
         self._labels: set[str] = set()
+        self._short_sides: Counter[int] = Counter()
         self._keys: list[NDArray[np.bytes_]] = []
 
     def add(self, report: ShardReport) -> None:
@@ -82,6 +85,7 @@ class Verification:
             self._note(report.entry.name, fault.kind, fault.message, count)
         self._captions += report.captions
         self._labels |= report.labels
+        self._short_sides += report.short_sides
         self._keys.append(report.keys)
 
     def compare(self) -> None:
@@ -95,10 +99,21 @@ class Verification:
         for name, stated, found in (
             ("captions", self._manifest.captions, self._captions),
             ("labels", self._manifest.labels, tuple(sorted(self._labels))),
+            *self._photo_counts(),
         ):
             if stated != found:
                 message = f"{MANIFEST_NAME} says {name}: {stated}, the shards hold {found}"
                 self._note(MANIFEST_NAME, WRONG_COUNT, message)
+
+    def _photo_counts(self) -> Iterator[tuple[str, int, int]]:
+        photos, sides = self._manifest.photos, self._short_sides
+        if photos is not None:
+            smaller, larger = (
+                sum(count for side, count in sides.items() if sign * side > sign * photos.short_side)
+                for sign in (-1, 1)
+            )
+            yield f"photos with a short side below {photos.short_side} pixels", photos.smaller, smaller
+            yield f"photos with a short side above {photos.short_side} pixels", 0, larger
 
     def _note(self, shard: str, kind: str, message: str, count: int = 1) -> None:
         self.counts[shard, kind] += count
@@ -191,6 +206,7 @@ def _look_at(item: Sample | RecordError, report: ShardReport) -> None:
     else:
         report.captions += len(item.captions)
         report.labels.update(region.label for region in item.regions)
+        report.short_sides[min(item.size)] += 1
 
 
 def _find_wrong_checksum(store: ShardStore, entry: ShardEntry) -> Fault | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
+from typing_extensions import Self
 
 from lightning_xai.data.masks import Mask, decode_mask
 from lightning_xai.data.sample import RecordError
@@ -21,6 +23,7 @@ __all__ = ["ImageTransform"]
 
 RESIZE_MODES = ("shortest", "longest", "letterbox", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
+RESIZERS = ("pillow", "torch")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class ImageTransform:
             into the target, the rest is filled), `"letterbox"` (likewise, filled with the mean colour, which is zero
             after normalisation; open_clip lacks it) or `"squash"` (the aspect ratio is given up).
         fill_color: value 0 to 255, or one for each channel, of what `"longest"` fills.
+        resizer: `"pillow"`, as open_clip, or `"torch"`, which takes a third of the time: of a photo's values about one
+            in 300 differs by one grey level of 255, very few by two.
 
     Raises:
         ValueError: an option that open_clip does not have.
@@ -52,7 +57,7 @@ class ImageTransform:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int | tuple[int, ...] = 0
-    _pixels: Callable[[Image.Image], Tensor] = field(init=False, repr=False, compare=False)
+    resizer: str = "pillow"
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 1:
@@ -61,15 +66,8 @@ class ImageTransform:
             raise ValueError(f"resize_mode has to be one of {RESIZE_MODES}; got {self.resize_mode!r}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation has to be one of {INTERPOLATIONS}; got {self.interpolation!r}")
-        config = PreprocessCfg(
-            size=self.size,
-            mean=self.mean,
-            std=self.std,
-            interpolation=self.interpolation,
-            resize_mode="longest" if self.resize_mode == "letterbox" else self.resize_mode,
-            fill_color=self.fill_color,
-        )
-        object.__setattr__(self, "_pixels", image_transform_v2(config, is_train=False))
+        if self.resizer not in RESIZERS:
+            raise ValueError(f"resizer has to be one of {RESIZERS}; got {self.resizer!r}")
 
     @classmethod
     def from_open_clip(cls, model: Any) -> ImageTransform:
@@ -102,21 +100,54 @@ class ImageTransform:
         Raises:
             RecordError: the image is so thin that nothing of it is left after resizing.
         """
-        if min(self._resized(image.size)) < 1:
+        width, height = self._resized(image.size)
+        if min(width, height) < 1:
             raise RecordError(
                 f"an image of {image.size} pixels is too thin to be resized to {self.size}; drop the record"
             )
-        return self._letterbox(image) if self.resize_mode == "letterbox" else self._pixels(image)
+        resized, left, top = self._seen(image, width, height)
+        pixels = self._normalize(resized)
+        if pixels.shape[1:] == self.size:
+            return pixels
+        filled = self._filling().repeat(1, *self.size)
+        filled[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
+        return filled
 
-    def _letterbox(self, image: Image.Image) -> Tensor:
-        width, height = self._resized(image.size)
-        resampling = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
-        resized = torch.from_numpy(np.array(image.resize((width, height), resampling))).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        pixels = torch.zeros(3, *self.size)
+    def with_resizer(self, resizer: str) -> Self:
+        """The same transform with another `resizer`."""
+        return replace(self, resizer=resizer)
+
+    def _seen(self, image: Image.Image, width: int, height: int) -> tuple[Tensor, int, int]:
+        """The part of the resized image that the target shows, [3, h, w] uint8, and where its corner (x, y) lies."""
         left, top = self._offset(width, self.size[1]), self._offset(height, self.size[0])
-        pixels[:, top : top + height, left : left + width] = (resized - mean) / std
-        return pixels
+        x0, y0 = max(-left, 0), max(-top, 0)
+        x1, y1 = min(x0 + self.size[1], width), min(y0 + self.size[0], height)
+        kernel = self._kernel()
+        if self.resizer == "torch":
+            resized = interpolate(_planes(image)[None], size=(height, width), mode=kernel, antialias=True)[0]
+            seen = resized[:, y0:y1, x0:x1]
+        else:
+            resampling = Image.Resampling.BILINEAR if kernel == "bilinear" else Image.Resampling.BICUBIC
+            seen = _planes(image.resize((width, height), resampling).crop((x0, y0, x1, y1)))
+        return seen, max(left, 0), max(top, 0)
+
+    def _kernel(self) -> str:
+        """What an image is resized with, `"bicubic"` or `"bilinear"`."""
+        # open_clip forgets the interpolation where it covers a target that is not square.
+        forgotten = self.resize_mode == "shortest" and self.size[0] != self.size[1]
+        return "bilinear" if self.interpolation == "bilinear" and not forgotten else "bicubic"
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        """[3, h, w] of grey levels 0 to 255 as float32, in torchvision's order of operations."""
+        scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return scaled.sub_(mean).div_(std)
+
+    def _filling(self) -> Tensor:
+        """[3, 1, 1] float32, of what lies around the photo: normalised."""
+        if self.resize_mode == "letterbox":
+            return torch.zeros(3, 1, 1)
+        return self._normalize(torch.tensor(self.fill_color).expand(3)[:, None, None])
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Transform boxes as the pixels.
@@ -200,6 +231,12 @@ class ImageTransform:
         if resized < target:
             return (target - resized) // 2
         return -round((resized - target) / 2.0)
+
+
+def _planes(image: Image.Image) -> Tensor:
+    """The grey levels [3, h, w] uint8 of an image, channels last in memory."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _three(values: Any) -> tuple[float, ...]:

@@ -6,11 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from lightning_xai.models.image_transform import ImageTransform
 
 __all__ = ["ProcessorTransform"]
@@ -24,7 +19,8 @@ _KNOWN_SIZES: tuple[frozenset[str], ...] = (frozenset({"shortest_edge"}), frozen
 class ProcessorTransform(ImageTransform):
     """Resize and crop an image as an image processor of transformers does with Pillow, and carry boxes along.
 
-    Its Torchvision backend rounds differently where it resizes: single pixels differ by a few grey values of 255.
+    Pixels are the processor's own. Its Torchvision backend rounds differently where it resizes: single pixels differ by
+    a few grey values of 255.
 
     Attributes:
         resize_to: `(height, width)`, which gives the aspect ratio up, or the shorter edge's length, which keeps it.
@@ -86,19 +82,6 @@ class ProcessorTransform(ImageTransform):
             resize_to=(height, width) if settings.get("letterbox") else resize_to,
         )
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Transform an RGB image to `[3, height, width]`, normalised float32: the processor's own pixels."""
-        if self.resize_mode == "letterbox":
-            return self._letterbox(image)
-        width, height = self._resized(image.size)
-        resampling = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
-        resized = image.resize((width, height), resampling)
-        left, top = -self._offset(width, self.size[1]), -self._offset(height, self.size[0])
-        seen = resized.crop((left, top, left + self.size[1], top + self.size[0]))
-        pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (pixels - mean) / std
-
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) after resizing and before cropping, in transformers' integer arithmetic."""
         if self.resize_mode == "letterbox":
@@ -107,6 +90,9 @@ class ProcessorTransform(ImageTransform):
             return self.resize_to[1], self.resize_to[0]
         longer = int(self.resize_to * max(size) / min(size))
         return (self.resize_to, longer) if size[0] <= size[1] else (longer, self.resize_to)
+
+    def _kernel(self) -> str:
+        return self.interpolation
 
     @staticmethod
     def _offset(resized: int, target: int) -> int:

@@ -20,7 +20,7 @@ def test_streaming_and_skipping_are_measured_on_drawn_and_on_given_photos(
         assert f"kB ({name})" in table
         assert "| passed over, in an epoch of 96 samples |" in table
         rates = [float(rate.replace(",", "")) for rate in re.findall(r"\| ([\d,.]+) \|", table)]
-        assert len(rates) == 5
+        assert len(rates) == 6
         assert min(rates) > 0
     with pytest.raises(SystemExit, match=r"nothing: no \.jpg files there"):
         streaming.table(32, tmp_path / "nothing")

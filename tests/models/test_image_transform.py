@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from lightning_xai.data.sample import RecordError
 from lightning_xai.models.image_transform import ImageTransform, open_clip_preprocessing
+from lightning_xai.models.processor_transform import ProcessorTransform
 
 ZEROS = (0.0, 0.0, 0.0)
 ONES = (1.0, 1.0, 1.0)
@@ -91,6 +93,17 @@ def test_pixels_are_those_of_open_clip() -> None:
         assert torch.equal(ImageTransform(size=(48, 64), **options)(image), expected), options
 
 
+@pytest.mark.parametrize("transform", [ImageTransform((48, 64)), ProcessorTransform((48, 64), resize_to=70)])
+def test_the_faster_resizer_differs_by_single_grey_levels(transform: ImageTransform) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
+    for mode, size in product(("shortest", "longest", "letterbox", "squash"), ((141, 90), (90, 141), (40, 30))):
+        image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+        exact = replace(transform, resize_mode=mode, mean=ZEROS, std=(1 / 255,) * 3, fill_color=9)
+        difference = (exact.with_resizer("torch")(image) - exact(image)).abs()
+        assert difference.max() < 2.5
+        assert (difference > 0.5).float().mean() < 0.2  # with ratios whose halves are rounded otherwise
+
+
 def test_boxes_outside_the_crop_have_no_area() -> None:
     transform = ImageTransform(size=(100, 100))
     boxes = torch.tensor([[0, 0, 90, 100], [310, 0, 90, 100], [50, 0, 100, 200]])
@@ -143,6 +156,7 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"size": (0, 5)}, "size"),
     ({"size": (5, 5), "resize_mode": "crop"}, "shortest"),
     ({"size": (5, 5), "interpolation": "nearest"}, "bicubic"),
+    ({"size": (5, 5), "resizer": "opencv"}, "pillow"),
 ]
 
 

@@ -22,7 +22,7 @@ from lightning_xai.registry import Registry
 
 __all__ = ["SOURCES", "source_options"]
 
-RESERVED = ("out", "samples_per_shard", "overwrite")
+RESERVED = ("out", "samples_per_shard", "overwrite", "short_side", "jpeg_quality")
 """Options that `prepare` adds to those of every source."""
 
 
