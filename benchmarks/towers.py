@@ -157,6 +157,9 @@ def main() -> None:
         "|---" * len(heads) + "|",
         *rows(options.models, builds),
     ]
+    import torch
+
+    torch.set_num_threads(1)  # as each measurement; the table's head says so
     keep("towers", "Attribution by kind of tower", "cpu", "\n".join(lines))
 
 
