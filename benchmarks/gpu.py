@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --only fit resume             # these sections; what the file says of others stays
     python benchmarks/gpu.py --device cpu --small --out D  # tiny models: shows that it works, and claims nothing
 
-Random weights, but where it says otherwise. Each section runs in a process of its own and has a share of the time, and
+Weights are random unless a row says otherwise. Each section runs in a separate process and has a share of the time, and
 what those before it leave of theirs. One that fails, or is cut when its time is over, is reported with what it has
 measured until then, and the others go on. Results are written row by row: `gpu-DEVICE.jsonl`, and `gpu-DEVICE.md` as a
 table, so that nothing is lost when the script is stopped.
@@ -129,11 +129,11 @@ def markdown(rows: list[dict[str, Any]], small: bool) -> str:
         found = [row for row in rows if row["table"] == table]
         lines += ["", f"## {table}", "", *_table(found)]
         lines += ["", *dict.fromkeys(note for row in found if (note := row.get("note")))]
-    lines += ["", "## Sections", "", *_table([{"row": name, **_told(end)} for name, end in ends.items()])]
+    lines += ["", "## Sections", "", *_table([{"row": name, **_as_row(end)} for name, end in ends.items()])]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _told(end: dict[str, Any]) -> dict[str, Any]:
+def _as_row(end: dict[str, Any]) -> dict[str, Any]:
     return {"ended": end["status"], "seconds": round(end["seconds"], 1), "why": end["reason"]}
 
 
@@ -178,7 +178,7 @@ def run_sections(names: list[str], options: argparse.Namespace, rows: Path, page
 
 
 def keep_others(rows: Path, names: Iterable[str]) -> None:
-    """Begin a file of results, with the rows that it has of other sections than those that are measured anew."""
+    """Drop the rows of sections that are measured again from a file of results, which is made if it is missing."""
     kept = [row for row in read_rows(rows) if row["section"] not in set(names)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results; by default benchmarks/results")
     options = parser.parse_args()
     if options.device == "cpu" and not (options.small and options.out):
-        parser.error("--device cpu shows only that the script works: give --small, and --out for a folder of its own")
+        parser.error("--device cpu shows only that the script works: give --small, and --out FOLDER")
     out = options.out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     names = options.only or list(SECTIONS)

@@ -1,4 +1,4 @@
-"""The sections of benchmarks/gpu.py, which starts each in a process of its own: one measurement a row.
+"""The sections of benchmarks/gpu.py, which starts each in a separate process: one measurement a row.
 
     python benchmarks/gpu_sections.py NAME --device cuda --rows FILE.jsonl --work FOLDER
 
@@ -304,7 +304,7 @@ def _measure_tower(bench: Bench, name: str) -> None:
     expected = _numbers(method, images[:2], tokens[:2])
     seconds = time.perf_counter() - begin
     encoder, images, tokens = encoder.to(bench.device), images.to(bench.device), tokens.to(bench.device)
-    # Made anew: a method may keep what it has computed of the model where it was.
+    # A new one: a method may keep what it has computed of the model where it was.
     method = FeaturePairAttribution(encoder, preset=PRESETS[0])
     with bench.attempt("agreement with the CPU", name):
         found = _numbers(method, images[:2], tokens[:2])

@@ -236,7 +236,7 @@ class Contest:
             setting.model, setting.device, setting.precision, setting.batch_size, setting.workers, setting.total
         )
         command = OpenClipTraining(setting.train, setting.peer, options)
-        return Spent(*command.run(setting.folder, torch.get_num_threads(), WARM))
+        return Spent(*command.run(setting.folder, torch.get_num_threads(), setting.warm))
 
     def _fit(self, fused: bool = False) -> Spent:
         self.module.fused = fused

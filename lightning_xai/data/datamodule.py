@@ -34,7 +34,7 @@ from lightning_xai.data.sample import stable_hash
 from lightning_xai.data.shapes import TRAIN_SAMPLES, VAL_SAMPLES, prepare_shapes
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shard_store import LocalStore, ShardStore, open_store
-from lightning_xai.data.shards import MANIFEST_NAME, Manifest, ResizedPhotos, refuse_faults
+from lightning_xai.data.shards import MANIFEST_NAME, Manifest, refuse_faults
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.data.verification import find_wrong_checksums
 from lightning_xai.results.record import settings_that_differ
@@ -521,8 +521,9 @@ class ShardDataModule(LightningDataModule):
         photos = self.manifest(split).photos
         if photos is None:
             return transform, tokenizer
+        photos.check(transform, f"{split}={self._store(split)}")
         # Pixels that differ by a grey level are not what counts where photos were resized before.
-        return _fitting(transform, photos, f"{split}={self._store(split)}"), tokenizer
+        return transform.with_resizer("torch"), tokenizer
 
     def _model_encoding(self) -> tuple[Transform, CaptionTokenizer]:
         if self._bound is not None:
@@ -612,18 +613,6 @@ class ShapesDataModule(ShardDataModule):
             ShardError: `root` holds shards with other settings, corrupt ones, or something else.
         """
         prepare_shapes(self.root, self.train_samples, self.val_samples, self.data_seed)
-
-
-def _fitting(transform: Transform, photos: ResizedPhotos, where: str) -> Transform:
-    """The transform that reads resized photos; larger images than they are stored as are refused."""
-    side = photos.short_side
-    needed = round(side * max(transform.geometry((side, side)).scale))
-    if needed > side:
-        raise ValueError(
-            f"{where} holds photos resized to a short side of {side} pixels, and the model's images are resized to "
-            f"{needed}: prepare the data with --short_side {needed} or more, or without it"
-        )
-    return transform.with_resizer("torch")
 
 
 def _as_now(plan: dict[str, Any]) -> dict[str, Any]:

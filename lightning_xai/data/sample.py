@@ -42,6 +42,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_STATES_ORIENTATION = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # keys of an image's `info`
 _T = TypeVar("_T")
 # JSON can hold it (a lone surrogate), but no tokenizer and no other file takes it.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -273,7 +274,10 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and crashes on blocks with other faults.
     turn = UPRIGHT.get(exif_orientation(image))
-    image = image if turn is None else image.transpose(turn)
+    if turn is not None:
+        image = image.transpose(turn)
+        for name in _STATES_ORIENTATION:  # which would turn it once more where it is given to `upright` again
+            image.info.pop(name, None)
     if image.mode.startswith(("I", "F")):
         image = _of_8_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:

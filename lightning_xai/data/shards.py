@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Annotated, BinaryIO, TypeAlias
 
 import msgspec
 import numpy as np
@@ -32,6 +32,9 @@ from lightning_xai.data.excluded import MISSING_SHARD, WRONG_SIZE, Fault
 from lightning_xai.data.photo_size import PhotoSize, shrink_all
 from lightning_xai.data.sample import RecordError, Sample, encode_sample, is_text, parse_json
 from lightning_xai.data.shard_store import Place, ShardStore, open_store
+
+if TYPE_CHECKING:
+    from lightning_xai.data.phrases import Transform
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -97,6 +100,20 @@ class ResizedPhotos:
     short_side: Annotated[int, msgspec.Meta(ge=1)]
     jpeg_quality: Annotated[int, msgspec.Meta(ge=1, le=100)]
     smaller: _Count = 0
+
+    def check(self, transform: Transform, where: str) -> None:
+        """Refuse a model of larger images than the photos are stored as.
+
+        Raises:
+            ValueError: its transform would enlarge them; the message begins with `where` they are.
+        """
+        side = self.short_side
+        needed = round(side * max(transform.geometry((side, side)).scale))
+        if needed > side:
+            raise ValueError(
+                f"{where} holds photos resized to a short side of {side} pixels, and the model's images are resized to "
+                f"{needed}: prepare the data with --short_side {needed} or more, or without it"
+            )
 
     def __str__(self) -> str:
         kept = f"; {self.smaller:,} smaller ones as they were" if self.smaller else ""

@@ -103,7 +103,11 @@ def write_original(encoder: DualEncoder, source: Path, keys: frozenset[str], out
 
     Raises:
         ShardError: `source` holds no shards, or not one sample could be written.
+        ValueError: the photos of `source` were resized, and the model takes larger ones.
     """
+    photos = Manifest.load(source).photos
+    if photos is not None:
+        photos.check(encoder.image_transform, str(source))
     excluded: Counter[str] = Counter()
     return _write(out, name, _originals(encoder, source, keys, excluded), excluded)
 

@@ -170,7 +170,7 @@ def _log(
 def log_measured(loggers: Iterable[Logger]) -> None:
     """Keep numbers that are NaN from loggers: nothing was measured, such as the mean gamma of no phrase.
 
-    A loss is logged whatever it is.
+    A loss, whose name has the word, is logged whatever it is.
     """
     for logger in loggers:
         if getattr(logger.log_metrics, "func", None) is not _log_measured:  # a trainer may run twice
@@ -178,7 +178,7 @@ def log_measured(loggers: Iterable[Logger]) -> None:
 
 
 def _log_measured(log_metrics: Callable[..., None], metrics: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-    measured = {key: value for key, value in metrics.items() if key.endswith("loss") or not _is_nan(value)}
+    measured = {key: value for key, value in metrics.items() if "loss" in key or not _is_nan(value)}
     log_metrics(measured, *args, **kwargs)
 
 

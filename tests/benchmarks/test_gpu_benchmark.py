@@ -61,7 +61,7 @@ def test_each_section_has_its_share_whatever_those_before_it_took() -> None:
     assert gpu.allowed(names, len(names) - 1, total, 300.0) == pytest.approx(170.0)
 
 
-def test_rows_are_told_even_where_a_section_failed_or_was_cut_while_it_wrote(tmp_path: Path) -> None:
+def test_rows_are_shown_even_where_a_section_failed_or_was_cut_while_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [
         {"table": "device", "section": "fit", "name": "A device", "versions": "torch 1"},
@@ -77,9 +77,16 @@ def test_rows_are_told_even_where_a_section_failed_or_was_cut_while_it_wrote(tmp
     assert "| compiled |  |  | RuntimeError: a / b |" in page
     assert "| fit | cut | 160 |  |" in page
     assert page.count("bf16") == 1
-    # Measuring a section anew keeps the others' rows.
-    gpu.keep_others(path, ["fit"])
-    assert path.read_text() == ""
+
+
+def test_measuring_a_section_again_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"table": "fit", "section": section, "row": section} for section in ("fit", "resume", "fit", "banzhaf")]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    gpu.keep_others(path, ["fit", "towers"])
+    assert gpu.read_rows(path) == [rows[1], rows[3]]
+    gpu.keep_others(tmp_path / "none.jsonl", ["fit"])
+    assert gpu.read_rows(tmp_path / "none.jsonl") == []
 
 
 def allocate() -> None:

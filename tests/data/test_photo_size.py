@@ -186,6 +186,22 @@ def test_a_photo_of_another_size_than_its_annotation_is_an_error() -> None:
         shrink(dataclasses.replace(photo(smooth(64, 48)), size=(64, 50)), PhotoSize(24))
 
 
+@pytest.mark.parametrize("quality", [90, 100])
+def test_noise_which_takes_more_than_a_byte_a_pixel_is_stored(quality: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 2, (400, 520, 3), dtype=np.uint8) * 255
+    small = shrink(photo(noise), PhotoSize(380, quality))
+    assert len(small.image) > small.size[0] * small.size[1]
+    literal = np.asarray(Image.fromarray(noise).resize(small.size, Image.Resampling.BICUBIC), dtype=np.float64)
+    difference = np.abs(np.asarray(read_image(small.image, "test")) - literal)
+    assert difference.mean() < (10 if quality == 90 else 2)
+
+
+def test_a_photo_that_is_too_long_for_jpeg_is_an_error_of_its_record() -> None:
+    size = (70_000, 20)
+    with pytest.raises(RecordError, match=r"a: resized to \(66500, 19\) pixels, it cannot be stored as JPEG"):
+        shrink(Sample("a", encode(np.zeros((20, 70_000, 3), dtype=np.uint8)), size, ("a dog",)), PhotoSize(19))
+
+
 def test_an_error_of_the_source_comes_through() -> None:
     def source() -> Any:
         yield from make_samples(3)

@@ -260,6 +260,8 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif[ORIENTATION] = orientation
     data = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
     assert (pixels(data) == seen).all()
+    # What is upright stays so, such as an image that the caller has read and gives to `explain`.
+    assert (np.asarray(upright(read_image(data, "x"), "x")) == seen).all()
     with Image.open(io.BytesIO(data)) as opened:
         assert exif_orientation(opened) == orientation
 

@@ -333,7 +333,7 @@ def test_the_hooks_are_gone_after_the_forward_pass_and_after_an_exception(make_e
     encoder, batch = encoder_and_batch(make_encoder, "vit")
     before, maps = hooks_in(encoder), maps_of(FeaturePairAttribution(encoder, steps=2), 64)
     with contextlib.suppress(KeyError), maps.forward_pass():
-        assert hooks_in(encoder) == before + 2
+        assert hooks_in(encoder) == before + 3
         raise KeyError
     made(maps, batch, everything(batch, captions=False))
     assert hooks_in(encoder) == before

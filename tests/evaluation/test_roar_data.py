@@ -16,6 +16,7 @@ from PIL import Image
 
 from lightning_xai.attribution import Attribution, GradCAM
 from lightning_xai.data.degradation import degrade_image
+from lightning_xai.data.photo_size import PhotoSize
 from lightning_xai.data.sample import RecordError, Sample, read_image
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import Manifest, write_shards
@@ -118,6 +119,19 @@ def test_what_cannot_be_used_is_left_out_and_counted(encoder: DualEncoder, shape
     manifest = write_original(encoder, tmp_path / "source", frozenset(keys[:3]), tmp_path / "out", "some")
     assert [sample.key for sample in samples_of(tmp_path / "out")] == [good.key]
     assert manifest.excluded == {"broken record": 1, "caption without tokens": 1}
+
+
+def test_photos_that_are_stored_smaller_than_the_model_sees_them_are_refused(
+    encoder: DualEncoder, shapes: Path, tmp_path: Path
+) -> None:
+    samples, side = samples_of(shapes / "val")[:2], encoder.image_transform.size[0]
+    for name, short_side in (("small", side - 1), ("enough", side)):
+        write_shards(samples, tmp_path / name, name=name, progress=False, photo_size=PhotoSize(short_side))
+    keys = frozenset(sample.key for sample in samples)
+    with pytest.raises(ValueError, match=rf"small holds photos resized to .* with --short_side {side} or more"):
+        write_original(encoder, tmp_path / "small", keys, tmp_path / "out", "two")
+    assert not (tmp_path / "out").exists()
+    assert write_original(encoder, tmp_path / "enough", keys, tmp_path / "out", "two").samples == 2
 
 
 def test_keys_of_records_that_cannot_be_read_are_counted(shapes: Path, tmp_path: Path) -> None:

@@ -400,6 +400,12 @@ def test_two_grounding_terms_at_different_layers_are_added_and_logged_by_their_n
         make(objectives=[Grounding(), Grounding(image_layer=0)])
 
 
+@pytest.mark.parametrize("name", ["loss", "accuracy", "learning_rate", "inputs", "", "grounding_", "grounding_gamma"])
+def test_a_name_under_which_something_else_is_logged_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"name is grounding, or grounding_ and a word .*, such as grounding_inputs"):
+        Grounding(name=name)
+
+
 def test_a_plain_trainer_logs_no_gamma_where_no_phrase_was_measured(
     make: Callable[..., ContrastiveFineTuning], shapes: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from lightning_xai.training.objectives.base import Objective, Step, Term, zero_w
 
 __all__ = ["Grounding"]
 
+_NUMBERS = ("gamma", "phrases", "without_positive")  # logged as train/NAME_gamma and so on
 _LEAST_GAMMA = 1e-3  # below it a phrase has no gradient: the logarithm's would be arbitrarily large
 
 
@@ -49,7 +50,8 @@ class Grounding(Objective):
         penalty: `log` for `-log(max(gamma, 0.001))`, `share` for the share of the positive attribution outside the box.
         towers: which towers the term trains: `both`, or `image` or `text` alone. The attribution and the value of the
             term are the same for all three; a tower that is not trained by it is a constant.
-        name: of the term, as it is logged; a second term at other layers takes another one.
+        name: of the term, as it is logged: `grounding`, or for a second term `grounding_` and a word, such as
+            `grounding_inputs`.
 
     Raises:
         ValueError: an option outside its range; in `prepare`: towers without such layers, or with batch statistics.
@@ -70,6 +72,12 @@ class Grounding(Objective):
         towers: Literal["both", "image", "text"] = "both",
         name: str = "grounding",
     ) -> None:
+        word = name.removeprefix("grounding_")
+        if name != "grounding" and (word == name or not word.isidentifier() or word in _NUMBERS):
+            raise ValueError(
+                "name is grounding, or grounding_ and a word that is none of the term's numbers "
+                f"({', '.join(_NUMBERS)}), such as grounding_inputs; got {name!r}"
+            )
         self.name = name
         super().__init__(weight=weight)
         if penalty not in ("log", "share"):
@@ -140,7 +148,7 @@ class Grounding(Objective):
             sums = torch.stack([penalty.sum() + nothing, gamma.detach().sum(), *_counts(some).to(penalty)])
         loss, gammas, count, without = sum_over_ranks(sums)
         count = count.detach()
-        numbers = {"gamma": gammas.detach() / count, "phrases": count, "without_positive": without.detach()}
+        numbers = dict(zip(_NUMBERS, (gammas.detach() / count, count, without.detach()), strict=True))
         return Term(loss / count.clamp(min=1), {f"{self.name}_{name}": value for name, value in numbers.items()})
 
     def _measurable(self, step: Step) -> tuple[Phrases, Tensor]:
