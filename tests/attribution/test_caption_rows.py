@@ -104,7 +104,7 @@ def test_captions_without_padding_are_refused_where_it_is_read(encoder: DualEnco
         lambda: method.span_map(images[:2], short, span),
         lambda: method.attribute_texts(short, short),
     ):
-        with pytest.raises(ValueError, match="reads all 16 positions of a caption.*got captions of 9 tokens"):
+        with pytest.raises(ValueError, match=r"reads all 16 positions of a caption.*got captions of 9 tokens"):
             run()
     causal = FeaturePairAttribution(encoder_from(ARCHITECTURES["vit"], tmp_path))
     whole = causal.attribute(images[:2], tokens[:2]).interactions
