@@ -102,7 +102,7 @@ class Grounding(Objective):
         for tower in (self._image, self._text):
             if tower.block is None:
                 raise ValueError(
-                    f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
+                    f"layer {tower.layer} is the head: the objective grounding takes a layer before it"
                 )
 
     def check_sharding(self) -> None:
