@@ -52,9 +52,9 @@ def equation_10(text: Side, image: Side, steps: int) -> Tensor:
     return torch.einsum("ks,kp->sp", text.jacobian(steps), image.jacobian(steps))
 
 
-def sharing_padding(rows: Tensor, tokens: Tensor) -> Tensor:
-    """Rows [tokens, ...] of one caption, of open_clip's tokenizer, with the mean in place of padding that counts."""
-    after = torch.arange(len(tokens)) > tokens.argmax()  # the end has the highest number
+def sharing_padding(rows: Tensor, end: Tensor) -> Tensor:
+    """Rows [tokens, ...] of one caption, with the mean in place of padding that counts, which follows `end`."""
+    after = torch.arange(len(rows)) > end
     padding = (after & rows.ne(0).any(dim=1)).nonzero()[:, 0]
     shared = rows.clone()
     shared[padding] = rows[padding].mean(dim=0)

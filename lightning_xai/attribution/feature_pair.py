@@ -326,6 +326,7 @@ class FeaturePairAttribution(PairwiseMethod):
 
     def hidden_states(self, images: Tensor, tokens: Tensor, captured: Captured | None = None) -> HiddenStates:
         """As for every pairwise method; of captions only the tokens that are needed, where a model's pass ran more."""
+        self._check_length(tokens)
         states = super().hidden_states(images, tokens, captured)
         return replace(states, text=states.text[:, : self.text.needed(tokens)])
 
@@ -336,8 +337,21 @@ class FeaturePairAttribution(PairwiseMethod):
 
     @torch.no_grad()
     def text_states(self, tokens: Tensor) -> Tensor:
-        """Hidden states at the text layer: [B, T, D]."""
+        """Hidden states at the text layer: [B, T, D].
+
+        Raises:
+            ValueError: captions without their padding, of a tower that reads it.
+        """
+        self._check_length(tokens)
         return self.text.features_before(tokens)
+
+    def _check_length(self, tokens: Tensor) -> None:
+        length, whole = tokens.shape[1], self.encoder.tokenizer.context_length
+        if length < whole and self.text.needed(tokens) is None:
+            raise ValueError(
+                f"this text tower reads all {whole} positions of a caption, padding included; got captions of {length} "
+                "tokens: pass them as encoder.tokenizer.encode returns them"
+            )
 
     def references(self, length: int | None = None) -> References:
         """Hidden states of both references; of the text's first `length` tokens (default: the context length)."""

@@ -46,7 +46,8 @@ class TowerAtLayer(ABC):
         layer: the block's number, counted as open_clip counts them; one more than the last block's is the head.
         layers: the numbers of all of the tower's blocks.
         block: the block whose input the hidden states are; None for a head that is not one module.
-        whole: the module whose output the embeddings are, not normalised; None where no module's is.
+        whole: the module whose output the embeddings are, not normalised; None where there is none. The model's own
+            pass calls it in open_clip's models, and not in those of other libraries.
         last_block: the last of the tower's blocks, whose output enters the head.
         grid: rows and columns of the image tokens after the prefix; (0, 0) for text.
         prefix_tokens: number of tokens before the grid, such as CLS.

@@ -1,6 +1,6 @@
 """The heads of image towers of open_clip, timm and transformers that are pools of tokens, known weight by weight.
 
-A head is served only where each of its parts is of just the class that is written here, without anybody's hooks; any
+A head is served only where each of its parts is exactly of the class that is written here, without foreign hooks; any
 other head is run as it is.
 """
 

@@ -30,6 +30,7 @@ class ProcessorTransform(ImageTransform):
         ValueError: an option that is none, or an image that would be smaller than the crop.
 
     Example:
+        >>> import torch
         >>> transform = ProcessorTransform(size=(100, 100), resize_to=100)
         >>> transform.boxes(torch.tensor([[150.0, 50.0, 100.0, 100.0]]), (400, 200)).tolist()  # halved, 50 px cropped
         [[25.0, 25.0, 75.0, 75.0]]

@@ -55,8 +55,9 @@ class NormedPath:
         if self._norm is None:
             return torch.ones_like(alpha_BNT)
         start, mixed, slope = self._mean_squares
-        inverse_BNT = torch.rsqrt(start + alpha_BNT * (2 * mixed + alpha_BNT * slope) + self._norm.eps)
-        return inverse_BNT.to(alpha_BNT.dtype)
+        square_BNT = start + alpha_BNT * (2 * mixed + alpha_BNT * slope)
+        # Rounding makes it negative where a path passes through zero.
+        return torch.rsqrt(square_BNT.clamp(min=0) + self._norm.eps).to(alpha_BNT.dtype)
 
     def weighted(self, weights_BNhT: Tensor, alpha_BNT: Tensor) -> Tensor:
         """Sums of all tokens `start + alpha * slope` with weights: [B, N, h, D]."""

@@ -55,7 +55,7 @@ def test_two_captions_share_the_padding_of_both(encoder: DualEncoder, layer: int
     result = method.attribute_texts(tokens[:2], tokens[1:])
     swapped = method.attribute_texts(tokens[1:], tokens[:2])
     torch.testing.assert_close(result.interactions.mT, swapped.interactions, rtol=1e-9, atol=1e-13)
-    expected = result.similarity * 0 + result.interactions.sum(dim=(1, 2)) - result.completeness_error
+    expected = result.interactions.sum(dim=(1, 2)) - result.completeness_error
     exact = FeaturePairAttribution(encoder, -1, layer, 40, rule="gauss_legendre").attribute_texts(
         tokens[:2], tokens[1:]
     )
@@ -92,3 +92,20 @@ def test_tokens_that_a_tower_adds_and_tokens_that_it_does_not_see_belong_to_no_p
     assert rows.selections(torch.ones(1)).sum(dim=2).tolist() == [[1, 1, 1, 1, 1, 12]]
     values = torch.arange(6.0)[None, :, None] + 1
     assert rows.spread(values)[0, :, 0].tolist() == [1, 2, 3, 4, *[0.5] * 12, 5]
+
+
+def test_captions_without_padding_are_refused_where_it_is_read(encoder: DualEncoder, tmp_path: Path) -> None:
+    images, tokens = random_pairs(encoder)
+    short, span = tokens[:2, :9], tokens[:2, :9] > 0
+    method = FeaturePairAttribution(encoder)
+    for run in (
+        lambda: method.attribute(images[:2], short),
+        lambda: method.image_map(images[:2], short),
+        lambda: method.span_map(images[:2], short, span),
+        lambda: method.attribute_texts(short, short),
+    ):
+        with pytest.raises(ValueError, match=r"reads all 16 positions of a caption.*got captions of 9 tokens"):
+            run()
+    causal = FeaturePairAttribution(encoder_from(ARCHITECTURES["vit"], tmp_path))
+    whole = causal.attribute(images[:2], tokens[:2]).interactions
+    torch.testing.assert_close(causal.attribute(images[:2], short).interactions, whole[:, :9], rtol=1e-9, atol=1e-13)

@@ -85,7 +85,7 @@ def test_the_hooks_are_removed_also_after_an_exception(
 
     def run() -> Captured:
         with capture(encoder.image_at_layer(), encoder.text_at_layer()) as captured:
-            assert hooks(encoder) == 3, "at both layers, and where the image tower ends"
+            assert hooks(encoder) == 3, "both layers, and what the image tower ends in"
             encoder.encode_image(images)
             if error is not None:
                 raise error
@@ -93,8 +93,9 @@ def test_the_hooks_are_removed_also_after_an_exception(
 
     if error is None:
         kept = run()
-        encoder.encode_image(images)
+        own = encoder.encode_image(images)
         assert len(kept.image) == len(kept.image_embeddings) == 1, "what passes later is not kept"
+        torch.testing.assert_close(kept.image_embeddings[0], own.detach())
     else:
         with pytest.raises(error):
             run()

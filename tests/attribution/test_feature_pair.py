@@ -64,7 +64,7 @@ def test_agrees_with_equation_10_taken_literally(
     )
     blocks = (image_block, model.transformer.resblocks[text_layer])
     for row in range(len(images)):
-        expected = sharing_padding(literal(encoder, images[row], tokens[row], blocks, steps=3), tokens[row])
+        expected = sharing_padding(literal(encoder, images[row], tokens[row], blocks, steps=3), tokens[row].argmax())
         prefix = expected.shape[1] - result.interactions[row].flatten(1).shape[1]
         torch.testing.assert_close(result.interactions[row].flatten(1), expected[:, prefix:], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(result.prefix[row], expected[:, :prefix].sum(dim=1), rtol=1e-8, atol=1e-12)

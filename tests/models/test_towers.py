@@ -292,7 +292,9 @@ def test_attributions_agree_with_equation_10_taken_literally(
         Side(block_of(encoder, "image", 2), encoder.encode_image, images[:1], torch.zeros_like(images[:1])),
         steps=2,
     )
-    own = sharing_padding(expected[: tokens.shape[1]], tokens[0])  # CoCa's class token is no part of the caption
+    own = sharing_padding(
+        expected[: tokens.shape[1]], tokens[0].argmax()
+    )  # CoCa's class token is no part of the caption
     torch.testing.assert_close(result.interactions[0].flatten(1), own[:, 1:], rtol=1e-8, atol=1e-12)
     assert result.interactions.abs().max() > 1e-4
 

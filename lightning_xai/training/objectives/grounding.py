@@ -109,9 +109,7 @@ class Grounding(Objective):
         self._image, self._text = encoder.image_at_layer(self._layers[0]), encoder.text_at_layer(self._layers[1])
         for tower in (self._image, self._text):
             if tower.block is None:
-                raise ValueError(
-                    f"layer {tower.layer} is the head, which has no block to listen to; take a layer before"
-                )
+                raise ValueError(f"layer {tower.layer} is the head: the objective grounding takes a layer before it")
 
     def check_sharding(self) -> None:
         """Refuse layers whose blocks would be called within derivatives, where FSDP cannot gather parameters."""
