@@ -244,7 +244,8 @@ def test_the_record_has_every_setting_with_defaults_resolved(
     method, arrays = record["methods"][LAST[:-1]], of(arrays, LAST)
     assert method["layers"] == {"image": 2, "text": 2}
     assert method["options"] == {
-        "image_layer": -1, "text_layer": -1, "steps": 4, "rule": "midpoint", "image_reference": "zeros",
+        "image_layer": -1, "text_layer": -1, "steps": 4, "rule": "midpoint", "preset": "paper",
+        "image_reference": "zeros",
         "text_reference": "padding", "internal_batch_size": None,
     }  # fmt: skip
     assert method["similarity"] == pytest.approx(float(arrays["similarity"]))
@@ -587,7 +588,7 @@ BAD: dict[str, dict[str, str]] = {
         "--method=saliency --span=ring": "--span needs a method with token-patch attributions",
         "--method=all --box=0,0,9,9": "--box needs a method with token-patch attributions",
         "--options.stepz=9": "feature_pair has no option stepz; it has image_layer, text_layer, steps",
-        "--options.steps=many": "--options of feature_pair: \"steps\": Expected a <class 'int'>. Got value: many",
+        "--options.steps=many": '--options of feature_pair: "steps": ',
         "--options.steps=0": "needs at least 1 integration step(s); got steps=0",
         "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1), and 3, the head; got layer 7",
         "--method=all --options.stepz=9": "no method has the option stepz",
