@@ -1,4 +1,4 @@
-"""Measures what attributions at the inputs of both towers (layers 0, 0) cost beside exCLIP; prints and keeps a table.
+"""Measures the cost of attributions at the inputs of both towers, and exCLIP's by formula; prints and keeps a table.
 
     python benchmarks/at_inputs.py                  # about six minutes of one core
     python benchmarks/at_inputs.py --only ViT-B-32
@@ -190,7 +190,7 @@ def main() -> None:
         return
     lines = [
         "Forward passes (image and caption) that a phrase at the inputs costs, and full interactions of a caption of "
-        f"{TOKENS} tokens, midpoint rule; beside them exCLIP's full interactions (it has no other) by formula, with "
+        f"{TOKENS} tokens, midpoint rule; for comparison exCLIP's full interactions (it has no other) by formula, with "
         f"{EXCLIP_POINTS} points.",
         "",
         "| " + " | ".join(HEADS) + " |",

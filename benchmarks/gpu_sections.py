@@ -558,7 +558,7 @@ def _averages(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_bf16(bench: Bench, name: str, source: Path) -> None:
-    """Gamma and rho from hidden states that a pass in bf16 has made, beside those of float32."""
+    """Gamma and rho from hidden states that a pass in bf16 has made, next to those of float32."""
     import torch
     from quadrature import read_phrases
 

@@ -134,6 +134,6 @@ def peer_options(
 
 
 def _core_seconds(process: int) -> float:
-    """Seconds that cores have worked for a process, its children not counted; Linux tells."""
+    """Seconds that cores have worked for a process, without its children; Linux only."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -79,7 +79,7 @@ def measure(folder: Path, encoder: Any, resizer: str | None = None) -> Measured:
 
 
 def row(title: str, plain: Measured, other: Measured) -> str:
-    """A version beside the plain shards."""
+    """A row of the table: a version compared with the plain shards."""
     cosines = (plain.embeddings * other.embeddings).sum(dim=1)
     gamma, rho = plain.values["gamma"], plain.values["rho"]
     both = sorted(gamma.keys() & other.values["gamma"].keys())

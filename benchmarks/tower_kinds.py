@@ -3,7 +3,7 @@
     python benchmarks/tower_kinds.py                 # about half an hour of a core, if nothing is there yet
     python benchmarks/tower_kinds.py --only siglip   # one kind
 
-Checkpoints and rows that are in runs/tower_kinds are taken from there; remove a kind's files to have it anew.
+Checkpoints and rows that are in runs/tower_kinds are taken from there; remove a kind's files to train it again.
 
 Completeness errors of random weights mean nothing: their embeddings hardly move. Each kind is therefore trained from
 scratch on `shapes` with the demo's recipe, and measured on held-out phrases, each in its caption. Gamma and rho at the
@@ -11,7 +11,7 @@ inputs, and by Banzhaf interactions, which know of no layer, show which layers t
 
 The towers are built by timm's and open_clip's own classes in a small size. Their strides are chosen so that the last
 blocks have 8 x 8 places, as a ViT's 64-pixel images have; CLIP's ResNet, whose strides are fixed, sees images of 128
-pixels and has 8 x 8 before its last stage and 4 x 4 behind it.
+pixels and has 8 x 8 before its last stage and 4 x 4 after it.
 """
 
 from __future__ import annotations

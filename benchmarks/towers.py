@@ -1,4 +1,4 @@
-"""Measures span maps and full interactions on each kind of tower, beside another version; prints and keeps a table.
+"""Measures span maps and full interactions on each kind of tower, also of another version; prints and keeps a table.
 
     python benchmarks/towers.py                        # presets paper and fast; about ten minutes on one core
     git worktree add ../before v0.1.0                  # a checkout of the version to compare with
@@ -6,7 +6,7 @@
 
 Random weights, float32, one thread, a pair with a caption of 15 tokens, tokenized as CLIP does. Costs are CPU seconds
 on top of a forward pass of the pair (open_clip's encode_image and encode_text), in multiples of that pass, each the
-least of several. Every row is measured in a process of its own, so that its peak memory (resident set, torch's own
+least of several. Every row is measured in a separate process, so that its peak memory (resident set, torch's own
 included) is that row's. The completeness error is of random weights, which says little: `benchmarks/tower_kinds.py`
 measures it on trained models. A version without presets is measured at its defaults.
 """

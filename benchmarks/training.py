@@ -168,7 +168,7 @@ def fit(module: Any, setting: Setting, batches: list[Any] | None = None) -> Meas
 
 
 def plain_loop(encoder: Any, setting: Setting, batches: Iterable[Any], encode_text: Callable[[Any], Any]) -> Spent:
-    """The loop that a reader would write; what its steps behind the first `setting.warm` took."""
+    """The loop that a reader would write; what its steps after the first `setting.warm` took."""
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
@@ -412,7 +412,8 @@ def write_train(options: argparse.Namespace, folder: Path) -> Path:
         samples = draw_photos(images, 0) if options.train is None else read_some(options.train, images)
         write_shared_shards(train, samples, -(-images // options.workers))
     elif options.train is not None:
-        return options.train  # type: ignore[no-any-return]
+        given: Path = options.train
+        return given
     else:
         write_photo_shards(train, images)
     return train

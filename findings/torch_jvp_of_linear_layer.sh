@@ -59,7 +59,7 @@ for trained in (True, False):
         "nn.Linear, torch.func.jvp": lambda: torch.func.jvp(layer, (x,), (v,)),
         "nn.Linear, dual numbers": lambda: dual(layer, x, v),
         "x @ W.T, torch.func.jvp": lambda: torch.func.jvp(lambda y: y @ layer.weight.T, (x,), (v,)),
-        "a Function of its own": lambda: torch.func.jvp(lambda y: ConstantWeights.apply(y, layer.weight), (x,), (v,)),
+        "a Function for constant W": lambda: torch.func.jvp(lambda y: ConstantWeights.apply(y, layer.weight), (x,), (v,)),
     }
     for name, run in forms.items():
         products = operations(run) / operations(lambda: layer(x))

@@ -87,8 +87,8 @@ class _PlainLayerNorm(TorchFunctionMode):
 class _ContiguousTokens(TorchFunctionMode):
     """Inside, linear layers are given tokens that lie one after another in memory.
 
-    `nn.MultiheadAttention` puts the axis of tokens first. PyTorch would then multiply token by token, each by a copy of
-    the weights of its own, wherever weights are frozen or derivatives along a direction are taken.
+    `nn.MultiheadAttention` puts the axis of tokens first. PyTorch would then multiply token by token, each by its own
+    copy of the weights, wherever weights are frozen or derivatives along a direction are taken.
     """
 
     @staticmethod

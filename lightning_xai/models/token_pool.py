@@ -1,6 +1,6 @@
 """Heads that pool tokens, read along a path at little more than the cost of the one vector that they make of them.
 
-Hidden states on a path are `r + alpha * d`, and a layer norm divides each token by one number of its own. So keys and
+Hidden states on a path are `r + alpha * d`, and a layer norm divides each token by one number. So keys and
 values are linear in alpha but for that number, and no key, no value and no token is ever made for each point: the
 query is taken through the key projection instead, and what the attention weighs is summed before it is projected.
 

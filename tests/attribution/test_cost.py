@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEXT
-from timm.models import register_model
+from small_timm import register
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -50,20 +50,12 @@ def multiplications(run: Callable[[], object]) -> int:
     return int(counted.total)
 
 
-def _register(name: str, make: Callable[..., nn.Module]) -> None:
-    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
-        kept = {key: value for key, value in options.items() if not key.startswith(("pretrained", "cache"))}
-        model: Any = make(**kept)
-        model.default_cfg = {}
-        built: nn.Module = model
-        return built
-
-    entry.__name__ = name
-    register_model(entry)
-
-
-_register("cost_siglip", partial(VisionTransformer, **VIT, class_token=False, global_pool="map"))
-_register("cost_perception", partial(Eva, **VIT, use_rot_pos_emb=True, attn_pool_num_heads=4, global_pool="map"))
+register(
+    {
+        "cost_siglip": partial(VisionTransformer, **VIT, class_token=False, global_pool="map"),
+        "cost_perception": partial(Eva, **VIT, use_rot_pos_emb=True, attn_pool_num_heads=4, global_pool="map"),
+    }
+)
 
 
 def timm(name: str, pool: str, proj: str | None, size: int = 64) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import TEXT, randomised
 from equation_10 import Side, assert_same, block_input, equation_10
+from small_timm import register
 from timm.layers.hybrid_embed import HybridEmbed
-from timm.models import register_model
 from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.levit import Levit
@@ -81,21 +81,7 @@ SMALL: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _register(name: str, make: Callable[..., nn.Module]) -> None:
-    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
-        sources = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-        model: Any = make(**{key: value for key, value in options.items() if key not in sources})
-        model.default_cfg = {}
-        assert not pretrained
-        built: nn.Module = model
-        return built
-
-    entry.__name__ = name
-    register_model(entry)
-
-
-for _name, _make in SMALL.items():
-    _register(_name, _make)
+register(SMALL)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TEXT, randomised
 from equation_10 import Side, equation_10
-from timm.models import register_model
+from small_timm import register
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -38,21 +38,7 @@ TIMM: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _register(name: str, make: Callable[..., nn.Module]) -> None:
-    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
-        model: Any = make(
-            **{key: value for key, value in options.items() if not key.startswith(("pretrained", "cache"))}
-        )
-        model.default_cfg = {}
-        built: nn.Module = model
-        return built
-
-    entry.__name__ = name
-    register_model(entry)
-
-
-for _name, _make in TIMM.items():
-    _register(_name, _make)
+register(TIMM)
 
 
 @dataclass(frozen=True)

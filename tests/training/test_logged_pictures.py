@@ -259,9 +259,9 @@ def test_a_picture_that_cannot_be_drawn_is_warned_of_once_and_the_run_goes_on(
     monkeypatch.setattr("lightning_xai.training.grounding_report.graded_picture", undrawable)
     with pytest.warns(UserWarning, match="could not be made") as warned:
         fit(tmp_path, shapes, architecture_file("vit"), [CSVLogger(tmp_path, name="", version="")])
-    told = [str(each.message) for each in warned if "could not be made" in str(each.message)]
-    assert len(told) == 1
-    assert "could not be made (OSError: no font); the run goes on" in told[0]
+    messages = [str(each.message) for each in warned if "could not be made" in str(each.message)]
+    assert len(messages) == 1
+    assert "could not be made (OSError: no font); the run goes on" in messages[0]
     with (tmp_path / "pictures.csv").open(newline="", encoding="utf-8") as file:
         assert [line["name"] for line in csv.DictReader(file)] == [*PICTURES, *PICTURES]  # those that came before it
     assert (tmp_path / "grounding" / "epoch=001" / "values.csv").is_file()
