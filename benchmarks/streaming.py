@@ -6,7 +6,7 @@
 One process and one thread, as in a worker. Streaming is `TrainingDataset`: read the shard, group its members, parse the
 record, decode, transform, tokenise, make batches; of the same photos as they are, and as `prepare --short_side` stores
 them. The comparison is a loop that decodes the JPEGs, which lie in memory, transforms them as open_clip does, and
-does nothing else. All take turns, an epoch each, and ratios are medians over the rounds. Without `--photos` the JPEGs are
+does nothing else. All take turns, an epoch each, and ratios are medians over rounds. Without `--photos`, JPEGs are
 drawn, as large as COCO's and as costly to decode.
 
 Seconds are those in which the process worked: on a free core all that pass, since the files lie in the page cache.
