@@ -10,6 +10,7 @@ adds entries through Python's entry points:
 from __future__ import annotations
 
 import inspect
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -157,5 +158,15 @@ def resolve_options(parser: ArgumentParser, options: Mapping[str, Any], owner: s
         values: dict[str, Any] = parser.parse_object(dict(options)).as_dict()
     except ArgumentError as error:
         reason = " ".join(str(error).split()).removeprefix("Parser key ")
-        raise ValueError(f"{where}: {reason}") from error
+        raise ValueError(f"{where}: {_UNION.sub(_alternatives, reason)}") from error
     return values
+
+
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes.*? Errors: - (.*) Given value type: .* Given "
+)
+
+
+def _alternatives(found: re.Match[str]) -> str:
+    """What jsonargparse says of an option of several types, as it says it of one."""
+    return " or ".join(found[1].replace("Expected a ", "").split(" - ")).join(("Expected a ", ". Got "))
