@@ -86,9 +86,9 @@ def measure(model: str, preset: str, what: str) -> dict[str, Any]:
         with torch.no_grad():
             encoder.model.encode_image(images), encoder.model.encode_text(tokens)
 
-    with torch.no_grad():
-        states, references = method.hidden_states(images, tokens), method.references(tokens.shape[1])
-    forward()
+    with torch.no_grad(), method.capturing() as captured:
+        forward()
+    states, references = method.hidden_states(images, tokens, captured), method.references(tokens.shape[1])
     before, rounds, found = peak_gigabytes(), ROUNDS, None
     begin = time.process_time()
 

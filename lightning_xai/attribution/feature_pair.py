@@ -35,12 +35,26 @@ from lightning_xai.attribution.pairwise import (
     References,
     capture,
 )
-from lightning_xai.attribution.path_integral import Rule, embeddings_at, integrated_jvp, integrated_vjp, quadrature
+from lightning_xai.attribution.path_integral import (
+    Rule,
+    embeddings_at,
+    integrated_jvp,
+    integrated_vjp,
+    jvp_with_embedding,
+    quadrature,
+)
 from lightning_xai.attribution.presets import Preset, preset_setting
 from lightning_xai.attribution.reference import ImageReference, reference_image
 from lightning_xai.attribution.score import Question
 from lightning_xai.attribution.targets import SIMILARITY, Target
-from lightning_xai.models.at_layer import EmbeddingPath, TowerAtLayer, as_constant, differentiable, refuse_rewriting
+from lightning_xai.models.at_layer import (
+    EmbeddingPath,
+    PathWithDerivatives,
+    TowerAtLayer,
+    as_constant,
+    differentiable,
+    refuse_rewriting,
+)
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
@@ -51,7 +65,7 @@ class FeaturePairs(InteractionAttribution):
     completeness_error: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Side:
     """One input of each pair: its path from the reference, and the embeddings at the path's ends.
 
@@ -60,8 +74,9 @@ class _Side:
     """
 
     path: EmbeddingPath
-    embedding_BK: Tensor
+    hidden: Tensor
     moving_T: Tensor
+    known_BK: Tensor | None = None
     reference_BK: Tensor | None = None
 
     @classmethod
@@ -73,18 +88,26 @@ class _Side:
         inputs: Tensor | None,
         dtype: torch.dtype,
         *,
+        directions: int = 1,
         with_reference: bool = False,
         embedding_BK: Tensor | None = None,
     ) -> _Side:
         hidden, reference = as_constant(hidden).to(dtype), as_constant(reference).to(dtype)
         # The reference is read at the caption's own EOT, as all points of the path are; else Eq. 2 would not hold.
-        path, tokens = tower.path(hidden, reference, inputs), tower.count(hidden)
+        path = tower.path(hidden, reference, inputs, directions)
         moving_T = (hidden != reference).any(dim=1 if tower.is_feature_map else 2).flatten(1).any(dim=0)
-        if embedding_BK is not None and embedding_BK.dtype == dtype:
-            return cls(path, embedding_BK, moving_T)
-        ends = (1.0, 0.0) if with_reference else (1.0,)
-        embedding_BK, *others = embeddings_at(path, ends, len(hidden), tokens, hidden).unbind(dim=1)
-        return cls(path, embedding_BK, moving_T, *others)
+        if with_reference:
+            ends = embeddings_at(path, (1.0, 0.0), len(hidden), len(moving_T), hidden)
+            return cls(path, hidden, moving_T, *ends.unbind(dim=1))
+        known = embedding_BK is not None and embedding_BK.dtype == dtype
+        return cls(path, hidden, moving_T, embedding_BK if known else None)
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """The embedding of the input [B, K]."""
+        if self.known_BK is not None:
+            return self.known_BK
+        return embeddings_at(self.path, (1.0,), len(self.hidden), self.tokens, self.hidden)[:, 0]
 
     @property
     def tokens(self) -> int:
@@ -94,17 +117,17 @@ class _Side:
     @property
     def norm(self) -> Tensor:
         """Norm of the embedding [B, 1, 1], by which attributions are divided, as a constant."""
-        norms: Tensor = self.embedding_BK.norm(dim=1)
+        norms: Tensor = self.embedding.norm(dim=1)
         return norms[:, None, None]
 
     def every_token(self) -> Tensor:
         """[B, T, T]: each token alone as a selection."""
-        return torch.eye(self.tokens).to(self.embedding_BK).expand(len(self.embedding_BK), -1, -1)
+        return torch.eye(self.tokens).to(self.hidden).expand(len(self.hidden), -1, -1)
 
     def change(self) -> Tensor:
         """Difference of the embedding from the reference's [B, K], of a side that was made with its reference."""
         assert self.reference_BK is not None
-        return self.embedding_BK - self.reference_BK
+        return self.embedding - self.reference_BK
 
 
 class FeaturePairAttribution(PairwiseMethod):
@@ -225,15 +248,14 @@ class FeaturePairAttribution(PairwiseMethod):
             hidden = self.text_states(tokens)
             reference = self._text_reference_states(tokens.shape[1])[:, : hidden.shape[1]]
             text = _Side.of(self.text, hidden, reference, tokens, self._dtype)
-            visible_B1L = self.text.visible(tokens).to(text.embedding_BK).unsqueeze(1)
-            with torch.no_grad():
-                selection_B1T = self.text.on_caption(visible_B1L, text.tokens)
-                changes.append(integrated_jvp(text.path, self._points, self._weights, selection_B1T))
-            texts.append(text.embedding_BK)
+            visible_B1L = self.text.visible(tokens).to(text.hidden).unsqueeze(1)
+            change_B1K, embedding_BK = self._change(text, self.text.on_caption(visible_B1L, text.tokens))
+            changes.append(change_B1K)
+            texts.append(embedding_BK)
         texts_BCK = torch.stack(texts, dim=1)
-        factors_BC = question.coefficients(cosine_similarity(image.embedding_BK[:, None], texts_BCK, dim=2))
+        factors_BC = question.coefficients(cosine_similarity(image.embedding[:, None], texts_BCK, dim=2))
         # Norms are constants, as everywhere.
-        factors_BC = factors_BC / (image.embedding_BK.norm(dim=1, keepdim=True) * texts_BCK.norm(dim=2))
+        factors_BC = factors_BC / (image.embedding.norm(dim=1, keepdim=True) * texts_BCK.norm(dim=2))
         direction_B1K = torch.einsum("bc,bcsk->bsk", factors_BC, torch.stack(changes, dim=1))
         matrix_B1P = integrated_vjp(image.path, self._points, self._weights, direction_B1K, image.tokens)
         return self.image.on_grid(matrix_B1P)[:, 0]
@@ -259,7 +281,10 @@ class FeaturePairAttribution(PairwiseMethod):
 
         def side(method: FeaturePairAttribution, batch: Tensor, reference: Tensor) -> _Side:
             hidden = method.image_states(batch)
-            return _Side.of(method.image, hidden, reference, None, method._dtype, with_reference=True)
+            patches = method.image.count(hidden)
+            return _Side.of(
+                method.image, hidden, reference, None, method._dtype, directions=patches, with_reference=True
+            )
 
         with differentiable(self.encoder), differentiable(by.encoder):
             reference, other_reference = self._image_reference_states(), by._image_reference_states()
@@ -287,12 +312,12 @@ class FeaturePairAttribution(PairwiseMethod):
         def side(rows: slice, batch: Tensor) -> _Side:
             hidden = self.text_states(batch[rows])
             start = reference[:, : hidden.shape[1]]
-            return _Side.of(self.text, hidden, start, batch[rows], self._dtype, with_reference=True)
+            return _Side.of(self.text, hidden, start, batch[rows], self._dtype, directions=length, with_reference=True)
 
         def compare(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             first, second = side(rows, tokens), side(rows, others)
             firsts, seconds = self._rows(tokens[rows], first), self._rows(others[rows], second)
-            selections_BST, others_BST = firsts.selections(first.embedding_BK), seconds.selections(first.embedding_BK)
+            selections_BST, others_BST = firsts.selections(first.hidden), seconds.selections(first.hidden)
             matrix_BST, similarity, error = self._compare(first, second, selections_BST)
             # The second caption's padding shares its sum as the first one's does.
             matrix_BTS = firsts.spread(matrix_BST @ others_BST.mT)
@@ -404,16 +429,32 @@ class FeaturePairAttribution(PairwiseMethod):
         return next(self.encoder.parameters()).dtype
 
     def _text_side(
-        self, states: HiddenStates, references: References, captions: Tensor | slice, *, with_reference: bool = False
+        self,
+        states: HiddenStates,
+        references: References,
+        captions: Tensor | slice,
+        directions: int,
+        *,
+        with_reference: bool = False,
     ) -> _Side:
         hidden, tokens = states.text[captions], states.tokens[captions]
         start = references.text[:, : hidden.shape[1]]
-        return _Side.of(self.text, hidden, start, tokens, self._dtype, with_reference=with_reference)
+        return _Side.of(
+            self.text, hidden, start, tokens, self._dtype, directions=directions, with_reference=with_reference
+        )
 
     @torch.no_grad()
+    def _change(self, side: _Side, selections_BST: Tensor) -> tuple[Tensor, Tensor]:
+        """Change of the embedding by each selection of tokens [B, S, K], and the embedding [B, K]."""
+        if side.known_BK is None and isinstance(side.path, PathWithDerivatives):
+            return jvp_with_embedding(side.path, self._points, self._weights, selections_BST)
+        return integrated_jvp(side.path, self._points, self._weights, selections_BST), side.embedding
+
     def _changes(self, side: _Side, selections_BST: Tensor) -> Tensor:
         """Change of the unit embedding by each selection of tokens [B, S, K]; the norm counts as a constant."""
-        return integrated_jvp(side.path, self._points, self._weights, selections_BST) / side.norm
+        change_BSK, embedding_BK = self._change(side, selections_BST)
+        norms: Tensor = embedding_BK.norm(dim=1)
+        return change_BSK / norms[:, None, None]
 
     def _columns(self, side: _Side, changes_BSK: Tensor) -> Tensor:
         """What each token adds to the products of the unit embedding with changes of the other one [B, S, T]."""
@@ -425,8 +466,8 @@ class FeaturePairAttribution(PairwiseMethod):
         """Change of each caption's embedding by the tokens of a span [R, K]."""
         parts = []
         for captions_G, rows_GS in _by_owner(captions_R):
-            side = self._text_side(states, references, captions_G)
-            selections_GST = self.text.on_caption(span_masks_RL[rows_GS].to(side.embedding_BK), side.tokens)
+            side = self._text_side(states, references, captions_G, rows_GS.shape[1])
+            selections_GST = self.text.on_caption(span_masks_RL[rows_GS].to(side.hidden), side.tokens)
             parts.append((rows_GS, self._changes(side, selections_GST)))
         return _put_back(parts)
 
@@ -436,7 +477,15 @@ class FeaturePairAttribution(PairwiseMethod):
         for images_G, rows_GS in _by_owner(images_R):
             own = None if states.image_embeddings is None else states.image_embeddings[images_G]
             hidden = states.image[images_G]
-            side = _Side.of(self.image, hidden, references.image, None, self._dtype, embedding_BK=own)
+            side = _Side.of(
+                self.image,
+                hidden,
+                references.image,
+                None,
+                self._dtype,
+                directions=rows_GS.shape[1],
+                embedding_BK=own,
+            )
             parts.append((rows_GS, self.image.on_grid(self._columns(side, changes_RK[rows_GS]))))
         return _put_back(parts)
 
@@ -451,17 +500,21 @@ class FeaturePairAttribution(PairwiseMethod):
         if moving_S.any():
             matrix_BSP[:, moving_S] = self._columns(columns, self._changes(rows, selections_BST[:, moving_S]))
         norms: Tensor = (rows.norm * columns.norm)[:, 0, 0]
-        similarity = (rows.embedding_BK * columns.embedding_BK).sum(dim=1) / norms
+        similarity = (rows.embedding * columns.embedding).sum(dim=1) / norms
         # f(a,b) - f(r,b) - f(a,r) + f(r,r) of Eq. 2, factored.
         expected = (rows.change() * columns.change()).sum(dim=1) / norms
         return matrix_BSP, similarity, matrix_BSP.sum(dim=(1, 2)) - expected
 
     def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
         every, tokens, prefix = slice(None), states.tokens, self.image.prefix_tokens
-        text = self._text_side(states, references, every, with_reference=True)
-        image = _Side.of(self.image, states.image, references.image, None, self._dtype, with_reference=True)
-        rows = self._rows(tokens, text)
-        matrix_BSP, similarity, error = self._compare(text, image, rows.selections(text.embedding_BK))
+        rows = CaptionRows.of(self.text, self.encoder.tokenizer, tokens, states.text.shape[1])
+        selections_BST = rows.selections(states.text)
+        count = selections_BST.shape[1]
+        text = self._text_side(states, references, every, count, with_reference=True)
+        image = _Side.of(
+            self.image, states.image, references.image, None, self._dtype, directions=count, with_reference=True
+        )
+        matrix_BSP, similarity, error = self._compare(text, image, selections_BST.to(text.hidden))
         matrix_BPL = self.text.on_caption(rows.spread(matrix_BSP).mT, tokens.shape[1])
         interactions = self.image.on_grid(matrix_BPL.mT)
         return FeaturePairs(

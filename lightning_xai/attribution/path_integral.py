@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from lightning_xai.models.at_layer import EmbeddingPath
+from lightning_xai.models.at_layer import EmbeddingPath, PathWithDerivatives
 
 _TOKENS_AT_A_TIME = 8192
 """Bound on directions or cotangents that are taken together, in tokens of all inputs and points: each direction keeps
@@ -131,6 +131,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_forward(inputs[1])
+        # Else zeros of the weights' size would be written for their derivatives.
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *ignored: Any) -> Tensor:
@@ -191,8 +193,31 @@ def integrated_jvp(
     Returns:
         [B, S, K]
     """
+    if isinstance(path, PathWithDerivatives):
+        derivatives_BSNK = _with_derivatives(path, points_N, directions_BST)[1]
+        return torch.einsum("n,bsnk->bsk", weights_N.to(directions_BST), derivatives_BSNK)
     with _PlainLayerNorm() if create_graph else _ConstantWeights():
         return _integrated_jvp(path, points_N, weights_N, directions_BST)
+
+
+@torch.no_grad()
+def jvp_with_embedding(
+    path: PathWithDerivatives, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`integrated_jvp` of a path that knows its derivatives, and the embedding of the input [B, K], in one pass."""
+    # The input, where the path ends, is one point more, of weight zero.
+    points_N, weights_N = (torch.cat([x, x.new_tensor([end])]) for x, end in ((points_N, 1.0), (weights_N, 0.0)))
+    embeddings_BNK, derivatives_BSNK = _with_derivatives(path, points_N, directions_BST)
+    return torch.einsum("n,bsnk->bsk", weights_N.to(directions_BST), derivatives_BSNK), embeddings_BNK[:, -1]
+
+
+def _with_derivatives(path: PathWithDerivatives, points_N: Tensor, directions_BST: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, tokens = directions_BST.shape
+    alpha_BNT = points_N.to(directions_BST)[None, :, None].expand(batch, -1, tokens)
+    # A direction has attention weights of each token, and the hidden layer of one token.
+    chunks = torch.split(directions_BST, _at_a_time(batch, len(points_N), 1 + tokens // 16), dim=1)
+    parts = [path.with_derivatives(alpha_BNT, chunk) for chunk in chunks]
+    return parts[0][:, 0], torch.cat([part[:, 1:] for part in parts], dim=1)
 
 
 def _integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor) -> Tensor:

@@ -32,6 +32,21 @@ EmbeddingPath = Callable[[Tensor], Tensor]
 """alpha [B, N, T] -> embeddings [B, N, K], differentiable in alpha, forward and backward."""
 
 
+class PathWithDerivatives(ABC):
+    """A path that knows its derivatives along directions, at less than what automatic differentiation costs."""
+
+    @abstractmethod
+    def __call__(self, alpha_BNT: Tensor) -> Tensor:
+        """The embeddings [B, N, K]."""
+
+    @abstractmethod
+    def with_derivatives(self, alpha_BNT: Tensor, directions_BST: Tensor) -> Tensor:
+        """The embeddings, and their derivatives while alpha moves along each of S directions, [B, 1 + S, N, K].
+
+        Both can be differentiated again.
+        """
+
+
 _SEQUENCES = 512
 
 
@@ -144,8 +159,17 @@ class TowerAtLayer(ABC):
         ]
         return torch.cat(parts).reshape(batch, count, -1)
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
-        """The path from a reference (batch of 1 or B) to hidden states; `inputs` as for `embed_from`."""
+    def path(
+        self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None, directions: int = 1
+    ) -> EmbeddingPath:
+        """The path from a reference (batch of 1 or B) to hidden states.
+
+        Args:
+            hidden: as `features_before` returns them.
+            reference: likewise.
+            inputs: as for `embed_from`.
+            directions: how many derivatives will be taken along the path; changes no number, only what it costs.
+        """
         delta = hidden - reference
 
         def embed(alpha_BNT: Tensor) -> Tensor:

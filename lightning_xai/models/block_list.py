@@ -220,7 +220,9 @@ class ImageBlocksAtLayer(TowerAtLayer):
         """What the last block passes on -> embeddings [B, K]."""
         return self._embed(hidden, len(self._list.blocks))
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
+    def path(
+        self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None, directions: int = 1
+    ) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         return super().path(hidden, reference) if self._pool is None else self._pool.path(hidden, reference)
 

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from lightning_xai.models.at_layer import foreign_hooks
-from lightning_xai.models.pooled_block import is_plain, is_plain_attention
+from lightning_xai.models.derivatives import is_plain
+from lightning_xai.models.pooled_block import is_plain_attention
 from lightning_xai.models.token_pool import LatentPool, MeanPool, MeanQueryPool, PoolWeights, TokenPool
 
 _SIGLIP_POOLS = (

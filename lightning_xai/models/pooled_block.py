@@ -1,10 +1,13 @@
 """The last block of a transformer, of which only one position is read.
 
-Shape suffixes: B batch, N points of a path, T tokens, D hidden width, h heads, e width of a head.
+Shape suffixes: B batch, N points of a path, S directions, T tokens, D hidden width, h heads, e width of a head,
+K embedding width.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +16,10 @@ from open_clip.transformer import Attention, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import type_before_parametrizations
 
-from lightning_xai.models.at_layer import EmbeddingPath, foreign_hooks
+from lightning_xai.models import derivatives
+from lightning_xai.models.at_layer import EmbeddingPath, PathWithDerivatives, foreign_hooks
+from lightning_xai.models.derivatives import is_mlp, is_norm, is_plain, is_scale
 from lightning_xai.models.token_pool import NormedPath
 
 
@@ -23,29 +27,30 @@ from lightning_xai.models.token_pool import NormedPath
 class PooledBlock:
     """A last transformer block of which one position is read: queries, residual and MLP for that position only.
 
-    Layer norm and the key and value projections are linear but for one number per token, the standard deviation, and
-    hidden states on a path are `r + alpha * d`. So both are projected once, whatever the number of points: the key at
-    alpha is `(Wr + alpha * Wd) / std(alpha)`. The key's bias shifts all scores of a query alike, which the softmax
-    ignores.
+    Attributes:
+        block: the block.
+        norm: the layer norm of what is read.
+        projection: gives what is normalised its projection at the time, a weight [D, K] or a linear layer, or None.
+        causal: whether a position attends to no later one.
     """
 
     block: ResidualAttentionBlock
+    norm: nn.LayerNorm
+    projection: Callable[[], nn.Linear | Tensor | None]
     causal: bool
 
-    @staticmethod
-    def serves(block: nn.Module) -> bool:
-        """Return whether the block is the plain pre-norm block this shortcut is exact for."""
-        attention: Any = getattr(block, "attn", None)
-        return (
-            type(block) is ResidualAttentionBlock
-            and not hasattr(block, "ln_1_kv")
-            and is_plain_attention(attention)
-            and attention.in_proj_weight is not None
-            and not any(foreign_hooks(part) for part in block.modules())
-        )
+    @classmethod
+    def of(cls, block: nn.Module, norm: Any, projection: Callable[[], Any], *, causal: bool) -> PooledBlock | None:
+        """The block with what follows it, where all of it is plain pre-norm, of which this shortcut is exact."""
+        last = projection()
+        known = last is None or isinstance(last, Tensor) or is_plain(last, nn.Linear)
+        if not (known and is_norm(norm) and _serves(block)):
+            return None
+        hooked = any(foreign_hooks(part) for part in (norm, last) if isinstance(part, nn.Module))
+        return None if hooked else cls(block, norm, projection, causal)
 
     def read(self, hidden_BTD: Tensor, pool_B: Tensor) -> Tensor:
-        """The block's output at the pooled position [B, D], for its input at all positions."""
+        """Embeddings [B, K] of the pooled positions, for the block's input at all positions."""
         attention, rows = self.block.attn, torch.arange(len(hidden_BTD), device=hidden_BTD.device)
         weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
         width, normed_BTD = weight.shape[1], self.block.ln_1(hidden_BTD)
@@ -60,56 +65,213 @@ class PooledBlock:
             seen = (positions_T <= pool_B[:, None])[:, None, None]
         context_BD = scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2).flatten(1)
         residual_BD = hidden_BTD[rows, pool_B] + self.block.ls_1(attention.out_proj(context_BD))
-        output_BD: Tensor = residual_BD + self.block.ls_2(self.block.mlp(self.block.ln_2(residual_BD)))
-        return output_BD
+        return self.finish(residual_BD.unsqueeze(1))[:, 0]
 
-    def path(self, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor) -> EmbeddingPath:
-        """The path: alpha [B, N, T] -> the block's output at the pooled position [B, N, D]."""
-        attention, norm = self.block.attn, self.block.ln_1
-        tokens, batch = NormedPath(hidden_BTD, reference_BTD, norm), len(hidden_BTD)
-        project, rows = _Projection(attention, norm), torch.arange(batch, device=hidden_BTD.device)
-        query_start_BD, query_slope_BD = (project.query(x[rows, pool_B]) for x in (tokens.starts, tokens.slope))
+    def finish(self, both: Tensor) -> Tensor:
+        """Embeddings [B, 1 + S, ..., K] of the residual at the pooled position, with derivatives [B, 1 + S, ..., D]."""
+        block: Any = self.block
+        both = both + block.ls_2(derivatives.mlp(derivatives.norm(both, block.ln_2), block.mlp))
+        both = derivatives.norm(both, self.norm)
+        projection = self.projection()
+        if isinstance(projection, nn.Linear):
+            return derivatives.linear(both, projection.weight, projection.bias)
+        return both if projection is None else both @ projection
+
+    def path(self, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor, directions: int = 1) -> EmbeddingPath:
+        """The path: alpha [B, N, T] -> embeddings [B, N, K]; see `TowerAtLayer.path`."""
+        return _PooledPath(self, hidden_BTD, reference_BTD, pool_B, directions)
+
+
+class _PooledPath(PathWithDerivatives):
+    """The path of a pooled block, written out with its derivatives.
+
+    Layer norm and the key and value projections are linear but for one number per token, the standard deviation, and
+    hidden states on a path are `r + alpha * d`. So the key at alpha is `(Wr + alpha * Wd) / std(alpha)`, and no key
+    and no value is made for each point. The key's bias shifts all scores of a query alike, which the softmax ignores.
+
+    What is called both is a value and its derivatives, [B, 1 + S, N, ...]; see `derivatives`.
+    """
+
+    def __init__(
+        self, pooled: PooledBlock, hidden_BTD: Tensor, reference_BTD: Tensor, pool_B: Tensor, directions: int
+    ) -> None:
+        self._pooled, self._pool_B, self._directions = pooled, pool_B, directions
+        attention: Any = pooled.block.attn
+        norm, (weight, self._values_weight) = pooled.block.ln_1, _split(attention.in_proj_weight)
+        query_bias, bias = (None, None) if attention.in_proj_bias is None else _split(attention.in_proj_bias)
+        self._bias = None if bias is None else bias.chunk(2)[1]
+        self._heads, self._norm, self._tokens = attention.num_heads, norm, NormedPath(hidden_BTD, reference_BTD, norm)
+        rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+        # All that a query is made of together, so that its weights are read once. Axes for directions and for points.
+        read = [x[rows, pool_B] * norm.weight for x in (self._tokens.starts, self._tokens.slope)]
+        projected_B3D = linear(torch.stack([*read, norm.bias.expand_as(read[0])], dim=1), weight)
+        self._query_start, self._query_slope, constant = projected_B3D[:, None].chunk(3, dim=2)
+        self._query_constant = constant if query_bias is None else constant + query_bias
+        start_BD = reference_BTD.expand_as(hidden_BTD)[rows, pool_B]
+        self._hidden_start = start_BD[:, None, None]
+        self._hidden_slope = (hidden_BTD[rows, pool_B] - start_BD)[:, None, None]
+        self._unseen = None
+        if pooled.causal:
+            positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+            self._unseen = (positions_T > pool_B[:, None])[:, None, None, None]
+        self._projected: _Projected | None = None
+
+    def __call__(self, alpha_BNT: Tensor) -> Tensor:
+        """The embeddings [B, N, K]."""
+        return self.with_derivatives(alpha_BNT, alpha_BNT[:, :0])[:, 0]
+
+    def with_derivatives(self, alpha_BNT: Tensor, directions_BST: Tensor) -> Tensor:
+        """The embeddings and their derivatives along directions [B, 1 + S, N, K]; see `PathWithDerivatives`."""
+        points, block = alpha_BNT.shape[1], self._pooled.block
+        alpha, along = alpha_BNT.unsqueeze(1), directions_BST.unsqueeze(2)
+        std = self._tokens.inverse_std(alpha_BNT).unsqueeze(1)
+        std_along = along
+        if along.shape[1]:
+            std_along = self._tokens.inverse_std_slope(alpha_BNT).unsqueeze(1) * along
+        alpha_at, along_at, std_at, std_along_at = map(self._at_query, (alpha, along, std, std_along))
+        query = self._query_start + alpha_at * self._query_slope
+        query_along = along_at * self._query_slope * std_at + query * std_along_at
+        both = torch.cat([query * std_at + self._query_constant, query_along], dim=1)
+        keys = self._keys_and_values(points)
+        weights, slopes = self._weights(keys.scores(both), (alpha, along), (std, std_along))
+        attended, out = keys.context(weights, slopes), block.attn.out_proj
+        hidden_along = (along_at * self._hidden_slope).expand(-1, -1, points, -1)
+        hidden = torch.cat([self._hidden_start + alpha_at * self._hidden_slope, hidden_along], dim=1)
+        return self._pooled.finish(hidden + block.ls_1(derivatives.linear(attended, out.weight, out.bias)))
+
+    def _weights(
+        self,
+        products: tuple[Tensor, Tensor],
+        alpha_and_along: tuple[Tensor, Tensor],
+        std_and_along: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """What the values of the reference are weighted with, and those of the change: both [B, 1 + S, N, h, T]."""
+        start, slope = products
+        alpha, along, std, std_along = (x.unsqueeze(3) for x in (*alpha_and_along, *std_and_along))
+        scale = (self._norm.weight.shape[0] // self._heads) ** -0.5
+        raw = start + alpha * slope
+        scores = raw[:, :1] * (std * scale)
+        if self._unseen is not None:
+            scores = scores.masked_fill(self._unseen, float("-inf"))
+        share = scores.softmax(dim=4)
+        weights = share * std
+        if not along.shape[1]:
+            return weights, weights * alpha
+        inner = ((raw[:, 1:] + along * slope[:, :1]) * std + raw[:, :1] * std_along) * scale
+        share_along = share * (inner - (share * inner).sum(dim=4, keepdim=True))
+        weights_along = share_along * std + share * std_along
+        slopes_along = weights_along * alpha + weights * along
+        return torch.cat([weights, weights_along], dim=1), torch.cat([weights * alpha, slopes_along], dim=1)
+
+    def _at_query(self, x: Tensor) -> Tensor:
+        """Values of the tokens [B, ..., T] at the pooled position, [B, ..., 1]."""
+        index = self._pool_B.reshape(-1, *[1] * (x.ndim - 1))
+        return x.gather(-1, index.expand(*x.shape[:-1], 1))
+
+    def _keys_and_values(self, points: int) -> _KeysAndValues:
+        queries, (tokens, width) = self._directions * points, self._tokens.slope.shape[1:]
+        options = (self._tokens, self._values_weight, self._bias, self._norm, self._heads)
+        # Products with weights: folded, two of each query and four of all of the width of each token; else four of each
+        # token, as two reach from the reference and two from the change, whatever the number of queries.
+        if queries * (2 * width + 4 * tokens * self._heads) < 4 * tokens * width:
+            return _Folded(*options)
+        if self._projected is None:
+            self._projected = _Projected(*options)
+        return self._projected
+
+
+def _split(in_proj: Tensor) -> tuple[Tensor, Tensor]:
+    """The query's part of a projection, and that of keys and values."""
+    width = len(in_proj) // 3
+    return in_proj[:width], in_proj[width:]
+
+
+class _KeysAndValues(ABC):
+    """What queries attend to, but for the standard deviation of each token."""
+
+    @abstractmethod
+    def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of queries [B, 1 + S, N, D] with keys: of the reference and of the change, each [B, 1 + S, N, h, T].
+
+        Without what is the same for all tokens.
+        """
+
+    @abstractmethod
+    def context(self, weights: Tensor, slopes: Tensor) -> Tensor:
+        """Weighted sums of values, of the reference and of the change, both [B, 1 + S, N, h, T] -> [B, 1 + S, N, D].
+
+        With what is the same for all tokens, whose weights are one in all.
+        """
+
+
+class _Projected(_KeysAndValues):
+    """Keys and values of each token are made: for many queries."""
+
+    def __init__(self, tokens: NormedPath, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm, heads: int) -> None:
+        def project(x_BTD: Tensor) -> list[Tensor]:
+            parts = linear(x_BTD * norm.weight, weight).chunk(2, dim=2)
+            return [part.reshape(*part.shape[:2], heads, -1).expand(len(tokens.slope), -1, -1, -1) for part in parts]
+
         # One reference serves the whole batch: it is projected once.
-        key_start, value_start = (x.expand(batch, -1, -1, -1) for x in project.key_value(tokens.start))
-        key_slope, value_slope = project.key_value(tokens.slope)
-        hidden_start_BD = reference_BTD.expand_as(hidden_BTD)[rows, pool_B]
-        hidden_slope_BD = hidden_BTD[rows, pool_B] - hidden_start_BD
-        positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-        hidden_from_query_BT = (positions_T > pool_B[:, None]) if self.causal else None
+        self._key_start, self._value_start = project(tokens.start)
+        self._key_slope, self._value_slope = project(tokens.slope)
+        self._constant = linear(norm.bias, weight.chunk(2)[1], bias)
+        self._heads = heads
 
-        def output(alpha_BNT: Tensor) -> Tensor:
-            inverse_std_BNT = tokens.inverse_std(alpha_BNT)
-            at_query = pool_B[:, None, None].expand(-1, alpha_BNT.shape[1], 1)
-            alpha_query_BN1, inverse_std_query_BN1 = (x.gather(2, at_query) for x in (alpha_BNT, inverse_std_BNT))
-            query = (query_start_BD[:, None] + alpha_query_BN1 * query_slope_BD[:, None]) * inverse_std_query_BN1
-            query_BNhe = project.heads(query + project.query_constant)
-            alpha_BN1T, inverse_std_BN1T = alpha_BNT.unsqueeze(2), inverse_std_BNT.unsqueeze(2)
-            scores = torch.einsum("bnhe,bthe->bnht", query_BNhe, key_start)
-            scores = scores + alpha_BN1T * torch.einsum("bnhe,bthe->bnht", query_BNhe, key_slope)
-            scores = scores * inverse_std_BN1T * query_BNhe.shape[3] ** -0.5
-            if hidden_from_query_BT is not None:
-                scores = scores.masked_fill(hidden_from_query_BT[:, None, None], float("-inf"))
-            weights_BNhT = scores.softmax(dim=3) * inverse_std_BN1T
-            context = torch.einsum("bnht,bthe->bnhe", weights_BNhT, value_start)
-            context = context + torch.einsum("bnht,bthe->bnhe", weights_BNhT * alpha_BN1T, value_slope)
-            context_BND = context.flatten(2) + project.value_constant
-            residual_BND = hidden_start_BD[:, None] + alpha_query_BN1 * hidden_slope_BD[:, None]
-            residual_BND = residual_BND + self.block.ls_1(attention.out_proj(context_BND))
-            output_BND: Tensor = residual_BND + self.block.ls_2(self.block.mlp(self.block.ln_2(residual_BND)))
-            return output_BND
+    def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_KeysAndValues.scores`."""
+        by_head = queries.reshape(*queries.shape[:3], self._heads, -1)
+        start, slope = (torch.einsum("bsnhe,bthe->bsnht", by_head, key) for key in (self._key_start, self._key_slope))
+        return start, slope
 
-        return output
+    def context(self, weights: Tensor, slopes: Tensor) -> Tensor:
+        """See `_KeysAndValues.context`."""
+        sums = torch.einsum("bsnht,bthe->bsnhe", weights, self._value_start)
+        sums = (sums + torch.einsum("bsnht,bthe->bsnhe", slopes, self._value_slope)).flatten(3)
+        return derivatives.shift(sums, self._constant)
+
+
+class _Folded(_KeysAndValues):
+    """No key and no value is made: queries are taken through the key projection, sums through that of values."""
+
+    def __init__(self, tokens: NormedPath, weight: Tensor, bias: Tensor | None, norm: nn.LayerNorm, heads: int) -> None:
+        self._tokens, self._bias, self._norm, self._heads = tokens, bias, norm, heads
+        self._key_heD, self._value_heD = weight.reshape(2, heads, -1, weight.shape[1])
+
+    def scores(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_KeysAndValues.scores`."""
+        by_head = queries.reshape(*queries.shape[:3], self._heads, -1)
+        folded = torch.einsum("bsnhe,hed->bsnhd", by_head, self._key_heD) * self._norm.weight
+        ends = (self._tokens.starts, self._tokens.slope)
+        start, slope = (torch.einsum("bsnhd,btd->bsnht", folded, x) for x in ends)
+        return start, slope
+
+    def context(self, weights: Tensor, slopes: Tensor) -> Tensor:
+        """See `_KeysAndValues.context`."""
+        sums = torch.einsum("bsnht,btd->bsnhd", weights, self._tokens.starts)
+        sums = sums + torch.einsum("bsnht,btd->bsnhd", slopes, self._tokens.slope)
+        sums = derivatives.shift(sums * self._norm.weight, self._norm.bias)
+        context = torch.einsum("bsnhd,hed->bsnhe", sums, self._value_heD).flatten(3)
+        return context if self._bias is None else derivatives.shift(context, self._bias)
+
+
+def _serves(block: Any) -> bool:
+    attention: Any = getattr(block, "attn", None)
+    return (
+        type(block) is ResidualAttentionBlock
+        and not hasattr(block, "ln_1_kv")
+        and is_plain_attention(attention)
+        and attention.in_proj_weight is not None
+        and all(is_norm(part) for part in (block.ln_1, block.ln_2))
+        and all(is_scale(part) for part in (block.ls_1, block.ls_2))
+        and is_mlp(block.mlp)
+        and not any(foreign_hooks(part) for part in block.modules())
+    )
 
 
 def is_plain_attention(attention: Any) -> bool:
     """Return whether this is PyTorch's attention, as open_clip 3 has it, or that of open_clip 4, without extras."""
     return _is_plain_torch(attention) or _is_plain_open_clip(attention)
-
-
-def is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Return whether a module is of just this class, its weights parametrized, as by low-rank adapters, or not."""
-    plain: type[nn.Module] = type_before_parametrizations(module)
-    return plain is kind
 
 
 def _is_plain_torch(attention: Any) -> bool:
@@ -131,29 +293,3 @@ def _is_plain_open_clip(attention: Any) -> bool:
         and all(type(getattr(attention, name, None)) is nn.Identity for name in ("ln_q", "ln_k", "ln_inner"))
         and is_plain(attention.out_proj, nn.Linear)
     )
-
-
-class _Projection:
-    """Query, key and value projections of a block, with the layer norm's affine part folded in."""
-
-    def __init__(self, attention: Any, norm: nn.LayerNorm) -> None:
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        width = weight.shape[1]
-        self._heads = attention.num_heads
-        self._scale_D = norm.weight
-        self._query_weight, self._key_value_weight = weight[:width], weight[width:]
-        constant_3D = linear(norm.bias, weight, bias)
-        self.query_constant, _, self.value_constant = constant_3D.chunk(3)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., h, e]."""
-        return x.reshape(*x.shape[:-1], self._heads, -1)
-
-    def query(self, centred_BD: Tensor) -> Tensor:
-        """The query of centred hidden states, but for the standard deviation and the constant: [B, D]."""
-        return linear(centred_BD * self._scale_D, self._query_weight)
-
-    def key_value(self, centred_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Likewise keys and values of all tokens, each [B, T, h, e]."""
-        key, value = linear(centred_BTD * self._scale_D, self._key_value_weight).chunk(2, dim=2)
-        return self.heads(key), self.heads(value)

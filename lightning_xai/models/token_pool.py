@@ -54,10 +54,21 @@ class NormedPath:
         """What each token is multiplied by at each point: [B, N, T]; 1 without a norm."""
         if self._norm is None:
             return torch.ones_like(alpha_BNT)
+        return self._inverse_std(alpha_BNT, self._norm.eps).to(alpha_BNT.dtype)
+
+    def inverse_std_slope(self, alpha_BNT: Tensor) -> Tensor:
+        """The derivative of `inverse_std` by alpha: [B, N, T]."""
+        if self._norm is None:
+            return torch.zeros_like(alpha_BNT)
+        _, mixed, slope = self._mean_squares
+        half_BNT = mixed + alpha_BNT * slope
+        return (-half_BNT * self._inverse_std(alpha_BNT, self._norm.eps) ** 3).to(alpha_BNT.dtype)
+
+    def _inverse_std(self, alpha_BNT: Tensor, eps: float) -> Tensor:
         start, mixed, slope = self._mean_squares
         square_BNT = start + alpha_BNT * (2 * mixed + alpha_BNT * slope)
         # Rounding makes it negative where a path passes through zero.
-        return torch.rsqrt(square_BNT.clamp(min=0) + self._norm.eps).to(alpha_BNT.dtype)
+        return torch.rsqrt(square_BNT.clamp(min=0) + eps)
 
     def weighted(self, weights_BNhT: Tensor, alpha_BNT: Tensor) -> Tensor:
         """Sums of all tokens `start + alpha * slope` with weights: [B, N, h, D]."""

@@ -56,8 +56,9 @@ class VisionTransformerAtLayer(TowerAtLayer):
         self.last_block = self._blocks[-1]
         self.grid = tuple(visual.grid_size)
         self._reads_cls = visual.attn_pool is None and visual.pool_type == "tok"
-        pooled = self._reads_cls and not self._at_head and PooledBlock.serves(self.last_block)
-        self._pooled = PooledBlock(self.last_block, causal=False) if pooled else None
+        self._pooled = None
+        if self._reads_cls and not self._at_head:
+            self._pooled = PooledBlock.of(self.last_block, visual.ln_post, lambda: visual.proj, causal=False)
         self._pool = open_clip_pool(visual) if self._at_head else None
         self.calls_blocks = self._pool is None and (self._pooled is None or self.block is not self.last_block)
 
@@ -83,7 +84,7 @@ class VisionTransformerAtLayer(TowerAtLayer):
         if self._pooled is None:
             return self.embed_after(_run(self._blocks[self.layer :], hidden, self._visual.transformer))
         hidden = _run(self._blocks[self.layer : -1], hidden, self._visual.transformer)
-        return self._head(self._visual.ln_post(self._pooled.read(hidden, _first(hidden))))
+        return self._pooled.read(hidden, _first(hidden))
 
     def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """What the last block passes on [B, T, D] -> embeddings [B, K]."""
@@ -96,14 +97,15 @@ class VisionTransformerAtLayer(TowerAtLayer):
         # However tokens are pooled, before the norm or after it: of one token it is that token.
         return self._head(self._visual.ln_post(hidden))
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
+    def path(
+        self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None, directions: int = 1
+    ) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         if self._pool is not None:
             return self._pool.path(hidden, reference)
         if self._pooled is None or self.calls_blocks:
-            return super().path(hidden, reference, inputs)
-        output = self._pooled.path(hidden, reference, _first(hidden))
-        return lambda alpha_BNT: self._head(self._visual.ln_post(output(alpha_BNT)))
+            return super().path(hidden, reference, inputs, directions)
+        return self._pooled.path(hidden, reference, _first(hidden), directions)
 
     def _head(self, pooled: Tensor) -> Tensor:
         return pooled if self._visual.proj is None else pooled @ self._visual.proj
@@ -151,7 +153,9 @@ class ModifiedResNetAtLayer(TowerAtLayer):
         embedding: Tensor = self._visual.attnpool(hidden)
         return embedding
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
+    def path(
+        self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None, directions: int = 1
+    ) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         return super().path(hidden, reference) if self._pool is None else self._pool.path(hidden, reference)
 
@@ -219,6 +223,11 @@ class TextTower:
         embedding: Tensor = projection(normalised) if isinstance(projection, nn.Linear) else normalised @ projection
         return embedding
 
+    def pooled_block(self) -> PooledBlock | None:
+        """The last block and the head, where only one position is read of them in a way that is known."""
+        text = self._text
+        return PooledBlock.of(self.blocks[-1], text.ln_final, lambda: text.text_projection, causal=self.causal)
+
     def encode(self, tokens_BL: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, K], not normalised; all tokens are run, so `trim` them before."""
         hidden = self.embed(tokens_BL, tokens_BL.shape[1])
@@ -237,7 +246,7 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         self.block = tower.blocks[self.layer]
         self.last_block = tower.blocks[-1]
         self.causal = tower.causal and tower.reads_end
-        self._pooled = PooledBlock(self.last_block, tower.causal) if PooledBlock.serves(self.last_block) else None
+        self._pooled = tower.pooled_block()
         self.calls_blocks = self._pooled is None or self.block is not self.last_block
 
     def blocks_on(self) -> list[nn.Module]:
@@ -271,7 +280,7 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         if self._pooled is None:
             return self.embed_after(_run(self._tower.blocks[self.layer :], hidden, transformer, mask), inputs)
         hidden = _run(self._tower.blocks[self.layer : -1], hidden, transformer, mask)
-        return self._tower.head(self._pooled.read(hidden, pool_B))
+        return self._pooled.read(hidden, pool_B)
 
     def embed_after(self, hidden: Tensor, inputs: Tensor | None = None) -> Tensor:
         """What the last block passes on of the captions `inputs`, [B, T, D] -> embeddings [B, K]."""
@@ -281,12 +290,13 @@ class TextTransformerAtLayer(TextTowerAtLayer):
         """Single tokens [B, N, D] -> embeddings [B, N, K]."""
         return self._tower.head(hidden)
 
-    def path(self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None) -> EmbeddingPath:
+    def path(
+        self, hidden: Tensor, reference: Tensor, inputs: Tensor | None = None, directions: int = 1
+    ) -> EmbeddingPath:
         """The path: alpha [B, N, T] -> embeddings [B, N, K]."""
         if self._pooled is None or self.calls_blocks:
-            return super().path(hidden, reference, inputs)
-        output = self._pooled.path(hidden, reference, self._pool(inputs))
-        return lambda alpha_BNT: self._tower.head(output(alpha_BNT))
+            return super().path(hidden, reference, inputs, directions)
+        return self._pooled.path(hidden, reference, self._pool(inputs), directions)
 
     def _pool(self, inputs: Tensor | None) -> Tensor:
         if inputs is None:
