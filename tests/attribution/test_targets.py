@@ -191,7 +191,7 @@ def test_the_contrast_map_of_feature_pairs_costs_less_than_one_more_span_map(
     method = FeaturePairAttribution(encoder)
     contrast = Contrast(each(OTHERS))
     expected = [method.attribute(images, tokens, target).image for target in (Similarity(), contrast)]
-    counts = dict.fromkeys(("integrated_jvp", "integrated_vjp"), 0)
+    counts = dict.fromkeys(("jvp_with_embedding", "integrated_vjp"), 0)
     for name in counts:
         plain = getattr(lightning_xai.attribution.path_integral, name)
 
@@ -204,9 +204,9 @@ def test_the_contrast_map_of_feature_pairs_costs_less_than_one_more_span_map(
         monkeypatch.setattr(f"lightning_xai.attribution.feature_pair.{name}", counted)
     sizes = batch_sizes(encoder, "encode_image", monkeypatch)
     own = method.image_map(images, tokens)
-    assert counts == {"integrated_jvp": 1, "integrated_vjp": 1}, "as a span map"
+    assert counts == {"jvp_with_embedding": 1, "integrated_vjp": 1}, "as a span map"
     both = method.image_map(images, tokens, contrast)
-    assert counts == {"integrated_jvp": 1 + 2, "integrated_vjp": 1 + 1}
+    assert counts == {"jvp_with_embedding": 1 + 2, "integrated_vjp": 1 + 1}
     assert sizes == []
     torch.testing.assert_close([own, both], expected)
 
