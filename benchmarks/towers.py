@@ -4,11 +4,12 @@
     git worktree add ../before v0.1.0                  # a checkout of the version to compare with
     python benchmarks/towers.py --against ../before
 
-Random weights, float32, one thread, pairs with a caption of 15 tokens, tokenized as CLIP does, `--batch` at a time. Costs are CPU seconds
-on top of a forward pass of the pair (open_clip's encode_image and encode_text), in multiples of that pass, each the
-least of several; what enters the layers, and the embedding of the image, are kept of that pass. Every row is measured in a separate process, so that its peak memory (resident set, torch's own
-included) is that row's. The completeness error is of random weights, which says little: `benchmarks/tower_kinds.py`
-measures it on trained models. A version without presets is measured at its defaults.
+Random weights, float32, one thread, pairs with a caption of 15 tokens, tokenized as CLIP does, `--batch` at a time.
+Costs are CPU seconds on top of a forward pass of the pair (open_clip's encode_image and encode_text), in multiples of
+that pass, each the least of several; what enters the layers, and the embedding of the image, are kept of that pass.
+Every row is measured in a separate process, so that its peak memory (resident set, torch's own included) is that row's.
+The completeness error is of random weights, which says little: `benchmarks/tower_kinds.py` measures it on trained
+models. A version without presets is measured at its defaults.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def main() -> None:
     heads = ["tower", "preset", "layers", "span map", "asked", "full interactions", "asked", "completeness error"]
     heads += ["memory, span map", "memory, full", "peak [GB]"]
     lines = [
-        f"Forward passes that attributions cost on top of the pairs' own, {options.batch} at a time, and peak memory as a "
-        "multiple of that pass's.",
+        f"Forward passes that attributions cost on top of the pairs' own, {options.batch} at a time, and peak memory "
+        "as a multiple of that pass's.",
         "",
         "| " + " | ".join(heads) + " |",
         "|---" * len(heads) + "|",
