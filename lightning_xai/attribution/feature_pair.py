@@ -313,6 +313,8 @@ class FeaturePairAttribution(PairwiseMethod):
         self, states: HiddenStates, images: Tensor, captions: Tensor, span_masks: Tensor, references: References
     ) -> Tensor:
         """`span_map` of R spans; those of one caption share its path, those of one image the image's."""
+        if not len(images):
+            return states.image.new_zeros(0, *self.grid, dtype=self._dtype)
         self._check_span(states.tokens[captions], span_masks)
         order = torch.argsort(images, stable=True)
         parts = []

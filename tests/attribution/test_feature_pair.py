@@ -377,6 +377,8 @@ def test_phrases_that_share_images_and_captions_have_the_maps_of_each_alone_in_a
         method.internal_batch_size = size
         shared = method.span_maps_of(states, image, caption, spans, references)
         torch.testing.assert_close(shared, alone, rtol=1e-9, atol=1e-13)
+        none = method.span_maps_of(states, image[:0], caption[:0], spans[:0], references)
+        assert torch.equal(none, shared[:0])
     assert alone.abs().max() > 1e-4
 
 
