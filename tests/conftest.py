@@ -138,6 +138,17 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Inside, this thread may run on one core alone."""
+    if not hasattr(os, "sched_setaffinity") or os.cpu_count() == 1:
+        pytest.skip("there is no choice of cores")
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> CaptionTokenizer:
     return CaptionTokenizer(open_clip.get_tokenizer("ViT-B-32"))

@@ -136,7 +136,8 @@ class FeaturePairAttribution(PairwiseMethod):
     Args:
         encoder: the dual encoder to explain, or a sentence encoder, for `attribute_texts` alone.
         image_layer: the image tower's layer whose input is attributed to, counted as open_clip counts its blocks
-            (-1: the last; a ResNet's stages are 1 to 4; one more than the last is the head). None: the preset's.
+            (-1: the last; a ResNet's stages are 1 to 4; one more than the last is the head, where that pools patches).
+            None: the preset's.
         text_layer: likewise for the text tower.
         steps: integration points N; None: the preset's.
         rule: quadrature; None: the preset's. The midpoint rule needs fewer steps than the paper's for the same
@@ -152,7 +153,7 @@ class FeaturePairAttribution(PairwiseMethod):
 
     Raises:
         UnsupportedTowerError: an unsupported tower; `"inputs"` of a tower whose layers begin later.
-        ValueError: a layer or preset that does not exist, fewer steps than the rule needs.
+        ValueError: a layer or preset that does not exist, a head that reads no patch, fewer steps than the rule needs.
     """
 
     signed = True
@@ -181,6 +182,7 @@ class FeaturePairAttribution(PairwiseMethod):
         self.text = encoder.text_at_layer(self._text_layer)
         self._points, self._weights = (as_constant(numbers) for numbers in quadrature(self.rule, self.steps))
         if encoder.has_image_tower:
+            self.image.check_patches_read()
             self.grid = self.image.grid
         self._image_reference = image_reference
         self._text_reference = text_reference
@@ -336,6 +338,8 @@ class FeaturePairAttribution(PairwiseMethod):
         self, states: HiddenStates, images: Tensor, captions: Tensor, span_masks: Tensor, references: References
     ) -> Tensor:
         """`span_map` of R spans; those of one caption share its path, those of one image the image's."""
+        if not len(images):
+            return states.image.new_zeros(0, *self.grid, dtype=self._dtype)
         self._check_span(states.tokens[captions], span_masks)
         order = torch.argsort(images, stable=True)
         parts = []

@@ -35,7 +35,7 @@ class GradCAM(OneTowerMethod):
         internal_batch_size: pairs at a time, None for all.
 
     Raises:
-        ValueError: no such layer, or an unsupported tower.
+        ValueError: no such layer, a head that reads no patch, or an unsupported tower.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class GradCAM(OneTowerMethod):
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
         self._image = _image_at_the_end(encoder) if image_layer is None else encoder.image_at_layer(image_layer)
+        self._image.check_patches_read()
         self.grid = self._image.grid
         self._text = encoder.text_at_layer(-1 if text_layer is None else text_layer)
 

@@ -306,6 +306,8 @@ class PairwiseMethod(AttributionMethod):
         Returns:
             [R, H, W]
         """
+        if not len(images):
+            return states.image.new_zeros(0, *self.grid)
         pairs, place = torch.unique(torch.stack([images, captions], dim=1), dim=0, return_inverse=True)
         interactions = self.attribute_states(states.pairs(*pairs.unbind(dim=1)), references).interactions
         return torch.einsum("rl,rlhw->rhw", span_masks.to(interactions), interactions[place])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from lightning_xai.attribution import Attribution
+    from lightning_xai.attribution import Attribution, AttributionMethod
     from lightning_xai.attribution.method_options import ChosenMethod
     from lightning_xai.attribution.target_options import ChosenTarget
     from lightning_xai.data.sample import Box, Span
@@ -272,7 +272,7 @@ def _explanation(
         arrays["shown_image"],
         sums_of(arrays["shown_text"], prepared.content),
         similarity=arrays["similarity"].item(),
-        scale=_scale(chosen.method.has_zero, arrays),
+        scale=_scale(chosen.method),
         completeness_error=arrays["completeness_error"].item() if "completeness_error" in arrays else None,
         where=chosen.where,
         others=_others(prepared, arrays),
@@ -324,13 +324,11 @@ def _others(prepared: PreparedEntry, arrays: Mapping[str, NDArray[Any]]) -> tupl
     )
 
 
-def _scale(has_zero: bool, arrays: Mapping[str, NDArray[Any]]) -> Scale:
-    if not has_zero:
+def _scale(method: AttributionMethod) -> Scale:
+    """By what the method knows: a signed one may give an image nothing that is negative, which is then to be seen."""
+    if not method.has_zero:
         return "range"
-    # Sums of all patches or tokens may be positive where those of a phrase or a box are not.
-    names = ("image", "text", "interactions", "against_text", "against_interactions")
-    parts = [arrays[name].min() for name in names if name in arrays]
-    return "signed" if min(parts) < 0 else "positive"
+    return "signed" if method.signed else "positive"
 
 
 def _given(result: Attribution, row: int, prepared: PreparedEntry) -> dict[str, NDArray[Any]]:

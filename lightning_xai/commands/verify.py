@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from rich.markup import escape
+
+from lightning_xai.cores import usable_cores
 
 # No `if TYPE_CHECKING` in a module whose class holds options: the parser would import what stands there.
 
@@ -26,7 +27,7 @@ class Verify:
     Attributes:
         sets: folders of shards, or folders of such; or addresses and commands as the data module takes them.
         quick: compare sizes and SHA-256 only, without decoding.
-        workers: processes that read; by default as many as there are CPU cores.
+        workers: processes that read; by default as many as there are CPU cores that the command may use.
         retries: how often a shard from elsewhere is opened again where its stream breaks off.
     """
 
@@ -41,7 +42,7 @@ class Verify:
         Raises:
             ValueError: something is wrong with one of them; the message names the shards.
         """
-        workers = (os.cpu_count() or 1) if self.workers is None else self.workers
+        workers = usable_cores() if self.workers is None else self.workers
         if workers < 0:
             raise ValueError(f"workers has to be at least 0; got {workers}")
         found = [_verify(place, self, workers) for given in self.sets for place in _sets_in(given)]

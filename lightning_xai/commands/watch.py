@@ -31,7 +31,9 @@ def watch(run: Path, port: int = 6016, host: str = "127.0.0.1", token: str | Non
     folder = find_run(run)
     with suppress(KeyboardInterrupt), WatchServer(folder, host, port, token) as server:
         server.run.progress()  # a run of another version is refused here, not on the page
-        server.view.explorer()  # what takes longest at the first time is ready when the page asks for it
+        # What takes longest at the first time is ready when the page asks for it.
+        server.view.explorer()
+        server.view.data()
         print(f"Watching {folder} at {server.url} (Ctrl-C ends it)", flush=True)  # noqa: T201
         if open:
             # Some browsers keep their caller until they end.

@@ -6,7 +6,6 @@ A worker's time goes into decoding pixels that the model's transform throws away
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from functools import partial
 
 from PIL import Image
 
+from lightning_xai.cores import usable_cores
 from lightning_xai.data.masks import resize_mask
 from lightning_xai.data.sample import RecordError, Region, Sample, decode_image, mask_faults
 
@@ -80,8 +80,8 @@ def shrink(sample: Sample, photo_size: PhotoSize) -> Sample:
 
 
 def shrink_all(samples: Iterable[Sample], photo_size: PhotoSize) -> Iterator[Sample | RecordError]:
-    """`shrink` samples on all cores, in their order; the error in place of one that cannot be decoded."""
-    cores = os.cpu_count() or 1
+    """`shrink` samples on all usable cores, in their order; the error in place of one that cannot be decoded."""
+    cores = usable_cores()
     attempt = partial(_attempt, photo_size=photo_size)
     pending: deque[Future[Sample | RecordError]] = deque()
     with ThreadPoolExecutor(cores) as pool:  # Pillow works outside of the interpreter's lock

@@ -89,6 +89,20 @@ class TowerAtLayer(ABC):
         """
         return self.layers[-1] + self.is_feature_map
 
+    def check_patches_read(self) -> None:
+        """Refuse, of an image tower, a head that reads one position: there every map would be zero.
+
+        Raises:
+            ValueError: no patch is read at this layer; the message says which layer to take.
+        """
+        # To find the reading layer may take a pass; up to the last block it is not needed.
+        if self.layer > self.layers[-1] and self.layer > self.reading_layer:
+            raise ValueError(
+                f"the image tower reads one token of what its last block passes on, so that at the head, layer "
+                f"{self.layer}, no patch has a part in the similarity: take image_layer={self.reading_layer}, the last "
+                "block, or an earlier one"
+            )
+
     @abstractmethod
     def features_before(self, inputs: Tensor) -> Tensor:
         """Hidden states at the block's input: [B, T, D], or [B, C, H, W] for feature maps."""

@@ -45,7 +45,7 @@ _ORDER = ("first", "second")
 _MEANING = {
     "signed": "blue against, red for",
     "positive": "no sign: white 0, red most",
-    "range": "no sign: white least, red most",
+    "range": "white least, red most",
 }
 
 

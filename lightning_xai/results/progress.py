@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_xai.atomic_file import read_json
+from lightning_xai.results.event_files import EVENT_FILES, EventFile
 from lightning_xai.results.examples import EXAMPLES_NAME, WORDS_NAME, ExampleRecord, read_examples, read_words
 from lightning_xai.results.record import RESULT_NAME, ResultError, ResultRecord, read_record, state_name
 
@@ -207,7 +208,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Loss:
-    """The training loss by step, as a CSVLogger has kept it.
+    """The training loss by step, as a CSVLogger or a TensorBoardLogger has kept it.
 
     Attributes:
         steps: optimizer steps taken, of the last value that a point is the mean of.
@@ -231,6 +232,7 @@ class FollowedRun:
         self.folder = FollowedFolder(root)
         self._last: tuple[Any, Progress] = (None, Progress())
         self._last_loss: tuple[Any, Loss] = (None, Loss())
+        self._events: dict[tuple[str, int], EventFile] = {}
 
     def progress(self) -> Progress:
         """What has been measured so far; the same object as long as nothing changes.
@@ -254,20 +256,39 @@ class FollowedRun:
     def loss(self) -> Loss:
         """The training loss so far, the same object as long as nothing changes.
 
-        It has no point where no CSVLogger has logged it into the folder.
+        It has no point where neither a CSVLogger nor a TensorBoardLogger has logged it into the folder. Where both
+        have, a step has the CSVLogger's value, whose digits are those of the loss.
 
         Raises:
             ResultError: a file is too large.
         """
-        earlier = [path.name for path in self.folder.root.glob("metrics-*.csv") if path.stem[8:].isdecimal()]
-        names = [*sorted(earlier, key=lambda name: int(name[8:-4])), LOGGED]
-        seen = [(name, self.folder.signature(name)) for name in names]
+        tables = [path.name for path in self.folder.root.glob("metrics-*.csv") if path.stem[8:].isdecimal()]
+        tables = [*sorted(tables, key=lambda name: int(name[8:-4])), LOGGED]
+        events = sorted(path.name for path in self.folder.root.glob(EVENT_FILES))
+        seen = [(name, self.folder.signature(name)) for name in (*tables, *events)]
         if self._last_loss[0] != seen:
-            found: dict[int, float] = {}
-            for name in names:
+            found = self._logged_events(events)
+            for name in tables:
                 found |= self.folder.read(name, _read_losses) or {}  # a step that came again counts once
             self._last_loss = (seen, _thinned(sorted(found.items())))
         return self._last_loss[1]
+
+    def _logged_events(self, names: Sequence[str]) -> dict[int, float]:
+        """Steps taken -> the loss in event files, each of which is that of a start."""
+        found: dict[int, float] = {}
+        for name in names:
+            path = self.folder.file(name)
+            signature = _signature(path)
+            if path is None or not signature or path.name != name:  # as in `FollowedFolder.read`
+                continue
+            # A file that takes the place of another one has another number, and is read from its start.
+            file = self._events.setdefault((name, signature[2]), EventFile(path, _LOSSES))
+            numbers = file.numbers()
+            own = next((numbers[each] for each in _LOSSES if each in numbers), {})
+            # What an earlier start has logged after the checkpoint that this one began with did not come to pass.
+            found = {step: value for step, value in found.items() if step <= min(own, default=step)}
+            found |= {step + 1: value for step, value in own.items()}
+        return found
 
     def examples(self, measured: Measured) -> dict[str, list[Example]]:
         """Label of a reading -> the fixed examples of a measurement; empty where none were kept.

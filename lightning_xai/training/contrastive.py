@@ -47,6 +47,7 @@ from lightning_xai.training.parameter_groups import (
     freeze_embeddings,
     parameter_groups,
     parameter_places,
+    trained_towers,
 )
 from lightning_xai.training.run_loggers import log_measured
 from lightning_xai.training.schedule import planned_steps
@@ -151,7 +152,7 @@ class ContrastiveModule(L.LightningModule):
         if gradient_checkpointing or chunk_size is not None:
             _refuse_batch_statistics(encoder)
         frozen = {"image": freeze_image, "text": freeze_text}
-        self.objectives = _prepared(objectives, encoder, frozen, compiled=compile)
+        self.objectives = _prepared(objectives, encoder, compiled=compile)
         self.encoder = encoder
         self.initial_lr = initial_lr
         self.final_lr = final_lr
@@ -169,8 +170,7 @@ class ContrastiveModule(L.LightningModule):
         self._steps = 0.0  # of the whole run
         self._epoch_batches = self._restored_batches = 0.0  # of an epoch, when the run was started
         self._phraseless = 0  # batches so far, none of which had a phrase
-        self.chunk_size = chunk_size
-        self._compiled = compile
+        self.chunk_size, self._compiled = chunk_size, compile
         self._places = _choose_parameters(
             encoder,
             frozen=frozen,
@@ -178,6 +178,7 @@ class ContrastiveModule(L.LightningModule):
             lora=lora,
             rates_differ=(image_lr_factor, text_lr_factor, layer_decay) != (1, 1, 1),
         )
+        self._check_towers()
         self._keep_frozen_statistics()
         if gradient_checkpointing:
             encoder.checkpoint_blocks()
@@ -193,9 +194,11 @@ class ContrastiveModule(L.LightningModule):
         """Refuse to train on data that lack what an objective needs, and log no number that was not measured.
 
         Raises:
-            ValueError: none of the data's first samples has it.
+            ValueError: none of the data's first samples has it, or an objective has no tower to train.
         """
         log_measured(self.trainer.loggers)
+        if stage == "fit":
+            self._check_towers()  # once more: parameters may have been frozen by hand
         data = getattr(self.trainer, "datamodule", None)
         if stage != "fit" or not isinstance(data, ShardDataModule):
             return
@@ -203,6 +206,14 @@ class ContrastiveModule(L.LightningModule):
             missing = data.find_missing(objective.needs)
             if missing:
                 raise ValueError(f"the objective {objective.name} needs {missing}")
+
+    def _check_towers(self) -> None:
+        # A single number, such as a bias that the loss does not depend on, is no tower.
+        frozen = any(not each.requires_grad for each in self.encoder.parameters() if each.numel() > 1)
+        if frozen and not is_sharded(self.encoder):
+            trained = trained_towers(self.encoder)
+            for objective in self.objectives:
+                objective.check_towers(trained)
 
     def configure_model(self) -> None:
         """Under `ModelParallelStrategy`, spread the encoder over all processes.
@@ -512,9 +523,7 @@ def _difference(found: Mapping[str, Any] | None, own: Mapping[str, Any], part: s
     )
 
 
-def _prepared(
-    objectives: Sequence[Objective] | None, encoder: DualEncoder, frozen: Mapping[str, Frozen], *, compiled: bool
-) -> tuple[Objective, ...]:
+def _prepared(objectives: Sequence[Objective] | None, encoder: DualEncoder, *, compiled: bool) -> tuple[Objective, ...]:
     """The objectives, and the encoder made ready for them."""
     chosen = (Softmax(),) if objectives is None else tuple(objectives)
     for objective in chosen:
@@ -532,11 +541,6 @@ def _prepared(
     if compiled and any(objective.listens for objective in chosen):
         raise ValueError(f"compile passes over the hooks of {', '.join(names)}: set compile to false")
     for objective in chosen:
-        if frozen.get(objective.towers) == "all":
-            raise ValueError(
-                f"the objective {objective.name} trains the {objective.towers} tower alone, and freeze_"
-                f"{objective.towers} is all: give it other towers, or leave it out"
-            )
         objective.prepare(encoder)
     if not any(objective.trains_logit_bias for objective in chosen):
         for name, parameter in encoder.named_parameters():

@@ -40,6 +40,7 @@ from lightning_xai.training.grounding_report import INPUT, LOGGED, METHOD, Readi
 from lightning_xai.training.measured_model import describe_measured
 from lightning_xai.training.measurement import check_monitors, find_encoder, is_due, is_fitting
 from lightning_xai.training.phrase_sample import PhraseSample
+from lightning_xai.training.run_loggers import log_measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["GroundingCallback"]
 
 _SCALARS = (*LOGGED, "grounding_targets")
-_INPUT_SCALARS = tuple(f"{name}{INPUT}" for name in _SCALARS)
+_EVERY_SCALAR = (*_SCALARS, *(f"{name}{INPUT}" for name in _SCALARS))
 
 
 class GroundingPass:
@@ -229,7 +230,8 @@ class GroundingCallback(Callback):
     (fractions in [0, 1]) and `val/grounding_targets`. A sample of the phrases is read at the inputs of both towers as
     well (the first layers that attribution reaches: a ResNet's is its first stage), where tokens and patches have not
     been mixed yet: `val/gamma_mean_input` and so on. Checkpoint callbacks can monitor each of them (`test/...` in a
-    test run). All that is logged under `val/` in the validation before training goes to the loggers as well, at step 0.
+    test run); they are NaN where no phrase could be measured, which a warning says and loggers do not get. All that is
+    logged under `val/` in the validation before training goes to the loggers as well, at step 0.
     What the module and other callbacks log under `val/` stands next to grounding in all tables and curves.
 
     In the run's folder, under `grounding/`: a result folder for each measurement (`epoch=003/`: the long table, its
@@ -324,6 +326,8 @@ class GroundingCallback(Callback):
                 "use Trainer(inference_mode=False), or --trainer.inference_mode=false"
             )
         self._readings = self._read_at(find_encoder(pl_module, type(self).__name__))
+        # Lightning gets them all the same, since checkpoints may monitor them; what else a module logs is its own.
+        log_measured(trainer.loggers, [f"{split}/{name}" for split in ("val", "test") for name in _EVERY_SCALAR])
         if stage != "fit":
             return
         self._check_monitors(trainer)
@@ -402,7 +406,7 @@ class GroundingCallback(Callback):
         }
         row: Row = _state(trainer) | measured.row
         others = {name.removeprefix(prefix): value for name, value in logged.items()}
-        row |= {name: value for name, value in others.items() if name not in {*row, *_SCALARS, *_INPUT_SCALARS}}
+        row |= {name: value for name, value in others.items() if name not in {*row, *_EVERY_SCALAR}}
         if is_fitting(trainer):
             self.history = [old for old in self.history if old["step"] != row["step"]] + [row]
         if trainer.sanity_checking:
@@ -468,7 +472,7 @@ class GroundingCallback(Callback):
         return last, Reading(label, INPUT, inputs, options | inputs.resolved_options)
 
     def _check_monitors(self, trainer: L.Trainer) -> None:
-        logged = {f"val/{name}" for name in (*_SCALARS, *_INPUT_SCALARS)}
+        logged = {f"val/{name}" for name in _EVERY_SCALAR}
         for callback in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
             monitor = str(getattr(callback, "monitor", None))
             if monitor in logged and monitor.endswith(INPUT) and self.input_phrases == 0:

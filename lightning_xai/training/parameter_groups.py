@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_xai.models.at_layer import differentiable
 from lightning_xai.models.dual_encoder import DualEncoder
 
-__all__ = ["Frozen", "Place", "freeze", "freeze_embeddings", "parameter_groups", "parameter_places"]
+__all__ = ["Frozen", "Place", "freeze", "freeze_embeddings", "parameter_groups", "parameter_places", "trained_towers"]
 
 Frozen = int | Literal["all"]
 TOWERS = ("image", "text")
@@ -62,6 +62,12 @@ def parameter_places(encoder: DualEncoder) -> dict[str, Place]:
                     raise ValueError(f"{names[each]} is part of both towers, which then have no rates of their own")
                 found[names[each]] = Place(tower, depth, len(blocks))
     return found
+
+
+def trained_towers(encoder: DualEncoder) -> set[str]:
+    """The towers, image or text, of which any parameter is trained."""
+    with differentiable(encoder):
+        return {tower for tower in TOWERS if _embed_probe(encoder, tower).requires_grad}
 
 
 def freeze(encoder: DualEncoder, places: Mapping[str, Place], frozen: Mapping[str, Frozen]) -> None:

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -167,19 +167,34 @@ def _log(
         rank_zero_warn(f"{name} was ended before the run ({type(error).__name__}) and lacks the last rows")
 
 
-def log_measured(loggers: Iterable[Logger]) -> None:
+def log_measured(loggers: Iterable[Logger], names: Collection[str] | None = None) -> None:
     """Keep numbers that are NaN from loggers: nothing was measured, such as the mean gamma of no phrase.
 
-    A loss, whose name has the word, is logged whatever it is.
+    Args:
+        loggers: of a run; they may be given again, with other names.
+        names: what is kept from them, as it is logged. None: all but losses, whose names have the word.
     """
     for logger in loggers:
-        if getattr(logger.log_metrics, "func", None) is not _log_measured:  # a trainer may run twice
-            logger.log_metrics = partial(_log_measured, logger.log_metrics)  # type: ignore[method-assign]
+        log_metrics, kept = logger.log_metrics, names
+        if isinstance(log_metrics, partial) and log_metrics.func is _log_measured:
+            log_metrics, others = log_metrics.args
+            kept = None if kept is None or others is None else {*kept, *others}
+        logger.log_metrics = partial(_log_measured, log_metrics, kept)  # type: ignore[method-assign]
 
 
-def _log_measured(log_metrics: Callable[..., None], metrics: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-    measured = {key: value for key, value in metrics.items() if "loss" in key or not _is_nan(value)}
-    log_metrics(measured, *args, **kwargs)
+def _log_measured(
+    log_metrics: Callable[..., None],
+    names: Collection[str] | None,
+    metrics: Mapping[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    def is_kept(name: str) -> bool:
+        return "loss" not in name if names is None else name in names
+
+    log_metrics(
+        {name: value for name, value in metrics.items() if not (is_kept(name) and _is_nan(value))}, *args, **kwargs
+    )
 
 
 def _is_nan(value: Any) -> bool:

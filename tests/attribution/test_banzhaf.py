@@ -154,6 +154,7 @@ def test_an_image_is_regressed_once_for_all_its_captions(
     torch.testing.assert_close(shared, alone)
     whole = method.attribute(images[:1].expand(3, -1, -1, -1), tokens)
     torch.testing.assert_close(shared, whole.image)
+    assert method.span_maps_of(states, captions[:0], captions[:0], span[:0], method.references()).shape == (0, 4, 4)
 
 
 # --- what stands for the absent ---

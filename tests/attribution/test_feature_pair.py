@@ -320,6 +320,7 @@ def test_an_encoder_in_training_mode_is_explained_as_in_evaluation(make_encoder:
 def test_what_does_not_exist_is_an_error_at_once(make_encoder: MakeEncoder) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("vit", {"image_layer": 4}, "image tower has layers 0 to 2 .*and 3, the head; got layer 4"),
+        ("vit", {"image_layer": 3}, "at the head, layer 3, no patch has a part .*take image_layer=2"),
         ("vit", {"text_layer": -4}, "text tower has layers 0 to 2 .*got layer -4"),
         ("resnet", {"image_layer": 0}, "layers 1 to 4"),
         ("vit", {"steps": 0}, "steps=0"),
@@ -376,6 +377,8 @@ def test_phrases_that_share_images_and_captions_have_the_maps_of_each_alone_in_a
         method.internal_batch_size = size
         shared = method.span_maps_of(states, image, caption, spans, references)
         torch.testing.assert_close(shared, alone, rtol=1e-9, atol=1e-13)
+        none = method.span_maps_of(states, image[:0], caption[:0], spans[:0], references)
+        assert torch.equal(none, shared[:0])
     assert alone.abs().max() > 1e-4
 
 

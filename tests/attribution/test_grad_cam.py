@@ -111,9 +111,13 @@ def test_a_text_tower_with_class_token_and_masked_padding_shows_its_captions_tok
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"image_layer": 4}, "image tower has layers"), ({"text_layer": -4}, "text tower has layers")],
+    [
+        ({"image_layer": 4}, "image tower has layers"),
+        ({"image_layer": 3}, "take image_layer=2"),
+        ({"text_layer": -4}, "text tower has layers"),
+    ],
 )
-def test_a_layer_that_does_not_exist_is_an_error_at_once(
+def test_a_layer_that_does_not_exist_or_reads_no_patch_is_an_error_at_once(
     make_encoder: MakeEncoder, options: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -116,6 +116,7 @@ def test_a_pairwise_plug_in_explains_phrases_with_nothing_but_interactions(
     states, rows = method.hidden_states(images, tokens, captured), torch.tensor([1, 0])
     one = method.span_maps_of(states, rows[:1], rows[1:], span[:1], method.references())
     torch.testing.assert_close(one, method.span_map(images[1:], tokens[:1], span[:1]))
+    assert method.span_maps_of(states, rows[:0], rows[:0], span[:0], method.references()).shape == (0, 4, 4)
     with pytest.raises(ValueError, match=r"rows \[1\] of span_mask select no token"):
         method.span_map(images, tokens, span & torch.tensor([[True], [False]]))
     with pytest.raises(NotImplementedError, match=r"^Extra \(plug-in .*\) does not compare two images"):

@@ -59,6 +59,16 @@ class Constant(AttributionMethod):
         return Attribution(torch.ones(len(images), 4, 4), torch.ones(tokens.shape), own)
 
 
+class Supporting(AttributionMethod):
+    """Knows a sign, and finds nothing that speaks against a caption."""
+
+    signed = True
+
+    def _attribute(self, images: Tensor, tokens: Tensor) -> Attribution:
+        own = self.encoder.own_similarity(images, tokens)
+        return Attribution(1 + torch.rand(len(images), 4, 4), 1 + torch.rand(tokens.shape), own)
+
+
 class Unsupported(AttributionMethod):
     def __init__(self, encoder: DualEncoder, *, internal_batch_size: int | None = None) -> None:
         raise UnsupportedTowerError("this tower has no attention; saliency serves it")
@@ -266,6 +276,15 @@ def test_options_are_also_taken_as_json_and_the_scale_follows_the_method(
     assert record["methods"]["rise"]["scale"] == "range"
     record = explained("--method=saliency")[1]["methods"]["saliency"]
     assert (record["scale"], record["completeness_error"]) == ("positive", None)
+
+
+def test_maps_of_a_signed_method_are_drawn_with_their_sign_also_where_nothing_is_negative(
+    explained: Explained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_xai.attribution.method_options.METHODS", {**METHODS, "supporting": Supporting})
+    record = explained("--method=supporting")[1]["methods"]["supporting"]
+    assert record["range"]["image"][0] > 0
+    assert record["scale"] == "signed"
 
 
 def test_constant_maps_are_warned_of_and_in_a_list_counted_and_named(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from captioned_shards import make_samples, make_shards
@@ -12,6 +13,7 @@ from lightning_xai.commands.verify import Verify
 from lightning_xai.data.sample import RecordError
 from lightning_xai.data.shard_reader import read_samples
 from lightning_xai.data.shards import Manifest, write_shards
+from lightning_xai.data.verification import read_reports
 
 
 def reported(place: Path | str, quick: bool = False, workers: int = 0) -> str:
@@ -38,6 +40,20 @@ def test_sound_shards_are_ok(
     assert ("--quick decodes nothing" in shown.out) == quick
     assert shown.out.count("\n") == 1
     assert "57/57" in shown.err
+
+
+def test_as_many_processes_read_as_there_are_cores_that_may_be_used(
+    shards: Path, one_core: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(*args: Any, workers: int, **options: Any) -> Any:
+        asked.append(workers)
+        return read_reports(*args, workers=0, **options)
+
+    monkeypatch.setattr("lightning_xai.data.verification.read_reports", counted)
+    Verify([str(shards)])()
+    assert asked == [1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from result_folders import write_evaluation, write_state
 from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_xai.cli import main
 from lightning_xai.report.watch import WatchServer
@@ -173,6 +175,61 @@ def test_the_training_loss_of_a_csvlogger_is_drawn_with_that_of_earlier_starts(r
         data = data_of(server)
         assert data["fault"] is None
         assert len(data["table"]["rows"]) == 3
+
+
+def losses_of(server: WatchServer) -> dict[int, float]:
+    panels = [each for each in data_of(server)["panels"] if each["title"] == "training loss"]
+    return {
+        step: value for each in panels for step, value in zip(each["steps"], each["lines"][0]["values"], strict=True)
+    }
+
+
+def log_events(run: Path, losses: dict[int, float], start: int = 1, *, pictures: bool = False) -> Path:
+    """Write the event file of a start, as TensorBoardLogger does."""
+    with SummaryWriter(run / f"start-{start}") as writer:
+        for step, loss in losses.items():
+            writer.add_scalar("train/learning_rate", 0.1, step)
+            writer.add_scalar("train/loss", loss, step)
+            if pictures:
+                writer.add_image("val/grounding", np.random.default_rng(0).random((3, 64, 64)), step)
+    (made,) = (run / f"start-{start}").iterdir()
+    return made.rename(run / f"events.out.tfevents.{1000 + start}.node.7.0")
+
+
+def test_the_training_loss_of_tensorboard_is_drawn_without_what_a_later_start_took_back(run: Path) -> None:
+    log_events(run, {0: 9.0, 1: 8.0, 2: math.nan, 3: 7.0, 4: 6.5}, pictures=True)
+    with served(run) as server:
+        assert losses_of(server) == {1: 9, 2: 8, 4: 7, 5: 6.5}
+        log_events(run, {3: 7.5}, start=2)
+        assert losses_of(server) == {1: 9, 2: 8, 4: 7.5}
+        (run / "metrics.csv").write_text("step,train/loss\n3,7.25\n4,6.25\n")
+        assert losses_of(server) == {1: 9, 2: 8, 4: 7.25, 5: 6.25}, "a step has one value, by both loggers"
+
+
+def test_an_event_file_is_read_as_far_as_it_is_whole_and_nothing_is_read_again(run: Path) -> None:
+    whole = log_events(run, {0: 9.0, 1: 8.0, 2: 7.0}).read_bytes()
+    path = log_events(run, {})
+    with served(run) as server:
+        path.write_bytes(whole[:-20])  # the last record is being written
+        assert losses_of(server) == {1: 9, 2: 8}
+        path.write_bytes(bytes(len(whole)))  # zeros stand for what a network has not delivered yet
+        assert losses_of(server) == {1: 9, 2: 8}, "what was read is known"
+        path.write_bytes(whole)
+        assert losses_of(server) == {1: 9, 2: 8, 3: 7}
+        path.write_bytes(whole + b"\xff" * 50)
+        log_events(run, {3: 6.0}, start=2)
+        assert losses_of(server) == {1: 9, 2: 8, 3: 7, 4: 6}
+        path.write_bytes(whole[:80])  # begun again
+        assert losses_of(server) == {4: 6}
+        path.unlink()
+        assert data_of(server)["fault"] is None
+
+
+def test_event_files_outside_of_the_folder_are_not_read(run: Path, tmp_path: Path) -> None:
+    secret = log_events(tmp_path, {0: 3.0})
+    (run / secret.name).symlink_to(secret)
+    with served(run) as server:
+        assert losses_of(server) == {}
 
 
 def test_a_run_without_measurements_is_followed_from_its_start_on(tmp_path: Path) -> None:
@@ -438,6 +495,7 @@ def test_a_mistake_is_named_without_a_traceback(run: Path, tmp_path: Path) -> No
 
 
 def test_the_command_takes_a_parent_loads_no_torch_and_ends_in_order(run: Path) -> None:
+    log_events(run, {0: 9.0})
     code = (
         # A shell's background jobs, as a test run may be one, ignore Ctrl-C.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"

@@ -211,6 +211,18 @@ def test_an_error_of_the_source_comes_through() -> None:
         list(shrink_all(source(), PhotoSize(8)))
 
 
+def test_no_more_photos_are_decoded_ahead_than_the_cores_that_may_be_used_need(one_core: None) -> None:
+    taken: list[str] = []
+
+    def source() -> Any:
+        for sample in make_samples(9):
+            taken.append(sample.key)
+            yield sample
+
+    next(shrink_all(source(), PhotoSize(8)))
+    assert len(taken) == 3  # one that is shrunk, and two that wait for the core
+
+
 @pytest.mark.parametrize("options", [{"short_side": 0}, {"short_side": 9, "jpeg_quality": 101}])
 def test_sizes_and_qualities_outside_their_range_are_errors(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="has to be"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -219,6 +220,9 @@ def test_the_reading_layer_is_the_last_block_or_a_head_that_pools(
     tower, depth = TOWERS[name], TOWERS[name].depth
     for layer in (0, depth - 1, depth):
         assert encoder_of(name).image_at_layer(layer).reading_layer == (depth if tower.pools else depth - 1)
+    reads = nullcontext() if tower.pools else pytest.raises(ValueError, match=f"take image_layer={depth - 1},")
+    with reads:
+        encoder_of(name).image_at_layer(depth).check_patches_read()
 
 
 @pytest.mark.parametrize("name", [name for name, tower in TOWERS.items() if not tower.maps])

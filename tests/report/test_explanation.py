@@ -126,7 +126,7 @@ def test_the_title_says_the_method_the_similarity_and_the_completeness_error() -
     [
         (0, "signed", {"-2", "2", "-4", "4", "0"}, "patches (blue against, red for)"),
         (6, "positive", {"0", "7", "10"}, "patches (no sign: white 0, red most)"),
-        (0, "range", {"-2", "1", "-4", "4"}, "patches (no sign: white least, red most)"),
+        (0, "range", {"-2", "1", "-4", "4"}, "patches (white least, red most)"),
     ],
 )
 def test_the_colour_bars_state_their_numbers_and_what_they_mean(

@@ -769,6 +769,31 @@ def test_a_split_where_nothing_can_be_measured_gives_nan_and_no_picture_and_the_
     assert Path(saver.best_model_path).is_file()
 
 
+def test_of_a_module_that_is_not_ours_loggers_get_its_own_nan_but_none_of_what_was_not_measured(
+    make: Make, world: Path, tmp_path: Path
+) -> None:
+    class Odd(Foreign):
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            self.log("val/odd", math.nan, batch_size=len(batch.images))
+
+    bare = split_with(tmp_path / "bare", [replace(sample, regions=()) for sample in samples_of(world / "val")])
+    task, data = make(), data_of(world, val=bare)
+    data.bind(task.encoder.image_transform, task.encoder.tokenizer)
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = trainer_in(tmp_path, GroundingCallback(), logger=logger)
+    with pytest.warns(UserWarning, match="gamma and rho at layers 2,2 have no value"):
+        trainer.validate(Odd(task.encoder, "captions once"), data, verbose=False)
+    assert math.isnan(float(trainer.callback_metrics["val/gamma_mean"]))
+    (row,) = rows_of(tmp_path / "metrics.csv")
+    assert row.keys() - {"epoch", "step"} == {
+        "val/loss",
+        "val/odd",
+        "val/grounding_targets",
+        "val/grounding_targets_input",
+    }
+
+
 def test_broken_records_are_excluded_and_the_other_pairs_stay(
     make: Make, world: Path, tmp_path: Path, expected: Pairs
 ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from training_runs import Recorder, loader_of, records_of, trainer_in
 
 from lightning_xai.attribution.reference import reference_image
@@ -28,7 +29,8 @@ from lightning_xai.exclusion import Exclusion
 from lightning_xai.metrics.grounding import measurable, patch_mask
 from lightning_xai.models import DualEncoder, load_dual_encoder
 from lightning_xai.models.at_layer import differentiable
-from lightning_xai.training import ContrastiveFineTuning
+from lightning_xai.training import ContrastiveFineTuning, Lora
+from lightning_xai.training.contrastive import ContrastiveModule
 from lightning_xai.training.objectives import Grounding, Objective, Sigmoid, Softmax, Step
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch")
@@ -106,11 +108,29 @@ def test_batch_statistics_and_unknown_towers_are_refused_before_training(
         Grounding(towers=towers)
 
 
-def test_a_term_of_a_frozen_tower_alone_is_refused(architecture_file: Callable[[str], Path]) -> None:
-    path = str(architecture_file("vit"))
-    with pytest.raises(ValueError, match="grounding trains the image tower alone, and freeze_image is all"):
-        ContrastiveFineTuning(path, None, objectives=[Softmax(), Grounding(towers="image")], freeze_image="all")
-    ContrastiveFineTuning(path, None, objectives=[Softmax(), Grounding(towers="text")], freeze_image="all")
+def test_a_term_of_frozen_towers_alone_is_refused_before_training(
+    architecture_file: Callable[[str], Path], make_encoder: Callable[..., DualEncoder], tmp_path: Path
+) -> None:
+    path, image, text = str(architecture_file("vit")), Grounding(towers="image"), Grounding(towers="text")
+    frozen: list[tuple[Grounding, dict[str, Any]]] = [
+        (image, {"freeze_image": "all"}),
+        (image, {"lora": Lora(towers="text")}),
+        (text, {"lora": Lora(towers="image")}),
+    ]
+    for objective, options in frozen:
+        message = (
+            rf"grounding trains the {objective.towers} tower alone, which is frozen: .* \(freeze_{objective.towers}"
+        )
+        with pytest.raises(ValueError, match=message):
+            ContrastiveFineTuning(path, None, objectives=[Softmax(), objective], **options)
+    ContrastiveFineTuning(path, None, objectives=[Softmax(), text], freeze_image="all")
+    ContrastiveFineTuning(path, None, objectives=[Softmax(), Grounding()], lora=Lora(towers="text"))
+    # By hand, after the task is made; the logit scale, which is of no tower, is left.
+    task = ContrastiveModule(make_encoder(), objectives=[Softmax(), Grounding()])
+    for name, parameter in task.encoder.named_parameters():
+        parameter.requires_grad_(name.endswith("logit_scale"))
+    with pytest.raises(ValueError, match="grounding trains the towers, which are both frozen"):
+        trainer_in(tmp_path).fit(task, DataLoader([0]))  # type: ignore[arg-type] # a list is a data set
 
 
 def test_the_gradients_of_the_two_towers_are_the_halves_of_that_of_both(

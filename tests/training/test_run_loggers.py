@@ -105,6 +105,15 @@ def test_what_was_not_measured_is_not_logged_but_a_loss_is(tmp_path: Path, resum
     assert row == {"step": "3", "train/accuracy": "0.5", **dict.fromkeys(losses, "nan")}
 
 
+def test_named_numbers_alone_are_kept_back_until_all_are() -> None:
+    logger, logged, nan = CSVLogger("unused"), list[list[str]](), float("nan")
+    logger.log_metrics = lambda metrics, step=None: logged.append(list(metrics))  # type: ignore[method-assign]
+    for names in (["a"], ["b"], None, ["a"]):
+        log_measured([logger], names)
+        logger.log_metrics({"a": nan, "b": nan, "c": nan, "loss": nan, "d": 1.0})
+    assert logged == [["b", "c", "loss", "d"], ["c", "loss", "d"], ["loss", "d"], ["loss", "d"]]
+
+
 def test_an_experiment_of_litlogger_is_known_by_name_and_version(tmp_path: Path) -> None:
     pytest.importorskip("litlogger")
     from lightning.pytorch.loggers import LitLogger

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,6 +26,8 @@ from lightning_xai.results.record import ResultError, ResultRecord, Score, layer
 from lightning_xai.results.runs import GROUNDING
 
 __all__ = ["RunView"]
+
+T = TypeVar("T")
 
 _INPUT = "_input"
 """Ends the names of what was read at the inputs."""
@@ -59,7 +61,7 @@ class RunView:
     def __init__(self, run: FollowedRun, name: str) -> None:
         self._run = run
         self._name = name
-        self._made: dict[str, tuple[Any, bytes]] = {}
+        self._made: dict[str, tuple[Any, Any]] = {}
 
     def page(self) -> bytes:
         """The page as HTML, which holds what a reader without a script needs, too."""
@@ -77,17 +79,24 @@ class RunView:
         """
         progress, fault = self._progress()
         loss = self._loss()
-        return self._kept("data", (progress, fault, loss), lambda: _as_json(self._data(progress, fault, loss)))
+
+        def made() -> bytes:
+            # Losses come often, measurements do not.
+            data = self._kept("measured", (progress, fault), lambda: self._data(progress, fault))
+            return _as_json(data | {"panels": [*data["panels"], *_loss_panel(loss)]})
+
+        return self._kept("data", (progress, fault, loss), made)
 
     def explorer(self) -> bytes:
         """The fixed examples in an explorer whose slider goes through the measurements, as HTML."""
         progress, fault = self._progress()
         return self._kept("explorer", (progress, fault), lambda: self._explorer(progress, fault))
 
-    def _kept(self, part: str, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+    def _kept(self, part: str, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         before = self._made.get(part)
         if before is not None and before[0][0] is key[0] and before[0][1:] == key[1:]:
-            return before[1]
+            kept: T = before[1]
+            return kept
         made = make()
         self._made[part] = (key, made)
         return made
@@ -108,10 +117,11 @@ class RunView:
 
     def _page(self, progress: Progress, fault: str, pictures: Mapping[str, str]) -> bytes:
         last = replace(progress, measured=progress.measured[-_STILL_ROWS:])
-        data = self._data(last, fault, Loss()) | {"status": _status(progress)}
+        data = self._data(last, fault) | {"status": _status(progress)}
         return _environment().get_template("page.html.j2").render(data=data, pictures=pictures).encode(errors="replace")
 
-    def _data(self, progress: Progress, fault: str, loss: Loss) -> dict[str, Any]:
+    def _data(self, progress: Progress, fault: str) -> dict[str, Any]:
+        """All data but the training loss."""
         shown = _columns(progress)
         rows = [[each.state, f"{each.step:,}", *(_cell(each, one) for one in shown)] for each in progress.measured]
         columns = [Column("after", numeric=False), Column("step"), *(one.column for one in shown)]
@@ -125,7 +135,7 @@ class RunView:
                 "columns": [{"group": c.group, "heading": c.heading, "numeric": c.numeric} for c in columns],
                 "rows": rows,
             },
-            "panels": [*_panels(progress, shown), *_loss_panel(loss)],
+            "panels": list(_panels(progress, shown)),
             "excluded": _excluded(progress),
             "examples": self._version(progress),
         }

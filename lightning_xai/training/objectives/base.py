@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -98,6 +98,21 @@ class Objective(ABC):
         Raises:
             ValueError: it does not serve; the message says what would.
         """
+
+    def check_towers(self, trained: Collection[str]) -> None:
+        """Check, before training, that the term has something to train.
+
+        Args:
+            trained: the towers, image or text, of which any parameter is trained.
+
+        Raises:
+            ValueError: it trains one tower alone, which is frozen.
+        """
+        if self.towers != "both" and self.towers not in trained:
+            raise ValueError(
+                f"the objective {self.name} trains the {self.towers} tower alone, which is frozen: give it other "
+                f"towers, leave it out, or train some of the tower (freeze_{self.towers}, lora)"
+            )
 
     def check_sharding(self) -> None:  # noqa: B027 - what uses embeddings alone goes with every strategy
         """Check, before training, that the objective goes with parameters that are spread over processes.

@@ -5,7 +5,7 @@ Shapes: B rows on this rank, R phrases, H x W the patch grid, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -110,6 +110,15 @@ class Grounding(Objective):
         for tower in (self._image, self._text):
             if tower.block is None:
                 raise ValueError(f"layer {tower.layer} is the head: the objective grounding takes a layer before it")
+
+    def check_towers(self, trained: Collection[str]) -> None:
+        """Refuse frozen towers: the term has nothing else to train, not even the logit scale."""
+        super().check_towers(trained)
+        if not trained:
+            raise ValueError(
+                f"the objective {self.name} trains the towers, which are both frozen: leave it out, or train some of a "
+                "tower (freeze_image, freeze_text, lora)"
+            )
 
     def check_sharding(self) -> None:
         """Refuse layers whose blocks would be called within derivatives, where FSDP cannot gather parameters."""
