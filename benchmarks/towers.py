@@ -166,7 +166,12 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # as each measurement; the table's head says so
-    keep("towers", "Attribution by kind of tower", "cpu", "\n".join(lines))
+    keep(
+        "towers" if options.batch == 1 else f"towers-batch={options.batch}",
+        "Attribution by kind of tower",
+        "cpu",
+        "\n".join(lines),
+    )
 
 
 if __name__ == "__main__":
