@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import csv
 import json
@@ -799,6 +800,21 @@ def test_the_help_teaches_with_an_example_and_loads_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False"
     assert '  python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"\n' in done.stdout
     assert "--other_image" in done.stdout
+
+
+def test_a_photo_is_explained_without_loading_what_only_training_and_reports_need(
+    model: list[str], image: Path, tmp_path: Path
+) -> None:
+    given = ["explain", "--image", str(image), "--caption", CAPTION, *model, "--out", str(tmp_path / "out"), "--method"]
+    code = (
+        "import sys\nfrom lightning_xai.cli import main\n"
+        f"for method in ('feature_pair', 'grad_cam'):\n    main([*{given}, method])\n"
+        "print({name.partition('.')[0] for name in sys.modules} | {'matplotlib.pyplot'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded: set[str] = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert {"torch", "open_clip", "matplotlib"} <= loaded
+    assert not loaded & {"IPython", "captum", "lightning", "matplotlib.pyplot", "pandas", "torchmetrics", "webdataset"}
 
 
 def test_a_pair_that_one_method_cannot_explain_is_named_and_the_rest_goes_on(
