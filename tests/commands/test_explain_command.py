@@ -44,6 +44,7 @@ from lightning_xai.models import (
     load_imagebind,
     save_open_clip,
 )
+from lightning_xai.models.towers import VisionTransformerAtLayer
 from lightning_xai.report.explanation import comparison_sheet
 
 Explained = Callable[..., tuple[dict[str, NDArray[Any]], Any]]
@@ -193,6 +194,22 @@ def test_layers_that_are_given_are_the_only_ones_and_no_layer_0_means_the_first(
     explain("--image", image, "--caption", CAPTION, *resnet, "--out", tmp_path / "resnet")
     methods = record_of(tmp_path / "resnet")["methods"]
     assert [each["where"] for each in methods.values()] == ["first layers (1, 0)", "last blocks (4, 2)"]
+
+
+def test_towers_are_checked_at_the_layers_that_are_given_and_no_others(
+    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, embed_from = set[int](), VisionTransformerAtLayer.embed_from
+
+    def embed(self: VisionTransformerAtLayer, *given: Tensor) -> Tensor:
+        layers.add(self.layer)
+        return embed_from(self, *given)
+
+    monkeypatch.setattr(VisionTransformerAtLayer, "embed_from", embed)
+    given = ["--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out"]
+    explain(*given, "--options.image_layer", "-1", "--options.text_layer", "-1")
+    assert record_of(tmp_path / "out")["methods"]["feature_pair"]["where"] == "last blocks (2, 2)"
+    assert layers == {2}
 
 
 def test_every_occurrence_of_the_span_counts(explained: Explained) -> None:
