@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from captum.attr import LayerGradCam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_xai.attribution.one_tower import Input, Mapped, OneTowerMethod
+from lightning_xai.attribution.one_tower import AtLayerMethod, Input, Mapped
 from lightning_xai.attribution.score import Score
 from lightning_xai.models.at_layer import TowerAtLayer
 from lightning_xai.models.encoder import TwoTowerEncoder
 
 
-class GradCAM(OneTowerMethod):
-    """GradCAM of a layer's hidden states, computed by Captum.
+class GradCAM(AtLayerMethod):
+    """GradCAM of a layer's hidden states.
 
     Each feature is weighted by the mean of the target's gradient over all places; the map is the positive part of
     the weighted sum of features at each place ("Grad-CAM", Eqs. 1 and 2). For a transformer the places are the image
@@ -47,37 +46,34 @@ class GradCAM(OneTowerMethod):
         internal_batch_size: int | None = None,
     ) -> None:
         super().__init__(encoder, internal_batch_size=internal_batch_size)
-        self._image = _image_at_the_end(encoder) if image_layer is None else encoder.image_at_layer(image_layer)
-        self._image.check_patches_read()
-        self.grid = self._image.grid
-        self._text = encoder.text_at_layer(-1 if text_layer is None else text_layer)
+        self.image = _image_at_the_end(encoder) if image_layer is None else encoder.image_at_layer(image_layer)
+        self.image.check_patches_read()
+        self.grid = self.image.grid
+        self.text = encoder.text_at_layer(-1 if text_layer is None else text_layer)
 
     def _image_map(self, image: Input, score: Score) -> Mapped:
-        with torch.no_grad():
-            hidden = self._image.features_before(image.batch)
-        if hidden.ndim == 4:
-            return _grad_cam(hidden, lambda maps_BDHW: score(self._image.embed_from(maps_BDHW))), None
-        prefix_BTD, patches_BTD = hidden.tensor_split([self._image.prefix_tokens], dim=1)
+        hidden: Tensor = image.seen
+        if self.image.is_feature_map:
+            return _grad_cam(hidden, lambda maps_BDHW: score(self.image.embed_from(maps_BDHW))), None
+        prefix_BTD, patches_BTD = hidden.tensor_split([self.image.prefix_tokens], dim=1)
 
         def value(maps_BDT: Tensor) -> Tensor:
-            return score(self._image.embed_from(torch.cat([prefix_BTD, maps_BDT.mT], dim=1)))
+            return score(self.image.embed_from(torch.cat([prefix_BTD, maps_BDT.mT], dim=1)))
 
         maps_BT = _grad_cam(patches_BTD.mT, value)
-        return self._image.on_grid(pad(maps_BT, (self._image.prefix_tokens, 0))), None
+        return self.image.on_grid(pad(maps_BT, (self.image.prefix_tokens, 0))), None
 
     def _text_map(self, text: Input, score: Score) -> Mapped:
-        tokens = text.batch
-        with torch.no_grad():
-            hidden_BTD = self._text.features_before(tokens)
-        run, visible_BL = hidden_BTD.shape[1], self._text.visible(tokens)
-        visible_BT1 = self._text.on_caption(visible_BL, run).unsqueeze(2)
+        tokens, hidden_BTD = text.batch, text.seen
+        visible_BL = self.text.visible(tokens)
+        visible_BT1 = self.text.on_caption(visible_BL, hidden_BTD.shape[1]).unsqueeze(2)
 
         def value(maps_BDT: Tensor) -> Tensor:
-            return score(self._text.embed_from(torch.where(visible_BT1, maps_BDT.mT, hidden_BTD), tokens))
+            return score(self.text.embed_from(torch.where(visible_BT1, maps_BDT.mT, hidden_BTD), tokens))
 
-        # Captum's mean runs over all tokens of the batch, but only the visible ones have a gradient: they share it.
-        maps_BT = _grad_cam(hidden_BTD.mT, value) * run / visible_BT1.sum(dim=1)
-        return self._text.on_caption(maps_BT, tokens.shape[1]) * visible_BL, None
+        # The mean runs over all tokens of the batch, but only the visible ones have a gradient: they share it.
+        maps_BT = _grad_cam(hidden_BTD.mT, value) * hidden_BTD.shape[1] / visible_BT1.sum(dim=1)
+        return self.text.on_caption(maps_BT, tokens.shape[1]) * visible_BL, None
 
 
 def _image_at_the_end(encoder: TwoTowerEncoder) -> TowerAtLayer:
@@ -87,7 +83,8 @@ def _image_at_the_end(encoder: TwoTowerEncoder) -> TowerAtLayer:
 
 
 def _grad_cam(features: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Captum's GradCAM of features [B, D, ...] for the score [B] that they lead to: [B, ...], not negative."""
-    here = nn.Identity()
-    cam: Tensor = LayerGradCam(lambda inputs: score(here(inputs)), here).attribute(features, relu_attributions=True)
-    return cam[:, 0].detach()
+    """GradCAM of features [B, D, ...] for the score [B] that they lead to: [B, ...], not negative."""
+    leaf = features.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(leaf).sum(), leaf)
+    weights = gradient.mean(dim=tuple(range(2, gradient.ndim)), keepdim=True)
+    return (weights * leaf.detach()).sum(dim=1).relu()

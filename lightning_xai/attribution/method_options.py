@@ -122,31 +122,46 @@ def at_inputs_too(chosen: ChosenMethod, given: Mapping[str, Any]) -> list[Chosen
     options, encoder = chosen.options, chosen.method.encoder
     if not options.keys() >= {*_LAYERS} or None in (options[name] for name in _LAYERS) or not encoder.has_image_tower:
         return [chosen]
-    last = _at(chosen, options)
     names = {*given} | {*given.get(chosen.name, {})}
-    first = {"image_layer": first_layer(encoder.image_at_layer), "text_layer": first_layer(encoder.text_at_layer)}
-    if "rule" not in options or names & {*_LAYERS} or last.layers == tuple(first.values()):
+    if "rule" not in options or names & {*_LAYERS}:
+        return [_at(chosen, options)]
+    firsts = _first_layers(encoder)
+    last = _at(chosen, options, firsts)
+    if last.layers == firsts:
         return [last]
+    first = dict(zip(_LAYERS, firsts, strict=True))
     accurate = {name: value for name, value in _AT_INPUTS.items() if name in options and name not in names}
     values = options | first | accurate | ({"preset": "inputs"} if "preset" in options else {})
     inputs = replace(chosen, method=METHODS[chosen.name](encoder, **values), options=values)
-    return [replace(each, several=True) for each in (_at(inputs, values), last)]
+    return [replace(each, several=True) for each in (_at(inputs, values, firsts), last)]
 
 
-def _at(chosen: ChosenMethod, options: Mapping[str, Any]) -> ChosenMethod:
-    """A method with the layers of its options, in numbers and in words."""
+def _first_layers(encoder: TwoTowerEncoder) -> tuple[int, int]:
+    return first_layer(encoder.image_at_layer), first_layer(encoder.text_at_layer)
+
+
+def _at(chosen: ChosenMethod, options: Mapping[str, Any], firsts: tuple[int, int] | None = None) -> ChosenMethod:
+    """A method with the layers of its options, in numbers and in words.
+
+    Args:
+        chosen: the method.
+        options: its options.
+        firsts: the first layers that the towers have, where they are known: finding them runs the towers.
+    """
     encoder = chosen.method.encoder
     towers = encoder.image_at_layer(options["image_layer"]), encoder.text_at_layer(options["text_layer"])
     image, text = layers = towers[0].layer, towers[1].layer
     where = f"layers ({image}, {text})"
     if layers == (0, 0):
         where = "inputs of both towers (layers 0, 0)"
-    elif layers == (first_layer(encoder.image_at_layer), first_layer(encoder.text_at_layer)):
+    elif layers == firsts:
         where = f"first layers ({image}, {text})"
     elif all(tower.layer == tower.layers[-1] for tower in towers):
         where = f"last blocks ({image}, {text})"
     elif all(tower.layer == tower.reading_layer for tower in towers):
         where = f"reading layers ({image}, {text})"
+    elif firsts is None and layers == _first_layers(encoder):
+        where = f"first layers ({image}, {text})"
     return replace(chosen, layers=layers, where=where)
 
 

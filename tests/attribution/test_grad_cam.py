@@ -109,6 +109,18 @@ def test_a_text_tower_with_class_token_and_masked_padding_shows_its_captions_tok
     assert result.text.max() > 1e-6
 
 
+def test_each_tower_runs_once_besides_the_models_own_pass(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("vit", torch.float64)
+    method, model, calls = GradCAM(encoder), encoder.model, list[int]()
+    for place, tower in enumerate((model.visual, model)):
+        tower.transformer.resblocks[0].register_forward_hook(lambda *_, place=place: calls.append(place))
+    method.attribute(*random_pairs(encoder))
+    # Foreign hooks have the method look at its towers again.
+    calls.clear()
+    method.attribute(*random_pairs(encoder))
+    assert sorted(calls) == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

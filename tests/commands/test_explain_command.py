@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import csv
 import json
@@ -43,6 +44,7 @@ from lightning_xai.models import (
     load_imagebind,
     save_open_clip,
 )
+from lightning_xai.models.towers import VisionTransformerAtLayer
 from lightning_xai.report.explanation import comparison_sheet
 
 Explained = Callable[..., tuple[dict[str, NDArray[Any]], Any]]
@@ -202,6 +204,22 @@ def test_layers_that_are_given_are_the_only_ones_and_no_layer_0_means_the_first(
     explain("--image", image, "--caption", CAPTION, *resnet, "--out", tmp_path / "resnet")
     methods = record_of(tmp_path / "resnet")["methods"]
     assert [each["where"] for each in methods.values()] == ["first layers (1, 0)", "last blocks (4, 2)"]
+
+
+def test_towers_are_checked_at_the_layers_that_are_given_and_no_others(
+    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, embed_from = set[int](), VisionTransformerAtLayer.embed_from
+
+    def embed(self: VisionTransformerAtLayer, *given: Tensor) -> Tensor:
+        layers.add(self.layer)
+        return embed_from(self, *given)
+
+    monkeypatch.setattr(VisionTransformerAtLayer, "embed_from", embed)
+    given = ["--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out"]
+    explain(*given, "--options.image_layer", "-1", "--options.text_layer", "-1")
+    assert record_of(tmp_path / "out")["methods"]["feature_pair"]["where"] == "last blocks (2, 2)"
+    assert layers == {2}
 
 
 def test_every_occurrence_of_the_span_counts(explained: Explained) -> None:
@@ -818,6 +836,21 @@ def test_the_help_teaches_with_an_example_and_loads_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False"
     assert '  python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"\n' in done.stdout
     assert "--other_image" in done.stdout
+
+
+def test_a_photo_is_explained_without_loading_what_only_training_and_reports_need(
+    model: list[str], image: Path, tmp_path: Path
+) -> None:
+    given = ["explain", "--image", str(image), "--caption", CAPTION, *model, "--out", str(tmp_path / "out"), "--method"]
+    code = (
+        "import sys\nfrom lightning_xai.cli import main\n"
+        f"for method in ('feature_pair', 'grad_cam'):\n    main([*{given}, method])\n"
+        "print({name.partition('.')[0] for name in sys.modules} | {'matplotlib.pyplot'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded: set[str] = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert {"torch", "open_clip", "matplotlib"} <= loaded
+    assert not loaded & {"IPython", "captum", "lightning", "matplotlib.pyplot", "pandas", "torchmetrics", "webdataset"}
 
 
 def test_a_pair_that_one_method_cannot_explain_is_named_and_the_rest_goes_on(
