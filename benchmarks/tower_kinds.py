@@ -202,12 +202,12 @@ def settings(encoder: DualEncoder) -> Iterator[tuple[str, tuple[int, int], Rule,
     reading = encoder.image_at_layer().reading_layer, encoder.text_at_layer().reading_layer
     inputs = first_layer(encoder.image_at_layer), first_layer(encoder.text_at_layer)
     yield "last blocks, as the paper has it", last, "right", 10
-    yield "last blocks", last, "midpoint", 3
     yield "last blocks", last, "midpoint", 4
+    yield "last blocks", last, "midpoint", 5
     if reading != last:
         yield "where it reads", reading, "right", 10
-        yield "where it reads", reading, "midpoint", 3
         yield "where it reads", reading, "midpoint", 4
+        yield "where it reads", reading, "midpoint", 5
     yield "inputs", inputs, "midpoint", 5
 
 

@@ -144,7 +144,7 @@ class FeaturePairAttribution(PairwiseMethod):
             completeness.
         preset: what holds for layers, steps and rule that you leave out. `"paper"`: the input of both last blocks and
             the right Riemann sum of 10 steps. `"fast"`: the layers that the embeddings are read from (the last block
-            where one token is read, the head where tokens are pooled) and 4 midpoints. `"inputs"`: the inputs of both
+            where one token is read, the head where tokens are pooled) and 5 midpoints. `"inputs"`: the inputs of both
             towers and 3 midpoints.
         image_reference: `"zeros"` (zero after normalisation, as the authors' package has it), `"black"` (black pixels,
             as the paper writes), `"features"` (zero hidden states), or an image [3, H, W] as the encoder takes it.

@@ -3,7 +3,7 @@
 | preset   | layers                         | rule         | points |
 |----------|--------------------------------|--------------|--------|
 | `paper`  | input of both last blocks      | right        | 10     |
-| `fast`   | where each tower is read from  | midpoint     | 4      |
+| `fast`   | where each tower is read from  | midpoint     | 5      |
 | `inputs` | inputs of both towers (0, 0)   | midpoint     | 3      |
 """
 
@@ -57,7 +57,7 @@ def _input(tower: TowerAtLayer) -> int:
 
 PRESETS: dict[Preset, PresetSetting] = {
     "paper": PresetSetting("right", 10, _last_block),
-    "fast": PresetSetting("midpoint", 4, _reading_layer),
+    "fast": PresetSetting("midpoint", 5, _reading_layer),
     "inputs": PresetSetting("midpoint", 3, _input),
 }
 """The presets by name."""

@@ -51,7 +51,7 @@ def test_options_that_are_given_win_over_the_presets_and_all_are_recorded(make_e
     encoder = make_encoder("resnet")
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"preset": "paper"}, {"image_layer": -1, "text_layer": -1, "rule": "right", "steps": 10}),
-        ({"preset": "fast"}, {"image_layer": 5, "text_layer": -1, "rule": "midpoint", "steps": 4}),
+        ({"preset": "fast"}, {"image_layer": 5, "text_layer": -1, "rule": "midpoint", "steps": 5}),
         (
             {"preset": "fast", "steps": 7, "image_layer": 2},
             {"image_layer": 2, "text_layer": -1, "rule": "midpoint", "steps": 7},

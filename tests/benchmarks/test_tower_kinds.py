@@ -36,5 +36,5 @@ def test_each_kind_is_built_and_measured_at_its_last_block_where_it_reads_and_at
     assert found[0] == ("last blocks, as the paper has it", (last, 1), "right", 10)
     assert found[-1] == ("inputs", (first, 0), "midpoint", 5)
     between = [(layers, rule, steps) for _, layers, rule, steps in found[3:-1]]
-    rules = [("right", 10), ("midpoint", 3), ("midpoint", 4)]
+    rules = [("right", 10), ("midpoint", 4), ("midpoint", 5)]
     assert between == ([] if reading == last else [((reading, 1), *rule) for rule in rules])
