@@ -65,7 +65,7 @@ class FeaturePairs(InteractionAttribution):
     completeness_error: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Side:
     """One input of each pair: its path from the reference, and the embeddings at the path's ends.
 

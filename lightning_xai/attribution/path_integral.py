@@ -205,10 +205,12 @@ def jvp_with_embedding(
     path: PathWithDerivatives, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`integrated_jvp` of a path that knows its derivatives, and the embedding of the input [B, K], in one pass."""
-    # The input, where the path ends, is one point more, of weight zero.
-    points_N, weights_N = (torch.cat([x, x.new_tensor([end])]) for x, end in ((points_N, 1.0), (weights_N, 0.0)))
+    count, end = len(points_N), int(points_N.argmax())
+    if points_N[end] != 1:  # The input, where the path ends, is a point of few rules: it is read, and has no weight.
+        points_N, end = torch.cat([points_N, points_N.new_ones(1)]), count
     embeddings_BNK, derivatives_BSNK = _with_derivatives(path, points_N, directions_BST)
-    return torch.einsum("n,bsnk->bsk", weights_N.to(directions_BST), derivatives_BSNK), embeddings_BNK[:, -1]
+    change_BSK = torch.einsum("n,bsnk->bsk", weights_N.to(directions_BST), derivatives_BSNK[:, :, :count])
+    return change_BSK, embeddings_BNK[:, end]
 
 
 def _with_derivatives(path: PathWithDerivatives, points_N: Tensor, directions_BST: Tensor) -> tuple[Tensor, Tensor]:

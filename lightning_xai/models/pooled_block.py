@@ -52,12 +52,12 @@ class PooledBlock:
     def read(self, hidden_BTD: Tensor, pool_B: Tensor) -> Tensor:
         """Embeddings [B, K] of the pooled positions, for the block's input at all positions."""
         attention, rows = self.block.attn, torch.arange(len(hidden_BTD), device=hidden_BTD.device)
-        weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
-        width, normed_BTD = weight.shape[1], self.block.ln_1(hidden_BTD)
-        query_B1D = linear(normed_BTD[rows, pool_B], weight[:width], bias[:width]).unsqueeze(1)
-        key_BTD, value_BTD = linear(normed_BTD, weight[width:], bias[width:]).chunk(2, dim=2)
+        (query_weight, weight), (query_bias, bias) = _split(attention.in_proj_weight), _split(attention.in_proj_bias)
+        normed_BTD = self.block.ln_1(hidden_BTD)
+        query_B1D = linear(normed_BTD[rows, pool_B], query_weight, query_bias).unsqueeze(1)
+        key_BTD, value_BTD = linear(normed_BTD, weight, bias).chunk(2, dim=2)
         query, key, value = (
-            x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query_B1D, key_BTD, value_BTD)
+            x.reshape(*x.shape[:2], attention.num_heads, -1).transpose(1, 2) for x in (query_B1D, key_BTD, value_BTD)
         )
         seen = None
         if self.causal:
@@ -98,7 +98,7 @@ class _PooledPath(PathWithDerivatives):
         self._pooled, self._pool_B, self._directions = pooled, pool_B, directions
         attention: Any = pooled.block.attn
         norm, (weight, self._values_weight) = pooled.block.ln_1, _split(attention.in_proj_weight)
-        query_bias, bias = (None, None) if attention.in_proj_bias is None else _split(attention.in_proj_bias)
+        query_bias, bias = _split(attention.in_proj_bias)
         self._bias = None if bias is None else bias.chunk(2)[1]
         self._heads, self._norm, self._tokens = attention.num_heads, norm, NormedPath(hidden_BTD, reference_BTD, norm)
         rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
@@ -115,6 +115,7 @@ class _PooledPath(PathWithDerivatives):
             positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
             self._unseen = (positions_T > pool_B[:, None])[:, None, None, None]
         self._projected: _Projected | None = None
+        self._with_graph = torch.is_grad_enabled()
 
     def __call__(self, alpha_BNT: Tensor) -> Tensor:
         """The embeddings [B, N, K]."""
@@ -176,12 +177,16 @@ class _PooledPath(PathWithDerivatives):
         if queries * (2 * width + 4 * tokens * self._heads) < 4 * tokens * width:
             return _Folded(*options)
         if self._projected is None:
-            self._projected = _Projected(*options)
+            # With the graph of the rest of the path, also where the first to ask for them needs none.
+            with torch.set_grad_enabled(self._with_graph):
+                self._projected = _Projected(*options)
         return self._projected
 
 
-def _split(in_proj: Tensor) -> tuple[Tensor, Tensor]:
-    """The query's part of a projection, and that of keys and values."""
+def _split(in_proj: Tensor | None) -> tuple[Any, Any]:
+    """The query's part of a projection's weight or bias, and that of keys and values; None where there is no bias."""
+    if in_proj is None:
+        return None, None
     width = len(in_proj) // 3
     return in_proj[:width], in_proj[width:]
 

@@ -286,7 +286,8 @@ class FollowedRun:
             numbers = file.numbers()
             own = next((numbers[each] for each in _LOSSES if each in numbers), {})
             # What an earlier start has logged after the checkpoint that this one began with did not come to pass.
-            found = {step: value for step, value in found.items() if step <= min(own, default=step)}
+            begin = min(own, default=math.inf)
+            found = {step: value for step, value in found.items() if step <= begin}
             found |= {step + 1: value for step, value in own.items()}
         return found
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from lightning_xai.attribution.path_integral import (
     embeddings_at,
     integrated_jvp,
     integrated_vjp,
+    jvp_with_embedding,
     quadrature,
 )
+from lightning_xai.models.at_layer import PathWithDerivatives
 
 RULES: tuple[Rule, ...] = ("right", "left", "midpoint", "trapezoid", "gauss_legendre")
 
@@ -98,3 +101,34 @@ def test_directions_and_cotangents_share_the_pass_along_the_path() -> None:
         torch.tensor([1.0, 0.0]).double().sin()[None, :, None].expand(2, -1, 3),
     )
     assert calls == [2, 2, 2]
+
+
+class Waves(PathWithDerivatives):
+    """Sines of what the tokens add up to; without derivatives at the end, if so asked."""
+
+    def __init__(self, *, smooth: bool) -> None:
+        self.smooth = smooth
+        self.weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).double()
+
+    def __call__(self, alpha_BNT: Tensor) -> Tensor:
+        return torch.sin(alpha_BNT @ self.weight)
+
+    def with_derivatives(self, alpha_BNT: Tensor, directions_BST: Tensor) -> Tensor:
+        slope = torch.cos(alpha_BNT @ self.weight)[:, None] * (directions_BST @ self.weight)[:, :, None]
+        lost = (alpha_BNT[:, None, :, :1] == 1) & (not self.smooth)
+        return torch.cat([self(alpha_BNT)[:, None], slope.masked_fill(lost, math.nan)], dim=1)
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [1, 8192])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_path_that_knows_its_derivatives_gives_the_embedding_too_whatever_they_are_there(
+    monkeypatch: pytest.MonkeyPatch, rule: Rule, tokens_at_a_time: int
+) -> None:
+    monkeypatch.setattr(path_integral, "_TOKENS_AT_A_TIME", tokens_at_a_time)
+    points, weights = quadrature(rule, 4)
+    path = Waves(smooth=1 in points)
+    directions = torch.randn(2, 6, 3).double()
+    change, embedding = jvp_with_embedding(path, points, weights, directions)
+    torch.testing.assert_close(embedding, path(torch.ones(2, 1, 3).double())[:, 0])
+    torch.testing.assert_close(change, integrated_jvp(path.__call__, points, weights, directions))
+    torch.testing.assert_close(change, integrated_jvp(path, points, weights, directions))

@@ -80,6 +80,32 @@ def test_the_path_and_its_derivatives_are_those_of_the_block_itself(
 
 
 @pytest.mark.parametrize("directions", [1, 1000], ids=["folded", "projected"])
+def test_attention_without_biases_is_read_as_the_block_reads_it(directions: int) -> None:
+    block = pooled(causal=True)
+    block.block.attn.in_proj_bias = block.block.attn.out_proj.bias = None
+    hidden, reference, pool = inputs()
+    end = torch.ones(BATCH, 1, TOKENS, dtype=torch.float64)
+    expected = whole_block(block, end)
+    torch.testing.assert_close(block.read(hidden, pool), expected[:, 0])
+    torch.testing.assert_close(block.path(hidden, reference, pool, directions)(end), expected)
+
+
+@pytest.mark.parametrize("directions", [1, 1000], ids=["folded", "projected"])
+def test_the_gradient_of_the_weights_is_the_same_after_a_point_was_read_without_one(directions: int) -> None:
+    block = pooled()
+
+    def gradient(*, read_before: bool) -> Tensor:
+        path, alpha, _ = random_path(block, directions)
+        if read_before:
+            with torch.no_grad():
+                path(alpha)
+        (found,) = torch.autograd.grad(path(alpha).sum(), block.block.attn.in_proj_weight)
+        return found
+
+    torch.testing.assert_close(gradient(read_before=True), gradient(read_before=False))
+
+
+@pytest.mark.parametrize("directions", [1, 1000], ids=["folded", "projected"])
 def test_values_and_derivatives_can_be_differentiated_again(directions: int) -> None:
     path, alpha, along = random_path(pooled("tanh", causal=True), directions)
     assert isinstance(path, PathWithDerivatives)
