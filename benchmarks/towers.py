@@ -103,7 +103,7 @@ def measure(model: str, preset: str, what: str, batch: int) -> dict[str, Any]:
     found = run()
     if time.process_time() - begin > 5 * _seconds(forward):
         rounds = 1  # a warm-up changes little there
-    cost = min(_seconds(run) for _ in range(rounds)) / min(_seconds(forward) for _ in range(rounds))
+    cost = min(_seconds(run) for _ in range(rounds)) / min(_seconds(forward) for _ in range(ROUNDS))
     layers, error = f"{method.image.layer}, {method.text.layer}", getattr(found, "completeness_error", None)
     numbers = {"cost": cost, "peak": peak_gigabytes(), "before": before, "layers": layers}
     return numbers if error is None else numbers | {"error": float(error.abs().mean())}
