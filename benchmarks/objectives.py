@@ -136,7 +136,7 @@ def peak(model: str, train: Path, size: int, heading: str) -> float:
     return float(json.loads(output.strip().splitlines()[-1]))
 
 
-def table(taken: list[dict[str, tuple[float, float]]], peaks: dict[str, float]) -> list[str]:
+def table(taken: list[dict[str, tuple[float, float]]], peaks: dict[str, float] | None = None) -> list[str]:
     """A row for each list of objectives."""
     lines = [
         "| objectives | step [s] | plain steps | over the rounds | core time, plain steps | peak [GB] | plain peaks |",
@@ -148,7 +148,7 @@ def table(taken: list[dict[str, tuple[float, float]]], peaks: dict[str, float]) 
         seconds = statistics.median(step[heading][0] for step in taken)
         lines.append(
             f"| {heading} | {seconds:.2f} | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | "
-            f"{core:.3f} | {peaks[heading]:.2f} | {peaks[heading] / peaks[PLAIN]:.3f} |"
+            f"{core:.3f} | " + (f"{peaks[heading]:.2f} | {peaks[heading] / peaks[PLAIN]:.3f} |" if peaks else "| |")
         )
     return lines
 
@@ -208,6 +208,7 @@ def main() -> None:
         train = options.train or prepare(options.coco, Path(folder, "train"))
         headings = known_headings()
         taken = rounds(model, train, size, options.rounds, headings)
+        print("\n".join(table(taken)), file=sys.stderr, flush=True)  # peaks take as long again
         peaks = {heading: peak(model, train, size, heading) for heading in headings}
         measured = [*table(taken, peaks), "", details(model, train, size, options.rounds)]
     keep("objectives", "Steps with each objective", "cpu", "\n".join(measured), model)
