@@ -318,7 +318,7 @@ class FeaturePairAttribution(PairwiseMethod):
 
         def compare(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             first, second = side(rows, tokens), side(rows, others)
-            firsts, seconds = self._rows(tokens[rows], first), self._rows(others[rows], second)
+            firsts, seconds = self._rows(tokens[rows], first.tokens), self._rows(others[rows], second.tokens)
             selections_BST, others_BST = firsts.selections(first.hidden), seconds.selections(first.hidden)
             matrix_BST, similarity, error = self._compare(first, second, selections_BST)
             # The second caption's padding shares its sum as the first one's does.
@@ -493,9 +493,9 @@ class FeaturePairAttribution(PairwiseMethod):
             parts.append((rows_GS, self.image.on_grid(self._columns(side, changes_RK[rows_GS]))))
         return _put_back(parts)
 
-    def _rows(self, tokens: Tensor, side: _Side) -> CaptionRows:
-        """The selections of each caption's tokens."""
-        return CaptionRows.of(self.text, self.encoder.tokenizer, tokens, side.tokens)
+    def _rows(self, tokens: Tensor, run: int) -> CaptionRows:
+        """The selections of the tokens of captions, of which so many are run."""
+        return CaptionRows.of(self.text, self.encoder.tokenizer, tokens, run)
 
     def _compare(self, rows: _Side, columns: _Side, selections_BST: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All pairs of selections and tokens [B, S, P], the similarity [B] and the completeness error [B]."""
@@ -511,7 +511,7 @@ class FeaturePairAttribution(PairwiseMethod):
 
     def _interactions(self, states: HiddenStates, references: References) -> FeaturePairs:
         every, tokens, prefix = slice(None), states.tokens, self.image.prefix_tokens
-        rows = CaptionRows.of(self.text, self.encoder.tokenizer, tokens, states.text.shape[1])
+        rows = self._rows(tokens, states.text.shape[1])
         selections_BST = rows.selections(states.text)
         count = selections_BST.shape[1]
         text = self._text_side(states, references, every, count, with_reference=True)

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from open_clip.transformer import LayerNorm, LayerNormFp32, LayerScale, QuickGELU
+from timm.layers.norm import LayerNorm as TimmLayerNorm
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 _ACTIVATIONS = (nn.GELU, QuickGELU)
-_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 _SCALES = (nn.Identity, LayerScale)
+LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, TimmLayerNorm)
+"""The classes that are PyTorch's layer norm, in whichever precision."""
 
 
 def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
@@ -29,8 +31,8 @@ def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
 
 
 def is_norm(module: Any) -> bool:
-    """Return whether `norm` serves a module."""
-    return is_plain(module, *_NORMS) and module.weight is not None and module.bias is not None
+    """Return whether this is a layer norm with scale and shift, which `norm` serves."""
+    return is_plain(module, *LAYER_NORMS) and module.weight is not None and module.bias is not None
 
 
 def is_scale(module: Any) -> bool:

@@ -10,15 +10,14 @@ from typing import Any
 
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import AttentionalPooler, LayerNorm, LayerNormFp32, VisionTransformer
+from open_clip.transformer import AttentionalPooler, VisionTransformer
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.norm import LayerNorm as TimmLayerNorm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
 from lightning_xai.models.at_layer import foreign_hooks
-from lightning_xai.models.derivatives import is_plain
+from lightning_xai.models.derivatives import LAYER_NORMS, is_norm, is_plain
 from lightning_xai.models.pooled_block import is_plain_attention
 from lightning_xai.models.token_pool import LatentPool, MeanPool, MeanQueryPool, PoolWeights, TokenPool
 
@@ -26,7 +25,6 @@ _SIGLIP_POOLS = (
     ("transformers.models.siglip.modeling_siglip", "SiglipMultiheadAttentionPoolingHead"),
     ("transformers.models.siglip2.modeling_siglip2", "Siglip2MultiheadAttentionPoolingHead"),
 )
-_LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, TimmLayerNorm)
 
 
 def timm_pool(visual: TimmModel) -> TokenPool | None:
@@ -69,7 +67,7 @@ def open_clip_pool(visual: VisionTransformer) -> TokenPool | None:
     """The pool in which a tower of open_clip ends; None where it reads CLS, or ends in a way that is not known."""
     pool: Any = visual.attn_pool
     norm = visual.ln_post
-    if type(visual) is not VisionTransformer or type(norm) not in _LAYER_NORMS or _hooked(norm):
+    if type(visual) is not VisionTransformer or not is_plain(norm, *LAYER_NORMS) or _hooked(norm):
         return None
 
     def project(pooled: Tensor) -> Tensor:
@@ -139,9 +137,7 @@ def _is_latent(pool: Any) -> bool:
 
 def _is_norm(norm: Any) -> bool:
     """Return whether this is a layer norm with scale and shift, or nothing."""
-    if type(norm) is nn.Identity:
-        return True
-    return type(norm) in _LAYER_NORMS and norm.weight is not None and norm.bias is not None
+    return type(norm) is nn.Identity or is_norm(norm)
 
 
 def _norm(norm: nn.Module) -> nn.LayerNorm | None:
