@@ -65,7 +65,7 @@ def norm(both: Tensor, module: nn.LayerNorm) -> Tensor:
     value: Tensor = module(both[:, :1])
     if both.shape[1] == 1:
         return value
-    # Half precision would lose what is left of large squares that cancel.
+    # The squares of float16 overflow from 256 on.
     wide = both.to(torch.promote_types(both.dtype, torch.float32))
     centred = wide - wide.mean(dim=-1, keepdim=True)
     inverse_std = torch.rsqrt(centred[:, :1].square().mean(dim=-1, keepdim=True) + module.eps)

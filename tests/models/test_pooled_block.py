@@ -8,6 +8,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_xai.models import derivatives
 from lightning_xai.models.at_layer import EmbeddingPath, PathWithDerivatives
 from lightning_xai.models.pooled_block import PooledBlock
 
@@ -111,6 +112,15 @@ def test_values_and_derivatives_can_be_differentiated_again(directions: int) -> 
     assert isinstance(path, PathWithDerivatives)
     leaf = alpha[:, :1].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda at: path.with_derivatives(at, along[:, :2]), (leaf,))
+
+
+def test_a_layer_norms_derivative_holds_for_numbers_whose_squares_overflow() -> None:
+    torch.manual_seed(0)
+    norm, value = nn.LayerNorm(WIDTH).double(), 1000 * torch.randn(2, 1, 3, WIDTH).double()
+    both = torch.cat([value, torch.randn(2, 4, 3, WIDTH).double()], dim=1)
+    both = both.half().double()
+    half = derivatives.norm(both.half(), nn.LayerNorm(WIDTH).half())
+    torch.testing.assert_close(half.double(), derivatives.norm(both, norm), rtol=1e-2, atol=1e-5)
 
 
 def test_for_few_queries_no_key_and_no_value_is_made() -> None:
