@@ -100,7 +100,7 @@ def test_the_gradient_of_the_weights_is_the_same_after_a_point_was_read_without_
         if read_before:
             with torch.no_grad():
                 path(alpha)
-        (found,) = torch.autograd.grad(path(alpha).sum(), block.block.attn.in_proj_weight)
+        found: Tensor = torch.autograd.grad(path(alpha).sum(), block.block.attn.in_proj_weight)[0]
         return found
 
     torch.testing.assert_close(gradient(read_before=True), gradient(read_before=False))
