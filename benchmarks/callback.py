@@ -1,14 +1,15 @@
 """Measures what gamma and rho add to a validation epoch and to `test`, on photos with five captions; keeps a table.
 
-    python benchmarks/callback.py                # 1,000 images, about half an hour on one core
-    python benchmarks/callback.py --images 160   # less to wait for; what is done once counts for more
+    python benchmarks/callback.py                           # 1,000 images, about half an hour on one core
+    python benchmarks/callback.py --images 160 --rounds 1   # less to wait for; what is done once counts for more
     python benchmarks/callback.py --data coco    # shards of `prepare coco`
 
 ViT-B-32 with random weights, float32, one thread and a worker that reads. The plain epoch decodes, embeds images and
 captions, and computes loss and recall. The others add GroundingCallback at the last blocks (`--inputs` also as it is by
 default, with 500 phrases read at the inputs), or are AttributionEvaluation with the metric grounding; tables and
-pictures count. Seconds of the CPU are those of the process that computes, without the worker: they depend less on what
-else runs on the machine.
+pictures count. The epochs take turns: the images are those of all rounds together, so that what is done once in an
+epoch counts once a round. Seconds of the CPU are those of the process that computes, without the worker: they depend
+less on what else runs on the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,14 @@ class Cost:
         phrases: that were measured.
     """
 
-    wall: float
-    cpu: float
-    once: float
-    phrases: int
+    wall: float = 0.0
+    cpu: float = 0.0
+    once: float = 0.0
+    phrases: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """The cost of both epochs."""
+        return Cost(*(own + more for own, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 class _Batches(Callback):
@@ -120,10 +125,11 @@ class Bench:
         return Cost(wall, cpu, cpu - clock.seconds, counts.get("val/grounding_targets", 0))
 
 
-def table(bench: Bench, images: int, *, inputs: bool = False) -> str:
-    """All measurements as Markdown."""
+def table(bench: Bench, images: int, rounds: int, *, inputs: bool = False) -> str:
+    """All measurements as Markdown; `images` are those of a round."""
+    plain = f"plain epoch, {images:,} images" + (f" in each of {rounds} rounds" if rounds > 1 else "")
     runs = {
-        f"plain epoch, {images:,} images": bench.plain,
+        plain: bench.plain,
         "with GroundingCallback at the last blocks": lambda batches=None: bench.callback(batches, input_phrases=0),
         "`test` of gamma and rho": bench.evaluation,
     }
@@ -131,19 +137,21 @@ def table(bench: Bench, images: int, *, inputs: bool = False) -> str:
         runs["with GroundingCallback as it is by default"] = bench.callback
     for run in runs.values():
         run(1)  # imports, and the first call of each kernel
+    costs = dict.fromkeys(runs, Cost())
+    for number in range(rounds):
+        for name, run in runs.items():
+            cost = run()
+            costs[name] += cost
+            print(f"round {number + 1}: {name}: {cost}", file=sys.stderr, flush=True)
     lines = [
         "| | seconds | of plain | CPU seconds | of plain | of these before and after the batches |",
         "|---|---|---|---|---|---|",
     ]
-    plain: Cost | None = None
-    phrases = 0
-    for name, run in runs.items():
-        cost = run()
-        plain = plain or cost
-        cells = (cost.wall, cost.wall / plain.wall, cost.cpu, cost.cpu / plain.cpu, cost.once)
+    least = costs[plain]
+    for name, cost in costs.items():
+        cells = (cost.wall, cost.wall / least.wall, cost.cpu, cost.cpu / least.cpu, cost.once)
         lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
-        print(lines[-1], file=sys.stderr, flush=True)
-        phrases = max(phrases, cost.phrases)
+    phrases = max(cost.phrases for cost in costs.values())
     lines += ["", f"{phrases:,} phrases have a box that can be measured."]
     return "\n".join(lines)
 
@@ -153,7 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--model", default="ViT-B-32", help="an open_clip name or a model config")
-    parser.add_argument("--images", type=int, default=1000, help="images that are drawn")
+    parser.add_argument("--images", type=int, default=1000, help="images that are drawn, in all rounds together")
+    parser.add_argument("--rounds", type=int, default=2, help="turns that the epochs take")
     parser.add_argument("--batch-size", type=int, default=16, help="images of a batch")
     parser.add_argument(
         "--data", type=Path, help="a folder of shards with captions and boxes, in place of drawn images"
@@ -166,13 +175,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         shards = options.data or Path(name) / "photos"
         if options.data is None:
-            write_captioned_photo_shards(shards, options.images)
+            write_captioned_photo_shards(shards, options.images // options.rounds)
         from lightning_xai.data import Manifest
 
         images = Manifest.load(shards).samples
-        measured = table(
-            Bench(options.model, options.device, shards, options.batch_size), images, inputs=options.inputs
-        )
+        bench = Bench(options.model, options.device, shards, options.batch_size)
+        measured = table(bench, images, options.rounds, inputs=options.inputs)
     keep("callback", "Gamma and rho in an epoch", options.device, measured, options.model)
 
 
