@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,20 @@ from lightning_xai.models.at_layer import UnsupportedTowerError, first_layer
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.registry import resolve_options
 
-__all__ = ["ALL", "ChosenMethod", "at_inputs_too", "check_method", "choose_method", "choose_methods"]
+__all__ = [
+    "ALL",
+    "LAYERS",
+    "ChosenMethod",
+    "at_layers",
+    "check_at_inputs",
+    "check_method",
+    "choose_method",
+    "choose_methods",
+    "integrates",
+]
 
-_LAYERS = ("image_layer", "text_layer")
+LAYERS = ("image_layer", "text_layer")
+"""Options that say where a method reads the towers."""
 # Where one pair is looked at, its numbers may cost more than those of a preset that is made for thousands.
 _AT_INPUTS = {"rule": "midpoint", "steps": 10}
 
@@ -105,35 +116,60 @@ def _built(encoder: TwoTowerEncoder, name: str, values: Mapping[str, Any]) -> Ch
     return ChosenMethod(name, method, {**values, **method.resolved_options})
 
 
-def at_inputs_too(chosen: ChosenMethod, given: Mapping[str, Any]) -> list[ChosenMethod]:
-    """A method that integrates between layers of both towers, read at their inputs and where it was chosen.
+def at_layers(chosen: ChosenMethod, given: Mapping[str, Any], *, at_inputs: bool = False) -> list[ChosenMethod]:
+    """A method that integrates between layers of both towers, with these layers named.
 
-    At the inputs, or the first layers that the towers have, by 10 midpoints unless you chose others: with as many
+    At the inputs, or the first layers that the towers have, 10 midpoints are used unless you chose others: with as many
     points their completeness error there is a seventh of the paper's rule's (0.002 and 0.013 at a similarity of 0.65,
     the demo's model at 10 points), at the same cost.
 
     Args:
         chosen: the method.
         given: the options that you gave. With a layer among them, the method is read there alone.
+        at_inputs: read it at the inputs of both towers as well.
 
     Returns:
-        The inputs' first; the method alone where it is not read at layers, or where these are the first already.
+        The inputs' first, if wanted; the method alone where it is not read at layers, or where these are the first
+        already.
     """
     options, encoder = chosen.options, chosen.method.encoder
-    if not options.keys() >= {*_LAYERS} or None in (options[name] for name in _LAYERS) or not encoder.has_image_tower:
+    if not options.keys() >= {*LAYERS} or None in (options[name] for name in LAYERS) or not encoder.has_image_tower:
         return [chosen]
     names = {*given} | {*given.get(chosen.name, {})}
-    if "rule" not in options or names & {*_LAYERS}:
+    if not at_inputs or not integrates(options) or names & {*LAYERS}:
         return [_at(chosen, options)]
     firsts = _first_layers(encoder)
     last = _at(chosen, options, firsts)
     if last.layers == firsts:
         return [last]
-    first = dict(zip(_LAYERS, firsts, strict=True))
+    first = dict(zip(LAYERS, firsts, strict=True))
     accurate = {name: value for name, value in _AT_INPUTS.items() if name in options and name not in names}
     values = options | first | accurate | ({"preset": "inputs"} if "preset" in options else {})
     inputs = replace(chosen, method=METHODS[chosen.name](encoder, **values), options=values)
     return [replace(each, several=True) for each in (_at(inputs, values, firsts), last)]
+
+
+def check_at_inputs(name: str, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a method cannot be read at the inputs as well as at its own layers.
+
+    Args:
+        name: of the method.
+        given: the options that you gave.
+    """
+    able = [each for each in METHODS if integrates(_names(_parser(each)))]
+    if name != ALL and name not in able:
+        raise ValueError(f"--at-inputs needs a method that integrates between layers ({', '.join(able)}); got {name}")
+    layers = [option for option in LAYERS if option in given]
+    if layers:
+        raise ValueError(
+            f"--at-inputs reads at the inputs and at the method's own layers, --options.{layers[0]} at one layer: "
+            "leave one out"
+        )
+
+
+def integrates(options: Collection[str]) -> bool:
+    """Whether a method with these options integrates between a layer of each tower and the embeddings."""
+    return {*LAYERS, "rule"} <= {*options}
 
 
 def _first_layers(encoder: TwoTowerEncoder) -> tuple[int, int]:

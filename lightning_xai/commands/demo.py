@@ -138,4 +138,4 @@ class Demo:
 
         best = RunFolder(self.out / "run").model("best")
         print(f"Explaining by {best}")  # noqa: T201
-        Explain(model=ModelChoice(name=best.path), out=self.out / "explained", image=photos)()
+        Explain(model=ModelChoice(name=best.path), out=self.out / "explained", image=photos, at_inputs=True)()
