@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,18 +16,16 @@ from lightning_xai.registry import resolve_options
 
 __all__ = [
     "ALL",
-    "LAYERS",
     "ChosenMethod",
     "at_layers",
     "check_at_inputs",
     "check_method",
     "choose_method",
     "choose_methods",
-    "integrates",
+    "inputs_hint",
 ]
 
-LAYERS = ("image_layer", "text_layer")
-"""Options that say where a method reads the towers."""
+_LAYERS = ("image_layer", "text_layer")
 # Where one pair is looked at, its numbers may cost more than those of a preset that is made for thousands.
 _AT_INPUTS = {"rule": "midpoint", "steps": 10}
 
@@ -133,16 +131,16 @@ def at_layers(chosen: ChosenMethod, given: Mapping[str, Any], *, at_inputs: bool
         already.
     """
     options, encoder = chosen.options, chosen.method.encoder
-    if not options.keys() >= {*LAYERS} or None in (options[name] for name in LAYERS) or not encoder.has_image_tower:
+    if not options.keys() >= {*_LAYERS} or None in (options[name] for name in _LAYERS) or not encoder.has_image_tower:
         return [chosen]
-    names = {*given} | {*given.get(chosen.name, {})}
-    if not at_inputs or not integrates(options) or names & {*LAYERS}:
+    if not at_inputs or not _integrates(options) or _layers_among(given, chosen.name):
         return [_at(chosen, options)]
     firsts = _first_layers(encoder)
     last = _at(chosen, options, firsts)
     if last.layers == firsts:
         return [last]
-    first = dict(zip(LAYERS, firsts, strict=True))
+    first = dict(zip(_LAYERS, firsts, strict=True))
+    names = _given_names(given, chosen.name)
     accurate = {name: value for name, value in _AT_INPUTS.items() if name in options and name not in names}
     values = options | first | accurate | ({"preset": "inputs"} if "preset" in options else {})
     inputs = replace(chosen, method=METHODS[chosen.name](encoder, **values), options=values)
@@ -153,23 +151,54 @@ def check_at_inputs(name: str, given: Mapping[str, Any]) -> None:
     """Raise a ValueError where a method cannot be read at the inputs as well as at its own layers.
 
     Args:
-        name: of the method.
+        name: of the method; `"all"` for all that can.
         given: the options that you gave.
     """
-    able = [each for each in METHODS if integrates(_names(_parser(each)))]
-    if name != ALL and name not in able:
-        raise ValueError(f"--at-inputs needs a method that integrates between layers ({', '.join(able)}); got {name}")
-    layers = [option for option in LAYERS if option in given]
-    if layers:
-        raise ValueError(
-            f"--at-inputs reads at the inputs and at the method's own layers, --options.{layers[0]} at one layer: "
-            "leave one out"
-        )
+
+    def able(each: str) -> bool:
+        return _integrates(_names(_parser(each)))
+
+    if name != ALL and not able(name):
+        others = ", ".join(each for each in METHODS if able(each))
+        raise ValueError(f"--at-inputs needs a method that integrates between layers ({others}); got --method {name}")
+    for each in METHODS if name == ALL else [name]:
+        if able(each) and (layers := _layers_among(given, each)):
+            raise ValueError(
+                f"--at-inputs adds the inputs to the layers that {each} reads by itself, --options.{layers[0]} says "
+                "where to read instead: give one of them"
+            )
 
 
-def integrates(options: Collection[str]) -> bool:
+def inputs_hint(chosen: Iterable[ChosenMethod], given: Mapping[str, Any]) -> str:
+    """The sentence that names --at-inputs, where it would show more than the methods that were chosen; else empty.
+
+    Args:
+        chosen: the methods, at their layers.
+        given: the options that you gave.
+    """
+    for each in chosen:
+        reads_inputs = each.layers is None or not any(each.layers)
+        if not reads_inputs and _integrates(each.options) and not _layers_among(given, each.name):
+            return (
+                f"{each.name} is read at the {each.where}; --at-inputs reads it at the inputs of both towers as well, "
+                "which says more of what the model does with them, and takes longer."
+            )
+    return ""
+
+
+def _layers_among(given: Mapping[str, Any], name: str) -> list[str]:
+    """The options of a method that say where it reads the towers, of those that were given: for all, or for it."""
+    return [option for option in _LAYERS if option in _given_names(given, name)]
+
+
+def _given_names(given: Mapping[str, Any], name: str) -> set[str]:
+    own = given.get(name)
+    return {*given} | ({*own} if isinstance(own, Mapping) else set())
+
+
+def _integrates(options: Collection[str]) -> bool:
     """Whether a method with these options integrates between a layer of each tower and the embeddings."""
-    return {*LAYERS, "rule"} <= {*options}
+    return {*_LAYERS, "rule"} <= {*options}
 
 
 def _first_layers(encoder: TwoTowerEncoder) -> tuple[int, int]:

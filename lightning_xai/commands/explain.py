@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_xai.commands.explain_entries import Asked, Explainer, ListWriter
 from lightning_xai.commands.inputs import Entry, is_list, load_model, read_entries
 from lightning_xai.commands.intra_modal import COMPARED_ARRAYS, compare_captions, compare_images, write_pairs
 from lightning_xai.commands.model_choice import ModelChoice
 from lightning_xai.commands.outputs import PICTURE, describe, progress_bar, write_all
-
-if TYPE_CHECKING:
-    from lightning_xai.attribution.method_options import ChosenMethod
 
 
 @dataclass
@@ -28,7 +24,7 @@ class Explain:
     A phrase on the image:
       python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"
       --model.name ViT-B-32 --model.pretrained openai --out explained
-    What the model makes of its inputs, and not only of its last blocks: the same with --at-inputs.
+    What the model does with its inputs, and not in its last blocks alone: the same with --at-inputs.
     Every method side by side: the same without --span, with --method all.
     Why this caption rather than that: --against "A cat on a sofa", with any method; again for several captions.
     A box on the words: --box 120,40,200,180 instead of --span.
@@ -58,7 +54,7 @@ class Explain:
             baseline such as random; "all" draws all of them side by side, an unknown name lists them.
         options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
             that has such an option, and --options.rise.seed 1 for one of them.
-        at_inputs: draw feature_pair twice: at the inputs of both towers, where it tells most of what the model does
+        at_inputs: draw feature_pair twice: at the inputs of both towers, where it says most about what the model does
             with image and caption, and at the last blocks. Each word then costs a backward pass of the image tower.
         batch_size: images of a list that are explained at a time; lower it where memory is short.
         fit: crop (the default of most models) or letterbox, which shows the model the whole photo: resized to fit, with
@@ -102,10 +98,12 @@ class Explain:
             self._compare()
             return
         entries = self._entries()
+        from lightning_xai.attribution.method_options import inputs_hint
+
         explainer = Explainer.of(self.model, asked, entries, asdict(self))
         for name, reason in explainer.missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
-        hint = self._hint(explainer.chosen)
+        hint = "" if self.at_inputs else inputs_hint(explainer.chosen, self.options)
         with progress_bar() as bar:
             task = bar.add_task("explaining", total=len(entries) * len(explainer.chosen))
 
@@ -122,18 +120,6 @@ class Explain:
                 skipped = [f"Skipped {name}: {reason}" for name, reason in explained.failed.items()]
                 said = "\n".join(filter(None, [*skipped, explained.write(self.out), explained.prepared.hidden, hint]))
         print(said)  # noqa: T201
-
-    def _hint(self, chosen: Sequence[ChosenMethod]) -> str:
-        """The sentence that names --at-inputs, where it would show more; else empty."""
-        from lightning_xai.attribution.method_options import LAYERS, integrates
-
-        read = [each for each in chosen if each.layers is not None and any(each.layers) and integrates(each.options)]
-        if self.at_inputs or not read or {*self.options} & {*LAYERS}:
-            return ""
-        return (
-            f"{read[0].name} is read at the {read[0].where}; --at-inputs reads it at the towers' inputs as well, which "
-            "says more of what the model does with image and caption, and takes longer."
-        )
 
     def _compare(self) -> None:
         """Compare two images or two captions, and write what `write_all` writes."""
@@ -195,9 +181,8 @@ class Explain:
             "--against compares captions of an image: leave out --other-image and --other-caption": (
                 bool(self.against) and self._compares
             ),
-            "--at-inputs is of an image and its caption; give --options.image_layer 0 or --options.text_layer 0": (
-                self.at_inputs and self._compares
-            ),
+            "--at-inputs is for an image and its caption; two images are compared at their inputs with "
+            "--options.image_layer 0, two captions with --options.text_layer 0": self.at_inputs and self._compares,
             f"--out has to be a folder, but {self.out} is a file": self.out.is_file(),
             f"{self.out / PICTURE} is the image to explain, and would be replaced: choose another --out": any(
                 path is not None and path.resolve() == (self.out / PICTURE).resolve()
