@@ -180,8 +180,8 @@ def inputs_hint(chosen: Iterable[ChosenMethod], given: Mapping[str, Any]) -> str
         reads_inputs = each.layers is None or not any(each.layers)
         if not reads_inputs and _integrates(each.options) and not _layers_among(given, each.name):
             return (
-                f"{each.name} is read at the {each.where}; --at-inputs reads it at the inputs of both towers as well, "
-                "which says more of what the model does with them, and takes longer."
+                f"{each.name} is read at the {each.where}; --at-inputs adds the inputs of both towers (or the first "
+                "layers that can be read), which says more of what the model does with them, and takes longer."
             )
     return ""
 

@@ -222,7 +222,7 @@ def test_last_blocks_cost_no_pass_of_the_others_and_as_the_default_name_the_inpu
     _, record = explained(*options)
     assert [method["where"] for method in record["methods"].values()] == ["last blocks (2, 2)"]
     assert layers == {2}
-    hint = "feature_pair is read at the last blocks (2, 2); --at-inputs reads it at the inputs of both towers as well"
+    hint = "feature_pair is read at the last blocks (2, 2); --at-inputs adds the inputs of both towers"
     assert (hint in capsys.readouterr().out) is not bool(options)
 
 
