@@ -1,7 +1,8 @@
 """Time `explain` of one photo, end to end, against a bare script that imports open_clip and runs the model once.
 
     python benchmarks/explain.py --model ViT-B-32 --method grad_cam --rounds 5
-    python benchmarks/explain.py --method feature_pair --options.image_layer=-1 --options.text_layer=-1
+    python benchmarks/explain.py --method feature_pair
+    python benchmarks/explain.py --method feature_pair --at-inputs
 
 Options that this script does not have go to `explain`. Weights are random, as no time depends on them. Runs are
 interleaved, so that what else the machine does meets both alike; medians of wall-clock and of CPU seconds, and their

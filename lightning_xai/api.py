@@ -103,6 +103,7 @@ def explain(  # noqa: PLR0913 - the options of the command
     pretrained: str | Path | None = None,
     method: str = "feature_pair",
     options: Mapping[str, Any] | None = None,
+    at_inputs: bool = False,
     span: str | Sequence[str | None] | None = None,
     box: str | Iterable[Any] | None = None,
     against: str | Sequence[str] | Sequence[Sequence[str] | None] | None = (),
@@ -123,6 +124,7 @@ def explain(  # noqa: PLR0913 - the options of the command
         pretrained: a tag or file of weights, where `model` is a name.
         method: a name of `METHODS`; `"all"` for all that serve the model.
         options: of the method, such as `{"steps": 50}`.
+        at_inputs: read `feature_pair` at the inputs of both towers as well; see `explain --help`.
         span: a phrase of the caption: the heat map shows where the image matches it; for lists one, or one for each.
         box: (x, y, width, height) in pixels of the image: the words show what matches it; likewise.
         against: a caption, or several, to compare the caption with; for lists the same for all, or a list for each.
@@ -145,7 +147,7 @@ def explain(  # noqa: PLR0913 - the options of the command
         >>> result.span("a dog").plot()  # doctest: +SKIP
     """
     entries, of_list = _entries(image, caption, captions, span, box, against)
-    asked = Asked(method, dict(options or {}), target, dict(target_options or {}), batch_size, of_list)
+    asked = Asked(method, dict(options or {}), target, dict(target_options or {}), batch_size, of_list, at_inputs)
     chosen = _chosen(model, pretrained=pretrained, fit=fit, device=device)
     explainer = Explainer.of(chosen, asked, entries, _command(entries, asked, fit))
     from lightning_xai.models.at_layer import evaluating
@@ -431,7 +433,7 @@ def _command(entries: Sequence[Entry], asked: Asked, fit: str | None) -> dict[st
     given = {name: [row[name] for row in rows] if asked.of_list else rows[0][name] for name in names}
     return (
         given
-        | {name: getattr(asked, name) for name in ("method", "options", "target", "target_options")}
+        | {name: getattr(asked, name) for name in ("method", "options", "target", "target_options", "at_inputs")}
         | {"fit": fit}
     )
 

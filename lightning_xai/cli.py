@@ -314,7 +314,8 @@ def _refuse(arguments: Sequence[str], error: ArgumentError) -> NoReturn:
 
 def _sentence(message: str) -> str:
     """A parser's message on a value that fits none of an option's types, as one sentence; others on one line."""
-    message = re.sub(r"<class '([^']*)'>", r"\1", message).replace("typing.Literal", "one of ")
+    message = re.sub(r"<class '([^']*)'>", r"\1", message)
+    message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
     key = re.match(r'Parser key "([^"]+)":\s*', message)
     option, rest = (f"--{key[1]}: ", message[key.end() :]) if key else ("", message)
     reasons = re.findall(r"^    - (.*(?:\n(?:      .*|(?=\n)))*)", rest, re.MULTILINE)

@@ -158,15 +158,28 @@ def resolve_options(parser: ArgumentParser, options: Mapping[str, Any], owner: s
         values: dict[str, Any] = parser.parse_object(dict(options)).as_dict()
     except ArgumentError as error:
         reason = " ".join(str(error).split()).removeprefix("Parser key ")
-        raise ValueError(f"{where}: {_UNION.sub(_alternatives, reason)}") from error
+        raise ValueError(f"{where}: {_EXPECTED.sub(_in_plain_words, reason)}") from error
     return values
 
 
-_UNION = re.compile(
-    r"Does not validate against any of the Union subtypes.*? Errors: - (.*) Given value type: .* Given "
+_EXPECTED = re.compile(
+    r"Expected a (.*)\. Got value: |"
+    r"Does not validate against any of the Union subtypes.*? Errors: - (.*) Given value type: .* Given value: "
 )
 
 
-def _alternatives(found: re.Match[str]) -> str:
-    """What jsonargparse says of an option of several types, as it says it of one."""
-    return " or ".join(found[1].replace("Expected a ", "").split(" - ")).join(("Expected a ", ". Got "))
+def _in_plain_words(found: re.Match[str]) -> str:
+    """What an option takes, of one type or of several: the values to choose from, then the types.
+
+    >>> _EXPECTED.sub(_in_plain_words, "Expected a typing.Literal['mean', 'max']. Got value: min")
+    "expected one of 'mean', 'max'; got min"
+    """
+    kinds = (found[1] or found[2]).replace("Expected a ", "").split(" - ")
+    # None stands for the option left out; an object, which has an import path, cannot be spelled on a command line.
+    unsaid = ("<class 'NoneType'>", "dot import path string", "Not a valid subclass")
+    given = [kind for kind in kinds if not kind.startswith(unsaid)]
+    values = [kind[len("typing.Literal[") : -1] for kind in given if kind.startswith("typing.Literal[")]
+    types = [re.sub(r"<class '([^']*)'>", r"\1", kind) for kind in given if not kind.startswith("typing.Literal[")]
+    if values:
+        types.insert(0, f"one of {', '.join(values)}")
+    return f"expected {' or '.join(types or kinds)}; got "

@@ -21,7 +21,7 @@ from lightning_xai.cli import main
 from lightning_xai.models import DualEncoder, save_open_clip
 
 CAPTION = "a red ring and a blue ring"
-LAST = "feature_pair,2,2"
+METHOD = "feature_pair"
 
 
 @pytest.fixture
@@ -110,10 +110,10 @@ def test_phrases_and_boxes_are_read_off_without_running_the_method_again(
     assert same(span.box(24, 12.5, 24, 24), box)
     assert not same(span, whole)
     assert span.record["span"]["tokens"] == ["blue", "ring"]
-    table = box.to_frame().query("method == @LAST")
+    table = box.to_frame().query("method == @METHOD")
     assert {*zip(table["row"], table["column"], strict=True)} == {(0, 2), (0, 3), (1, 2), (1, 3)}
     words = table.groupby("position")["value"].sum()
-    np.testing.assert_allclose(words, box.words[LAST], atol=1e-6)
+    np.testing.assert_allclose(words, box.words[METHOD], atol=1e-6)
     assert [*span.to_frame()["token"].unique()] == ["blue", "ring"]
 
 
@@ -126,7 +126,7 @@ def test_lists_of_one_and_numbers_of_any_library_are_taken(encoder: DualEncoder,
         assert same(lx.explain(photo, CAPTION, model=encoder, box=other), given)
     both = lx.explain([photo, photo], CAPTION, model=encoder, box=np.array([box, box]), against=[["a dog"], None])
     assert [len(result.record.get("against", ())) for result in both] == [1, 0]
-    np.testing.assert_allclose(both[1].words[LAST], given.words[LAST], atol=1e-6)
+    np.testing.assert_allclose(both[1].words[METHOD], given.words[METHOD], atol=1e-6)
 
 
 def test_the_image_itself_is_not_replaced(encoder: DualEncoder, photo: Path) -> None:
@@ -146,8 +146,10 @@ def test_a_phrase_against_the_similarity_has_a_scale_with_a_sign(encoder: DualEn
 
 def test_a_table_has_a_line_for_each_number(encoder: DualEncoder, photo: Path) -> None:
     pairs = lx.explain(photo, CAPTION, model=encoder, against="a dog").to_frame()
-    assert pairs.groupby(["method", "caption"]).size().to_dict()[LAST, CAPTION] == 7 * 16
-    assert pairs.groupby(["method", "caption"]).size().to_dict()[LAST, "a dog"] == 2 * 16
+    assert pairs.groupby(["method", "caption"]).size().to_dict()[METHOD, CAPTION] == 7 * 16
+    assert pairs.groupby(["method", "caption"]).size().to_dict()[METHOD, "a dog"] == 2 * 16
+    both = lx.explain(photo, CAPTION, model=encoder, at_inputs=True)
+    assert both.methods == [*both.to_frame()["method"].unique()] == ["feature_pair,0,0", "feature_pair,2,2"]
     result = lx.explain(photo, CAPTION, model=encoder, method="saliency")
     table = result.to_frame()
     assert table.groupby("part").size().to_dict() == {"image": 16, "text": 7}
@@ -202,6 +204,7 @@ def test_a_model_in_training_is_explained_as_it_evaluates_and_left_in_training(
         ({"span": "ring", "box": (0, 0, 9, 9)}, "give one of them"),
         ({"method": "magic"}, "unknown method 'magic'; there are feature_pair, "),
         ({"method": "saliency", "span": "ring"}, "--span needs a method with token-patch attributions"),
+        ({"at_inputs": True, "method": "grad_cam"}, "--at-inputs needs a method that integrates between layers"),
         ({"options": {"stepz": 9}}, "feature_pair has no option stepz; it has image_layer, text_layer, steps"),
         ({"target": "probability"}, "--target is of captions that are compared: give --against TEXT"),
         ({"batch_size": 0}, "--batch-size has to be at least 1; got 0"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,16 @@ from lightning_xai.models.at_layer import UnsupportedTowerError, first_layer
 from lightning_xai.models.encoder import TwoTowerEncoder
 from lightning_xai.registry import resolve_options
 
-__all__ = ["ALL", "ChosenMethod", "at_inputs_too", "check_method", "choose_method", "choose_methods"]
+__all__ = [
+    "ALL",
+    "ChosenMethod",
+    "at_layers",
+    "check_at_inputs",
+    "check_method",
+    "choose_method",
+    "choose_methods",
+    "inputs_hint",
+]
 
 _LAYERS = ("image_layer", "text_layer")
 # Where one pair is looked at, its numbers may cost more than those of a preset that is made for thousands.
@@ -105,35 +114,91 @@ def _built(encoder: TwoTowerEncoder, name: str, values: Mapping[str, Any]) -> Ch
     return ChosenMethod(name, method, {**values, **method.resolved_options})
 
 
-def at_inputs_too(chosen: ChosenMethod, given: Mapping[str, Any]) -> list[ChosenMethod]:
-    """A method that integrates between layers of both towers, read at their inputs and where it was chosen.
+def at_layers(chosen: ChosenMethod, given: Mapping[str, Any], *, at_inputs: bool = False) -> list[ChosenMethod]:
+    """A method that integrates between layers of both towers, with these layers named.
 
-    At the inputs, or the first layers that the towers have, by 10 midpoints unless you chose others: with as many
+    At the inputs, or the first layers that the towers have, 10 midpoints are used unless you chose others: with as many
     points their completeness error there is a seventh of the paper's rule's (0.002 and 0.013 at a similarity of 0.65,
     the demo's model at 10 points), at the same cost.
 
     Args:
         chosen: the method.
         given: the options that you gave. With a layer among them, the method is read there alone.
+        at_inputs: read it at the inputs of both towers as well.
 
     Returns:
-        The inputs' first; the method alone where it is not read at layers, or where these are the first already.
+        The inputs' first, if wanted; the method alone where it is not read at layers, or where these are the first
+        already.
     """
     options, encoder = chosen.options, chosen.method.encoder
     if not options.keys() >= {*_LAYERS} or None in (options[name] for name in _LAYERS) or not encoder.has_image_tower:
         return [chosen]
-    names = {*given} | {*given.get(chosen.name, {})}
-    if "rule" not in options or names & {*_LAYERS}:
+    if not at_inputs or not _integrates(options) or _layers_among(given, chosen.name):
         return [_at(chosen, options)]
     firsts = _first_layers(encoder)
     last = _at(chosen, options, firsts)
     if last.layers == firsts:
         return [last]
     first = dict(zip(_LAYERS, firsts, strict=True))
+    names = _given_names(given, chosen.name)
     accurate = {name: value for name, value in _AT_INPUTS.items() if name in options and name not in names}
     values = options | first | accurate | ({"preset": "inputs"} if "preset" in options else {})
     inputs = replace(chosen, method=METHODS[chosen.name](encoder, **values), options=values)
     return [replace(each, several=True) for each in (_at(inputs, values, firsts), last)]
+
+
+def check_at_inputs(name: str, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a method cannot be read at the inputs as well as at its own layers.
+
+    Args:
+        name: of the method; `"all"` for all that can.
+        given: the options that you gave.
+    """
+
+    def able(each: str) -> bool:
+        return _integrates(_names(_parser(each)))
+
+    if name != ALL and not able(name):
+        others = ", ".join(each for each in METHODS if able(each))
+        raise ValueError(f"--at-inputs needs a method that integrates between layers ({others}); got --method {name}")
+    for each in METHODS if name == ALL else [name]:
+        if able(each) and (layers := _layers_among(given, each)):
+            raise ValueError(
+                f"--at-inputs adds the inputs to the layers that {each} reads by itself, --options.{layers[0]} says "
+                "where to read instead: give one of them"
+            )
+
+
+def inputs_hint(chosen: Iterable[ChosenMethod], given: Mapping[str, Any]) -> str:
+    """The sentence that names --at-inputs, where it would show more than the methods that were chosen; else empty.
+
+    Args:
+        chosen: the methods, at their layers.
+        given: the options that you gave.
+    """
+    for each in chosen:
+        reads_inputs = each.layers is None or not any(each.layers)
+        if not reads_inputs and _integrates(each.options) and not _layers_among(given, each.name):
+            return (
+                f"{each.name} is read at the {each.where}; --at-inputs adds the inputs of both towers (or the first "
+                "layers that can be read), which says more of what the model does with them, and takes longer."
+            )
+    return ""
+
+
+def _layers_among(given: Mapping[str, Any], name: str) -> list[str]:
+    """The options of a method that say where it reads the towers, of those that were given: for all, or for it."""
+    return [option for option in _LAYERS if option in _given_names(given, name)]
+
+
+def _given_names(given: Mapping[str, Any], name: str) -> set[str]:
+    own = given.get(name)
+    return {*given} | ({*own} if isinstance(own, Mapping) else set())
+
+
+def _integrates(options: Collection[str]) -> bool:
+    """Whether a method with these options integrates between a layer of each tower and the embeddings."""
+    return {*_LAYERS, "rule"} <= {*options}
 
 
 def _first_layers(encoder: TwoTowerEncoder) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class Demo:
       python -m lightning_xai demo --epochs 1 --out first_look
     Afterwards, with your own words for one of its photos:
       python -m lightning_xai explain --image lightning_xai_demo/photos/shapes_val_000000.jpg --caption "a red diamond"
-      --model.name lightning_xai_demo/run/checkpoints/best-grounding.ckpt --out mine
+      --model.name lightning_xai_demo/run/checkpoints/best-grounding.ckpt --at-inputs --out mine
 
     Attributes:
         out: folder for everything: data, run (the training, as `fit --run` writes it), photos and explained.
@@ -138,4 +138,4 @@ class Demo:
 
         best = RunFolder(self.out / "run").model("best")
         print(f"Explaining by {best}")  # noqa: T201
-        Explain(model=ModelChoice(name=best.path), out=self.out / "explained", image=photos)()
+        Explain(model=ModelChoice(name=best.path), out=self.out / "explained", image=photos, at_inputs=True)()

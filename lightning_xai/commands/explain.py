@@ -24,6 +24,7 @@ class Explain:
     A phrase on the image:
       python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"
       --model.name ViT-B-32 --model.pretrained openai --out explained
+    What the model does with its inputs, and not in its last blocks alone: the same with --at-inputs.
     Every method side by side: the same without --span, with --method all.
     Why this caption rather than that: --against "A cat on a sofa", with any method; again for several captions.
     A box on the words: --box 120,40,200,180 instead of --span.
@@ -53,6 +54,8 @@ class Explain:
             baseline such as random; "all" draws all of them side by side, an unknown name lists them.
         options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
             that has such an option, and --options.rise.seed 1 for one of them.
+        at_inputs: draw feature_pair twice: at the inputs of both towers, where it says most about what the model does
+            with image and caption, and at the last blocks. Each word then costs a backward pass of the image tower.
         batch_size: images of a list that are explained at a time; lower it where memory is short.
         fit: crop (the default of most models) or letterbox, which shows the model the whole photo: resized to fit, with
             the mean colour around it; short for --model.fit.
@@ -72,6 +75,7 @@ class Explain:
     target_options: dict[str, Any] = field(default_factory=dict)
     method: str = "feature_pair"
     options: dict[str, Any] = field(default_factory=dict)
+    at_inputs: bool = False
     batch_size: int = 8
     fit: str | None = None
 
@@ -86,15 +90,20 @@ class Explain:
             self.model = replace(self.model, fit=self.fit)
         self._check()
         of_list = self.image is not None and is_list(self.image)
-        asked = Asked(self.method, self.options, self.target, self.target_options, self.batch_size, of_list)
+        asked = Asked(
+            self.method, self.options, self.target, self.target_options, self.batch_size, of_list, self.at_inputs
+        )
         if self._compares:
             asked.check()
             self._compare()
             return
         entries = self._entries()
+        from lightning_xai.attribution.method_options import inputs_hint
+
         explainer = Explainer.of(self.model, asked, entries, asdict(self))
         for name, reason in explainer.missing.items():
             print(f"Skipped {name}: {reason}")  # noqa: T201
+        hint = "" if self.at_inputs else inputs_hint(explainer.chosen, self.options)
         with progress_bar() as bar:
             task = bar.add_task("explaining", total=len(entries) * len(explainer.chosen))
 
@@ -105,11 +114,11 @@ class Explain:
                 writer = ListWriter(self.out)
                 for found in explainer.explain_each(entries, advance):
                     writer.add(found)
-                said = writer.close()
+                said = "\n".join(filter(None, [writer.close(), hint]))
             else:
                 explained = explainer.explain_one(entries[0], advance)
                 skipped = [f"Skipped {name}: {reason}" for name, reason in explained.failed.items()]
-                said = "\n".join(filter(None, [*skipped, explained.write(self.out), explained.prepared.hidden]))
+                said = "\n".join(filter(None, [*skipped, explained.write(self.out), explained.prepared.hidden, hint]))
         print(said)  # noqa: T201
 
     def _compare(self) -> None:
@@ -172,6 +181,8 @@ class Explain:
             "--against compares captions of an image: leave out --other-image and --other-caption": (
                 bool(self.against) and self._compares
             ),
+            "--at-inputs is for an image and its caption; two images are compared at their inputs with "
+            "--options.image_layer 0, two captions with --options.text_layer 0": self.at_inputs and self._compares,
             f"--out has to be a folder, but {self.out} is a file": self.out.is_file(),
             f"{self.out / PICTURE} is the image to explain, and would be replaced: choose another --out": any(
                 path is not None and path.resolve() == (self.out / PICTURE).resolve()

@@ -50,6 +50,7 @@ class Asked:
         target_options: of the target.
         batch_size: entries of a list that are explained at a time.
         of_list: whether the entries are a list, of which what cannot be used is skipped.
+        at_inputs: whether a method that integrates between layers is read at the towers' inputs as well.
     """
 
     method: str = "feature_pair"
@@ -58,6 +59,7 @@ class Asked:
     target_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     of_list: bool = False
+    at_inputs: bool = False
 
     def check(self, entries: Sequence[Entry] = ()) -> ChosenTarget | None:
         """Find what cannot be asked: before the model is loaded, which takes a while.
@@ -68,12 +70,14 @@ class Asked:
         Raises:
             ValueError: no such method, target or option, nothing to compare, or a method without what is asked of it.
         """
-        from lightning_xai.attribution.method_options import check_method
+        from lightning_xai.attribution.method_options import check_at_inputs, check_method
         from lightning_xai.attribution.target_options import check_serves, choose_target
 
         if self.batch_size < 1:
             raise ValueError(f"--batch-size has to be at least 1; got {self.batch_size}")
         check_method(self.method)
+        if self.at_inputs:
+            check_at_inputs(self.method, self.options)
         for entry in () if self.of_list else entries:
             if entry.span is not None and entry.box is not None:
                 raise ValueError("--span asks about words, --box about a part of the image: give one of them")
@@ -246,7 +250,7 @@ class Explainer:
             ValueError: what was asked cannot be answered, or the model cannot be loaded.
         """
         from lightning_xai.attribution.base import unsupported_target
-        from lightning_xai.attribution.method_options import at_inputs_too, choose_methods
+        from lightning_xai.attribution.method_options import at_layers, choose_methods
 
         target = asked.check(entries)
         encoder = load_model(model) if isinstance(model, ModelChoice) else model
@@ -260,7 +264,7 @@ class Explainer:
             }
             chosen = [each for each in chosen if each.name not in missing]
         settings = describe(command, model if isinstance(model, ModelChoice) else None, encoder)
-        readings = [reading for each in chosen for reading in at_inputs_too(each, asked.options)]
+        readings = [reading for each in chosen for reading in at_layers(each, asked.options, at_inputs=asked.at_inputs)]
         return cls(encoder, readings, missing, settings, target, asked.batch_size)
 
     def explain_one(self, entry: Entry, advance: Callable[[str, int], None] = lambda label, count: None) -> Explained:

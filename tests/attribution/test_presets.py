@@ -8,7 +8,7 @@ import torch
 from inputs import random_pairs
 
 from lightning_xai.attribution import FeaturePairAttribution
-from lightning_xai.attribution.method_options import at_inputs_too, choose_method
+from lightning_xai.attribution.method_options import at_layers, choose_method
 from lightning_xai.attribution.presets import PRESETS
 from lightning_xai.models import DualEncoder
 from lightning_xai.models.at_layer import UnsupportedTowerError
@@ -69,12 +69,14 @@ def test_options_that_are_given_win_over_the_presets_and_all_are_recorded(make_e
 def test_explain_reads_the_inputs_as_exactly_with_any_preset(make_encoder: MakeEncoder) -> None:
     for preset in ("paper", "fast"):
         given = {"preset": preset}
-        inputs, last = at_inputs_too(choose_method(make_encoder("vit_average_pool"), "feature_pair", given), given)
+        inputs, last = at_layers(
+            choose_method(make_encoder("vit_average_pool"), "feature_pair", given), given, at_inputs=True
+        )
         assert inputs.options.items() >= {"preset": "inputs", "rule": "midpoint", "steps": 10}.items()
         assert inputs.layers == (0, 0)
         assert last.where == ("last blocks (1, 2)" if preset == "paper" else "reading layers (2, 2)")
     given = {"preset": "inputs"}
-    (only,) = at_inputs_too(choose_method(make_encoder(), "feature_pair", given), given)
+    (only,) = at_layers(choose_method(make_encoder(), "feature_pair", given), given, at_inputs=True)
     assert only.layers == (0, 0)
 
 

@@ -171,7 +171,7 @@ def explained(model: list[str], image: Path, tmp_path: Path) -> Explained:
 def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
     explained: Explained, model: list[str], image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (arrays, _), out, encoder = explained("--span", "Blue  RING"), tmp_path / "out", loaded(model)
+    (arrays, _), out, encoder = explained("--span", "Blue  RING", "--at-inputs"), tmp_path / "out", loaded(model)
     assert arrays["tokens"].tolist() == encoder.tokenizer.encode([CAPTION])[0].tolist()
     assert arrays["span_mask"].nonzero()[0].tolist() == [6, 7]
     for reading, method in (
@@ -184,7 +184,9 @@ def test_the_arrays_are_those_of_the_method_and_the_span_chooses_the_map(
         np.testing.assert_allclose(found["shown_image"], expected, atol=1e-6)
         np.testing.assert_array_equal(found["shown_text"], found["text"])
     assert Image.open(out / "explanation.png").size[0] > 800
-    assert f"Saved {out / 'explanation.png'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Saved {out / 'explanation.png'}" in said
+    assert "--at-inputs" not in said
     assert sorted(path.name for path in out.iterdir()) == [
         "attribution.npz",
         "explanation.html",
@@ -201,13 +203,14 @@ def test_layers_that_are_given_are_the_only_ones_and_no_layer_0_means_the_first(
     assert (method["where"], method["options"]["rule"]) == ("layers (0, 2)", "right")
     assert "interactions" in arrays
     resnet = ["--model.name", str(architecture_file("resnet")), "--model.device", "cpu"]
-    explain("--image", image, "--caption", CAPTION, *resnet, "--out", tmp_path / "resnet")
+    explain("--image", image, "--caption", CAPTION, *resnet, "--at-inputs", "--out", tmp_path / "resnet")
     methods = record_of(tmp_path / "resnet")["methods"]
     assert [each["where"] for each in methods.values()] == ["first layers (1, 0)", "last blocks (4, 2)"]
 
 
-def test_towers_are_checked_at_the_layers_that_are_given_and_no_others(
-    model: list[str], image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [[], ["--options.image_layer", "-1", "--options.text_layer", "-1"]])
+def test_last_blocks_cost_no_pass_of_the_others_and_as_the_default_name_the_inputs(
+    explained: Explained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     layers, embed_from = set[int](), VisionTransformerAtLayer.embed_from
 
@@ -216,10 +219,11 @@ def test_towers_are_checked_at_the_layers_that_are_given_and_no_others(
         return embed_from(self, *given)
 
     monkeypatch.setattr(VisionTransformerAtLayer, "embed_from", embed)
-    given = ["--image", image, "--caption", CAPTION, *model, "--out", tmp_path / "out"]
-    explain(*given, "--options.image_layer", "-1", "--options.text_layer", "-1")
-    assert record_of(tmp_path / "out")["methods"]["feature_pair"]["where"] == "last blocks (2, 2)"
+    _, record = explained(*options)
+    assert [method["where"] for method in record["methods"].values()] == ["last blocks (2, 2)"]
     assert layers == {2}
+    hint = "feature_pair is read at the last blocks (2, 2); --at-inputs adds the inputs of both towers"
+    assert (hint in capsys.readouterr().out) is not bool(options)
 
 
 def test_every_occurrence_of_the_span_counts(explained: Explained) -> None:
@@ -227,8 +231,7 @@ def test_every_occurrence_of_the_span_counts(explained: Explained) -> None:
     assert record["span"] == {
         "phrase": "ring", "characters": [[6, 10], [22, 26]], "positions": [3, 7], "tokens": ["ring", "ring"],
     }  # fmt: skip
-    for found in (of(arrays, INPUTS), of(arrays, LAST)):
-        np.testing.assert_allclose(found["shown_image"], found["interactions"][[3, 7]].sum(axis=0), atol=1e-7)
+    np.testing.assert_allclose(arrays["shown_image"], arrays["interactions"][[3, 7]].sum(axis=0), atol=1e-7)
 
 
 def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
@@ -239,11 +242,10 @@ def test_a_box_goes_through_the_transform_and_its_patches_colour_the_tokens(
     arrays, record = explained("--box", "24,12.5,24,24")
     expected = np.zeros((4, 4), dtype=bool)
     expected[0:2, 2:4] = True
-    for found in (of(arrays, INPUTS), of(arrays, LAST)):
-        np.testing.assert_array_equal(found["box_mask"], expected)
-        shown = found["interactions"][:, 0:2, 2:4].sum(axis=(1, 2))
-        np.testing.assert_allclose(found["shown_text"], shown, atol=1e-7)
-        np.testing.assert_array_equal(found["shown_image"], found["image"])
+    np.testing.assert_array_equal(arrays["box_mask"], expected)
+    shown = arrays["interactions"][:, 0:2, 2:4].sum(axis=(1, 2))
+    np.testing.assert_allclose(arrays["shown_text"], shown, atol=1e-7)
+    np.testing.assert_array_equal(arrays["shown_image"], arrays["image"])
     boxes = loaded(model).image_transform.boxes(torch.tensor([[24.0, 12.5, 24.0, 24.0]]), SIZE)
     assert record["box"]["x,y,width,height"] == [24, 12.5, 24, 24]
     np.testing.assert_allclose(record["box"]["x0,y0,x1,y1 transformed"], boxes[0])
@@ -255,9 +257,6 @@ def test_the_record_has_every_setting_with_defaults_resolved(
     arrays, record = explained("--options.steps", "4", "--options.rule", "midpoint")
     assert (record["span"], "span_mask" in arrays) == (None, False)
     assert arrays.keys() == record["arrays"].keys()
-    assert [each["where"] for each in record["methods"].values()] == [
-        "inputs of both towers (layers 0, 0)", "last blocks (2, 2)",
-    ]  # fmt: skip
     assert record["model"] | {"parameters": 0} == {
         "name": model[1], "pretrained": model[3], "device": "cpu", "architecture": "vit", "image_size": [32, 32],
         "context_length": 16, "parameters": 0, "random_weights_seed": None,
@@ -269,7 +268,8 @@ def test_the_record_has_every_setting_with_defaults_resolved(
     assert record["caption"] == CAPTION
     assert record["token_strings"][1:-1] == CAPTION.split()
     assert {"python", "torch", "lightning_xai", "captum", "open_clip_torch"} <= record["versions"].keys()
-    method, arrays = record["methods"][LAST[:-1]], of(arrays, LAST)
+    method = record["methods"]["feature_pair"]
+    assert method["where"] == "last blocks (2, 2)"
     assert method["layers"] == {"image": 2, "text": 2}
     assert method["options"] == {
         "image_layer": -1, "text_layer": -1, "steps": 4, "rule": "midpoint", "preset": "paper",
@@ -324,7 +324,7 @@ def test_constant_maps_are_warned_of_and_in_a_list_counted_and_named(
     assert "Constant maps in 3 rows" in capsys.readouterr().out
     explain(*command, "--out", tmp_path / "real")
     assert "Constant maps" not in capsys.readouterr().out
-    for name, faults in (("constant", ["image: constant map; text: constant map"] * 3), ("real", [""] * 6)):
+    for name, faults in (("constant", ["image: constant map; text: constant map"] * 3), ("real", [""] * 3)):
         with (tmp_path / name / "summary.csv").open(newline="") as file:
             assert [row["fault"] for row in csv.DictReader(file)] == faults
 
@@ -361,7 +361,7 @@ def test_all_methods_share_a_sheet_and_those_that_do_not_serve_the_model_are_nam
 
 def test_the_page_shows_the_values_of_the_arrays(explained: Explained, tmp_path: Path) -> None:
     for given in (("--span", "blue ring"), ("--box", "24,12.5,24,24", "--against", "a <b>dog</b>")):
-        arrays, record = explained(*given)
+        arrays, record = explained(*given, "--at-inputs")
         (item,) = page_of(tmp_path / "out" / "explanation.html")["items"]
         own, *others = item["captions"]
         x0, y0, x1, y1 = item["frame"]  # of 48 x 64 pixels the model sees all columns and 32 of 42 rows
@@ -397,7 +397,6 @@ def test_captions_are_compared_by_every_method_and_named_with_their_similarities
     arrays, record = explained(*given)
     encoder = loaded(model)
     result = FeaturePairAttribution(encoder).attribute(*inputs(encoder, image), Contrast(others))
-    arrays |= of(arrays, LAST)
     assert_equal(arrays, result)
     assert result.explained is not None
     assert result.others is not None
@@ -411,7 +410,7 @@ def test_captions_are_compared_by_every_method_and_named_with_their_similarities
         assert isinstance(expected, Tensor)
         np.testing.assert_allclose(arrays[name], expected[0], rtol=1e-4, atol=1e-6)
     assert record["against"] == others
-    own = record["methods"][LAST[:-1]]
+    own = record["methods"]["feature_pair"]
     assert own["target"] == {
         "name": "contrast", "options": {"weight": "mean"}, "value": pytest.approx(result.explained.item(), abs=1e-5),
     }  # fmt: skip
@@ -552,9 +551,6 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
     explain("--image", tmp_path / "list.csv", *model, "--batch-size", 3, "--out", out)
     with (out / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    # A row for each of the two readings of an entry that can be used.
-    assert [row["method"] for row in rows if row["name"].startswith("0005")] == [INPUTS[:-1], LAST[:-1]]
-    rows = [row for row in rows if row["method"] != INPUTS[:-1]]
     assert [row["name"][:4] for row in rows] == [f"{i:04d}" for i in range(8)]
     reasons = [row["skipped"] for row in rows]
     assert [i for i, reason in enumerate(reasons) if not reason] == [0, 5]
@@ -570,7 +566,7 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
     assert alone.keys() == listed.keys()
     for name, values in alone.items():
         np.testing.assert_allclose(listed[name], values, rtol=1e-4, atol=1e-6)
-    assert float(rows[0]["similarity"]) == pytest.approx(float(alone[f"{LAST}similarity"]), abs=1e-5)
+    assert float(rows[0]["similarity"]) == pytest.approx(float(alone["similarity"]), abs=1e-5)
     assert sorted(path.name for path in out.iterdir()) == [
         "0000-picture",
         "0005-second",
@@ -625,11 +621,17 @@ BAD: dict[str, dict[str, str]] = {
         "--method=saliency --span=ring": "--span needs a method with token-patch attributions",
         "--method=all --box=0,0,9,9": "--box needs a method with token-patch attributions",
         "--options.stepz=9": "feature_pair has no option stepz; it has image_layer, text_layer, steps",
-        "--options.steps=many": '--options of feature_pair: "steps": ',
+        "--options.steps=many": '--options of feature_pair: "steps": expected int; got many',
+        "--options.preset=fsat": "\"preset\": expected one of 'paper', 'fast', 'inputs'; got fsat",
+        "--options.rule=mid": "\"rule\": expected one of 'right', 'left', 'midpoint', 'trapezoid', 'gauss_legendre'",
+        "--options.image_reference=grey": "expected one of 'zeros', 'black', 'features'; got grey",
         "--options.steps=0": "needs at least 1 integration step(s); got steps=0",
         "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1), and 3, the head; got layer 7",
         "--method=all --options.stepz=9": "no method has the option stepz",
         "--method=all --options.rise=9": "--options.rise holds options of the method rise; got 9",
+        "--at-inputs --method=grad_cam": "--at-inputs needs a method that integrates between layers (feature_pair)",
+        "--at-inputs --options.image_layer=0": "--options.image_layer says where to read instead: give one of them",
+        "--at-inputs --method=all --options.feature_pair.text_layer=0": "--options.text_layer says where to read",
     },
     "files": {
         "--image=gone.png": "gone.png does not exist",
@@ -673,6 +675,8 @@ def test_bad_input_of_comparisons_is_reported_in_plain_words(model: list[str], i
     said = message_of("--image", image, "--other-image", broken, *model, "--out", out)
     assert "broken.png: the image does not decode (no JPEG, PNG or WebP file)" in said
     assert "one of the captions is empty" in message_of("--caption", "a", "--other-caption", " ", *model, "--out", out)
+    said = message_of("--caption", "a", "--other-caption", "b", "--at-inputs", *model, "--out", out)
+    assert "--at-inputs is for an image and its caption; two images are compared at their inputs with" in said
     said = message_of("--caption", "a", "--other-caption", "b", "--method", "saliency", *model, "--out", out)
     assert "--other-caption needs a method that compares two images or two captions" in said
 
@@ -689,8 +693,7 @@ def test_a_sound_is_explained_on_its_spectrogram(tmp_path: Path) -> None:
     encoder = load_clap(clap).eval()
     spectrogram = encoder.spectrogram(tone(200).astype("float32"), RATE)
     expected = FeaturePairAttribution(encoder).attribute(spectrogram[None], encoder.tokenizer.encode([CAPTIONS[0]]))
-    (last,) = (each for each in record_of(tmp_path / "out")["methods"] if each != "feature_pair,0,0")
-    arrays = of(arrays_of(tmp_path / "out"), f"{last}/")
+    arrays = arrays_of(tmp_path / "out")
     np.testing.assert_allclose(arrays["interactions"], expected.interactions[0], rtol=1e-4, atol=1e-7)
     assert record_of(tmp_path / "out")["image_size"] == [FRAMES, BANDS]
     explain("--image", sound.parent, "--caption", CAPTIONS[0], *name, "--out", tmp_path / "folder")
@@ -777,7 +780,7 @@ def test_random_weights_are_said_to_be_random_and_are_the_same_again(
         assert "has random weights (seed 0)" in capsys.readouterr().err
         record = record_of(tmp_path / run)
         assert record["model"]["random_weights_seed"] == 0
-        found.append(record["methods"][LAST[:-1]]["similarity"])
+        found.append(record["methods"]["feature_pair"]["similarity"])
     assert found[0] == found[1]
 
 
@@ -836,6 +839,7 @@ def test_the_help_teaches_with_an_example_and_loads_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "False"
     assert '  python -m lightning_xai explain --image dog.jpg --caption "A dog on a sofa" --span "dog"\n' in done.stdout
     assert "--other_image" in done.stdout
+    assert "the same with --at-inputs" in done.stdout
 
 
 def test_a_photo_is_explained_without_loading_what_only_training_and_reports_need(
@@ -866,7 +870,7 @@ def test_a_pair_that_one_method_cannot_explain_is_named_and_the_rest_goes_on(
     with (tmp_path / "out" / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows if row["skipped"]] == ["kernel_shap", "banzhaf_pairs"]
-    assert len(rows) == 2 * (len(METHODS) + 1)  # one of them is read at two pairs of layers
+    assert len(rows) == 2 * len(METHODS)
     record = json.loads((tmp_path / "out" / rows[-1]["name"] / "explanation.json").read_text())
     assert "text_samples" in record["not_served"]["kernel_shap"]
 
@@ -882,7 +886,7 @@ def test_a_crop_is_said_and_a_letterbox_shows_the_whole_photo(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = picture(tmp_path / "wide.png", 3, (160, 40))
-    given = ["--image", wide, "--caption", CAPTION, "--span", "ring", *model]
+    given = ["--image", wide, "--caption", CAPTION, "--span", "ring", "--at-inputs", *model]
     explain(*given, "--out", tmp_path / "crop")
     assert "The model's crop hides 75% of the photo; --fit letterbox shows it all." in capsys.readouterr().out
     explain(*given, "--fit", "letterbox", "--out", tmp_path / "letterbox")
