@@ -262,7 +262,7 @@ def resolve_layer(layer: int, first: int, depth: int, tower: str, *, head: bool 
     resolved = first + depth + layer if layer < 0 else layer
     last = first + depth - 1 + head
     if not first <= resolved <= last:
-        more = f", and {last}, the head" if head else ""
+        more = f", and {last}, the head where it pools tokens" if head else ""
         raise ValueError(
             f"the {tower} tower has layers {first} to {first + depth - 1} (or -{depth} to -1){more}; got layer {layer}"
         )

@@ -626,7 +626,7 @@ BAD: dict[str, dict[str, str]] = {
         "--options.rule=mid": "\"rule\": expected one of 'right', 'left', 'midpoint', 'trapezoid', 'gauss_legendre'",
         "--options.image_reference=grey": "expected one of 'zeros', 'black', 'features'; got grey",
         "--options.steps=0": "needs at least 1 integration step(s); got steps=0",
-        "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1), and 3, the head; got layer 7",
+        "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1), and 3, the head where it pools tokens; got layer 7",
         "--method=all --options.stepz=9": "no method has the option stepz",
         "--method=all --options.rise=9": "--options.rise holds options of the method rise; got 9",
         "--at-inputs --method=grad_cam": "--at-inputs needs a method that integrates between layers (feature_pair)",
