@@ -2,14 +2,14 @@
 
     python benchmarks/callback.py                           # 1,000 images, about half an hour on one core
     python benchmarks/callback.py --images 160 --rounds 1   # less to wait for; what is done once counts for more
-    python benchmarks/callback.py --data coco    # shards of `prepare coco`
+    python benchmarks/callback.py --data coco               # shards of `prepare coco`
 
 ViT-B-32 with random weights, float32, one thread and a worker that reads. The plain epoch decodes, embeds images and
 captions, and computes loss and recall. The others add GroundingCallback at the last blocks (`--inputs` also as it is by
 default, with 500 phrases read at the inputs), or are AttributionEvaluation with the metric grounding; tables and
-pictures count. The epochs take turns: the images are those of all rounds together, so that what is done once in an
-epoch counts once a round. Seconds of the CPU are those of the process that computes, without the worker: they depend
-less on what else runs on the machine.
+pictures count. The epochs take turns, `--rounds` times over the same images, so that what is done once in an epoch
+counts once a round; `--images` are shared among the rounds, `--data` is read whole in each. Seconds of the CPU are
+those of the process that computes, without the worker: they depend less on what else runs on the machine.
 """
 
 from __future__ import annotations
@@ -147,11 +147,11 @@ def table(bench: Bench, images: int, rounds: int, *, inputs: bool = False) -> st
         "| | seconds | of plain | CPU seconds | of plain | of these before and after the batches |",
         "|---|---|---|---|---|---|",
     ]
-    least = costs[plain]
+    base = costs[plain]
     for name, cost in costs.items():
-        cells = (cost.wall, cost.wall / least.wall, cost.cpu, cost.cpu / least.cpu, cost.once)
+        cells = (cost.wall, cost.wall / base.wall, cost.cpu, cost.cpu / base.cpu, cost.once)
         lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
-    phrases = max(cost.phrases for cost in costs.values())
+    phrases = max(cost.phrases for cost in costs.values()) // rounds
     lines += ["", f"{phrases:,} phrases have a box that can be measured."]
     return "\n".join(lines)
 
@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--model", default="ViT-B-32", help="an open_clip name or a model config")
-    parser.add_argument("--images", type=int, default=1000, help="images that are drawn, in all rounds together")
+    parser.add_argument("--images", type=int, default=1000, help="images, in all rounds together")
     parser.add_argument("--rounds", type=int, default=2, help="turns that the epochs take")
     parser.add_argument("--batch-size", type=int, default=16, help="images of a batch")
     parser.add_argument(

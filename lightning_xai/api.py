@@ -124,7 +124,8 @@ def explain(  # noqa: PLR0913 - the options of the command
         pretrained: a tag or file of weights, where `model` is a name.
         method: a name of `METHODS`; `"all"` for all that serve the model.
         options: of the method, such as `{"steps": 50}`.
-        at_inputs: read `feature_pair` at the inputs of both towers as well; see `explain --help`.
+        at_inputs: read `feature_pair` twice, at the inputs of both towers and at the last blocks; not together with a
+            layer in `options`. Each word costs a backward pass through the whole image tower.
         span: a phrase of the caption: the heat map shows where the image matches it; for lists one, or one for each.
         box: (x, y, width, height) in pixels of the image: the words show what matches it; likewise.
         against: a caption, or several, to compare the caption with; for lists the same for all, or a list for each.

@@ -169,7 +169,7 @@ _EXPECTED = re.compile(
 
 
 def _in_plain_words(found: re.Match[str]) -> str:
-    """What an option takes, of one type or of several: the values to choose from, then the types.
+    """Say which values an option takes, then which types, of one or of several.
 
     >>> _EXPECTED.sub(_in_plain_words, "Expected a typing.Literal['mean', 'max']. Got value: min")
     "expected one of 'mean', 'max'; got min"

@@ -140,7 +140,7 @@ def at_layers(chosen: ChosenMethod, given: Mapping[str, Any], *, at_inputs: bool
     if last.layers == firsts:
         return [last]
     first = dict(zip(_LAYERS, firsts, strict=True))
-    names = _given_names(given, chosen.name)
+    names = {*given, *_own(given, chosen.name)}
     accurate = {name: value for name, value in _AT_INPUTS.items() if name in options and name not in names}
     values = options | first | accurate | ({"preset": "inputs"} if "preset" in options else {})
     inputs = replace(chosen, method=METHODS[chosen.name](encoder, **values), options=values)
@@ -164,13 +164,13 @@ def check_at_inputs(name: str, given: Mapping[str, Any]) -> None:
     for each in METHODS if name == ALL else [name]:
         if able(each) and (layers := _layers_among(given, each)):
             raise ValueError(
-                f"--at-inputs adds the inputs to the layers that {each} reads by itself, --options.{layers[0]} says "
+                f"--at-inputs adds the inputs to the layers that {each} reads by itself; --options.{layers[0]} says "
                 "where to read instead: give one of them"
             )
 
 
 def inputs_hint(chosen: Iterable[ChosenMethod], given: Mapping[str, Any]) -> str:
-    """The sentence that names --at-inputs, where it would show more than the methods that were chosen; else empty.
+    """The sentence that names --at-inputs, where a method that was chosen is read at later layers; else empty.
 
     Args:
         chosen: the methods, at their layers.
@@ -187,17 +187,18 @@ def inputs_hint(chosen: Iterable[ChosenMethod], given: Mapping[str, Any]) -> str
 
 
 def _layers_among(given: Mapping[str, Any], name: str) -> list[str]:
-    """The options of a method that say where it reads the towers, of those that were given: for all, or for it."""
-    return [option for option in _LAYERS if option in _given_names(given, name)]
+    """The options that say where a method reads the towers, as they were given: for all methods, or for it."""
+    found = [option for option in _LAYERS if given.get(option) is not None]
+    return found + [f"{name}.{option}" for option in _LAYERS if _own(given, name).get(option) is not None]
 
 
-def _given_names(given: Mapping[str, Any], name: str) -> set[str]:
+def _own(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     own = given.get(name)
-    return {*given} | ({*own} if isinstance(own, Mapping) else set())
+    return own if isinstance(own, Mapping) else {}
 
 
 def _integrates(options: Collection[str]) -> bool:
-    """Whether a method with these options integrates between a layer of each tower and the embeddings."""
+    """True if a method with these options integrates between a layer of each tower and the embeddings."""
     return {*_LAYERS, "rule"} <= {*options}
 
 

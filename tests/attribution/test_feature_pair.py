@@ -319,7 +319,7 @@ def test_an_encoder_in_training_mode_is_explained_as_in_evaluation(make_encoder:
 
 def test_what_does_not_exist_is_an_error_at_once(make_encoder: MakeEncoder) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("vit", {"image_layer": 4}, "image tower has layers 0 to 2 .*and 3, the head where it pools tokens; got layer 4"),
+        ("vit", {"image_layer": 4}, "layers 0 to 2 .*and 3, the head where it pools tokens; got layer 4"),
         ("vit", {"image_layer": 3}, "at the head, layer 3, no patch has a part .*take image_layer=2"),
         ("vit", {"text_layer": -4}, "text tower has layers 0 to 2 .*got layer -4"),
         ("resnet", {"image_layer": 0}, "layers 1 to 4"),

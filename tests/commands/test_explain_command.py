@@ -573,6 +573,10 @@ def test_a_list_explains_what_it_can_and_counts_the_rest(
         "explanations.html",
         "summary.csv",
     ]
+    explain("--image", tmp_path / "list.csv", *model, "--at-inputs", "--out", out)
+    with (out / "summary.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if not row["skipped"]]
+    assert [row["method"] for row in rows] == [INPUTS[:-1], LAST[:-1]] * 2
     assert (out / "0005-second" / "explanation.png").is_file()
     page = page_of(out / "explanations.html")
     assert [item["key"] for item in page["items"]] == ["picture.png", "second.jpg"]
@@ -626,12 +630,12 @@ BAD: dict[str, dict[str, str]] = {
         "--options.rule=mid": "\"rule\": expected one of 'right', 'left', 'midpoint', 'trapezoid', 'gauss_legendre'",
         "--options.image_reference=grey": "expected one of 'zeros', 'black', 'features'; got grey",
         "--options.steps=0": "needs at least 1 integration step(s); got steps=0",
-        "--options.image_layer=7": "image tower has layers 0 to 2 (or -3 to -1), and 3, the head where it pools tokens; got layer 7",
+        "--options.image_layer=7": "layers 0 to 2 (or -3 to -1), and 3, the head where it pools tokens; got layer 7",
         "--method=all --options.stepz=9": "no method has the option stepz",
         "--method=all --options.rise=9": "--options.rise holds options of the method rise; got 9",
         "--at-inputs --method=grad_cam": "--at-inputs needs a method that integrates between layers (feature_pair)",
         "--at-inputs --options.image_layer=0": "--options.image_layer says where to read instead: give one of them",
-        "--at-inputs --method=all --options.feature_pair.text_layer=0": "--options.text_layer says where to read",
+        "--at-inputs --method=all --options.feature_pair.text_layer=0": "--options.feature_pair.text_layer says",
     },
     "files": {
         "--image=gone.png": "gone.png does not exist",

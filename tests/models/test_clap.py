@@ -101,7 +101,7 @@ def test_the_text_tower_at_its_layers(layer: int, encoder: ClapEncoder) -> None:
 
 def test_layers_that_do_not_exist_are_named(encoder: ClapEncoder) -> None:
     assert encoder.image_at_layer(-1).layer == encoder.text_at_layer(-1).layer == 1
-    with pytest.raises(ValueError, match=r"layers 0 to 1 \(or -2 to -1\), and 2, the head where it pools tokens; got layer 3"):
+    with pytest.raises(ValueError, match=r"layers 0 to 1 .*, and 2, the head where it pools tokens; got layer 3"):
         encoder.image_at_layer(3)
     with pytest.raises(ValueError, match=r"text tower has layers 0 to 1 .*got layer 2"):
         encoder.text_at_layer(2)
