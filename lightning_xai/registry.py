@@ -174,9 +174,16 @@ def _in_plain_words(found: re.Match[str]) -> str:
     >>> _EXPECTED.sub(_in_plain_words, "Expected a typing.Literal['mean', 'max']. Got value: min")
     "expected one of 'mean', 'max'; got min"
     """
-    kinds = (found[1] or found[2]).replace("Expected a ", "").split(" - ")
+    kinds = re.sub(r"Expected (a )?", "", found[1] or found[2]).split(" - ")
     # None stands for the option left out; an object, which has an import path, cannot be spelled on a command line.
-    unsaid = ("<class 'NoneType'>", "dot import path string", "Not a valid subclass")
+    unsaid = (
+        "NoneType",
+        "<class 'NoneType'>",
+        "dot import path string",
+        "Not a valid subclass",
+        "a class path",
+        "a dict ",
+    )
     given = [kind for kind in kinds if not kind.startswith(unsaid)]
     values = [kind[len("typing.Literal[") : -1] for kind in given if kind.startswith("typing.Literal[")]
     types = [re.sub(r"<class '([^']*)'>", r"\1", kind) for kind in given if not kind.startswith("typing.Literal[")]

@@ -629,6 +629,8 @@ BAD: dict[str, dict[str, str]] = {
         "--options.preset=fsat": "\"preset\": expected one of 'paper', 'fast', 'inputs'; got fsat",
         "--options.rule=mid": "\"rule\": expected one of 'right', 'left', 'midpoint', 'trapezoid', 'gauss_legendre'",
         "--options.image_reference=grey": "expected one of 'zeros', 'black', 'features'; got grey",
+        "--options.image_reference=3": "expected one of 'zeros', 'black', 'features'; got 3",
+        "--options.image_layer=a": '"image_layer": expected int; got a',
         "--options.steps=0": "needs at least 1 integration step(s); got steps=0",
         "--options.image_layer=7": "layers 0 to 2 (or -3 to -1), and 3, the head where it pools tokens; got layer 7",
         "--method=all --options.stepz=9": "no method has the option stepz",
