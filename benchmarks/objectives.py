@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -207,9 +208,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train = options.train or prepare(options.coco, Path(folder, "train"))
         headings = known_headings()
-        taken = rounds(model, train, size, options.rounds, headings)
+        # In a process of its own, whose memory is free again when peaks are measured.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            taken = pool.apply(rounds, (model, train, size, options.rounds, headings))
         print("\n".join(table(taken)), file=sys.stderr, flush=True)  # peaks take as long again
-        peaks = {heading: peak(model, train, size, heading) for heading in headings}
+        peaks = {}
+        for heading in headings:
+            peaks[heading] = peak(model, train, size, heading)
+            print(f"peak of {heading}: {peaks[heading]:.2f} GB", file=sys.stderr, flush=True)
         measured = [*table(taken, peaks), "", details(model, train, size, options.rounds)]
     keep("objectives", "Steps with each objective", "cpu", "\n".join(measured), model)
 
