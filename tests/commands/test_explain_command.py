@@ -869,14 +869,15 @@ def test_a_pair_that_one_method_cannot_explain_is_named_and_the_rest_goes_on(
     listed = tmp_path / "list.csv"
     listed.write_text(f"image,caption\n{image},a dog\n{image},a dog on a mat and a cat on a red sofa\n")
     options = ["--options.image_masks", "8", "--options.image_samples", "40", "--options.text_samples", "8"]
-    main(["explain", "--image", str(listed), *model, "--method", "all", *options, "--out", str(tmp_path / "out")])
+    every = ["--method", "all", "--at-inputs", *options]
+    main(["explain", "--image", str(listed), *model, *every, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "Saved explanations of 2 of 2 entries" in said
     assert re.search(r"Skipped 2:\n  0001-\S+, kernel_shap: text_samples has to be at least \d+ for \d+ tokens", said)
     with (tmp_path / "out" / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows if row["skipped"]] == ["kernel_shap", "banzhaf_pairs"]
-    assert len(rows) == 2 * len(METHODS)
+    assert len(rows) == 2 * (len(METHODS) + 1)  # feature_pair has two rows
     record = json.loads((tmp_path / "out" / rows[-1]["name"] / "explanation.json").read_text())
     assert "text_samples" in record["not_served"]["kernel_shap"]
 
