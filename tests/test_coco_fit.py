@@ -28,7 +28,9 @@ def test_a_random_vit_b_32_is_fine_tuned_and_measured_on_coco(coco_mini: Path, t
     before, after = read_csv(folder / "summary.csv").to_dict("records")
     assert (before["epoch"], after["epoch"], after["step"]) == (0, 1, 2)
     _, table = read_result(folder / "epoch=001")
-    measured = table.measured("gamma")
+    every = table.measured("gamma")
+    measured = every[every["method"] == "feature_pair"]  # at the last blocks, and all of them at the inputs as well
+    assert len(every) == 2 * len(measured)
     assert len(measured) == after["targets"] > 10
     # 16 images of 7 x 7 patches of 32 pixels: boxes are in the cropped image and larger than one patch.
     assert table.targets["key"].nunique() <= 16
