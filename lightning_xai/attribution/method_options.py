@@ -181,7 +181,7 @@ def inputs_hint(chosen: Iterable[ChosenMethod], given: Mapping[str, Any]) -> str
         if not reads_inputs and _integrates(each.options) and not _layers_among(given, each.name):
             return (
                 f"{each.name} is read at the {each.where}; --at-inputs adds the inputs of both towers (or the first "
-                "layers that can be read), which says more of what the model does with them, and takes longer."
+                "layers that can be read), where maps mostly agree better with perturbed inputs, and takes longer."
             )
     return ""
 

@@ -54,8 +54,8 @@ class Explain:
             baseline such as random; "all" draws all of them side by side, an unknown name lists them.
         options: of the method, as --options.steps 50 or --options '{"steps": 50}'; with --method all for each method
             that has such an option, and --options.rise.seed 1 for one of them.
-        at_inputs: draw feature_pair twice: at the inputs of both towers, where it says most about what the model does
-            with image and caption, and at the last blocks. Each word then costs a pass back through the whole tower.
+        at_inputs: draw feature_pair twice: at the inputs of both towers, where it mostly says more about what the model
+            does with image and caption, and at the last blocks. Each word then costs a pass back through a whole tower.
         batch_size: images of a list that are explained at a time; lower it where memory is short.
         fit: crop (the default of most models) or letterbox, which shows the model the whole photo: resized to fit, with
             the mean colour around it; short for --model.fit.
