@@ -20,6 +20,7 @@ from lightning_xai.exclusion import Exclusion
 from lightning_xai.photo import PhotoGeometry
 
 _T = TypeVar("_T", bound="TensorFields")
+_Corners = tuple[float, float, float, float]
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
 
 
@@ -174,14 +175,14 @@ class Negatives(TensorFields):
 
 @dataclass(frozen=True)
 class _Row:
-    """A phrase or a hard negative; `masks` and `words` are the columns that only one of them has."""
+    """A phrase or a hard negative; `marks` and `words` are the columns that only one of them has."""
 
     caption_row: int
     image_row: int
     label: int
     reason: int
-    box: Tensor
-    masks: tuple[Tensor, ...]
+    box: _Corners
+    marks: tuple[list[slice], ...]
     words: tuple[str, ...]
     object: Mask | Exclusion = Exclusion.NO_MASK
 
@@ -210,7 +211,7 @@ class TargetRows:
         self._labels = {label: row for row, label in enumerate(labels)}
         self._phrases: list[_Row] = []
         self._negatives: list[_Row] = []
-        self._named: list[tuple[int, Tensor, Mask | Exclusion]] = []
+        self._named: list[tuple[int, _Corners, Mask | Exclusion]] = []
 
     def add(
         self,
@@ -229,7 +230,8 @@ class TargetRows:
         The classes of its regions have to be among `labels`.
         """
         given = torch.tensor([region.box or _NO_BOX for region in sample.regions], dtype=torch.float64)
-        boxes = list(self._transform.boxes(given, sample.size))  # (x0, y0, x1, y1) in the transformed image
+        # (x0, y0, x1, y1) in the transformed image; plain numbers, as tensors of four would take longer than all else.
+        boxes: list[_Corners] = [tuple(box) for box in self._transform.boxes(given, sample.size).tolist()]
         for negative in negatives:
             self._add_negative(sample, negative, boxes[negative.region], image_row, first_caption_row)
         if not phrases:
@@ -243,7 +245,7 @@ class TargetRows:
                 self._named += [(first_caption_row + index, box, mask) for index in named if index not in incomplete]
 
     def _add_phrases(
-        self, sample: Sample, captions: Sequence[str], boxes: Sequence[Tensor], image_row: int, first_caption_row: int
+        self, sample: Sample, captions: Sequence[str], boxes: Sequence[_Corners], image_row: int, first_caption_row: int
     ) -> None:
         things: dict[tuple[str, str], list[int]] = {}
         for number, region in enumerate(sample.regions):
@@ -256,34 +258,34 @@ class TargetRows:
             for index, caption in enumerate(captions):
                 spans = sorted({span for region in instances for span in region.spans.get(index, ())})
                 if spans:
-                    mask, reason = self._mask(caption, spans)
+                    marks, reason = self._marks(caption, spans)
                     mentions = [caption[start:end] for start, end in spans]
                     place = (first_caption_row + index, image_row, self._labels[label])
                     first = min(filter(None, (geometry, reason)), default=Exclusion.MEASURED)
                     words = (", ".join(mentions), mentions[0])
-                    self._phrases.append(_Row(*place, first, box, (mask,), words, whole))
+                    self._phrases.append(_Row(*place, first, box, (marks,), words, whole))
             if len(self._phrases) == before:
                 place = (-1, image_row, self._labels[label])
-                self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, (self._no_tokens(),), ("", ""), whole))
+                self._phrases.append(_Row(*place, Exclusion.NOT_MENTIONED, box, ([],), ("", ""), whole))
 
     def _add_negative(
-        self, sample: Sample, negative: HardNegative, box: Tensor, image_row: int, first_caption_row: int
+        self, sample: Sample, negative: HardNegative, box: _Corners, image_row: int, first_caption_row: int
     ) -> None:
         caption = sample.captions[negative.caption]
-        mask, reason = self._mask(negative.text, [negative.span])
-        true_mask, true_reason = self._mask(caption, [negative.true_span])
+        marks, reason = self._marks(negative.text, [negative.span])
+        true_marks, true_reason = self._marks(caption, [negative.true_span])
         if not _has_area(box):
             reason = Exclusion.OUTSIDE_CROP
         place = (first_caption_row + negative.caption, image_row, self._labels[sample.regions[negative.region].label])
         words = (negative.text, caption[slice(*negative.true_span)], negative.text[slice(*negative.span)])
-        self._negatives.append(_Row(*place, reason or true_reason, box, (mask, true_mask), words))
+        self._negatives.append(_Row(*place, reason or true_reason, box, (marks, true_marks), words))
 
     def phrases(self) -> Phrases:
         """All phrases so far."""
         rows = self._phrases
         caption_row, image_row, label, reason = _numbers(rows)
-        mask = _stacked([row.masks[0] for row in rows], self._no_tokens())
-        boxes = _stacked([row.box for row in rows], torch.zeros(4))
+        mask = self._masks([row.marks[0] for row in rows])
+        boxes = _corners([row.box for row in rows])
         text, objects = [row.words[0] for row in rows], [row.object for row in rows]
         tokens = self._as_captions([row.words[1] for row in rows]) if self._phrase_tokens else None
         return Phrases(caption_row, image_row, label, mask, boxes, reason, text, objects, tokens)
@@ -299,13 +301,13 @@ class TargetRows:
         """All hard negatives so far."""
         rows = self._negatives
         caption_row, image_row, label, reason = _numbers(rows)
-        mask, true_mask = (_stacked([row.masks[i] for row in rows], self._no_tokens()) for i in range(2))
+        mask, true_mask = (self._masks([row.marks[i] for row in rows]) for i in range(2))
         captions, text, replacement = ([row.words[i] for row in rows] for i in range(3))
         return Negatives(
             caption_row=caption_row,
             image_row=image_row,
             label=label,
-            boxes=_stacked([row.box for row in rows], torch.zeros(4)),
+            boxes=_corners([row.box for row in rows]),
             reason=reason,
             tokens=self._tokenizer.encode(captions),
             mask=mask,
@@ -318,26 +320,32 @@ class TargetRows:
     def named(self) -> NamedBoxes:
         """All boxes so far that captions name."""
         rows = torch.tensor([row for row, _, _ in self._named], dtype=torch.int64)
-        boxes = _stacked([box for _, box, _ in self._named], torch.zeros(4))
+        boxes = _corners([box for _, box, _ in self._named])
         return NamedBoxes(rows, boxes, [mask for _, _, mask in self._named])
 
-    def _no_tokens(self) -> Tensor:
-        return torch.zeros(self._tokenizer.context_length, dtype=torch.bool)
+    def _masks(self, marks: Sequence[Sequence[slice]]) -> Tensor:
+        """Marked tokens of each row [R, L] bool."""
+        masks = torch.zeros(len(marks), self._tokenizer.context_length, dtype=torch.bool)
+        marked = masks.numpy()  # the same memory, written to several times as fast
+        for row, slices in enumerate(marks):
+            for tokens in slices:
+                marked[row, tokens] = True
+        return masks
 
-    def _mask(self, caption: str, spans: Sequence[Span]) -> tuple[Tensor, Exclusion]:
+    def _marks(self, caption: str, spans: Sequence[Span]) -> tuple[list[slice], Exclusion]:
         """The tokens of all spans that are whole, and why there are none."""
-        mask = self._no_tokens()
-        reasons = [self._mark(mask, caption, span) for span in spans]
-        return mask, reasons[0] if all(reasons) else Exclusion.MEASURED
+        found = [self._tokens_of(caption, span) for span in spans]
+        marks = [tokens for tokens in found if isinstance(tokens, slice)]
+        reasons = [reason for reason in found if not isinstance(reason, slice)]
+        return marks, Exclusion.MEASURED if marks else reasons[0]
 
-    def _mark(self, mask: Tensor, caption: str, span: Span) -> Exclusion:
+    def _tokens_of(self, caption: str, span: Span) -> slice | Exclusion:
         try:
-            mask[self._tokenizer.token_span(caption, span)] = True
+            return self._tokenizer.token_span(caption, span)
         except SpanCutOffError:
             return Exclusion.SPAN_CUT_OFF
         except SpanAlignmentError:
             return Exclusion.SPAN_NOT_ALIGNED
-        return Exclusion.MEASURED
 
 
 def _numbers(rows: Sequence[_Row]) -> list[Tensor]:
@@ -346,9 +354,9 @@ def _numbers(rows: Sequence[_Row]) -> list[Tensor]:
     return [column.clone() for column in torch.tensor(numbers, dtype=torch.int64).reshape(-1, 4).unbind(1)]
 
 
-def _stacked(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The parts along a new first dimension, which is empty where there are none."""
-    return torch.stack(list(parts)) if parts else like[None][:0]
+def _corners(boxes: Sequence[_Corners]) -> Tensor:
+    """Boxes [N, 4] float32."""
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
 def _mask_of(region: Region, sample: Sample) -> Mask | Exclusion:
@@ -357,11 +365,11 @@ def _mask_of(region: Region, sample: Sample) -> Mask | Exclusion:
     return region.mask if region.mask.size == sample.size[::-1] else Exclusion.MASK_SIZE
 
 
-def _has_area(box: Tensor) -> bool:
-    return bool((box[2:] > box[:2]).all())
+def _has_area(box: _Corners) -> bool:
+    return box[2] > box[0] and box[3] > box[1]
 
 
-def _geometry_reason(instances: Sequence[Region], box: Tensor) -> Exclusion:
+def _geometry_reason(instances: Sequence[Region], box: _Corners) -> Exclusion:
     """The reason why the boxes of a class do not allow to measure it; `box` is `[4]` after the transform."""
     if len(instances) > 1 or instances[0].crowd:
         return Exclusion.SEVERAL_INSTANCES

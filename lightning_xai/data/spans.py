@@ -6,13 +6,14 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_xai.data.sample import Span
 
+_T = TypeVar("_T")
 _MEMO_SIZE = 4096
 
 
@@ -49,8 +50,9 @@ class CaptionTokenizer:
                 "a tokenizer with a reduction mask moves tokens at random; build it without reduction_mask"
             )
         self.tokenizer = tokenizer
-        self._memo: dict[str, list[int]] = {}
         self._encode_text, self._decode_ids = _find_codec(tokenizer)
+        self._ids_memo: dict[str, list[int]] = {}
+        self._clean_memo: dict[str, str] = {}
         shortest = tokenizer(["a"])[0]
         self.context_length, self._padding = len(shortest), int(shortest[-1])
         self._told_of_cut = False
@@ -253,15 +255,11 @@ class CaptionTokenizer:
     def _ids(self, text: str) -> list[int]:
         if self._encode_text is None:
             raise ValueError(_no_codec(self.tokenizer))
-        if text not in self._memo:
-            if len(self._memo) >= _MEMO_SIZE:
-                self._memo.clear()
-            self._memo[text] = self._encode_text(text)
-        return self._memo[text]
+        return _remembered(self._ids_memo, text, self._encode_text)
 
     def _clean(self, text: str) -> str:
         clean = getattr(self.tokenizer, "clean_fn", None)
-        return str(clean(text)) if clean is not None else text
+        return text if clean is None else _remembered(self._clean_memo, text, clean)
 
     def _probe(self) -> tuple[int, int, int | None]:
         """The number of tokens before a caption's own, how many tokens fit after them, and the token that ends it."""
@@ -279,6 +277,15 @@ class CaptionTokenizer:
         own, row = self._encode_text(text), self.tokenizer([text])[0].tolist()[first:]
         capacity = next((i for i, (a, b) in enumerate(zip(own, row, strict=False)) if a != b), len(row))
         return first, capacity, row[capacity] if capacity < len(row) else None
+
+
+def _remembered(memo: dict[str, _T], text: str, function: Callable[[str], _T]) -> _T:
+    """The value of a function, which few texts of all are remembered of: captions of a data set have no end."""
+    if text not in memo:
+        if len(memo) >= _MEMO_SIZE:
+            memo.clear()
+        memo[text] = function(text)
+    return memo[text]
 
 
 _Encode = Callable[[str], list[int]]

@@ -161,14 +161,12 @@ class ImageTransform:
             the original and to the transformed image; of area 0 where nothing is left.
         """
         geometry = self.geometry(size)
-        scale, offset, original, target = (
-            torch.tensor([*pair] * 2, dtype=torch.float64)
-            for pair in (geometry.scale, geometry.offset, geometry.photo, geometry.size)
-        )
+        parts = (geometry.scale, geometry.offset, geometry.photo, geometry.size)
+        scale, offset, original, target = torch.tensor([[*pair] * 2 for pair in parts], dtype=torch.float64)
         corners = boxes.reshape(-1, 4).to(torch.float64, copy=True)
         corners[:, 2:] += corners[:, :2]
-        corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=original) * scale + offset
-        return corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=target).float()
+        corners = corners.clamp_(min=0).minimum(original) * scale + offset
+        return corners.clamp_(min=0).minimum(target).float()
 
     def mask(self, mask: Mask) -> Tensor:
         """Transform a mask as the pixels: each pixel of the result takes the one of the original under its centre.
