@@ -1,22 +1,25 @@
-"""One process that runs trials of `objectives`: it trains, validates and judges models, one after another."""
+"""Runs trials of `objectives`, in this process or in several: each trains, validates and judges one model."""
 
 from __future__ import annotations
 
 import copy
 import io
 import math
+import multiprocessing
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from lightning_xai.attribution.method_options import choose_method
-from lightning_xai.commands.outputs import progress_bar
+from lightning_xai.cores import usable_cores
 from lightning_xai.data.datamodule import ShardDataModule
 from lightning_xai.evaluation import AttributionEvaluation
 from lightning_xai.models.dual_encoder import DualEncoder
@@ -41,7 +44,45 @@ _TRAINER = {
     "inference_mode": False,
     "deterministic": "warn",
 }
+_run_of_worker: ObjectivesRun | None = None
 _TRAINED_MODEL = {"model", "pretrained", "out", "seeds"}  # options of the judgement that a trial decides
+
+
+def run_trials(settings: Objectives, trials: Sequence[ObjectiveTrial]) -> Iterator[ObjectiveTrial]:
+    """Run those of the trials that are not done, and give all of them, each as soon as it is.
+
+    With several workers, each takes the next trial when it has done one, and has an equal share of the cores.
+
+    Raises:
+        ValueError: no such model, or a model, method or objective that does not go with the others; a trial that is
+            done, but with other settings.
+        ArgumentError: an option that does not exist, or a value of the wrong type.
+    """
+    if settings.workers == 1:
+        run = ObjectivesRun(settings)
+        for trial in trials:
+            run.run(trial)
+            yield trial
+        return
+    # The longest last would leave the other workers idle: the more terms, the longer a trial takes.
+    order = sorted(trials, key=lambda trial: -len(settings.variants[trial.variant]))
+    # Spawned, as torch's threads do not survive a fork.
+    pool = ProcessPoolExecutor(min(settings.workers, len(trials)), multiprocessing.get_context("spawn"))
+    jobs = {pool.submit(_run_in_worker, settings, trial): trial for trial in order}
+    try:
+        for job in as_completed(jobs):
+            job.result()
+            yield jobs[job]
+    finally:
+        pool.shutdown(cancel_futures=True)  # what runs is run to its end, and need not be run again
+
+
+def _run_in_worker(settings: Objectives, trial: ObjectiveTrial) -> None:
+    global _run_of_worker  # a worker checks the settings once
+    if _run_of_worker is None:
+        torch.set_num_threads(max(1, usable_cores() // settings.workers))
+        _run_of_worker = ObjectivesRun(settings)
+    _run_of_worker.run(trial)
 
 
 @dataclass(frozen=True)
@@ -77,20 +118,14 @@ class ObjectivesRun:
         self._config = self._parser.parse_object({**given, "trainer": copy.deepcopy(_TRAINER | settings.trainer)})
         self.trained_on = {name: self._trained_on(name) for name in settings.variants}
 
-    def run(self, trials: list[ObjectiveTrial]) -> None:
-        """Run those of the trials that are not done.
+    def run(self, trial: ObjectiveTrial) -> None:
+        """Run a trial, unless it is done.
 
         Raises:
-            ValueError: a trial is done, but with other settings.
+            ValueError: it is done, but with other settings.
         """
-        out = self.settings.out
-        to_do = [trial for trial in trials if read_trained_model(out, trial, self._recipe(trial)) is None]
-        with progress_bar() as bar:
-            task = bar.add_task("trials", total=len(trials), completed=len(trials) - len(to_do))
-            for trial in to_do:
-                bar.update(task, description=str(trial))
-                self._run(trial)
-                bar.advance(task)
+        if read_trained_model(self.settings.out, trial, self._recipe(trial)) is None:
+            self._run(trial)
 
     def _run(self, trial: ObjectiveTrial) -> None:
         parts, out = self._parts(trial), self.settings.out

@@ -165,8 +165,8 @@ class ImageTransform:
         scale, offset, original, target = torch.tensor([[*pair] * 2 for pair in parts], dtype=torch.float64)
         corners = boxes.reshape(-1, 4).to(torch.float64, copy=True)
         corners[:, 2:] += corners[:, :2]
-        corners = corners.clamp_(min=0).minimum(original) * scale + offset
-        return corners.clamp_(min=0).minimum(target).float()
+        corners = torch.minimum(corners.clamp_(min=0), original) * scale + offset
+        return torch.minimum(corners.clamp_(min=0), target).float()
 
     def mask(self, mask: Mask) -> Tensor:
         """Transform a mask as the pixels: each pixel of the result takes the one of the original under its centre.
