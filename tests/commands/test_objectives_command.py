@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from jsonargparse import ArgumentError
 
@@ -53,6 +54,7 @@ def settings(architecture_file: Callable[[str], Path], shapes: Path, tmp_path: P
         ({"seeds": (1, 1)}, "different numbers"),
         ({"trial": 2}, r"--trial has to be 0 to 1 \(see --list-trials\); got 2"),
         ({"trial": 0, "gather": True}, "exclude each other"),
+        ({"workers": 0}, "workers has to be at least 1; got 0"),
         ({"gather": True}, "no trial of the base 'base' is done"),
         ({"variants": {"a-b": []}, "base": "a-b"}, "names of letters, digits and _"),
     ],
@@ -94,3 +96,26 @@ def test_an_interrupted_run_goes_on_and_ends_with_a_page(settings: Objectives, m
     record, table = read_result(settings.out / "variants" / "gamma")
     assert list(record.methods) == ["feature_pair", "grad_cam"]
     assert set(table.values["seed"]) == {3}
+
+
+@pytest.mark.slow
+def test_two_workers_find_what_one_process_finds(settings: Objectives) -> None:
+    both = replace(settings, out=settings.out / "both", workers=2)
+    settings()
+    both()
+    for variant in settings.variants:
+        trial = ObjectiveTrial(variant, 3)
+        one, other = (read_trained_model(each.out, trial) for each in (settings, both))
+        assert one is not None
+        assert other is not None
+        # Numbers of threads differ.
+        assert other.logged == pytest.approx(one.logged, rel=1e-4, abs=1e-4)
+        values = [read_result(each.out / "variants" / variant)[1].values for each in (settings, both)]
+        pd.testing.assert_frame_equal(*values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_stops_a_worker_is_said_in_its_own_words(settings: Objectives) -> None:
+    unknown = {"base": [{"class_path": "Softmax"}], "gamma": [{"class_path": "Gamma"}]}
+    with pytest.raises(ArgumentError, match=r"variants\.gamma"):
+        replace(settings, variants=unknown, workers=2)()
