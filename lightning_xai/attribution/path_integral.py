@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear
 from torch.overrides import TorchFunctionMode
 
 from lightning_xai.models.at_layer import EmbeddingPath, PathWithDerivatives
+from lightning_xai.models.contiguous_tokens import ContiguousTokens
 
 _TOKENS_AT_A_TIME = 8192
 """Bound on directions or cotangents that are taken together, in tokens of all inputs and points: each direction keeps
@@ -84,29 +85,7 @@ class _PlainLayerNorm(TorchFunctionMode):
         return (_layer_norm if function is layer_norm else function)(*args, **(kwargs or {}))
 
 
-class _ContiguousTokens(TorchFunctionMode):
-    """Inside, linear layers are given tokens that lie one after another in memory.
-
-    `nn.MultiheadAttention` puts the axis of tokens first. PyTorch would then multiply token by token, each by its own
-    copy of the weights, wherever weights are frozen or derivatives along a direction are taken.
-    """
-
-    @staticmethod
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The linear layer."""
-        return linear(x.contiguous(), weight, bias)
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is linear and not kwargs:
-            return self.linear(*args)
-        if function is multi_head_attention_forward and _is_plain(args, kwargs):
-            with self:
-                return _self_attention(args[0], args[4], args[5:7], args[11:13], kwargs["attn_mask"]), None
-        return function(*args, **kwargs)
-
-
-class _ConstantWeights(_ContiguousTokens):
+class _ConstantWeights(ContiguousTokens):
     """Inside, derivatives along a direction cost a second pass through linear layers, and not a third."""
 
     @staticmethod
@@ -137,28 +116,6 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *ignored: Any) -> Tensor:
         return linear(x.contiguous(), *ctx.saved_tensors)
-
-
-def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether `nn.MultiheadAttention` asks for self-attention without extras, as blocks of a tower do."""
-    mask, known = kwargs.get("attn_mask"), {"training", "attn_mask", "average_attn_weights", "is_causal"}
-    return (
-        len(args) == 13
-        and args[0] is args[1] is args[2]
-        and args[0].ndim == 3
-        and all(extra is None for extra in args[7:9])
-        and not args[9]
-        and (mask.ndim == 2 if mask is not None else not kwargs.get("is_causal"))
-        and not any(value is not None and value is not False for name, value in kwargs.items() if name not in known)
-    )
-
-
-def _self_attention(x_TBD: Tensor, heads: int, project: Any, project_out: Any, mask_TT: Tensor | None) -> Tensor:
-    query, key, value = (
-        part.reshape(*part.shape[:2], heads, -1).permute(1, 2, 0, 3) for part in linear(x_TBD, *project).chunk(3, dim=2)
-    )
-    context_BhTe = scaled_dot_product_attention(query, key, value, attn_mask=mask_TT)
-    return linear(context_BhTe.permute(2, 0, 1, 3).flatten(2), *project_out)
 
 
 def _layer_norm(
@@ -270,7 +227,7 @@ def integrated_vjp(
         [B, S, T]
     """
     alpha_BNT = _points(points_N, len(cotangents_BSK), tokens, cotangents_BSK).detach().requires_grad_()
-    with _ContiguousTokens():
+    with ContiguousTokens():
         integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
 
     def back(cotangents_SBK: Tensor, *, last: bool) -> Tensor:
@@ -295,5 +252,5 @@ def integrated_vjp(
 def embeddings_at(path: EmbeddingPath, alphas: Sequence[float], batch: int, tokens: int, like: Tensor) -> Tensor:
     """The embeddings at A points of the path in one pass, [B, A, K]: 1 is the input, 0 the reference."""
     alpha_A = torch.tensor(alphas, dtype=like.dtype, device=like.device)
-    with _ContiguousTokens():
+    with ContiguousTokens():
         return path(alpha_A[None, :, None].expand(batch, -1, tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import open_clip
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_xai.data.spans import CaptionTokenizer
 from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
+from lightning_xai.models.contiguous_tokens import ContiguousTokens
 from lightning_xai.models.image_encoder import ImageEncoder
 from lightning_xai.models.image_transform import ImageTransform
 from lightning_xai.models.towers import TextTower, checkpoint_blocks, image_tower_at_layer, text_tower_at_layer
@@ -55,6 +56,7 @@ class DualEncoder(ImageEncoder):
         self.architecture = dict(architecture)
         self._text_tower = self._trimming_text_tower()
         self._towers: tuple[_Embed, _Embed] = (_embed_images, _embed_tokens)
+        self._compiled = self._blocks_checkpointed = False
         self.check_towers()
 
     def _trimming_text_tower(self) -> TextTower | HuggingFaceText | None:
@@ -128,7 +130,9 @@ class DualEncoder(ImageEncoder):
 
     def _embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         embed_images, embed_tokens = self._towers
-        return embed_images(self, images), embed_tokens(self, tokens)
+        # Blocks that are run again in the backward pass would be run otherwise there, and a compiler has its own way.
+        with nullcontext() if self._blocks_checkpointed or self._compiled else ContiguousTokens():
+            return embed_images(self, images), embed_tokens(self, tokens)
 
     def checkpoint_blocks(self) -> None:
         """Keep only the inputs of blocks for the backward pass, and run each block again there.
@@ -136,6 +140,7 @@ class DualEncoder(ImageEncoder):
         Raises:
             UnsupportedTowerError: a tower cannot do so.
         """
+        self._blocks_checkpointed = True
         self._enable_checkpointing()
         image, tokens = self.black_image()[None].to(self.logit_scale), self.tokenizer.encode(["a probe"])
         try:
@@ -165,7 +170,7 @@ class DualEncoder(ImageEncoder):
             torch._dynamo.maybe_mark_dynamic(tokens, 1)
             return embed_tokens(encoder, tokens)
 
-        self._towers = embed_images, embed_any_length
+        self._towers, self._compiled = (embed_images, embed_any_length), True
 
     def blocks(self, *towers: str) -> list[nn.Module]:
         """The blocks of "image", of "text", or of both towers, image tower first; none of a tower without a list."""
