@@ -203,8 +203,8 @@ def test_a_config_of_objectives_can_be_run_and_knows_what_is_trained_on(
 ) -> None:
     monkeypatch.chdir(ROOT)
     settings = Objectives(**yaml.safe_load(path.read_text()))
-    trained_on = ObjectivesRun(settings).trained_on
-    assert {name: found for name, found in trained_on.items() if found} == {
+    run = ObjectivesRun(settings)
+    assert {name: found for name in settings.variants if (found := run.trained_on(name))} == {
         "hard_negatives": ("val/caption_choice",),
         "gamma": ("feature_pair",),
         "mixture": ("feature_pair", "val/caption_choice"),

@@ -15,6 +15,7 @@ L tokens as given, T tokens run, P image tokens, K embedding width, H x W the pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,9 +33,7 @@ from lightning_xai.attribution.pairwise import (
     IntraModalAttribution,
     PairwiseMethod,
     References,
-    by_owner,
     capture,
-    put_back,
 )
 from lightning_xai.attribution.path_integral import (
     Rule,
@@ -348,7 +347,7 @@ class FeaturePairAttribution(PairwiseMethod):
             for rows in (order[chunk] for chunk in self._chunks(len(order))):
                 changes_RK = self._span_changes(states, captions[rows], span_masks[rows], references)
                 parts.append((rows, self._span_maps(states, images[rows], changes_RK, references)))
-        return put_back(parts)
+        return _put_back(parts)
 
     def capturing(self) -> AbstractContextManager[Captured]:
         """Inside, keep what enters the layers that are attributed to, in the model's own forward passes."""
@@ -470,16 +469,16 @@ class FeaturePairAttribution(PairwiseMethod):
     ) -> Tensor:
         """Change of each caption's embedding by the tokens of a span [R, K]."""
         parts = []
-        for captions_G, rows_GS in by_owner(captions_R):
+        for captions_G, rows_GS in _by_owner(captions_R):
             side = self._text_side(states, references, captions_G, rows_GS.shape[1])
             selections_GST = self.text.on_caption(span_masks_RL[rows_GS].to(side.hidden), side.tokens)
             parts.append((rows_GS, self._changes(side, selections_GST)))
-        return put_back(parts)
+        return _put_back(parts)
 
     def _span_maps(self, states: HiddenStates, images_R: Tensor, changes_RK: Tensor, references: References) -> Tensor:
         """What each patch of an image adds to the product with a change of a caption's embedding [R, H, W]."""
         parts = []
-        for images_G, rows_GS in by_owner(images_R):
+        for images_G, rows_GS in _by_owner(images_R):
             own = None if states.image_embeddings is None else states.image_embeddings[images_G]
             hidden = states.image[images_G]
             side = _Side.of(
@@ -492,7 +491,7 @@ class FeaturePairAttribution(PairwiseMethod):
                 embedding_BK=own,
             )
             parts.append((rows_GS, self.image.on_grid(self._columns(side, changes_RK[rows_GS]))))
-        return put_back(parts)
+        return _put_back(parts)
 
     def _rows(self, tokens: Tensor, run: int) -> CaptionRows:
         """The selections of the tokens of captions, of which so many are run."""
@@ -530,6 +529,22 @@ class FeaturePairAttribution(PairwiseMethod):
             prefix=matrix_BPL[:, :prefix].sum(dim=1),
             completeness_error=error,
         )
+
+
+def _by_owner(owners_R: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Owners [G] that have the same number S of rows, and their rows [G, S], for each such number."""
+    order = torch.argsort(owners_R, stable=True)
+    owners, counts = torch.unique_consecutive(owners_R[order], return_counts=True)
+    firsts = counts.cumsum(0) - counts
+    for count in counts.unique().tolist():
+        found = counts == count
+        yield owners[found], order[firsts[found][:, None] + torch.arange(count, device=order.device)]
+
+
+def _put_back(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values [R, ...] in the order of their rows, from parts of both: rows [G] or [G, S], values [*rows, ...]."""
+    rows = torch.cat([rows.flatten() for rows, _ in parts])
+    return torch.cat([values.flatten(0, rows.ndim - 1) for rows, values in parts])[torch.argsort(rows)]
 
 
 class SimilarityGradCAM(FeaturePairAttribution):

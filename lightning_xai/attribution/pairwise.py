@@ -27,16 +27,7 @@ from lightning_xai.attribution.score import Question
 from lightning_xai.attribution.targets import SIMILARITY, Target
 from lightning_xai.models.at_layer import TowerAtLayer, as_constant, differentiable
 
-__all__ = [
-    "Captured",
-    "HiddenStates",
-    "IntraModalAttribution",
-    "PairwiseMethod",
-    "References",
-    "by_owner",
-    "capture",
-    "put_back",
-]
+__all__ = ["Captured", "HiddenStates", "IntraModalAttribution", "PairwiseMethod", "References", "capture"]
 
 
 @dataclass(frozen=True)
@@ -344,22 +335,6 @@ class PairwiseMethod(AttributionMethod):
             NotImplementedError: as for `attribute_images`.
         """
         raise NotImplementedError(f"{self.label} does not compare two captions; use FeaturePairAttribution")
-
-
-def by_owner(owners_R: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Owners [G] that have the same number S of rows, and their rows [G, S], for each such number."""
-    order = torch.argsort(owners_R, stable=True)
-    owners, counts = torch.unique_consecutive(owners_R[order], return_counts=True)
-    firsts = counts.cumsum(0) - counts
-    for count in counts.unique().tolist():
-        found = counts == count
-        yield owners[found], order[firsts[found][:, None] + torch.arange(count, device=order.device)]
-
-
-def put_back(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Values [R, ...] in the order of their rows, from parts of both: rows [G] or [G, S], values [*rows, ...]."""
-    rows = torch.cat([rows.flatten() for rows, _ in parts])
-    return torch.cat([values.flatten(0, rows.ndim - 1) for rows, values in parts])[torch.argsort(rows)]
 
 
 def weighted(parts: Sequence[Tensor], factors_BC: Tensor) -> Tensor:

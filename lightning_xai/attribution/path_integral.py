@@ -154,7 +154,7 @@ def integrated_jvp(
         derivatives_BSNK = _with_derivatives(path, points_N, directions_BST)[1]
         return torch.einsum("n,bsnk->bsk", weights_N.to(directions_BST), derivatives_BSNK)
     with _PlainLayerNorm() if create_graph else _ConstantWeights():
-        return _integrated_jvp(path, points_N, weights_N, directions_BST, one_by_one=create_graph)
+        return _integrated_jvp(path, points_N, weights_N, directions_BST)
 
 
 @torch.no_grad()
@@ -179,9 +179,7 @@ def _with_derivatives(path: PathWithDerivatives, points_N: Tensor, directions_BS
     return parts[0][:, 0], torch.cat([part[:, 1:] for part in parts], dim=1)
 
 
-def _integrated_jvp(
-    path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor, *, one_by_one: bool
-) -> Tensor:
+def _integrated_jvp(path: EmbeddingPath, points_N: Tensor, weights_N: Tensor, directions_BST: Tensor) -> Tensor:
     batch, _, tokens = directions_BST.shape
     alpha_BNT = _points(points_N, batch, tokens, directions_BST)
     weights = weights_N.to(directions_BST)
@@ -191,8 +189,8 @@ def _integrated_jvp(
         derivative_BNK = torch.func.jvp(path, (alpha_BNT,), (tangent,))[1]
         return torch.einsum("n,bnk->bk", weights, derivative_BNK)
 
-    if one_by_one or directions_BST.shape[1] == 1:
-        return torch.stack([along(direction_BT) for direction_BT in directions_BST.unbind(1)], dim=1)
+    if directions_BST.shape[1] == 1:
+        return along(directions_BST[:, 0]).unsqueeze(1)
     # Directions of a chunk share the pass along the path.
     # Some towers draw random numbers (for dropping layers) that evaluation does not use; vmap has to know.
     chunk = _at_a_time(*alpha_BNT.shape)
@@ -231,6 +229,7 @@ def integrated_vjp(
         integral_BK = torch.einsum("n,bnk->bk", weights_N.to(cotangents_BSK), path(alpha_BNT))
 
     def back(cotangents_SBK: Tensor, *, last: bool) -> Tensor:
+        # A single one goes without vmap, under which fewer operations can be differentiated again.
         single = len(cotangents_SBK) == 1
         (gradient,) = torch.autograd.grad(
             integral_BK,
@@ -242,8 +241,7 @@ def integrated_vjp(
         )
         return gradient.sum(dim=-2).unsqueeze(0) if single else gradient.sum(dim=-2)
 
-    # A single one goes without vmap, under which fewer operations can be differentiated again.
-    chunks = torch.split(cotangents_BSK.transpose(0, 1), 1 if create_graph else _at_a_time(*alpha_BNT.shape))
+    chunks = torch.split(cotangents_BSK.transpose(0, 1), _at_a_time(*alpha_BNT.shape))
     rows_SBT = torch.cat([back(chunk, last=chunk is chunks[-1]) for chunk in chunks])
     return rows_SBT.transpose(0, 1)
 

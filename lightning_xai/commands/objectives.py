@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ class Objectives:
         alpha: significance level of each test of almost stochastic order.
         epsilon: its threshold; lower is stricter.
         bootstrap_samples: of each test.
-        workers: processes that run trials at the same time, each with an equal share of the cores. A small model gains
-            more by this than by several cores of its own.
+        workers: processes that run trials at the same time, each with an equal share of the cores; all share one GPU. A
+            small model gains more by this than by several cores for one training.
         trial: run this trial alone, by its number in --list-trials.
         list_trials: only list the trials.
         gather: only collect the results of the trials that are done.
@@ -128,8 +129,10 @@ class Objectives:
 
         with progress_bar() as bar:
             task = bar.add_task("trials", total=len(trials))
-            for trial in run_trials(self, trials):
-                bar.update(task, advance=1, description=f"{trial} done")
+            # Closed whatever happens, so that workers end.
+            with closing(run_trials(self, trials, lambda trial: bar.update(task, description=str(trial)))) as done:
+                for _ in done:
+                    bar.advance(task)
 
     def _report(self, trials: list[ObjectiveTrial]) -> None:
         from lightning_xai.report.objectives import write_objectives_report

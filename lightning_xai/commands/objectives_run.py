@@ -6,12 +6,13 @@ import copy
 import io
 import math
 import multiprocessing
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -44,45 +45,99 @@ _TRAINER = {
     "inference_mode": False,
     "deterministic": "warn",
 }
-_run_of_worker: ObjectivesRun | None = None
 _TRAINED_MODEL = {"model", "pretrained", "out", "seeds"}  # options of the judgement that a trial decides
 
 
-def run_trials(settings: Objectives, trials: Sequence[ObjectiveTrial]) -> Iterator[ObjectiveTrial]:
-    """Run those of the trials that are not done, and give all of them, each as soon as it is.
+def run_trials(
+    settings: Objectives, trials: Sequence[ObjectiveTrial], on_start: Callable[[ObjectiveTrial], object]
+) -> Generator[ObjectiveTrial, None, None]:
+    """Run those of the trials that are not done, and yield each trial when it is done.
 
-    With several workers, each takes the next trial when it has done one, and has an equal share of the cores.
+    With several workers, each takes the next trial when it has done one. When a trial fails, the others are ended.
+
+    Args:
+        settings: all settings.
+        trials: those to run.
+        on_start: called with each trial that is started.
 
     Raises:
         ValueError: no such model, or a model, method or objective that does not go with the others; a trial that is
             done, but with other settings.
         ArgumentError: an option that does not exist, or a value of the wrong type.
+        RuntimeError: a worker ended without a word.
     """
-    if settings.workers == 1:
-        run = ObjectivesRun(settings)
-        for trial in trials:
-            run.run(trial)
-            yield trial
+    run = ObjectivesRun(settings)
+    run.check()  # before anything is trained
+    done = [trial for trial in trials if run.is_done(trial)]
+    yield from done
+    to_do = [trial for trial in trials if trial not in done]
+    workers = min(settings.workers, len(to_do))
+    if workers > 1:
+        yield from _run_in_workers(settings, to_do, workers, on_start)
         return
+    for trial in to_do:
+        on_start(trial)
+        run.run(trial)
+        yield trial
+
+
+def _run_in_workers(
+    settings: Objectives, trials: list[ObjectiveTrial], workers: int, on_start: Callable[[ObjectiveTrial], object]
+) -> Iterator[ObjectiveTrial]:
     # The longest last would leave the other workers idle: the more terms, the longer a trial takes.
-    order = sorted(trials, key=lambda trial: -len(settings.variants[trial.variant]))
-    # Spawned, as torch's threads do not survive a fork.
-    pool = ProcessPoolExecutor(min(settings.workers, len(trials)), multiprocessing.get_context("spawn"))
-    jobs = {pool.submit(_run_in_worker, settings, trial): trial for trial in order}
+    waiting = sorted(trials, key=lambda trial: len(settings.variants[trial.variant]))
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    running: dict[Connection, ObjectiveTrial] = {}
+
+    def start_next(worker: Connection) -> None:
+        running[worker] = waiting.pop()
+        worker.send(running[worker])
+        on_start(running[worker])
+
+    processes = []
     try:
-        for job in as_completed(jobs):
-            job.result()
-            yield jobs[job]
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(settings, there, usable_cores() // workers))
+            process.start()
+            processes.append(process)
+            there.close()  # so that its end is seen here
+            start_next(here)
+        while running:
+            for worker in cast(list[Connection], wait(list(running))):
+                trial = running.pop(worker)
+                _raise_failure(worker, trial)
+                yield trial
+                if waiting:
+                    start_next(worker)
     finally:
-        pool.shutdown(cancel_futures=True)  # what runs is run to its end, and need not be run again
+        for process in processes:
+            process.kill()  # every file is written all or nothing
 
 
-def _run_in_worker(settings: Objectives, trial: ObjectiveTrial) -> None:
-    global _run_of_worker  # a worker checks the settings once
-    if _run_of_worker is None:
-        torch.set_num_threads(max(1, usable_cores() // settings.workers))
-        _run_of_worker = ObjectivesRun(settings)
-    _run_of_worker.run(trial)
+def _raise_failure(worker: Connection, trial: ObjectiveTrial) -> None:
+    try:
+        failure = worker.recv()
+    except EOFError:
+        message = f"the worker that ran {trial} was ended, perhaps for want of memory: try fewer workers"
+        raise RuntimeError(message) from None
+    if failure is not None:
+        raise failure
+
+
+def _work(settings: Objectives, parent: Connection, cores: int) -> None:
+    """Run the trials that come, until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
+    torch.set_num_threads(max(1, min(cores, torch.get_num_threads())))
+    run = ObjectivesRun(settings)
+    with suppress(EOFError):
+        while True:
+            trial, failure = parent.recv(), None
+            try:
+                run.run(trial)
+            except Exception as error:
+                failure = error
+            parent.send(failure)
 
 
 @dataclass(frozen=True)
@@ -104,7 +159,6 @@ class ObjectivesRun:
         settings: all settings.
 
     Raises:
-        ValueError: no such model, or a model, method or objective that does not go with the others.
         ArgumentError: an option that does not exist, or a value of the wrong type.
     """
 
@@ -116,18 +170,26 @@ class ObjectivesRun:
         # A copy, since the parser puts objects into lists that it is given.
         given = copy.deepcopy({name: getattr(settings, name) for name in names})
         self._config = self._parser.parse_object({**given, "trainer": copy.deepcopy(_TRAINER | settings.trainer)})
-        self.trained_on = {name: self._trained_on(name) for name in settings.variants}
 
-    def run(self, trial: ObjectiveTrial) -> None:
-        """Run a trial, unless it is done.
+    def check(self) -> None:
+        """Make every variant once.
 
         Raises:
-            ValueError: it is done, but with other settings.
+            ValueError: a model that an objective or a method does not suit.
         """
-        if read_trained_model(self.settings.out, trial, self._recipe(trial)) is None:
-            self._run(trial)
+        for variant in self.settings.variants:
+            self.trained_on(variant)
 
-    def _run(self, trial: ObjectiveTrial) -> None:
+    def is_done(self, trial: ObjectiveTrial) -> bool:
+        """Whether a trial was run to its end.
+
+        Raises:
+            ValueError: it was, but with other settings.
+        """
+        return read_trained_model(self.settings.out, trial, self._recipe(trial)) is not None
+
+    def run(self, trial: ObjectiveTrial) -> None:
+        """Train, validate and judge a model, and keep the result."""
         parts, out = self._parts(trial), self.settings.out
         start = time.perf_counter()
         with _quiet():
@@ -151,7 +213,7 @@ class ObjectivesRun:
             trial=trial,
             recipe=self._recipe(trial),
             logged=dict(logged),
-            trained_on=self.trained_on[trial.variant],
+            trained_on=self.trained_on(trial.variant),
             seconds=seconds,
         ).save(out)
 
@@ -187,8 +249,8 @@ class ObjectivesRun:
         made: Namespace = self._parser.instantiate_classes(config)
         return made
 
-    def _trained_on(self, variant: str) -> tuple[str, ...]:
-        """The judging methods and logged numbers that a variant's objectives ask about; also checks that all can run.
+    def trained_on(self, variant: str) -> tuple[str, ...]:
+        """Find the judging methods and logged numbers that a variant's objectives ask about.
 
         Raises:
             ValueError: a model that an objective or a method does not suit.

@@ -370,7 +370,7 @@ def _has_area(box: _Corners) -> bool:
 
 
 def _geometry_reason(instances: Sequence[Region], box: _Corners) -> Exclusion:
-    """The reason why the boxes of a class do not allow to measure it; `box` is `[4]` after the transform."""
+    """The reason why the boxes of a class do not allow to measure it; `box` is after the transform."""
     if len(instances) > 1 or instances[0].crowd:
         return Exclusion.SEVERAL_INSTANCES
     if instances[0].box is None:

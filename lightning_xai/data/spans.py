@@ -280,7 +280,7 @@ class CaptionTokenizer:
 
 
 def _remembered(memo: dict[str, _T], text: str, function: Callable[[str], _T]) -> _T:
-    """The value of a function, which few texts of all are remembered of: captions of a data set have no end."""
+    """`function(text)`, kept for up to `_MEMO_SIZE` texts."""
     if text not in memo:
         if len(memo) >= _MEMO_SIZE:
             memo.clear()

@@ -303,13 +303,19 @@ def differentiable(module: nn.Module) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(evaluating(module))
-        for child in module.modules():
-            # As open_clip and timm, and as Hugging Face call it.
-            for flag in ("grad_checkpointing", "gradient_checkpointing"):
-                if getattr(child, flag, False):
-                    stack.callback(setattr, child, flag, getattr(child, flag))
-                    setattr(child, flag, False)
+        for child, flag in checkpointing_modules(module):
+            stack.callback(setattr, child, flag, getattr(child, flag))
+            setattr(child, flag, False)
         yield
+
+
+def checkpointing_modules(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that run their blocks with gradient checkpointing, and the names of their flags that say so."""
+    for child in module.modules():
+        # As open_clip and timm, and as Hugging Face call it.
+        for flag in ("grad_checkpointing", "gradient_checkpointing"):
+            if getattr(child, flag, False):
+                yield child, flag
 
 
 @contextmanager

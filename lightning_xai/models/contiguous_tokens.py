@@ -1,4 +1,4 @@
-"""Blocks whose tokens lie one after another in memory, which `nn.MultiheadAttention` puts apart.
+"""Self-attention on tokens that are contiguous in memory.
 
 Shape suffixes: B batch, T tokens, D hidden width, h heads, e width of a head.
 """
@@ -31,7 +31,7 @@ class ContiguousTokens(TorchFunctionMode):
         return linear(x.contiguous(), weight, bias)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, or what stands in for it."""
+        """Call a function of torch, or the same on contiguous tokens."""
         kwargs = kwargs or {}
         if function is linear and not kwargs:
             return self.linear(*args)
@@ -51,7 +51,7 @@ def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and all(extra is None for extra in args[7:9])
         and not args[9]
         and not (args[10] and kwargs.get("training", True))  # dropout
-        and (mask.ndim == 2 if mask is not None else not kwargs.get("is_causal"))
+        and (mask.ndim == 2 and mask.is_floating_point() if mask is not None else not kwargs.get("is_causal"))
         and not any(value is not None and value is not False for name, value in kwargs.items() if name not in known)
     )
 
@@ -59,7 +59,8 @@ def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _self_attention(x_TBD: Tensor, heads: int, project: Any, project_out: Any, mask_TT: Tensor | None) -> Tensor:
     projected_BTD = linear(x_TBD.transpose(0, 1), *project)
     query, key, value = (
-        part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in projected_BTD.chunk(3, dim=2)
+        part.reshape(*part.shape[:2], heads, part.shape[2] // heads).transpose(1, 2)
+        for part in projected_BTD.chunk(3, dim=2)
     )
     context_BhTe = scaled_dot_product_attention(query, key, value, attn_mask=mask_TT)
     return linear(context_BhTe.transpose(1, 2).flatten(2), *project_out).transpose(0, 1)

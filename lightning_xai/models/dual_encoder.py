@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_xai.data.spans import CaptionTokenizer
-from lightning_xai.models.at_layer import TextTowerAtLayer, TowerAtLayer, UnsupportedTowerError, evaluating
+from lightning_xai.models.at_layer import (
+    TextTowerAtLayer,
+    TowerAtLayer,
+    UnsupportedTowerError,
+    checkpointing_modules,
+    evaluating,
+)
 from lightning_xai.models.contiguous_tokens import ContiguousTokens
 from lightning_xai.models.image_encoder import ImageEncoder
 from lightning_xai.models.image_transform import ImageTransform
@@ -56,7 +62,7 @@ class DualEncoder(ImageEncoder):
         self.architecture = dict(architecture)
         self._text_tower = self._trimming_text_tower()
         self._towers: tuple[_Embed, _Embed] = (_embed_images, _embed_tokens)
-        self._compiled = self._blocks_checkpointed = False
+        self._compiled = False
         self.check_towers()
 
     def _trimming_text_tower(self) -> TextTower | HuggingFaceText | None:
@@ -130,8 +136,8 @@ class DualEncoder(ImageEncoder):
 
     def _embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         embed_images, embed_tokens = self._towers
-        # Blocks that are run again in the backward pass would be run otherwise there, and a compiler has its own way.
-        with nullcontext() if self._blocks_checkpointed or self._compiled else ContiguousTokens():
+        # The recomputation of checkpointed blocks would run outside of the mode; torch.compile has its own layout.
+        with nullcontext() if self._compiled or any(checkpointing_modules(self.model)) else ContiguousTokens():
             return embed_images(self, images), embed_tokens(self, tokens)
 
     def checkpoint_blocks(self) -> None:
@@ -140,7 +146,6 @@ class DualEncoder(ImageEncoder):
         Raises:
             UnsupportedTowerError: a tower cannot do so.
         """
-        self._blocks_checkpointed = True
         self._enable_checkpointing()
         image, tokens = self.black_image()[None].to(self.logit_scale), self.tokenizer.encode(["a probe"])
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from jsonargparse import ArgumentError
+from objective_trials import GAMMA, write_trials
 
 from lightning_xai.commands.objectives import Objectives
 from lightning_xai.commands.objectives_run import ObjectivesRun
@@ -71,9 +72,19 @@ def test_an_unknown_objective_is_refused_before_any_training(settings: Objective
         ObjectivesRun(replace(settings, variants={"base": [], "gamma": [{"class_path": "Gamma"}]}))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_trial_of_other_settings_is_refused_before_any_training(
+    settings: Objectives, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ObjectivesRun, "run", None)
+    write_trials(settings.out, {"gamma": GAMMA}, seeds=settings.seeds)
+    with pytest.raises(ValueError, match="was made with other settings"):
+        replace(settings, workers=workers)()
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_with_a_page(settings: Objectives, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, ran = ObjectivesRun._run, list[str]()
+    run, ran = ObjectivesRun.run, list[str]()
 
     def recorded(self: ObjectivesRun, trial: ObjectiveTrial) -> None:
         if len(ran) == 1:
@@ -82,7 +93,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_a_page(settings: Objectives, m
         ran.append(str(trial))
         run(self, trial)
 
-    monkeypatch.setattr(ObjectivesRun, "_run", recorded)
+    monkeypatch.setattr(ObjectivesRun, "run", recorded)
     with pytest.raises(KeyboardInterrupt):
         settings()
     assert not (settings.out / "report").exists()
@@ -100,7 +111,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_a_page(settings: Objectives, m
 
 @pytest.mark.slow
 def test_two_workers_find_what_one_process_finds(settings: Objectives) -> None:
-    both = replace(settings, out=settings.out / "both", workers=2)
+    data = {**settings.data, "init_args": {**settings.data["init_args"], "num_workers": 1}}
+    both = replace(settings, out=settings.out / "both", data=data, workers=2)
     settings()
     both()
     for variant in settings.variants:
@@ -115,7 +127,8 @@ def test_two_workers_find_what_one_process_finds(settings: Objectives) -> None:
 
 
 @pytest.mark.slow
-def test_what_stops_a_worker_is_said_in_its_own_words(settings: Objectives) -> None:
-    unknown = {"base": [{"class_path": "Softmax"}], "gamma": [{"class_path": "Gamma"}]}
-    with pytest.raises(ArgumentError, match=r"variants\.gamma"):
-        replace(settings, variants=unknown, workers=2)()
+def test_a_trial_that_fails_in_a_worker_ends_the_run_in_its_own_words(settings: Objectives, tmp_path: Path) -> None:
+    data = {**settings.data, "init_args": {**settings.data["init_args"], "train": str(tmp_path / "nowhere")}}
+    with pytest.raises(Exception, match="nowhere"):
+        replace(settings, data=data, workers=2)()
+    assert not (settings.out / "trials").exists()

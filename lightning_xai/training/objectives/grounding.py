@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_xai.attribution.pairwise import Captured, by_owner, capture, put_back
+from lightning_xai.attribution.pairwise import Captured, capture
 from lightning_xai.attribution.path_integral import integrated_jvp, integrated_vjp, quadrature
 from lightning_xai.attribution.reference import reference_image
 from lightning_xai.data.needs import BatchNeeds
@@ -184,34 +184,21 @@ class Grounding(Objective):
             hidden: what enters the layers, of all images and of all captions.
             references: what enters them where nothing is shown or said.
         """
+        dtype = references[0].dtype
         if not len(phrases):
             return references[0].new_zeros(0, *self._image.grid)
-        # Phrases of a caption share its path, and the image's.
-        groups = by_owner(phrases.caption_row)
-        return put_back([(rows_GS, self._maps_of(step, phrases, rows_GS, hidden, references)) for _, rows_GS in groups])
-
-    def _maps_of(
-        self,
-        step: Step,
-        phrases: Phrases,
-        rows_GS: Tensor,
-        hidden: tuple[Tensor, Tensor],
-        references: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Maps [G, S, H, W] of S phrases of each of G captions."""
-        captions, images = (rows[rows_GS[:, 0]] for rows in (phrases.caption_row, phrases.image_row))
-        image, text = (states[rows].to(references[0]) for states, rows in zip(hidden, (images, captions), strict=True))
-        directions = rows_GS.shape[1]
+        rows = phrases.image_row, phrases.caption_row
+        image, text = (states[row].to(dtype) for states, row in zip(hidden, rows, strict=True))
         with constant(step.encoder) if self.towers == "image" else nullcontext():
-            text = text.detach() if self.towers == "image" else text
-            path = self._text.path(text, references[1], step.batch.tokens[captions], directions)
-            spans = self._text.on_caption(phrases.span_mask[rows_GS].to(text), text.shape[1])
-            change = integrated_jvp(path, self._points, self._weights, spans, create_graph=True)
+            tokens = step.batch.tokens[phrases.caption_row]
+            path = self._text.path(text.detach() if self.towers == "image" else text, references[1], tokens)
+            span = self._text.on_caption(phrases.span_mask[:, None].to(text), text.shape[1])
+            change = integrated_jvp(path, self._points, self._weights, span, create_graph=True)
         with constant(step.encoder) if self.towers == "text" else nullcontext():
-            path = self._image.path(image.detach() if self.towers == "text" else image, references[0], None, directions)
+            path = self._image.path(image.detach() if self.towers == "text" else image, references[0])
             places = self._image.count(image)
             maps = integrated_vjp(path, self._points, self._weights, change, places, create_graph=True)
-        return self._image.on_grid(maps)
+        return self._image.on_grid(maps[:, 0])
 
 
 def _counts(some: Tensor) -> Tensor:
