@@ -39,7 +39,8 @@ class Objectives:
       python -m lightning_xai objectives --config configs/objectives_demo.yaml --gather
 
     Attributes:
-        out: folder to write to: trials/, models/, judged/, a result folder for each of variants/, and report/.
+        out: folder to write to: trials/, models/, validated/, judged/, a result folder for each of variants/, and
+            report/.
         model: options of ContrastiveFineTuning, all but its objectives.
         data: data module (class_path and init_args) to train, validate and test on; its seed is that of the trial.
         variants: name -> objectives, each with class_path and init_args, as in the config of fit.

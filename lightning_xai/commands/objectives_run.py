@@ -228,6 +228,8 @@ class ObjectivesRun:
         made = [self._instance(trial, **change) for change in ({}, self._judged_data())]
         first = made[0]
         trainer = first.trainer.as_dict()
+        # Callbacks write next to the trial's other results, not into the folder that the command is run from.
+        trainer["default_root_dir"] = trainer["default_root_dir"] or trial.validated(self.settings.out)
         # Lightning must not act on Slurm's tasks and signals.
         trainer["plugins"] = [*(trainer["plugins"] or []), LightningEnvironment()]
         return _Parts(

@@ -71,6 +71,10 @@ class ObjectiveTrial(msgspec.Struct, frozen=True):
         """The trained model."""
         return folder / "models" / f"{self.name}.ckpt"
 
+    def validated(self, folder: Path) -> Path:
+        """The folder of what callbacks write in the validation."""
+        return folder / "validated" / self.name
+
     def judged(self, folder: Path) -> Path:
         """The result folder of the judgement."""
         return folder / "judged" / self.name

@@ -103,6 +103,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_a_page(settings: Objectives, m
     assert found is not None
     assert found.trained_on == ("feature_pair",)
     assert "val/caption_choice" in found.logged
+    assert (found.trial.validated(settings.out) / "caption_choice" / "validate.csv").is_file()
     assert (settings.out / "report" / "report.html").is_file()
     record, table = read_result(settings.out / "variants" / "gamma")
     assert list(record.methods) == ["feature_pair", "grad_cam"]
