@@ -55,8 +55,7 @@ class Objectives:
         alpha: significance level of each test of almost stochastic order.
         epsilon: its threshold; lower is stricter.
         bootstrap_samples: of each test.
-        workers: processes that run trials at the same time, each with an equal share of the cores; all share one GPU. A
-            small model gains more by this than by several cores for one training.
+        workers: processes that run trials at the same time, each with an equal share of the cores; all share one GPU.
         trial: run this trial alone, by its number in --list-trials.
         list_trials: only list the trials.
         gather: only collect the results of the trials that are done.

@@ -314,7 +314,8 @@ def checkpointing_modules(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for child in module.modules():
         # As open_clip and timm, and as Hugging Face call it.
         for flag in ("grad_checkpointing", "gradient_checkpointing"):
-            if getattr(child, flag, False):
+            # Training asks at every step, and nn.Module takes long to say that it has no such attribute.
+            if vars(child).get(flag, False):
                 yield child, flag
 
 

@@ -19,8 +19,7 @@ class ContiguousTokens(TorchFunctionMode):
 
     `nn.MultiheadAttention` puts the axis of tokens first. PyTorch would then multiply token by token, each by its own
     copy of the weights, wherever weights are frozen or derivatives along a direction are taken. Elsewhere it copies
-    what goes into the projections and what comes from them; without that, a training step of a small model is some
-    15 % faster on a CPU.
+    what goes into the projections and what comes from them.
 
     The numbers are the same up to rounding.
     """

@@ -130,6 +130,7 @@ def test_two_workers_find_what_one_process_finds(settings: Objectives) -> None:
 @pytest.mark.slow
 def test_a_trial_that_fails_in_a_worker_ends_the_run_in_its_own_words(settings: Objectives, tmp_path: Path) -> None:
     data = {**settings.data, "init_args": {**settings.data["init_args"], "train": str(tmp_path / "nowhere")}}
-    with pytest.raises(Exception, match="nowhere"):
+    with pytest.raises(Exception, match="nowhere") as caught:
         replace(settings, data=data, workers=2)()
+    assert any(entry.name == "_raise_failure" for entry in caught.traceback)
     assert not (settings.out / "trials").exists()

@@ -25,6 +25,19 @@ def attention(**options: Any) -> nn.MultiheadAttention:
     return made
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was given to our own self-attention."""
+    own, found = contiguous_tokens._self_attention, list[Tensor]()
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        found.append(x)
+        return own(x, *others)
+
+    monkeypatch.setattr(contiguous_tokens, "_self_attention", counted)
+    return found
+
+
 def outcome(layer: nn.MultiheadAttention, x: Tensor, **options: Any) -> list[Tensor]:
     """Output, and gradients by the input and all weights."""
     x = x.clone().requires_grad_()
@@ -35,23 +48,27 @@ def outcome(layer: nn.MultiheadAttention, x: Tensor, **options: Any) -> list[Ten
 @pytest.mark.parametrize("mask", [None, CAUSAL], ids=["unmasked", "causal"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("batch", [0, 3])
-def test_output_and_gradients_are_those_of_the_layer_itself(mask: Tensor | None, batch_first: bool, batch: int) -> None:
+def test_output_and_gradients_are_those_of_the_layer_itself(
+    mask: Tensor | None, batch_first: bool, batch: int, calls: list[Tensor]
+) -> None:
     layer = attention(batch_first=batch_first)
     x = torch.randn(*((batch, 5) if batch_first else (5, batch)), 8)
     expected = outcome(layer, x, attn_mask=mask)
     with ContiguousTokens():
         found = outcome(layer, x, attn_mask=mask)
+    assert len(calls) == 1
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_is_as_near_to_the_numbers_as_the_layer_itself() -> None:
+def test_half_precision_is_as_near_to_the_numbers_as_the_layer_itself(calls: list[Tensor]) -> None:
     layer, x = attention(), torch.randn(3, 5, 8)
     exact = layer(x, x, x, need_weights=False, attn_mask=CAUSAL)[0]
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x, x, x, need_weights=False, attn_mask=CAUSAL)[0]
         with ContiguousTokens():
             found = layer(x, x, x, need_weights=False, attn_mask=CAUSAL)[0]
+    assert len(calls) == 1
     assert found.dtype == expected.dtype == torch.bfloat16
     assert (found - exact).norm() < 1.5 * (expected - exact).norm()
 
@@ -81,15 +98,17 @@ def test_what_is_not_plain_self_attention_is_left_to_the_layer(
 
 
 def test_a_training_pass_goes_with_gradient_checkpointing_that_was_set_on_the_model_itself(
-    make_encoder: Callable[..., DualEncoder],
+    make_encoder: Callable[..., DualEncoder], calls: list[Tensor]
 ) -> None:
-    gradients = []
+    gradients, used = [], []
     for checkpointing in (False, True):
         encoder = make_encoder("vit", torch.float64)
         encoder.model.set_grad_checkpointing(checkpointing)
         images = torch.randn(2, *encoder.image_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         image, text = encoder(images, encoder.tokenizer.encode(["a dog", "two cats"]))
         (image @ text.T).sum().backward()
+        used.append(len(calls))
         gradients.append({name: each.grad for name, each in encoder.named_parameters() if each.grad is not None})
+    assert used[0] == used[1] > 0  # only where blocks are not run again
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-10, atol=1e-12)
