@@ -199,10 +199,10 @@ def test_the_methods_of_a_config_of_roar_can_be_made(path: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("path", OBJECTIVES, ids=name_of)
 def test_a_config_of_objectives_can_be_run_and_knows_what_is_trained_on(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    settings = Objectives(**yaml.safe_load(path.read_text()))
+    settings = Objectives(**yaml.safe_load(path.read_text()) | {"out": tmp_path})
     run = ObjectivesRun(settings)
     assert {name: found for name in settings.variants if (found := run.trained_on(name))} == {
         "hard_negatives": ("val/caption_choice",),
