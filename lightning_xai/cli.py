@@ -20,6 +20,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lightning_xai import __version__
 from lightning_xai.commands import COMMANDS, summary
 from lightning_xai.shipped import shipped
 
@@ -64,6 +65,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:13} {summary(name).removesuffix('.')}" for name in COMMANDS)
         print(_OVERVIEW.format(commands=commands))  # noqa: T201
+        return
+    if arguments[0] == "--version":
+        print(f"lightning_xai {__version__}")  # noqa: T201
         return
     if arguments[0] not in (*COMMANDS, *_VERBS) and not arguments[0].startswith("-"):
         near = get_close_matches(arguments[0], [*COMMANDS, *_VERBS], n=1)

@@ -18,6 +18,7 @@ import open_clip
 import pytest
 import torch
 
+from lightning_xai import __version__
 from lightning_xai.cli import main
 from lightning_xai.commands import COMMANDS, summary
 from lightning_xai.data import Manifest
@@ -115,6 +116,11 @@ class Join:
 
 
 # --- in their own processes ---
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning_xai {__version__}\n"
 
 
 def test_the_overview_lists_every_command_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
