@@ -28,9 +28,12 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Under `pytest -n`, a worker takes whole files, since the tests of a file share what takes long to make."""
+    """Under `pytest -n`, a worker takes tests in their order, since those of a file share what takes long to make.
+
+    One that has none left takes from another's end, so that no worker waits for the longest file.
+    """
     if config.getoption("dist", "no") == "load":
-        config.option.dist, config.option.loadscopereorder = "loadfile", False
+        config.option.dist = "worksteal"
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -22,7 +22,7 @@ from lightning_xai.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
-STOPS = int(os.environ.get("LIGHTNING_XAI_STOPS", "10"))  # of each of four kinds of runs
+STOPS = int(os.environ.get("LIGHTNING_XAI_STOPS", "4"))  # of each of four kinds of runs
 ALL = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
 

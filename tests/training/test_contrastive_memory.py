@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from training_runs import Recorder, loader_of, records_of, task_of, trainer_in
 
 from lightning_xai.data import Batch, RecordError, ShardDataModule
 from lightning_xai.data.batch import TrainingCollate
-from lightning_xai.models import UnsupportedTowerError, load_dual_encoder
+from lightning_xai.models import DualEncoder, UnsupportedTowerError, load_dual_encoder
 from lightning_xai.training import ContrastiveFineTuning, GroundingCallback, Lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:torch")
@@ -195,11 +195,12 @@ def test_an_embedding_of_zeros_in_half_precision_is_no_nan(where: tuple[str, str
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_run_has_the_plain_ones_losses_grounding_and_checkpoint(
     architecture_file: Callable[[str], Path], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    # Traced, without the minute that making kernels takes; those are compared in tests/models/test_training_forward.py.
+    traced = partialmethod(DualEncoder.compile_towers, backend="aot_eager")
+    monkeypatch.setattr(DualEncoder, "compile_towers", traced)
     torch._dynamo.reset()
     config = str(architecture_file("vit"))
     runs: list[list[dict[str, Any]]] = []
