@@ -56,6 +56,7 @@ class RoarRetraining(ContrastiveModule):
             final_lr=options.lr,
             weight_decay=options.weight_decay,
             betas=options.betas,
+            fused=True,
             max_logit_scale=options.max_logit_scale,
             recall_at=(1,),
             val_group_size=options.val_group_size,
