@@ -55,7 +55,8 @@ class Objectives:
         alpha: significance level of each test of almost stochastic order.
         epsilon: its threshold; lower is stricter.
         bootstrap_samples: of each test.
-        workers: processes that run trials at the same time, each with an equal share of the cores; all share one GPU.
+        workers: processes that run trials at the same time, each with an equal share of the cores, and with one of
+            the GPUs in turn.
         trial: run this trial alone, by its number in --list-trials.
         list_trials: only list the trials.
         gather: only collect the results of the trials that are done.

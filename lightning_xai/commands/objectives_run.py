@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -96,9 +97,9 @@ def _run_in_workers(
 
     processes = []
     try:
-        for _ in range(workers):
+        for number in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(settings, there, usable_cores() // workers))
+            process = context.Process(target=_work, args=(settings, there, number, usable_cores() // workers))
             process.start()
             processes.append(process)
             there.close()  # so that its end is seen here
@@ -125,9 +126,10 @@ def _raise_failure(worker: Connection, trial: ObjectiveTrial) -> None:
         raise failure
 
 
-def _work(settings: Objectives, parent: Connection, cores: int) -> None:
+def _work(settings: Objectives, parent: Connection, number: int, cores: int) -> None:
     """Run the trials that come, until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
+    _see_one_gpu(number)
     torch.set_num_threads(max(1, min(cores, torch.get_num_threads())))
     run = ObjectivesRun(settings)
     with suppress(EOFError):
@@ -138,6 +140,14 @@ def _work(settings: Objectives, parent: Connection, cores: int) -> None:
             except Exception as error:
                 failure = error
             parent.send(failure)
+
+
+def _see_one_gpu(number: int) -> None:
+    """Leave a worker one of several GPUs, by its number; each trial takes the first that it sees."""
+    count = torch.cuda.device_count()  # initialises nothing
+    if count > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % count]
 
 
 @dataclass(frozen=True)

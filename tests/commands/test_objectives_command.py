@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentError
 from objective_trials import GAMMA, write_trials
 
 from lightning_xai.commands.objectives import Objectives
-from lightning_xai.commands.objectives_run import ObjectivesRun
+from lightning_xai.commands.objectives_run import ObjectivesRun, _see_one_gpu
 from lightning_xai.results.objectives import ObjectiveTrial, read_trained_model
 from lightning_xai.results.table import read_result
 
@@ -108,6 +109,21 @@ def test_an_interrupted_run_goes_on_and_ends_with_a_page(settings: Objectives, m
     record, table = read_result(settings.out / "variants" / "gamma")
     assert list(record.methods) == ["feature_pair", "grad_cam"]
     assert set(table.values["seed"]) == {3}
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [("", ["0", "1", "2", "0"]), ("5,7,9", ["5", "7", "9", "5"]), ("3", ["3", "3", "3", "3"])]
+)
+def test_each_worker_sees_one_of_the_gpus_in_turn(
+    visible: str, seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len((visible or "0,1,2").split(",")))
+    found = []
+    for number in range(4):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        _see_one_gpu(number)
+        found.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert found == seen
 
 
 @pytest.mark.slow
