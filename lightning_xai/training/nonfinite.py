@@ -101,7 +101,7 @@ class FiniteSteps(Callback):
         gradients = [] if scaled else [_local(each.grad) for each in pl_module.parameters() if each.grad is not None]
         largest = [batch.loss.abs().max() for batch in batches]
         if gradients:
-            largest.append(get_total_norm(gradients, math.inf))
+            largest.append(_largest(gradients))
         bad = not bool(torch.stack([number.float() for number in largest]).isfinite().all()) if largest else False
         if trainer.strategy.reduce_boolean_decision(bad, all=False):
             optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
@@ -147,6 +147,15 @@ class FiniteSteps(Callback):
         resume = next((each for each in trainer.checkpoint_callbacks if isinstance(each, Resume)), None)
         last = trainer.strategy.broadcast(resume.last_saved() if resume and trainer.is_global_zero else "")
         raise NonFiniteLossError(f"{what}; the step was not taken, and training ends. {last}{advice}")
+
+
+def _largest(gradients: list[Tensor]) -> Tensor:
+    """The largest number, NaN where one is; infinite at either end."""
+    if gradients[0].device.type != "cpu":
+        return get_total_norm(gradients, math.inf)  # one kernel for many gradients
+    # On the CPU the norm above reads one number at a time. A rank's part of a small parameter may be empty.
+    found = [torch.stack(each.aminmax()).abs().max().float() for each in gradients if each.numel()]
+    return torch.stack(found).max() if found else torch.zeros(())
 
 
 def _local(tensor: Tensor) -> Tensor:
