@@ -102,6 +102,13 @@ def merges_are_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def names_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let open_clip forget, when the test is over, the names of models that are given to it."""
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+
+
 @pytest.fixture(scope="session")
 def architecture_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The path of a JSON model config, by its name in ARCHITECTURES."""

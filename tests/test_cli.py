@@ -135,6 +135,7 @@ def test_the_overview_lists_every_command_in_one_sentence(capsys: pytest.Capture
     assert max(map(len, asked.splitlines())) <= 120
 
 
+@pytest.mark.usefixtures("names_are_forgotten")
 @pytest.mark.slow
 def test_shapes_are_prepared_trained_on_measured_and_exported_and_mistakes_on_the_way_get_short_messages(
     tmp_path: Path, architecture_file: Callable[[str], Path]
@@ -383,6 +384,7 @@ def test_an_unforeseen_error_keeps_its_traceback(
 # --- export ---
 
 
+@pytest.mark.usefixtures("names_are_forgotten")
 @pytest.mark.slow
 @pytest.mark.parametrize(("quick_gelu", "suffix"), [(False, ".pt"), (True, ".safetensors")])
 def test_a_model_that_open_clip_knows_is_exported_under_its_name_and_with_its_activation(

@@ -678,14 +678,13 @@ def test_broken_metadata_is_named(
 # ---- export
 
 
+@pytest.mark.usefixtures("names_are_forgotten")
 @pytest.mark.parametrize("name", ["vit", "resnet", "vit_layer_scale_quick_gelu"])
 def test_an_export_is_what_open_clip_loads_by_name(
-    name: str, architecture_file: ArchitectureFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, architecture_file: ArchitectureFile, tmp_path: Path
 ) -> None:
     cases: list[str] = [".pt", ".safetensors"]
     for suffix in cases:
-        monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-        monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
         open_clip.add_model_config(architecture_file(name))
         encoder = random_encoder(name)  # by its name, which open_clip now knows
         path = tmp_path / "made" / f"weights{suffix}"

@@ -173,12 +173,11 @@ def test_an_option_outside_its_range_is_named(options: dict[str, Any], tmp_path:
         load_dual_encoder(write(tmp_path, "config.json", VIT), **options)
 
 
+@pytest.mark.usefixtures("names_are_forgotten")
 @pytest.mark.parametrize(("config", "size"), [(VIT, None), (TIMM, 96)], ids=["own", "timm"])
 def test_the_printed_code_rebuilds_the_very_same_function(
-    config: dict[str, Any], size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any], size: int | None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
     path = write(tmp_path, "config.json", {"model_cfg": config | {"quick_gelu": True}, "preprocess_cfg": HALF})
     encoder = randomised(load_dual_encoder(path, image_size=size)).eval()
     for suffix in (".pt", ".safetensors", *[""] * (size is None)):
