@@ -103,6 +103,17 @@ def test_the_gradient_through_towers_of_open_clip_is_that_of_differences(
     assert_gradient(make_encoder(name, torch.float64), Grounding(image_layer=layers[0], text_layer=layers[1]))
 
 
+def test_the_gradient_of_every_parameter_alone_passes_gradcheck(make_encoder: Callable[..., DualEncoder]) -> None:
+    encoder, objective = make_encoder("vit_layer_scale_quick_gelu", torch.float64), Grounding()
+    objective.prepare(encoder)
+    batch = hand_made(encoder, [(0, [1, 2]), (1, [1])])
+    weights = [weight for weight in encoder.parameters() if weight.requires_grad]
+    # gradcheck moves the parameters in place, so that the model itself need not be a function of them.
+    assert torch.autograd.gradcheck(
+        lambda *_: term(encoder, objective, batch).loss, weights, fast_mode=True, atol=1e-6, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
 def test_the_gradient_through_towers_of_transformers_is_that_of_differences(tmp_path: Path, name: str) -> None:
     from small_hugging_face import save_small  # here, so that the processes started below do not import it
