@@ -28,8 +28,8 @@ class Objectives:
 
     Everything, one trial after another:
       python -m lightning_xai objectives --config configs/objectives_demo.yaml
-    Two trials at a time, on two cores:
-      python -m lightning_xai objectives --config configs/objectives_demo.yaml --workers 2
+    Seven trials at a time, each on an equal share of the cores:
+      python -m lightning_xai objectives --config configs/objectives_demo.yaml --workers 7
     Five seeds, which a test of significance needs:
       python -m lightning_xai objectives --config configs/objectives_demo.yaml --seeds '[0,1,2,3,4]'
     List the trials, and which of them are done:
