@@ -90,7 +90,9 @@ class Job:
         deadline = time.monotonic() + timeout
         while not happened():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"job {self.id} did not {what} in {timeout} s; it is {self.state}:\n{self.text()}")
+                message = f"job {self.id} did not {what} in {timeout} s; it is {self.state}:\n{self.text()}"
+                call("scancel", self.id)  # else the jobs of the tests behind this one wait for its nodes
+                raise TimeoutError(message)
             time.sleep(0.2)
 
     def start_again(self, *changes: str) -> None:

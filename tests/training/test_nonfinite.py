@@ -11,11 +11,12 @@ import pytest
 import torch
 from distributed import join_lightning, run_distributed
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.nn.utils import get_total_norm
 from training_runs import Recorder, batches_of, task_of, trainer_in
 
 from lightning_xai.training import AtomicCheckpointIO, FiniteSteps, Resume
 from lightning_xai.training.checkpoint_file import NonFiniteStateError
-from lightning_xai.training.nonfinite import NonFiniteLossError
+from lightning_xai.training.nonfinite import NonFiniteLossError, _largest
 from lightning_xai.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch)", "ignore::FutureWarning:torch")
@@ -95,6 +96,19 @@ def test_a_gradient_that_is_not_finite_is_no_step_either(resnet: Path, shards: P
     trainer = trainer_in(tmp_path, FiniteSteps(), limit_val_batches=0)
     with pytest.raises(NonFiniteLossError, match=r"step 1 .*gradient is not finite .*training ends"):
         trainer.fit(task, batches_of(task, shards, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf, -torch.inf])
+def test_the_largest_gradient_is_the_infinity_norm(dtype: torch.dtype, bad: float | None) -> None:
+    gradients = [-3 * torch.ones((), dtype=dtype), torch.randn(7, 3).to(dtype).clamp(-2, 2)]
+    if bad is not None:
+        gradients[1][4, 1] = bad
+    expected = get_total_norm(gradients, torch.inf)
+    # A rank's part of a sharded parameter may be empty, or all of its parts.
+    largest = _largest([torch.zeros(0, 3, dtype=dtype), *gradients])
+    torch.testing.assert_close(largest, expected, rtol=0, atol=0, equal_nan=True, check_dtype=False)
+    assert _largest([torch.zeros(0, dtype=dtype)]) == 0
 
 
 def test_left_out_steps_do_not_hide_weights_that_are_not_finite(resnet: Path, shards: Path, tmp_path: Path) -> None:
