@@ -26,7 +26,7 @@ class Objectives:
     Each training with its judgement is a trial (variant, seed), whose result is a file. A trial that is done is never
     run again: repeat the same command after an interruption, or to add variants and seeds.
 
-    Everything, one trial after another:
+    Everything, as many trials at a time as the config says:
       python -m lightning_xai objectives --config configs/objectives_demo.yaml
     Seven trials at a time, each on an equal share of the cores:
       python -m lightning_xai objectives --config configs/objectives_demo.yaml --workers 7
